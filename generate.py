@@ -1,0 +1,32 @@
+"""Write text with a checkpoint.
+
+    python generate.py --checkpoint log/<run>/ckpt_<step>.pt --prompt "Once upon a time" --max_new_tokens 100
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cli import BadInput, flag, parse, run
+from train_gpt2 import SampleConfig, load_checkpoint, pick_device, sample
+
+
+@dataclass
+class Config:
+    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
+    device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+
+
+def main(argv):
+    (cfg, sampling), _ = parse((Config, SampleConfig), argv, __doc__)
+    if cfg.checkpoint is None:
+        raise BadInput("name a --checkpoint, for instance one under log/")
+    for name, low in (("samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(sampling, name) < low:
+            raise BadInput(f"--{name} must be at least {low}, not {getattr(sampling, name)}")
+    model, tokenizer, _ = load_checkpoint(cfg.checkpoint, pick_device(cfg.device))
+    for text in sample(model, tokenizer, sampling):
+        print(f"{text}\n---")
+
+
+if __name__ == "__main__":
+    run(main)

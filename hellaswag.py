@@ -1,0 +1,174 @@
+"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): choose the right one of four endings by likelihood.
+
+    python hellaswag.py --checkpoint log/<run>/ckpt_<step>.pt
+    python hellaswag.py --model gpt2                                 # Hugging Face weights
+    torchrun --standalone --nproc_per_node=8 hellaswag.py --checkpoint PATH
+
+Three accuracies, which must not be compared with one another:
+    acc               highest total log-likelihood of the ending
+    acc_norm          highest mean log-likelihood a token: build-nanogpt's figure (GPT-2 124M: 29.55)
+    lm_eval_acc_norm  highest log-likelihood a character of the ending, with the activity before the context, as
+                      lm-evaluation-harness renders and scores it (GPT-2 124M: 31.14)
+The 10,042 items of the validation split are downloaded once into hellaswag/, or read from --file.
+"""
+
+import json
+import os
+import re
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from cli import BadInput, flag, parse, run
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+BATCH_TOKENS = 32_768  # tokens a forward pass, padding included; bounds the memory of the logits
+
+
+@dataclass
+class Config:
+    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(None, "a Hugging Face GPT-2 instead")
+    file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    limit: int | None = flag(None, "score the first so many items only")
+    device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+
+
+def load(path=None):
+    """The items of a jsonl file (default: the validation split, downloaded once) as a list of dict.
+
+    Raises BadInput if the file cannot be had, or a line is no item with ctx, four endings and a label.
+    """
+    path = Path(path) if path else _download(Path("hellaswag/hellaswag_val.jsonl"))
+    items = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            whole = isinstance(item, dict) and isinstance(item.get("ctx"), str) and item.get("label") in range(4)
+            if not whole or len(item["endings"]) != 4 or not all(isinstance(e, str) and e for e in item["endings"]):
+                raise ValueError("no ctx, four endings and label")
+            items.append(item)
+    except OSError as error:
+        raise BadInput(f"cannot read {path} ({error.strerror}): name hellaswag_val.jsonl") from error
+    except (ValueError, KeyError, TypeError) as error:
+        where = f"{path}, line {len(items) + 1}" if items else str(path)
+        raise BadInput(f"{where} is no HellaSwag item ({error}): delete the file to download it again") from error
+    if not items:
+        raise BadInput(f"{path} holds no HellaSwag items: delete the file to download it again")
+    return items
+
+
+def _download(path):
+    if not path.exists():
+        partial = Path(f"{path}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            urllib.request.urlretrieve(URL, partial)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise BadInput(f"cannot download HellaSwag from {URL} ({error}): give a local hellaswag_val.jsonl, or train "
+                           "with --hellaswag_every 0") from error
+    return path
+
+
+def render(items, tokenizer, block_size, style="completion"):
+    """Items -> list of (label, four rows), a row being (token ids, tokens of the ending, characters of the ending).
+
+    style "completion" is build-nanogpt's: the context, a space, the ending, each encoded by itself.
+    style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness, tasks/hellaswag).
+    A row longer than block_size loses the beginning of its context.
+    """
+    def encode(text):
+        return tokenizer.encode(text).tolist()
+
+    rendered = []
+    for item in items:
+        context, endings = item["ctx"], item["endings"]
+        if style == "lm_eval":
+            if "ctx_a" in item:  # the original file; a cleaned one may hold ctx alone
+                context = item["ctx_a"] + " " + item["ctx_b"].capitalize()
+            context, endings = _clean(f"{item['activity_label']}: {context}"), [_clean(e) for e in endings]
+        context, rows = encode(context), []
+        for ending in endings:
+            ids = encode(" " + ending)
+            rows.append(((context + ids)[-block_size:], min(len(ids), block_size - 1), max(len(ending), 1)))
+        rendered.append((item["label"], rows))
+    return rendered
+
+
+def _clean(text):
+    """What lm-evaluation-harness does to WikiHow's markup: titles become full stops, brackets go."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+@torch.no_grad()
+def evaluate(model, rendered, device, rank=0, world=1):
+    """Score this rank's share of the items (every `world`-th).
+
+    model: callable, int64 (B, T) -> logits (B, T, vocab_size). Autocast and evaluation mode are the caller's business.
+    Returns [items, right by sum, right by mean a token, right by mean a character], to be added up over the ranks.
+    """
+    mine = rendered[rank::world]
+    rows = [row for _, four in mine for row in four]
+    nats = torch.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # batches of like length waste little on padding
+    while order:
+        longest = len(rows[order[0]][0])
+        batch, order = order[:max(BATCH_TOKENS // longest, 1)], order[max(BATCH_TOKENS // longest, 1):]
+        tokens, scored = torch.zeros(len(batch), longest, dtype=torch.long), torch.zeros(len(batch), longest, dtype=torch.bool)
+        for b, i in enumerate(batch):  # padding stands to the right, where a causal model never looks
+            ids, ending, _ = rows[i]
+            tokens[b, :len(ids)] = torch.tensor(ids)
+            scored[b, len(ids) - ending:len(ids)] = True
+        tokens, scored = tokens.to(device), scored.to(device)[:, 1:]
+        logits = model(tokens)[:, :-1][scored]                                          # (tokens scored, vocab_size)
+        losses = F.cross_entropy(logits.float(), tokens[:, 1:][scored], reduction="none")
+        spread = torch.zeros(scored.shape, device=device).masked_scatter(scored, losses)
+        nats[batch] = spread.sum(dim=1).cpu()
+    nats = nats.view(-1, 4)
+    labels = torch.tensor([label for label, _ in mine], dtype=torch.long)
+    n_tokens, n_chars = (torch.tensor([row[k] for row in rows], dtype=torch.float).view(-1, 4) for k in (1, 2))
+    right = [int((score.argmin(dim=1) == labels).sum()) for score in (nats, nats / n_tokens, nats / n_chars)]
+    return [len(mine), *right]
+
+
+def main(argv):
+    import train_gpt2  # imports this file for its scoring; only the command line needs it back
+    from tokenizer import load_tokenizer
+
+    (cfg,), _ = parse((Config,), argv, __doc__)
+    if (cfg.checkpoint is None) == (cfg.model is None):
+        raise BadInput("name either --checkpoint or --model")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise BadInput(f"--limit must be at least 1, not {cfg.limit}")
+    processes = train_gpt2.Processes(cfg.device)
+    try:
+        with processes.main_first():
+            items = load(cfg.file)[:cfg.limit]
+            if cfg.checkpoint:
+                model, tokenizer, _ = train_gpt2.load_checkpoint(cfg.checkpoint, processes.device)
+            else:
+                model = train_gpt2.GPT.from_pretrained(cfg.model).to(processes.device).eval()
+                tokenizer = load_tokenizer("gpt2")
+        started, results = time.perf_counter(), {}
+        for style, names in (("completion", {"acc": 1, "acc_norm": 2}), ("lm_eval", {"lm_eval_acc_norm": 3})):
+            rendered = render(items, tokenizer, model.config.block_size, style)
+            with train_gpt2.autocast(processes.device):
+                counts = processes.sum(evaluate(model, rendered, processes.device, processes.rank, processes.world))
+            results |= {name: counts[k] for name, k in names.items()}
+        if processes.main:
+            for name, right in results.items():
+                print(f"{name} {int(right)}/{int(counts[0])} = {right / counts[0]:.4f}")
+            print(f"{time.perf_counter() - started:.1f} s")
+    finally:
+        processes.close()
+
+
+if __name__ == "__main__":
+    run(main)

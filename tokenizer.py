@@ -1,0 +1,149 @@
+"""Tokenizers: the one place that names, trains, saves and loads them.
+
+A tokenizer is named by a *spec*, a string that is one of
+  - a tiktoken encoding: gpt2, cl100k_base, o200k_base, ...;
+  - the path of a `tokenizer.json` (or of a folder that holds one), as `Tokenizer.save` and Hugging Face write it;
+  - the text of such a file, which is how a checkpoint carries a trained tokenizer with it.
+Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from cli import BadInput
+
+EOT = "<|endoftext|>"  # separates documents; placed before each one
+
+
+class Tokenizer:
+    """A `tiktoken.Encoding` with what this project needs to know of it.
+
+    spec: str, loads the same tokenizer again through `load_tokenizer`.
+    name: str, short, for people: "gpt2", "bpe4096".
+    vocab_size: int, all ids are below it. eot: int, the id of the end-of-text token.
+    """
+
+    def __init__(self, encoding, spec):
+        self.encoding, self.spec = encoding, spec
+        self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+
+    def encode(self, text):
+        """str -> uint32 array (n,). Special tokens written out in the text are encoded as plain text."""
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # lone surrogates, legal in JSON escapes but not in UTF-8
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def decode(self, ids):
+        """Token ids -> str. Bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(list(ids), errors="replace")
+
+    def token_bytes(self):
+        """int64 array (vocab_size,): UTF-8 bytes each id stands for; 0 for special and unassigned ids."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        special = {self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
+        for token in range(self.vocab_size):
+            if token not in special:
+                with contextlib.suppress(KeyError):  # a gap in the numbering, as in cl100k_base
+                    sizes[token] = len(self.encoding.decode_single_token_bytes(token))
+        return sizes
+
+    def fingerprint(self):
+        """str: equal for equal tokenizers, whatever file they came from."""
+        return self.spec if self.spec == self.name else hashlib.sha256(self.spec.encode()).hexdigest()[:16]
+
+    def save(self, path):
+        """Write a trained tokenizer's `tokenizer.json`, whole or not at all."""
+        partial = Path(f"{path}.tmp")
+        partial.write_text(self.spec, encoding="utf-8")
+        os.replace(partial, path)
+
+
+def load_tokenizer(spec):
+    """spec (see the module's docstring) -> Tokenizer. Raises BadInput if there is none or it cannot be downloaded."""
+    if spec.lstrip().startswith("{"):
+        return _from_json(spec, "the checkpoint's tokenizer")
+    if spec in tiktoken.list_encoding_names():
+        return _from_tiktoken(spec)
+    path = Path(spec)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.suffix == ".json":
+        try:
+            return _from_json(path.read_text(encoding="utf-8"), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"cannot read the tokenizer {path}: {error}") from error
+    known = ", ".join(tiktoken.list_encoding_names())
+    raise BadInput(f"unknown tokenizer {spec!r}: name one of {known}, or the path of a tokenizer.json")
+
+
+def _from_tiktoken(name):
+    import requests  # tiktoken downloads with it
+
+    try:
+        return Tokenizer(tiktoken.get_encoding(name), name)
+    except (requests.RequestException, OSError) as error:
+        raise BadInput(f"cannot download the tokenizer {name} ({type(error).__name__}): fetch it once on a machine "
+                       "with internet and point TIKTOKEN_CACHE_DIR at the folder that holds it") from error
+
+
+def train_bpe(texts, vocab_size):
+    """Train a byte-level BPE (Sennrich et al. 2016; GPT-2's splitting rule) on an iterable of str.
+
+    Returns a Tokenizer of exactly `vocab_size` ids, the last of them end-of-text.
+    Raises BadInput if vocab_size is under 257 or the text is too small to fill it.
+    """
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise BadInput(f"a byte-level BPE needs at least 257 ids (256 bytes and end-of-text), not {vocab_size}")
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
+                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.add_special_tokens([EOT])
+    if bpe.get_vocab_size() != vocab_size:
+        raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it gives {bpe.get_vocab_size()}): "
+                       "ask for fewer ids or give more text")
+    return _from_json(bpe.to_str(), "the tokenizer just trained")
+
+
+def _from_json(text, origin):
+    """The text of a byte-level BPE's tokenizer.json -> Tokenizer.
+
+    tiktoken merges by the id of the merged bytes, tokenizers by the order of its merge list: the same thing for a BPE
+    whose ids were given out in merge order, as `train_bpe` and GPT-2 do (compared in tests/test_tokenizer.py).
+    """
+    from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting rule
+
+    try:
+        data = json.loads(text)
+        byte_level = data["model"]["type"] == "BPE" and data["pre_tokenizer"]["type"] == "ByteLevel"
+        vocab = data["model"]["vocab"] if byte_level else {}
+        special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{origin} is not a tokenizer.json ({type(error).__name__}): make one with "
+                       "fineweb.py --tokenizer bpe:4096") from error
+    if not byte_level or EOT not in special:
+        raise BadInput(f"{origin} is not a byte-level BPE with GPT-2's splitting rule and {EOT}: make one with "
+                       "fineweb.py --tokenizer bpe:4096")
+    to_byte = {char: byte for byte, char in _byte_alphabet().items()}
+    ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items() if token not in special}
+    n_vocab = len(ranks) + len(special)
+    encoding = tiktoken.Encoding(f"bpe{n_vocab}", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special,
+                                 explicit_n_vocab=n_vocab)
+    return Tokenizer(encoding, text)
+
+
+def _byte_alphabet():
+    """dict byte -> printable character that stands for it in a byte-level vocabulary file (GPT-2's encoder.json)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

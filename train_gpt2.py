@@ -1,0 +1,1050 @@
+"""Train GPT-2 (124M) from token shards, with modern improvements, each behind one flag.
+
+    python fineweb.py                                            # text -> shards in edu_fineweb10B/
+    python train_gpt2.py                                         # one GPU, or a CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py       # eight GPUs
+    python train_gpt2.py --preset gpt2                           # the classic baseline, nothing modern
+    python train_gpt2.py --mlp gelu --no-emb_norm --run no_swiglu_no_embnorm
+    tensorboard --logdir log                                     # watch it
+
+Improvements over the baseline and their flags:
+    SwiGLU or ReLU^2 MLP  --mlp            3x learning rate       --max_lr
+    RMSNorm               --norm           4 epochs               --epochs
+    RoPE                  --pos            new shuffle each epoch --shuffle
+    post-embedding norm   --emb_norm       other schedules        --schedule
+    query-key norm        --qk_norm        Xavier, Kaiming init   --init
+    no biases             --no-bias        dropout                --dropout
+    untied head           --no-tie_embeddings
+
+Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard events, ckpt_<step>.pt.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import hellaswag
+from cli import BadInput, flag, parse, run
+from tokenizer import load_tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration. Every field with a help text is a flag; the defaults are the classic baseline (--preset gpt2).
+
+
+@dataclass
+class GPTConfig:
+    # shape
+    block_size: int = flag(1024, "context length, tokens")
+    n_layer: int = flag(12, "transformer blocks")
+    n_head: int = flag(12, "attention heads a block")
+    n_embd: int = flag(768, "width of the residual stream")
+    # improvements
+    mlp: Literal["gelu", "swiglu", "relu2"] = flag("gelu", "feed-forward layer, the same parameter count each")
+    norm: Literal["layernorm", "rmsnorm"] = flag("layernorm", "normalization before each layer and the head")
+    pos: Literal["learned", "rope"] = flag("learned", "position information: added embeddings or rotated q and k")
+    emb_norm: bool = flag(False, "norm right after the embeddings (post-embedding norm, as in Dual PatchNorm)")
+    qk_norm: bool = flag(False, "norm on each head's queries and keys")
+    bias: bool = flag(True, "biases in linear layers and LayerNorm")
+    tie_embeddings: bool = flag(True, "token embedding and output head share one matrix")
+    dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation")
+    init: Literal["gpt2", "xavier", "kaiming"] = flag("gpt2", "weight initialization, see init_weights")
+    # set by the data or the checkpoint, not by a flag
+    vocab_size: int = 50257      # ids the tokenizer can produce
+    vocab_multiple: int = 128    # the matrices are padded to a multiple of this, which tensor cores like
+
+    @property
+    def padded_vocab_size(self):
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass
+class TrainConfig:
+    preset: Literal["gpt2", "modern", "tiny"] = flag("modern", "starting point; every other flag overrides it")
+    size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
+        None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
+    # data
+    data: str = flag("edu_fineweb10B", "folder of token shards")
+    shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
+    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards")
+    # length and batch
+    epochs: float = flag(1.0, "passes over the training shards")
+    max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs")
+    total_batch_size: int = flag(524_288, "tokens an optimizer step, over all processes and accumulation")
+    micro_batch: int | Literal["auto"] = flag("auto", "sequences a forward pass; auto: as many as memory takes")
+    # optimizer
+    optimizer: Literal["adamw"] = flag("adamw", "optimizer")
+    max_lr: float = flag(6e-4, "peak learning rate")
+    min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak")
+    warmup_steps: int = flag(715, "steps of linear warm-up")
+    schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see get_lr")
+    weight_decay: float = flag(0.1, "on matrices and embeddings; vectors are never decayed")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    # what happens along the way (0: never)
+    eval_every: int = flag(250, "steps between validations")
+    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations")
+    hellaswag_file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    sample_every: int = flag(250, "steps between printed samples")
+    sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
+    save_every: int = flag(5000, "steps between checkpoints; the last step is always saved")
+    # the run
+    run: str | None = flag(None, "name of the folder under --log_dir, or preset and time")
+    log_dir: str = flag("log", "where run folders go")
+    seed: int = flag(1337, "seed of weights, shuffling, dropout and samples")
+    device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda only")
+
+
+@dataclass
+class SampleConfig:
+    prompt: str = flag("Hello, I'm a language model,", "text to continue; empty: a document of its own")
+    samples: int = flag(4, "texts to write")
+    max_new_tokens: int = flag(32, "tokens a text, beyond the prompt")
+    temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token")
+    top_k: int = flag(50, "draw from the k likeliest tokens; 0: from all")
+    seed: int = flag(42, "seed of the draws")
+
+
+MODERN = dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
+              shuffle=True)
+PRESETS = {
+    "gpt2":   {},
+    "modern": MODERN,
+    "tiny":   MODERN | dict(n_layer=4, n_head=4, n_embd=192, block_size=256, data="docstrings", max_steps=500,
+                            total_batch_size=4096, micro_batch=16, max_lr=3e-3, warmup_steps=50, val_tokens=131_072,
+                            eval_every=100, hellaswag_every=0, sample_every=250, sample_prompt="Return the",
+                            compile=False),
+}
+SIZES = {
+    "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large":  dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl":     dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded vocabulary.
+# A choice is a name in the config and a class in a dict; branches stand in constructors, never in forward.
+
+
+class LayerNorm(nn.LayerNorm):
+    """Ba et al. 2016, https://arxiv.org/abs/1607.06450."""
+
+    def __init__(self, dim, bias):
+        super().__init__(dim, bias=bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467. Has no bias. In fp32 under autocast, as LayerNorm is."""
+
+    def __init__(self, dim, bias):
+        super().__init__(dim, eps=1e-5)
+
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
+class LearnedPositions(nn.Embedding):
+    """GPT-2's position embeddings, added to the token embeddings (B, T, C)."""
+
+    def forward(self, x):
+        return x + self.weight[:x.size(1)]
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), for queries or keys (B, H, T, D).
+
+    Dimension i turns together with i + D/2, the pairing that Llama and GPT-NeoX use. Angles are computed in fp32:
+    bf16 cannot tell position 1000 from 1001.
+    """
+
+    def __init__(self, head_dim, block_size, base=10_000.0):
+        super().__init__()
+        freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float32), freq)        # (block_size, D/2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x):
+        cos, sin = self.cos[:x.size(2)], self.sin[:x.size(2)]
+        a, b = x.float().chunk(2, dim=-1)                                               # (B, H, T, D/2) each
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        head_dim = config.n_embd // config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        # query-key norm: Henry et al. 2020, https://arxiv.org/abs/2010.04245
+        self.q_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
+        self.k_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
+        self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else nn.Identity()
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)  # (B, H, T, D) each
+        q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
+        # SDPA drops out whenever it is told to, also in evaluation
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class GeluMLP(nn.Module):
+    """GPT-2's: 4C hidden units, GELU in the tanh form (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class ReLU2MLP(GeluMLP):
+    """Squared ReLU (So et al. 2021, Primer, https://arxiv.org/abs/2109.08668)."""
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class SwiGLUMLP(nn.Module):
+    """Shazeer 2020, https://arxiv.org/abs/2002.05202.
+
+    Three matrices instead of two, so 8/3 C hidden units instead of 4C keep the parameter count (2048 at C = 768);
+    rounded to a multiple of 16 for the tensor cores. Gate and value are one matrix.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = 16 * round(config.n_embd * 8 / 3 / 16)
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        gate, value = self.c_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * value)
+
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = NORMS[config.norm](config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = NORMS[config.norm](config.n_embd, config.bias)
+        self.mlp = MLPS[config.mlp](config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer, GPT-2's by default (Radford et al. 2019); parameter names are Hugging Face's.
+
+    Features, by GPTConfig: GELU, SwiGLU or ReLU^2; LayerNorm or RMSNorm; learned positions or RoPE; post-embedding
+    norm (Kumar et al. 2023, https://arxiv.org/abs/2302.01327); query-key norm; biases or none; tied or untied head.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        learned = config.pos == "learned"
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=LearnedPositions(config.block_size, config.n_embd) if learned else nn.Identity(),
+            emb_norm=NORMS[config.norm](config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=NORMS[config.norm](config.n_embd, config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        init_weights(self)
+
+    def forward(self, idx, targets=None):
+        """idx: int64 (B, T), T at most block_size.
+
+        Without targets: logits (B, T, vocab_size); the padding of the vocabulary is cut off, so no padded id can win.
+        With targets, int64 (B, T): the mean cross-entropy in nats, a scalar; targets of -1 are not counted.
+        """
+        x = self.transformer.wpe(self.transformer.wte(idx))                             # (B, T, C)
+        x = self.transformer.drop(self.transformer.emb_norm(x))
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))                                 # (B, T, V)
+        if targets is None:
+            return logits[..., :self.config.vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def parameter_counts(self):
+        """dict of parameter counts: total, embedding (tokens, positions and an untied head), layer (one block)."""
+        total = sum(p.numel() for p in self.parameters())
+        layer = sum(p.numel() for p in self.transformer.h[0].parameters())
+        outside = sum(p.numel() for name, p in self.named_parameters() if name.split(".")[-2] in ("wte", "wpe", "lm_head"))
+        return {"total": total, "embedding": outside, "layer": layer}
+
+    def flops_per_token(self):
+        """Forward and backward matmul FLOPs a token: 6N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
+
+        N leaves out what is looked up rather than multiplied: learned positions, and the embedding of an untied head.
+        """
+        c = self.config
+        looked_up = sum(p.numel() for name, p in self.named_parameters()
+                        if name == "transformer.wpe.weight" or (name == "transformer.wte.weight" and not c.tie_embeddings))
+        n = self.parameter_counts()["total"] - looked_up
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """A GPT with the weights of a Hugging Face GPT-2: "gpt2", ..., "gpt2-xl", or a folder save_pretrained made."""
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError as error:
+            raise BadInput("loading a Hugging Face model needs transformers: pip install -r requirements-dev.txt") from error
+        try:
+            hf = GPT2LMHeadModel.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot load the Hugging Face GPT-2 {name}: {str(error).splitlines()[0]}") from error
+        c = hf.config
+        # no padding: its rows would be untrained weights, and take part in the softmax of the loss
+        model = cls(GPTConfig(block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+                              vocab_size=c.vocab_size, vocab_multiple=1))
+        theirs, ours = hf.state_dict(), model.state_dict()
+        if theirs.keys() != ours.keys():
+            raise BadInput(f"{name} is no GPT-2: parameters {sorted(theirs.keys() ^ ours.keys())[:4]} do not match")
+        for key, value in theirs.items():  # Hugging Face's Conv1D holds the transpose of a Linear's weight
+            conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            ours[key].copy_(value.t() if conv1d else value)
+        return model
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Initialize every parameter, by config.init; fails on a parameter it does not know.
+
+    gpt2:    normal, std 0.02 (positions 0.01, as in OpenAI's code).
+    xavier:  normal, std sqrt(2 / (fan_in + fan_out))   (Glorot & Bengio 2010).
+    kaiming: normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1   (He et al. 2015).
+    In all three: the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as there are
+    2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head are normal with std 0.02,
+    norms start at 1, biases at 0. Fans are those of one matrix where several are fused (q, k, v; gate and value).
+    """
+    config, residual_scale = model.config, (2 * model.config.n_layer) ** -0.5
+    fused = {"c_attn": 3, "c_fc": 2 if config.mlp == "swiglu" else 1, "c_proj": 1}
+    for name, p in model.named_parameters():
+        module, kind = name.split(".")[-2:]
+        if kind == "bias":
+            p.zero_()
+        elif module in ("ln_1", "ln_2", "ln_f", "emb_norm", "q_norm", "k_norm"):
+            p.fill_(1.0)
+        elif module in ("wte", "lm_head"):
+            p.normal_(std=0.02)
+        elif module == "wpe":
+            p.normal_(std=0.01)
+        elif module in fused:
+            fan_out, fan_in = p.size(0) / fused[module], p.size(1)
+            std = {"gpt2": 0.02,
+                   "xavier": math.sqrt(2 / (fan_in + fan_out)),
+                   "kaiming": math.sqrt((2 if module == "c_fc" else 1) / fan_in)}[config.init]
+            p.normal_(std=std * (residual_scale if module == "c_proj" else 1.0))
+        else:
+            raise ValueError(f"init_weights does not know the parameter {name}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def make_optimizer(model, cfg):
+    """The optimizer --optimizer names, over all parameters of `model`; only matrices and embeddings are decayed."""
+    params = list(model.parameters())
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in params), "not each once"
+    return OPTIMIZERS[cfg.optimizer](groups, cfg)
+
+
+def adamw(groups, cfg):
+    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al. 2020, appendix B)."""
+    fused = groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+OPTIMIZERS = {"adamw": adamw}
+WSD_DECAY = 0.2  # share of a wsd run that decays (Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
+
+
+def get_lr(step, cfg, max_steps):
+    """Learning rate of update `step`, 0 <= step < max_steps."""
+    # 1) linear warm-up, from the first step above zero
+    if step < cfg.warmup_steps:
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    # 2) how far the decay has come, 0 to 1; wsd (warm-up, stable, decay) begins it late
+    start = max(cfg.warmup_steps, round(max_steps * (1 - WSD_DECAY))) if cfg.schedule == "wsd" else cfg.warmup_steps
+    progress = min(max((step - start) / max(max_steps - start, 1), 0.0), 1.0)
+    # 3) from the peak down to min_lr_frac of it, along half a cosine or a line
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
+    return cfg.max_lr * (cfg.min_lr_frac + left * (1 - cfg.min_lr_frac))
+
+
+def gradient_groups(model):
+    """dict: name of a part (embedding, block_00, ..., rest) -> its parameters; every parameter in exactly one part.
+
+    A tied head counts as embedding. These are the parts whose gradient norms TensorBoard shows.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        words = name.split(".")
+        part = "embedding" if words[1] in ("wte", "wpe") else f"block_{int(words[2]):02d}" if words[1] == "h" else "rest"
+        groups.setdefault(part, []).append(p)
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards and the global token stream
+
+
+BIN_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # llm.c's and modded-nanogpt's (magic, version)
+
+
+def read_shard(path):
+    """A shard -> read-only memory-mapped token ids (n,), uint16 or uint32. BadInput if it is none.
+
+    Reads .npy, and the .bin of llm.c and modded-nanogpt: 256 int32 of header (magic, version, tokens), then the ids.
+    """
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r")
+        else:
+            header = np.fromfile(path, dtype=np.int32, count=256)
+            dtype = BIN_DTYPES[header[0], header[1]]
+            tokens = np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(int(header[2]),))
+    except (OSError, ValueError, EOFError, KeyError, IndexError) as error:
+        raise BadInput(f"{path} is not a whole shard ({error}): delete it and run fineweb.py again") from error
+    if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
+        raise BadInput(f"{path} holds {tokens.ndim}-dimensional {tokens.dtype}, not one line of uint16 or uint32 ids")
+    return tokens
+
+
+class Shards:
+    """A folder of shards: `train` and `val` (lists of paths), `tokens` (dict split -> count), `tokenizer` (a spec)."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        files = sorted(p for p in folder.glob("*") if p.suffix in (".npy", ".bin")) if folder.is_dir() else []
+        self.train, self.val = ([p for p in files if f"_{split}_" in p.name] for split in ("train", "val"))
+        if not self.train or not self.val:
+            missing = "train" if self.val else "val" if self.train else "any"
+            make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
+                str(folder), f"python fineweb.py --source <text files or dataset id> --out {folder}")
+            raise BadInput(f"{folder}/ does not hold {missing} shards: make them with `{make}`, or name another --data")
+        self.tokens = {"train": sum(len(read_shard(p)) for p in self.train), "val": sum(len(read_shard(p)) for p in self.val)}
+        try:
+            spec = json.loads((folder / "meta.json").read_text())["tokenizer"]
+        except FileNotFoundError:
+            spec = "gpt2"  # shards made by build-nanogpt or llm.c have no meta.json
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{folder}/meta.json is damaged ({error}): run fineweb.py again into another folder") from error
+        self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
+
+
+class ShardLoader:
+    """One endless stream of tokens, the same for every process, that depends on (files, seed) alone.
+
+    Every epoch passes over all shards; with a seed, the order of the shards and of the documents inside each is drawn
+    anew from (seed, epoch). Without one (None) everything stays in order. Nothing is dropped at a shard's end. The
+    state is three integers: epoch, shard (position in the epoch's order), offset (tokens into the permuted shard).
+    The next shard is read and permuted by a background thread while the current one is used.
+    """
+
+    def __init__(self, files, tokenizer, seed):
+        self.files, self.tokenizer, self.seed = files, tokenizer, seed
+        self.epoch, self.shard, self.offset = 0, 0, 0
+        self.loaded, self.executor = {}, ThreadPoolExecutor(max_workers=1)
+
+    def next(self, n):
+        """The stream's next n tokens and one more, the last target: int64 (n + 1,). Advances by n."""
+        pieces, missing = [], n + 1
+        while missing:
+            piece = self._tokens(self.epoch, self.shard)[self.offset:self.offset + missing]
+            pieces.append(piece)
+            missing -= len(piece)
+            self.offset += len(piece)
+            if missing:
+                self.epoch, self.shard, self.offset = *self._after(self.epoch, self.shard), 0
+        self.offset -= 1  # the extra token is also the first of the next call
+        self._prefetch(*self._after(self.epoch, self.shard))
+        return np.concatenate(pieces).astype(np.int64)
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "shard": self.shard, "offset": self.offset}
+
+    def load_state_dict(self, state):
+        self.epoch, self.shard, self.offset = state["epoch"], state["shard"], state["offset"]
+
+    def _after(self, epoch, shard):
+        return (epoch, shard + 1) if shard + 1 < len(self.files) else (epoch + 1, 0)
+
+    def _tokens(self, epoch, shard):
+        """The tokens of a shard; forgets earlier ones."""
+        self._prefetch(epoch, shard)
+        self.loaded = {key: future for key, future in self.loaded.items() if key >= (epoch, shard)}
+        return self.loaded[epoch, shard].result()
+
+    def _prefetch(self, epoch, shard):
+        if (epoch, shard) not in self.loaded:
+            self.loaded[epoch, shard] = self.executor.submit(self._read, epoch, shard)
+
+    def _read(self, epoch, shard):
+        order = range(len(self.files))
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
+        index = int(order[shard])
+        tokens = read_shard(self.files[index])
+        check_ids(tokens, self.tokenizer.vocab_size, self.files[index])
+        if self.seed is None:
+            return tokens
+        starts = np.flatnonzero(tokens == self.tokenizer.eot)
+        if len(starts) == 0 or starts[0] != 0:
+            starts = np.concatenate(([0], starts))  # a shard may begin in the middle of a document
+        ends = np.append(starts[1:], len(tokens))
+        documents = np.random.default_rng((self.seed, epoch, index)).permutation(len(starts))
+        return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
+
+
+def check_ids(tokens, vocab_size, path):
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise BadInput(f"{path} holds the id {int(tokens.max())}, but its tokenizer ends at {vocab_size - 1}: "
+                       "the folder mixes tokenizers; make the shards again with fineweb.py")
+
+
+def read_validation(shards, cfg, block_size, tokenizer):
+    """The first cfg.val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size)."""
+    rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
+    if rows < 1:
+        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {cfg.data}, and "
+                       f"--val_tokens is {cfg.val_tokens}; lower --block_size or make a larger val split")
+    tokens = ShardLoader(shards.val, tokenizer, seed=None).next(rows * block_size)
+    return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name contained in the GPU's
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
+    "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device):
+    """FLOP/s of bf16 matmuls on `device`, or None where the table does not say: MFU is n/a there, never a guess."""
+    if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+
+
+def compute_dtype(device):
+    """bf16 where the hardware has it. `is_bf16_supported` also says yes to emulation, so ask for the capability."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device):
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def pick_device(name, local_rank=0):
+    """--device -> torch.device. Raises BadInput if this machine has no such device."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+        raise BadInput(f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise BadInput(f"process {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
+                       "lower --nproc_per_node")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+class Processes:
+    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere).
+
+    rank, world: this process and how many there are. device: this process's. main: whether this is rank 0.
+    """
+
+    def __init__(self, device_name):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main, self.distributed = self.rank == 0, "RANK" in os.environ
+        self.device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum(self, values):
+        """Sum a list of numbers or scalar tensors over all processes -> list of float."""
+        total = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values]) \
+            if self.device.type == "mps" else torch.stack([torch.as_tensor(v, device=self.device).double() for v in values])
+        if self.distributed:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Rank 0 runs the block before the others do: what it downloads, they find."""
+        if not self.main:
+            self.barrier()
+        yield
+        if self.main:
+            self.barrier()
+
+    def barrier(self):
+        if self.distributed:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def close(self):
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+def pick_micro_batch(model, cfg, rows, processes):
+    """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
+
+    auto on cuda: run one and two sequences forward and backward, see what each more costs, and take the largest divisor
+    that leaves a tenth of the free memory after the optimizer's state. The probe runs the uncompiled model, which needs
+    more than the compiled one, so the estimate is safe. auto elsewhere: up to 8 sequences.
+    """
+    if cfg.micro_batch != "auto":
+        return cfg.micro_batch
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if processes.device.type != "cuda":
+        return max(n for n in divisors if n <= 8)
+
+    def peak(sequences):
+        idx = torch.zeros(sequences, model.config.block_size, dtype=torch.long, device=processes.device)
+        torch.cuda.reset_peak_memory_stats()
+        with autocast(processes.device):
+            model(idx, idx).backward()
+        return torch.cuda.max_memory_allocated()
+
+    peak(1)  # allocates the gradients, which stay
+    one, two = peak(1), peak(2)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    adam_state = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    fits = 1 + int((0.9 * free - adam_state - one) / max(two - one, 1))
+    choice = torch.tensor(max([n for n in divisors if n <= fits], default=1), device=processes.device)
+    if processes.distributed:
+        dist.all_reduce(choice, op=dist.ReduceOp.MIN)
+    return int(choice)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logging and checkpoints
+
+
+class Logger:
+    """Console, log.txt and TensorBoard of one run folder; `Logger.null()` stands in on other ranks."""
+
+    def __init__(self, folder, max_steps):
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only rank 0 pays
+        from tqdm import tqdm
+
+        self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.writer = SummaryWriter(folder, flush_secs=10)
+        self.bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
+
+    @staticmethod
+    def null():
+        class Null:
+            def __getattr__(self, name):
+                return lambda *args, **kwargs: None
+        return Null()
+
+    def say(self, text):
+        print(text, flush=True) if self.bar is None else self.bar.write(text)
+
+    def progress(self, step, text):
+        """The line of one step: a bar on a terminal, a plain line elsewhere."""
+        if self.bar is None:
+            self.say(f"step {step} | {text}")
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step + 1 - self.bar.n)
+
+    def record(self, step, kind, value):
+        """A line of log.txt: `step train|val|hella value`."""
+        self.file.write(f"{step} {kind} {value:.6f}\n")
+
+    def scalars(self, step, values):
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def text(self, step, tag, text):
+        self.writer.add_text(tag, text, step)
+
+    def hyperparameters(self, values):
+        """All settings, as a table under TEXT and, in this same run, under HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in values.items()}
+        self.text(0, "hyperparameters", "\n".join(["|flag|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in values.items()]))
+        for summary in hparams(plain, {"val/loss": 0.0, "eval/hellaswag": 0.0}):
+            self.writer.file_writer.add_summary(summary)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        self.writer.close()
+        self.file.close()
+
+
+def save_checkpoint(path, state):
+    """Write `state` (tensors, numbers, strings, dicts, lists) so that `path` is never half a checkpoint."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (GPT in evaluation mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is none.
+
+    The file is read with weights_only=True: nothing in a downloaded checkpoint can run.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"no checkpoint at {path}: name a ckpt_<step>.pt of a folder under log/")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+        tokenizer = load_tokenizer(state["tokenizer"])
+    except BadInput:
+        raise
+    except Exception as error:  # torch.load raises many kinds on a foreign or torn file
+        raise BadInput(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): "
+                       "try an earlier ckpt_<step>.pt") from error
+    return model.to(device).eval(), tokenizer, state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation and samples: always with the uncompiled module, whose shapes may change freely
+
+
+@torch.no_grad()
+def evaluate(model, rows, micro_batch, processes):
+    """Mean loss over validation rows x, y (rows, T), split over the processes.
+
+    Returns the total in nats and the count of tokens, so that the mean is the same for any number of processes.
+    """
+    model.eval()
+    x, y = (part[processes.rank::processes.world] for part in rows)
+    nats = torch.zeros((), dtype=torch.float64 if processes.device.type != "mps" else torch.float32, device=processes.device)
+    for i in range(0, len(x), micro_batch):
+        xb, yb = (torch.from_numpy(part[i:i + micro_batch]).to(processes.device) for part in (x, y))
+        with autocast(processes.device):
+            nats += model(xb, yb) * yb.numel()
+    model.train()
+    total, count = processes.sum([nats, y.size])
+    return total / count
+
+
+@torch.no_grad()
+def sample(model, tokenizer, cfg):
+    """Continue cfg.prompt cfg.samples times -> list of str, prompts included. Seeded; changes no other random state."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    ids = tokenizer.encode(cfg.prompt).tolist() or [tokenizer.eot]
+    idx = torch.tensor(ids, device=device).repeat(cfg.samples, 1)                       # (samples, T)
+    generator = torch.Generator(device=device).manual_seed(cfg.seed)
+    for _ in range(cfg.max_new_tokens):
+        with autocast(device):
+            logits = model(idx[:, -model.config.block_size:])[:, -1].float()            # (samples, vocab_size)
+        if cfg.temperature == 0:
+            new = logits.argmax(dim=-1, keepdim=True)
+        else:
+            top, ids = logits.topk(min(cfg.top_k or logits.size(-1), logits.size(-1)))
+            probs = F.softmax(top / cfg.temperature, dim=-1)
+            new = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+        idx = torch.cat((idx, new), dim=1)
+    model.train(training)
+    # an end of text ends the sample
+    start = 1 if not cfg.prompt else 0
+    rows = [row[start:] for row in idx.tolist()]
+    return [tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def plan(cfg, model_cfg, given, world):
+    """Check the flags against each other and the data, before anything is built. Returns (Shards, max_steps)."""
+    def need(condition, message):
+        if not condition:
+            raise BadInput(message)
+
+    if cfg.size:
+        for name, value in SIZES[cfg.size].items():
+            setattr(model_cfg, name, getattr(model_cfg, name) if name in given else value)
+    for config in (cfg, model_cfg):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "max_lr", "epochs", "max_steps",
+                     "micro_batch", "val_tokens"):
+            value = getattr(config, name, None)
+            need(value in (None, "auto") or value > 0, f"--{name} must be above zero, not {value}")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "hellaswag_every", "sample_every",
+                     "save_every", "seed"):
+            need(getattr(config, name, 0) >= 0, f"--{name} must not be negative")
+    c, T = model_cfg, model_cfg.block_size
+    need(c.n_embd % c.n_head == 0, f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
+    need(c.pos != "rope" or c.n_embd // c.n_head % 2 == 0, f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
+    need(0 <= c.dropout < 1, f"--dropout must be at least 0 and below 1, not {c.dropout}")
+    need(0 <= cfg.min_lr_frac <= 1, f"--min_lr_frac must be between 0 and 1, not {cfg.min_lr_frac}")
+    need(not {"epochs", "max_steps"} <= given, "--epochs and --max_steps both set the length: give one of them")
+    need(cfg.total_batch_size % (T * world) == 0,
+         f"--total_batch_size {cfg.total_batch_size} must be a multiple of --block_size {T} x {world} processes; "
+         f"{-(-cfg.total_batch_size // (T * world)) * T * world} is")
+    rows = cfg.total_batch_size // T // world
+    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0,
+         f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences a process has in a step "
+         f"(--total_batch_size {cfg.total_batch_size} / --block_size {T} / {world} processes)")
+
+    shards = Shards(cfg.data)
+    if "max_steps" not in given and "epochs" in given:
+        cfg.max_steps = None  # a preset's
+    max_steps = cfg.max_steps or int(cfg.epochs * shards.tokens["train"] / cfg.total_batch_size)
+    need(max_steps > 0, f"{cfg.data} holds {shards.tokens['train']:,} training tokens, {cfg.epochs:g} epochs of which "
+         f"are less than one step of {cfg.total_batch_size:,}: lower --total_batch_size or raise --epochs")
+    need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps")
+    return shards, max_steps
+
+
+def make_run_folder(cfg):
+    """Create log_dir/run. Raises BadInput if it exists with a run in it, or cannot be written."""
+    folder = Path(cfg.log_dir) / (cfg.run or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
+    if (folder / "config.json").exists():
+        raise BadInput(f"{folder} already holds a run: give another --run name, or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").touch()
+    except OSError as error:
+        raise BadInput(f"cannot write {folder} ({error.strerror}): give another --log_dir") from error
+    return folder
+
+
+def describe(cfg, model, shards, max_steps, micro_batch, processes):
+    """What is about to happen, in a few lines."""
+    counts, c, device = model.parameter_counts(), model.config, processes.device
+    rows = cfg.total_batch_size // c.block_size // processes.world
+    tokens = max_steps * cfg.total_batch_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return "\n".join([
+        f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token",
+        f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
+        f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
+        f"padded to {c.padded_vocab_size:,}",
+        f"length  {max_steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
+        f"({tokens / shards.tokens['train']:.2f} epochs), {tokens * model.flops_per_token():.2e} FLOPs",
+        f"batch   {micro_batch} sequences x {c.block_size} tokens x {rows // micro_batch} accumulation steps x "
+        f"{processes.world} processes",
+        f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
+    ])
+
+
+def main(argv):
+    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
+    shards, max_steps = plan(cfg, model_cfg, given, int(os.environ.get("WORLD_SIZE", 1)))
+    processes = Processes(cfg.device)
+    try:
+        train(cfg, model_cfg, shards, max_steps, processes)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BadInput(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
+    finally:
+        processes.close()
+
+
+def train(cfg, model_cfg, shards, max_steps, processes):
+    """The training loop. Only the training step itself is timed."""
+    device = processes.device
+    folder = make_run_folder(cfg) if processes.main else None
+    with processes.main_first():
+        tokenizer = load_tokenizer(shards.tokenizer)
+        examples = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+    model_cfg.vocab_size = tokenizer.vocab_size
+    questions = hellaswag.render(examples, tokenizer, model_cfg.block_size)
+    val_rows = read_validation(shards, cfg, model_cfg.block_size, tokenizer)
+    bytes_per_token = tokenizer.token_bytes()[val_rows[1]].sum() / val_rows[1].size
+    loader = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None)
+
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(cfg.seed)
+    raw_model = GPT(model_cfg).to(device)  # the plain module: evaluated, sampled from, saved
+    rows = cfg.total_batch_size // model_cfg.block_size // processes.world
+    micro_batch = pick_micro_batch(raw_model, cfg, rows, processes)
+    accumulation = rows // micro_batch
+    optimizer = make_optimizer(raw_model, cfg)
+    model = raw_model
+    if cfg.compile if cfg.compile is not None else device.type == "cuda":
+        model = torch.compile(model, dynamic=False)
+    if processes.distributed:
+        # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
+        names = inspect.signature(DDP).parameters
+        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **buffers)
+    torch.manual_seed(cfg.seed + processes.rank)  # dropout differs between processes
+
+    settings = dataclasses.asdict(cfg) | dataclasses.asdict(model_cfg)
+    log = Logger.null()
+    if processes.main:
+        config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": max_steps,
+                  "micro_batch": micro_batch, "world": processes.world, "tokenizer": tokenizer.name,
+                  "command": " ".join([os.path.basename(sys.executable), *sys.argv]), "torch": torch.__version__,
+                  "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.copy(__file__, folder / "train_gpt2.py")  # the code that made the run
+        log = Logger(folder, max_steps)
+        log.say(describe(cfg, raw_model, shards, max_steps, micro_batch, processes))
+        log.hyperparameters(settings)
+
+    parts, parameters = gradient_groups(raw_model), list(raw_model.parameters())
+    peak, flops_per_step = peak_flops(device), raw_model.flops_per_token() * cfg.total_batch_size
+    sampling = SampleConfig(prompt=cfg.sample_prompt)
+    seconds = []  # of the steps so far
+
+    for step in range(max_steps + 1):
+        last = step == max_steps
+
+        def due(every, step=step, last=last):
+            return every and (step % every == 0 or last)
+
+        if due(cfg.eval_every):
+            loss = evaluate(raw_model, val_rows, micro_batch, processes)
+            bpb = loss / math.log(2) / bytes_per_token
+            log.say(f"step {step} | val loss {loss:.4f} | {bpb:.4f} bits per byte")
+            log.record(step, "val", loss)
+            log.scalars(step, {"val/loss": loss, "val/bpb": bpb})
+
+        if due(cfg.hellaswag_every):
+            raw_model.eval()
+            with autocast(device):
+                scores = hellaswag.evaluate(raw_model, questions, device, processes.rank, processes.world)
+            raw_model.train()
+            n, _, correct = processes.sum(scores[:3])
+            log.say(f"step {step} | HellaSwag acc_norm {int(correct)}/{int(n)} = {correct / n:.4f}")
+            log.record(step, "hella", correct / n)
+            log.scalars(step, {"eval/hellaswag": correct / n})
+
+        if processes.main and due(cfg.sample_every) and step > 0:
+            texts = sample(raw_model, tokenizer, sampling)
+            log.say("\n".join(f"> {text!r}" for text in texts))
+            log.text(step, "samples", "\n\n".join(f"    {text}" for text in texts))
+
+        if processes.main and step > 0 and due(cfg.save_every or max_steps):
+            path = folder / f"ckpt_{step:05d}.pt"
+            save_checkpoint(path, {
+                "step": step, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "loader": loader.state_dict(), "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "model_config": dataclasses.asdict(model_cfg), "train_config": dataclasses.asdict(cfg),
+                "max_steps": max_steps, "tokenizer": tokenizer.spec,
+            })
+            log.say(f"step {step} | saved {path}")
+        if last:
+            break
+
+        # one update: `accumulation` micro-batches of this process's share of the global batch
+        started = time.perf_counter()
+        tokens = loader.next(cfg.total_batch_size)
+        mine = slice(processes.rank * rows, (processes.rank + 1) * rows)
+        x, y = (torch.from_numpy(part.reshape(-1, model_cfg.block_size)[mine]) for part in (tokens[:-1], tokens[1:]))
+        if device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)         # (rows, T) each
+        loss_sum = torch.zeros((), device=device)
+        for i in range(accumulation):
+            # gradients are exchanged with the last micro-batch only; DDP decides that in forward
+            wait = processes.distributed and i < accumulation - 1
+            with model.no_sync() if wait else contextlib.nullcontext():
+                with autocast(device):
+                    loss = model(*(part[i * micro_batch:(i + 1) * micro_batch] for part in (x, y))) / accumulation
+                loss.backward()
+            loss_sum += loss.detach()
+        if processes.distributed:
+            dist.all_reduce(loss_sum)
+        norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
+        norm = norms.norm()
+        if cfg.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
+        lr = get_lr(step, cfg, max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss, norm, *norms = torch.stack([loss_sum / processes.world, norm, *norms]).tolist()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+
+        if processes.main:
+            recent = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
+            rate = cfg.total_batch_size / seconds[-1]
+            mfu = flops_per_step / seconds[-1] / peak / processes.world if peak else None
+            left = time.strftime("%H:%M:%S", time.gmtime(recent * (max_steps - step - 1)))
+            log.record(step, "train", loss)
+            log.scalars(step, {"train/loss": loss, "lr": lr, "grad_norm": norm, "perf/tok_per_sec": rate})
+            log.scalars(step, {f"grad_norm/{name}": value for name, value in zip(parts, norms)})
+            if mfu is not None:
+                log.scalars(step, {"perf/mfu": mfu})
+            if device.type == "cuda":
+                log.scalars(step, {"perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9})
+            log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {seconds[-1] * 1e3:.0f} ms | "
+                         f"{rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | ETA {left}")
+            if step + 1 == min(10, max_steps):
+                log.say(f"predicted: {recent * max_steps / 60:.1f} minutes of training steps")
+
+    log.say(f"done: watch it with `tensorboard --logdir {cfg.log_dir}`, sample again with "
+            f"`python generate.py --checkpoint {folder}/ckpt_{max_steps:05d}.pt`")
+    log.close()
+
+
+if __name__ == "__main__":
+    run(main)
