@@ -624,12 +624,14 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self):
-        """Rank 0 runs the block before the others do: what it downloads, they find."""
+        """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too."""
         if not self.main:
             self.barrier()
-        yield
-        if self.main:
-            self.barrier()
+        try:
+            yield
+        finally:
+            if self.main:
+                self.barrier()
 
     def barrier(self):
         if self.distributed:
@@ -895,19 +897,19 @@ def describe(cfg, model, shards, max_steps, micro_batch, processes):
 def main(argv):
     (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     shards, max_steps = plan(cfg, model_cfg, given, int(os.environ.get("WORLD_SIZE", 1)))
+    folder = make_run_folder(cfg) if os.environ.get("RANK", "0") == "0" else None
     processes = Processes(cfg.device)
     try:
-        train(cfg, model_cfg, shards, max_steps, processes)
+        train(cfg, model_cfg, shards, max_steps, processes, folder)
     except torch.cuda.OutOfMemoryError as error:
         raise BadInput(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
     finally:
         processes.close()
 
 
-def train(cfg, model_cfg, shards, max_steps, processes):
+def train(cfg, model_cfg, shards, max_steps, processes, folder):
     """The training loop. Only the training step itself is timed."""
     device = processes.device
-    folder = make_run_folder(cfg) if processes.main else None
     with processes.main_first():
         tokenizer = load_tokenizer(shards.tokenizer)
         examples = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
