@@ -4,6 +4,24 @@ PYTHON ?= python3
 BIN = .venv/bin
 ARGS ?=
 
+# A rented box often brings a torch built for its driver: where the Python at hand has one in range, the venv sees that
+# Python's packages (behind its own), and pip finds torch installed instead of downloading gigabytes. A path file does this
+# for a system Python, conda and a venv alike; --system-site-packages would miss the packages of a venv.
+define FIND_TORCH
+import pathlib, subprocess, sys
+try:
+    import torch
+    version = tuple(int(n) for n in torch.__version__.split('+')[0].split('.'))
+except (ImportError, ValueError):
+    sys.exit()
+if (2, 11, 0) <= version <= (2, 13, 0):
+    site = subprocess.check_output([sys.argv[1], '-c', 'import sysconfig; print(sysconfig.get_path(\"purelib\"))'], text=True)
+    folders = [p for p in sys.path if p.endswith(('site-packages', 'dist-packages'))]
+    pathlib.Path(site.strip(), 'box.pth').write_text('\n'.join(folders) + '\n')
+    print('keeping torch', torch.__version__, 'of', sys.executable)
+endef
+export FIND_TORCH
+
 # The venv's torchrun starts the venv's Python (a box's own would start the box's), and puts -- before the script: without
 # it, torchrun under Python 3.11 and older takes our --run for an abbreviation of its own --run_path.
 define TORCHRUN
@@ -37,12 +55,10 @@ lint: $(BIN)/.dev
 clean:
 	rm -rf .venv docstrings
 
-# A rented box often brings a torch built for its driver: the venv keeps it instead of downloading gigabytes.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...'; exit 2; }
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(not (2, 11) <= tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) <= (2, 13))' 2>/dev/null; \
-	then echo 'keeping the torch of $(PYTHON)'; $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi \
-	|| { rm -rf .venv; echo 'cannot make .venv: on Debian and Ubuntu, apt-get install python3-venv'; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'cannot make .venv: on Debian and Ubuntu, apt-get install python3-venv'; exit 2; }
+	@$(PYTHON) -c "$$FIND_TORCH" $(BIN)/python
 
 $(BIN)/.main: $(BIN)/python requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

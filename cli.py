@@ -31,15 +31,15 @@ def flag(default, help):
 
 
 def run(main):
-    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its message and 130."""
     try:
         main(sys.argv[1:])
     except BadInput as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every process meets the same bad input: say it once
             print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -84,7 +84,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _show(value):
-    return " ".join(value) if isinstance(value, tuple) else "on" if value is True else "off" if value is False else value
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _argument(hint):
@@ -94,13 +96,17 @@ def _argument(hint):
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:  # tuple[str, ...]
-        return {"nargs": "+", "type": typing.get_args(hint)[0], "action": _Tuple}
+        return {"nargs": "+", "type": _scalar(typing.get_args(hint)[0]), "action": _Tuple}
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         if len(kinds) == 1:  # str | None, Literal[...] | None
             return _argument(kinds[0])
         return {"type": _union(kinds)}  # int | Literal["auto"]
-    return {"type": _integer if hint is int else hint}
+    return {"type": _scalar(hint)}
+
+
+def _scalar(kind):
+    return _integer if kind is int else kind
 
 
 class _Tuple(argparse.Action):
@@ -114,7 +120,7 @@ def _integer(text):
         return int(text)
     except ValueError:
         value = float(text)
-        if value != int(value):
+        if not value.is_integer():  # also inf and nan
             raise ValueError(text) from None
         return int(value)
 
@@ -127,7 +133,7 @@ def _union(kinds):
     plain = [kind for kind in kinds if kind in (int, float, str)]
 
     def convert(text):
-        return text if text in words else (_integer if plain[0] is int else plain[0])(text)
+        return text if text in words else _scalar(plain[0])(text)
 
-    convert.__name__ = " or ".join([kind.__name__ for kind in plain] + words)
+    convert.__name__ = " or ".join([_scalar(kind).__name__ for kind in plain] + words)
     return convert

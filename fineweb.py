@@ -13,6 +13,7 @@ how processes start. An interrupted run continues after its last whole shard whe
 
 import ast
 import errno
+import gc
 import glob
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import os
 import sys
 import sysconfig
 import time
+import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ from cli import BadInput, flag, parse, run
 from tokenizer import load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # `datasets`' loaders
-COMPRESSED = (".gz", ".zst")
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
+FORMATS = tuple(f"{end}{packed}" for end in BUILDERS for packed in ("", ".gz", ".zst"))
 BATCH_ROWS = 64              # documents a thread encodes at a time
 TXT_LINES = 4096             # lines of a .txt a thread encodes at a time
 BPE_TEXT = 100_000_000       # characters a BPE is trained on, at most
@@ -60,6 +62,8 @@ def main(argv):
     (cfg,), given = parse((Config,), argv, __doc__)
     check(cfg, given)
     out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file: name a folder")
     meta = read_meta(out, cfg)
     if meta.get("complete"):
         print(f"{out}/ is complete: {summary(meta)}")
@@ -67,7 +71,7 @@ def main(argv):
     try:
         out.mkdir(parents=True, exist_ok=True)
         source = Source(cfg, out)
-        tokenizer = find_tokenizer(cfg, out, source)
+        tokenizer = find_tokenizer(cfg, out, source, meta)
         write_shards(cfg, out, source, tokenizer, meta)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -85,7 +89,7 @@ def check(cfg, given):
             raise BadInput(f"--{field} must be at least 1, not {getattr(cfg, field)}")
     if cfg.val_tokens is not None and cfg.val_tokens < 0:
         raise BadInput(f"--val_tokens must not be negative, not {cfg.val_tokens}")
-    if cfg.tokenizer.startswith("bpe:") and not cfg.tokenizer[4:].isdigit():
+    if cfg.tokenizer.startswith("bpe:") and not cfg.tokenizer[4:].isdecimal():
         raise BadInput(f"--tokenizer {cfg.tokenizer}: write bpe:<number of ids>, for instance bpe:4096")
     if cfg.source == (FINEWEB_EDU,) and not cfg.docstrings:
         cfg.name = cfg.name or "sample-10BT"
@@ -156,12 +160,11 @@ def summary(meta):
 class Batch:
     """Documents in order. continues: the first is the rest of a document that began in an earlier batch.
 
-    after: where the source stands behind this batch, JSON. skipped: rows left out so far, since the very start.
+    after: where the source stands behind this batch, JSON; `skipped` in it counts the rows left out since the very start.
     """
     texts: list
     continues: bool
     after: dict
-    skipped: int
 
 
 class Source:
@@ -175,80 +178,113 @@ class Source:
             self.parts = [part for source in cfg.source for part in find_parts(source)]
 
     def batches(self, start=None):
-        start = start or {"part": 0, "state": None, "skipped": 0, "continues": False}
+        start = start or {"part": 0, "path": self.parts[0], "state": None, "skipped": 0}
         skipped = start["skipped"]
-        for index in range(start["part"], len(self.parts)):
-            part, at_start = self.parts[index], index == start["part"]
-            is_txt = part.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
-            continues = is_txt and at_start and start["continues"]
+        if start["path"] not in self.parts[start["part"]:start["part"] + 1]:
+            raise BadInput(f"the files of --source have changed: {start['path']} stood at place {start['part'] + 1} "
+                           "among them; put them back, or give another --out")
+        for index, part in enumerate(self.parts[start["part"]:], start["part"]):
+            state = start["state"] if index == start["part"] else None
+            is_txt = builder_of(part) == "text"
+            continues = is_txt and state is not None
             try:
-                dataset = self._open(part)
-                if at_start and start["state"]:
-                    dataset.load_state_dict(start["state"])
-                for table in dataset.iter(batch_size=TXT_LINES if is_txt else BATCH_ROWS):
-                    rows = self._texts(table, dataset, part)
-                    texts = ["".join(rows)] if is_txt else [text for text in rows if isinstance(text, str) and text.strip()]
-                    skipped += 0 if is_txt else len(rows) - len(texts)
-                    after = {"part": index, "state": dataset.state_dict(), "skipped": skipped, "continues": True}
-                    yield Batch(texts, continues, after, skipped)
+                for rows, after in (read_txt if is_txt else self._read_rows)(self._open(part), part, state):
+                    texts = [row for row in rows if isinstance(row, str) and (continues or row.strip())]
+                    skipped += len(rows) - len(texts)
+                    yield Batch(texts, continues, {"part": index, "path": part, "state": after, "skipped": skipped})
                     continues = is_txt
-            except (BadInput, GeneratorExit, KeyboardInterrupt):
+            except BadInput:
                 raise
-            except Exception as error:  # pyarrow, json, zstd, fsspec and the hub each raise their own
-                raise BadInput(f"cannot read {part} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
-                               "repair or leave out the file; the shards already written stay") from error
+            except StopIteration:  # what `datasets` makes of a JSON file without rows
+                continue
+            except Exception as error:  # pyarrow, pandas, gzip, fsspec and the hub each raise their own
+                cause = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise BadInput(f"cannot read {part} ({cause}): mend it and give the same command again; "
+                               "the shards already written stay") from error
 
     def _open(self, part):
-        """One file, or a dataset of the hub, as a stream of arrow tables."""
+        """A local file, or a dataset of the hub, as a streaming dataset of arrow tables."""
         if sys.version_info < (3, 14):
             _register_zstd()
         import datasets
 
-        datasets.utils.logging.set_verbosity_error()
-        stem = part.removesuffix(".gz").removesuffix(".zst")
-        builder = BUILDERS.get(Path(stem).suffix) if os.path.exists(part) else None
-        options = {"sample_by": "line", "keep_linebreaks": True} if builder == "text" else {}
+        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs is raised as well
+        builder = builder_of(part)
+        options = {"parquet": {"batch_size": 16 * BATCH_ROWS}, "text": {"keep_linebreaks": True}}.get(builder, {})
         try:
             if builder:
-                dataset = datasets.load_dataset(builder, data_files=[part], split="train", streaming=True, **options)
+                dataset = datasets.load_dataset(builder, data_files=[glob.escape(part)], split="train", streaming=True, **options)
             else:
                 dataset = datasets.load_dataset(part, self.name, split="train", streaming=True)
         except Exception as error:
             if builder:
                 raise
-            raise BadInput(f"cannot reach the dataset {part} ({type(error).__name__}): it is no local file or folder, and the "
-                           "hub does not answer or does not have it; check the name, or give local files") from error
+            raise BadInput(f"cannot reach the dataset {part} ({type(error).__name__}): it is no local file or folder, and "
+                           "the hub does not answer or does not have it; check the name, or give local files") from error
         return dataset.with_format("arrow")
 
-    def _texts(self, table, dataset, part):
-        column = "text" if part.endswith(".txt") else self.column
-        if column not in table.column_names:
-            raise BadInput(f"{part} has no column {column}: name one of {', '.join(table.column_names)} by --text_column")
-        values = table[column].to_pylist()
-        kind = (dataset.features or {}).get(column)
-        if type(kind).__name__ == "Json":  # rows of mixed types: `datasets` hands each one over as JSON
-            values = [json.loads(value) if value is not None else None for value in values]
-        return values
+    def _read_rows(self, dataset, part, state):
+        """-> stream of (values of --text_column, state of `datasets` behind them)."""
+        if state:
+            dataset.load_state_dict(state)
+        for table in dataset.iter(batch_size=BATCH_ROWS):
+            if self.column not in table.column_names:
+                raise BadInput(f"{part} has no column {self.column}: name one of {', '.join(table.column_names) or '(none)'} "
+                               "by --text_column")
+            values = table[self.column].to_pylist()
+            if str(table.schema.field(self.column).type) == "extension<arrow.json>":  # how rows of mixed types come
+                values = [json.loads(value) if value is not None else None for value in values]
+            yield values, dataset.state_dict()
+
+
+def read_txt(dataset, part, state):
+    """A text file, one document -> stream of ([its next piece], [state of `datasets`, lines behind it]).
+
+    It is cut where a line begins with a letter or digit and the line above is not blank: every tiktoken encoding splits
+    there whatever stands further left and right, so the pieces give the ids of the whole.
+    """
+    before, skip = state or (None, 0)
+    if before:
+        dataset.load_state_dict(before)
+    kept = []  # lines behind the last cut
+    for table in dataset.iter(batch_size=TXT_LINES):
+        lines = kept + table["text"].to_pylist()[skip:]
+        places = range(len(lines) - 1, len(kept), -1)
+        cut = next((i for i in places if lines[i][:1].isalnum() and lines[i - 1].rstrip("\r\n")[-1:].strip()), None)
+        if cut is None and len(lines) > 64 * TXT_LINES:
+            cut = len(lines)  # no such place: cut anyway rather than fill the memory
+        if cut is not None:
+            yield ["".join(lines[:cut])], [before, skip + cut - len(kept)]
+        kept = lines[cut or 0:]
+        before, skip = dataset.state_dict(), 0
+    if kept or not before:
+        yield ["".join(kept)], [before, 0]
+
+
+def builder_of(part):
+    """The loader of `datasets` for a local file; None for a dataset of the hub."""
+    return BUILDERS[Path(part.removesuffix(".gz").removesuffix(".zst")).suffix] if os.path.exists(part) else None
 
 
 def find_parts(source):
     """A --source word -> files to read, or the dataset id itself. BadInput if a path holds nothing that can be read."""
-    names = [f"{end}{packed}" for end in BUILDERS for packed in ("", *COMPRESSED)]
     if os.path.isdir(source):
-        files = sorted(str(p) for p in Path(source).rglob("*") if p.name.endswith(tuple(names)))
-    elif os.path.exists(source) or glob.has_magic(source) or source.endswith(tuple(names)):
-        files = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
+        files = sorted(str(path) for path in Path(source).rglob("*") if path.name.endswith(FORMATS))
+    elif os.path.exists(source):
+        files = [source]
+    elif glob.has_magic(source):
+        files = sorted(path for path in glob.glob(source, recursive=True) if not os.path.isdir(path))
+    elif source.endswith(FORMATS):
+        files = []
     else:
         return [source]
-    missing = [f for f in files if not os.path.isfile(f)]
-    if not files or missing:
-        raise BadInput(f"no file {(missing or [source])[0]}: --source takes parquet, jsonl(.gz|.zst) and txt")
-    wrong = [f for f in files if not f.endswith(tuple(names))]
-    if wrong:
-        raise BadInput(f"cannot tell what {wrong[0]} is: --source takes parquet, jsonl(.gz|.zst) and txt")
-    unreadable = [f for f in files if not os.access(f, os.R_OK)]
-    if unreadable:
-        raise BadInput(f"no permission to read {unreadable[0]}: change it or leave the file out")
+    if not files:
+        raise BadInput(f"no file {source}: --source takes parquet, jsonl(.gz|.zst) and txt")
+    for file in files:
+        if not file.endswith(FORMATS):
+            raise BadInput(f"cannot tell what {file} is: --source takes parquet, jsonl(.gz|.zst) and txt")
+        if not os.access(file, os.R_OK):
+            raise BadInput(f"no permission to read {file}: change it or leave the file out")
     return files
 
 
@@ -298,14 +334,14 @@ def extract_docstrings(out):
 # Encoding and writing
 
 
-def find_tokenizer(cfg, out, source):
+def find_tokenizer(cfg, out, source, meta):
     """The --tokenizer; bpe:<n> is trained on the source once and kept in the folder as tokenizer.json."""
     kept = out / "tokenizer.json"
-    if kept.exists():
-        return load_tokenizer(str(kept))
+    if meta:  # a tokenizer.json without meta.json may be of a run with other settings that came to no shard
+        return load_tokenizer(str(kept) if meta["tokenizer"] == kept.name else meta["tokenizer"])
     if not cfg.tokenizer.startswith("bpe:"):
         tokenizer = load_tokenizer(cfg.tokenizer)
-        if tokenizer.spec != tokenizer.name:
+        if tokenizer.is_trained:
             tokenizer.save(kept)
         return tokenizer
 
@@ -326,23 +362,30 @@ def find_tokenizer(cfg, out, source):
 def encode(batch, tokenizer, dtype):
     """A Batch -> its ids, the end-of-text id before each document."""
     eot = np.array([tokenizer.eot])
-    pieces = [piece for text in batch.texts for piece in (eot, tokenizer.encode(text))][batch.continues:]
-    return np.concatenate([np.empty(0, dtype), *pieces]).astype(dtype)
+    pieces = [piece for text in batch.texts for piece in (eot, tokenizer.encode(text))]
+    return np.concatenate([np.empty(0, dtype), *pieces[1 if batch.continues else 0:]]).astype(dtype)
 
 
 def encoded(batches, tokenizer, dtype, workers):
     """Stream of (Batch, its ids), in order; a bounded number of batches is in work at a time."""
-    executor, waiting = ThreadPoolExecutor(workers), deque()
+    executor, waiting, failure = ThreadPoolExecutor(workers), deque(), None
     try:
-        for batch in batches:
-            waiting.append((batch, executor.submit(encode, batch, tokenizer, dtype)))
-            if len(waiting) > 3 * workers:
-                batch, future = waiting.popleft()
-                yield batch, future.result()
+        try:
+            for batch in batches:
+                waiting.append((batch, executor.submit(encode, batch, tokenizer, dtype)))
+                if len(waiting) > 3 * workers:
+                    batch, future = waiting.popleft()
+                    yield batch, future.result()
+        except BadInput as error:  # a damaged file: what stands before the damage still goes into shards
+            failure = error
         while waiting:
             batch, future = waiting.popleft()
             yield batch, future.result()
+        if failure:
+            raise failure
     finally:
+        batches.close()
+        gc.collect()  # an unfinished parquet reader must go before the interpreter, or pyarrow aborts (arrow issue 45214)
         executor.shutdown(cancel_futures=True)
 
 
@@ -357,7 +400,7 @@ class Writer:
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self.sizes = tokenizer.token_bytes()
         self.meta = meta or {
-            "tokenizer": "tokenizer.json" if (out / "tokenizer.json").exists() else tokenizer.spec,
+            "tokenizer": "tokenizer.json" if tokenizer.is_trained else tokenizer.spec,
             "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "dtype": np.dtype(self.dtype).name,
             "splits": {split: {"shards": 0, "tokens": 0, "documents": 0, "bytes": 0} for split in ("val", "train")},
             "skipped_rows": 0, "settings": settings(cfg), "complete": False, "resume": {"source": None, "drop": 0}}
@@ -368,87 +411,94 @@ class Writer:
         return sum(split["tokens"] for split in self.meta["splits"].values())
 
     @property
-    def room(self):
-        """Tokens the shard in work takes: the first one is the validation shard."""
-        return self.val_size if self.val_size and not self.meta["splits"]["val"]["shards"] else self.shard_size
+    def shard(self):
+        """(split, tokens) of the shard in work: the first one is the validation shard."""
+        is_val = self.val_size and not self.meta["splits"]["val"]["shards"]
+        return ("val", self.val_size) if is_val else ("train", self.shard_size)
 
-    def add(self, ids, before, skipped):
-        """Take the ids of one batch; `before` is where the source stood in front of it."""
-        used = 0
-        while len(ids) - used >= self.room - self.count:
-            take = self.room - self.count
-            self.pieces.append(ids[used:used + take])
-            used += take
-            self._write("val" if self.room == self.val_size and not self.meta["splits"]["val"]["shards"] and self.val_size
-                        else "train", np.concatenate(self.pieces), {"source": before, "drop": used}, skipped)
-            self.pieces, self.count = [], 0
+    def add(self, ids, used, before):
+        """Take the ids of one batch behind the first `used`; `before` is where the source stood in front of the batch."""
+        split, size = self.shard
+        while len(ids) - used >= size - self.count:
+            end = used + size - self.count
+            self._write(split, np.concatenate([*self.pieces, ids[used:end]]), {"source": before, "drop": end})
+            self.pieces, self.count, used = [], 0, end
+            split, size = self.shard
         self.pieces.append(ids[used:])
         self.count += len(ids) - used
 
-    def finish(self, skipped):
+    def finish(self):
         """Write what is left as the last shard. A source that never filled the first shard gives a tenth to validation."""
         splits = self.meta["splits"]
         rest = np.concatenate([np.empty(0, self.dtype), *self.pieces])
         if not len(rest) and not self.written:
             raise BadInput("the source holds no documents: nothing was written; check --source and --text_column "
-                           f"({skipped:,} rows were empty or not text)")
+                           f"({self.meta['skipped_rows']:,} rows were empty or not text)")
         if self.val_size and not splits["val"]["shards"]:
             if self.val_given:
                 raise BadInput(f"the source holds {len(rest):,} tokens, fewer than --val_tokens {self.val_size:,}: lower it")
             starts = np.flatnonzero(rest == self.tokenizer.eot)  # cut between two documents if there is a good place
-            near = starts[(starts >= len(rest) // 10) & (starts <= len(rest) // 5)]
-            cut = int(near[0]) if len(near) else len(rest) // 10
-            self._write("val", rest[:cut], {"source": None, "drop": cut}, skipped)
+            tenth = max(len(rest) // 10, 1)
+            near = starts[(starts >= tenth) & (starts <= 2 * tenth)]
+            cut = int(near[0]) if len(near) else tenth
+            self._write("val", rest[:cut], {"source": None, "drop": cut})
             rest = rest[cut:]
         if len(rest):
-            self._write("train", rest, None, skipped)
-        self.meta |= {"complete": True, "resume": None, "skipped_rows": skipped}
+            self._write("train", rest, None)
+        self.meta |= {"complete": True, "resume": None}
         write_meta(self.out, self.meta)
 
-    def _write(self, split, ids, resume, skipped):
+    def _write(self, split, ids, resume):
+        """Write one shard. resume: the next begins `drop` ids behind the place `source`; None behind the very last one."""
+        if not self.written:  # a run killed behind its very first shard must find whose it is
+            write_meta(self.out, self.meta)
         stats, index = self.meta["splits"][split], sum(s["shards"] for s in self.meta["splits"].values())
 
         def save(path):
-            with open(path, "wb") as file:
-                np.save(file, ids)
+            with open(path, "wb") as file:  # np.save would hide the errno of a full disk
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
+                file.write(ids)
 
-        replace(self.out / f"{self.prefix}_{split}_{index:06d}.npy", save)
+        name = f"{self.prefix}_{split}_{index:06d}.npy"
+        replace(self.out / name, save)
         counts = sum(np.bincount(ids[i:i + 2**20], minlength=self.tokenizer.vocab_size) for i in range(0, len(ids), 2**20))
         stats["shards"] += 1
         stats["tokens"] += len(ids)
         stats["documents"] += int(counts[self.tokenizer.eot])
         stats["bytes"] += int(counts @ self.sizes)
-        self.meta |= {"resume": resume, "skipped_rows": skipped}
+        self.meta |= {"resume": resume, "complete": resume is None}
         write_meta(self.out, self.meta)
+        tqdm.write(f"{name}: {self.written:,} tokens so far")
 
 
 def write_shards(cfg, out, source, tokenizer, meta):
     """The whole job: read, encode, write, say how far it is; continue where `meta` says an earlier run stopped."""
     writer = Writer(cfg, out, tokenizer, meta)
-    resume = writer.meta["resume"]
-    before, drop, skipped = resume["source"], resume["drop"], writer.meta["skipped_rows"]
+    before, drop = writer.meta["resume"]["source"], writer.meta["resume"]["drop"]
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
     known = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}.get(cfg.name)
     total = min(filter(None, (cfg.max_tokens, known)), default=None)
     stream = encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)
     documents, started = 0, time.perf_counter()
-    bar = tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0)
+    bar = tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0,
+               disable=None)  # None: no bar where nobody watches a terminal
     try:
         for batch, ids in stream:
-            ids, drop = ids[drop:], max(drop - len(ids), 0)
-            left = None if cfg.max_tokens is None else cfg.max_tokens - writer.written - writer.count
-            writer.add(ids[:left], before, batch.skipped)
-            before, skipped = batch.after, batch.skipped
+            used = min(drop, len(ids))  # the first of these ids are in shards already
+            end = None if cfg.max_tokens is None else used + cfg.max_tokens - writer.written - writer.count
+            writer.meta["skipped_rows"] = batch.after["skipped"]
+            writer.add(ids[:end], used, before)
+            before, drop = batch.after, drop - used
             documents += len(batch.texts)
-            bar.update(len(ids))
+            bar.update(len(ids) - used)
             bar.set_postfix_str(f"{documents:,} documents", refresh=False)
-            if left is not None and left <= len(ids):
+            if end is not None and end <= len(ids):
                 break
-        writer.finish(skipped)
-    except KeyboardInterrupt:
-        bar.close()
-        sys.exit(f"stopped: {writer.written:,} tokens are in whole shards in {out}/; the same command continues there")
+        writer.finish()
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
+        raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; the same command continues after them") from None
     finally:
         stream.close()
         bar.close()

@@ -21,8 +21,10 @@ def main(argv):
     if cfg.checkpoint is None:
         raise BadInput("name a --checkpoint, for instance one under log/")
     for name, low in (("samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(sampling, name) < low:
+        if not getattr(sampling, name) >= low:  # nan, too
             raise BadInput(f"--{name} must be at least {low}, not {getattr(sampling, name)}")
+    if not 0 <= sampling.seed < 2**63:  # what torch takes
+        raise BadInput(f"--seed must be at least 0 and below 2^63, not {sampling.seed}")
     model, tokenizer, _ = load_checkpoint(cfg.checkpoint, pick_device(cfg.device))
     for text in sample(model, tokenizer, sampling):
         print(f"{text}\n---")

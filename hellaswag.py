@@ -47,20 +47,30 @@ def load(path=None):
     path = Path(path) if path else _download(Path("hellaswag/hellaswag_val.jsonl"))
     items = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            item = json.loads(line)
-            whole = isinstance(item, dict) and isinstance(item.get("ctx"), str) and item.get("label") in range(4)
-            if not whole or len(item["endings"]) != 4 or not all(isinstance(e, str) and e for e in item["endings"]):
-                raise ValueError("no ctx, four endings and label")
-            items.append(item)
+        with open(path, encoding="utf-8") as file:  # by newlines alone: JSON may hold what str.splitlines splits at
+            for line in file:
+                items.append(_check(json.loads(line)))
     except OSError as error:
         raise BadInput(f"cannot read {path} ({error.strerror}): name hellaswag_val.jsonl") from error
-    except (ValueError, KeyError, TypeError) as error:
-        where = f"{path}, line {len(items) + 1}" if items else str(path)
-        raise BadInput(f"{where} is no HellaSwag item ({error}): delete the file to download it again") from error
+    except ValueError as error:
+        raise BadInput(f"{path}, line {len(items) + 1} is no HellaSwag item ({error}): delete the file to download it "
+                       "again") from error
     if not items:
         raise BadInput(f"{path} holds no HellaSwag items: delete the file to download it again")
     return items
+
+
+def _check(item):
+    """The item itself. Raises ValueError if it is none."""
+    def texts(values):
+        return all(isinstance(value, str) and value for value in values)
+
+    whole = isinstance(item, dict) and texts([item.get("ctx")]) and isinstance(item.get("endings"), list)
+    if not whole or len(item["endings"]) != 4 or not texts(item["endings"]) or item.get("label") not in range(4):
+        raise ValueError("no ctx, four endings and label")
+    if not all(isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
+        raise ValueError("activity_label, ctx_a and ctx_b must be text")
+    return item
 
 
 def _download(path):
@@ -81,7 +91,8 @@ def render(items, tokenizer, block_size, style="completion"):
     """Items -> list of (label, four rows), a row being (token ids, tokens of the ending, characters of the ending).
 
     style "completion" is build-nanogpt's: the context, a space, the ending, each encoded by itself.
-    style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness, tasks/hellaswag).
+    style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness, tasks/hellaswag);
+    items need an activity_label for it.
     A row longer than block_size loses the beginning of its context.
     """
     def encode(text):
@@ -91,7 +102,7 @@ def render(items, tokenizer, block_size, style="completion"):
     for item in items:
         context, endings = item["ctx"], item["endings"]
         if style == "lm_eval":
-            if "ctx_a" in item:  # the original file; a cleaned one may hold ctx alone
+            if "ctx_a" in item and "ctx_b" in item:  # the original file; a cleaned one may hold ctx alone
                 context = item["ctx_a"] + " " + item["ctx_b"].capitalize()
             context, endings = _clean(f"{item['activity_label']}: {context}"), [_clean(e) for e in endings]
         context, rows = encode(context), []
@@ -147,8 +158,7 @@ def main(argv):
         raise BadInput("name either --checkpoint or --model")
     if cfg.limit is not None and cfg.limit < 1:
         raise BadInput(f"--limit must be at least 1, not {cfg.limit}")
-    processes = train_gpt2.Processes(cfg.device)
-    try:
+    with train_gpt2.Processes(cfg.device) as processes:
         with processes.main_first():
             items = load(cfg.file)[:cfg.limit]
             if cfg.checkpoint:
@@ -157,7 +167,10 @@ def main(argv):
                 model = train_gpt2.GPT.from_pretrained(cfg.model).to(processes.device).eval()
                 tokenizer = load_tokenizer("gpt2")
         started, results = time.perf_counter(), {}
-        for style, names in (("completion", {"acc": 1, "acc_norm": 2}), ("lm_eval", {"lm_eval_acc_norm": 3})):
+        styles = {"completion": {"acc": 1, "acc_norm": 2}, "lm_eval": {"lm_eval_acc_norm": 3}}
+        if not all("activity_label" in item for item in items):
+            del styles["lm_eval"]
+        for style, names in styles.items():
             rendered = render(items, tokenizer, model.config.block_size, style)
             with train_gpt2.autocast(processes.device):
                 counts = processes.sum(evaluate(model, rendered, processes.device, processes.rank, processes.world))
@@ -165,9 +178,9 @@ def main(argv):
         if processes.main:
             for name, right in results.items():
                 print(f"{name} {int(right)}/{int(counts[0])} = {right / counts[0]:.4f}")
+            if "lm_eval" not in styles:
+                print("lm_eval_acc_norm n/a: an item has no activity_label")
             print(f"{time.perf_counter() - started:.1f} s")
-    finally:
-        processes.close()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A tokenizer is named by a *spec*, a string that is one of
 Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -33,16 +32,25 @@ class Tokenizer:
         self.encoding, self.spec = encoding, spec
         self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
 
+    @property
+    def is_trained(self):
+        """Whether it came from a tokenizer.json rather than from tiktoken's list."""
+        return self.spec != self.name
+
     def encode(self, text):
         """str -> uint32 array (n,). Special tokens written out in the text are encoded as plain text."""
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, legal in JSON escapes but not in UTF-8
+        except UnicodeEncodeError:  # lone surrogates, which Python's str may hold but UTF-8 has no bytes for
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode(self, ids):
-        """Token ids -> str. Bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode(list(ids), errors="replace")
+        """Token ids -> str. Bytes that are not UTF-8 become U+FFFD; ids that stand for nothing are left out."""
+        try:
+            return self.encoding.decode(ids, errors="replace")
+        except KeyError:  # gaps in the numbering, as in cl100k_base: an untrained model draws them, too
+            sizes = self.token_bytes()
+            return self.encoding.decode([i for i in ids if sizes[i] or i == self.eot], errors="replace")
 
     def token_bytes(self):
         """int64 array (vocab_size,): UTF-8 bytes each id stands for; 0 for special and unassigned ids."""
@@ -50,13 +58,15 @@ class Tokenizer:
         special = {self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
         for token in range(self.vocab_size):
             if token not in special:
-                with contextlib.suppress(KeyError):  # a gap in the numbering, as in cl100k_base
+                try:  # noqa: SIM105, contextlib.suppress takes longer than the work
                     sizes[token] = len(self.encoding.decode_single_token_bytes(token))
+                except KeyError:  # a gap in the numbering, as in cl100k_base
+                    pass
         return sizes
 
     def fingerprint(self):
         """str: equal for equal tokenizers, whatever file they came from."""
-        return self.spec if self.spec == self.name else hashlib.sha256(self.spec.encode()).hexdigest()[:16]
+        return self.spec if not self.is_trained else hashlib.sha256(self.spec.encode()).hexdigest()[:16]
 
     def save(self, path):
         """Write a trained tokenizer's `tokenizer.json`, whole or not at all."""
@@ -119,26 +129,31 @@ def _from_json(text, origin):
     """The text of a byte-level BPE's tokenizer.json -> Tokenizer.
 
     tiktoken merges by the id of the merged bytes, tokenizers by the order of its merge list: the same thing for a BPE
-    whose ids were given out in merge order, as `train_bpe` and GPT-2 do (compared in tests/test_tokenizer.py).
+    whose ids were given out in merge order, as `train_bpe` and GPT-2 do (compared in tests/test_tokenizer.py). Whatever
+    else would change the ids without a word is refused: other orders, a normalizer, another splitting rule.
     """
     from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting rule
 
+    to_byte = {char: byte for byte, char in _byte_alphabet().items()}
     try:
         data = json.loads(text)
-        byte_level = data["model"]["type"] == "BPE" and data["pre_tokenizer"]["type"] == "ByteLevel"
-        vocab = data["model"]["vocab"] if byte_level else {}
-        special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{origin} is not a tokenizer.json ({type(error).__name__}): make one with "
-                       "fineweb.py --tokenizer bpe:4096") from error
-    if not byte_level or EOT not in special:
-        raise BadInput(f"{origin} is not a byte-level BPE with GPT-2's splitting rule and {EOT}: make one with "
-                       "fineweb.py --tokenizer bpe:4096")
-    to_byte = {char: byte for byte, char in _byte_alphabet().items()}
-    ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items() if token not in special}
-    n_vocab = len(ranks) + len(special)
-    encoding = tiktoken.Encoding(f"bpe{n_vocab}", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special,
-                                 explicit_n_vocab=n_vocab)
+        vocab, merges, splitter = data["model"]["vocab"], data["model"]["merges"], data["pre_tokenizer"]
+        special = {token["content"]: token["id"] for token in data["added_tokens"]}
+        ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items() if token not in special}
+        merged = [vocab["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in merges]
+        ids = [*ranks.values(), *special.values()]
+        usable = (data["model"].get("type", "BPE") == "BPE" and splitter["type"] == "ByteLevel" and EOT in special
+                  and not splitter.get("add_prefix_space", True) and splitter.get("use_regex", True)
+                  and not data.get("normalizer") and all(token["special"] for token in data["added_tokens"])
+                  and sorted(ids) == list(range(len(ids))) and merged == sorted(merged)
+                  and all(bytes([byte]) in ranks for byte in range(256)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        usable = False
+    if not usable:
+        raise BadInput(f"{origin} is damaged, or no byte-level BPE with GPT-2's splitting rule, {EOT} and ids in merge order: "
+                       "make one with fineweb.py --tokenizer bpe:4096")
+    encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special,
+                                 explicit_n_vocab=len(ids))
     return Tokenizer(encoding, text)
 
 

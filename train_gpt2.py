@@ -21,11 +21,13 @@ Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard eve
 
 import contextlib
 import dataclasses
+import datetime
 import inspect
 import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -329,10 +331,16 @@ class GPT(nn.Module):
         except ImportError as error:
             raise BadInput("loading a Hugging Face model needs transformers: pip install -r requirements-dev.txt") from error
         try:
-            hf = GPT2LMHeadModel.from_pretrained(name)
+            hf, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot load the Hugging Face GPT-2 {name}: {str(error).splitlines()[0]}") from error
         c = hf.config
+        # another architecture's weights are left out with no more than a warning, and a variant computes otherwise
+        classic = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True,
+                       scale_attn_by_inverse_layer_idx=False, n_inner=c.n_inner and 4 * c.n_embd)
+        odd = sorted(report["missing_keys"]) or [key for key, value in classic.items() if getattr(c, key) != value]
+        if odd:
+            raise BadInput(f"{name} is no GPT-2 as OpenAI's: see its {', '.join(odd[:4])}")
         # no padding: its rows would be untrained weights, and take part in the softmax of the loss
         model = cls(GPTConfig(block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
                               vocab_size=c.vocab_size, vocab_multiple=1))
@@ -359,7 +367,7 @@ def init_weights(model):
     config, residual_scale = model.config, (2 * model.config.n_layer) ** -0.5
     fused = {"c_attn": 3, "c_fc": 2 if config.mlp == "swiglu" else 1, "c_proj": 1}
     for name, p in model.named_parameters():
-        module, kind = name.split(".")[-2:]
+        module, kind = f".{name}".split(".")[-2:]
         if kind == "bias":
             p.zero_()
         elif module in ("ln_1", "ln_2", "ln_f", "emb_norm", "q_norm", "k_norm"):
@@ -468,11 +476,12 @@ class Shards:
         self.tokens = {"train": sum(len(read_shard(p)) for p in self.train), "val": sum(len(read_shard(p)) for p in self.val)}
         try:
             spec = json.loads((folder / "meta.json").read_text())["tokenizer"]
+            spec = str(folder / spec) if spec.endswith(".json") else spec
         except FileNotFoundError:
             spec = "gpt2"  # shards made by build-nanogpt or llm.c have no meta.json
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{folder}/meta.json is damaged ({error}): run fineweb.py again into another folder") from error
-        self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
+        self.tokenizer = spec
 
 
 class ShardLoader:
@@ -600,7 +609,7 @@ def pick_device(name, local_rank=0):
 
 
 class Processes:
-    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere).
+    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere), joined by `with`.
 
     rank, world: this process and how many there are. device: this process's. main: whether this is rank 0.
     """
@@ -609,16 +618,23 @@ class Processes:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.distributed = self.rank == 0, "RANK" in os.environ
         self.device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+
+    def __enter__(self):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.distributed and kind is None:  # after an error the others may be gone: waiting for them would hang
+            dist.destroy_process_group()
 
     def sum(self, values):
-        """Sum a list of numbers or scalar tensors over all processes -> list of float."""
-        total = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values]) \
-            if self.device.type == "mps" else torch.stack([torch.as_tensor(v, device=self.device).double() for v in values])
+        """Sum a list of numbers over all processes, in double precision -> list of float."""
+        total = torch.tensor(values, dtype=torch.float64)
         if self.distributed:
+            total = total.to(self.device)  # NCCL sums on the GPU only
             dist.all_reduce(total)
         return total.tolist()
 
@@ -636,11 +652,6 @@ class Processes:
     def barrier(self):
         if self.distributed:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-    def close(self):
-        if self.distributed:
-            dist.destroy_process_group()
-
 
 def pick_micro_batch(model, cfg, rows, processes):
     """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
@@ -773,22 +784,25 @@ def load_checkpoint(path, device="cpu"):
 # Evaluation and samples: always with the uncompiled module, whose shapes may change freely
 
 
+EVAL_TOKENS = 16_384  # tokens a forward pass in validation: small enough for any GPU, without the compiler's savings
+
+
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, processes):
-    """Mean loss over validation rows x, y (rows, T), split over the processes.
+    """Mean loss in nats a token over all validation rows x, y (rows, T), shared out over the processes.
 
-    Returns the total in nats and the count of tokens, so that the mean is the same for any number of processes.
+    Sums are gathered, not means: the result is the same for any number of processes and any micro-batch.
     """
     model.eval()
     x, y = (part[processes.rank::processes.world] for part in rows)
-    nats = torch.zeros((), dtype=torch.float64 if processes.device.type != "mps" else torch.float32, device=processes.device)
+    losses = [torch.zeros((), device=processes.device)]
     for i in range(0, len(x), micro_batch):
         xb, yb = (torch.from_numpy(part[i:i + micro_batch]).to(processes.device) for part in (x, y))
         with autocast(processes.device):
-            nats += model(xb, yb) * yb.numel()
+            losses.append(model(xb, yb) * yb.numel())
     model.train()
-    total, count = processes.sum([nats, y.size])
-    return total / count
+    nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
+    return nats / count
 
 
 @torch.no_grad()
@@ -833,10 +847,11 @@ def plan(cfg, model_cfg, given, world):
         for name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "max_lr", "epochs", "max_steps",
                      "micro_batch", "val_tokens"):
             value = getattr(config, name, None)
-            need(value in (None, "auto") or value > 0, f"--{name} must be above zero, not {value}")
+            need(value in (None, "auto") or 0 < value < math.inf, f"--{name} must be above zero and finite, not {value}")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "hellaswag_every", "sample_every",
                      "save_every", "seed"):
             need(getattr(config, name, 0) >= 0, f"--{name} must not be negative")
+    need(cfg.seed < 2**63, f"--seed must be below 2^63, not {cfg.seed}")
     c, T = model_cfg, model_cfg.block_size
     need(c.n_embd % c.n_head == 0, f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
     need(c.pos != "rope" or c.n_embd // c.n_head % 2 == 0, f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
@@ -852,12 +867,14 @@ def plan(cfg, model_cfg, given, world):
          f"(--total_batch_size {cfg.total_batch_size} / --block_size {T} / {world} processes)")
 
     shards = Shards(cfg.data)
+    need(shards.tokens["train"], f"{cfg.data} holds no training tokens: make it again with fineweb.py")
     if "max_steps" not in given and "epochs" in given:
         cfg.max_steps = None  # a preset's
     max_steps = cfg.max_steps or int(cfg.epochs * shards.tokens["train"] / cfg.total_batch_size)
     need(max_steps > 0, f"{cfg.data} holds {shards.tokens['train']:,} training tokens, {cfg.epochs:g} epochs of which "
          f"are less than one step of {cfg.total_batch_size:,}: lower --total_batch_size or raise --epochs")
-    need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps")
+    need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps: "
+         "give a smaller one")
     return shards, max_steps
 
 
@@ -897,14 +914,13 @@ def describe(cfg, model, shards, max_steps, micro_batch, processes):
 def main(argv):
     (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     shards, max_steps = plan(cfg, model_cfg, given, int(os.environ.get("WORLD_SIZE", 1)))
-    folder = make_run_folder(cfg) if os.environ.get("RANK", "0") == "0" else None
     processes = Processes(cfg.device)
+    folder = make_run_folder(cfg) if processes.main else None
     try:
-        train(cfg, model_cfg, shards, max_steps, processes, folder)
+        with processes:
+            train(cfg, model_cfg, shards, max_steps, processes, folder)
     except torch.cuda.OutOfMemoryError as error:
         raise BadInput(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
-    finally:
-        processes.close()
 
 
 def train(cfg, model_cfg, shards, max_steps, processes, folder):
@@ -927,7 +943,7 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
     accumulation = rows // micro_batch
     optimizer = make_optimizer(raw_model, cfg)
     model = raw_model
-    if cfg.compile if cfg.compile is not None else device.type == "cuda":
+    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
         model = torch.compile(model, dynamic=False)
     if processes.distributed:
         # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
@@ -961,7 +977,7 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
             return every and (step % every == 0 or last)
 
         if due(cfg.eval_every):
-            loss = evaluate(raw_model, val_rows, micro_batch, processes)
+            loss = evaluate(raw_model, val_rows, max(EVAL_TOKENS // model_cfg.block_size, 1), processes)
             bpb = loss / math.log(2) / bytes_per_token
             log.say(f"step {step} | val loss {loss:.4f} | {bpb:.4f} bits per byte")
             log.record(step, "val", loss)
@@ -1027,10 +1043,10 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
         seconds.append(time.perf_counter() - started)
 
         if processes.main:
-            recent = sorted(seconds[-20:])[len(seconds[-20:]) // 2]
+            recent = statistics.median(seconds[1:][-20:] or seconds)  # the first step compiles
             rate = cfg.total_batch_size / seconds[-1]
             mfu = flops_per_step / seconds[-1] / peak / processes.world if peak else None
-            left = time.strftime("%H:%M:%S", time.gmtime(recent * (max_steps - step - 1)))
+            left = datetime.timedelta(seconds=round(recent * (max_steps - step - 1)))
             log.record(step, "train", loss)
             log.scalars(step, {"train/loss": loss, "lr": lr, "grad_norm": norm, "perf/tok_per_sec": rate})
             log.scalars(step, {f"grad_norm/{name}": value for name, value in zip(parts, norms)})

@@ -1,0 +1,109 @@
+"""fineweb.py against tiktoken alone: tokens a second of the whole path from parquet to shards, and of encoding in memory.
+
+    python benchmarks/tokenize_speed.py --source some.parquet
+
+Both encode the same documents with GPT-2's tokenizer; the two take turns, so that a busy moment of the machine meets both.
+tiktoken: `encode_ordinary_batch` on a list in memory. fineweb: reads parquet through `datasets`, encodes, cuts, writes shards.
+"""
+
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fineweb  # noqa: E402
+from cli import BadInput, flag, parse, run  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+
+
+@dataclass
+class Config:
+    source: tuple[str, ...] = flag((), "parquet files, with the text in a column named text")
+    megabytes: int = flag(30, "how much of their text to encode")
+    repetitions: int = flag(5, "how often each is timed")
+    shard_size: int = flag(1_000_000, "tokens a shard")
+
+
+def main(argv):
+    (cfg,), _ = parse((Config,), argv, __doc__)
+    documents = read(cfg)
+    encoding, cores = load_tokenizer("gpt2").encoding, os.cpu_count()
+    size = sum(len(text.encode()) for text in documents)
+    print(f"{len(documents):,} documents, {size / 1e6:.1f} MB; {cores} cores; medians of {cfg.repetitions} alternating runs\n")
+    print("| threads | what | tiktoken | fineweb.py | fineweb / tiktoken (median of the pairs; lowest, highest) |")
+    print("|---:|---|---:|---:|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "documents.parquet"
+        write(documents, path)
+        for threads in sorted({1, cores}):
+            pairs = []
+            for i in range(cfg.repetitions + 1):
+                seconds, tokens = timed(encode, encoding, documents, threads)
+                whole, written = timed(make_shards, path, Path(folder) / f"{threads}_{i}", threads, cfg)
+                assert written == tokens, (written, tokens)
+                pairs.append((tokens / seconds, tokens / whole))
+            for column, what in enumerate(("tokens a second", "tokens a second of CPU time")):
+                alone, whole = ([pair[side][column] for pair in pairs[1:]] for side in (0, 1))  # the first pair warms up
+                ratios = sorted(b / a for a, b in zip(alone, whole))
+                print(f"| {threads} | {what} | {statistics.median(alone):,.0f} | {statistics.median(whole):,.0f} | "
+                      f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}, {ratios[-1]:.3f}) |", flush=True)
+
+
+def read(cfg):
+    """The first `megabytes` of text as a list of str."""
+    import pyarrow.parquet
+
+    if not cfg.source:
+        raise BadInput("name parquet files by --source")
+    documents, left = [], cfg.megabytes * 10**6
+    for path in cfg.source:
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64, columns=["text"]):
+                for text in filter(None, batch["text"].to_pylist()):
+                    if left <= 0:
+                        return documents
+                    documents.append(text)
+                    left -= len(text.encode())
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot read {path}: {error}") from error
+    return documents
+
+
+def write(documents, path):
+    """A parquet file as the hub's are: zstd, row groups of a thousand rows."""
+    import pyarrow
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path, compression="zstd", row_group_size=1000)
+
+
+def timed(work, *given):
+    """(array of the seconds and the CPU seconds of all threads, what `work` returns)."""
+    started = np.array([time.perf_counter(), time.process_time()])
+    result = work(*given)
+    return np.array([time.perf_counter(), time.process_time()]) - started, result
+
+
+def encode(encoding, documents, threads):
+    """Tokens, with one end-of-text a document, as fineweb.py writes them."""
+    return sum(map(len, encoding.encode_ordinary_batch(documents, num_threads=threads))) + len(documents)
+
+
+def make_shards(path, out, threads, cfg):
+    """Tokens that fineweb.py's main has written."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        fineweb.main(["--source", str(path), "--out", str(out), "--workers", str(threads),
+                      "--shard_size", str(cfg.shard_size)])
+    return sum(split["tokens"] for split in json.loads((out / "meta.json").read_text())["splits"].values())
+
+
+if __name__ == "__main__":
+    run(main)

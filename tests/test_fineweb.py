@@ -1,0 +1,637 @@
+"""Text of every format -> shards, against a plain reference. Run: python -m pytest tests/test_fineweb.py"""
+
+import gc
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+
+import cli
+import fineweb
+from tokenizer import EOT, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+EOT_ID = 50256
+
+
+def make_documents(count, seed=0):
+    """Words, blank lines, indents, digits and scripts in turn; document 5 is longer than several shards of the tests."""
+    random.seed(seed)
+    words = ["the", "quick", "naïve", "日本語", "fox's", "12,345", "🙂", "\n", "\n\n", "  ",
+             "\t", "x_y", "don't", "Привет", ".", ")!", EOT]
+    return ["doc " + "".join(random.choice(words) + random.choice(["", " ", " ", "\n"])
+                             for _ in range(2500 if i == 5 else random.randrange(1, 60))) for i in range(count)]
+
+
+DOCUMENTS = make_documents(150)
+
+
+def reference(documents):
+    """The plain way: end-of-text before each document, tiktoken's own encoding, all in one list."""
+    gpt2 = tiktoken.get_encoding("gpt2")
+    return [token for text in documents for token in (EOT_ID, *gpt2.encode_ordinary(text))]
+
+
+def cut(ids, shard_size, val_tokens=None, max_tokens=None):
+    """ids -> the list of (split, ids of a shard) that fineweb.py must write."""
+    ids, shards = ids[:max_tokens], []
+    val = shard_size if val_tokens is None else val_tokens
+    if val and len(ids) < val:  # smaller than a shard: a tenth for validation, up to a document's begin if one is near
+        tenth = max(len(ids) // 10, 1)
+        val = next((i for i in range(tenth, 2 * tenth + 1) if ids[i] == EOT_ID), tenth)
+    if val:
+        shards, ids = [("val", ids[:val])], ids[val:]
+    return shards + [("train", ids[i:i + shard_size]) for i in range(0, len(ids), shard_size)]
+
+
+def read_shards(out):
+    """[(split, ids)] in the order of their numbers, which leave no gap; and no temporary file is left."""
+    files = sorted(out.glob("*.npy"), key=lambda p: p.name[-10:])
+    assert [int(p.stem[-6:]) for p in files] == list(range(len(files))) and not list(out.glob("*.tmp"))
+    return [(p.stem.split("_")[-2], np.load(p).tolist()) for p in files]
+
+
+def check_meta(out, expected, documents, skipped=0):
+    """meta.json counts what the shards hold."""
+    meta = json.loads((out / "meta.json").read_text())
+    sizes = load_tokenizer("gpt2").token_bytes()
+    for split in ("val", "train"):
+        shards = [ids for name, ids in expected if name == split]
+        flat = [token for ids in shards for token in ids]
+        assert meta["splits"][split] == {"shards": len(shards), "tokens": len(flat), "documents": flat.count(EOT_ID),
+                                         "bytes": int(sizes[flat].sum())}
+    if documents is not None:  # the whole source was read: bytes and documents are those of the text itself
+        assert sum(s["bytes"] for s in meta["splits"].values()) == sum(len(text.encode()) for text in documents)
+        assert sum(s["documents"] for s in meta["splits"].values()) == len(documents)
+    assert meta["complete"] and meta["skipped_rows"] == skipped
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["dtype"]) == ("gpt2", 50257, EOT_ID, "uint16")
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
+
+
+def write_source(folder, form, documents=DOCUMENTS, column="text"):
+    """Write documents in one of the formats -> what --source takes."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"id": i, column: text} for i, text in enumerate(documents)]
+    if form == "txt":
+        (folder / "texts").mkdir()
+        for i, text in enumerate(documents):
+            (folder / "texts" / f"{i:05d}.txt").write_bytes(text.encode())
+        return folder / "texts"
+    path = folder / f"data.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=37)
+    elif form == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        packed = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": lambda data: zstd(data)}[form](jsonl(rows))
+        path.write_bytes(packed)
+    return path
+
+
+def zstd(data):
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+def make(source, out, *flags):
+    sources = source if isinstance(source, (list, tuple)) else [source]
+    fineweb.main(["--source", *map(str, sources), "--out", str(out), *map(str, flags)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same ids as the plain reference
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "txt"])
+def test_every_format_gives_the_reference_ids(form, tmp_path, capsys):
+    expected = cut(reference(DOCUMENTS), 1000)
+    source = write_source(tmp_path / "in", form)
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        make(source, out, "--shard_size", 1000, "--workers", workers)
+        assert read_shards(out) == expected
+        check_meta(out, expected, DOCUMENTS)
+    in_val = expected[0][1].count(EOT_ID)
+    assert f"val 1,000 tokens of {in_val} documents" in capsys.readouterr().out
+
+
+FIRST = len(reference(DOCUMENTS[:3]))
+TOTAL = len(reference(DOCUMENTS))
+
+
+@pytest.mark.parametrize("flags", [
+    dict(shard_size=97), dict(shard_size=1, max_tokens=40),  # a document runs through several shards
+    dict(shard_size=FIRST), dict(shard_size=TOTAL), dict(shard_size=TOTAL - 1), dict(shard_size=TOTAL + 1),  # to the point
+    dict(shard_size=10**8), dict(shard_size=10**8, max_tokens=500), dict(shard_size=10**8, max_tokens=7),  # less than a shard
+    dict(shard_size=500, val_tokens=0), dict(shard_size=10**6, val_tokens=0), dict(shard_size=500, val_tokens=123),
+    dict(shard_size=100, val_tokens=2000), dict(shard_size=500, val_tokens=FIRST), dict(shard_size=500, val_tokens=TOTAL),
+    dict(shard_size=300, max_tokens=1234), dict(shard_size=300, max_tokens=1200), dict(shard_size=300, max_tokens=300),
+    dict(shard_size=300, max_tokens=TOTAL), dict(shard_size=300, max_tokens=TOTAL + 1),
+    dict(shard_size=300, max_tokens=FIRST + 1),
+], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))
+def test_awkward_sizes(flags, tmp_path):
+    expected = cut(reference(DOCUMENTS), **flags)
+    source = write_source(tmp_path / "in", "jsonl")
+    make(source, tmp_path / "out", *[word for k, v in flags.items() for word in (f"--{k}", v)], "--workers", 2)
+    assert read_shards(tmp_path / "out") == expected
+    check_meta(tmp_path / "out", expected, DOCUMENTS if flags.get("max_tokens", TOTAL) >= TOTAL else None)
+
+
+def test_files_are_read_in_the_order_given_and_folders_and_globs_by_name(tmp_path, monkeypatch):
+    parts = [make_documents(7, seed) for seed in range(4)]
+    folder = tmp_path / "in[1] *"  # glob's characters in a real name mean themselves
+    (folder / "deep").mkdir(parents=True)
+    b = write_source(folder / "deep", "parquet", parts[1]).rename(folder / "deep" / "b[0].parquet")
+    write_source(folder / "deep", "jsonl.gz", parts[0]).rename(folder / "deep" / "a.jsonl.gz")
+    (folder / "notes.md").write_text("no source")
+    c = write_source(tmp_path / "c", "jsonl", parts[2])
+    d = tmp_path / "d.txt"
+    d.write_bytes(parts[3][0].encode())
+    monkeypatch.chdir(tmp_path)
+    make([d, folder, "c/*.js*l", b, str(c)], tmp_path / "out", "--shard_size", 200)
+    order = [parts[3][0], *parts[0], *parts[1], *parts[2], *parts[1], *parts[2]]
+    assert read_shards(tmp_path / "out") == cut(reference(order), 200)
+
+
+def test_a_column_by_name_and_a_folder_named_after_the_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_source(tmp_path, "parquet", column="content").rename("books.v2.parquet")
+    fineweb.main(["--source", "books.v2.parquet", "--text_column", "content", "--shard_size", "900"])
+    assert read_shards(tmp_path / "books") == cut(reference(DOCUMENTS), 900)
+    assert (tmp_path / "books" / "books_val_000000.npy").exists()
+
+
+def cl100k_rule(name):
+    """Another encoding's splitting rule over GPT-2's vocabulary, as its own files are not here."""
+    import tiktoken_ext.openai_public as public
+    gpt2, kept = tiktoken.get_encoding("gpt2"), public.load_tiktoken_bpe
+    public.load_tiktoken_bpe = lambda *_, **__: dict(gpt2._mergeable_ranks)
+    try:
+        rule = getattr(public, name)()["pat_str"]
+    finally:
+        public.load_tiktoken_bpe = kept
+    return tiktoken.Encoding(name + "-rule", pat_str=rule, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={EOT: EOT_ID})
+
+
+def read_pieces(path, state=None):
+    """A .txt as fineweb.py reads it -> list of (its text, the state behind it)."""
+    source = fineweb.Source(fineweb.Config(source=(str(path),)), path.parent)
+    return [(rows[0], after) for rows, after in fineweb.read_txt(source._open(str(path)), str(path), state)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_pieces_of_a_txt_encode_as_the_whole(name, newline, tmp_path, monkeypatch):
+    encoding = tiktoken.get_encoding("gpt2") if name == "gpt2" else cl100k_rule(name)
+    path = tmp_path / "a.txt"
+    for seed in range(4):
+        random.seed(seed)
+        bits = ["word", "Über", "a", " ", " ", "  ", newline, newline * 2,
+                "\t", "3", "45", "½", "!", "/", "。", "字", "'s", "e\u0301", "_", "🙂"]
+        text = "".join(random.choices(bits, k=3000))
+        path.write_bytes(text.encode())
+        text = text.replace("\r\n", "\n")  # `datasets` reads all line ends as \n
+        monkeypatch.setattr(fineweb, "TXT_LINES", random.choice([2, 7, 30]))
+        pieces = read_pieces(path)
+        assert len(pieces) > 5 and "".join(piece for piece, _ in pieces) == text
+        assert [t for piece, _ in pieces for t in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
+        for middle in (0, len(pieces) // 2, len(pieces) - 2):  # JSON, as in meta.json
+            rest = read_pieces(path, json.loads(json.dumps(pieces[middle][1])))
+            assert "".join(piece for piece, _ in rest) == "".join(piece for piece, _ in pieces[middle + 1:])
+
+
+def test_a_txt_without_a_place_to_cut_is_read_in_bounded_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "TXT_LINES", 2)
+    (tmp_path / "a.txt").write_text("-\n" * 1000)
+    pieces = [piece for piece, _ in read_pieces(tmp_path / "a.txt")]
+    assert "".join(pieces) == "-\n" * 1000 and max(map(len, pieces)) == 2 * 65 * 2
+
+
+def test_a_bounded_number_of_batches_is_in_work():
+    pulled = 0
+
+    def endless():
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield fineweb.Batch(["text"], False, {})
+
+    stream = fineweb.encoded(endless(), load_tokenizer("gpt2"), np.uint16, workers=2)
+    for taken in range(1, 50):
+        assert next(stream)[1].tolist() == [EOT_ID, 5239]
+        assert pulled <= taken + 2 * 3
+    stream.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows that hold no text
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_rows_without_text_are_counted_and_skipped(form, tmp_path, capsys):
+    odd = [None, "", "  \n\t ", *([] if form == "parquet" else [3, 4.5, True, ["a list"], {"a": "dict"}])]
+    rows = ["first", *odd, "second", *odd, "third"]
+    source = write_source(tmp_path / "in", form, rows)
+    if form == "jsonl":  # a row that lacks the column
+        source.write_bytes(source.read_bytes() + b'{"id": 1}\n')
+    skipped = 2 * len(odd) + (1 if form == "jsonl" else 0)
+    make(source, tmp_path / "out", "--shard_size", 4)
+    expected = cut(reference(["first", "second", "third"]), 4)
+    assert read_shards(tmp_path / "out") == expected
+    check_meta(tmp_path / "out", expected, ["first", "second", "third"], skipped)
+    assert f"{skipped} rows skipped (empty or not text)" in capsys.readouterr().out
+
+
+def test_numbers_late_in_a_file_of_text_stay_numbers(tmp_path):
+    source = write_source(tmp_path / "in", "jsonl", ["x y " * 30] * 300 + [5, "end"])
+    make(source, tmp_path / "out", "--shard_size", 10**6)
+    check_meta(tmp_path / "out", read_shards(tmp_path / "out"), ["x y " * 30] * 300 + ["end"], skipped=1)
+
+
+def test_a_parquet_column_of_numbers_or_bytes_is_no_text(tmp_path):
+    for values in ([1, 2], [b"a", b"b"], [["a"], ["b"]]):
+        pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+        with pytest.raises(cli.BadInput, match=r"no documents.*\(2 rows were empty or not text\)"):
+            make(tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_blank_txt_files_are_skipped_and_null_parquet_rows_of_large_strings_too(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("\n \n")
+    (tmp_path / "c.txt").write_text("text\n\n")
+    pq.write_table(pa.table({"text": pa.array(["one", None], pa.large_string())}), tmp_path / "d.parquet")
+    make([tmp_path / name for name in ("a.txt", "b.txt", "c.txt", "d.parquet")], tmp_path / "out", "--shard_size", 3)
+    expected = cut(reference(["text\n\n", "one"]), 3)
+    assert read_shards(tmp_path / "out") == expected
+    check_meta(tmp_path / "out", expected, ["text\n\n", "one"], skipped=3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def test_a_bpe_is_trained_once_kept_and_used_again(tmp_path, capsys):
+    source = write_source(tmp_path / "in", "jsonl")
+    make(source, tmp_path / "out", "--tokenizer", "bpe:400", "--shard_size", 2000)
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (tokenizer.vocab_size, meta["tokenizer"], meta["vocab_size"], meta["eot"]) == (400, "tokenizer.json", 400, 399)
+    ids = [token for text in DOCUMENTS for token in (399, *tokenizer.encode(text).tolist())]
+    assert read_shards(tmp_path / "out")[0] == ("val", ids[:2000])
+    assert [t for _, shard in read_shards(tmp_path / "out") for t in shard] == ids
+    assert sum(s["bytes"] for s in meta["splits"].values()) == sum(len(text.encode()) for text in DOCUMENTS)
+    assert "training a BPE of 400 ids" in capsys.readouterr().out
+    make(source, tmp_path / "other", "--tokenizer", tmp_path / "out" / "tokenizer.json", "--shard_size", 2000)
+    assert read_shards(tmp_path / "other") == read_shards(tmp_path / "out")
+    assert load_tokenizer(str(tmp_path / "other")).fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_tokenizer_of_a_run_that_came_to_no_shard_is_not_taken_for_another(tmp_path):
+    source = write_source(tmp_path / "in", "jsonl")
+    with pytest.raises(cli.BadInput, match="fewer than --val_tokens"):
+        make(source, tmp_path / "out", "--tokenizer", "bpe:300", "--val_tokens", 10**6)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    make(source, tmp_path / "out", "--shard_size", 1000)
+    check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 1000), DOCUMENTS)
+    assert read_shards(tmp_path / "out") == cut(reference(DOCUMENTS), 1000)
+
+
+def test_a_vocabulary_beyond_uint16_gives_uint32(tmp_path, monkeypatch):
+    gpt2 = load_tokenizer("gpt2")
+    monkeypatch.setattr(fineweb, "load_tokenizer", lambda spec: gpt2)
+    monkeypatch.setattr(gpt2, "vocab_size", 2**16 + 1)
+    monkeypatch.setattr(gpt2, "token_bytes", lambda: np.ones(2**16 + 1, dtype=np.int64))
+    make(write_source(tmp_path / "in", "jsonl"), tmp_path / "out", "--shard_size", 1000)
+    assert np.load(tmp_path / "out" / "out_val_000000.npy").dtype == np.uint32
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["dtype"] == "uint32"
+    assert read_shards(tmp_path / "out") == cut(reference(DOCUMENTS), 1000)
+
+
+def test_docstrings_are_cached_and_hold_real_text(tmp_path, monkeypatch, capsys):
+    (tmp_path / "library").mkdir()
+    for name in "abc":
+        (tmp_path / "library" / f"{name}.py").write_text(f'"""{name} {"long enough " * 20}end"""\ndef f():\n  "short"\n')
+    (tmp_path / "library" / "broken.py").write_text("def (")
+    monkeypatch.setattr(fineweb, "DOCSTRING_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(fineweb.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
+    monkeypatch.chdir(tmp_path)
+    fineweb.main(["--docstrings", "--shard_size", "1000"])
+    texts = [json.loads(line)["text"] for line in (tmp_path / "docstrings" / "docstrings.jsonl").read_text().splitlines()]
+    assert sorted(texts) == [f"{name} {'long enough ' * 20}end" for name in "abc"]
+    assert read_shards(tmp_path / "docstrings") == cut(reference(texts), 1000)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """fineweb.py collects garbage at its end: leave out torch's objects, which conftest.py has loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Died(BaseException):
+    pass
+
+
+def mixed_source(folder):
+    """Files of every format in turn, with a txt of many pieces -> (list for --source, the documents)."""
+    documents, sources = [], []
+    folder.mkdir()
+    for i, form in enumerate(["jsonl.gz", "txt", "parquet", "jsonl", "jsonl.zst"]):
+        part = make_documents(70, seed=i) if form != "txt" else [" ".join(make_documents(90, seed=9)) * 3, "short text\n"]
+        sources.append(write_source(folder / str(i), form, part))
+        documents += part
+    gz = folder / "last.txt.gz"
+    gz.write_bytes(gzip.compress("\n\n".join(make_documents(60, seed=8)).encode()))
+    return [*sources, gz], [*documents, "\n\n".join(make_documents(60, seed=8))]
+
+
+@pytest.mark.parametrize("when, flags", [
+    ("before", ()), ("after", ()), ("before", ("--val_tokens", 17)), ("after", ("--max_tokens", 30_011)),
+    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7))], ids=str)
+def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "TXT_LINES", 7)
+    monkeypatch.setattr(fineweb, "BATCH_ROWS", 40)
+    sources, documents = mixed_source(tmp_path / "in")
+    flags = ["--shard_size", 9000, "--workers", 2, *flags]
+    make(sources, tmp_path / "whole", *flags)
+    whole_replace, left = fineweb.replace, 0
+
+    def replace(path, write):
+        nonlocal left
+        if left == 0 and when == "before":
+            raise Died
+        whole_replace(path, write)
+        left -= 1
+        if left < 0 and when == "after":
+            raise Died
+
+    monkeypatch.setattr(fineweb, "replace", replace)
+    deaths = 0
+    while True:
+        left = 7 if when == "before" and deaths % 2 else 3 if when == "before" else deaths % 3
+        try:
+            make(sources, tmp_path / "dies", *flags)
+            break
+        except Died:
+            deaths += 1
+            assert deaths < 500
+    assert deaths
+    shards = [p.name for p in sorted((tmp_path / "whole").glob("*.npy"))]
+    assert [p.name.replace("dies", "whole") for p in sorted((tmp_path / "dies").glob("*.npy"))] == shards
+    for name in shards:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "dies" / name.replace("whole", "dies")).read_bytes()
+    assert (tmp_path / "whole" / "meta.json").read_text() == (tmp_path / "dies" / "meta.json").read_text()
+    if "--max_tokens" not in flags:
+        assert [t for _, ids in read_shards(tmp_path / "dies") for t in ids] == reference(documents)
+
+
+def start(tmp_path, *flags):
+    return subprocess.Popen([sys.executable, ROOT / "fineweb.py", *map(str, flags)], cwd=tmp_path, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_shards(process, out, count):
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.npy"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def test_killed_processes_continue_to_identical_shards(tmp_path, launch, monkeypatch, capsys):
+    sources, documents = mixed_source(tmp_path / "in")
+    flags = ["--source", *sources, "--out", "out", "--shard_size", 1000, "--workers", 2]
+    out, kept = tmp_path / "out", {}
+    for count in (1, 15):
+        process = start(tmp_path, *flags)
+        wait_for_shards(process, out, count)
+        process.kill()  # SIGKILL: no handler can tidy up
+        process.communicate()
+        now = {p.name: p.read_bytes() for p in out.glob("*.npy")}
+        assert all(now[name] == data for name, data in kept.items())
+        for path in out.glob("*.npy"):
+            assert len(np.load(path)) == 1000  # whole, whatever the moment
+        kept = now
+    done = launch("fineweb.py", *flags)
+    assert done.returncode == 0 and "continuing after" in done.stdout and done.stderr == ""
+    expected = cut(reference(documents), 1000)
+    assert read_shards(out) == expected and all((out / name).read_bytes() == data for name, data in kept.items())
+    check_meta(out, expected, documents)
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    fineweb.main([str(flag) for flag in flags])  # a second start of a finished run
+    assert "out/ is complete: val 1,000 tokens" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before and time.monotonic() - started < 0.5
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path):
+    source = write_source(tmp_path / "in", "parquet", make_documents(3000))
+    flags = ["--source", source, "--out", "out", "--shard_size", 200, "--workers", 2]
+    process = start(tmp_path, *flags)
+    wait_for_shards(process, tmp_path / "out", 3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert stderr == "\nstopped: the shards in out/ are whole; the same command continues after them\n"
+    assert all(len(ids) == 200 for _, ids in read_shards(tmp_path / "out"))
+
+
+def test_a_run_that_leaves_most_of_a_parquet_unread_exits_cleanly(tmp_path, launch):
+    source = write_source(tmp_path / "in", "parquet", make_documents(3000))  # pyarrow aborted at exit, six times in ten
+    done = launch("fineweb.py", "--source", source, "--out", "out", "--shard_size", 2000, "--max_tokens", 9000, "--workers", 2)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_spawned_and_forked_children_do_the_same(tmp_path):
+    source = write_source(tmp_path / "in", "parquet")
+    (tmp_path / "children.py").write_text(f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(ROOT)!r})
+import fineweb
+if __name__ == "__main__":
+    children = [multiprocessing.get_context(method).Process(
+        target=fineweb.main, args=(["--source", {str(source)!r}, "--out", method, "--shard_size", "700"],))
+        for method in ("fork", "spawn")]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+""")
+    done = subprocess.run([sys.executable, "children.py"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_shards(tmp_path / "spawn") == read_shards(tmp_path / "fork") == cut(reference(DOCUMENTS), 700)
+
+
+def test_a_source_whose_files_changed_is_not_continued(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    for name in "bcd":
+        write_source(folder, "jsonl", make_documents(20, ord(name))).rename(folder / f"{name}.jsonl")
+    (folder / "d.jsonl").write_text("{torn")
+    with pytest.raises(cli.BadInput, match="d.jsonl"):
+        make(folder, tmp_path / "out", "--shard_size", 100)
+    write_source(folder, "jsonl", make_documents(20, 1)).rename(folder / "a.jsonl")
+    with pytest.raises(cli.BadInput, match="files of --source have changed: .*[bcd].jsonl stood at place"):
+        make(folder, tmp_path / "out", "--shard_size", 100)
+    (folder / "a.jsonl").unlink()
+    write_source(folder, "jsonl", make_documents(20, ord("d"))).rename(folder / "d.jsonl")
+    make(folder, tmp_path / "out", "--shard_size", 100)
+    documents = [text for name in "bcd" for text in make_documents(20, ord(name))]
+    assert read_shards(tmp_path / "out") == cut(reference(documents), 100)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capfd):
+    """fails(flags...) runs fineweb.py as its `__main__` does, in tmp_path -> the one line it ends with."""
+    def run(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(fineweb.main)
+        stderr = capfd.readouterr().err
+        assert caught.value.code == 2 and stderr.startswith("fineweb.py: error: ") and stderr.count("\n") == 1, stderr
+        return stderr
+    return run
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "jsonl.gz", "json"])
+def test_a_missing_column_names_those_there_are(form, tmp_path, fails):
+    source = write_source(tmp_path / "in", form, column="content")
+    assert f"{source} has no column text: name one of content, id by --text_column" in fails("--source", source).replace(
+        "id, content", "content, id")
+
+
+def good(tmp_path):
+    return write_source(tmp_path / "good", "jsonl")
+
+
+@pytest.mark.parametrize("name, data", [
+    ("torn.jsonl", jsonl([{"text": "ok"}] * 70)[:-5]), ("torn.json", b'[{"text": "ok"}, {"te'),
+    ("wrong.jsonl", b'{"text": "\xff\xfe"}\n'),
+    ("bad.jsonl.gz", b"no gzip"), ("short.jsonl.gz", gzip.compress(jsonl([{"text": str(i)} for i in range(999)]))[:-300]),
+    ("bad.jsonl.zst", b"no zstd"), ("short.jsonl.zst", zstd(jsonl([{"text": str(i)} for i in range(9999)]))[:-300]),
+    ("torn.parquet", b"PAR1 torn"), ("wrong.txt", b"caf\xe9 latin-1"), ("short.txt.gz", gzip.compress(b"words " * 999)[:-9]),
+])
+def test_a_damaged_file_is_named_and_what_is_written_stays(name, data, tmp_path, fails):
+    (tmp_path / name).write_bytes(data)
+    flags = ["--source", good(tmp_path), tmp_path / name, "--out", "out", "--shard_size", 300]
+    assert f"cannot read {tmp_path / name} (" in fails(*flags)
+    shards = read_shards(tmp_path / "out")
+    whole = cut(reference(DOCUMENTS), 300)[:-1]  # all that stands before the damage
+    assert shards[:len(whole)] == whole
+    assert name in fails(*flags)  # again: it continues, up to the same place
+    assert read_shards(tmp_path / "out") == shards
+
+
+def test_a_parquet_damaged_inside_is_named(tmp_path, fails):
+    source = write_source(tmp_path / "in", "parquet")
+    data = bytearray(source.read_bytes())
+    data[len(data) // 4:len(data) // 2] = bytes(len(data) // 4)
+    source.write_bytes(data)
+    assert f"cannot read {source} (" in fails("--source", source, "--out", "out", "--shard_size", 100)
+
+
+@pytest.mark.parametrize("rows", [[], [None, "", "  "]])
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet", "json"])
+def test_no_documents(rows, form, tmp_path, fails):
+    source = write_source(tmp_path / "in", form, rows)
+    if form == "parquet":
+        pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), source)
+    line = fails("--source", source)
+    assert f"the source holds no documents: nothing was written; check --source and --text_column ({len(rows)} rows" in line
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--source", "absent.parquet"], "no file absent.parquet"), (["--source", "*.jsonl"], "no file *.jsonl"),
+    (["--source", "empty_folder"], "no file empty_folder"), (["--source", "notes.md"], "cannot tell what notes.md is"),
+    (["--source", "notes.*"], "cannot tell what notes.md is"),
+    (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError)"),
+    (["--source", "absent_folder/x"], "cannot reach"),
+    ([], "cannot reach the dataset HuggingFaceFW/fineweb-edu"),
+    (["--docstrings", "--source", "good/data.jsonl"], "--docstrings and --source both name the text"),
+    (["--source", "good/data.jsonl", "--out", "notes.md"], "--out notes.md is a file"),
+    (["--source", "good/data.jsonl", "--tokenizer", "gpt5"], "unknown tokenizer 'gpt5'"),
+    (["--source", "good/data.jsonl", "--tokenizer", "absent.json"], "cannot read the tokenizer absent.json"),
+    (["--source", "good/data.jsonl", "--tokenizer", "torn.json"], "torn.json is damaged"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:10"], "at least 257 ids"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:x"], "write bpe:<number of ids>"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:-5"], "write bpe:<number of ids>"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:²"], "write bpe:<number of ids>"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:99999"], "too small for a BPE of 99999"),
+    (["--shard_size", "-1"], "--shard_size must be at least 1, not -1"),
+    (["--shard_size", "0"], "--shard_size must be at least 1"),
+    (["--max_tokens", "-1"], "--max_tokens must be at least 1"), (["--workers", "0"], "--workers must be at least 1"),
+    (["--val_tokens", "-1"], "--val_tokens must not be negative"), (["--shard_size", "many"], "--shard_size: invalid integer"),
+    (["--sorce", "x"], "unknown flag --sorce: did you mean --source"),
+    (["--source", "good/data.jsonl", "--val_tokens", "1e9"], "fewer than --val_tokens 1,000,000,000"),
+])
+def test_bad_input(flags, message, tmp_path, fails):
+    good(tmp_path)
+    (tmp_path / "empty_folder").mkdir()
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "torn.json").write_text('{"model": ')
+    assert message in fails(*flags)
+    assert not list(tmp_path.rglob("*.npy")) and (tmp_path / "notes.md").read_text() == "notes"
+
+
+def test_shards_of_other_settings_are_not_touched(tmp_path, fails, monkeypatch):
+    source = good(tmp_path)
+    flags = ["--source", source, "--out", "out", "--shard_size", 500]
+    monkeypatch.chdir(tmp_path)
+    fineweb.main([str(flag) for flag in flags])
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for changed in (["--shard_size", 400], ["--tokenizer", "cl100k_base"], ["--tokenizer", "bpe:300"], ["--val_tokens", 0],
+                    ["--max_tokens", 9], ["--text_column", "body"], ["--source", "x.txt"]):
+        line = fails(*flags, *changed)
+        assert f"out/ holds shards made with {changed[0]} " in line and "give another --out" in line
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    np.save(foreign / "edufineweb_train_000001.npy", np.zeros(3, np.uint16))
+    assert "shards of another program (edufineweb_train_000001.npy)" in fails("--source", source, "--out", "foreign")
+    (tmp_path / "out" / "meta.json").write_text('{"settings": ')
+    assert "cannot read out/meta.json" in fails(*flags)
+    (tmp_path / "out" / "meta.json").write_bytes(before[tmp_path / "out" / "meta.json"])
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails):
+    flags = ["--source", good(tmp_path), "--out", "out", "--shard_size", 500]
+    (tmp_path / "out").mkdir()
+    for name in ("out_val_000000.npy", "out_train_000002.npy", "meta.json"):
+        (tmp_path / "out" / f"{name}.tmp").symlink_to("/dev/full")  # writing it fails as on a full disk
+        assert "the disk of out/ is full: free some space and give the same command again" in fails(*flags)
+        shards = read_shards(tmp_path / "out")
+        assert shards == cut(reference(DOCUMENTS), 500)[:len(shards)]
+    fineweb.main([str(flag) for flag in flags])
+    assert read_shards(tmp_path / "out") == cut(reference(DOCUMENTS), 500)
+    check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 500), DOCUMENTS)
+
+
+def test_the_script_itself_ends_bad_input_with_code_2(tmp_path, launch):
+    (tmp_path / "torn.jsonl").write_text('{"text": "torn')
+    done = launch("fineweb.py", "--source", "torn.jsonl")
+    assert done.returncode == 2 and "cannot read torn.jsonl" in done.stderr and done.stderr.count("\n") == 1

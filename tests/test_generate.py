@@ -1,0 +1,63 @@
+"""generate.py, launched for real on a tiny checkpoint: python -m pytest tests/test_generate.py"""
+
+import pytest
+from test_train_gpt2 import sentences, tiny_checkpoint
+
+import generate
+from cli import BadInput
+from tokenizer import train_bpe
+from train_gpt2 import SampleConfig, sample
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """(path, model, tokenizer) of an untrained model."""
+    tokenizer, path = train_bpe(sentences(200), 280), tmp_path / "ckpt_00001.pt"
+    return path, tiny_checkpoint(path, tokenizer, mlp="swiglu", pos="rope", norm="rmsnorm", bias=False), tokenizer
+
+
+def test_it_prints_what_sample_returns(launch, checkpoint):
+    path, model, tokenizer = checkpoint
+    settings = dict(prompt="the cat", samples=3, max_new_tokens=40, temperature=0.8, top_k=20, seed=7)
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    result = launch("generate.py", "--checkpoint", path, *flags, "--device", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    texts = sample(model, tokenizer, SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
+    assert result.stdout == "".join(f"{text}\n---\n" for text in texts)
+    assert len(set(texts)) == 3 and all(text.startswith("the cat") for text in texts)
+
+
+def test_defaults_temperature_0_and_an_empty_prompt(checkpoint, capsys):
+    path, model, tokenizer = checkpoint
+    generate.main(["--checkpoint", str(path)])
+    assert capsys.readouterr().out.count("Hello, I'm a language model,") == SampleConfig().samples
+    generate.main(["--checkpoint", str(path), "--prompt", "", "--temperature", "0", "--samples", "2"])
+    one, two, end = capsys.readouterr().out.split("\n---\n")
+    assert one == two and end == ""
+
+
+@pytest.mark.parametrize("flags, says", [
+    ([], "name a --checkpoint"),
+    (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["--checkpoint", "ckpt_00001.pt", "--samples", "0"], "--samples must be at least 1"),
+    (["--checkpoint", "ckpt_00001.pt", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+    (["--checkpoint", "ckpt_00001.pt", "--temperature", "-1"], "--temperature must be at least 0"),
+    (["--checkpoint", "ckpt_00001.pt", "--temperature", "nan"], "--temperature must be at least 0"),
+    (["--checkpoint", "ckpt_00001.pt", "--top_k", "-1"], "--top_k must be at least 0"),
+    (["--checkpoint", "ckpt_00001.pt", "--seed", "1e30"], "--seed must be at least 0 and below 2^63"),
+    (["--checkpoint", "ckpt_00001.pt", "--device", "mps"], "--device mps"),
+    (["--checkpoint", "ckpt_00001.pt", "--temprature", "1"], "did you mean --temperature"),
+    (["--checkpoint", "torn.pt"], "torn.pt is not a whole checkpoint"),
+])
+def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torn.pt").write_bytes(checkpoint[0].read_bytes()[:5000])
+    with pytest.raises(BadInput) as error:
+        generate.main(flags)
+    assert says in str(error.value)
+
+
+def test_bad_input_of_a_real_process_is_one_line(launch):
+    result = launch("generate.py", "--checkpoint", "nowhere.pt")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("generate.py: error: no checkpoint at nowhere.pt") and result.stderr.count("\n") == 1

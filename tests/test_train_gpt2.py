@@ -1,0 +1,959 @@
+"""train_gpt2.py against references, and launched for real: python -m pytest tests/test_train_gpt2.py -n 2"""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT
+
+import train_gpt2
+from cli import BadInput, parse
+from tokenizer import Tokenizer, load_tokenizer, train_bpe
+from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, SampleConfig, ShardLoader, Shards, TrainConfig
+
+TOGGLES = {"mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"), "pos": ("learned", "rope"),
+           "emb_norm": (False, True), "qk_norm": (False, True), "bias": (True, False), "tie_embeddings": (True, False),
+           "dropout": (0.0, 0.1)}
+TINY_FLAGS = ["--preset", "gpt2", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32",
+              "--total_batch_size", "256", "--max_steps", "6", "--warmup_steps", "2", "--max_lr", "5e-3",
+              "--val_tokens", "330", "--eval_every", "4", "--hellaswag_every", "0", "--sample_every", "0", "--device", "cpu"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def tiny(**changes):
+    """A GPTConfig that runs in milliseconds; 61 ids padded to 64."""
+    return GPTConfig(**dict(block_size=16, n_layer=2, n_head=2, n_embd=32, vocab_size=61, vocab_multiple=64) | changes)
+
+
+def combinations(*names):
+    """Every combination of these toggles, as dicts."""
+    return [dict(zip(names, values)) for values in itertools.product(*(TOGGLES[name] for name in names))]
+
+
+def all_pairs(toggles):
+    """Few combinations in which every pair of values of two toggles occurs (greedy, from a fixed seed)."""
+    names, rng = list(toggles), random.Random(0)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in toggles[a] for y in toggles[b]}
+    chosen = []
+    while missing:
+        tries = [{name: rng.choice(toggles[name]) for name in names} for _ in range(200)]
+        best = max(tries, key=lambda c: sum(pair in missing for pair in itertools.combinations(c.items(), 2)))
+        missing -= set(itertools.combinations(best.items(), 2))
+        chosen.append(best)
+    return chosen
+
+
+def sentences(n, seed=0):
+    """n documents that a tiny model learns quickly."""
+    rng = random.Random(seed)
+    pick = rng.choice
+    return [" ".join(f"the {pick(['cat', 'dog', 'bird'])} {pick(['sat', 'slept', 'stood'])} on the "
+                     f"{pick(['mat', 'roof', 'table'])}." for _ in range(rng.randint(1, 4))) for _ in range(n)]
+
+
+def write_data(folder, tokenizer, shards=3):
+    """A folder of shards as fineweb.py writes it: `shards` train shards and a val shard."""
+    folder.mkdir()
+    for split, index, seed in [("val", 0, 99)] + [("train", i + 1, i) for i in range(shards)]:
+        ids = [token for text in sentences(60, seed) for token in (tokenizer.eot, *tokenizer.encode(text).tolist())]
+        np.save(folder / f"toy_{split}_{index:06d}.npy", np.array(ids, dtype=np.uint16))
+    (folder / "tokenizer.json").write_text(tokenizer.spec)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json", "vocab_size": tokenizer.vocab_size}))
+    return folder
+
+
+def hellaswag_items(n, seed=5):
+    rng = random.Random(seed)
+    return [{"ind": i, "activity_label": "Sitting", "ctx": text, "label": rng.randrange(4),
+             "endings": [f"the {animal} sat on the {'big ' * rng.randrange(3)}mat."
+                         for animal in ("cat", "dog", "bird", "fly")]}
+            for i, text in enumerate(sentences(n, seed))]
+
+
+def write_lines(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def tiny_checkpoint(path, tokenizer, **changes):
+    """Save an untrained tiny model as train_gpt2.py would; returns the model."""
+    torch.manual_seed(3)
+    config = tiny(**dict(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=32) | changes)
+    model = GPT(config).eval()
+    train_gpt2.save_checkpoint(path, {"step": 1, "model": model.state_dict(), "model_config": asdict(config),
+                                      "train_config": asdict(TrainConfig()), "tokenizer": tokenizer.spec})
+    return model
+
+
+def read_log(folder):
+    """log.txt -> {(step, kind): value}."""
+    lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
+    assert all(len(line) == 3 and line[1] in ("train", "val", "hella") for line in lines)
+    return {(int(step), kind): float(value) for step, kind, value in lines}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_bpe(sentences(200), 280)
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer, tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "toy", tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def test_presets():
+    for preset, want in {
+        "gpt2": dict(mlp="gelu", norm="layernorm", pos="learned", emb_norm=False, qk_norm=False, bias=True, n_layer=12,
+                     tie_embeddings=True, init="gpt2", dropout=0.0, optimizer="adamw", max_lr=6e-4, schedule="cosine",
+                     epochs=1.0, shuffle=False, n_head=12, n_embd=768, block_size=1024, total_batch_size=524_288),
+        "modern": dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, tie_embeddings=True,
+                       max_lr=1.8e-3, epochs=4.0, shuffle=True, n_layer=12, n_head=12, n_embd=768),
+    }.items():
+        (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), ["--preset", preset], None, PRESETS)
+        have = asdict(cfg) | asdict(model_cfg)
+        assert {name: have[name] for name in want} == want
+        assert given == {"preset"}
+    assert TrainConfig().preset == "modern"
+
+
+@pytest.mark.parametrize("argv, want", [
+    (["--size", "gpt2-medium"], dict(n_layer=24, n_head=16, n_embd=1024)),
+    (["--size", "gpt2-xl", "--n_layer", "6"], dict(n_layer=6, n_head=25, n_embd=1600)),
+])
+def test_size_sets_the_shape_and_flags_override_it(argv, want, data):
+    argv = ["--data", str(data), "--max_steps", "1000", "--micro_batch", "auto", *argv]
+    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, None, PRESETS)
+    _, max_steps = train_gpt2.plan(cfg, model_cfg, given, world=8)
+    assert {name: getattr(model_cfg, name) for name in want} == want
+    assert max_steps == 1000
+
+
+def test_length_of_a_run(data):
+    tokens = Shards(data).tokens["train"]
+    base = ["--data", str(data), "--block_size", "32", "--total_batch_size", "256", "--warmup_steps", "1"]
+    for argv, want in [(["--epochs", "2.5"], int(2.5 * tokens / 256)), (["--max_steps", "7"], 7),
+                       (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], 500)]:
+        (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), [*base, "--micro_batch", "1", *argv], None, PRESETS)
+        assert train_gpt2.plan(cfg, model_cfg, given, world=2)[1] == want
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def test_gpt2_has_124_475_904_parameters():
+    with torch.device("meta"):
+        counts = GPT(GPTConfig()).parameter_counts()
+    assert counts["total"] == 124_475_904
+    assert counts["embedding"] == 50_304 * 768 + 1024 * 768
+    assert counts["layer"] == 12 * 768**2 + 13 * 768
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mlps_have_like_parameter_counts(size):
+    with torch.device("meta"):
+        counts = {mlp: sum(p.numel() for p in cls(GPTConfig(**SIZES[size], bias=False)).parameters())
+                  for mlp, cls in train_gpt2.MLPS.items()}
+    assert counts["relu2"] == counts["gelu"]
+    assert counts["swiglu"] == pytest.approx(counts["gelu"], rel=0.02)
+
+
+def test_gpt2_parity_with_transformers(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4)).eval()
+    for p in theirs.parameters():  # biases and norms start at 0 and 1, which would hide a mistake
+        p.data.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    idx = torch.randint(97, (3, 24))
+    with torch.no_grad():
+        assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
+        loss = ours(idx[:, :-1], idx[:, 1:])
+        torch.testing.assert_close(loss, theirs(idx, labels=idx).loss, rtol=1e-5, atol=0)
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+def test_from_pretrained_refuses_what_is_no_gpt2(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with pytest.raises(BadInput, match="nowhere"):
+        GPT.from_pretrained(tmp_path / "nowhere")
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=2)).save_pretrained(tmp_path / "llama")
+    with pytest.raises(BadInput, match="llama"):
+        GPT.from_pretrained(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("change", [dict(activation_function="relu"), dict(layer_norm_epsilon=1e-3), dict(n_inner=60),
+                                    dict(tie_word_embeddings=False), dict(scale_attn_by_inverse_layer_idx=True)], ids=str)
+def test_from_pretrained_refuses_variants_it_would_compute_wrongly(change, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=1, n_head=2, **change)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=next(iter(change))):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_rope_against_transformers_llama():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    q, k = torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    config = LlamaConfig(hidden_size=48, num_attention_heads=3, max_position_embeddings=64)
+    cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(40)[None])
+    rotary = train_gpt2.Rotary(16, 64)
+    for x, want in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):
+        torch.testing.assert_close(rotary(x), want, rtol=0, atol=1e-5)
+    assert rotary(q.bfloat16()).dtype == torch.bfloat16
+    assert not rotary.state_dict()  # the tables follow from the config: not in checkpoints
+
+
+def test_rope_depends_on_relative_positions_only():
+    rotary = train_gpt2.Rotary(16, 64)
+    q, k = (rotary(torch.randn(16).expand(1, 1, 64, 16))[0, 0] for _ in range(2))
+    scores = q @ k.T  # the same q and k everywhere, so (i, j) may depend on i - j alone
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=0, atol=1e-4)
+    assert scores[0].std() > 0.1
+
+
+def test_norms_against_torch():
+    x, weight, bias = torch.randn(4, 5, 32) * 3 + 1, torch.randn(32), torch.randn(32)
+    rms, layer = train_gpt2.RMSNorm(32, bias=True), train_gpt2.LayerNorm(32, bias=True)
+    assert [name for name, _ in rms.named_parameters()] == ["weight"]
+    assert train_gpt2.LayerNorm(32, bias=False).bias is None
+    rms.weight.data, layer.weight.data, layer.bias.data = weight, weight, bias
+    torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight)
+    torch.testing.assert_close(layer(x), F.layer_norm(x, (32,), weight, bias))
+    low = x.bfloat16()  # computed in fp32, whatever comes in
+    assert torch.equal(rms(low), F.rms_norm(low.float(), (32,), weight, eps=1e-5).bfloat16())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_mlps_by_hand(bias):
+    x, config = torch.randn(7, 48), GPTConfig(n_embd=48, bias=bias)
+    for name, cls in train_gpt2.MLPS.items():
+        mlp = cls(config)
+        a, b = mlp.c_fc, mlp.c_proj
+        h = x @ a.weight.T + (a.bias if bias else 0)
+        if name == "swiglu":
+            assert h.size(1) == 2 * 128  # 8/3 x 48
+            gate, value = h[:, :128], h[:, 128:]
+            h = gate / (1 + torch.exp(-gate)) * value
+        elif name == "relu2":
+            h = h.clamp(min=0) ** 2
+        else:
+            h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        torch.testing.assert_close(mlp(x), h @ b.weight.T + (b.bias if bias else 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mlp", TOGGLES["mlp"])
+def test_every_combination_runs_and_trains_every_parameter(mlp):
+    idx = torch.randint(61, (2, 9))
+    for init in ("gpt2", "xavier", "kaiming"):
+        for toggles in combinations(*list(TOGGLES)[1:]):
+            model = GPT(tiny(n_layer=1, n_embd=16, mlp=mlp, init=init, **toggles))
+            loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            assert loss.shape == () and 2 < loss < 8
+            for name, p in model.named_parameters():
+                assert p.grad is not None and p.grad.isfinite().all(), (toggles, name)
+                if "k_norm.bias" not in name:  # moves all scores of a query alike, which softmax does not see
+                    assert p.grad.any(), (toggles, name)
+
+
+@pytest.mark.parametrize("toggles", all_pairs(TOGGLES), ids=lambda t: "-".join(map(str, t.values())))
+def test_no_graph_breaks(toggles):
+    torch._dynamo.reset()
+    model, idx = GPT(tiny(n_layer=1, **toggles)), torch.randint(61, (2, 9))
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    compiled(idx[:, :-1], idx[:, 1:]).backward()
+    torch.testing.assert_close(compiled.eval()(idx), model.eval()(idx))
+
+
+@pytest.mark.parametrize("mlp", TOGGLES["mlp"])
+def test_causality(mlp):
+    a = torch.randint(61, (1, 12))
+    for toggles in combinations("norm", "pos", "emb_norm", "qk_norm"):
+        model = GPT(tiny(mlp=mlp, init="xavier", **toggles)).eval()
+        for t in (1, 6, 11):
+            b = a.clone()
+            b[0, t] = (b[0, t] + 1) % 61
+            with torch.no_grad():
+                difference = (model(a) - model(b))[0].abs().amax(dim=-1)
+            assert difference[:t].max() < 1e-6, (toggles, t)
+            assert difference[t:].min() > 1e-5, (toggles, t)  # and what follows does look back
+
+
+def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
+    model, idx = GPT(tiny()), torch.randint(61, (2, 16))
+    assert model(idx).shape == (2, 16, 61)
+    targets = idx.roll(-1, 1)
+    targets[:, 10:] = -1
+    full = model.lm_head(model.transformer.ln_f(hidden(model, idx)))[:, :10].flatten(0, 1)
+    torch.testing.assert_close(model(idx, targets), F.cross_entropy(full, targets[:, :10].flatten()))
+
+
+def hidden(model, idx):
+    """The residual stream before the last norm, by the plain loop."""
+    x = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx)))
+    for block in model.transformer.h:
+        x = block(x)
+    return x
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation():
+    model, idx = GPT(tiny(dropout=0.3)), torch.randint(61, (2, 16))
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+    plain = GPT(tiny(dropout=0.0))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(idx), plain(idx))
+    attention, x = model.transformer.h[0].attn.train(), torch.randn(2, 16, 32)  # the scores are dropped out as well
+    assert not torch.equal(attention(x), attention(x))
+
+
+@pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_init_stds(init, mlp):
+    torch.manual_seed(0)
+    model = GPT(tiny(n_embd=192, n_head=4, n_layer=3, block_size=256, vocab_size=1024, init=init, mlp=mlp, emb_norm=True,
+                     qk_norm=True, tie_embeddings=False))
+    hidden, residual = {"gelu": 768, "swiglu": 512}[mlp], 1 / math.sqrt(6)
+    want = {  # (fan_in, fan_out) of one matrix; gain of the non-linearity
+        "attn.c_attn": (192, 192, 1), "attn.c_proj": (192, 192, 1),
+        "mlp.c_fc": (192, hidden, 2), "mlp.c_proj": (hidden, 192, 1)}
+    seen = 0
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif p.dim() == 1:
+            assert (p == 1).all()
+        elif name.startswith("transformer.h."):
+            fan_in, fan_out, gain = want[name.removesuffix(".weight").split(".", 3)[3]]
+            std = {"gpt2": 0.02, "xavier": (2 / (fan_in + fan_out)) ** 0.5, "kaiming": (gain / fan_in) ** 0.5}[init]
+            std *= residual if "c_proj" in name else 1
+            assert p.std().item() == pytest.approx(std, rel=0.02), name
+            assert abs(p.mean().item()) < 0.05 * std
+            seen += 1
+        else:
+            assert p.std().item() == pytest.approx(0.01 if "wpe" in name else 0.02, rel=0.02), name
+            seen += 1
+    assert seen == 3 * 4 + 3
+
+
+def test_init_fails_on_a_parameter_it_does_not_know():
+    model = GPT(tiny())
+    model.transformer["gate"] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="does not know the parameter transformer.gate.weight"):
+        train_gpt2.init_weights(model)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer, schedule, FLOPs
+
+
+@pytest.mark.parametrize("toggles", [{}, dict(tie_embeddings=False, qk_norm=True, emb_norm=True, norm="rmsnorm", bias=False)])
+def test_optimizer_groups(toggles):
+    model = GPT(tiny(**toggles))
+    optimizer = train_gpt2.make_optimizer(model, TrainConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.0 if p.dim() == 1 else 0.3), name
+
+
+def test_one_step_of_adamw_by_hand():
+    model = GPT(tiny())
+    optimizer = train_gpt2.make_optimizer(model, TrainConfig(max_lr=1e-2, weight_decay=0.1))
+    idx = torch.randint(61, (2, 17))
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    # after one step the bias-corrected moments are g and g^2 (Loshchilov & Hutter 2019, algorithm 2)
+    want = [p.detach() * (1 - 1e-2 * (0.1 if p.dim() > 1 else 0)) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
+            for p in model.parameters()]
+    optimizer.step()
+    for p, expected in zip(model.parameters(), want):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("schedule, points, steepest", [
+    # warm-up over 10 of 110 steps to 1.0, then down to 0.1
+    ("cosine", {35: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 60: 0.55, 109: 0.1 + 0.45 * (1 + math.cos(0.99 * math.pi))}, 0.0142),
+    ("linear", {35: 0.775, 60: 0.55, 85: 0.325, 109: 0.109}, 0.00901),
+    ("wsd", {35: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 109: 0.1 + 0.9 / 22}, 0.041),  # decays over the last fifth: 88 to 110
+])
+def test_get_lr_by_hand(schedule, points, steepest):
+    cfg = TrainConfig(schedule=schedule, max_lr=1.0, min_lr_frac=0.1, warmup_steps=10)
+    lr = [train_gpt2.get_lr(step, cfg, 110) for step in range(110)]
+    for step, want in ({0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0} | points).items():
+        assert lr[step] == pytest.approx(want), step
+    assert max(lr) == pytest.approx(1.0) and min(lr) >= 0.1 - 1e-12
+    assert np.abs(np.diff(lr[9:])).max() < steepest  # no jumps
+    assert (np.diff(lr[9:]) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("warmup, max_steps", [(0, 1), (0, 5), (4, 5), (9, 10)])
+def test_get_lr_of_short_runs(schedule, warmup, max_steps):
+    cfg = TrainConfig(schedule=schedule, max_lr=2.0, min_lr_frac=0.0, warmup_steps=warmup)
+    lr = [train_gpt2.get_lr(step, cfg, max_steps) for step in range(max_steps)]
+    assert max(lr) == pytest.approx(2.0) and min(lr) > 0  # no step is wasted on a rate of zero
+
+
+def test_flops_per_token_by_hand():
+    with torch.device("meta"):
+        gpt2, untied, small = (GPT(c) for c in (GPTConfig(), GPTConfig(tie_embeddings=False), tiny(pos="rope", bias=False)))
+    # PaLM, appendix B: 6N + 12 L H Q T
+    want = 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
+    assert gpt2.flops_per_token() == want == 855_383_040
+    assert untied.flops_per_token() == want  # the same matrices are multiplied; one more is looked up
+    assert small.flops_per_token() == 6 * (64 * 32 + 2 * (12 * 32**2 + 2 * 32) + 32) + 12 * 2 * 32 * 16
+
+
+@pytest.mark.parametrize("toggles", [{}, dict(tie_embeddings=False, emb_norm=True, qk_norm=True, pos="rope")])
+def test_gradient_groups_cover_every_parameter_once(toggles):
+    model = GPT(tiny(**toggles))
+    groups = train_gpt2.gradient_groups(model)
+    assert list(groups)[0] == "embedding" and {"block_00", "block_01", "rest"} < set(groups)
+    assert Counter(id(p) for part in groups.values() for p in part) == Counter(id(p) for p in model.parameters())
+    assert any(p is model.transformer.wte.weight for p in groups["embedding"])
+
+
+@pytest.mark.parametrize("gpu, want", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+                                       ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+                                       ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10G", 70e12),
+                                       ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce GTX 1080", None)])
+def test_peak_flops(gpu, want, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert train_gpt2.peak_flops(torch.device("cuda")) == want
+    assert train_gpt2.peak_flops(torch.device("cpu")) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards and the loader
+
+EOT = 0
+FAKE = SimpleNamespace(vocab_size=100, eot=EOT)
+
+
+def make_shards(folder, mid_document=False):
+    """Shards of 5, 1, 7 and 3 short documents -> (files, list of documents a shard)."""
+    rng = np.random.default_rng(0)
+    contents = [[np.array([EOT, *rng.integers(1, 100, rng.integers(0, 9))], dtype=np.uint16) for _ in range(n)]
+                for n in (5, 1, 7, 3)]
+    if mid_document:  # the shards were cut at a fixed length
+        contents = [[documents[0][1:], *documents[1:]] if len(documents[0]) > 1 else documents for documents in contents]
+    files = [folder / f"toy_train_{i:06d}.npy" for i in range(len(contents))]
+    for file, documents in zip(files, contents):
+        np.save(file, np.concatenate(documents))
+    return files, contents
+
+
+def reference_epoch(contents, seed, epoch):
+    """The documents of an epoch in the loader's order, written out plainly."""
+    if seed is None:
+        return [document for documents in contents for document in documents]
+    order = np.random.default_rng((seed, epoch)).permutation(len(contents))
+    return [contents[shard][d] for shard in order
+            for d in np.random.default_rng((seed, epoch, int(shard))).permutation(len(contents[shard]))]
+
+
+@pytest.mark.parametrize("mid_document", [False, True])
+@pytest.mark.parametrize("seed", [None, 0, 1337])
+@pytest.mark.parametrize("n", [1, 7, 16, 1000])  # 1000 tokens: more than the whole data
+def test_stream_against_reference(n, seed, mid_document, tmp_path):
+    files, contents = make_shards(tmp_path, mid_document)
+    size = sum(len(d) for documents in contents for d in documents)
+    epochs = 3 + 4 * n // size
+    stream = np.concatenate([d for epoch in range(epochs) for d in reference_epoch(contents, seed, epoch)])
+    loader = ShardLoader(files, FAKE, seed)
+    for start in range(0, min(len(stream) - n - 1, 3 * size + 3 * n), n):
+        assert np.array_equal(loader.next(n), stream[start:start + n + 1]), start
+
+
+@pytest.mark.parametrize("mid_document", [False, True])
+def test_an_epoch_drops_nothing_doubles_nothing_and_keeps_documents_whole(mid_document, tmp_path):
+    files, contents = make_shards(tmp_path, mid_document)
+    tokens = np.concatenate([d for documents in contents for d in documents])
+    loader, epochs = ShardLoader(files, FAKE, seed=1), []
+    for _ in range(3):
+        batches = [loader.next(1)[:-1] for _ in range(len(tokens))]
+        epochs.append(np.concatenate(batches))
+        assert Counter(epochs[-1].tolist()) == Counter(tokens.tolist())
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    if not mid_document:
+        def documents(stream):
+            return Counter(tuple(d) for d in np.split(stream, np.flatnonzero(stream == EOT)))
+        assert all(documents(epoch) == documents(tokens) for epoch in epochs)
+
+
+def test_epochs_are_equal_without_shuffling_and_seeds_differ_with(tmp_path):
+    files, contents = make_shards(tmp_path)
+    size = sum(len(d) for documents in contents for d in documents)
+    plain = ShardLoader(files, FAKE, None)
+    assert np.array_equal(plain.next(size)[:-1], plain.next(size)[:-1])
+    first = [ShardLoader(files, FAKE, seed).next(size) for seed in (1, 1, 2)]
+    assert np.array_equal(first[0], first[1]) and not np.array_equal(first[0], first[2])
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_loader_continues_exactly_from_any_point(seed, tmp_path):
+    files, contents = make_shards(tmp_path)
+    size = sum(len(d) for documents in contents for d in documents)
+    loader = ShardLoader(files, FAKE, seed)
+    other = ShardLoader(files, FAKE, seed)  # one loader that jumps about
+    states, batches = [], []
+    for n in [1, 2, 3, 5, 8, 13, 21, size, 2 * size + 1, 4, 4]:
+        states.append(json.loads(json.dumps(loader.state_dict())))
+        batches.append(loader.next(n))
+    for i in [3, 0, 8, 7, 1, 9, 2, 10, 4, 6, 5]:
+        fresh = ShardLoader(files, FAKE, seed)
+        for resumed in (fresh, other):
+            resumed.load_state_dict(states[i])
+            for batch in batches[i:]:
+                assert np.array_equal(resumed.next(len(batch) - 1), batch)
+            resumed.load_state_dict(states[i])
+    assert all(type(v) is int for v in states[-1].values()) and len(states[-1]) == 3
+
+
+def write_bin(path, ids, magic, version, count=None):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(ids) if count is None else count
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        file.write(ids.tobytes())
+
+
+def test_shards_of_other_projects(tmp_path):
+    ids = np.arange(500) * 100
+    nanogpt, llmc, llama = (tmp_path / name for name in ("build-nanogpt", "llm.c", "llama"))
+    for folder in (nanogpt, llmc, llama):
+        folder.mkdir()
+    for split, part in (("val", ids[:100]), ("train", ids)):
+        np.save(nanogpt / f"edufineweb_{split}_000001.npy", part.astype(np.uint16))
+        write_bin(llmc / f"fineweb_{split}_000001.bin", part.astype(np.uint16), 20240520, 1)
+        write_bin(llama / f"fineweb_{split}_000001.bin", (part + 70_000).astype(np.uint32), 20240801, 7)
+    for folder, add in ((nanogpt, 0), (llmc, 0), (llama, 70_000)):
+        shards = Shards(folder)
+        assert shards.tokenizer == "gpt2" and shards.tokens == {"train": 500, "val": 100}
+        loader = ShardLoader(shards.train, SimpleNamespace(vocab_size=200_000, eot=50256), None)
+        assert np.array_equal(loader.next(400), ids[:401] + add)
+
+
+def test_shards_with_meta(data, tokenizer):
+    shards = Shards(data)
+    assert len(shards.train) == 3 and len(shards.val) == 1
+    assert load_tokenizer(shards.tokenizer).vocab_size == tokenizer.vocab_size == 280
+
+
+@pytest.mark.parametrize("damage", ["truncated.npy", "truncated.bin", "empty.npy", "empty.bin", "float.npy", "2d.npy",
+                                    "int64.npy", "magic.bin", "text.npy", "header.bin"])
+def test_damaged_shards_are_bad_input(damage, tmp_path):
+    path, ids = tmp_path / damage, np.arange(1000, dtype=np.uint16)
+    kind = damage.split(".")[0]
+    if damage.endswith(".bin"):
+        write_bin(path, ids, 20240520 if kind != "magic" else 1, 1)
+    else:
+        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64)}
+        np.save(path, odd.get(kind, ids))
+    keep = {"truncated": path.stat().st_size - 100, "empty": 0, "header": 100}.get(kind)
+    if keep is not None:
+        path.write_bytes(path.read_bytes()[:keep])
+    if kind == "text":
+        path.write_text("no tokens here")
+    with pytest.raises(BadInput, match=damage):
+        train_gpt2.read_shard(path)
+
+
+def test_an_id_beyond_the_vocabulary_is_bad_input(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([1, 99, 3], dtype=np.uint16))
+    np.save(tmp_path / "b.npy", np.array([1, 100, 3], dtype=np.uint16))
+    assert ShardLoader([tmp_path / "a.npy"], FAKE, 0).next(2).max() <= 99
+    with pytest.raises(BadInput, match=r"b\.npy holds the id 100"):
+        ShardLoader([tmp_path / "a.npy", tmp_path / "b.npy"], FAKE, None).next(5)
+
+
+def test_read_validation(tmp_path):
+    files, contents = make_shards(tmp_path)
+    stream = np.concatenate([d for documents in contents for d in documents])
+    shards = SimpleNamespace(val=files, tokens={"val": len(stream)})
+    for limit, rows in ((10**9, (len(stream) - 1) // 8), (24, 3), (31, 3)):
+        x, y = train_gpt2.read_validation(shards, TrainConfig(val_tokens=limit), 8, FAKE)
+        assert x.shape == y.shape == (rows, 8)
+        assert np.array_equal(x.ravel(), stream[:8 * rows]) and np.array_equal(y.ravel(), stream[1:8 * rows + 1])
+    with pytest.raises(BadInput, match="validation needs"):
+        train_gpt2.read_validation(shards, TrainConfig(val_tokens=7), 8, FAKE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation, samples, checkpoints
+
+
+def test_evaluate_is_independent_of_the_micro_batch():
+    model, tokens = GPT(tiny(init="xavier")), np.random.default_rng(0).integers(61, size=(7, 17))
+    rows, processes = (tokens[:, :-1], tokens[:, 1:]), train_gpt2.Processes("cpu")
+    losses = [train_gpt2.evaluate(model, rows, micro_batch, processes) for micro_batch in (1, 2, 3, 7, 100)]
+    with torch.no_grad():
+        want = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden(model, torch.tensor(rows[0])))).flatten(0, 1),
+                               torch.tensor(rows[1]).flatten()).item()
+    assert losses == pytest.approx([want] * 5, rel=1e-6)
+    assert model.training
+    # two processes: their sums and counts add up to the same mean
+    parts = []
+    for rank in range(2):
+        share = SimpleNamespace(rank=rank, world=2, device=processes.device, sum=lambda v: parts.append(v) or (0.0, 1.0))
+        train_gpt2.evaluate(model, rows, 3, share)
+    assert sum(float(p[0]) for p in parts) / sum(p[1] for p in parts) == pytest.approx(want, rel=1e-6)
+
+
+def constant_model(tokenizer, high=()):
+    """Its logits are the same everywhere: 0 in general, 100 for the ids in `high` and for all padding."""
+    model = GPT(tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, tie_embeddings=False))
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.fill_(1.0)
+    model.lm_head.weight.data.zero_()
+    for token in (*high, *range(tokenizer.vocab_size, model.config.padded_vocab_size)):
+        model.lm_head.weight.data[token] = 100 / model.config.n_embd
+    return model
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0.0), dict(top_k=0), dict(top_k=1), {},
+                                      dict(top_k=10**6, temperature=9.0)])
+def test_padded_ids_are_never_sampled(settings, tokenizer):
+    model = constant_model(tokenizer)
+    assert model.lm_head.weight.size(0) == 384 and model(torch.zeros(1, 1, dtype=torch.long)).max() < 1
+    texts = train_gpt2.sample(model, tokenizer, SampleConfig(prompt="the", samples=16, max_new_tokens=20, **settings))
+    assert len(texts) == 16 and all(text.startswith("the") for text in texts)  # a padded id cannot be decoded
+
+
+def test_sample_stops_at_the_end_of_text(tokenizer):
+    model = constant_model(tokenizer, high=[tokenizer.eot])
+    for prompt in ("the cat", ""):
+        cfg = SampleConfig(prompt=prompt, samples=2, temperature=0.0, max_new_tokens=5)
+        assert train_gpt2.sample(model, tokenizer, cfg) == [prompt] * 2
+
+
+def test_an_id_that_stands_for_nothing_can_be_sampled():
+    """cl100k_base and o200k_base have gaps in their numbering, which an untrained model does draw."""
+    encoding = tiktoken.Encoding("gap", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 300})
+    tokenizer = Tokenizer(encoding, "gap")
+    model = constant_model(tokenizer, high=[280])
+    texts = train_gpt2.sample(model, tokenizer, SampleConfig(prompt="the", samples=1, temperature=0.0))
+    assert texts[0].startswith("the")
+
+
+def test_sample_is_seeded_and_changes_no_other_random_state(tokenizer):
+    model = GPT(tiny(vocab_size=tokenizer.vocab_size, dropout=0.2, pos="rope"))
+    before = torch.get_rng_state()
+    texts = [train_gpt2.sample(model, tokenizer, SampleConfig(seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) == 4  # the four samples differ
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+@pytest.mark.parametrize("prompt", ["the cat", "the cat sat on the mat. " * 10])  # the second is longer than block_size
+def test_sample_with_temperature_0_is_argmax(prompt, tokenizer):
+    torch.manual_seed(1)
+    model = GPT(tiny(vocab_size=tokenizer.vocab_size, init="xavier")).eval()
+    ids = tokenizer.encode(prompt).tolist()
+    assert (len(ids) > 16) == (len(prompt) > 16)
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids[-16:]]))[0, -1].argmax()))
+    assert tokenizer.eot not in ids
+    cfg = SampleConfig(prompt=prompt, samples=1, max_new_tokens=12, temperature=0.0)
+    assert train_gpt2.sample(model, tokenizer, cfg) == [tokenizer.decode(ids)]
+
+
+def test_top_k_draws_from_the_k_likeliest(tokenizer):
+    high = [tokenizer.encode(letter).item() for letter in "xyz"]
+    model = constant_model(tokenizer, high)
+    cfg = SampleConfig(prompt="x", samples=20, max_new_tokens=5, top_k=3, temperature=100.0)
+    assert set("".join(train_gpt2.sample(model, tokenizer, cfg))) == set("xyz")
+
+
+def test_checkpoint_round_trip(tokenizer, tmp_path):
+    model = tiny_checkpoint(tmp_path / "a.pt", tokenizer, mlp="swiglu", pos="rope", norm="rmsnorm", bias=False)
+    loaded, same, state = train_gpt2.load_checkpoint(tmp_path / "a.pt")
+    idx = torch.randint(280, (2, 20))
+    assert torch.equal(loaded(idx), model(idx)) and not loaded.training and state["step"] == 1
+    assert same.encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tokenizer, tmp_path):
+    tiny_checkpoint(tmp_path / "a.pt", tokenizer)
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        train_gpt2.save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(9), "y": lambda: 0})
+    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "torn", "text", "other"])
+def test_what_is_no_checkpoint_is_bad_input(kind, tokenizer, tmp_path):
+    path = tmp_path / "a.pt"
+    tiny_checkpoint(path, tokenizer)
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "other":
+        torch.save({"model": {}}, path)
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "torn": whole[:len(whole) // 2], "text": b"hello"}[kind])
+    with pytest.raises(BadInput, match="a.pt"):
+        train_gpt2.load_checkpoint(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real runs
+
+
+def test_a_real_run(launch, data, tokenizer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    questions = write_lines(tmp_path / "hella.jsonl", hellaswag_items(6))
+    flags = [*TINY_FLAGS, "--data", data, "--shuffle", "--run", "real", "--max_steps", 42, "--hellaswag_every", 40,
+             "--hellaswag_file", questions, "--eval_every", 20, "--sample_every", 40, "--save_every", 40,
+             "--sample_prompt", "the dog", "--total_batch_size", 512]
+    result = launch("train_gpt2.py", *flags)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "log" / "real"
+    assert {p.name for p in folder.iterdir()} > {"config.json", "log.txt", "ckpt_00040.pt", "ckpt_00042.pt", "train_gpt2.py"}
+    assert not list(folder.glob("*.tmp"))
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["n_embd"] == 32 and config["model"]["vocab_size"] == 280
+    assert config["train"]["shuffle"] is True and config["max_steps"] == 42 and "--run real" in config["command"]
+
+    log = read_log(folder)
+    assert [step for step, kind in log if kind == "train"] == list(range(42))
+    assert [step for step, kind in log if kind == "val"] == [0, 20, 40, 42]  # the last step too
+    assert [step for step, kind in log if kind == "hella"] == [0, 40, 42]
+    assert log[0, "train"] == pytest.approx(math.log(384), abs=0.3)
+    assert log[41, "train"] < 0.6 * log[0, "train"] and log[42, "val"] < 0.6 * log[0, "val"]
+
+    # the checkpoint gives the logged loss
+    torch.load(folder / "ckpt_00042.pt", weights_only=True)
+    model, same, state = train_gpt2.load_checkpoint(folder / "ckpt_00042.pt")
+    assert state["step"] == 42 and set(state) >= {"optimizer", "loader", "rng", "max_steps", "train_config"}
+    assert not any(key.startswith(("_orig_mod", "module.")) for key in state["model"])
+    val = np.load(data / "toy_val_000000.npy").astype(np.int64)
+    x, y = val[:320].reshape(10, 32), val[1:321].reshape(10, 32)  # whole rows of 330 tokens
+    with torch.no_grad():
+        assert model(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(log[42, "val"], rel=1e-5)
+    assert train_gpt2.sample(model, same, SampleConfig(prompt="the dog"))[0] in map(eval, quoted(result.stdout))
+
+    # TensorBoard, by its own reader
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {"train/loss", "val/loss", "val/bpb", "eval/hellaswag", "lr", "grad_norm", "grad_norm/embedding",
+                       "grad_norm/block_00", "grad_norm/block_01", "perf/tok_per_sec"}
+    for tag, kind in (("train/loss", "train"), ("val/loss", "val"), ("eval/hellaswag", "hella")):
+        assert {(e.step, kind): e.value for e in events.Scalars(tag)} == pytest.approx(
+            {key: value for key, value in log.items() if key[1] == kind}, abs=1e-5)
+    n_bytes = sum(len(tokenizer.encoding.decode_single_token_bytes(t)) for t in y.ravel().tolist() if t != tokenizer.eot)
+    for nats, bits in zip(events.Scalars("val/loss"), events.Scalars("val/bpb")):
+        assert bits.value == pytest.approx(nats.value * 320 / (math.log(2) * n_bytes), rel=1e-5)
+    cfg = TrainConfig(warmup_steps=2, max_lr=5e-3)
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([train_gpt2.get_lr(s, cfg, 42) for s in range(42)])
+    parts = [[e.value for e in events.Scalars(tag)] for tag in sorted(scalars) if tag.startswith("grad_norm/")]
+    assert [e.value for e in events.Scalars("grad_norm")] == pytest.approx(np.linalg.norm(parts, axis=0).tolist(), rel=1e-4)
+    text = {tag: b"".join(events.Tensors(tag)[-1].tensor_proto.string_val).decode() for tag in events.Tags()["tensors"]
+            if tag.endswith("/text_summary")}
+    assert "the dog" in text["samples/text_summary"] and "|n_embd|32|" in text["hyperparameters/text_summary"]
+    assert events.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+
+
+def quoted(stdout):
+    """The printed samples, as repr wrote them."""
+    return [line[2:] for line in stdout.splitlines() if line.startswith("> ")]
+
+
+def test_same_losses_for_any_number_of_processes_and_micro_batch(launch, data, tmp_path):
+    base = [*TINY_FLAGS, "--data", str(data), "--shuffle", "--val_tokens", "300", "--log_dir", str(tmp_path / "log")]
+    train_gpt2.main([*base, "--run", "one", "--micro_batch", "8"])
+    for run, processes, flags in (("small", 1, ["--micro_batch", "1"]), ("two", 2, ["--micro_batch", "2"])):
+        result = launch("train_gpt2.py", *base, "--run", run, *flags, processes=processes)
+        assert result.returncode == 0, result.stderr
+    want = read_log(tmp_path / "log" / "one")
+    assert [key for key in want if key[1] == "val"] == [(0, "val"), (4, "val"), (6, "val")]
+    for run in ("small", "two"):
+        assert read_log(tmp_path / "log" / run) == pytest.approx(want, rel=1e-5), run
+    states = [torch.load(tmp_path / "log" / run / "ckpt_00006.pt", weights_only=True) for run in ("one", "two")]
+    assert states[0]["loader"] == states[1]["loader"] and states[0]["model"].keys() == states[1]["model"].keys()
+
+
+def test_the_loop_against_a_plain_one(data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--grad_clip", "1.7", "--weight_decay", "0.5",
+             "--eval_every", "0", "--micro_batch", "4", "--log_dir", str(tmp_path), "--run", "a"]
+    train_gpt2.main(flags)
+    (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), flags, None, PRESETS)
+    model_cfg.vocab_size = 280
+    torch.manual_seed(cfg.seed)
+    model, loader = GPT(model_cfg), ShardLoader(Shards(data).train, SimpleNamespace(vocab_size=280), None)
+    matrices, vectors = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95))
+    losses, norms = {}, []
+    for step in range(5):
+        tokens = torch.from_numpy(loader.next(256))
+        loss = model(tokens[:-1].view(8, 32), tokens[1:].view(8, 32))  # the whole batch at once
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.7).item())
+        for group in optimizer.param_groups:
+            group["lr"] = train_gpt2.get_lr(step, cfg, 5)
+        optimizer.step()
+        losses[step, "train"] = loss.item()
+    assert min(norms) < 1.7 < max(norms)  # Adam would not notice if all steps were scaled alike
+    assert read_log(tmp_path / "a") == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_modern_run_with_dropout_and_accumulation_in_process(data, tmp_path, capsys):
+    flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--max_steps", "5", "--qk_norm", "--dropout", "0.1",
+             "--no-tie_embeddings", "--schedule", "wsd", "--grad_clip", "0", "--micro_batch", "2", "--eval_every", "0",
+             "--save_every", "0", "--log_dir", str(tmp_path), "--run", "modern"]
+    train_gpt2.main(flags)
+    log = read_log(tmp_path / "modern")
+    assert [kind for _, kind in log] == ["train"] * 5
+    assert [p.name for p in (tmp_path / "modern").glob("ckpt*")] == ["ckpt_00005.pt"]  # the last step, always
+    assert "2 sequences x 32 tokens x 4 accumulation steps x 1 processes" in capsys.readouterr().out
+    train_gpt2.main([*flags[:-1], "again"])  # the same seed: the same run
+    assert read_log(tmp_path / "again") == log
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"),
+    (["--preset", "modem"], "modern"),
+    (["--mlp", "geglu"], "swiglu"),
+    (["--n_layer", "two"], "n_layer"),
+    (["--micro_batch", "lots"], "micro_batch"),
+    (["--data", "nowhere"], "nowhere/ does not hold any shards"),
+    (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
+    (["--micro_batch", "3"], "--micro_batch 3 must divide the 8 sequences"),
+    (["--micro_batch", "0"], "--micro_batch must be above zero"),
+    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"),
+    (["--warmup_steps", "-1"], "--warmup_steps must not be negative"),
+    (["--epochs", "2"], "--epochs and --max_steps"),
+    (["--max_steps", "0"], "--max_steps must be above zero"),
+    (["--block_size", "0"], "--block_size must be above zero"),
+    (["--n_embd", "33"], "--n_embd 33 must be a multiple of --n_head 2"),
+    (["--pos", "rope", "--n_embd", "30"], "--pos rope needs an even head size, not 15"),
+    (["--dropout", "1"], "--dropout must be"),
+    (["--dropout", "nan"], "--dropout must be"),
+    (["--max_lr", "nan"], "--max_lr must be above zero"),
+    (["--min_lr_frac", "2"], "--min_lr_frac must be"),
+    (["--seed", "-1"], "--seed must not be negative"),
+    (["--seed", "1e30"], "--seed must be"),
+    (["--max_lr", "inf"], "--max_lr must be above zero"),
+    (["--eval_every", "-5"], "--eval_every must not be negative"),
+    (["--val_tokens", "20"], "validation needs 33 tokens"),
+    (["--block_size", "16384", "--total_batch_size", "16384"], "lower --block_size"),
+    (["--device", "mps"], "--device mps"),
+    (["--hellaswag_every", "2", "--hellaswag_file", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--run", "taken"], "already holds a run"),
+    (["--log_dir", "a_file"], "--log_dir"),
+], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_bad_flags(flags, says, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    (tmp_path / "log" / "taken").mkdir(parents=True)
+    (tmp_path / "log" / "taken" / "config.json").touch()
+    with pytest.raises(BadInput) as error:
+        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run", "bad", *flags])
+    assert says in str(error.value)
+    assert not list(tmp_path.glob("log/*/ckpt*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none(data, tmp_path):
+    with pytest.raises(BadInput, match="--device cuda: .*use --device cpu"):
+        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--device", "cuda"])
+
+
+def test_an_endless_run(data, tmp_path):
+    flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
+    with pytest.raises(BadInput, match="--epochs"):
+        train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--epochs", "inf"])
+
+
+def test_too_little_data_for_one_step(data):
+    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), ["--data", str(data), "--preset", "gpt2"], None, PRESETS)
+    with pytest.raises(BadInput, match="less than one step of 524,288: lower --total_batch_size or raise --epochs"):
+        train_gpt2.plan(cfg, model_cfg, given, world=1)
+    cfg.total_batch_size = 1024 * 4
+    with pytest.raises(BadInput, match="x 3 processes; 6144 is"):
+        train_gpt2.plan(cfg, model_cfg, given, world=3)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda d: (d / "meta.json").write_text("{"), "meta.json is damaged"),
+    (lambda d: (d / "meta.json").write_text("[]"), "meta.json is damaged"),
+    (lambda d: (d / "meta.json").write_text('{"tokenizer": null}'), "meta.json is damaged"),
+    (lambda d: (d / "meta.json").write_text('{"tokenizer": "gpt7"}'), "unknown tokenizer 'gpt7'"),
+    (lambda d: (d / "tokenizer.json").unlink(), "cannot read the tokenizer"),
+    (lambda d: (d / "toy_val_000000.npy").unlink(), "does not hold val shards"),
+    (lambda d: [p.unlink() for p in d.glob("*train*")], "does not hold train shards"),
+    (lambda d: [np.save(p, np.zeros(0, dtype=np.uint16)) for p in d.glob("*train*")], "training tokens"),
+    (lambda d: np.save(d / "toy_val_000000.npy", np.full(900, 280, dtype=np.uint16)), "holds the id 280"),
+    (lambda d: np.save(d / "toy_train_000001.npy", np.full(900, 281, dtype=np.uint16)), "holds the id 281"),
+    (lambda d: (d / "toy_train_000002.npy").write_bytes(b"\x93NUMPY"), "toy_train_000002.npy is not a whole shard"),
+], ids=["torn meta", "list meta", "null tokenizer", "unknown tokenizer", "no tokenizer", "no val", "no train", "empty train",
+        "val id", "train id", "torn shard"])
+def test_bad_data(change, says, tokenizer, tmp_path):
+    folder = write_data(tmp_path / "toy", tokenizer)
+    change(folder)
+    with pytest.raises(BadInput) as error:
+        train_gpt2.main([*TINY_FLAGS, "--data", str(folder), "--log_dir", str(tmp_path / "log")])
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("flags, says", [(["--max_step", "5"], "unknown flag --max_step: did you mean --max_steps"),
+                                         (["--data", "nowhere"], "name another --data")])
+def test_bad_input_of_a_real_process_is_one_line(flags, says, launch):
+    result = launch("train_gpt2.py", *flags)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("train_gpt2.py: error: ") and says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_imports_have_no_side_effects(tmp_path):
+    code = ("import sys, train_gpt2\n"
+            "assert not {'datasets', 'transformers', 'tensorboard'} & set(sys.modules), 'heavy imports'\n"
+            "import cli, fineweb, generate, hellaswag, tokenizer, torch\n"
+            "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()\n"
+            "assert not {'datasets', 'transformers'} & set(sys.modules)\n")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                            env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
