@@ -128,10 +128,9 @@ MODERN = dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=Fals
 PRESETS = {
     "gpt2":   {},
     "modern": MODERN,
-    "tiny":   MODERN | dict(n_layer=4, n_head=4, n_embd=192, block_size=256, data="docstrings", max_steps=500,
-                            total_batch_size=4096, micro_batch=16, max_lr=3e-3, warmup_steps=50, val_tokens=131_072,
-                            eval_every=100, hellaswag_every=0, sample_every=250, sample_prompt="Return the",
-                            compile=False),
+    "tiny":   MODERN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, data="docstrings", max_steps=900,
+                            total_batch_size=2048, max_lr=3e-3, warmup_steps=50, val_tokens=65_536, eval_every=300,
+                            hellaswag_every=0, sample_every=450, sample_prompt="Return the", compile=False),
 }
 SIZES = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
