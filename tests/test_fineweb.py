@@ -528,15 +528,23 @@ def good(tmp_path):
     return write_source(tmp_path / "good", "jsonl")
 
 
-@pytest.mark.parametrize("name, data", [
-    ("torn.jsonl", jsonl([{"text": "ok"}] * 70)[:-5]), ("torn.json", b'[{"text": "ok"}, {"te'),
-    ("wrong.jsonl", b'{"text": "\xff\xfe"}\n'),
-    ("bad.jsonl.gz", b"no gzip"), ("short.jsonl.gz", gzip.compress(jsonl([{"text": str(i)} for i in range(999)]))[:-300]),
-    ("bad.jsonl.zst", b"no zstd"), ("short.jsonl.zst", zstd(jsonl([{"text": str(i)} for i in range(9999)]))[:-300]),
-    ("torn.parquet", b"PAR1 torn"), ("wrong.txt", b"caf\xe9 latin-1"), ("short.txt.gz", gzip.compress(b"words " * 999)[:-9]),
-])
-def test_a_damaged_file_is_named_and_what_is_written_stays(name, data, tmp_path, fails):
-    (tmp_path / name).write_bytes(data)
+DAMAGED = {
+    "torn.jsonl": jsonl([{"text": "ok"}] * 70)[:-5],
+    "torn.json": b'[{"text": "ok"}, {"te',
+    "wrong.jsonl": b'{"text": "\xff\xfe"}\n',
+    "bad.jsonl.gz": b"no gzip",
+    "short.jsonl.gz": gzip.compress(jsonl([{"text": str(i)} for i in range(999)]))[:-300],
+    "bad.jsonl.zst": b"no zstd",
+    "short.jsonl.zst": zstd(jsonl([{"text": str(i)} for i in range(9999)]))[:-300],
+    "torn.parquet": b"PAR1 torn",
+    "wrong.txt": b"caf\xe9 latin-1",
+    "short.txt.gz": gzip.compress(b"words " * 999)[:-9],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)  # the bytes hold the time: they must not become the name of a test
+def test_a_damaged_file_is_named_and_what_is_written_stays(name, tmp_path, fails):
+    (tmp_path / name).write_bytes(DAMAGED[name])
     flags = ["--source", good(tmp_path), tmp_path / name, "--out", "out", "--shard_size", 300]
     assert f"cannot read {tmp_path / name} (" in fails(*flags)
     shards = read_shards(tmp_path / "out")
