@@ -152,7 +152,7 @@ def test_length_of_a_run(data):
     tokens = Shards(data).tokens["train"]
     base = ["--data", str(data), "--block_size", "32", "--total_batch_size", "256", "--warmup_steps", "1"]
     for argv, want in [(["--epochs", "2.5"], int(2.5 * tokens / 256)), (["--max_steps", "7"], 7),
-                       (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], 500)]:
+                       (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], PRESETS["tiny"]["max_steps"])]:
         (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), [*base, "--micro_batch", "1", *argv], None, PRESETS)
         assert train_gpt2.plan(cfg, model_cfg, given, world=2)[1] == want
 
