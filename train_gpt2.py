@@ -26,10 +26,12 @@ import inspect
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -652,6 +654,7 @@ class Processes:
         if self.distributed:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+
 def pick_micro_batch(model, cfg, rows, processes):
     """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
 
@@ -818,14 +821,12 @@ def sample(model, tokenizer, cfg):
         if cfg.temperature == 0:
             new = logits.argmax(dim=-1, keepdim=True)
         else:
-            top, ids = logits.topk(min(cfg.top_k or logits.size(-1), logits.size(-1)))
+            top, choices = logits.topk(min(cfg.top_k or logits.size(-1), logits.size(-1)))
             probs = F.softmax(top / cfg.temperature, dim=-1)
-            new = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+            new = choices.gather(-1, torch.multinomial(probs, 1, generator=generator))
         idx = torch.cat((idx, new), dim=1)
     model.train(training)
-    # an end of text ends the sample
-    start = 1 if not cfg.prompt else 0
-    rows = [row[start:] for row in idx.tolist()]
+    rows = [row[0 if cfg.prompt else 1:] for row in idx.tolist()]  # an end of text ends a sample
     return [tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
 
 
@@ -954,9 +955,10 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
     settings = dataclasses.asdict(cfg) | dataclasses.asdict(model_cfg)
     log = Logger.null()
     if processes.main:
+        launcher = ["torchrun", f"--nproc_per_node={processes.world}", "--"] if processes.distributed else ["python"]
         config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": max_steps,
                   "micro_batch": micro_batch, "world": processes.world, "tokenizer": tokenizer.name,
-                  "command": " ".join([os.path.basename(sys.executable), *sys.argv]), "torch": torch.__version__,
+                  "command": shlex.join([*launcher, *sys.argv]), "torch": torch.__version__,
                   "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copy(__file__, folder / "train_gpt2.py")  # the code that made the run
@@ -967,7 +969,7 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
     parts, parameters = gradient_groups(raw_model), list(raw_model.parameters())
     peak, flops_per_step = peak_flops(device), raw_model.flops_per_token() * cfg.total_batch_size
     sampling = SampleConfig(prompt=cfg.sample_prompt)
-    seconds = []  # of the steps so far
+    recent = deque(maxlen=20)  # seconds of the latest steps, but for the first, which compiles
 
     for step in range(max_steps + 1):
         last = step == max_steps
@@ -1039,13 +1041,15 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, norm, *norms = torch.stack([loss_sum / processes.world, norm, *norms]).tolist()  # waits for the device
-        seconds.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if step > 0:
+            recent.append(seconds)
 
         if processes.main:
-            recent = statistics.median(seconds[1:][-20:] or seconds)  # the first step compiles
-            rate = cfg.total_batch_size / seconds[-1]
-            mfu = flops_per_step / seconds[-1] / peak / processes.world if peak else None
-            left = datetime.timedelta(seconds=round(recent * (max_steps - step - 1)))
+            typical = statistics.median(recent or [seconds])
+            rate = cfg.total_batch_size / seconds
+            mfu = flops_per_step / seconds / peak / processes.world if peak else None
+            left = datetime.timedelta(seconds=round(typical * (max_steps - step - 1)))
             log.record(step, "train", loss)
             log.scalars(step, {"train/loss": loss, "lr": lr, "grad_norm": norm, "perf/tok_per_sec": rate})
             log.scalars(step, {f"grad_norm/{name}": value for name, value in zip(parts, norms)})
@@ -1053,10 +1057,10 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
                 log.scalars(step, {"perf/mfu": mfu})
             if device.type == "cuda":
                 log.scalars(step, {"perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9})
-            log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {seconds[-1] * 1e3:.0f} ms | "
+            log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {seconds * 1e3:.0f} ms | "
                          f"{rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | ETA {left}")
             if step + 1 == min(10, max_steps):
-                log.say(f"predicted: {recent * max_steps / 60:.1f} minutes of training steps")
+                log.say(f"predicted: {typical * max_steps / 60:.1f} minutes of training steps")
 
     log.say(f"done: watch it with `tensorboard --logdir {cfg.log_dir}`, sample again with "
             f"`python generate.py --checkpoint {folder}/ckpt_{max_steps:05d}.pt`")
