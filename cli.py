@@ -25,6 +25,10 @@ class BadInput(Exception):
     """What the user gave cannot work. The message is one line that names the cause and the remedy."""
 
 
+class RankError(BadInput):
+    """A BadInput that one process of several may meet alone: said by whichever meets it."""
+
+
 def flag(default, help):
     """A dataclass field that `parse` turns into the flag --<name of the field>."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -32,10 +36,13 @@ def flag(default, help):
 
 def run(main):
     """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its message and 130."""
+    for stream in (sys.stdout, sys.stderr):  # a sample's odd character must not end a run on a console without UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every process meets the same bad input: say it once
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, RankError):  # under torchrun every process meets the same: say it once
             print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

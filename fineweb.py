@@ -37,6 +37,7 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
 FORMATS = tuple(f"{end}{packed}" for end in BUILDERS for packed in ("", ".gz", ".zst"))
 BATCH_ROWS = 64              # documents a thread encodes at a time
+BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
 TXT_LINES = 4096             # lines of a .txt a thread encodes at a time
 BPE_TEXT = 100_000_000       # characters a BPE is trained on, at most
 DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # what requirements.txt brings, the wordiest of it
@@ -140,7 +141,7 @@ def replace(path, write):
     partial = path.with_name(path.name + ".tmp")
     try:
         write(partial)
-        with open(partial, "rb") as file:
+        with open(partial, "r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
@@ -176,6 +177,11 @@ class Source:
             self.parts = [extract_docstrings(out)]
         else:
             self.parts = [part for source in cfg.source for part in find_parts(source)]
+
+    def guess_tokens(self):
+        """About how many tokens the local files hold; 0 where the source is a dataset of the hub."""
+        return sum(int(os.path.getsize(part) / BYTES_PER_TOKEN.get(Path(part).suffix, 4.3))
+                   for part in self.parts if os.path.exists(part))
 
     def batches(self, start=None):
         start = start or {"part": 0, "path": self.parts[0], "state": None, "skipped": 0}
@@ -478,9 +484,9 @@ def write_shards(cfg, out, source, tokenizer, meta):
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
     known = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}.get(cfg.name)
-    total = min(filter(None, (cfg.max_tokens, known)), default=None)
+    total = min(filter(None, (cfg.max_tokens, known or source.guess_tokens())), default=None)
     stream = encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)
-    documents, started = 0, time.perf_counter()
+    documents, started = sum(split["documents"] for split in writer.meta["splits"].values()), time.perf_counter()
     bar = tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0,
                disable=None)  # None: no bar where nobody watches a terminal
     try:
@@ -490,7 +496,7 @@ def write_shards(cfg, out, source, tokenizer, meta):
             writer.meta["skipped_rows"] = batch.after["skipped"]
             writer.add(ids[:end], used, before)
             before, drop = batch.after, drop - used
-            documents += len(batch.texts)
+            documents += len(batch.texts) - batch.continues
             bar.update(len(ids) - used)
             bar.set_postfix_str(f"{documents:,} documents", refresh=False)
             if end is not None and end <= len(ids):

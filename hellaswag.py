@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from cli import BadInput, flag, parse, run
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-BATCH_TOKENS = 32_768  # tokens a forward pass, padding included; bounds the memory of the logits
+BATCH_TOKENS = 16_384  # tokens a forward pass, padding included; bounds the memory of the logits
 
 
 @dataclass
@@ -51,7 +51,7 @@ def load(path=None):
             for line in file:
                 items.append(_check(json.loads(line)))
     except OSError as error:
-        raise BadInput(f"cannot read {path} ({error.strerror}): name hellaswag_val.jsonl") from error
+        raise BadInput(f"cannot read {path} ({error.strerror}): name hellaswag_val.jsonl by --file, in training by --hellaswag_file") from error
     except ValueError as error:
         raise BadInput(f"{path}, line {len(items) + 1} is no HellaSwag item ({error}): delete the file to download it "
                        "again") from error

@@ -7,7 +7,6 @@ A tokenizer is named by a *spec*, a string that is one of
 Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -63,10 +62,6 @@ class Tokenizer:
                 except KeyError:  # a gap in the numbering, as in cl100k_base
                     pass
         return sizes
-
-    def fingerprint(self):
-        """str: equal for equal tokenizers, whatever file they came from."""
-        return self.spec if not self.is_trained else hashlib.sha256(self.spec.encode()).hexdigest()[:16]
 
     def save(self, path):
         """Write a trained tokenizer's `tokenizer.json`, whole or not at all."""

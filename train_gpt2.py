@@ -26,10 +26,12 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +47,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from cli import BadInput, flag, parse, run
+from cli import BadInput, RankError, flag, parse, run
 from tokenizer import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -569,7 +571,7 @@ def read_validation(shards, cfg, block_size, tokenizer):
 # Processes and devices
 
 
-PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name contained in the GPU's
+PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name that is a word of the GPU's
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
     "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -581,7 +583,8 @@ def peak_flops(device):
     if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
         return None
     gpu = torch.cuda.get_device_name(device)
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    others = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # cousins with fewer cores or lower clocks
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{others}", gpu)), None)
 
 
 def compute_dtype(device):
@@ -596,16 +599,15 @@ def autocast(device):
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-def pick_device(name, local_rank=0):
+def pick_device(name, local_rank=0, local_world=1):
     """--device -> torch.device. Raises BadInput if this machine has no such device."""
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
         raise BadInput(f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise BadInput(f"process {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
-                       "lower --nproc_per_node")
+    if name == "cuda" and local_world > torch.cuda.device_count():
+        raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -618,7 +620,8 @@ class Processes:
     def __init__(self, device_name):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.distributed = self.rank == 0, "RANK" in os.environ
-        self.device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device = pick_device(device_name, local_rank, local_world)
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -749,7 +752,10 @@ class Logger:
 
 
 def save_checkpoint(path, state):
-    """Write `state` (tensors, numbers, strings, dicts, lists) so that `path` is never half a checkpoint."""
+    """Write `state` (tensors, numbers, strings, dicts, lists) so that `path` is never half a checkpoint.
+
+    Raises BadInput if there is no room or no right to write.
+    """
     partial = path.with_suffix(".tmp")
     try:
         with open(partial, "wb") as file:
@@ -757,9 +763,11 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise BadInput(f"cannot save {path} ({type(error).__name__}): free some disk space; "
+                       "the checkpoints already there are whole") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path, device="cpu"):
@@ -770,7 +778,7 @@ def load_checkpoint(path, device="cpu"):
     if not Path(path).is_file():
         raise BadInput(f"no checkpoint at {path}: name a ckpt_<step>.pt of a folder under log/")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
         tokenizer = load_tokenizer(state["tokenizer"])
@@ -870,7 +878,7 @@ def plan(cfg, model_cfg, given, world):
     need(shards.tokens["train"], f"{cfg.data} holds no training tokens: make it again with fineweb.py")
     if "max_steps" not in given and "epochs" in given:
         cfg.max_steps = None  # a preset's
-    max_steps = cfg.max_steps or int(cfg.epochs * shards.tokens["train"] / cfg.total_batch_size)
+    max_steps = cfg.max_steps or int(min(cfg.epochs, 1e9) * shards.tokens["train"] / cfg.total_batch_size)
     need(max_steps > 0, f"{cfg.data} holds {shards.tokens['train']:,} training tokens, {cfg.epochs:g} epochs of which "
          f"are less than one step of {cfg.total_batch_size:,}: lower --total_batch_size or raise --epochs")
     need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps: "
@@ -920,7 +928,7 @@ def main(argv):
         with processes:
             train(cfg, model_cfg, shards, max_steps, processes, folder)
     except torch.cuda.OutOfMemoryError as error:
-        raise BadInput(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
+        raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
 
 
 def train(cfg, model_cfg, shards, max_steps, processes, folder):
@@ -997,18 +1005,24 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
         if processes.main and due(cfg.sample_every) and step > 0:
             texts = sample(raw_model, tokenizer, sampling)
             log.say("\n".join(f"> {text!r}" for text in texts))
-            log.text(step, "samples", "\n\n".join(f"    {text}" for text in texts))
+            log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
         if processes.main and step > 0 and due(cfg.save_every or max_steps):
             path = folder / f"ckpt_{step:05d}.pt"
-            save_checkpoint(path, {
+            state = {
                 "step": step, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
                 "loader": loader.state_dict(), "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 "model_config": dataclasses.asdict(model_cfg), "train_config": dataclasses.asdict(cfg),
                 "max_steps": max_steps, "tokenizer": tokenizer.spec,
-            })
-            log.say(f"step {step} | saved {path}")
+            }
+            try:
+                save_checkpoint(path, state)
+                log.say(f"step {step} | saved {path}")
+            except BadInput as error:
+                if last:
+                    raise
+                log.say(f"step {step} | {error}")  # the run is worth more than one of its checkpoints
         if last:
             break
 
@@ -1044,6 +1058,8 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
         seconds = time.perf_counter() - started
         if step > 0:
             recent.append(seconds)
+        if not math.isfinite(loss):  # the same on every rank
+            raise BadInput(f"the loss is {loss} at step {step}: lower --max_lr or lengthen --warmup_steps")
 
         if processes.main:
             typical = statistics.median(recent or [seconds])

@@ -63,13 +63,13 @@ def test_save_load_and_spec_text_round_trip(bpe, tmp_path):
     for spec in (str(tmp_path / "tokenizer.json"), str(tmp_path), bpe.spec):
         loaded = load_tokenizer(spec)
         assert (loaded.spec, loaded.name, loaded.vocab_size, loaded.eot) == (bpe.spec, bpe.name, bpe.vocab_size, bpe.eot)
-        assert loaded.fingerprint() == bpe.fingerprint() != train_bpe(CORPUS, 400).fingerprint()
+        assert loaded.spec == bpe.spec != train_bpe(CORPUS, 400).spec
         assert loaded.is_trained and all((loaded.encode(t) == bpe.encode(t)).all() for t in VARIED)
 
 
 def test_gpt2_is_tiktokens():
     gpt2, reference = load_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
-    assert (gpt2.vocab_size, gpt2.eot, gpt2.spec, gpt2.fingerprint(), gpt2.is_trained) == (50257, 50256, "gpt2", "gpt2", False)
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.spec, gpt2.is_trained) == (50257, 50256, "gpt2", False)
     for text in VARIED + random_texts(300):
         assert gpt2.encode(text).tolist() == reference.encode_ordinary(text)
     assert gpt2.encode("Hello, world!").tolist() == [15496, 11, 995, 0]  # as published with GPT-2

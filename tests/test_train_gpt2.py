@@ -446,7 +446,12 @@ def test_gradient_groups_cover_every_parameter_once(toggles):
 @pytest.mark.parametrize("gpu, want", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
                                        ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
                                        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10G", 70e12),
-                                       ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce GTX 1080", None)])
+                                       ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce GTX 1080", None),
+                                       ("NVIDIA RTX A6000", 155e12), ("NVIDIA GH200 480GB", 989e12),
+                                       # cousins of cards in the table, and names that merely begin alike
+                                       ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+                                       ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA RTX A4000", None),
+                                       ("NVIDIA RTX A1000", None), ("NVIDIA GB200", None)])
 def test_peak_flops(gpu, want, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -957,3 +962,47 @@ def test_imports_have_no_side_effects(tmp_path):
                             env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "9", "--warmup_steps", "0", "--max_lr", "1e30", "--grad_clip", "0"]
+    with pytest.raises(BadInput, match=r"the loss is (nan|inf) at step \d: lower --max_lr"):
+        train_gpt2.main([*flags, "--log_dir", str(tmp_path)])
+
+
+def test_a_checkpoint_that_cannot_be_saved_does_not_end_a_run_before_its_last_step(data, tmp_path, monkeypatch, capsys):
+    def full(state, file):
+        raise RuntimeError("enforce fail: unexpected pos")  # how torch.save reports a full disk
+
+    monkeypatch.setattr(torch, "save", full)
+    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--save_every", "2", "--log_dir", str(tmp_path), "--run", "full"]
+    with pytest.raises(BadInput, match=r"ckpt_00005.pt \(RuntimeError\): free some disk space"):
+        train_gpt2.main(flags)
+    out = capsys.readouterr().out
+    assert out.count("free some disk space") == 2 and "step 4 | loss" in out  # said at steps 2 and 4, and went on
+    assert not list((tmp_path / "full").glob("ckpt*"))
+
+
+def test_more_processes_than_gpus_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BadInput, match="4 processes on 2 GPUs: lower --nproc_per_node"):
+        train_gpt2.pick_device("auto", local_rank=0, local_world=4)
+    assert train_gpt2.pick_device("cuda", local_rank=1, local_world=2) == torch.device("cuda", 1)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_compiled_in_bf16(launch, data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 12, "--run", "gpu", "--device", "cuda",
+             "--micro_batch", "auto", "--compile"]
+    done = launch("train_gpt2.py", *flags, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "bfloat16" in done.stdout and "recompil" not in done.stderr
+    losses = [float(line.split()[2]) for line in (tmp_path / "log" / "gpu" / "log.txt").read_text().splitlines() if " train " in line]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert json.loads((tmp_path / "log" / "gpu" / "config.json").read_text())["micro_batch"] >= 1
+    model, _, _ = train_gpt2.load_checkpoint(tmp_path / "log" / "gpu" / "ckpt_00012.pt", "cuda")
+    idx = torch.randint(0, model.config.vocab_size, (2, 16), device="cuda")
+    with train_gpt2.autocast(idx.device):
+        half = model(idx).float()
+    assert (half - model(idx)).abs().max() < 0.05
