@@ -35,7 +35,7 @@ from tokenizer import load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
-FORMATS = tuple(f"{end}{packed}" for end in BUILDERS for packed in ("", ".gz", ".zst"))
+FORMATS = (".parquet", *(f"{end}{packed}" for end in (".jsonl", ".json", ".txt") for packed in ("", ".gz", ".zst")))
 BATCH_ROWS = 64              # documents a thread encodes at a time
 BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
 TXT_LINES = 4096             # lines of a .txt a thread encodes at a time

@@ -960,7 +960,6 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
         model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **buffers)
     torch.manual_seed(cfg.seed + processes.rank)  # dropout differs between processes
 
-    settings = dataclasses.asdict(cfg) | dataclasses.asdict(model_cfg)
     log = Logger.null()
     if processes.main:
         launcher = ["torchrun", f"--nproc_per_node={processes.world}", "--"] if processes.distributed else ["python"]
@@ -972,7 +971,7 @@ def train(cfg, model_cfg, shards, max_steps, processes, folder):
         shutil.copy(__file__, folder / "train_gpt2.py")  # the code that made the run
         log = Logger(folder, max_steps)
         log.say(describe(cfg, raw_model, shards, max_steps, micro_batch, processes))
-        log.hyperparameters(settings)
+        log.hyperparameters(config["train"] | config["model"])
 
     parts, parameters = gradient_groups(raw_model), list(raw_model.parameters())
     peak, flops_per_step = peak_flops(device), raw_model.flops_per_token() * cfg.total_batch_size
