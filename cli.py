@@ -17,6 +17,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 
@@ -35,12 +36,25 @@ def flag(default, help):
 
 
 def run(main):
-    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its message and 130."""
+    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its message and 130.
+
+    With --debug among the flags, BadInput shows where it was raised, too.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then closes with the error of the process that failed first
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        return record(_run)(main)
+    return _run(main)
+
+
+def _run(main):
     for stream in (sys.stdout, sys.stderr):  # a sample's odd character must not end a run on a console without UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except BadInput as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, RankError):  # under torchrun every process meets the same: say it once
             print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -74,7 +88,9 @@ def parse(classes, argv, doc=None, presets=None):
                 default = overrides.get(field.name, field.default)
                 shown = field.metadata["help"] + ("" if default is None else f" [{_show(default)}]")
                 group.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **_argument(hints[field.name]))
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     given = vars(parser.parse_args(argv))
+    given.pop("debug", None)  # read by run()
 
     values = {**overrides, **given}
     names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]

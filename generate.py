@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cli import BadInput, flag, parse, run
-from train_gpt2 import SampleConfig, load_checkpoint, pick_device, sample
+from devices import pick_device
+from train_gpt2 import SampleConfig, load_checkpoint, sample
 
 
 @dataclass

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import BadInput, flag, parse, run
+from devices import Processes, autocast
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 BATCH_TOKENS = 16_384  # tokens a forward pass, padding included; bounds the memory of the logits
@@ -158,7 +159,7 @@ def main(argv):
         raise BadInput("name either --checkpoint or --model")
     if cfg.limit is not None and cfg.limit < 1:
         raise BadInput(f"--limit must be at least 1, not {cfg.limit}")
-    with train_gpt2.Processes(cfg.device) as processes:
+    with Processes(cfg.device) as processes:
         with processes.main_first():
             items = load(cfg.file)[:cfg.limit]
             if cfg.checkpoint:
@@ -172,7 +173,7 @@ def main(argv):
             del styles["lm_eval"]
         for style, names in styles.items():
             rendered = render(items, tokenizer, model.config.block_size, style)
-            with train_gpt2.autocast(processes.device):
+            with autocast(processes.device):
                 counts = processes.sum(evaluate(model, rendered, processes.device, processes.rank, processes.world))
             results |= {name: counts[k] for name, k in names.items()}
         if processes.main:

@@ -20,15 +20,15 @@ Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard eve
 """
 
 import contextlib
+import copy
 import dataclasses
 import datetime
+import hashlib
 import inspect
 import json
 import math
 import os
-import re
 import shlex
-import shutil
 import statistics
 import sys
 import textwrap
@@ -46,8 +46,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import checkpoint
 import hellaswag
 from cli import BadInput, RankError, flag, parse, run
+from devices import Processes, autocast, compute_dtype, peak_flops, pick_micro_batch
+from logger import Logger, serve_tensorboard
 from tokenizer import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,9 +112,17 @@ class TrainConfig:
     sample_every: int = flag(250, "steps between printed samples")
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
     save_every: int = flag(5000, "steps between checkpoints; the last step is always saved")
+    save_minutes: float = flag(10.0, "minutes between checkpoints, whatever the steps")
+    keep: int = flag(3, "checkpoints kept, the newest; 0: all")
+    max_skipped: int = flag(10, "end the run after so many updates in a row without a finite loss and gradient")
+    spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before them")
     # the run
     run: str | None = flag(None, "name of the folder under --log_dir, or preset and time")
     log_dir: str = flag("log", "where run folders go")
+    resume: str | None = flag(None, "a checkpoint or run folder to continue from, or auto: the newest of --run, if there is one; "
+                              "without the flag, auto")
+    tensorboard: int = flag(0, "port at which this run serves TensorBoard for --log_dir, to all hosts")
+    deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda only")
@@ -409,6 +420,16 @@ def adamw(groups, cfg):
 
 
 OPTIMIZERS = {"adamw": adamw}
+
+
+def load_optimizer(optimizer, state):
+    """Load the moments of a checkpoint into `optimizer`, whose own settings (weight decay, betas, ...) stay."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(copy.deepcopy(state))  # a CPU's moments would stay in the checkpoint's file, memory-mapped
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+
+
 WSD_DECAY = 0.2  # share of a wsd run that decays (Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
 
 
@@ -457,8 +478,11 @@ def read_shard(path):
             header = np.fromfile(path, dtype=np.int32, count=256)
             dtype = BIN_DTYPES[header[0], header[1]]
             tokens = np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(int(header[2]),))
-    except (OSError, ValueError, EOFError, KeyError, IndexError) as error:
-        raise BadInput(f"{path} is not a whole shard ({error}): delete it and run fineweb.py again") from error
+        spare = path.stat().st_size - tokens.offset - tokens.nbytes if tokens.size else 0
+        if spare:
+            raise ValueError(f"{spare} bytes more than its header says")
+    except Exception as error:  # numpy's header parser raises many kinds
+        raise BadInput(f"{path} is not a whole shard ({type(error).__name__}: {error}): delete it and run fineweb.py again") from error
     if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
         raise BadInput(f"{path} holds {tokens.ndim}-dimensional {tokens.dtype}, not one line of uint16 or uint32 ids")
     return tokens
@@ -476,15 +500,27 @@ class Shards:
             make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
                 str(folder), f"python fineweb.py --source <text files or dataset id> --out {folder}")
             raise BadInput(f"{folder}/ does not hold {missing} shards: make them with `{make}`, or name another --data")
-        self.tokens = {"train": sum(len(read_shard(p)) for p in self.train), "val": sum(len(read_shard(p)) for p in self.val)}
+        arrays = {p: read_shard(p) for p in self.train + self.val}
+        odd = next((p for p, tokens in arrays.items() if tokens.dtype != arrays[self.train[0]].dtype), None)
+        if odd:
+            raise BadInput(f"{odd} holds {arrays[odd].dtype} and {self.train[0].name} {arrays[self.train[0]].dtype}: they are of "
+                           "different tokenizers; put each tokenizer's shards into a folder of their own")
+        self.tokens = {split: sum(len(arrays[p]) for p in getattr(self, split)) for split in ("train", "val")}
+        # the same shards give the same stream of tokens, wherever they lie
+        self.identity = hashlib.sha256(repr([(p.name, len(arrays[p])) for p in self.train]).encode()).hexdigest()
         try:
-            spec = json.loads((folder / "meta.json").read_text())["tokenizer"]
-            spec = str(folder / spec) if spec.endswith(".json") else spec
+            meta = json.loads((folder / "meta.json").read_text())
+            spec, splits = meta["tokenizer"], meta.get("splits", {}) if meta.get("complete") else {}
+            self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
+            told = {split: int(splits[split]["tokens"]) for split in splits if split in self.tokens}
         except FileNotFoundError:
-            spec = "gpt2"  # shards made by build-nanogpt or llm.c have no meta.json
+            self.tokenizer, told = "gpt2", {}  # shards made by build-nanogpt or llm.c have no meta.json
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{folder}/meta.json is damaged ({error}): run fineweb.py again into another folder") from error
-        self.tokenizer = spec
+        for split, count in told.items():
+            if count != self.tokens[split]:
+                raise BadInput(f"{folder}/ holds {self.tokens[split]:,} {split} tokens, but its meta.json says {count:,}: shards are "
+                               "missing, or of another source; make them again with fineweb.py into another folder")
 
 
 class ShardLoader:
@@ -534,11 +570,19 @@ class ShardLoader:
         if (epoch, shard) not in self.loaded:
             self.loaded[epoch, shard] = self.executor.submit(self._read, epoch, shard)
 
+    def where(self, state):
+        """A position as text: what to look at after a spike."""
+        file = self.files[self._index(state["epoch"], state["shard"])].name
+        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}" + (", permuted" if self.seed is not None else "")
+
+    def _index(self, epoch, shard):
+        """Which file is the epoch's shard number `shard`."""
+        if self.seed is None:
+            return shard
+        return int(np.random.default_rng((self.seed, epoch)).permutation(len(self.files))[shard])
+
     def _read(self, epoch, shard):
-        order = range(len(self.files))
-        if self.seed is not None:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
-        index = int(order[shard])
+        index = self._index(epoch, shard)
         tokens = read_shard(self.files[index])
         check_ids(tokens, self.tokenizer.vocab_size, self.files[index])
         if self.seed is None:
@@ -557,6 +601,16 @@ def check_ids(tokens, vocab_size, path):
                        "the folder mixes tokenizers; make the shards again with fineweb.py")
 
 
+def check_shards(shards, tokenizer):
+    """BadInput if a shard cannot be the tokenizer's, told from its first million ids; the loader checks the others later."""
+    for path in shards.train + shards.val:
+        tokens = read_shard(path)[:1_000_000]
+        check_ids(tokens, tokenizer.vocab_size, path)
+        if len(tokens) == 1_000_000 and not (tokens == tokenizer.eot).any():
+            raise BadInput(f"{path} begins with a million tokens without {tokenizer.name}'s end of text, {tokenizer.eot}: it is of "
+                           "another tokenizer; make the shards again with fineweb.py")
+
+
 def read_validation(shards, cfg, block_size, tokenizer):
     """The first cfg.val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size)."""
     rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
@@ -568,225 +622,20 @@ def read_validation(shards, cfg, block_size, tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes and devices
-
-
-PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name that is a word of the GPU's
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
-    "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device):
-    """FLOP/s of bf16 matmuls on `device`, or None where the table does not say: MFU is n/a there, never a guess."""
-    if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
-        return None
-    gpu = torch.cuda.get_device_name(device)
-    others = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # cousins with fewer cores or lower clocks
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{others}", gpu)), None)
-
-
-def compute_dtype(device):
-    """bf16 where the hardware has it. `is_bf16_supported` also says yes to emulation, so ask for the capability."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
-
-
-def autocast(device):
-    dtype = compute_dtype(device)
-    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
-
-
-def pick_device(name, local_rank=0, local_world=1):
-    """--device -> torch.device. Raises BadInput if this machine has no such device."""
-    mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
-        raise BadInput(f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu")
-    if name == "cuda" and local_world > torch.cuda.device_count():
-        raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-class Processes:
-    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere), joined by `with`.
-
-    rank, world: this process and how many there are. device: this process's. main: whether this is rank 0.
-    """
-
-    def __init__(self, device_name):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.distributed = self.rank == 0, "RANK" in os.environ
-        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.device = pick_device(device_name, local_rank, local_world)
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.distributed:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.distributed and kind is None:  # after an error the others may be gone: waiting for them would hang
-            dist.destroy_process_group()
-
-    def sum(self, values):
-        """Sum a list of numbers over all processes, in double precision -> list of float."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.distributed:
-            total = total.to(self.device)  # NCCL sums on the GPU only
-            dist.all_reduce(total)
-        return total.tolist()
-
-    @contextlib.contextmanager
-    def main_first(self):
-        """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too."""
-        if not self.main:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if self.main:
-                self.barrier()
-
-    def barrier(self):
-        if self.distributed:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-
-def pick_micro_batch(model, cfg, rows, processes):
-    """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
-
-    auto on cuda: run one and two sequences forward and backward, see what each more costs, and take the largest divisor
-    that leaves a tenth of the free memory after the optimizer's state. The probe runs the uncompiled model, which needs
-    more than the compiled one, so the estimate is safe. auto elsewhere: up to 8 sequences.
-    """
-    if cfg.micro_batch != "auto":
-        return cfg.micro_batch
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    if processes.device.type != "cuda":
-        return max(n for n in divisors if n <= 8)
-
-    def peak(sequences):
-        idx = torch.zeros(sequences, model.config.block_size, dtype=torch.long, device=processes.device)
-        torch.cuda.reset_peak_memory_stats()
-        with autocast(processes.device):
-            model(idx, idx).backward()
-        return torch.cuda.max_memory_allocated()
-
-    peak(1)  # allocates the gradients, which stay
-    one, two = peak(1), peak(2)
-    model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
-    adam_state = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
-    fits = 1 + int((0.9 * free - adam_state - one) / max(two - one, 1))
-    choice = torch.tensor(max([n for n in divisors if n <= fits], default=1), device=processes.device)
-    if processes.distributed:
-        dist.all_reduce(choice, op=dist.ReduceOp.MIN)
-    return int(choice)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Logging and checkpoints
-
-
-class Logger:
-    """Console, log.txt and TensorBoard of one run folder; `Logger.null()` stands in on other ranks."""
-
-    def __init__(self, folder, max_steps):
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only rank 0 pays
-        from tqdm import tqdm
-
-        self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self.writer = SummaryWriter(folder, flush_secs=10)
-        self.bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
-
-    @staticmethod
-    def null():
-        class Null:
-            def __getattr__(self, name):
-                return lambda *args, **kwargs: None
-        return Null()
-
-    def say(self, text):
-        print(text, flush=True) if self.bar is None else self.bar.write(text)
-
-    def progress(self, step, text):
-        """The line of one step: a bar on a terminal, a plain line elsewhere."""
-        if self.bar is None:
-            self.say(f"step {step} | {text}")
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step + 1 - self.bar.n)
-
-    def record(self, step, kind, value):
-        """A line of log.txt: `step train|val|hella value`."""
-        self.file.write(f"{step} {kind} {value:.6f}\n")
-
-    def scalars(self, step, values):
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
-
-    def text(self, step, tag, text):
-        self.writer.add_text(tag, text, step)
-
-    def hyperparameters(self, values):
-        """All settings, as a table under TEXT and, in this same run, under HPARAMS."""
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in values.items()}
-        self.text(0, "hyperparameters", "\n".join(["|flag|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in values.items()]))
-        for summary in hparams(plain, {"val/loss": 0.0, "eval/hellaswag": 0.0}):
-            self.writer.file_writer.add_summary(summary)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-        self.writer.close()
-        self.file.close()
-
-
-def save_checkpoint(path, state):
-    """Write `state` (tensors, numbers, strings, dicts, lists) so that `path` is never half a checkpoint.
-
-    Raises BadInput if there is no room or no right to write.
-    """
-    partial = path.with_suffix(".tmp")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise BadInput(f"cannot save {path} ({type(error).__name__}): free some disk space; "
-                       "the checkpoints already there are whole") from error
-    finally:
-        partial.unlink(missing_ok=True)
+# Checkpoints
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> (GPT in evaluation mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is none.
-
-    The file is read with weights_only=True: nothing in a downloaded checkpoint can run.
-    """
-    if not Path(path).is_file():
-        raise BadInput(f"no checkpoint at {path}: name a ckpt_<step>.pt of a folder under log/")
+    """-> (GPT in evaluation mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is none."""
+    state = checkpoint.read(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
         tokenizer = load_tokenizer(state["tokenizer"])
     except BadInput:
         raise
-    except Exception as error:  # torch.load raises many kinds on a foreign or torn file
-        raise BadInput(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): "
-                       "try an earlier ckpt_<step>.pt") from error
+    except Exception as error:  # another project's file, whatever it holds
+        raise BadInput(f"{path} is not a checkpoint of this project ({type(error).__name__}): name another one") from error
     return model.to(device).eval(), tokenizer, state
 
 
@@ -842,30 +691,85 @@ def sample(model, tokenizer, cfg):
 # The run
 
 
+def settings(argv):
+    """The command line -> TrainConfig, GPTConfig, names given, and the (path, state) to continue from or None.
+
+    A run that continues keeps its checkpoint's settings but for those given.
+    """
+    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
+    if cfg.size:
+        for name, value in SIZES[cfg.size].items():
+            setattr(model_cfg, name, getattr(model_cfg, name) if name in given else value)
+        given = given | SIZES[cfg.size].keys()
+    saved = checkpoint.to_resume(cfg, given)
+    if saved:
+        path, state = saved
+        try:
+            adopt(cfg, model_cfg, given, path, state)
+            with torch.device("meta"):
+                GPT(model_cfg).load_state_dict(state["model"], assign=True)  # shapes alone
+            position = [state["step"], state["max_steps"], *(state["loader"][name] for name in ("epoch", "shard", "offset"))]
+            if not all(isinstance(n, int) and n >= 0 for n in position) or not isinstance(state["optimizer"], dict):
+                raise TypeError("position")
+        except BadInput:
+            raise
+        except Exception as error:  # another project's file, whatever it holds
+            raise BadInput(f"{path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
+                           "another --resume") from error
+    return cfg, model_cfg, given, saved
+
+
+WHERE = ("run", "log_dir", "resume", "tensorboard", "preset", "size")  # settings of a start, not of the run
+FREE = ("dropout", "init")  # settings of the model that do not decide whether a checkpoint fits
+
+
+def adopt(cfg, model_cfg, given, path, state):
+    """Take the settings that were not given from a checkpoint. Raises BadInput if one that was given cannot be.
+
+    Notes in state["changed"] which others differ, as text.
+    """
+    if cfg.preset != state["train_config"]["preset"] and "preset" in given:
+        given |= set().union(*PRESETS.values())
+    changed, misfits = [], []
+    for config, before in ((cfg, state["train_config"]), (model_cfg, state["model_config"])):
+        for field in dataclasses.fields(config):
+            name, own = field.name, getattr(config, field.name)
+            if name in WHERE or name not in before:
+                continue
+            if name not in given:
+                setattr(config, name, before[name])
+            elif own != before[name]:
+                fits = name in FREE or (name == "block_size" and model_cfg.pos == "rope") or (config is cfg and name != "optimizer")
+                (changed if fits else misfits).append(f"--{name} {before[name]} -> {own}")
+    if misfits:
+        raise BadInput(f"{path} does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run")
+    state["changed"] = ", ".join(changed)
+
+
 def plan(cfg, model_cfg, given, world):
     """Check the flags against each other and the data, before anything is built. Returns (Shards, max_steps)."""
     def need(condition, message):
         if not condition:
             raise BadInput(message)
 
-    if cfg.size:
-        for name, value in SIZES[cfg.size].items():
-            setattr(model_cfg, name, getattr(model_cfg, name) if name in given else value)
     for config in (cfg, model_cfg):
         for name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "max_lr", "epochs", "max_steps",
-                     "micro_batch", "val_tokens"):
+                     "micro_batch", "val_tokens", "max_skipped"):
             value = getattr(config, name, None)
             need(value in (None, "auto") or 0 < value < math.inf, f"--{name} must be above zero and finite, not {value}")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "hellaswag_every", "sample_every",
-                     "save_every", "seed"):
+                     "save_every", "save_minutes", "keep", "spike", "seed"):
             need(getattr(config, name, 0) >= 0, f"--{name} must not be negative")
     need(cfg.seed < 2**63, f"--seed must be below 2^63, not {cfg.seed}")
+    need(0 <= cfg.tensorboard < 2**16, f"--tensorboard must be a port, 1 to 65535, not {cfg.tensorboard}")
     c, T = model_cfg, model_cfg.block_size
     need(c.n_embd % c.n_head == 0, f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
     need(c.pos != "rope" or c.n_embd // c.n_head % 2 == 0, f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
     need(0 <= c.dropout < 1, f"--dropout must be at least 0 and below 1, not {c.dropout}")
     need(0 <= cfg.min_lr_frac <= 1, f"--min_lr_frac must be between 0 and 1, not {cfg.min_lr_frac}")
     need(not {"epochs", "max_steps"} <= given, "--epochs and --max_steps both set the length: give one of them")
+    need(cfg.total_batch_size // T >= world, f"--total_batch_size {cfg.total_batch_size} is {cfg.total_batch_size // T} sequences of "
+         f"--block_size {T}, fewer than {world} processes: raise it, or lower --nproc_per_node")
     need(cfg.total_batch_size % (T * world) == 0,
          f"--total_batch_size {cfg.total_batch_size} must be a multiple of --block_size {T} x {world} processes; "
          f"{-(-cfg.total_batch_size // (T * world)) * T * world} is")
@@ -884,19 +788,6 @@ def plan(cfg, model_cfg, given, world):
     need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps: "
          "give a smaller one")
     return shards, max_steps
-
-
-def make_run_folder(cfg):
-    """Create log_dir/run. Raises BadInput if it exists with a run in it, or cannot be written."""
-    folder = Path(cfg.log_dir) / (cfg.run or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
-    if (folder / "config.json").exists():
-        raise BadInput(f"{folder} already holds a run: give another --run name, or move it away")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.txt").touch()
-    except OSError as error:
-        raise BadInput(f"cannot write {folder} ({error.strerror}): give another --log_dir") from error
-    return folder
 
 
 def describe(cfg, model, shards, max_steps, micro_batch, processes):
@@ -920,166 +811,316 @@ def describe(cfg, model, shards, max_steps, micro_batch, processes):
 
 
 def main(argv):
-    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
+    cfg, model_cfg, given, saved = settings(argv)
     shards, max_steps = plan(cfg, model_cfg, given, int(os.environ.get("WORLD_SIZE", 1)))
+    path, state = saved or (None, None)
+    if state:
+        if not {"data", "epochs", "max_steps", "total_batch_size"} & given:
+            max_steps = state["max_steps"]
+        if state["step"] >= max_steps:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{path} is the end of a run of {max_steps} steps: give more --max_steps to go on")
+            return
     processes = Processes(cfg.device)
-    folder = make_run_folder(cfg) if processes.main else None
+    name = cfg.run or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}"
+    folder = checkpoint.make_run_folder(cfg.log_dir, name, resumes=bool(saved)) if processes.main else None
     try:
-        with processes:
-            train(cfg, model_cfg, shards, max_steps, processes, folder)
+        with checkpoint.locked(folder):
+            if processes.main and cfg.tensorboard:
+                serve_tensorboard(cfg.log_dir, cfg.tensorboard)
+            with processes:
+                trainer = Trainer(cfg, model_cfg, shards, max_steps, processes)
+                if state:
+                    trainer.load(state)
+                trainer.open(folder, path)
+                trainer.run()
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise RankError("another process of this run has ended: torchrun names the first one below, its error stands above") from error
 
 
-def train(cfg, model_cfg, shards, max_steps, processes, folder):
-    """The training loop. Only the training step itself is timed."""
-    device = processes.device
-    with processes.main_first():
-        tokenizer = load_tokenizer(shards.tokenizer)
-        examples = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
-    model_cfg.vocab_size = tokenizer.vocab_size
-    questions = hellaswag.render(examples, tokenizer, model_cfg.block_size)
-    val_rows = read_validation(shards, cfg, model_cfg.block_size, tokenizer)
-    bytes_per_token = tokenizer.token_bytes()[val_rows[1]].sum() / val_rows[1].size
-    loader = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None)
+class Trainer:
+    """One run: the parts it is built of, the loop over its steps, and what happens at a step.
 
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(cfg.seed)
-    raw_model = GPT(model_cfg).to(device)  # the plain module: evaluated, sampled from, saved
-    rows = cfg.total_batch_size // model_cfg.block_size // processes.world
-    micro_batch = pick_micro_batch(raw_model, cfg, rows, processes)
-    accumulation = rows // micro_batch
-    optimizer = make_optimizer(raw_model, cfg)
-    model = raw_model
-    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-        model = torch.compile(model, dynamic=False)
-    if processes.distributed:
-        # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
-        names = inspect.signature(DDP).parameters
-        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **buffers)
-    torch.manual_seed(cfg.seed + processes.rank)  # dropout differs between processes
+    step: updates made so far, skipped ones included. skipped: updates left out for want of a finite loss, in all.
+    """
 
-    log = Logger.null()
-    if processes.main:
+    def __init__(self, cfg, model_cfg, shards, max_steps, processes):
+        self.cfg, self.shards, self.max_steps, self.processes = cfg, shards, max_steps, processes
+        self.device, T = processes.device, model_cfg.block_size
+        with processes.main_first():
+            self.tokenizer = load_tokenizer(shards.tokenizer)
+            examples = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+        check_shards(shards, self.tokenizer)
+        model_cfg.vocab_size = self.tokenizer.vocab_size
+        self.questions = hellaswag.render(examples, self.tokenizer, T)
+        self.val_rows = read_validation(shards, cfg, T, self.tokenizer)
+        self.bytes_per_token = self.tokenizer.token_bytes()[self.val_rows[1]].sum() / self.val_rows[1].size
+        self.loader = ShardLoader(shards.train, self.tokenizer, cfg.seed if cfg.shuffle else None)
+
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("high")
+        torch.manual_seed(cfg.seed)
+        self.raw_model = GPT(model_cfg).to(self.device)  # the plain module: evaluated, sampled from, saved
+        self.rows = cfg.total_batch_size // T // processes.world
+        self.micro_batch = pick_micro_batch(self.raw_model, cfg.micro_batch, self.rows, processes)
+        self.optimizer = make_optimizer(self.raw_model, cfg)
+        self.model = self.raw_model
+        if cfg.compile or (cfg.compile is None and self.device.type == "cuda"):
+            self.model = torch.compile(self.model, dynamic=False)
+        if processes.distributed:
+            # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
+            names = inspect.signature(DDP).parameters
+            buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+            self.model = DDP(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                             gradient_as_bucket_view=True, **buffers)
+        self.parts, self.parameters = gradient_groups(self.raw_model), list(self.raw_model.parameters())
+        self.step, self.skipped, self.streak = 0, 0, 0
+        self.resumed, self.log, self.writer = "", Logger.null(), Logger.null()
+
+    def load(self, state):
+        """Go on where a checkpoint was saved."""
+        if state["tokenizer"] != self.tokenizer.spec:
+            raise BadInput(f"the checkpoint was made with another tokenizer than {self.cfg.data}: its ids mean other text; "
+                           "give --data of its own tokenizer")
+        try:
+            self.raw_model.load_state_dict(state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise BadInput(f"the checkpoint's optimizer does not fit ({error}): begin another --run") from error
+        self.step, self.skipped = state["step"], state.get("skipped", 0)
+        self.resumed = state["changed"]
+        if state.get("data", self.shards.identity) == self.shards.identity:
+            self.loader.load_state_dict(state["loader"])
+        else:  # a position means nothing in another stream
+            self.resumed += ", other training data: read from its beginning"
+
+    def open(self, folder, path):
+        """Open the log and write config.json; on rank 0 alone. path: the checkpoint that was loaded, or None."""
+        if not self.processes.main:
+            return
+        cfg, model_cfg, processes = self.cfg, self.raw_model.config, self.processes
+        checkpoint.rewind(folder, self.step)
+        checkpoint.check_room(folder, 3 * 4 * sum(p.numel() for p in self.parameters))  # weights and AdamW's two moments
+        try:
+            starts = json.loads((folder / "config.json").read_text())["starts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = []
         launcher = ["torchrun", f"--nproc_per_node={processes.world}", "--"] if processes.distributed else ["python"]
-        config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": max_steps,
-                  "micro_batch": micro_batch, "world": processes.world, "tokenizer": tokenizer.name,
-                  "command": shlex.join([*launcher, *sys.argv]), "torch": torch.__version__,
-                  "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        shutil.copy(__file__, folder / "train_gpt2.py")  # the code that made the run
-        log = Logger(folder, max_steps)
-        log.say(describe(cfg, raw_model, shards, max_steps, micro_batch, processes))
-        log.hyperparameters(config["train"] | config["model"])
+        start = {"step": self.step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": checkpoint.launch_id(), "changed": self.resumed,
+                 "from": str(path) if path else None, "command": shlex.join([*launcher, *sys.argv])}
+        config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": self.max_steps,
+                  "micro_batch": self.micro_batch, "world": processes.world, "tokenizer": self.tokenizer.name,
+                  "command": start["command"], "torch": torch.__version__, "starts": [*starts, start],
+                  "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type}
+        checkpoint.replace(folder / "config.json", json.dumps(config, indent=2).encode())
+        code, kept = Path(__file__).read_bytes(), folder / "train_gpt2.py"  # the code that made the run
+        if kept.exists() and kept.read_bytes() != code:
+            kept = folder / f"train_gpt2_from_{self.step:05d}.py"
+        checkpoint.replace(kept, code)
+        self.folder, self.log, self.writer = folder, Logger(folder, self.max_steps, self.step), checkpoint.Writer(folder, cfg.keep)
+        self.log.say(describe(cfg, self.raw_model, self.shards, self.max_steps, self.micro_batch, processes))
+        if path:
+            self.log.say(f"resume  {path}, step {self.step}; " + (f"changed: {self.resumed.removeprefix(', ')}" if self.resumed else "as before"))
+        self.log.hyperparameters(self.step, config["train"] | config["model"])
 
-    parts, parameters = gradient_groups(raw_model), list(raw_model.parameters())
-    peak, flops_per_step = peak_flops(device), raw_model.flops_per_token() * cfg.total_batch_size
-    sampling = SampleConfig(prompt=cfg.sample_prompt)
-    recent = deque(maxlen=20)  # seconds of the latest steps, but for the first, which compiles
+    def run(self):
+        """The loop. It ends after the last step or, by a signal, after the current one; either way with a checkpoint."""
+        say = self.log.say if self.processes.main else lambda line: None
+        self.first, self.stopping, self.saved_at = self.step, False, time.monotonic()
+        self.recent = deque(maxlen=20)   # seconds of the latest steps, but for the first, which compiles
+        self.losses = deque(maxlen=50)
+        # torchrun kills what has not ended 30 s after a signal
+        patient = dict(patience=20.0, echo=2.0) if self.processes.distributed else {}
+        with checkpoint.StopSignals(say, **patient) as self.stop:
+            while True:
+                last = self.step == self.max_steps
+                if self.stopping and not last:
+                    break
+                self.look(last)
+                if last:
+                    break
+                if self.step > self.first and self.due_to_save():
+                    self.save()
+                self.update()
+                self.collect()
+            self.save(wait=True)
+            self.processes.barrier()
+        if not self.processes.main:
+            return
+        if last:
+            self.log.say(f"done: watch it with `tensorboard --logdir {self.cfg.log_dir}`, sample again with "
+                         f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, self.step)}`")
+        else:
+            self.log.say(f"stopped at step {self.step} of {self.max_steps}: the same command with --run {self.folder.name} goes on")
+        self.log.close()
 
-    for step in range(max_steps + 1):
-        last = step == max_steps
+    # -- what happens at a step --
 
-        def due(every, step=step, last=last):
+    def look(self, last):
+        """Validation, HellaSwag and samples, where they are due."""
+        cfg, log, step = self.cfg, self.log, self.step
+
+        def due(every):
             return every and (step % every == 0 or last)
 
         if due(cfg.eval_every):
-            loss = evaluate(raw_model, val_rows, max(EVAL_TOKENS // model_cfg.block_size, 1), processes)
-            bpb = loss / math.log(2) / bytes_per_token
+            loss = evaluate(self.raw_model, self.val_rows, max(EVAL_TOKENS // self.raw_model.config.block_size, 1), self.processes)
+            bpb = loss / math.log(2) / self.bytes_per_token
             log.say(f"step {step} | val loss {loss:.4f} | {bpb:.4f} bits per byte")
             log.record(step, "val", loss)
             log.scalars(step, {"val/loss": loss, "val/bpb": bpb})
 
         if due(cfg.hellaswag_every):
-            raw_model.eval()
-            with autocast(device):
-                scores = hellaswag.evaluate(raw_model, questions, device, processes.rank, processes.world)
-            raw_model.train()
-            n, _, correct = processes.sum(scores[:3])
+            self.raw_model.eval()
+            with autocast(self.device):
+                scores = hellaswag.evaluate(self.raw_model, self.questions, self.device, self.processes.rank, self.processes.world)
+            self.raw_model.train()
+            n, _, correct = self.processes.sum(scores[:3])
             log.say(f"step {step} | HellaSwag acc_norm {int(correct)}/{int(n)} = {correct / n:.4f}")
             log.record(step, "hella", correct / n)
             log.scalars(step, {"eval/hellaswag": correct / n})
 
-        if processes.main and due(cfg.sample_every) and step > 0:
-            texts = sample(raw_model, tokenizer, sampling)
+        if self.processes.main and due(cfg.sample_every) and step > 0:
+            texts = sample(self.raw_model, self.tokenizer, SampleConfig(prompt=cfg.sample_prompt))
             log.say("\n".join(f"> {text!r}" for text in texts))
             log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
-        if processes.main and step > 0 and due(cfg.save_every or max_steps):
-            path = folder / f"ckpt_{step:05d}.pt"
-            state = {
-                "step": step, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
-                "loader": loader.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                "model_config": dataclasses.asdict(model_cfg), "train_config": dataclasses.asdict(cfg),
-                "max_steps": max_steps, "tokenizer": tokenizer.spec,
-            }
-            try:
-                save_checkpoint(path, state)
-                log.say(f"step {step} | saved {path}")
-            except BadInput as error:
-                if last:
-                    raise
-                log.say(f"step {step} | {error}")  # the run is worth more than one of its checkpoints
-        if last:
-            break
-
-        # one update: `accumulation` micro-batches of this process's share of the global batch
+    def update(self):
+        """One step: `accumulation` micro-batches of this process's share of the global batch, then the optimizer."""
+        cfg, step, processes, T = self.cfg, self.step, self.processes, self.raw_model.config.block_size
+        if not self.streak:
+            self.before = self.position()
         started = time.perf_counter()
-        tokens = loader.next(cfg.total_batch_size)
-        mine = slice(processes.rank * rows, (processes.rank + 1) * rows)
-        x, y = (torch.from_numpy(part.reshape(-1, model_cfg.block_size)[mine]) for part in (tokens[:-1], tokens[1:]))
-        if device.type == "cuda":
+        # dropout follows from (seed, step, rank), so that there is no random state to save
+        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
+        read_from = self.loader.state_dict()
+        try:
+            tokens = self.loader.next(cfg.total_batch_size)
+        except BadInput as error:  # the others may not come to say it
+            raise RankError(str(error)) from error
+        mine = slice(processes.rank * self.rows, (processes.rank + 1) * self.rows)
+        x, y = (torch.from_numpy(part.reshape(-1, T)[mine]) for part in (tokens[:-1], tokens[1:]))
+        if self.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)         # (rows, T) each
-        loss_sum = torch.zeros((), device=device)
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)         # (rows, T) each
+        accumulation, loss_sum = self.rows // self.micro_batch, torch.zeros((), device=self.device)
         for i in range(accumulation):
             # gradients are exchanged with the last micro-batch only; DDP decides that in forward
             wait = processes.distributed and i < accumulation - 1
-            with model.no_sync() if wait else contextlib.nullcontext():
-                with autocast(device):
-                    loss = model(*(part[i * micro_batch:(i + 1) * micro_batch] for part in (x, y))) / accumulation
+            with self.model.no_sync() if wait else contextlib.nullcontext():
+                with autocast(self.device):
+                    loss = self.model(*(part[i * self.micro_batch:(i + 1) * self.micro_batch] for part in (x, y))) / accumulation
                 loss.backward()
             loss_sum += loss.detach()
+        shared = torch.stack([loss_sum, torch.full_like(loss_sum, self.stop.received is not None)])
         if processes.distributed:
-            dist.all_reduce(loss_sum)
-        norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
+            dist.all_reduce(shared)
+        norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in self.parts.values()])
         norm = norms.norm()
-        if cfg.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
-        lr = get_lr(step, cfg, max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss, norm, *norms = torch.stack([loss_sum / processes.world, norm, *norms]).tolist()  # waits for the device
+        loss, stop, *norms = torch.cat((shared, norm[None], norms)).tolist()  # waits for the device
+        loss /= processes.world
+        self.stopping = stop > 0 or (not processes.distributed and self.stop.received is not None)
+        if self.stopping:
+            self.stop.heard()
+
+        self.writer.wait_copied()  # what is being saved must not change yet
+        lr = get_lr(step, cfg, self.max_steps)
+        if math.isfinite(loss) and math.isfinite(norms[0]):  # the same on every rank
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.streak = 0
+        else:
+            self.streak, self.skipped = self.streak + 1, self.skipped + 1
+            self.log.say(f"step {step} | skipped: loss {loss}, gradient norm {norms[0]}; its batch: {self.loader.where(read_from)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
         seconds = time.perf_counter() - started
-        if step > 0:
-            recent.append(seconds)
-        if not math.isfinite(loss):  # the same on every rank
-            raise BadInput(f"the loss is {loss} at step {step}: lower --max_lr or lengthen --warmup_steps")
-
         if processes.main:
-            typical = statistics.median(recent or [seconds])
-            rate = cfg.total_batch_size / seconds
-            mfu = flops_per_step / seconds / peak / processes.world if peak else None
-            left = datetime.timedelta(seconds=round(typical * (max_steps - step - 1)))
-            log.record(step, "train", loss)
-            log.scalars(step, {"train/loss": loss, "lr": lr, "grad_norm": norm, "perf/tok_per_sec": rate})
-            log.scalars(step, {f"grad_norm/{name}": value for name, value in zip(parts, norms)})
-            if mfu is not None:
-                log.scalars(step, {"perf/mfu": mfu})
-            if device.type == "cuda":
-                log.scalars(step, {"perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9})
-            log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {seconds * 1e3:.0f} ms | "
-                         f"{rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | ETA {left}")
-            if step + 1 == min(10, max_steps):
-                log.say(f"predicted: {typical * max_steps / 60:.1f} minutes of training steps")
+            self.note(loss, lr, norms, seconds, read_from)
+        if self.streak == cfg.max_skipped:
+            self.give_up()
 
-    log.say(f"done: watch it with `tensorboard --logdir {cfg.log_dir}`, sample again with "
-            f"`python generate.py --checkpoint {folder}/ckpt_{max_steps:05d}.pt`")
-    log.close()
+    def note(self, loss, lr, norms, seconds, read_from):
+        """Log the step that was just made (rank 0). norms: of all gradients, then of each part."""
+        cfg, log, step, world = self.cfg, self.log, self.step - 1, self.processes.world
+        if step > self.first:  # the first step compiles
+            self.recent.append(seconds)
+        typical, rate = statistics.median(self.recent or [seconds]), cfg.total_batch_size / seconds
+        flops, peak = self.raw_model.flops_per_token() * cfg.total_batch_size, peak_flops(self.device)
+        mfu = flops / seconds / peak / world if peak else None
+        left = datetime.timedelta(seconds=round(typical * (self.max_steps - self.step)))
+        log.record(step, "train", loss)
+        log.scalars(step, {"train/loss": loss, "train/skipped_steps": self.skipped, "lr": lr, "perf/tok_per_sec": rate})
+        log.scalars(step, dict(zip(["grad_norm", *(f"grad_norm/{part}" for part in self.parts)], norms)))
+        if mfu is not None:
+            log.scalars(step, {"perf/mfu": mfu})
+        if self.device.type == "cuda":
+            log.scalars(step, {"perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9})
+        log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norms[0]:.3f} | {seconds * 1e3:.0f} ms | "
+                     f"{rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | ETA {left}")
+        if self.step - self.first == min(10, self.max_steps):
+            log.say(f"predicted: {typical * (self.max_steps - self.first) / 60:.1f} minutes of training steps")
+        if cfg.spike and len(self.losses) >= 10 and loss > statistics.median(self.losses) + cfg.spike:
+            line = f"spike: loss {loss:.4f}, median before {statistics.median(self.losses):.4f}; its batch: {self.loader.where(read_from)}"
+            log.say(f"step {step} | {line}")
+            log.text(step, "spikes", line)
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
+    # -- checkpoints --
+
+    def position(self):
+        """Where the run is: what a checkpoint holds besides weights, moments and settings."""
+        return {"step": self.step, "skipped": self.skipped, "loader": self.loader.state_dict()}
+
+    def due_to_save(self):
+        cfg, minutes = self.cfg, (time.monotonic() - self.saved_at) / 60
+        if self.streak:  # what comes after these updates may be no better than before: keep the checkpoints from before
+            return False
+        return (cfg.save_every and self.step % cfg.save_every == 0) or (cfg.save_minutes and minutes >= cfg.save_minutes)
+
+    def save(self, position=None, wait=False):
+        """Begin to write a checkpoint; with `wait`, raise BadInput if it cannot be written. Does nothing but on rank 0."""
+        if not self.processes.main:
+            return
+        self.collect(wait=True)  # the one before
+        self.log.flush()
+        position, self.saved_at = position or self.position(), time.monotonic()
+        if not (position["step"] == self.first and checkpoint.path_of(self.folder, self.first).exists()):
+            self.writer.start(position["step"], {
+                **position, "model": self.raw_model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "model_config": dataclasses.asdict(self.raw_model.config), "train_config": dataclasses.asdict(self.cfg),
+                "max_steps": self.max_steps, "tokenizer": self.tokenizer.spec, "data": self.shards.identity})
+        if wait and (error := self.collect(wait=True)):
+            raise error
+
+    def collect(self, wait=False):
+        """Say that the checkpoint begun is written, or why not: that alone does not end a run. Returns the error or None."""
+        try:
+            if line := self.writer.collect(wait):
+                self.log.say(line)
+        except BadInput as error:
+            self.log.say(str(error))
+            return error
+        return None
+
+    def give_up(self):
+        """Too many updates in a row were skipped."""
+        if self.processes.main and not checkpoint.found(self.folder):
+            self.save(self.before, wait=True)
+        self.processes.barrier()
+        kept = checkpoint.found(self.folder)[0][1] if self.processes.main else None
+        raise BadInput(f"the last {self.streak} updates had no finite loss or gradient; {kept} is from before: lower --max_lr or "
+                       "lengthen --warmup_steps, and --resume it")
 
 
 if __name__ == "__main__":

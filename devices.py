@@ -1,0 +1,132 @@
+"""The processes and devices of a run: how many, which, what they can do.
+
+One process, or as many as torchrun started, each with a GPU of its own (NCCL), or all on the CPU (gloo).
+"""
+
+import contextlib
+import os
+import re
+
+import torch
+import torch.distributed as dist
+
+from cli import BadInput
+
+PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name that is a word of the GPU's
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
+    "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device):
+    """FLOP/s of bf16 matmuls on `device`, or None where the table does not say: MFU is n/a there, never a guess."""
+    if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    others = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # cousins with fewer cores or lower clocks
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{others}", gpu)), None)
+
+
+def compute_dtype(device):
+    """bf16 where the hardware has it. `is_bf16_supported` also says yes to emulation, so ask for the capability."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device):
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def pick_device(name, local_rank=0, local_world=1):
+    """--device -> torch.device. Raises BadInput if this machine has no such device."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+        raise BadInput(f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu")
+    if name == "cuda" and local_world > torch.cuda.device_count():
+        raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+class Processes:
+    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere), joined by `with`.
+
+    rank, world: this process and how many there are. device: this process's. main: whether this is rank 0.
+    """
+
+    def __init__(self, device_name):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main, self.distributed = self.rank == 0, "RANK" in os.environ
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device = pick_device(device_name, local_rank, local_world)
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.distributed and kind is None:  # after an error the others may be gone: waiting for them would hang
+            dist.destroy_process_group()
+
+    def sum(self, values):
+        """Sum a list of numbers over all processes, in double precision -> list of float."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.distributed:
+            total = total.to(self.device)  # NCCL sums on the GPU only
+            dist.all_reduce(total)
+        return total.tolist()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too."""
+        if not self.main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.main:
+                self.barrier()
+
+    def barrier(self):
+        if self.distributed:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def pick_micro_batch(model, asked, rows, processes):
+    """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
+
+    auto on cuda: run one and two sequences forward and backward, see what each more costs, and take the largest divisor
+    that leaves a tenth of the free memory after the optimizer's state. The probe runs the uncompiled model, which needs
+    more than the compiled one, so the estimate is safe. auto elsewhere: up to 8 sequences.
+    """
+    if asked != "auto":
+        return asked
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if processes.device.type != "cuda":
+        return max(n for n in divisors if n <= 8)
+
+    def peak(sequences):
+        idx = torch.zeros(sequences, model.config.block_size, dtype=torch.long, device=processes.device)
+        torch.cuda.reset_peak_memory_stats()
+        with autocast(processes.device):
+            model(idx, idx).backward()
+        return torch.cuda.max_memory_allocated()
+
+    peak(1)  # allocates the gradients, which stay
+    one, two = peak(1), peak(2)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    adam_state = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    fits = 1 + int((0.9 * free - adam_state - one) / max(two - one, 1))
+    choice = torch.tensor(max([n for n in divisors if n <= fits], default=1), device=processes.device)
+    if processes.distributed:
+        dist.all_reduce(choice, op=dist.ReduceOp.MIN)
+    return int(choice)
