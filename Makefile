@@ -47,7 +47,7 @@ test: $(BIN)/.dev
 	@$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(BIN)/.dev
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2
 
 lint: $(BIN)/.dev
 	@$(BIN)/python -m ruff check .

@@ -18,6 +18,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ NAME = re.compile(r"ckpt_(\d+)\.pt")
 
 def found(folder):
     """The checkpoints of a run folder by their names: list of (step, path), newest first."""
-    names = [(NAME.fullmatch(path.name), path) for path in Path(folder).glob("ckpt_*.pt")]
+    names = [(NAME.fullmatch(path.name), path) for path in Path(folder).glob("ckpt_*.pt")] if os.path.isdir(folder) else []
     return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
 
@@ -42,7 +43,7 @@ def read(path):
 
     Loaded with weights_only=True: nothing in a downloaded file can run.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise BadInput(f"no checkpoint at {path}: name a ckpt_<step>.pt of a folder under log/")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -111,13 +112,56 @@ def tensors(state):
             yield from tensors(value)
 
 
+def map_tensors(change, state):
+    """`state` with `change` applied to each tensor; tuples become lists."""
+    if isinstance(state, torch.Tensor):
+        return change(state)
+    if isinstance(state, dict):
+        return {key: map_tensors(change, value) for key, value in state.items()}
+    return [map_tensors(change, value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
 def n_bytes(state):
     """Bytes of the tensors in `state`, those that share memory counted once."""
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors(state)}.values())
+    return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors(state)}.values())
+
+
+OF_A_START = ("run", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
+
+
+@dataclass
+class Resume:
+    """A checkpoint to continue from; `changed` collects, as text, what is not as it was."""
+
+    path: Path
+    state: dict
+    changed: list = field(default_factory=list)
+
+    def adopt(self, cfg, model_cfg, given):
+        """Take every setting that was not given from the checkpoint.
+
+        Raises BadInput if one that was given does not fit its weights; notes the others that differ.
+        """
+        misfits, rope = [], self.state["model_config"]["pos"] == "rope"
+        free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
+        for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
+            for name in (f.name for f in fields(config) if f.name in before and f.name not in OF_A_START):
+                own = getattr(config, name)
+                if name not in given:
+                    setattr(config, name, before[name])
+                elif own != before[name]:
+                    fits = name in free if config is model_cfg else name != "optimizer"
+                    (self.changed if fits else misfits).append(f"--{name} {before[name]} -> {own}")
+        if misfits:
+            raise BadInput(f"{self.path} does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin "
+                           "another --run")
+        numbers = [self.state["step"], self.state["max_steps"], *(self.state["loader"][name] for name in ("epoch", "shard", "offset"))]
+        if not all(isinstance(n, int) and n >= 0 for n in numbers) or not isinstance(self.state["optimizer"], dict):
+            raise TypeError("no training state")
 
 
 def to_resume(cfg, given):
-    """--resume and --run -> (path, state) to continue from, or None. May set cfg.log_dir and cfg.run.
+    """--resume and --run -> Resume or None. May set cfg.log_dir and cfg.run.
 
     A run's own checkpoints come before the one it began with: the same command, given again, continues.
     """
@@ -126,27 +170,35 @@ def to_resume(cfg, given):
             print(line, file=sys.stderr)
 
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
-    home = start and (start if start.is_dir() else start.parent).absolute()
+    home = start and (start if os.path.isdir(start) else start.parent).absolute()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max_restarts
     if cfg.run is None and restarted:
         for path in Path(cfg.log_dir).glob("*/config.json"):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                if json.loads(path.read_text())["starts"][-1]["launch"] == launch_id():
+            with contextlib.suppress(LookupError, TypeError):
+                if starts(path.parent)[-1]["launch"] == launch_id():
                     cfg.run = path.parent.name
-    if cfg.run is None and start and "log_dir" not in given and (home / "config.json").exists():
+    if cfg.run is None and start and "log_dir" not in given and os.path.exists(home / "config.json"):
         cfg.log_dir, cfg.run = str(home.parent), home.name
     if cfg.run is None and cfg.resume == "auto":
         raise BadInput("--resume auto continues the run that --run names: give its name, or --resume PATH")
     own = cfg.run and (Path(cfg.log_dir) / cfg.run).absolute()
-    if own and (restarted or own != home) and found(own):
-        return newest(own, warn)
+    if own and (restarted or home is None or own.resolve() != home.resolve()) and found(own):
+        return Resume(*newest(own, warn))
     if start is None:
         return None
-    if start.is_dir():
+    if os.path.isdir(start):
         if not found(start):
             raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-        return newest(start, warn)
-    return start, read(start)
+        return Resume(*newest(start, warn))
+    return Resume(start, read(start))
+
+
+def starts(folder):
+    """What config.json says of each start of the run in `folder`, the first one first."""
+    try:
+        return list(json.loads((folder / "config.json").read_text())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def launch_id():
@@ -232,6 +284,11 @@ class Writer:
         self.copied = threading.Event()
         self.copied.set()
         self.stall = 0.0  # seconds that training waited for the latest checkpoint
+        self.pool = {}    # (shape, dtype) -> host tensors to copy to, kept: pinning a gigabyte halts a GPU for a second
+
+    def reserve(self, tensors, copies):
+        """Allocate, in the background, what checkpoints with so many tensors of these shapes will be copied to."""
+        self.executor.submit(lambda: [self._allocate(t) for t in tensors for _ in range(copies) if t.is_cuda])
 
     def start(self, step, state):
         """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first."""
@@ -268,30 +325,30 @@ class Writer:
                 old.unlink(missing_ok=True)
         return f"saved {path}, {n_bytes(state) / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
 
-    @staticmethod
-    def _to_host(state, ready):
-        copies = {}  # tied weights stay one tensor
+    def _to_host(self, state, ready):
+        spare, copies = {key: list(buffers) for key, buffers in self.pool.items()}, {}
 
-        def copy(value):
-            if isinstance(value, torch.Tensor):
-                key = value.data_ptr(), value.shape
-                if key not in copies:
-                    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                    copies[key] = host.copy_(value, non_blocking=True)
-                return copies[key]
-            if isinstance(value, dict):
-                return {key: copy(part) for key, part in value.items()}
-            return [copy(part) for part in value] if isinstance(value, (list, tuple)) else value
+        def copy(tensor):
+            key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if key not in copies:  # tied weights stay one tensor
+                buffers = spare.get((tensor.shape, tensor.dtype)) or [self._allocate(tensor)]
+                copies[key] = buffers.pop().copy_(tensor, non_blocking=True)
+            return copies[key]
 
         if ready is None:
-            return copy(state)
+            return map_tensors(copy, state)
         device, event = ready
         stream = torch.cuda.Stream(device)
         stream.wait_event(event)
         with torch.cuda.stream(stream):
-            copied = copy(state)
+            state = map_tensors(copy, state)
         stream.synchronize()
-        return copied
+        return state
+
+    def _allocate(self, tensor):
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self.pool.setdefault((tensor.shape, tensor.dtype), []).append(buffer)
+        return buffer
 
 
 class StopSignals:

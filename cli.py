@@ -75,9 +75,10 @@ def parse(classes, argv, doc=None, presets=None):
     """
     overrides = {}
     if presets:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", default=classes[0].preset)
-        overrides = presets.get(first.parse_known_args(argv)[0].preset, {})
+        named = first.parse_known_args(argv)[0].preset
+        overrides = presets.get(named, {}) if isinstance(named, str) else {}
 
     parser = _Parser(usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
@@ -91,6 +92,8 @@ def parse(classes, argv, doc=None, presets=None):
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     given = vars(parser.parse_args(argv))
     given.pop("debug", None)  # read by run()
+    if empty := [name for name, value in given.items() if value in ([], ())]:  # argparse drops a value of "--"
+        raise BadInput(f"--{empty[0]}: expected one argument")
 
     values = {**overrides, **given}
     names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]

@@ -53,7 +53,7 @@ def load(path=None):
                 items.append(_check(json.loads(line)))
     except OSError as error:
         raise BadInput(f"cannot read {path} ({error.strerror}): name hellaswag_val.jsonl by --file, in training by --hellaswag_file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}, line {len(items) + 1} is no HellaSwag item ({error}): delete the file to download it "
                        "again") from error
     if not items:

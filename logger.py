@@ -30,7 +30,7 @@ class Logger:
         return Null()
 
     def say(self, text):
-        print(text, flush=True) if self.bar is None else self.bar.write(text)
+        print(f"{text}\n", end="", flush=True) if self.bar is None else self.bar.write(text)
 
     def progress(self, step, text):
         """The line of one step: a bar on a terminal, a plain line elsewhere."""

@@ -77,11 +77,11 @@ def load_tokenizer(spec):
     if spec in tiktoken.list_encoding_names():
         return _from_tiktoken(spec)
     path = Path(spec)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / "tokenizer.json" if os.path.isdir(path) else path
     if path.suffix == ".json":
         try:
             return _from_json(path.read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise BadInput(f"cannot read the tokenizer {path}: {error}") from error
     known = ", ".join(tiktoken.list_encoding_names())
     raise BadInput(f"unknown tokenizer {spec!r}: name one of {known}, or the path of a tokenizer.json")

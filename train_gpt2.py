@@ -478,8 +478,7 @@ def read_shard(path):
             header = np.fromfile(path, dtype=np.int32, count=256)
             dtype = BIN_DTYPES[header[0], header[1]]
             tokens = np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(int(header[2]),))
-        spare = path.stat().st_size - tokens.offset - tokens.nbytes if tokens.size else 0
-        if spare:
+        if spare := path.stat().st_size - tokens.offset - tokens.nbytes:
             raise ValueError(f"{spare} bytes more than its header says")
     except Exception as error:  # numpy's header parser raises many kinds
         raise BadInput(f"{path} is not a whole shard ({type(error).__name__}: {error}): delete it and run fineweb.py again") from error
@@ -493,7 +492,7 @@ class Shards:
 
     def __init__(self, folder):
         folder = Path(folder)
-        files = sorted(p for p in folder.glob("*") if p.suffix in (".npy", ".bin")) if folder.is_dir() else []
+        files = sorted(p for p in folder.glob("*") if p.suffix in (".npy", ".bin")) if os.path.isdir(folder) else []
         self.train, self.val = ([p for p in files if f"_{split}_" in p.name] for split in ("train", "val"))
         if not self.train or not self.val:
             missing = "train" if self.val else "val" if self.train else "any"
@@ -515,7 +514,7 @@ class Shards:
             told = {split: int(splits[split]["tokens"]) for split in splits if split in self.tokens}
         except FileNotFoundError:
             self.tokenizer, told = "gpt2", {}  # shards made by build-nanogpt or llm.c have no meta.json
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BadInput(f"{folder}/meta.json is damaged ({error}): run fineweb.py again into another folder") from error
         for split, count in told.items():
             if count != self.tokens[split]:
@@ -692,58 +691,25 @@ def sample(model, tokenizer, cfg):
 
 
 def settings(argv):
-    """The command line -> TrainConfig, GPTConfig, names given, and the (path, state) to continue from or None.
-
-    A run that continues keeps its checkpoint's settings but for those given.
-    """
+    """The command line -> TrainConfig, GPTConfig, the names given, and the checkpoint.Resume to continue from or None."""
     (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     if cfg.size:
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in given else value)
-        given = given | SIZES[cfg.size].keys()
-    saved = checkpoint.to_resume(cfg, given)
-    if saved:
-        path, state = saved
+        given |= SIZES[cfg.size].keys()
+    resume = checkpoint.to_resume(cfg, given)
+    if resume:
         try:
-            adopt(cfg, model_cfg, given, path, state)
+            other_preset = "preset" in given and cfg.preset != resume.state["train_config"]["preset"]
+            resume.adopt(cfg, model_cfg, given | (set().union(*PRESETS.values()) if other_preset else set()))
             with torch.device("meta"):
-                GPT(model_cfg).load_state_dict(state["model"], assign=True)  # shapes alone
-            position = [state["step"], state["max_steps"], *(state["loader"][name] for name in ("epoch", "shard", "offset"))]
-            if not all(isinstance(n, int) and n >= 0 for n in position) or not isinstance(state["optimizer"], dict):
-                raise TypeError("position")
+                GPT(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
         except BadInput:
             raise
         except Exception as error:  # another project's file, whatever it holds
-            raise BadInput(f"{path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
+            raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
                            "another --resume") from error
-    return cfg, model_cfg, given, saved
-
-
-WHERE = ("run", "log_dir", "resume", "tensorboard", "preset", "size")  # settings of a start, not of the run
-FREE = ("dropout", "init")  # settings of the model that do not decide whether a checkpoint fits
-
-
-def adopt(cfg, model_cfg, given, path, state):
-    """Take the settings that were not given from a checkpoint. Raises BadInput if one that was given cannot be.
-
-    Notes in state["changed"] which others differ, as text.
-    """
-    if cfg.preset != state["train_config"]["preset"] and "preset" in given:
-        given |= set().union(*PRESETS.values())
-    changed, misfits = [], []
-    for config, before in ((cfg, state["train_config"]), (model_cfg, state["model_config"])):
-        for field in dataclasses.fields(config):
-            name, own = field.name, getattr(config, field.name)
-            if name in WHERE or name not in before:
-                continue
-            if name not in given:
-                setattr(config, name, before[name])
-            elif own != before[name]:
-                fits = name in FREE or (name == "block_size" and model_cfg.pos == "rope") or (config is cfg and name != "optimizer")
-                (changed if fits else misfits).append(f"--{name} {before[name]} -> {own}")
-    if misfits:
-        raise BadInput(f"{path} does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run")
-    state["changed"] = ", ".join(changed)
+    return cfg, model_cfg, given, resume
 
 
 def plan(cfg, model_cfg, given, world):
@@ -757,9 +723,11 @@ def plan(cfg, model_cfg, given, world):
                      "micro_batch", "val_tokens", "max_skipped"):
             value = getattr(config, name, None)
             need(value in (None, "auto") or 0 < value < math.inf, f"--{name} must be above zero and finite, not {value}")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "hellaswag_every", "sample_every",
+        for name in ("warmup_steps", "grad_clip", "eval_every", "hellaswag_every", "sample_every",
                      "save_every", "save_minutes", "keep", "spike", "seed"):
-            need(getattr(config, name, 0) >= 0, f"--{name} must not be negative")
+            need(getattr(config, name, 0) >= 0, f"--{name} must not be negative or nan")
+    need(0 <= cfg.weight_decay < math.inf, f"--weight_decay must not be negative, and finite, not {cfg.weight_decay}")
+    need(cfg.total_batch_size <= 2**28, f"--total_batch_size must be at most {2**28:,} tokens, not {cfg.total_batch_size:,}")
     need(cfg.seed < 2**63, f"--seed must be below 2^63, not {cfg.seed}")
     need(0 <= cfg.tensorboard < 2**16, f"--tensorboard must be a port, 1 to 65535, not {cfg.tensorboard}")
     c, T = model_cfg, model_cfg.block_size
@@ -785,6 +753,7 @@ def plan(cfg, model_cfg, given, world):
     max_steps = cfg.max_steps or int(min(cfg.epochs, 1e9) * shards.tokens["train"] / cfg.total_batch_size)
     need(max_steps > 0, f"{cfg.data} holds {shards.tokens['train']:,} training tokens, {cfg.epochs:g} epochs of which "
          f"are less than one step of {cfg.total_batch_size:,}: lower --total_batch_size or raise --epochs")
+    need(max_steps < 2**31, f"{max_steps:,} steps are more than any run has: lower --max_steps or --epochs")
     need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps: "
          "give a smaller one")
     return shards, max_steps
@@ -811,28 +780,28 @@ def describe(cfg, model, shards, max_steps, micro_batch, processes):
 
 
 def main(argv):
-    cfg, model_cfg, given, saved = settings(argv)
+    cfg, model_cfg, given, resume = settings(argv)
     shards, max_steps = plan(cfg, model_cfg, given, int(os.environ.get("WORLD_SIZE", 1)))
-    path, state = saved or (None, None)
-    if state:
+    if resume:
         if not {"data", "epochs", "max_steps", "total_batch_size"} & given:
-            max_steps = state["max_steps"]
-        if state["step"] >= max_steps:
+            max_steps = resume.state["max_steps"]
+        if resume.state["step"] >= max_steps:
             if os.environ.get("RANK", "0") == "0":
-                print(f"{path} is the end of a run of {max_steps} steps: give more --max_steps to go on")
+                print(f"{resume.path} is the end of a run of {max_steps} steps: give more --max_steps to go on")
             return
     processes = Processes(cfg.device)
     name = cfg.run or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}"
-    folder = checkpoint.make_run_folder(cfg.log_dir, name, resumes=bool(saved)) if processes.main else None
+    folder = checkpoint.make_run_folder(cfg.log_dir, name, resumes=bool(resume)) if processes.main else None
     try:
         with checkpoint.locked(folder):
             if processes.main and cfg.tensorboard:
                 serve_tensorboard(cfg.log_dir, cfg.tensorboard)
             with processes:
                 trainer = Trainer(cfg, model_cfg, shards, max_steps, processes)
-                if state:
-                    trainer.load(state)
-                trainer.open(folder, path)
+                if resume:
+                    trainer.load(resume)
+                if processes.main:
+                    trainer.open(folder, resume)
                 trainer.run()
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
@@ -866,7 +835,10 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(cfg.seed)
-        self.raw_model = GPT(model_cfg).to(self.device)  # the plain module: evaluated, sampled from, saved
+        try:
+            self.raw_model = GPT(model_cfg).to(self.device)  # the plain module: evaluated, sampled from, saved
+        except (RuntimeError, MemoryError) as error:
+            raise BadInput(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
         self.rows = cfg.total_batch_size // T // processes.world
         self.micro_batch = pick_micro_batch(self.raw_model, cfg.micro_batch, self.rows, processes)
         self.optimizer = make_optimizer(self.raw_model, cfg)
@@ -881,42 +853,37 @@ class Trainer:
                              gradient_as_bucket_view=True, **buffers)
         self.parts, self.parameters = gradient_groups(self.raw_model), list(self.raw_model.parameters())
         self.step, self.skipped, self.streak = 0, 0, 0
-        self.resumed, self.log, self.writer = "", Logger.null(), Logger.null()
+        self.log, self.writer = Logger.null(), Logger.null()  # rank 0 opens its own
 
-    def load(self, state):
+    def load(self, resume):
         """Go on where a checkpoint was saved."""
+        state = resume.state
         if state["tokenizer"] != self.tokenizer.spec:
-            raise BadInput(f"the checkpoint was made with another tokenizer than {self.cfg.data}: its ids mean other text; "
-                           "give --data of its own tokenizer")
+            raise BadInput(f"{resume.path} was made with another tokenizer than {self.cfg.data}: its ids mean other text; give "
+                           "--data of its own tokenizer")
         try:
             self.raw_model.load_state_dict(state["model"])
             load_optimizer(self.optimizer, state["optimizer"])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise BadInput(f"the checkpoint's optimizer does not fit ({error}): begin another --run") from error
+            raise BadInput(f"the optimizer of {resume.path} does not fit ({error}): begin another --run") from error
         self.step, self.skipped = state["step"], state.get("skipped", 0)
-        self.resumed = state["changed"]
         if state.get("data", self.shards.identity) == self.shards.identity:
             self.loader.load_state_dict(state["loader"])
         else:  # a position means nothing in another stream
-            self.resumed += ", other training data: read from its beginning"
+            resume.changed.append("other training data, read from its beginning")
 
-    def open(self, folder, path):
-        """Open the log and write config.json; on rank 0 alone. path: the checkpoint that was loaded, or None."""
-        if not self.processes.main:
-            return
+    def open(self, folder, resume):
+        """Open the log and write config.json, on rank 0. resume: what was loaded, or None."""
         cfg, model_cfg, processes = self.cfg, self.raw_model.config, self.processes
-        checkpoint.rewind(folder, self.step)
         checkpoint.check_room(folder, 3 * 4 * sum(p.numel() for p in self.parameters))  # weights and AdamW's two moments
-        try:
-            starts = json.loads((folder / "config.json").read_text())["starts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            starts = []
+        checkpoint.rewind(folder, self.step)
         launcher = ["torchrun", f"--nproc_per_node={processes.world}", "--"] if processes.distributed else ["python"]
-        start = {"step": self.step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": checkpoint.launch_id(), "changed": self.resumed,
-                 "from": str(path) if path else None, "command": shlex.join([*launcher, *sys.argv])}
+        command, changed = shlex.join([*launcher, *sys.argv]), ", ".join(resume.changed) if resume else ""
+        start = {"step": self.step, "from": resume and str(resume.path), "changed": changed, "command": command,
+                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": checkpoint.launch_id()}
         config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": self.max_steps,
                   "micro_batch": self.micro_batch, "world": processes.world, "tokenizer": self.tokenizer.name,
-                  "command": start["command"], "torch": torch.__version__, "starts": [*starts, start],
+                  "command": command, "torch": torch.__version__, "starts": [*checkpoint.starts(folder), start],
                   "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type}
         checkpoint.replace(folder / "config.json", json.dumps(config, indent=2).encode())
         code, kept = Path(__file__).read_bytes(), folder / "train_gpt2.py"  # the code that made the run
@@ -924,9 +891,10 @@ class Trainer:
             kept = folder / f"train_gpt2_from_{self.step:05d}.py"
         checkpoint.replace(kept, code)
         self.folder, self.log, self.writer = folder, Logger(folder, self.max_steps, self.step), checkpoint.Writer(folder, cfg.keep)
+        self.writer.reserve(self.parameters, copies=3)  # for the same three; while the first step compiles
         self.log.say(describe(cfg, self.raw_model, self.shards, self.max_steps, self.micro_batch, processes))
-        if path:
-            self.log.say(f"resume  {path}, step {self.step}; " + (f"changed: {self.resumed.removeprefix(', ')}" if self.resumed else "as before"))
+        if resume:
+            self.log.say(f"resume  {resume.path}, step {self.step}; " + (f"changed: {changed}" if changed else "as before"))
         self.log.hyperparameters(self.step, config["train"] | config["model"])
 
     def run(self):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from cli import BadInput, flag, parse
 
@@ -97,11 +99,80 @@ def test_presets_are_overridden_by_flags():
     (["--preset", "huge"], "--preset: invalid choice: 'huge'.*small.*large"),
     (["--micro_batch", "some"], "--micro_batch: invalid integer or auto value: 'some'"),
     (["--tied=yes"], "--tied"),
+    (["--preset"], "--preset: expected one argument"),
+    (["--n_layer", "4", "--preset"], "--preset: expected one argument"),
 ])
 def test_bad_flags_end_in_one_line(argv, message):
     with pytest.raises(BadInput, match=message) as caught:
         read(*argv)
     assert "\n" not in str(caught.value)
+
+
+JUNK = st.one_of(st.sampled_from(["", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0",
+                                  "auto", "none",
+                                  "None", "small", "large", "huge", "rms", "gelu", "a b", "%s", "%(prog)s", "{}", "@file",
+                                  "-h5", "\ud800"]),
+                 st.text(max_size=6), st.floats().map(repr), st.integers().map(str))
+NAMES = ["preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "steps", "micro_batch", "source", "sizes", "run",
+         "compile", "debug",
+         "help", "no-tied", "no-compile", "no-run", "n_lay"]
+WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK,
+                 st.builds("--{}={}".format, st.sampled_from(NAMES), JUNK))
+GOOD = st.sampled_from([["--preset", "large"], ["--preset=small"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"],
+                        ["--tied"],
+                        ["--no-tied"], ["--lr", "nan"], ["--steps", "-3"], ["--micro_batch", "auto"], ["--micro_batch", "4"],
+                        ["--source", "a", "b"], ["--sizes", "1", "2.0"], ["--run="], ["--run", "x y"], ["--compile"],
+                        ["--debug"]])
+ARGV = st.lists(st.one_of(GOOD, GOOD, GOOD, st.builds(lambda word: [word], WORD)), max_size=5).map(lambda parts: sum(parts, []))
+TYPES = {  # of the fields, once more by hand
+    "preset": lambda v: v in ("small", "large"), "n_layer": lambda v: type(v) is int, "norm": lambda v: v in ("rms", "layer"),
+    "act": lambda v: v in (None, "gelu", "relu"), "tied": lambda v: type(v) is bool, "hidden": lambda v: v in (7, 9),
+    "lr": lambda v: type(v) is float, "steps": lambda v: v is None or type(v) is int,
+    "micro_batch": lambda v: v == "auto" or type(v) is int,
+    "source": lambda v: type(v) is tuple and v and all(type(part) is str for part in v),
+    "sizes": lambda v: type(v) is tuple and v and all(type(part) is int for part in v),
+    "run": lambda v: v is None or type(v) is str, "compile": lambda v: v in (None, False, True)}
+
+
+def fits(argv):
+    """Whether `argv` was read, after everything about what came of it was checked."""
+    try:
+        model, train, given = read(*argv)
+    except BadInput as error:
+        assert str(error)
+        return False
+    except SystemExit as stop:
+        assert stop.code == 0 and any(word.startswith(("-h", "--help")) for word in argv), argv
+        return False
+    values = vars(model) | vars(train)
+    assert values.keys() == TYPES.keys() and all(TYPES[name](value) for name, value in values.items()), (argv, values)
+    assert given <= values.keys() and given == {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in argv
+                                                if word.startswith("--") and word not in ("--", "--debug")}, argv
+    default = PRESETS[model.preset]
+    assert all(values[name] == default.get(name, (vars(Model()) | vars(Train()))[name]) for name in values.keys() - given)
+    return True
+
+
+def test_any_words_are_bad_input_or_values_of_the_right_types(capsys):
+    read_well = []
+
+    @settings(derandomize=True, deadline=None, max_examples=400)
+    @given(argv=ARGV)
+    @example(["--source", "a", "--sizes", "1", "2e0", "--lr=nan", "--tied", "--micro_batch=1_0", "--run="])
+    @example(["--preset"])
+    @example(["--preset=--"])  # Python before 3.12 makes a list of this
+    @example(["--n_layer=--"])
+    @example(["--source=--"])
+    @example(["--steps=1e999"])
+    @example(["--sizes", "1", "inf"])
+    @example(["--micro_batch", "nan"])
+    @example(["--preset=large", "--preset", "small"])
+    def check(argv):
+        read_well.append(fits(argv))
+
+    check()
+    capsys.readouterr()  # --help
+    assert 50 < sum(read_well) < len(read_well) - 50  # the test did see both
 
 
 def test_help_shows_the_presets_defaults(capsys):

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import cli
 import fineweb
@@ -560,6 +562,61 @@ def test_a_parquet_damaged_inside_is_named(tmp_path, fails):
     data[len(data) // 4:len(data) // 2] = bytes(len(data) // 4)
     source.write_bytes(data)
     assert f"cannot read {source} (" in fails("--source", source, "--out", "out", "--shard_size", 100)
+
+
+VALUE = st.one_of(st.text(max_size=12), st.text(max_size=12), st.none(), st.integers(-9, 9), st.just(""), st.just(" \n"),
+                  st.lists(st.text(max_size=2), max_size=2))
+
+
+@st.composite
+def any_jsonl(draw):
+    """Lines of a jsonl, mostly as they should be, then with luck something cut out or put in."""
+    rows = draw(st.lists(st.fixed_dictionaries({"text": VALUE}, optional={"id": st.integers(0, 9)}), max_size=4))
+    data = b"".join(json.dumps(row, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass") + b"\n" for row in rows)
+    if draw(st.booleans()):
+        start = draw(st.integers(0, len(data)))
+        data = data[:start] + draw(st.binary(max_size=6)) + data[start + draw(st.integers(0, 6)):]
+    return data
+
+
+def texts_of(data):
+    """What a reader of JSON finds in the bytes of a jsonl; None if a line is none."""
+    try:
+        rows = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+        return [row["text"] for row in rows if isinstance(row.get("text"), str) and row["text"].strip()]
+    except (ValueError, AttributeError, KeyError):
+        return None
+
+
+def test_any_bytes_are_bad_input_or_shards_of_what_json_finds_in_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    count, found = iter(range(10**6)), []
+
+    @settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+    @given(data=st.one_of(any_jsonl(), any_jsonl(), any_jsonl(), st.binary(max_size=60)))
+    @example(b'{"text": "a"}\n{"text": "b c"}\n')
+    @example(b'{"text": "a"}\n{"text": "b')
+    @example(b'\xff\xfe{"text": "a"}\n')
+    @example(b"[" * 100_000)
+    def check(data):
+        name = f"case{next(count)}"
+        Path(f"{name}.jsonl").write_bytes(data)
+        try:
+            make(f"{name}.jsonl", name, "--workers", 1)
+        except cli.BadInput as error:
+            assert name in str(error) or "no documents" in str(error)
+            assert not list(Path(name).glob("*.npy"))
+            found.append(False)
+            return
+        want = texts_of(data)
+        assert want, data  # the folder is complete: then there was something to read
+        ids = [token for _, shard in read_shards(Path(name)) for token in shard]
+        assert ids == reference(want)
+        assert tiktoken.get_encoding("gpt2").decode(ids) == "".join(EOT + text for text in want)
+        found.append(True)
+
+    check()
+    assert 4 < sum(found) < len(found) - 4  # the test did see both
 
 
 @pytest.mark.parametrize("rows", [[], [None, "", "  "]])

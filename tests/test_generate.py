@@ -1,6 +1,7 @@
 """generate.py, launched for real on a tiny checkpoint: python -m pytest tests/test_generate.py"""
 
 import pytest
+import torch
 from test_train_gpt2 import sentences, tiny_checkpoint
 
 import generate
@@ -48,10 +49,19 @@ def test_defaults_temperature_0_and_an_empty_prompt(checkpoint, capsys):
     (["--checkpoint", "ckpt_00001.pt", "--device", "mps"], "--device mps"),
     (["--checkpoint", "ckpt_00001.pt", "--temprature", "1"], "did you mean --temperature"),
     (["--checkpoint", "torn.pt"], "torn.pt is not a whole checkpoint"),
-])
+    (["--checkpoint", "."], "no checkpoint at ."),
+    (["--checkpoint", "x" * 5000], ""),  # longer than any file system lets a name be
+    (["--checkpoint", "others.pt"], "others.pt is not a checkpoint of this project"),
+    (["--checkpoint", "list.pt"], "list.pt is not a whole checkpoint"),
+    (["--checkpoint"], "--checkpoint: expected one argument"),
+    (["--checkpoint", "ckpt_00001.pt", "--max_new_tokens", "nan"], "--max_new_tokens: invalid integer value"),
+    (["--checkpoint", "ckpt_00001.pt", "--seed", "-1"], "--seed must be at least 0"),
+], ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "")
 def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "torn.pt").write_bytes(checkpoint[0].read_bytes()[:5000])
+    torch.save(torch.nn.Linear(2, 2).state_dict(), "others.pt")
+    torch.save([1, 2], "list.pt")
     with pytest.raises(BadInput) as error:
         generate.main(flags)
     assert says in str(error.value)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from test_train_gpt2 import hellaswag_items, sentences, tiny, tiny_checkpoint, write_lines
 
 import hellaswag
@@ -172,6 +174,74 @@ def test_bad_files(text, says, tmp_path):
     with pytest.raises(BadInput) as error:
         hellaswag.load(path)
     assert says in str(error.value) and "bad.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["lists", "objects"])
+def test_json_nested_beyond_what_python_reads_is_bad_input(text, tmp_path):
+    (tmp_path / "deep.jsonl").write_text(json.dumps(ITEM) + "\n" + text)
+    with pytest.raises(BadInput, match=r"deep.jsonl, line 2 is no HellaSwag item"):
+        hellaswag.load(tmp_path / "deep.jsonl")
+
+
+ODD = st.sampled_from([None, True, 2, -1, 4, 1.5, "", "text", "\ud800", [], ["a"], ["a", "b", "c", "d"], ["a", "b", "c", ""],
+                       {}, math.nan])
+
+
+@st.composite
+def jsonl_bytes(draw):
+    """Items with values put in place of others, then bytes put in place of others."""
+    items = [dict(ITEM) for _ in range(draw(st.integers(0, 3)))]
+    for item in items:
+        for name in draw(st.lists(st.sampled_from([*ITEM, "more"]), max_size=2)):
+            if draw(st.booleans()):
+                item[name] = draw(ODD)
+            else:
+                item.pop(name, None)
+    data = bytearray(b"".join(json.dumps(item).encode() + draw(st.sampled_from([b"\n", b"\n", b"\r\n",
+                                                                                b"\n\n"])) for item in items))
+    for _ in range(draw(st.integers(0, 2))):
+        start = draw(st.integers(0, len(data)))
+        data[start:start + draw(st.integers(0, 4))] = draw(st.one_of(st.binary(max_size=4),
+                                                                     st.sampled_from([b'"', b",", b"\n", b"}"])))
+    return bytes(data[:draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
+
+
+def is_item(item):
+    """An item as the scorer uses it, said once more in other words."""
+    if type(item) is not dict or not {"ctx", "endings", "label"} <= item.keys():
+        return False
+    needed, optional = [item["ctx"], item["endings"]], [item[k] for k in ("activity_label", "ctx_a", "ctx_b") if k in item]
+    return (type(needed[0]) is str and needed[0] != "" and type(needed[1]) is list and [type(e) for e in needed[1]] == [str] * 4
+            and "" not in needed[1] and item["label"] in (0, 1, 2, 3) and [type(o) for o in optional] == [str] * len(optional))
+
+
+@pytest.mark.parametrize("kind", ["mutated", "random"])
+def test_any_bytes_are_bad_input_or_items_that_can_be_scored(kind, tokenizer, tmp_path):
+    path, whole = tmp_path / "any.jsonl", []
+
+    @settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=jsonl_bytes() if kind == "mutated" else st.binary(max_size=200))
+    @example(json.dumps(ITEM | {"endings": ["a", "b", "c", ""]}).encode())
+    @example(json.dumps(ITEM | {"label": 4}).encode())
+    @example(json.dumps(ITEM | {"label": 3}).encode() + b"\n\n")
+    def check(data):
+        path.write_bytes(data)
+        try:
+            lines = data.decode().replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+            want = [json.loads(line) for line in lines]
+        except ValueError:
+            want = None
+        whole.append(bool(want) and all(map(is_item, want)))
+        if whole[-1]:
+            assert hellaswag.load(path) == want
+            hellaswag.render(want, tokenizer, 64)
+            hellaswag.render([item for item in want if "activity_label" in item], tokenizer, 64, "lm_eval")
+        else:
+            with pytest.raises(BadInput, match="any.jsonl"):
+                hellaswag.load(path)
+
+    check()
+    assert kind == "random" or 10 < sum(whole) < len(whole) - 10  # the test did see both
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
