@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import hashlib
 import inspect
 import json
@@ -805,6 +806,11 @@ def main(argv):
                 trainer.run()
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RankError(f"the disk of {folder} is full: free some space, and the same command with --run {name} goes on from the "
+                        "newest checkpoint") from error
     except RuntimeError as error:
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
             raise

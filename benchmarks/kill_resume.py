@@ -5,7 +5,7 @@
 Everything behind -- goes to train_gpt2.py. Runs `plain` undisturbed and `killed` three times: SIGKILL once its log.txt holds
 step --kill, the same command again, SIGTERM at step --term, the same command again. Prints the largest differences of
 train and val losses, and how long steps took while a checkpoint was written. With --again a second undisturbed run shows
-what differs without any kill.
+what differs without any kill; without --kill there is only `plain`.
 """
 
 import argparse
@@ -79,19 +79,21 @@ def main():
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kill", type=int, required=True)
-    parser.add_argument("--term", type=int, required=True)
+    parser.add_argument("--kill", type=int)
+    parser.add_argument("--term", type=int)
     parser.add_argument("--again", action="store_true")
     args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1:]
     args.out.mkdir(parents=True, exist_ok=True)
     for run in ("plain", "again") if args.again else ("plain",):
         assert start(args.out, run, flags).wait() == 0, f"see {args.out / run}.console"
-    stop_at(start(args.out, "killed", flags), args.out, "killed", args.kill, signal.SIGKILL)
-    stop_at(start(args.out, "killed", flags), args.out, "killed", args.term, signal.SIGTERM)
-    assert start(args.out, "killed", flags).wait() == 0
-    for run in ("again", "killed") if args.again else ("killed",):
-        compare(args.out, run)
     saving(args.out, "plain")
+    if args.again:
+        compare(args.out, "again")
+    if args.kill:
+        stop_at(start(args.out, "killed", flags), args.out, "killed", args.kill, signal.SIGKILL)
+        stop_at(start(args.out, "killed", flags), args.out, "killed", args.term, signal.SIGTERM)
+        assert start(args.out, "killed", flags).wait() == 0
+        compare(args.out, "killed")
 
 
 if __name__ == "__main__":

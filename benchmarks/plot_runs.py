@@ -54,9 +54,10 @@ def main(argv):
     for i, folder in enumerate(cfg.runs):
         step_tokens, curves = read_run(folder)
         steps, values = curves["train"]
-        axes.plot([s * step_tokens / 1e6 for s in steps], running_mean(values, cfg.window), color=f"C{i}", alpha=0.35, lw=1)
+        style = ("-", "--", ":")[i % 3]  # equal curves stay visible
+        axes.plot([s * step_tokens / 1e6 for s in steps], running_mean(values, cfg.window), style, color=f"C{i}", alpha=0.5, lw=1)
         steps, values = curves["val"]
-        axes.plot([s * step_tokens / 1e6 for s in steps], values, color=f"C{i}", marker="o", ms=4,
+        axes.plot([s * step_tokens / 1e6 for s in steps], values, style, color=f"C{i}", marker="o", ms=4,
                   label=f"{Path(folder).name}: val {values[-1]:.3f}")
     axes.set(xlabel="million tokens", ylabel="loss (nats a token); faint: train", title=cfg.title)
     axes.set_ylim(top=cfg.top)
