@@ -28,7 +28,7 @@ define TORCHRUN
 #!/bin/sh
 for arg; do
   shift
-  case "$$seen:$$arg" in :*.py) seen=1; set -- "$$@" -- ;; esac
+  case "$$seen:$$arg" in :--) seen=1 ;; :*.py) seen=1; set -- "$$@" -- ;; esac
   set -- "$$@" "$$arg"
 done
 exec "$$(dirname "$$0")/python" -m torch.distributed.run "$$@"

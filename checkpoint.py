@@ -6,6 +6,8 @@ name, flushed to the disk, then renamed; `Writer` does so from a background thre
 """
 
 import contextlib
+import copy
+import errno
 import json
 import os
 import re
@@ -23,9 +25,10 @@ from pathlib import Path
 
 import torch
 
-from cli import BadInput
+from cli import BadInput, RankError
 
 NAME = re.compile(r"ckpt_(\d+)\.pt")
+NOT_THE_FILE = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass
 
 
 def found(folder):
@@ -34,12 +37,16 @@ def found(folder):
     return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
 
+class Torn(BadInput):
+    """A file that is there and can be read, but is no whole checkpoint."""
+
+
 def path_of(folder, step):
     return Path(folder) / f"ckpt_{step:05d}.pt"
 
 
 def read(path):
-    """A checkpoint, its tensors memory-mapped on the CPU. Raises BadInput if it is missing, torn, damaged or foreign.
+    """A checkpoint, its tensors memory-mapped on the CPU. Raises Torn if it is torn, damaged or foreign, else BadInput.
 
     Loaded with weights_only=True: nothing in a downloaded file can run.
     """
@@ -54,7 +61,9 @@ def read(path):
             raise TypeError(type(state).__name__)
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
-        raise BadInput(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {str(error)[:80]}): "
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILE:
+            raise RankError(f"cannot read {path} ({type(error).__name__}: {error}): mend that and start again") from error
+        raise Torn(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {str(error)[:80]}): "
                        "try an earlier ckpt_<step>.pt") from error
 
 
@@ -67,7 +76,7 @@ def newest(folder, warn):
     for _, path in candidates:
         try:
             return path, read(path)
-        except BadInput as error:
+        except Torn as error:
             warn(f"skipped: {error}")
     if candidates:
         raise BadInput(f"{folder} holds no whole checkpoint: delete those there to begin anew, or give another --run")
@@ -76,23 +85,31 @@ def newest(folder, warn):
 
 def write(path, state):
     """Write `state` so that `path` is never half a checkpoint. Raises BadInput if there is no room or no right to."""
-    partial = Path(path).with_suffix(".tmp")
+    check_room(Path(path).parent, n_bytes(state))
     try:
-        check_room(partial.parent, n_bytes(state))
+        replace(path, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise BadInput(f"cannot save {path} ({type(error).__name__}: {str(error)[:80]}): free some disk space, or see to the disk; "
+                       "the checkpoints before it stay") from error
+
+
+def replace(path, write):
+    """Call `write` with a binary file, so that `path` holds either what it did or all that was written, on the disk."""
+    path = Path(path)
+    partial = path.with_suffix(".tmp")
+    try:
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         if os.name == "posix":  # the new name itself is on the disk once its folder is
-            folder = os.open(partial.parent, os.O_RDONLY)
+            folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise BadInput(f"cannot save {path} ({type(error).__name__}): free some disk space; "
-                       "the checkpoints already there are whole") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def check_room(folder, needed):
@@ -135,6 +152,7 @@ class Resume:
 
     path: Path
     state: dict
+    seen: list  # found() of the run folder before
     changed: list = field(default_factory=list)
 
     def adopt(self, cfg, model_cfg, given):
@@ -171,26 +189,34 @@ def to_resume(cfg, given):
 
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
     home = start and (start if os.path.isdir(start) else start.parent).absolute()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max_restarts
-    if cfg.run is None and restarted:
-        for path in Path(cfg.log_dir).glob("*/config.json"):
-            with contextlib.suppress(LookupError, TypeError):
-                if starts(path.parent)[-1]["launch"] == launch_id():
-                    cfg.run = path.parent.name
+    if cfg.run is None and restarted(cfg.log_dir):
+        cfg.run = restarted(cfg.log_dir).name
     if cfg.run is None and start and "log_dir" not in given and os.path.exists(home / "config.json"):
         cfg.log_dir, cfg.run = str(home.parent), home.name
     if cfg.run is None and cfg.resume == "auto":
         raise BadInput("--resume auto continues the run that --run names: give its name, or --resume PATH")
     own = cfg.run and (Path(cfg.log_dir) / cfg.run).absolute()
-    if own and (restarted or home is None or own.resolve() != home.resolve()) and found(own):
-        return Resume(*newest(own, warn))
+    seen = found(own) if own else []
+    if seen and (home is None or own.resolve() != home.resolve() or restarted(cfg.log_dir) == Path(cfg.log_dir) / cfg.run):
+        if start:
+            warn(f"--resume {start} is where {cfg.run} may begin; it has checkpoints of its own and goes on from these")
+        return Resume(*newest(own, warn), seen)
     if start is None:
         return None
     if os.path.isdir(start):
         if not found(start):
             raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-        return Resume(*newest(start, warn))
-    return Resume(start, read(start))
+        return Resume(*newest(start, warn), seen)
+    return Resume(start, read(start), seen)
+
+
+def load_optimizer(optimizer, state):
+    """Load the moments of a checkpoint into `optimizer`, whose own settings (weight decay, betas, ...) stay."""
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    state = copy.deepcopy(state)  # a CPU's moments would stay in the checkpoint's file, memory-mapped
+    for group, own in zip(state["param_groups"], settings):  # before loading: a fused AdamW wants its step counts on the GPU
+        group.update(own)
+    optimizer.load_state_dict(state)
 
 
 def starts(folder):
@@ -203,7 +229,22 @@ def starts(folder):
 
 def launch_id():
     """What all processes and restarts of one torchrun have in common; None without torchrun."""
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    began = ""
+    with contextlib.suppress(OSError):  # not on Linux: the number of the process must do
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()} {began}"
+
+
+def restarted(log_dir):
+    """The folder of the run that this torchrun began before --max_restarts brought its processes back, or None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        for path in Path(log_dir).glob("*/config.json"):
+            with contextlib.suppress(LookupError, TypeError):
+                if starts(path.parent)[-1]["launch"] == launch_id():
+                    return path.parent
+    return None
 
 
 def make_run_folder(log_dir, name, resumes):
@@ -239,7 +280,8 @@ def rewind(folder, step):
         if later > step:
             os.replace(path, path.with_suffix(".pt.aside"))
     lines = [line for line in (folder / "log.txt").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    replace(folder / "log.txt", b"".join(line for line in lines if not re.match(rb"\d+ ", line) or int(line.split()[0]) < step))
+    kept = b"".join(line for line in lines if not re.match(rb"\d+ ", line) or int(line.split()[0]) < step)
+    replace(folder / "log.txt", lambda file: file.write(kept))
 
 
 @contextlib.contextmanager
@@ -262,13 +304,6 @@ def locked(folder):
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def replace(path, content):
-    """Write bytes so that `path` holds either what it did or all of them."""
-    partial = path.with_suffix(".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 class Writer:
@@ -317,8 +352,14 @@ class Writer:
         started = time.perf_counter()
         try:
             state = self._to_host(state, ready)
+        except Exception as error:
+            raise BadInput(f"cannot save {path}: no copy of it fits into memory ({type(error).__name__}: {str(error)[:80]})") from error
         finally:
             self.copied.set()
+        if self.keep:
+            for _, old in found(self.folder)[:0:-1]:  # from the oldest on, all but the newest make room if they must
+                if shutil.disk_usage(self.folder).free < n_bytes(state):
+                    old.unlink(missing_ok=True)
         write(path, state)
         if self.keep:
             for _, old in found(self.folder)[self.keep:]:
@@ -346,7 +387,10 @@ class Writer:
         return state
 
     def _allocate(self, tensor):
-        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        try:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        except RuntimeError:  # containers may limit pinned memory: plain memory is slower to copy to
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
         self.pool.setdefault((tensor.shape, tensor.dtype), []).append(buffer)
         return buffer
 
@@ -396,7 +440,7 @@ class StopSignals:
             if number[0] not in self.before:
                 continue
             if self.received is None:
-                self.received, first = signal.Signals(number[0]).name, time.monotonic()
+                first, self.received = time.monotonic(), signal.Signals(number[0]).name
                 if self.patience:
                     threading.Thread(target=self._impatient, daemon=True).start()
                 self.say(f"{self.received}: this step is finished, then the run is saved; a second signal ends it at once")
@@ -405,6 +449,6 @@ class StopSignals:
 
     def _impatient(self):
         if not self.taken.wait(self.patience):
-            print(f"{self.received}, and the step did not end within {self.patience:g} s: another process is gone", file=sys.stderr)
+            print(f"{self.received}, and this process did not come to the end of its step within {self.patience:g} s", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)

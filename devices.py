@@ -10,7 +10,7 @@ import re
 import torch
 import torch.distributed as dist
 
-from cli import BadInput
+from cli import BadInput, RankError
 
 PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name that is a word of the GPU's
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -76,6 +76,8 @@ class Processes:
     def __exit__(self, kind, error, trace):
         if self.distributed and kind is None:  # after an error the others may be gone: waiting for them would hang
             dist.destroy_process_group()
+        if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise RankError("another process has ended: torchrun names the first one below, its error stands above") from error
 
     def sum(self, values):
         """Sum a list of numbers over all processes, in double precision -> list of float."""

@@ -1,5 +1,6 @@
 """What a run says: to the console, to log.txt and to TensorBoard."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -30,15 +31,27 @@ class Logger:
         return Null()
 
     def say(self, text):
-        print(f"{text}\n", end="", flush=True) if self.bar is None else self.bar.write(text)
+        with self._console():
+            print(f"{text}\n", end="", flush=True) if self.bar is None else self.bar.write(text)
 
     def progress(self, step, text):
         """The line of one step: a bar on a terminal, a plain line elsewhere."""
         if self.bar is None:
             self.say(f"step {step} | {text}")
         else:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step + 1 - self.bar.n)
+            with self._console():
+                self.bar.set_postfix_str(text, refresh=False)
+                self.bar.update(step + 1 - self.bar.n)
+
+    @contextlib.contextmanager
+    def _console(self):
+        """A run outlives its console: after Ctrl-C to `| tee` too, or with the connection gone, it must still be saved."""
+        try:
+            yield
+        except OSError:
+            self.bar, nowhere = None, os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(nowhere, stream)
 
     def record(self, step, kind, value):
         """A line of log.txt: `step train|val|hella value`."""
@@ -67,7 +80,8 @@ class Logger:
 
     def close(self):
         if self.bar is not None:
-            self.bar.close()
+            with self._console():
+                self.bar.close()
         self.writer.close()
         self.file.close()
 

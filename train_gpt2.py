@@ -20,7 +20,6 @@ Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard eve
 """
 
 import contextlib
-import copy
 import dataclasses
 import datetime
 import errno
@@ -112,11 +111,11 @@ class TrainConfig:
     hellaswag_file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     sample_every: int = flag(250, "steps between printed samples")
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
-    save_every: int = flag(5000, "steps between checkpoints; the last step is always saved")
-    save_minutes: float = flag(10.0, "minutes between checkpoints, whatever the steps")
+    save_every: int = flag(5000, "steps between checkpoints, 0: never; the last step is always saved")
+    save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never")
     keep: int = flag(3, "checkpoints kept, the newest; 0: all")
     max_skipped: int = flag(10, "end the run after so many updates in a row without a finite loss and gradient")
-    spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before them")
+    spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before; 0: none")
     # the run
     run: str | None = flag(None, "name of the folder under --log_dir, or preset and time")
     log_dir: str = flag("log", "where run folders go")
@@ -421,16 +420,6 @@ def adamw(groups, cfg):
 
 
 OPTIMIZERS = {"adamw": adamw}
-
-
-def load_optimizer(optimizer, state):
-    """Load the moments of a checkpoint into `optimizer`, whose own settings (weight decay, betas, ...) stay."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(copy.deepcopy(state))  # a CPU's moments would stay in the checkpoint's file, memory-mapped
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
-
-
 WSD_DECAY = 0.2  # share of a wsd run that decays (Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
 
 
@@ -786,7 +775,7 @@ def main(argv):
     if resume:
         if not {"data", "epochs", "max_steps", "total_batch_size"} & given:
             max_steps = resume.state["max_steps"]
-        if resume.state["step"] >= max_steps:
+        if resume.state["step"] >= max_steps and resume.state.get("finished", True):
             if os.environ.get("RANK", "0") == "0":
                 print(f"{resume.path} is the end of a run of {max_steps} steps: give more --max_steps to go on")
             return
@@ -795,6 +784,8 @@ def main(argv):
     folder = checkpoint.make_run_folder(cfg.log_dir, name, resumes=bool(resume)) if processes.main else None
     try:
         with checkpoint.locked(folder):
+            if folder and checkpoint.found(folder) != (resume.seen if resume else []):
+                raise RankError(f"{folder} has just been written by another process: start again")
             if processes.main and cfg.tensorboard:
                 serve_tensorboard(cfg.log_dir, cfg.tensorboard)
             with processes:
@@ -811,10 +802,6 @@ def main(argv):
             raise
         raise RankError(f"the disk of {folder} is full: free some space, and the same command with --run {name} goes on from the "
                         "newest checkpoint") from error
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
-            raise
-        raise RankError("another process of this run has ended: torchrun names the first one below, its error stands above") from error
 
 
 class Trainer:
@@ -844,7 +831,7 @@ class Trainer:
         try:
             self.raw_model = GPT(model_cfg).to(self.device)  # the plain module: evaluated, sampled from, saved
         except (RuntimeError, MemoryError) as error:
-            raise BadInput(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
+            raise RankError(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
         self.rows = cfg.total_batch_size // T // processes.world
         self.micro_batch = pick_micro_batch(self.raw_model, cfg.micro_batch, self.rows, processes)
         self.optimizer = make_optimizer(self.raw_model, cfg)
@@ -858,7 +845,7 @@ class Trainer:
             self.model = DDP(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
                              gradient_as_bucket_view=True, **buffers)
         self.parts, self.parameters = gradient_groups(self.raw_model), list(self.raw_model.parameters())
-        self.step, self.skipped, self.streak = 0, 0, 0
+        self.step, self.skipped, self.streak, self.finished = 0, 0, 0, False
         self.log, self.writer = Logger.null(), Logger.null()  # rank 0 opens its own
 
     def load(self, resume):
@@ -869,19 +856,21 @@ class Trainer:
                            "--data of its own tokenizer")
         try:
             self.raw_model.load_state_dict(state["model"])
-            load_optimizer(self.optimizer, state["optimizer"])
+            checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise BadInput(f"the optimizer of {resume.path} does not fit ({error}): begin another --run") from error
-        self.step, self.skipped = state["step"], state.get("skipped", 0)
+        self.step, self.skipped, self.streak = state["step"], state.get("skipped", 0), state.get("streak", 0)
         if state.get("data", self.shards.identity) == self.shards.identity:
             self.loader.load_state_dict(state["loader"])
-        else:  # a position means nothing in another stream
+        else:  # a position means nothing in other files
             resume.changed.append("other training data, read from its beginning")
+        state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
 
     def open(self, folder, resume):
         """Open the log and write config.json, on rank 0. resume: what was loaded, or None."""
         cfg, model_cfg, processes = self.cfg, self.raw_model.config, self.processes
         checkpoint.check_room(folder, 3 * 4 * sum(p.numel() for p in self.parameters))  # weights and AdamW's two moments
+        anew = not resume and (folder / "log.txt").stat().st_size > 0
         checkpoint.rewind(folder, self.step)
         launcher = ["torchrun", f"--nproc_per_node={processes.world}", "--"] if processes.distributed else ["python"]
         command, changed = shlex.join([*launcher, *sys.argv]), ", ".join(resume.changed) if resume else ""
@@ -891,16 +880,18 @@ class Trainer:
                   "micro_batch": self.micro_batch, "world": processes.world, "tokenizer": self.tokenizer.name,
                   "command": command, "torch": torch.__version__, "starts": [*checkpoint.starts(folder), start],
                   "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type}
-        checkpoint.replace(folder / "config.json", json.dumps(config, indent=2).encode())
+        checkpoint.replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         code, kept = Path(__file__).read_bytes(), folder / "train_gpt2.py"  # the code that made the run
         if kept.exists() and kept.read_bytes() != code:
             kept = folder / f"train_gpt2_from_{self.step:05d}.py"
-        checkpoint.replace(kept, code)
+        checkpoint.replace(kept, lambda file: file.write(code))
         self.folder, self.log, self.writer = folder, Logger(folder, self.max_steps, self.step), checkpoint.Writer(folder, cfg.keep)
         self.writer.reserve(self.parameters, copies=3)  # for the same three; while the first step compiles
         self.log.say(describe(cfg, self.raw_model, self.shards, self.max_steps, self.micro_batch, processes))
         if resume:
             self.log.say(f"resume  {resume.path}, step {self.step}; " + (f"changed: {changed}" if changed else "as before"))
+        if anew:
+            self.log.say(f"{folder} holds no checkpoint: its run begins anew")
         self.log.hyperparameters(self.step, config["train"] | config["model"])
 
     def run(self):
@@ -910,38 +901,44 @@ class Trainer:
         self.recent = deque(maxlen=20)   # seconds of the latest steps, but for the first, which compiles
         self.losses = deque(maxlen=50)
         # torchrun kills what has not ended 30 s after a signal
-        patient = dict(patience=20.0, echo=2.0) if self.processes.distributed else {}
-        with checkpoint.StopSignals(say, **patient) as self.stop:
-            while True:
-                last = self.step == self.max_steps
-                if self.stopping and not last:
-                    break
-                self.look(last)
-                if last:
-                    break
+        patient = dict(patience=20.0 if self.processes.world > 1 else None, echo=2.0) if self.processes.distributed else {}
+        if self.processes.sum([self.step])[0] != self.step * self.processes.world:
+            raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
+        self.before = self.position()
+        with contextlib.closing(self.log), checkpoint.StopSignals(say, **patient) as self.stop:
+            while self.step < self.max_steps and not self.stopping:
                 if self.step > self.first and self.due_to_save():
                     self.save()
-                self.update()
+                self.look()
+                if not self.stopping:
+                    self.update()
                 self.collect()
+            if self.step == self.max_steps:
+                self.look(last=True)
+                self.finished = not self.stopping
+            self.stop.heard()
             self.save(wait=True)
             self.processes.barrier()
-        if not self.processes.main:
-            return
-        if last:
-            self.log.say(f"done: watch it with `tensorboard --logdir {self.cfg.log_dir}`, sample again with "
-                         f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, self.step)}`")
-        else:
-            self.log.say(f"stopped at step {self.step} of {self.max_steps}: the same command with --run {self.folder.name} goes on")
-        self.log.close()
+            if self.processes.main and self.finished:
+                say(f"done: watch it with `tensorboard --logdir {self.cfg.log_dir}`, sample again with "
+                    f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, self.step)}`")
+            elif self.processes.main:
+                say(f"stopped at step {self.step} of {self.max_steps}: the same command with --run {self.folder.name} goes on")
 
     # -- what happens at a step --
 
-    def look(self, last):
-        """Validation, HellaSwag and samples, where they are due."""
+    def look(self, last=False):
+        """Validation, HellaSwag and samples, where they are due; the last step has them all."""
         cfg, log, step = self.cfg, self.log, self.step
 
         def due(every):
-            return every and (step % every == 0 or last)
+            """Also asks all processes whether to stop: this may take longer than a box that is being stopped leaves."""
+            if not every or (step % every and not last) or self.stopping:
+                return False
+            self.stopping = self.processes.sum([self.stop.received is not None])[0] > 0
+            if self.stopping:
+                self.stop.heard()
+            return not self.stopping
 
         if due(cfg.eval_every):
             loss = evaluate(self.raw_model, self.val_rows, max(EVAL_TOKENS // self.raw_model.config.block_size, 1), self.processes)
@@ -960,7 +957,7 @@ class Trainer:
             log.record(step, "hella", correct / n)
             log.scalars(step, {"eval/hellaswag": correct / n})
 
-        if self.processes.main and due(cfg.sample_every) and step > 0:
+        if due(cfg.sample_every) and self.processes.main and step > 0:
             texts = sample(self.raw_model, self.tokenizer, SampleConfig(prompt=cfg.sample_prompt))
             log.say("\n".join(f"> {text!r}" for text in texts))
             log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
@@ -1054,7 +1051,8 @@ class Trainer:
 
     def position(self):
         """Where the run is: what a checkpoint holds besides weights, moments and settings."""
-        return {"step": self.step, "skipped": self.skipped, "loader": self.loader.state_dict()}
+        return {"step": self.step, "skipped": self.skipped, "streak": self.streak, "finished": self.finished,
+                "loader": self.loader.state_dict()}
 
     def due_to_save(self):
         cfg, minutes = self.cfg, (time.monotonic() - self.saved_at) / 60
@@ -1069,7 +1067,7 @@ class Trainer:
         self.collect(wait=True)  # the one before
         self.log.flush()
         position, self.saved_at = position or self.position(), time.monotonic()
-        if not (position["step"] == self.first and checkpoint.path_of(self.folder, self.first).exists()):
+        if not (position["step"] == self.first < self.max_steps and checkpoint.path_of(self.folder, self.first).exists()):
             self.writer.start(position["step"], {
                 **position, "model": self.raw_model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "model_config": dataclasses.asdict(self.raw_model.config), "train_config": dataclasses.asdict(self.cfg),
@@ -1089,6 +1087,7 @@ class Trainer:
 
     def give_up(self):
         """Too many updates in a row were skipped."""
+        self.collect(wait=True)
         if self.processes.main and not checkpoint.found(self.folder):
             self.save(self.before, wait=True)
         self.processes.barrier()

@@ -5,6 +5,7 @@ The slow test kills a real run twenty times: python -m pytest tests/test_checkpo
 # ruff: noqa: F401, F811 (fixtures of another test file are imported, then named as parameters)
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from test_train_gpt2 import TINY_FLAGS, data, read_log, sentences, tiny_checkpoi
 
 import checkpoint
 import train_gpt2
-from cli import BadInput
+from cli import BadInput, RankError
 from tokenizer import train_bpe
 from train_gpt2 import ShardLoader, Shards
 
@@ -607,6 +608,59 @@ def test_newest_skips_what_is_torn(small, tmp_path):
         checkpoint.newest(tmp_path, warnings.append)
 
 
+def test_a_disk_that_cannot_be_read_for_now_sets_nothing_aside(whole, data, tmp_path, monkeypatch):
+    folder, opened = cut(whole("gpt2"), tmp_path / "whole", 40), zipfile.ZipFile
+
+    def fails(path, *args):
+        if "00040" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", fails)
+    with pytest.raises(RankError, match="cannot read .*ckpt_00040.pt .*Input/output error"):
+        train(data, folder, *KINDS["gpt2"])
+    monkeypatch.undo()
+    train(data, folder, *KINDS["gpt2"])
+    assert_same_runs(folder, whole("gpt2"))
+
+
+def test_a_checkpoint_saved_between_looking_and_locking(whole, data, tmp_path, monkeypatch):
+    folder = cut(whole("gpt2"), tmp_path / "whole", 40)
+    plan = train_gpt2.plan
+
+    def meanwhile(*args):  # another process of this run saves, and ends
+        shutil.copy(whole("gpt2") / "ckpt_00048.pt", folder)
+        return plan(*args)
+
+    monkeypatch.setattr(train_gpt2, "plan", meanwhile)
+    with pytest.raises(BadInput, match="has just been written by another process: start again"):
+        train(data, folder, *KINDS["gpt2"])
+    assert checkpoint.found(folder)[0][0] == 48
+    monkeypatch.undo()
+    train(data, folder, *KINDS["gpt2"])
+    assert_same_runs(folder, whole("gpt2"))
+
+
+def test_the_optimizer_keeps_its_own_kernels_and_moves_its_step_counts():
+    model = torch.nn.Linear(3, 3)
+
+    def make(**own):
+        return torch.optim.AdamW(model.parameters(), lr=0.1, **own)
+
+    before, after = make(weight_decay=0.2), make(weight_decay=0.1, fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    before.step()
+    with torch.device("meta"):
+        moved = torch.nn.Linear(3, 3)
+    elsewhere = torch.optim.AdamW(moved.parameters(), lr=0.1)
+    elsewhere.param_groups[0]["fused"] = True  # a fused AdamW wants its step counts beside the weights
+    for optimizer, device in ((after, "cpu"), (elsewhere, "meta")):
+        checkpoint.load_optimizer(optimizer, before.state_dict())
+        assert optimizer.param_groups[0]["fused"] is True
+        assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {device}
+    assert after.param_groups[0]["weight_decay"] == 0.1
+
+
 def test_a_torn_newest_checkpoint_costs_only_its_steps(whole, data, tmp_path, capsys):
     folder = cut(whole("gpt2"), tmp_path / "a", 56)
     torn = bytearray((folder / "ckpt_00056.pt").read_bytes())
@@ -622,6 +676,31 @@ def test_a_torn_newest_checkpoint_costs_only_its_steps(whole, data, tmp_path, ca
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
+
+
+def test_the_writer_makes_room_but_for_the_newest(tmp_path, monkeypatch):
+    writer = checkpoint.Writer(tmp_path, keep=5)
+    for step in (1, 2, 3):
+        checkpoint.write(checkpoint.path_of(tmp_path, step), {"x": torch.ones(100)})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=500 if len(checkpoint.found(tmp_path)) < 3 else 0))
+    writer.start(4, {"x": torch.ones(100)})
+    writer.collect(wait=True)
+    assert [step for step, _ in checkpoint.found(tmp_path)] == [4, 3, 2]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
+    writer.start(5, {"x": torch.ones(100)})
+    with pytest.raises(BadInput, match="free some disk space"):
+        writer.collect(wait=True)
+    assert [step for step, _ in checkpoint.found(tmp_path)] == [4]  # the newest stays
+
+
+def test_a_copy_that_fits_nowhere_is_said(tmp_path, monkeypatch):
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    monkeypatch.setattr(writer, "_allocate", lambda tensor: (_ for _ in ()).throw(RuntimeError("no memory")))
+    writer.start(1, {"x": torch.ones(3)})
+    writer.wait_copied()
+    with pytest.raises(BadInput, match="no copy of it fits into memory"):
+        writer.collect(wait=True)
 
 
 @pytest.mark.parametrize("keep, left", [(2, [5, 4]), (0, [5, 4, 3, 2, 1]), (9, [5, 4, 3, 2, 1])])
@@ -703,7 +782,7 @@ def test_an_error_while_writing_comes_out_of_collect(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     writer.start(2, {"x": torch.zeros(9)})
-    with pytest.raises(BadInput, match=r"cannot save \S+ckpt_00002.pt \(RuntimeError\): free some disk space"):
+    with pytest.raises(BadInput, match=r"cannot save \S+ckpt_00002.pt \(RuntimeError: .*free some disk space"):
         writer.collect(wait=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt_00001.pt"]  # the old one was not dropped for it
     monkeypatch.setattr(torch, "save", save)
@@ -720,7 +799,7 @@ def test_a_disk_that_fills_up_for_real(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.fullmatch(r"cannot save ckpt_00001.pt \(\w+Error\): free some disk space.*\n", result.stdout)
+    assert re.fullmatch(r"cannot save ckpt_00001.pt \(\w+Error: .*\): free some disk space.*\n", result.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt_00001.pt"]
     assert checkpoint.read(tmp_path / "ckpt_00001.pt")["x"].tolist() == list(range(9))
 
@@ -787,6 +866,44 @@ def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
     assert_same_runs(folder, whole("long", *LONG))
 
 
+@pytest.mark.parametrize("step", [8, 60])  # in the midst of the run, and at its last evaluation
+def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole, data, tmp_path, monkeypatch, capsys):
+    evaluate, folder, calls = train_gpt2.evaluate, tmp_path / "a", []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == step // 8 + 1 + (step == 60):  # at steps 0, 8, 16, ... and at the last
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # the thread that listens hears it
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", stopped)
+    train(data, folder, *KINDS["gpt2"], "--sample_every", "4")
+    assert f"stopped at step {step} of 60" in capsys.readouterr().out
+    assert lines(folder)[-1].startswith(f"{step} val ") and checkpoint.found(folder)[0][0] == step
+    train(data, folder, *KINDS["gpt2"], "--sample_every", "4")
+    out = capsys.readouterr().out
+    assert "\ndone: " in out and out.count("> ") >= 4  # the samples of the last step were made, too
+    assert_same_runs(folder, whole("gpt2", "--sample_every", "4"))
+    train(data, folder, *KINDS["gpt2"], "--sample_every", "4")
+    assert "is the end of a run of 60 steps" in capsys.readouterr().out
+
+
+def test_a_run_outlives_its_console(data, tmp_path, whole):
+    folder = tmp_path / "a"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *command(data, folder, *LONG)], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not process.stdout.readline().startswith(b"step 10 |"):
+        assert process.poll() is None
+    process.stdout.close()  # as when Ctrl-C has ended `| tee`
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert checkpoint.found(folder)[0][0] == len(lines(folder)) > 10
+    train(data, folder, *LONG)
+    assert_same_runs(folder, whole("long", *LONG))
+
+
 # the main thread hangs where no Python runs, as in a collective whose other process is gone
 HANGS = """
 import ctypes, sys, time
@@ -809,7 +926,7 @@ with checkpoint.StopSignals(lambda line: print(line, flush=True), patience or No
 @linux
 @pytest.mark.parametrize("argv, signals, code, says", [
     (["0", "0", "hang"], ["SIGTERM", "SIGHUP"], 128 + signal.SIGHUP, ""),
-    (["1", "60", "hang"], ["SIGINT", "SIGINT"], 1, "SIGINT, and the step did not end within 1 s: another process is gone\n"),
+    (["1", "60", "hang"], ["SIGINT", "SIGINT"], 1, "SIGINT, and this process did not come to the end of its step within 1 s\n"),
     (["0.5", "60", "well"], ["SIGTERM", "SIGINT"], 0, ""),
 ], ids=["second signal", "patience", "heard"])
 def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path):

@@ -1342,7 +1342,8 @@ def test_bad_input_under_torchrun_is_said_once(launch, data):
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, processes=2)
     assert result.returncode != 0 and result.stderr.count("train_gpt2.py: error: ") == 1
     assert result.stderr.count("validation needs 33 tokens") == 1
-    assert f'File "{ROOT}/' not in result.stderr  # torchrun's own traceback is its own business
+    frames = [line for line in result.stderr.splitlines() if 'File "' in line and "site-packages" not in line and "<frozen" not in line]
+    assert not frames  # torchrun's own traceback is its own business
 
 
 def test_imports_have_no_side_effects(tmp_path):
@@ -1560,7 +1561,7 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_end_a_run_before_its_last_st
 
     monkeypatch.setattr(torch, "save", full)
     flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--save_every", "2", "--log_dir", str(tmp_path), "--run", "full"]
-    with pytest.raises(BadInput, match=r"ckpt_00005.pt \(RuntimeError\): free some disk space"):
+    with pytest.raises(BadInput, match=r"ckpt_00005.pt \(RuntimeError: .*free some disk space"):
         train_gpt2.main(flags)
     out = capsys.readouterr().out
     assert out.count("free some disk space") == 3 and "step 4 | loss" in out  # said of steps 2, 4 and 5, and went on
