@@ -152,7 +152,7 @@ class Resume:
 
     path: Path
     state: dict
-    seen: list  # found() of the run folder before
+    seen: set  # steps of the checkpoints in the run folder, before this one was read
     changed: list = field(default_factory=list)
 
     def adopt(self, cfg, model_cfg, given):
@@ -196,7 +196,7 @@ def to_resume(cfg, given):
     if cfg.run is None and cfg.resume == "auto":
         raise BadInput("--resume auto continues the run that --run names: give its name, or --resume PATH")
     own = cfg.run and (Path(cfg.log_dir) / cfg.run).absolute()
-    seen = found(own) if own else []
+    seen = {step for step, _ in found(own)} if own else set()
     if seen and (home is None or own.resolve() != home.resolve() or restarted(cfg.log_dir) == Path(cfg.log_dir) / cfg.run):
         if start:
             warn(f"--resume {start} is where {cfg.run} may begin; it has checkpoints of its own and goes on from these")

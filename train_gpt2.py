@@ -784,7 +784,7 @@ def main(argv):
     folder = checkpoint.make_run_folder(cfg.log_dir, name, resumes=bool(resume)) if processes.main else None
     try:
         with checkpoint.locked(folder):
-            if folder and checkpoint.found(folder) != (resume.seen if resume else []):
+            if folder and {step for step, _ in checkpoint.found(folder)} != (resume.seen if resume else set()):
                 raise RankError(f"{folder} has just been written by another process: start again")
             if processes.main and cfg.tensorboard:
                 serve_tensorboard(cfg.log_dir, cfg.tensorboard)

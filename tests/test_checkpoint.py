@@ -185,6 +185,16 @@ def test_the_same_command_goes_on_exactly(kind, step, whole, data, tmp_path, cap
     assert_same_runs(folder, whole(kind))
 
 
+def test_relative_folders(whole, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cut(whole("gpt2"), tmp_path / "log" / "a", 40)
+    words = [*RUN, "--data", os.path.relpath(data), "--run", "a"]
+    train_gpt2.main([*words, *KINDS["gpt2"]])
+    assert lines(tmp_path / "log" / "a") == lines(whole("gpt2"))
+    train_gpt2.main(["--resume", "log/a/ckpt_00024.pt"])  # back, in its own folder
+    assert lines(tmp_path / "log" / "a") == lines(whole("gpt2"))
+
+
 def test_a_branch(whole, data, tmp_path, capsys):
     source, branch = cut(whole("gpt2"), tmp_path / "source", 60), tmp_path / "branch"
     before = {path.name: path.read_bytes() for path in source.iterdir()}
