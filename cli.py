@@ -59,6 +59,9 @@ def _run(main):
         if rank == "0" or isinstance(error, RankError):  # under torchrun every process meets the same: say it once
             print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)

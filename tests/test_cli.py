@@ -245,3 +245,11 @@ def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+    (tmp_path / "many.py").write_text("import cli\ncli.run(lambda argv: [print('line', i) for i in range(100_000)])\n")
+    pipe = f"{sys.executable} many.py 2> err | head -n 1"
+    result = subprocess.run(pipe, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.stdout == "line 0\n" and (tmp_path / "err").read_text() == ""
