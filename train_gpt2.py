@@ -980,6 +980,7 @@ class Trainer:
         if self.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)         # (rows, T) each
+        fetched = time.perf_counter() - started
         accumulation, loss_sum = self.rows // self.micro_batch, torch.zeros((), device=self.device)
         for i in range(accumulation):
             # gradients are exchanged with the last micro-batch only; DDP decides that in forward
@@ -1016,6 +1017,7 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         if processes.main:
+            self.log.scalars(step, {"perf/data_ms": fetched * 1e3, "perf/step_ms": seconds * 1e3})
             self.note(loss, lr, norms, seconds, read_from)
         if self.streak == cfg.max_skipped:
             self.give_up()
@@ -1034,10 +1036,11 @@ class Trainer:
         log.scalars(step, dict(zip(["grad_norm", *(f"grad_norm/{part}" for part in self.parts)], norms)))
         if mfu is not None:
             log.scalars(step, {"perf/mfu": mfu})
-        if self.device.type == "cuda":
-            log.scalars(step, {"perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9})
-        log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norms[0]:.3f} | {seconds * 1e3:.0f} ms | "
-                     f"{rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | ETA {left}")
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
+        if memory:
+            log.scalars(step, {"perf/memory_gb": memory})
+        log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norms[0]:.3f} | {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | "
+                     f"MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | {f'{memory:.1f} GB | ' if memory else ''}ETA {left}")
         if self.step - self.first == min(10, self.max_steps):
             log.say(f"predicted: {typical * (self.max_steps - self.first) / 60:.1f} minutes of training steps")
         if cfg.spike and len(self.losses) >= 10 and loss > statistics.median(self.losses) + cfg.spike:

@@ -886,7 +886,7 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     scalars = set(events.Tags()["scalars"])
     assert scalars >= {"train/loss", "val/loss", "val/bpb", "eval/hellaswag", "lr", "grad_norm", "grad_norm/embedding",
-                       "grad_norm/block_00", "grad_norm/block_01", "perf/tok_per_sec"}
+                       "grad_norm/block_00", "grad_norm/block_01", "perf/tok_per_sec", "perf/step_ms", "perf/data_ms"}
     for tag, kind in (("train/loss", "train"), ("val/loss", "val"), ("eval/hellaswag", "hella")):
         assert {(e.step, kind): e.value for e in events.Scalars(tag)} == pytest.approx(
             {key: value for key, value in log.items() if key[1] == kind}, abs=1e-5)

@@ -1,0 +1,159 @@
+"""Training speed of several configurations side by side, against build-nanogpt's own script.
+
+    python benchmarks/throughput.py --row "--preset gpt2" --row "--preset modern" --baseline ../build-nanogpt/train_gpt2.py
+
+A row is a set of flags of train_gpt2.py. A run of it is the real script on random tokens, without evaluation: --warmup steps, then
+--steps that count; its figure is their median, a row's figure the median over --rounds. Rounds are interleaved, so that a card
+that slows down as it warms hurts all rows alike. The baseline is the script given, with its constants replaced for the same batch
+and model, compiled unless --no-compile, and nothing but training steps. With --profile, where the time of one step goes, by kernel.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
+PEAK = re.compile(r"([\d.]+) GB \| ETA|^peak ([\d.]+) GB", re.M)
+GROUPS = {  # kernels by a part of their names, the first that fits
+    "attention": r"fmha|flash|attention|cudnn.*sdpa|sdpa", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
+    "loss": r"softmax|nll_loss|cross_entropy", "norm": r"norm", "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
+    "copies and fills": r"copy|memcpy|memset|fill|zero|cat", "other": r""}
+
+
+def random_shards(folder, vocab_size=50257, tokens=4_000_000):
+    """Shards that both scripts read: what is in them does not change the speed."""
+    folder.mkdir(parents=True)
+    for split, index, n in (("val", 0, 200_000), ("train", 1, tokens)):
+        np.save(folder / f"edufineweb_{split}_{index:06d}.npy", np.random.default_rng(index).integers(0, vocab_size, n, dtype=np.uint16))
+
+
+def run(command, cwd, env=None):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | (env or {}), check=False)
+    if done.returncode:
+        sys.exit(f"{shlex.join(map(str, command))} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def figures(console, args):
+    """Console output of either script -> (median milliseconds of the counted steps, peak GB or None)."""
+    steps = [float(ms) for ms in STEP.findall(console)]
+    assert len(steps) == args.warmup + args.steps, f"{len(steps)} steps in\n{console[-2000:]}"
+    peaks = [float(a or b) for a, b in PEAK.findall(console)]
+    return statistics.median(steps[args.warmup:]), max(peaks, default=None)
+
+
+def ours(flags, folder, args):
+    steps = args.warmup + args.steps
+    common = ["--data", "edu_fineweb10B", "--max_steps", steps, "--warmup_steps", 1, "--eval_every", 0, "--hellaswag_every", 0, "--sample_every", 0,
+              "--save_every", 0, "--save_minutes", 0, "--keep", 1, "--spike", 0, "--block_size", args.T, "--micro_batch", args.B,
+              "--total_batch_size", args.total]
+    console = run([sys.executable, ROOT / "train_gpt2.py", *map(str, common), *shlex.split(flags)], folder, {"PYTHONUNBUFFERED": "1"})
+    return figures(console, args)
+
+
+def baseline(script, folder, args):
+    """build-nanogpt's script with other constants."""
+    code = script.read_text()
+    shape = f"n_layer={args.n_layer}, n_head={args.n_head}, n_embd={args.n_embd}"
+    for old, new in {"total_batch_size = 524288": f"total_batch_size = {args.total}", "B = 64": f"B = {args.B}", "T = 1024 #": f"T = {args.T} #",
+                     "use_compile = False": f"use_compile = {args.compile}", "max_steps = 19073": f"max_steps = {args.warmup + args.steps}",
+                     "warmup_steps = 715": "warmup_steps = 1", "GPTConfig(vocab_size=50304)": f"GPTConfig(vocab_size=50304, {shape})",
+                     "if step % 250 == 0 or last_step:": "if False:", "if (step % 250 == 0 or last_step)": "if False",
+                     "if ((step > 0 and step % 250 == 0) or last_step)": "if False"}.items():
+        assert code.count(old) == 1, f"{script} is not the script this was written for: {old!r} stands in it {code.count(old)} times"
+        code = code.replace(old, new)
+    if args.fp32:
+        code = code.replace("dtype=torch.bfloat16)", "enabled=False)")
+    code += "\nif device_type == 'cuda':\n    print(f'peak {torch.cuda.max_memory_allocated() / 1e9} GB')\n"
+    (folder / "baseline.py").write_text(code)
+    return figures(run([sys.executable, "baseline.py"], folder, {"PYTHONPATH": str(script.parent)}), args)
+
+
+def profile(flags, folder, args):
+    """Milliseconds of one step by group of kernels, and the kernels that take most."""
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import train_gpt2
+from torch.profiler import ProfilerActivity, profile
+cuda = torch.cuda.is_available()
+update, found = train_gpt2.Trainer.update, []
+def profiled(self):
+    if self.step != {args.warmup}:
+        return update(self)
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as prof:
+        update(self)
+        torch.cuda.synchronize() if cuda else None
+    for event in prof.key_averages():
+        found.append((event.key, (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3, event.count))
+train_gpt2.Trainer.update = profiled
+train_gpt2.main(sys.argv[1:])
+print("PROFILE" + json.dumps(found))
+"""
+    flags = ["--data", "edu_fineweb10B", "--max_steps", args.warmup + 2, "--warmup_steps", 1, "--eval_every", 0, "--hellaswag_every", 0,
+             "--sample_every", 0, "--save_every", 0, "--save_minutes", 0, "--keep", 1, "--block_size", args.T, "--micro_batch", args.B,
+             "--total_batch_size", args.total, *shlex.split(flags)]
+    console = run([sys.executable, "-c", code, *map(str, flags)], folder)
+    kernels = sorted(json.loads(console.split("PROFILE")[1]), key=lambda kernel: -kernel[1])
+    groups = dict.fromkeys(GROUPS, 0.0)
+    for name, ms, _ in kernels:
+        groups[next(group for group, words in GROUPS.items() if re.search(words, name, re.I))] += ms
+    return groups, kernels[:args.kernels]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", action="append", default=[], help="flags of train_gpt2.py; may be given several times")
+    parser.add_argument("--baseline", type=Path, help="build-nanogpt's train_gpt2.py")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="steps that count")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them; the first compiles")
+    parser.add_argument("-B", type=int, default=64, help="sequences a forward pass")
+    parser.add_argument("-T", type=int, default=1024, help="tokens a sequence")
+    parser.add_argument("--total", type=int, default=524_288, help="tokens a step")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of the baseline")
+    parser.add_argument("--fp32", action="store_true", help="the baseline without autocast, which ours leaves out on a CPU")
+    for name, size in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
+        parser.add_argument(f"--{name}", type=int, default=size, help="of the baseline")
+    parser.add_argument("--profile", action="store_true", help="instead of timing")
+    parser.add_argument("--kernels", type=int, default=25, help="kernels to list with --profile")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        random_shards(folder / "edu_fineweb10B")
+        if args.profile:
+            for row in args.row:
+                groups, kernels = profile(row, folder, args)
+                print(f"\n`{row}`: {sum(groups.values()):.1f} ms a step\n\n| kernels | ms |\n|---|---:|")
+                print("\n".join(f"| {group} | {ms:.1f} |" for group, ms in groups.items()))
+                print("\n".join(f"    {ms:9.2f} ms {count:6} x {name[:120]}" for name, ms, count in kernels))
+            return
+        rows = {row: (lambda row=row: ours(row, folder, args)) for row in args.row}
+        if args.baseline:
+            rows = {"build-nanogpt": lambda: baseline(args.baseline.resolve(), folder, args)} | rows
+        results = {row: [] for row in rows}
+        for _ in range(args.rounds):
+            for row, measure in rows.items():
+                results[row].append(measure())
+    medians = {row: statistics.median(ms for ms, _ in found) for row, found in results.items()}
+    first = next(iter(medians.values()))
+    print(f"\n| | ms a step, median of {args.rounds} rounds (all) | tok/s | against {next(iter(medians))} | peak GB |\n|---|---|---:|---:|---:|")
+    for row, ms in medians.items():
+        rounds = ", ".join(f"{found:.1f}" for found, _ in results[row])
+        peak = results[row][0][1]
+        print(f"| `{row}` | {ms:.1f} ({rounds}) | {args.total / ms * 1e3:,.0f} | {first / ms:.3f} | {'n/a' if peak is None else peak} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""benchmarks/throughput.py, launched at a tiny size. Run: python -m pytest tests/test_throughput.py"""
+
+import re
+
+TINY = "--preset gpt2 --n_layer 1 --n_head 2 --n_embd 16 --device cpu"
+FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
+
+
+def test_rows_are_timed_and_compared(launch):
+    result = launch("benchmarks/throughput.py", "--row", TINY, "--row", f"{TINY} --mlp swiglu", "--rounds", 1, *FLAGS)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^\| `(.*)` \| ([\d.]+) \(([\d.]+)\) \| ([\d,]+) \| ([\d.]+) \| n/a \|$", result.stdout, re.M)
+    assert [row[0] for row in rows] == [TINY, f"{TINY} --mlp swiglu"] and rows[0][4] == "1.000"
+    for _, median, only, rate, _ in rows:
+        assert median == only and abs(float(rate.replace(",", "")) * float(median) / 64e3 - 1) < 0.05  # 64 tokens a step
+
+
+def test_a_failing_row_shows_its_error(launch):
+    result = launch("benchmarks/throughput.py", "--row", f"{TINY} --n_embd 17", "--rounds", 1, *FLAGS)
+    assert result.returncode == 1 and "--n_embd 17 must be a multiple of --n_head 2" in result.stderr
+
+
+def test_profile_names_the_kernels(launch):
+    result = launch("benchmarks/throughput.py", "--row", TINY, "--profile", *FLAGS)
+    assert result.returncode == 0, result.stderr
+    groups = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|$", result.stdout, re.M))
+    assert float(groups["matmul"]) > 0 and float(groups["attention"]) > 0 and float(groups["loss"]) > 0
+    assert re.search(r"ms +\d+ x aten::addmm", result.stdout)
