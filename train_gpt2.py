@@ -1034,11 +1034,8 @@ class Trainer:
         log.record(step, "train", loss)
         log.scalars(step, {"train/loss": loss, "train/skipped_steps": self.skipped, "lr": lr, "perf/tok_per_sec": rate})
         log.scalars(step, dict(zip(["grad_norm", *(f"grad_norm/{part}" for part in self.parts)], norms)))
-        if mfu is not None:
-            log.scalars(step, {"perf/mfu": mfu})
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        if memory:
-            log.scalars(step, {"perf/memory_gb": memory})
+        log.scalars(step, {tag: v for tag, v in (("perf/mfu", mfu), ("perf/memory_gb", memory)) if v is not None})
         log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norms[0]:.3f} | {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | "
                      f"MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | {f'{memory:.1f} GB | ' if memory else ''}ETA {left}")
         if self.step - self.first == min(10, self.max_steps):
