@@ -1,5 +1,5 @@
 # make train: a small model on this machine in minutes, nothing to download but packages.
-# make test, make lint: the checks .ci/run makes. Settings: PYTHON (3.10 or newer), ARGS (flags of train_gpt2.py).
+# make lint, make test, make test-slow: the checks .ci/run makes. Settings: PYTHON (3.10 or newer), ARGS (flags of train_gpt2.py).
 PYTHON ?= python3
 BIN = .venv/bin
 ARGS ?=

@@ -189,15 +189,16 @@ def to_resume(cfg, given):
 
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
     home = start and (start if os.path.isdir(start) else start.parent).absolute()
-    if cfg.run is None and restarted(cfg.log_dir):
-        cfg.run = restarted(cfg.log_dir).name
     if cfg.run is None and start and "log_dir" not in given and os.path.exists(home / "config.json"):
         cfg.log_dir, cfg.run = str(home.parent), home.name
+    begun = restarted(cfg.log_dir)
+    if cfg.run is None and begun:
+        cfg.run = begun.name
     if cfg.run is None and cfg.resume == "auto":
         raise BadInput("--resume auto continues the run that --run names: give its name, or --resume PATH")
     own = cfg.run and (Path(cfg.log_dir) / cfg.run).absolute()
     seen = {step for step, _ in found(own)} if own else set()
-    if seen and (home is None or own.resolve() != home.resolve() or restarted(cfg.log_dir) == Path(cfg.log_dir) / cfg.run):
+    if seen and (home is None or own.resolve() != home.resolve() or begun == Path(cfg.log_dir) / cfg.run):
         if start:
             warn(f"--resume {start} is where {cfg.run} may begin; it has checkpoints of its own and goes on from these")
         return Resume(*newest(own, warn), seen)
@@ -321,9 +322,9 @@ class Writer:
         self.stall = 0.0  # seconds that training waited for the latest checkpoint
         self.pool = {}    # (shape, dtype) -> host tensors to copy to, kept: pinning a gigabyte halts a GPU for a second
 
-    def reserve(self, tensors, copies):
+    def reserve(self, parameters, copies):
         """Allocate, in the background, what checkpoints with so many tensors of these shapes will be copied to."""
-        self.executor.submit(lambda: [self._allocate(t) for t in tensors for _ in range(copies) if t.is_cuda])
+        self.executor.submit(lambda: [self._allocate(t) for t in parameters for _ in range(copies) if t.is_cuda])
 
     def start(self, step, state):
         """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first."""
@@ -356,15 +357,16 @@ class Writer:
             raise BadInput(f"cannot save {path}: no copy of it fits into memory ({type(error).__name__}: {str(error)[:80]})") from error
         finally:
             self.copied.set()
+        size = n_bytes(state)
         if self.keep:
             for _, old in found(self.folder)[:0:-1]:  # from the oldest on, all but the newest make room if they must
-                if shutil.disk_usage(self.folder).free < n_bytes(state):
+                if shutil.disk_usage(self.folder).free < size:
                     old.unlink(missing_ok=True)
         write(path, state)
         if self.keep:
             for _, old in found(self.folder)[self.keep:]:
                 old.unlink(missing_ok=True)
-        return f"saved {path}, {n_bytes(state) / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
+        return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
 
     def _to_host(self, state, ready):
         spare, copies = {key: list(buffers) for key, buffers in self.pool.items()}, {}

@@ -845,6 +845,7 @@ class Trainer:
             self.model = DDP(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
                              gradient_as_bucket_view=True, **buffers)
         self.parts, self.parameters = gradient_groups(self.raw_model), list(self.raw_model.parameters())
+        self.flops, self.peak = self.raw_model.flops_per_token() * cfg.total_batch_size, peak_flops(self.device)  # of a step
         self.step, self.skipped, self.streak, self.finished = 0, 0, 0, False
         self.log, self.writer = Logger.null(), Logger.null()  # rank 0 opens its own
 
@@ -1028,8 +1029,7 @@ class Trainer:
         if step > self.first:  # the first step compiles
             self.recent.append(seconds)
         typical, rate = statistics.median(self.recent or [seconds]), cfg.total_batch_size / seconds
-        flops, peak = self.raw_model.flops_per_token() * cfg.total_batch_size, peak_flops(self.device)
-        mfu = flops / seconds / peak / world if peak else None
+        mfu = self.flops / seconds / self.peak / world if self.peak else None
         left = datetime.timedelta(seconds=round(typical * (self.max_steps - self.step)))
         log.record(step, "train", loss)
         log.scalars(step, {"train/loss": loss, "train/skipped_steps": self.skipped, "lr": lr, "perf/tok_per_sec": rate})

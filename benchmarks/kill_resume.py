@@ -1,6 +1,6 @@
 """Kill a training run, let it come back, and compare it with an undisturbed one; what saving in the background costs.
 
-    python benchmarks/kill_resume.py --out /tmp/kill --kill 33 --term 55 -- --data DIR --max_steps 80 --save_every 20 ...
+    python benchmarks/kill_resume.py --out kill --kill 33 --term 55 -- --data DIR --max_steps 80 --save_every 20 ...
 
 Everything behind -- goes to train_gpt2.py. Runs `plain` undisturbed and `killed` three times: SIGKILL once its log.txt holds
 step --kill, the same command again, SIGTERM at step --term, the same command again. Prints the largest differences of
@@ -23,7 +23,7 @@ STEP = re.compile(r"step (\d+) \| loss .* \| ([\d.]+) ms \|")
 
 
 def start(out, run, flags):
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags, "--log_dir", str(out), "--run", run]
+    command = [sys.executable, os.path.relpath(ROOT / "train_gpt2.py"), *flags, "--log_dir", str(out), "--run", run]
     with open(out / f"{run}.console", "a") as console:
         return subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
