@@ -40,6 +40,12 @@ def autocast(device):
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
+def cast(x):
+    """x in autocast's type where autocast is on, else as it is: what a linear layer does to its input and weight."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def pick_device(name, local_rank=0, local_world=1):
     """--device -> torch.device. Raises BadInput if this machine has no such device."""
     mps = torch.backends.mps.is_available()

@@ -48,7 +48,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import checkpoint
 import hellaswag
 from cli import BadInput, RankError, flag, parse, run
-from devices import Processes, autocast, compute_dtype, peak_flops, pick_micro_batch
+from cross_entropy import linear_cross_entropy
+from devices import Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch
 from logger import Logger, serve_tensorboard
 from shards import Shards, check_ids, check_shards, read_shard
 from tokenizer import load_tokenizer
@@ -184,7 +185,7 @@ class LearnedPositions(nn.Embedding):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), for queries or keys (B, H, T, D).
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), for queries or keys (B, T, H, D).
 
     Dimension i turns together with i + D/2, the pairing that Llama and GPT-NeoX use. Angles are computed in fp32:
     bf16 cannot tell position 1000 from 1001.
@@ -198,8 +199,8 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x):
-        cos, sin = self.cos[:x.size(2)], self.sin[:x.size(2)]
-        a, b = x.float().chunk(2, dim=-1)                                               # (B, H, T, D/2) each
+        cos, sin = self.cos[:x.size(1), None], self.sin[:x.size(1), None]
+        a, b = x.float().chunk(2, dim=-1)                                               # (B, T, H, D/2) each
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
@@ -217,8 +218,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)  # (B, H, T, D) each
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
         q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))                          # (B, H, T, D), nothing is moved
         # SDPA drops out whenever it is told to, also in evaluation
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -304,20 +306,21 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         init_weights(self)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, at=...):
         """idx: int64 (B, T), T at most block_size.
 
-        Without targets: logits (B, T, vocab_size); the padding of the vocabulary is cut off, so no padded id can win.
+        Without targets: logits (B, T, vocab_size), or those of the positions `at` alone, (rows, columns) -> (n, vocab_size). The
+        padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): the mean cross-entropy in nats, a scalar; targets of -1 are not counted.
         """
         x = self.transformer.wpe(self.transformer.wte(idx))                             # (B, T, C)
-        x = self.transformer.drop(self.transformer.emb_norm(x))
+        x = self.transformer.drop(cast(self.transformer.emb_norm(x)))
         for block in self.transformer.h:
             x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))                                 # (B, T, V)
+        x = self.transformer.ln_f(x)
         if targets is None:
-            return logits[..., :self.config.vocab_size]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.lm_head(x[at])[..., :self.config.vocab_size]                    # (B, T, V), cut
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def parameter_counts(self):
         """dict of parameter counts: total, embedding (tokens, positions and an untied head), layer (one block)."""
