@@ -109,34 +109,59 @@ class Processes:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
+class CompileOnce:
+    """`with once("training"):` says it if the compiler runs in the block although it did before: it takes as long as many steps."""
+
+    def __init__(self, say):
+        self.say, self.done, self.again = say, set(), 0
+
+    @contextlib.contextmanager
+    def __call__(self, what):
+        from torch._dynamo.utils import counters  # takes seconds to import; whoever compiles has it
+
+        before = counters["stats"]["unique_graphs"]
+        yield
+        if counters["stats"]["unique_graphs"] > before and what in self.done:
+            self.again += 1
+            self.say(f"{what} was compiled again, {self.again} times by now: TORCH_LOGS=recompiles tells why")
+        self.done.add(what)
+
+
 def pick_micro_batch(model, asked, rows, processes):
     """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
 
-    auto on cuda: run one and two sequences forward and backward, see what each more costs, and take the largest divisor
-    that leaves a tenth of the free memory after the optimizer's state. The probe runs the uncompiled model, which needs
-    more than the compiled one, so the estimate is safe. auto elsewhere: up to 8 sequences.
+    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and the optimizer's state are
+    no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
+    auto elsewhere: up to 8 sequences.
     """
     if asked != "auto":
         return asked
+    device = processes.device
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    if processes.device.type != "cuda":
+    if device.type != "cuda":
         return max(n for n in divisors if n <= 8)
 
     def peak(sequences):
-        idx = torch.zeros(sequences, model.config.block_size, dtype=torch.long, device=processes.device)
+        idx = torch.zeros(sequences, model.config.block_size, dtype=torch.long, device=device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with autocast(processes.device):
+        with autocast(device):
             model(idx, idx).backward()
         return torch.cuda.max_memory_allocated()
 
-    peak(1)  # allocates the gradients, which stay
-    one, two = peak(1), peak(2)
+    (free, total), size = torch.cuda.mem_get_info(), sum(p.numel() * p.element_size() for p in model.parameters())
+    free = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+    room = 0.9 * free - 2 * size  # AdamW's two moments come later
+    choice = 1
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        for n in divisors:
+            if peak(n) > room:
+                break
+            choice = n
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
-    adam_state = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
-    fits = 1 + int((0.9 * free - adam_state - one) / max(two - one, 1))
-    choice = torch.tensor(max([n for n in divisors if n <= fits], default=1), device=processes.device)
+    torch.cuda.reset_peak_memory_stats()  # what is logged is the training's
+    choice = torch.tensor(choice, device=device)
     if processes.distributed:
         dist.all_reduce(choice, op=dist.ReduceOp.MIN)
     return int(choice)

@@ -49,7 +49,7 @@ import checkpoint
 import hellaswag
 from cli import BadInput, RankError, flag, parse, run
 from cross_entropy import linear_cross_entropy
-from devices import Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch
+from devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch
 from logger import Logger, serve_tensorboard
 from shards import Shards, check_ids, check_shards, read_shard
 from tokenizer import load_tokenizer
@@ -139,7 +139,7 @@ class SampleConfig:
     seed: int = flag(42, "seed of the draws")
 
 
-MODERN = dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
+MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
 PRESETS = {
     "gpt2":   {},
@@ -462,27 +462,42 @@ class ShardLoader:
     Every epoch passes over all shards; with a seed, the order of the shards and of the documents inside each is drawn
     anew from (seed, epoch). Without one (None) everything stays in order. Nothing is dropped at a shard's end. The
     state is three integers: epoch, shard (position in the epoch's order), offset (tokens into the permuted shard).
-    The next shard is read and permuted by a background thread while the current one is used.
+    Background threads read and permute the next shard while the current one is used, and have the next call's tokens ready.
     """
 
-    def __init__(self, files, tokenizer, seed):
-        self.files, self.tokenizer, self.seed = files, tokenizer, seed
+    def __init__(self, files, tokenizer, seed, place=None):
+        """place: what is done with each call's tokens, in the background too: brings them to the device, say."""
+        self.files, self.tokenizer, self.seed, self.place = files, tokenizer, seed, place or (lambda tokens: tokens)
         self.epoch, self.shard, self.offset = 0, 0, 0
-        self.loaded, self.executor = {}, ThreadPoolExecutor(max_workers=1)
+        self.loaded, self.reader = {}, ThreadPoolExecutor(max_workers=1)  # shards, by epoch and shard
+        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)   # the next tokens, by their position and number
 
     def next(self, n):
-        """The stream's next n tokens and one more, the last target: int64 (n + 1,). Advances by n."""
+        """The stream's next n tokens and one more, the last target: int64 (n + 1,), placed. Advances by n."""
+        self.prefetch(n)
+        (cut,) = self.ahead.values()
+        tokens, self.epoch, self.shard, self.offset = cut.result()
+        self.prefetch(n)
+        return tokens
+
+    def prefetch(self, n):
+        """Have the next n tokens made ready in the background."""
+        key = (n, self.epoch, self.shard, self.offset)
+        if key not in self.ahead:
+            self.ahead = {key: self.cutter.submit(self.cut, *key)}
+
+    def cut(self, n, epoch, shard, offset):
+        """-> (the n + 1 tokens from a position on, placed, and the position n tokens later: epoch, shard, offset)."""
         pieces, missing = [], n + 1
         while missing:
-            piece = self._tokens(self.epoch, self.shard)[self.offset:self.offset + missing]
+            piece = self._tokens(epoch, shard)[offset:offset + missing]
             pieces.append(piece)
             missing -= len(piece)
-            self.offset += len(piece)
+            offset += len(piece)
             if missing:
-                self.epoch, self.shard, self.offset = *self._after(self.epoch, self.shard), 0
-        self.offset -= 1  # the extra token is also the first of the next call
-        self._prefetch(*self._after(self.epoch, self.shard))
-        return np.concatenate(pieces).astype(np.int64)
+                epoch, shard, offset = *self._after(epoch, shard), 0
+        self._read_ahead(*self._after(epoch, shard))
+        return self.place(np.concatenate(pieces).astype(np.int64)), epoch, shard, offset - 1  # the extra token comes again
 
     def state_dict(self):
         return {"epoch": self.epoch, "shard": self.shard, "offset": self.offset}
@@ -495,13 +510,13 @@ class ShardLoader:
 
     def _tokens(self, epoch, shard):
         """The tokens of a shard; forgets earlier ones."""
-        self._prefetch(epoch, shard)
+        self._read_ahead(epoch, shard)
         self.loaded = {key: future for key, future in self.loaded.items() if key >= (epoch, shard)}
         return self.loaded[epoch, shard].result()
 
-    def _prefetch(self, epoch, shard):
+    def _read_ahead(self, epoch, shard):
         if (epoch, shard) not in self.loaded:
-            self.loaded[epoch, shard] = self.executor.submit(self._read, epoch, shard)
+            self.loaded[epoch, shard] = self.reader.submit(self._read, epoch, shard)
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
@@ -520,6 +535,7 @@ class ShardLoader:
         check_ids(tokens, self.tokenizer.vocab_size, self.files[index])
         if self.seed is None:
             return tokens
+        tokens = np.asarray(tokens)  # the same memory; slices of a memmap are slow to make
         starts = np.flatnonzero(tokens == self.tokenizer.eot)
         if len(starts) == 0 or starts[0] != 0:
             starts = np.concatenate(([0], starts))  # a shard may begin in the middle of a document
@@ -534,7 +550,7 @@ def read_validation(shards, cfg, block_size, tokenizer):
     if rows < 1:
         raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {cfg.data}, and "
                        f"--val_tokens is {cfg.val_tokens}; lower --block_size or make a larger val split")
-    tokens = ShardLoader(shards.val, tokenizer, seed=None).next(rows * block_size)
+    tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).cut(rows * block_size, 0, 0, 0)
     return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
 
 
@@ -557,25 +573,26 @@ def load_checkpoint(path, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation and samples: always with the uncompiled module, whose shapes may change freely
-
-
-EVAL_TOKENS = 16_384  # tokens a forward pass in validation: small enough for any GPU, without the compiler's savings
+# Evaluation and samples. HellaSwag and samples go through the uncompiled module, whose shapes may change freely
 
 
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, processes):
     """Mean loss in nats a token over all validation rows x, y (rows, T), shared out over the processes.
 
-    Sums are gathered, not means: the result is the same for any number of processes and any micro-batch.
+    Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. `model` may be
+    compiled: it sees one shape, (micro_batch, T), the last batch filled up with rows that do not count.
     """
     model.eval()
     x, y = (part[processes.rank::processes.world] for part in rows)
     losses = [torch.zeros((), device=processes.device)]
     for i in range(0, len(x), micro_batch):
-        xb, yb = (torch.from_numpy(part[i:i + micro_batch]).to(processes.device) for part in (x, y))
+        xb, yb = x[i:i + micro_batch], y[i:i + micro_batch]
+        missing = ((0, micro_batch - len(xb)), (0, 0))
+        xb, yb = np.pad(xb, missing), np.pad(yb, missing, constant_values=-1)
         with autocast(processes.device):
-            losses.append(model(xb, yb) * yb.numel())
+            loss = model(torch.from_numpy(xb).to(processes.device), torch.from_numpy(yb).to(processes.device))
+        losses.append(loss * int((yb >= 0).sum()))
     model.train()
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
     return nats / count
@@ -749,7 +766,7 @@ class Trainer:
         self.questions = hellaswag.render(examples, self.tokenizer, T)
         self.val_rows = read_validation(shards, cfg, T, self.tokenizer)
         self.bytes_per_token = self.tokenizer.token_bytes()[self.val_rows[1]].sum() / self.val_rows[1].size
-        self.loader = ShardLoader(shards.train, self.tokenizer, cfg.seed if cfg.shuffle else None)
+        self.loader = ShardLoader(shards.train, self.tokenizer, cfg.seed if cfg.shuffle else None, self.place)
 
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -766,6 +783,7 @@ class Trainer:
         self.model = self.raw_model
         if cfg.compile or (cfg.compile is None and self.device.type == "cuda"):
             self.model = torch.compile(self.model, dynamic=False)
+        self.eval_model = self.model
         if processes.distributed:
             # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
             names = inspect.signature(DDP).parameters
@@ -775,6 +793,7 @@ class Trainer:
         self.parts, self.parameters = gradient_groups(self.raw_model), list(self.raw_model.parameters())
         self.flops, self.peak = self.raw_model.flops_per_token() * cfg.total_batch_size, peak_flops(self.device)  # of a step
         self.step, self.skipped, self.streak, self.finished = 0, 0, 0, False
+        self.once = CompileOnce(lambda line: self.log.say(f"step {self.step} | {line}"))
         self.log, self.writer = Logger.null(), Logger.null()  # rank 0 opens its own
 
     def load(self, resume):
@@ -834,6 +853,7 @@ class Trainer:
         if self.processes.sum([self.step])[0] != self.step * self.processes.world:
             raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
         self.before = self.position()
+        self.loader.prefetch(self.cfg.total_batch_size)
         with contextlib.closing(self.log), checkpoint.StopSignals(say, **patient) as self.stop:
             while self.step < self.max_steps and not self.stopping:
                 if self.step > self.first and self.due_to_save():
@@ -870,7 +890,8 @@ class Trainer:
             return not self.stopping
 
         if due(cfg.eval_every):
-            loss = evaluate(self.raw_model, self.val_rows, max(EVAL_TOKENS // self.raw_model.config.block_size, 1), self.processes)
+            with self.once("validation"):
+                loss = evaluate(self.eval_model, self.val_rows, self.micro_batch, self.processes)
             bpb = loss / math.log(2) / self.bytes_per_token
             log.say(f"step {step} | val loss {loss:.4f} | {bpb:.4f} bits per byte")
             log.record(step, "val", loss)
@@ -891,9 +912,19 @@ class Trainer:
             log.say("\n".join(f"> {text!r}" for text in texts))
             log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
+    def place(self, tokens):
+        """A global batch, int64 (n + 1,) -> this process's inputs and targets on its device, (rows, T) each."""
+        size = self.rows * self.raw_model.config.block_size
+        tokens = torch.from_numpy(tokens[self.processes.rank * size:][:size + 1])
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # a thread begins with the first GPU
+                tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        tokens = tokens.to(self.device)
+        return tokens[:-1].view(self.rows, -1), tokens[1:].clone().view(self.rows, -1)
+
     def update(self):
         """One step: `accumulation` micro-batches of this process's share of the global batch, then the optimizer."""
-        cfg, step, processes, T = self.cfg, self.step, self.processes, self.raw_model.config.block_size
+        cfg, step, processes = self.cfg, self.step, self.processes
         if not self.streak:
             self.before = self.position()
         started = time.perf_counter()
@@ -901,24 +932,20 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
         read_from = self.loader.state_dict()
         try:
-            tokens = self.loader.next(cfg.total_batch_size)
+            x, y = self.loader.next(cfg.total_batch_size)                                         # (rows, T) each
         except BadInput as error:  # the others may not come to say it
             raise RankError(str(error)) from error
-        mine = slice(processes.rank * self.rows, (processes.rank + 1) * self.rows)
-        x, y = (torch.from_numpy(part.reshape(-1, T)[mine]) for part in (tokens[:-1], tokens[1:]))
-        if self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)         # (rows, T) each
         fetched = time.perf_counter() - started
         accumulation, loss_sum = self.rows // self.micro_batch, torch.zeros((), device=self.device)
-        for i in range(accumulation):
-            # gradients are exchanged with the last micro-batch only; DDP decides that in forward
-            wait = processes.distributed and i < accumulation - 1
-            with self.model.no_sync() if wait else contextlib.nullcontext():
-                with autocast(self.device):
-                    loss = self.model(*(part[i * self.micro_batch:(i + 1) * self.micro_batch] for part in (x, y))) / accumulation
-                loss.backward()
-            loss_sum += loss.detach()
+        with self.once("training"):
+            for i in range(accumulation):
+                # gradients are exchanged with the last micro-batch only; DDP decides that in forward
+                wait = processes.distributed and i < accumulation - 1
+                with self.model.no_sync() if wait else contextlib.nullcontext():
+                    with autocast(self.device):
+                        loss = self.model(*(part[i * self.micro_batch:(i + 1) * self.micro_batch] for part in (x, y))) / accumulation
+                    loss.backward()
+                loss_sum += loss.detach()
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, self.stop.received is not None)])
         if processes.distributed:
             dist.all_reduce(shared)
@@ -946,13 +973,12 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         if processes.main:
-            self.log.scalars(step, {"perf/data_ms": fetched * 1e3, "perf/step_ms": seconds * 1e3})
-            self.note(loss, lr, norms, seconds, read_from)
+            self.note(loss, lr, norms, seconds, fetched, read_from)
         if self.streak == cfg.max_skipped:
             self.give_up()
 
-    def note(self, loss, lr, norms, seconds, read_from):
-        """Log the step that was just made (rank 0). norms: of all gradients, then of each part."""
+    def note(self, loss, lr, norms, seconds, fetched, read_from):
+        """Log the step that was just made (rank 0). norms: of all gradients, then of each part. fetched: seconds it waited for data."""
         cfg, log, step, world = self.cfg, self.log, self.step - 1, self.processes.world
         if step > self.first:  # the first step compiles
             self.recent.append(seconds)
@@ -960,10 +986,11 @@ class Trainer:
         mfu = self.flops / seconds / self.peak / world if self.peak else None
         left = datetime.timedelta(seconds=round(typical * (self.max_steps - self.step)))
         log.record(step, "train", loss)
-        log.scalars(step, {"train/loss": loss, "train/skipped_steps": self.skipped, "lr": lr, "perf/tok_per_sec": rate})
-        log.scalars(step, dict(zip(["grad_norm", *(f"grad_norm/{part}" for part in self.parts)], norms)))
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        log.scalars(step, {tag: v for tag, v in (("perf/mfu", mfu), ("perf/memory_gb", memory)) if v is not None})
+        scalars = {"train/loss": loss, "train/skipped_steps": self.skipped, "lr": lr, "perf/tok_per_sec": rate, "perf/step_ms": seconds * 1e3,
+                   "perf/data_ms": fetched * 1e3, "perf/mfu": mfu, "perf/memory_gb": memory, "perf/compiled_again": self.once.again,
+                   **dict(zip(["grad_norm", *(f"grad_norm/{part}" for part in self.parts)], norms, strict=True))}
+        log.scalars(step, {tag: value for tag, value in scalars.items() if value is not None})
         log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norms[0]:.3f} | {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | "
                      f"MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | {f'{memory:.1f} GB | ' if memory else ''}ETA {left}")
         if self.step - self.first == min(10, self.max_steps):

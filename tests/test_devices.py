@@ -64,6 +64,27 @@ def test_autocast_on_a_cpu_changes_nothing():
         assert not torch.is_autocast_enabled("cpu")
 
 
+def test_cast_is_to_the_type_of_autocast():
+    x, low = torch.randn(3, 4), torch.randn(3, 4, dtype=torch.bfloat16)
+    assert devices.cast(x) is x and devices.cast(low) is low
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(devices.cast(x), x.bfloat16()) and devices.cast(x).dtype == torch.bfloat16
+        assert devices.cast(low) is low
+        with torch.autocast("cpu", enabled=False):
+            assert devices.cast(x) is x
+    with torch.autocast("cpu", torch.float16):
+        assert devices.cast(x).dtype == devices.cast(low).dtype == torch.float16
+
+
+def test_cast_compiled():
+    torch._dynamo.reset()
+    compiled, x = torch.compile(lambda x: devices.cast(x) + 1, backend="aot_eager", fullgraph=True, dynamic=False), torch.randn(3, 4)
+    for _ in range(2):
+        assert torch.equal(compiled(x), x + 1) and compiled(x).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(x), x.bfloat16() + 1) and compiled(x).dtype == torch.bfloat16
+
+
 def test_auto_is_cuda_then_mps_then_cpu(monkeypatch):
     for count, mps, want in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
         pretend(monkeypatch, count=count)
@@ -157,7 +178,144 @@ assert not dist.is_initialized()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+def test_what_is_compiled_again_is_said(capsys):
+    torch._dynamo.reset()
+    lines = []
+    once = devices.CompileOnce(lines.append)
+    compiled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+
+    def block(name, size):
+        with once(name):
+            assert torch.equal(compiled(torch.ones(size)), torch.full((size,), 2.0))
+
+    for _ in range(3):
+        block("training", 2)
+    block("validation", 3)  # another graph, but the first here
+    assert lines == []
+    block("training", 4)
+    block("training", 4)
+    assert len(lines) == 1 and lines[0].startswith("training was compiled again")
+    block("training", 2)
+    block("validation", 2)
+    assert len(lines) == 1
+    block("validation", 5)
+    assert len(lines) == 2 and lines[1].startswith("validation was compiled again")
+    compiled(torch.ones(6))  # outside of any block
+    block("training", 6)
+    assert len(lines) == 2 and capsys.readouterr().out == ""
+
+
+def test_blocks_without_a_compiler_say_nothing():
+    lines = []
+    once = devices.CompileOnce(lines.append)
+    for size in (1, 2, 3):
+        with once("training"):
+            torch.ones(size).mul_(2)
+    with pytest.raises(BadInput, match="through"), once("training"):
+        raise BadInput("errors go through")
+    assert lines == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Micro-batch
+
+
+class Costs(torch.nn.Module):
+    """1000 bytes of weights; `sequences` forward and backward take another 1000 of gradients and cost(sequences)."""
+
+    def __init__(self, cost, limit=10**9):
+        super().__init__()
+        self.weight, self.config = torch.nn.Parameter(torch.ones(250)), SimpleNamespace(block_size=3)
+        self.cost, self.limit, self.tried, self.peak = cost, limit, [], 0
+
+    def forward(self, idx, targets):
+        assert idx.shape == targets.shape == (len(idx), 3) and idx.dtype == torch.int64
+        self.tried.append(len(idx))
+        self.peak = max(self.peak, 2000 + self.cost(len(idx)))
+        if self.peak > self.limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.weight.sum()
+
+
+def pretend_memory(monkeypatch, model, free, total=10**9, reserved=0, fraction=1.0):
+    """A GPU with so many bytes, on which `model` is all that takes any: its tensors stay on the CPU."""
+    pretend(monkeypatch, capability=(7, 5))
+    for name, value in (("mem_get_info", (free, total)), ("memory_reserved", reserved), ("get_per_process_memory_fraction", fraction),
+                        ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: model.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: setattr(model, "peak", 0))
+
+    def on_cpu(make):
+        return lambda *args, device=None, **others: make(*args, **others)
+
+    for name in ("zeros", "tensor"):
+        monkeypatch.setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def thousand_each(sequences):
+    return 1000 * sequences
+
+
+def with_a_step(sequences):
+    """Half as much for what comes after the first eight."""
+    return 1000 * min(sequences, 8) + 500 * max(sequences - 8, 0)
+
+
+def with_workspace(sequences):
+    return 3000 + 1000 * sequences
+
+
+ON_CUDA = SimpleNamespace(device=torch.device("cuda"), distributed=False)
+
+
+@pytest.mark.parametrize("cost, free, want", [  # of 48 rows; a tenth of `free` and 2000 for the optimizer's moments stay free
+    (thousand_each, 10**6, 48), (thousand_each, 58_000, 48), (thousand_each, 57_000, 24),
+    (thousand_each, 18_000, 12), (thousand_each, 17_000, 8), (thousand_each, 8_000, 3), (thousand_each, 6_000, 1),
+    (thousand_each, 100, 1), (with_a_step, 36_000, 48), (with_workspace, 61_200, 48), (with_workspace, 13_400, 4),
+])
+def test_auto_on_cuda_takes_as_many_sequences_as_fit(cost, free, want, monkeypatch):
+    model = Costs(cost)
+    pretend_memory(monkeypatch, model, free)
+    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA) == want
+    divisors = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+    assert model.tried[:-1] == divisors[:divisors.index(model.tried[-1])]  # up to the first that leaves too little
+    assert model.tried[-1] == want == 48 or 2000 + cost(model.tried[-1]) > 0.9 * free - 2000
+    assert want == 1 or 2000 + cost(want) <= 0.9 * free - 2000
+    assert model.weight.grad is None and torch.equal(model.weight, torch.ones(250))
+
+
+@pytest.mark.parametrize("memory, want", [
+    (dict(free=10_000), 4), (dict(free=4_000, reserved=6_000), 4),  # what this process has reserved is its own
+    (dict(free=10**6, total=20_000, fraction=0.5), 4), (dict(free=10_000, total=40_000, fraction=0.5), 4)])
+def test_auto_on_cuda_counts_the_memory_that_this_process_may_have(memory, want, monkeypatch):
+    model = Costs(thousand_each)
+    pretend_memory(monkeypatch, model, **memory)
+    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA) == want
+
+
+@pytest.mark.parametrize("limit, want, tried", [(9_000, 6, [1, 2, 3, 4, 6, 8]), (3_000, 1, [1, 2]), (2_500, 1, [1])])
+def test_auto_on_cuda_steps_back_from_what_does_not_fit_after_all(limit, want, tried, monkeypatch):
+    model = Costs(thousand_each, limit)
+    pretend_memory(monkeypatch, model, free=10**6)
+    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA) == want
+    assert model.tried == tried and model.weight.grad is None
+
+
+@pytest.mark.parametrize("theirs, want", [(3, 3), (16, 8)])
+def test_processes_on_cuda_agree_on_what_fits_all(theirs, want, monkeypatch):
+    def all_reduce(tensor, op):
+        assert op == torch.distributed.ReduceOp.MIN
+        tensor.clamp_(max=theirs)
+
+    model = Costs(thousand_each)
+    pretend_memory(monkeypatch, model, free=17_000)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    processes = SimpleNamespace(device=torch.device("cuda"), distributed=True)
+    assert devices.pick_micro_batch(model, "auto", 48, processes) == want
 
 
 @pytest.mark.parametrize("rows, want", [(1, 1), (2, 2), (7, 7), (8, 8), (9, 3), (10, 5), (11, 1), (12, 6), (13, 1), (14, 7),

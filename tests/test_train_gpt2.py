@@ -1,6 +1,5 @@
 """train_gpt2.py against references, and launched for real: python -m pytest tests/test_train_gpt2.py -n 2"""
 
-import io
 import itertools
 import json
 import math
@@ -10,7 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 from collections import Counter
@@ -25,8 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from test_shards import write_bin
 
 import checkpoint
 import devices
@@ -41,8 +38,6 @@ TOGGLES = {"mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"),
 TINY_FLAGS = ["--preset", "gpt2", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32",
               "--total_batch_size", "256", "--max_steps", "6", "--warmup_steps", "2", "--max_lr", "5e-3",
               "--val_tokens", "330", "--eval_every", "4", "--hellaswag_every", "0", "--sample_every", "0", "--device", "cpu"]
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=150,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +136,7 @@ def test_presets():
                      tie_embeddings=True, init="gpt2", dropout=0.0, optimizer="adamw", max_lr=6e-4, schedule="cosine",
                      epochs=1.0, shuffle=False, n_head=12, n_embd=768, block_size=1024, total_batch_size=524_288),
         "modern": dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, tie_embeddings=True,
-                       max_lr=1.8e-3, epochs=4.0, shuffle=True, n_layer=12, n_head=12, n_embd=768),
+                       max_lr=1.8e-3, epochs=4.0, shuffle=True, n_layer=12, n_head=6, n_embd=768),
     }.items():
         (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), ["--preset", preset], None, PRESETS)
         have = asdict(cfg) | asdict(model_cfg)
@@ -239,15 +234,15 @@ def test_rope_against_transformers_llama():
     config = LlamaConfig(hidden_size=48, num_attention_heads=3, max_position_embeddings=64)
     cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(40)[None])
     rotary = train_gpt2.Rotary(16, 64)
-    for x, want in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):
-        torch.testing.assert_close(rotary(x), want, rtol=0, atol=1e-5)
+    for x, want in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):  # theirs: (B, H, T, D)
+        torch.testing.assert_close(rotary(x.transpose(1, 2)), want.transpose(1, 2), rtol=0, atol=1e-5)
     assert rotary(q.bfloat16()).dtype == torch.bfloat16
     assert not rotary.state_dict()  # the tables follow from the config: not in checkpoints
 
 
 def test_rope_depends_on_relative_positions_only():
     rotary = train_gpt2.Rotary(16, 64)
-    q, k = (rotary(torch.randn(16).expand(1, 1, 64, 16))[0, 0] for _ in range(2))
+    q, k = (rotary(torch.randn(16).expand(1, 64, 1, 16))[0, :, 0] for _ in range(2))
     scores = q @ k.T  # the same q and k everywhere, so (i, j) may depend on i - j alone
     torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=0, atol=1e-4)
     assert scores[0].std() > 0.1
@@ -324,6 +319,8 @@ def test_causality(mlp):
 def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
     model, idx = GPT(tiny()), torch.randint(61, (2, 16))
     assert model(idx).shape == (2, 16, 61)
+    rows, columns = torch.tensor([1, 0, 1]), torch.tensor([15, 3, 3])
+    torch.testing.assert_close(model(idx, at=(rows, columns)), model(idx)[rows, columns])
     targets = idx.roll(-1, 1)
     targets[:, 10:] = -1
     full = model.lm_head(model.transformer.ln_f(hidden(model, idx)))[:, :10].flatten(0, 1)
@@ -544,12 +541,73 @@ def test_loader_continues_exactly_from_any_point(seed, tmp_path):
     assert all(type(v) is int for v in states[-1].values()) and len(states[-1]) == 3
 
 
-def write_bin(path, ids, magic, version, count=None):
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
-    with open(path, "wb") as file:
-        file.write(header.tobytes())
-        file.write(ids.tobytes())
+def finish(loader):
+    """Wait for what is made ready in the background."""
+    for cut in loader.ahead.values():
+        cut.exception()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1337])
+def test_what_is_ahead_shows_neither_in_tokens_nor_in_the_position(seed, tmp_path):
+    files, contents = make_shards(tmp_path)
+    lengths = [sum(map(len, documents)) for documents in contents]
+    stream = np.concatenate([d for epoch in range(12) for d in reference_epoch(contents, seed, epoch)])
+
+    def position(at):
+        epoch, left = divmod(at, sum(lengths))
+        order = range(4) if seed is None else np.random.default_rng((seed, epoch)).permutation(4)
+        starts = np.cumsum([0, *(lengths[i] for i in order)])
+        shard = int(np.searchsorted(starts, left, side="right")) - 1
+        return {"epoch": epoch, "shard": shard, "offset": left - int(starts[shard])}
+
+    loader, rng, done, size = ShardLoader(files, FAKE, seed), random.Random(0), Counter(), sum(lengths)
+    at, n = 0, 5
+    for _ in range(600):
+        what = rng.choice(["next", "next", "other n", "prefetch", "prefetch another n", "finish", "elsewhere", "back"])
+        if at > 8 * size:
+            what = "elsewhere"
+        done[what] += 1
+        if what in ("elsewhere", "back"):
+            at = rng.randrange(8 * size) if what == "elsewhere" else max(at - n, 0)
+            loader.load_state_dict(position(at))
+        elif what.startswith("prefetch"):
+            loader.prefetch(n + ("another" in what))
+        elif what == "finish":
+            finish(loader)
+        else:
+            n = rng.choice([1, 2, 3, 8, size, 2 * size]) if what == "other n" else n
+            assert np.array_equal(loader.next(n), stream[at:at + n + 1])
+            at += n
+        assert loader.state_dict() == position(at)
+    assert min(done.values()) > 40
+
+
+def test_the_next_call_finds_its_tokens_ready(tmp_path):
+    files, _ = make_shards(tmp_path)
+    loader, cuts = ShardLoader(files, FAKE, 1), []
+    real = loader.cut
+    loader.cut = lambda *key: cuts.append(key) or real(*key)
+    first = loader.state_dict()
+    for _ in range(10):
+        loader.next(4)
+    finish(loader)
+    assert len(cuts) == 11 == len(set(cuts)) and cuts[0] == (4, *first.values()) and cuts[-1] == (4, *loader.state_dict().values())
+
+
+def test_a_bad_id_ends_the_call_that_reaches_it_and_none_before(tmp_path):
+    for name, ids in (("a", [1, 99, 3, 4]), ("b", [5, 100, 3])):
+        np.save(tmp_path / f"{name}.npy", np.array(ids, dtype=np.uint16))
+    loader = ShardLoader([tmp_path / "a.npy", tmp_path / "b.npy"], FAKE, None)
+    assert loader.next(2).tolist() == [1, 99, 3]
+    loader.prefetch(2)  # its last target stands in the bad shard
+    finish(loader)
+    assert loader.next(1).tolist() == [3, 4] and loader.state_dict() == {"epoch": 0, "shard": 0, "offset": 3}
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"b\.npy holds the id 100"):
+            loader.next(1)
+    assert loader.state_dict() == {"epoch": 0, "shard": 0, "offset": 3}
+    loader.load_state_dict({"epoch": 0, "shard": 0, "offset": 0})
+    assert loader.next(3).tolist() == [1, 99, 3, 4]
 
 
 def test_shards_of_other_projects(tmp_path):
@@ -572,135 +630,6 @@ def test_shards_with_meta(data, tokenizer):
     shards = Shards(data)
     assert len(shards.train) == 3 and len(shards.val) == 1
     assert load_tokenizer(shards.tokenizer).vocab_size == tokenizer.vocab_size == 280
-
-
-@pytest.mark.parametrize("damage", ["truncated.npy", "truncated.bin", "empty.npy", "empty.bin", "float.npy", "2d.npy",
-                                    "int64.npy", "magic.bin", "text.npy", "header.bin", "big.npy", "behind.npy", "behind.bin",
-                                    "more.bin", "negative.bin", "zip.npy", "pickle.npy", "0d.npy", "folder.npy", "link.bin"])
-def test_damaged_shards_are_bad_input(damage, tmp_path):
-    path, ids = tmp_path / damage, np.arange(1000, dtype=np.uint16)
-    kind = damage.split(".")[0]
-    if damage.endswith(".bin"):
-        write_bin(path, ids, 20240520 if kind != "magic" else 1, 1, {"more": 1001, "negative": -1}.get(kind))
-    else:
-        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64),
-               "big": ids.astype(">u2"),
-               "0d": ids[7], "pickle": np.array([ids, None], dtype=object)}
-        np.save(path, odd.get(kind, ids))
-    if kind == "behind":
-        path.write_bytes(path.read_bytes() + b"\0\0")
-    if kind == "zip":
-        np.savez(path.open("wb"), ids)
-    keep = {"truncated": path.stat().st_size - 100, "empty": 0, "header": 100}.get(kind)
-    if keep is not None:
-        path.write_bytes(path.read_bytes()[:keep])
-    if kind == "text":
-        path.write_text("no tokens here")
-    if kind in ("folder", "link"):
-        path.unlink()
-        path.mkdir() if kind == "folder" else path.symlink_to("nowhere")
-    with pytest.raises(BadInput, match=damage):
-        train_gpt2.read_shard(path)
-
-
-def parse_npy(data):
-    """The ids in a .npy's bytes, read without a memory map; None if it is no whole shard."""
-    file = io.BytesIO(data)
-    try:
-        ids = np.load(file)
-    except Exception:  # noqa: BLE001 (whatever numpy says: it is none)
-        return None
-    whole = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype in (np.uint16, np.uint32) and file.tell() == len(data)
-    return ids if whole else None
-
-
-def parse_bin(data):
-    """The ids in the bytes of llm.c's .bin, by hand; None if it is no whole shard."""
-    if len(data) < 1024:
-        return None
-    magic, version, count = struct.unpack("<3i", data[:12])
-    size = {(20240520, 1): 2, (20240801, 7): 4}.get((magic, version))
-    if size is None or len(data) != 1024 + size * count:
-        return None
-    return np.array(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", data[1024:]), dtype=f"<u{size}")
-
-
-@st.composite
-def shard_bytes(draw, kind):
-    """A shard with something done to it, or with luck nothing."""
-    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=draw(st.sampled_from([np.uint16, np.uint32]))) * 3
-    if kind == "npy":
-        file = io.BytesIO()
-        np.save(file, ids)
-        data, header = file.getvalue(), 128
-    else:
-        head = (20240520, 1) if ids.dtype == np.uint16 else (20240801, 7)
-        data, header = struct.pack("<256i", *head, len(ids), *[0] * 253) + ids.tobytes(), 12
-    data = bytearray(data)
-    for damage in draw(st.lists(st.sampled_from(["flip", "flip", "truncate", "append", "replace"]), max_size=3)):
-        if damage == "flip" and len(data) >= header:
-            bit = draw(st.integers(0, 8 * header - 1))
-            data[bit // 8] ^= 1 << bit % 8
-        elif damage == "truncate":
-            del data[draw(st.integers(0, len(data))):]
-        elif damage == "append":
-            data += draw(st.binary(max_size=9))
-        elif damage == "replace":
-            start = draw(st.integers(0, max(header - 1, 0)))
-            data[start:start + draw(st.integers(0, 9))] = draw(st.binary(max_size=9))
-    return bytes(data)
-
-
-def check_read_shard(data, kind, folder):
-    path, want = folder / f"shard.{kind}", {"npy": parse_npy, "bin": parse_bin}[kind](data)
-    path.unlink(missing_ok=True)  # an earlier one may still be mapped
-    path.write_bytes(data)
-    if want is None:
-        with pytest.raises(BadInput, match=f"shard.{kind}"):
-            train_gpt2.read_shard(path)
-    else:
-        have = train_gpt2.read_shard(path)
-        assert have.dtype == want.dtype and have.dtype in (np.uint16, np.uint32) and have.ndim == 1
-        assert np.array_equal(have, want)
-    return want is not None
-
-
-@pytest.mark.filterwarnings("ignore")  # numpy's, about odd headers
-@pytest.mark.parametrize("kind", ["npy", "bin"])
-def test_a_damaged_shard_is_bad_input_or_read_as_an_independent_parser_does(kind, tmp_path):
-    whole = []
-
-    @PROPERTY
-    @given(data=shard_bytes(kind))
-    def check(data):
-        whole.append(check_read_shard(data, kind, tmp_path))
-
-    check()
-    assert 10 < sum(whole) < len(whole) - 10  # the test did see both
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["npy", "bin"])
-@PROPERTY
-@given(start=st.sampled_from([b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x80\x04",
-                              struct.pack("<3i", 20240520, 1, 4)]),
-       data=st.one_of(st.binary(max_size=2000), st.binary(min_size=1000, max_size=1100)))
-def test_random_bytes_are_no_shard(start, data, kind, tmp_path):
-    check_read_shard(start + data, kind, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["npy", "bin"])
-def test_an_empty_shard_with_bytes_behind_it_is_damaged(kind, tmp_path):
-    path = tmp_path / f"a.{kind}"
-    if kind == "npy":
-        np.save(path, np.zeros(0, dtype=np.uint16))
-    else:
-        write_bin(path, np.zeros(0, dtype=np.uint16), 20240520, 1)
-    assert len(train_gpt2.read_shard(path)) == 0
-    with open(path, "ab") as file:  # a header that lost its count
-        file.write(bytes(200))
-    with pytest.raises(BadInput, match=f"a.{kind} is not a whole shard"):
-        train_gpt2.read_shard(path)
 
 
 def test_an_id_beyond_the_vocabulary_is_bad_input(tmp_path):
@@ -742,6 +671,29 @@ def test_evaluate_is_independent_of_the_micro_batch():
         share = SimpleNamespace(rank=rank, world=2, device=processes.device, sum=lambda v: parts.append(v) or (0.0, 1.0))
         train_gpt2.evaluate(model, rows, 3, share)
     assert sum(float(p[0]) for p in parts) / sum(p[1] for p in parts) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])  # of 9, two have no rows
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 6, 7, 8, 50])
+def test_evaluate_feeds_one_shape_and_gives_the_plain_mean(micro_batch, world):
+    class Recorder(nn.Module):
+        """The loss of a token is half of its id and a third of its target's."""
+        def forward(self, idx, targets):
+            seen.append((idx.shape, targets.shape, idx.dtype, self.training, torch.is_grad_enabled()))
+            return (idx / 2 + targets / 3)[targets >= 0].mean()
+
+    seen, parts, tokens = [], [], np.random.default_rng(0).integers(61, size=(7, 17))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    for rank in range(world):
+        share = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), sum=lambda v: parts.append(v) or (0.0, 1.0))
+        before, model = (x.copy(), y.copy()), Recorder()
+        train_gpt2.evaluate(model, (x, y), micro_batch, share)
+        assert model.training and np.array_equal(before, (x, y))
+    nats, count = np.sum(parts, axis=0)
+    assert count == y.size and nats / count == pytest.approx((x / 2 + y / 3).mean(), rel=1e-6)
+    shape = (micro_batch, 16)
+    assert set(seen) == {(shape, shape, torch.int64, False, False)}
+    assert len(seen) == sum(-(-len(x[rank::world]) // micro_batch) for rank in range(world))
 
 
 def constant_model(tokenizer, high=()):
@@ -1120,7 +1072,7 @@ def test_numbers_beyond_any_machine_neither_hang_nor_end_in_a_traceback(flags, d
 
     def next_one(self, n):
         batches.append(n)
-        if len(batches) > 4:  # one for validation, three steps: what gets so far may as well go on
+        if len(batches) > 3:  # three steps: what gets so far may as well go on
             raise BadInput("enough")
         return real(self, n)
 
@@ -1566,6 +1518,17 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_end_a_run_before_its_last_st
     out = capsys.readouterr().out
     assert out.count("free some disk space") == 3 and "step 4 | loss" in out  # said of steps 2, 4 and 5, and went on
     assert not list((tmp_path / "full").glob("ckpt*"))
+
+
+def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_one(launch, data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--micro_batch", "4", "--eval_every", "2",  # 10 rows of validation
+             "--sample_every", "3", "--save_every", "2", "--log_dir", str(tmp_path / "log")]
+    result = launch("train_gpt2.py", *flags, "--run", "compiled", "--compile", timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "compiled again" not in result.stdout and "recompil" not in result.stderr
+    train_gpt2.main([*flags, "--run", "plain"])
+    compiled, plain = (read_log(tmp_path / "log" / run) for run in ("compiled", "plain"))
+    assert len(plain) == 6 + 4 and compiled == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.gpu
