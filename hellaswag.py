@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -123,29 +124,37 @@ def _clean(text):
 def evaluate(model, rendered, device, rank=0, world=1):
     """Score this rank's share of the items (every `world`-th).
 
-    model: callable, int64 (B, T) -> logits (B, T, vocab_size). Autocast and evaluation mode are the caller's business.
+    model: callable, int64 (B, T) and at=(rows, columns), int64 (n,) each -> the logits at these positions (n, vocab_size).
+    Autocast and evaluation mode are the caller's business.
     Returns [items, right by sum, right by mean a token, right by mean a character], to be added up over the ranks.
     """
+    device = torch.device(device)
+
+    def send(array):  # pinned, because a copy of pageable memory waits for all that the GPU still has to do
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
     mine = rendered[rank::world]
     rows = [row for _, four in mine for row in four]
-    nats = torch.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # batches of like length waste little on padding
-    while order:
-        longest = len(rows[order[0]][0])
-        batch, order = order[:max(BATCH_TOKENS // longest, 1)], order[max(BATCH_TOKENS // longest, 1):]
-        tokens, scored = torch.zeros(len(batch), longest, dtype=torch.long), torch.zeros(len(batch), longest, dtype=torch.bool)
-        for b, i in enumerate(batch):  # padding stands to the right, where a causal model never looks
-            ids, ending, _ = rows[i]
-            tokens[b, :len(ids)] = torch.tensor(ids)
-            scored[b, len(ids) - ending:len(ids)] = True
-        tokens, scored = tokens.to(device), scored.to(device)[:, 1:]
-        logits = model(tokens)[:, :-1][scored]                                          # (tokens scored, vocab_size)
-        losses = F.cross_entropy(logits.float(), tokens[:, 1:][scored], reduction="none")
-        spread = torch.zeros(scored.shape, device=device).masked_scatter(scored, losses)
-        nats[batch] = spread.sum(dim=1).cpu()
-    nats = nats.view(-1, 4)
+    nats = torch.zeros(len(rows), device=device)
+    order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))  # batches of like length waste little on padding
+    while len(order):
+        n = max(BATCH_TOKENS // len(rows[order[0]][0]), 1)
+        batch, order = order[:n], order[n:]
+        ids = [rows[i][0] for i in batch]
+        length, ending = np.array([[len(rows[i][0]), rows[i][1]] for i in batch]).T[:, :, None]  # (rows of the batch, 1) each
+        position = np.arange(length.max())
+        tokens = np.zeros((len(batch), len(position)), dtype=np.int64)  # padded to the right, where a causal model never looks
+        tokens[position < length] = np.concatenate(ids)
+        row, column = send(np.stack(np.nonzero((position >= length - ending) & (position < length))))  # what is scored
+        tokens = send(tokens)
+        logits = model(tokens, at=(row, column - 1))                                    # (tokens scored, vocab_size)
+        losses = torch.zeros(tokens.shape, device=device)
+        losses[row, column] = F.cross_entropy(logits.float(), tokens[row, column], reduction="none")
+        nats[send(batch)] = losses.sum(dim=1)
+    nats = nats.cpu().view(len(mine), 4)
     labels = torch.tensor([label for label, _ in mine], dtype=torch.long)
-    n_tokens, n_chars = (torch.tensor([row[k] for row in rows], dtype=torch.float).view(-1, 4) for k in (1, 2))
+    n_tokens, n_chars = (torch.tensor([row[k] for row in rows], dtype=torch.float).view(len(mine), 4) for k in (1, 2))
     right = [int((score.argmin(dim=1) == labels).sum()) for score in (nats, nats / n_tokens, nats / n_chars)]
     return [len(mine), *right]
 

@@ -35,9 +35,9 @@ def checkpoint(tokenizer, tmp_path):
 
 
 def test_the_three_scores_choose_by_sum_by_token_and_by_character():
-    def model(idx):  # whatever came before, ids 0 to 3 cost 1, 2, 3 and 3 bits; ids 4 to 9 never come
+    def model(idx, at):  # whatever came before, ids 0 to 3 cost 1, 2, 3 and 3 bits; ids 4 to 9 never come
         bits = torch.tensor([1.0, 2, 3, 3, *[50] * 6])
-        return (-bits * math.log(2)).expand(*idx.shape, 10)
+        return (-bits * math.log(2)).expand(*idx.shape, 10)[at]
 
     context = [9, 8]
     rows = [(context + ending, len(ending), characters) for ending, characters in [
@@ -95,6 +95,7 @@ def test_ranks_add_up():
     for world in (2, 3, 12):  # 12: some have nothing to do
         parts = [hellaswag.evaluate(model, items, "cpu", rank, world) for rank in range(world)]
         assert [sum(column) for column in zip(*parts)] == whole
+        assert parts[9:] == [[0, 0, 0, 0]] * (world - 9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
