@@ -9,24 +9,28 @@ and model, compiled unless --no-compile, and nothing but training steps. With --
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
 PEAK = re.compile(r"([\d.]+) GB \| ETA|^peak ([\d.]+) GB", re.M)
 GROUPS = {  # kernels by a part of their names, the first that fits
     "attention": r"fmha|flash|attention|cudnn.*sdpa|sdpa", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
-    "loss": r"softmax|nll_loss|cross_entropy", "norm": r"norm", "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
+    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "norm": r"norm", "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
     "copies and fills": r"copy|memcpy|memset|fill|zero|cat", "other": r""}
 
 
@@ -37,19 +41,35 @@ def random_shards(folder, vocab_size=50257, tokens=4_000_000):
         np.save(folder / f"edufineweb_{split}_{index:06d}.npy", np.random.default_rng(index).integers(0, vocab_size, n, dtype=np.uint16))
 
 
-def run(command, cwd, env=None):
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | (env or {}), check=False)
-    if done.returncode:
-        sys.exit(f"{shlex.join(map(str, command))} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
+def run(command, cwd, env=None, steps=0):
+    """-> (console output, seconds to the first step). Ends the script after so many steps, if it gets there."""
+    console, first, started = [], None, time.perf_counter()
+    with open(cwd / "stderr", "w+") as errors:
+        process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True, stdout=subprocess.PIPE, stderr=errors,
+                                   start_new_session=True)
+        try:
+            for line in process.stdout:
+                console.append(line)
+                if STEP.match(line):
+                    first, steps = first or time.perf_counter() - started, steps - 1
+                    if steps == 0:
+                        return "".join(console), first  # no need to wait for the last checkpoint
+            if process.wait():
+                errors.seek(0)
+                sys.exit(f"{shlex.join(map(str, command))} failed:\n{''.join(console)[-1000:]}\n{errors.read()[-3000:]}")
+        finally:  # whatever ends this script, nothing goes on using the GPU
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "".join(console), first
 
 
-def figures(console, args):
-    """Console output of either script -> (median milliseconds of the counted steps, peak GB or None)."""
+def figures(console, first, args):
+    """Console output of either script -> (median milliseconds of the counted steps, peak GB or None, seconds to the first step)."""
     steps = [float(ms) for ms in STEP.findall(console)]
     assert len(steps) == args.warmup + args.steps, f"{len(steps)} steps in\n{console[-2000:]}"
     peaks = [float(a or b) for a, b in PEAK.findall(console)]
-    return statistics.median(steps[args.warmup:]), max(peaks, default=None)
+    return statistics.median(steps[args.warmup:]), max(peaks, default=None), first
 
 
 def ours(flags, folder, args):
@@ -57,8 +77,9 @@ def ours(flags, folder, args):
     common = ["--data", "edu_fineweb10B", "--max_steps", steps, "--warmup_steps", 1, "--eval_every", 0, "--hellaswag_every", 0, "--sample_every", 0,
               "--save_every", 0, "--save_minutes", 0, "--keep", 1, "--spike", 0, "--block_size", args.T, "--micro_batch", args.B,
               "--total_batch_size", args.total]
-    console = run([sys.executable, ROOT / "train_gpt2.py", *map(str, common), *shlex.split(flags)], folder, {"PYTHONUNBUFFERED": "1"})
-    return figures(console, args)
+    launch = [sys.executable] if args.gpus == 1 else [TORCHRUN, "--standalone", f"--nproc_per_node={args.gpus}", "--"]
+    command = [*launch, ROOT / "train_gpt2.py", *map(str, common), *shlex.split(flags)]
+    return figures(*run(command, folder, {"PYTHONUNBUFFERED": "1"}, steps if args.gpus == 1 else 0), args)  # torchrun's end in their own time
 
 
 def baseline(script, folder, args):
@@ -76,13 +97,13 @@ def baseline(script, folder, args):
         code = code.replace("dtype=torch.bfloat16)", "enabled=False)")
     code += "\nif device_type == 'cuda':\n    print(f'peak {torch.cuda.max_memory_allocated() / 1e9} GB')\n"
     (folder / "baseline.py").write_text(code)
-    return figures(run([sys.executable, "baseline.py"], folder, {"PYTHONPATH": str(script.parent)}), args)
+    return figures(*run([sys.executable, "-u", "baseline.py"], folder, {"PYTHONPATH": str(script.parent)}), args)
 
 
 def profile(flags, folder, args):
-    """Milliseconds of one step by group of kernels, and the kernels that take most."""
+    """One step: its milliseconds, those of its kernels by group, and the kernels that take most."""
     code = f"""
-import json, sys
+import json, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import train_gpt2
@@ -93,8 +114,10 @@ def profiled(self):
     if self.step != {args.warmup}:
         return update(self)
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as prof:
+        started = time.perf_counter()
         update(self)
         torch.cuda.synchronize() if cuda else None
+        found.append(("step", (time.perf_counter() - started) * 1e3, 1))
     for event in prof.key_averages():
         found.append((event.key, (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3, event.count))
 train_gpt2.Trainer.update = profiled
@@ -104,12 +127,13 @@ print("PROFILE" + json.dumps(found))
     flags = ["--data", "edu_fineweb10B", "--max_steps", args.warmup + 2, "--warmup_steps", 1, "--eval_every", 0, "--hellaswag_every", 0,
              "--sample_every", 0, "--save_every", 0, "--save_minutes", 0, "--keep", 1, "--block_size", args.T, "--micro_batch", args.B,
              "--total_batch_size", args.total, *shlex.split(flags)]
-    console = run([sys.executable, "-c", code, *map(str, flags)], folder)
-    kernels = sorted(json.loads(console.split("PROFILE")[1]), key=lambda kernel: -kernel[1])
+    console, _ = run([sys.executable, "-c", code, *map(str, flags)], folder)
+    (_, wall, _), *kernels = json.loads(console.split("PROFILE")[1])
+    kernels.sort(key=lambda kernel: -kernel[1])
     groups = dict.fromkeys(GROUPS, 0.0)
     for name, ms, _ in kernels:
         groups[next(group for group, words in GROUPS.items() if re.search(words, name, re.I))] += ms
-    return groups, kernels[:args.kernels]
+    return wall, groups, kernels[:args.kernels]
 
 
 def main():
@@ -122,6 +146,7 @@ def main():
     parser.add_argument("-B", type=int, default=64, help="sequences a forward pass")
     parser.add_argument("-T", type=int, default=1024, help="tokens a sequence")
     parser.add_argument("--total", type=int, default=524_288, help="tokens a step")
+    parser.add_argument("--gpus", type=int, default=1, help="of our rows, by torchrun; tok/s is that of all")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of the baseline")
     parser.add_argument("--fp32", action="store_true", help="the baseline without autocast, which ours leaves out on a CPU")
     for name, size in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
@@ -129,13 +154,14 @@ def main():
     parser.add_argument("--profile", action="store_true", help="instead of timing")
     parser.add_argument("--kernels", type=int, default=25, help="kernels to list with --profile")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         random_shards(folder / "edu_fineweb10B")
         if args.profile:
             for row in args.row:
-                groups, kernels = profile(row, folder, args)
-                print(f"\n`{row}`: {sum(groups.values()):.1f} ms a step\n\n| kernels | ms |\n|---|---:|")
+                wall, groups, kernels = profile(row, folder, args)
+                print(f"\n`{row}`: {sum(groups.values()):.1f} ms of kernels in a step of {wall:.1f} ms\n\n| kernels | ms |\n|---|---:|")
                 print("\n".join(f"| {group} | {ms:.1f} |" for group, ms in groups.items()))
                 print("\n".join(f"    {ms:9.2f} ms {count:6} x {name[:120]}" for name, ms, count in kernels))
             return
@@ -146,13 +172,15 @@ def main():
         for _ in range(args.rounds):
             for row, measure in rows.items():
                 results[row].append(measure())
-    medians = {row: statistics.median(ms for ms, _ in found) for row, found in results.items()}
+                print(f"{row}: {results[row][-1]}", file=sys.stderr, flush=True)
+    medians = {row: statistics.median(ms for ms, *_ in found) for row, found in results.items()}
     first = next(iter(medians.values()))
-    print(f"\n| | ms a step, median of {args.rounds} rounds (all) | tok/s | against {next(iter(medians))} | peak GB |\n|---|---|---:|---:|---:|")
+    print(f"\n| | ms a step, median of {args.rounds} rounds (all) | tok/s | against {next(iter(medians))} | peak GB | seconds to the first step |")
+    print("|---|---|---:|---:|---:|---|")
     for row, ms in medians.items():
-        rounds = ", ".join(f"{found:.1f}" for found, _ in results[row])
-        peak = results[row][0][1]
-        print(f"| `{row}` | {ms:.1f} ({rounds}) | {args.total / ms * 1e3:,.0f} | {first / ms:.3f} | {'n/a' if peak is None else peak} |")
+        rounds, starts = ", ".join(f"{found:.1f}" for found, _, _ in results[row]), ", ".join(f"{start:.0f}" for _, _, start in results[row])
+        peak = "n/a" if results[row][0][1] is None else f"{results[row][0][1]:.1f}"
+        print(f"| `{row}` | {ms:.1f} ({rounds}) | {args.total / ms * 1e3:,.0f} | {first / ms:.3f} | {peak} | {starts} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,15 @@
 """benchmarks/throughput.py, launched at a tiny size. Run: python -m pytest tests/test_throughput.py"""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
 
 TINY = "--preset gpt2 --n_layer 1 --n_head 2 --n_embd 16 --device cpu"
 FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
@@ -9,7 +18,7 @@ FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
 def test_rows_are_timed_and_compared(launch):
     result = launch("benchmarks/throughput.py", "--row", TINY, "--row", f"{TINY} --mlp swiglu", "--rounds", 1, *FLAGS)
     assert result.returncode == 0, result.stderr
-    rows = re.findall(r"^\| `(.*)` \| ([\d.]+) \(([\d.]+)\) \| ([\d,]+) \| ([\d.]+) \| n/a \|$", result.stdout, re.M)
+    rows = re.findall(r"^\| `(.*)` \| ([\d.]+) \(([\d.]+)\) \| ([\d,]+) \| ([\d.]+) \| n/a \| \d+ \|$", result.stdout, re.M)
     assert [row[0] for row in rows] == [TINY, f"{TINY} --mlp swiglu"] and rows[0][4] == "1.000"
     for _, median, only, rate, _ in rows:
         assert median == only and abs(float(rate.replace(",", "")) * float(median) / 64e3 - 1) < 0.05  # 64 tokens a step
@@ -26,3 +35,21 @@ def test_profile_names_the_kernels(launch):
     groups = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|$", result.stdout, re.M))
     assert float(groups["matmul"]) > 0 and float(groups["attention"]) > 0 and float(groups["loss"]) > 0
     assert re.search(r"ms +\d+ x aten::addmm", result.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
+def test_nothing_trains_on_when_it_is_ended(tmp_path):
+    def training():
+        """Processes that work in a folder made under tmp_path."""
+        folders = (path for path in Path("/proc").glob("[0-9]*/cwd"))
+        return [path for path in folders if os.path.realpath(path).startswith(f"{tmp_path}/")]
+
+    flags = [*map(str, FLAGS[:-1]), "100000"]
+    with subprocess.Popen([sys.executable, ROOT / "benchmarks/throughput.py", "--row", TINY, *flags], cwd=tmp_path, text=True,
+                          env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE) as process:
+        while not training():
+            time.sleep(0.1)
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 1
+    assert not training() and not list(tmp_path.iterdir())

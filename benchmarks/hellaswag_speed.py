@@ -1,0 +1,79 @@
+"""HellaSwag on a checkpoint: hellaswag.py's batches against build-nanogpt's loop of one item at a time, on the same model.
+
+    python benchmarks/hellaswag_speed.py --checkpoint log/<run>/ckpt_<step>.pt --baseline ../build-nanogpt --file hellaswag_val.jsonl
+
+The loop is build-nanogpt's: its render_example and its get_most_likely_row, taken from its files. --limit shortens the loop alone.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hellaswag
+import train_gpt2
+from devices import autocast, pick_device
+
+
+def baseline_functions(folder):
+    """-> build-nanogpt's render_example and get_most_likely_row. Its train_gpt2.py trains when imported, so the function is cut out."""
+    spec = importlib.util.spec_from_file_location("baseline_hellaswag", folder / "hellaswag.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tree = ast.parse((folder / "train_gpt2.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_most_likely_row"]
+    names = {"torch": torch, "F": F}
+    exec(compile(tree, "train_gpt2.py", "exec"), names)
+    return module.render_example, names["get_most_likely_row"]
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--baseline", type=Path, required=True, help="folder of build-nanogpt")
+    parser.add_argument("--file", required=True, help="hellaswag_val.jsonl")
+    parser.add_argument("--limit", type=int, help="items of the loop")
+    parser.add_argument("--rounds", type=int, default=3, help="of ours")
+    args = parser.parse_args()
+    device = pick_device("auto")
+    model, tokenizer, _ = train_gpt2.load_checkpoint(args.checkpoint, device)
+    items = hellaswag.load(args.file)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    print("| | items | seconds | items a second | acc_norm |\n|---|---:|---:|---:|---:|")
+    for _ in range(args.rounds):
+        started = time.perf_counter()
+        rendered = hellaswag.render(items, tokenizer, model.config.block_size)
+        between = time.perf_counter()
+        with autocast(device):
+            n, _, right, _ = hellaswag.evaluate(model, rendered, device)
+        seconds = time.perf_counter() - started
+        print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
+
+    render_example, get_most_likely_row = baseline_functions(args.baseline)
+    right, started = 0, time.perf_counter()
+    with open(args.file) as file:
+        for n, line in enumerate(file):
+            if n == args.limit:
+                break
+            _, tokens, mask, label = render_example(json.loads(line))
+            with autocast(device):
+                logits = model(tokens.to(device))
+            right += get_most_likely_row(tokens.to(device), mask.to(device), logits) == label
+    synchronize()
+    n, seconds = args.limit or len(items), time.perf_counter() - started
+    with autocast(device):
+        _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], device)
+    print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
+
+
+if __name__ == "__main__":
+    main()
