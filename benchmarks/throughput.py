@@ -29,9 +29,9 @@ TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
 PEAK = re.compile(r"([\d.]+) GB \| ETA|^peak ([\d.]+) GB", re.M)
 GROUPS = {  # kernels by a part of their names, the first that fits
-    "attention": r"fmha|flash|attention|cudnn.*sdpa|sdpa", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
-    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "norm": r"norm", "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
-    "copies and fills": r"copy|memcpy|memset|fill|zero|cat", "other": r""}
+    "attention": r"fmha|flash|attention|sdpa|cudnn::fusion", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
+    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "bias gradients": r"triton_red\w*_sum", "norm": r"norm", "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
+    "copies and fills": r"stack|copy|memcpy|memset|fill|zero|cat", "other": r""}
 
 
 def random_shards(folder, vocab_size=50257, tokens=4_000_000):
