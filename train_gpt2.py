@@ -314,7 +314,7 @@ class GPT(nn.Module):
         With targets, int64 (B, T): the mean cross-entropy in nats, a scalar; targets of -1 are not counted.
         """
         x = self.transformer.wpe(self.transformer.wte(idx))                             # (B, T, C)
-        x = self.transformer.drop(cast(self.transformer.emb_norm(x)))
+        x = self.transformer.drop(cast(self.transformer.emb_norm(x)))                   # from here on in autocast's type
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
