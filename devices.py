@@ -46,6 +46,15 @@ def cast(x):
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def send(array, device):
+    """A numpy array -> a tensor on `device`, without waiting for what a GPU still has to do, as a copy of pageable memory would."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with torch.cuda.device(device):  # a thread begins with the first GPU, and pinning is for the current one
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pick_device(name, local_rank=0, local_world=1):
     """--device -> torch.device. Raises BadInput if this machine has no such device."""
     mps = torch.backends.mps.is_available()
@@ -117,7 +126,7 @@ class CompileOnce:
 
     @contextlib.contextmanager
     def __call__(self, what):
-        from torch._dynamo.utils import counters  # takes seconds to import; whoever compiles has it
+        from torch._dynamo.utils import counters  # slow to import, but any optimizer imports it, too
 
         before = counters["stats"]["unique_graphs"]
         yield

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import BadInput, flag, parse, run
-from devices import Processes, autocast
+from devices import Processes, autocast, send
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 BATCH_TOKENS = 16_384  # tokens a forward pass, padding included; bounds the memory of the logits
@@ -128,16 +128,10 @@ def evaluate(model, rendered, device, rank=0, world=1):
     Autocast and evaluation mode are the caller's business.
     Returns [items, right by sum, right by mean a token, right by mean a character], to be added up over the ranks.
     """
-    device = torch.device(device)
-
-    def send(array):  # pinned, because a copy of pageable memory waits for all that the GPU still has to do
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    mine = rendered[rank::world]
+    device, mine = torch.device(device), rendered[rank::world]
     rows = [row for _, four in mine for row in four]
     nats = torch.zeros(len(rows), device=device)
-    order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))  # batches of like length waste little on padding
+    order = np.argsort([-len(row[0]) for row in rows], kind="stable")  # batches of like length waste little on padding
     while len(order):
         n = max(BATCH_TOKENS // len(rows[order[0]][0]), 1)
         batch, order = order[:n], order[n:]
@@ -146,12 +140,12 @@ def evaluate(model, rendered, device, rank=0, world=1):
         position = np.arange(length.max())
         tokens = np.zeros((len(batch), len(position)), dtype=np.int64)  # padded to the right, where a causal model never looks
         tokens[position < length] = np.concatenate(ids)
-        row, column = send(np.stack(np.nonzero((position >= length - ending) & (position < length))))  # what is scored
-        tokens = send(tokens)
+        row, column = send(np.stack(np.nonzero((position >= length - ending) & (position < length))), device)  # what is scored
+        tokens = send(tokens, device)
         logits = model(tokens, at=(row, column - 1))                                    # (tokens scored, vocab_size)
         losses = torch.zeros(tokens.shape, device=device)
         losses[row, column] = F.cross_entropy(logits.float(), tokens[row, column], reduction="none")
-        nats[send(batch)] = losses.sum(dim=1)
+        nats[send(batch, device)] = losses.sum(dim=1)
     nats = nats.cpu().view(len(mine), 4)
     labels = torch.tensor([label for label, _ in mine], dtype=torch.long)
     n_tokens, n_chars = (torch.tensor([row[k] for row in rows], dtype=torch.float).view(len(mine), 4) for k in (1, 2))

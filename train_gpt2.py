@@ -49,7 +49,7 @@ import checkpoint
 import hellaswag
 from cli import BadInput, RankError, flag, parse, run
 from cross_entropy import linear_cross_entropy
-from devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch
+from devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch, send
 from logger import Logger, serve_tensorboard
 from shards import Shards, check_ids, check_shards, read_shard
 from tokenizer import load_tokenizer
@@ -475,8 +475,8 @@ class ShardLoader:
     def next(self, n):
         """The stream's next n tokens and one more, the last target: int64 (n + 1,), placed. Advances by n."""
         self.prefetch(n)
-        (cut,) = self.ahead.values()
-        tokens, self.epoch, self.shard, self.offset = cut.result()
+        (future,) = self.ahead.values()
+        tokens, self.epoch, self.shard, self.offset = future.result()
         self.prefetch(n)
         return tokens
 
@@ -591,7 +591,7 @@ def evaluate(model, rows, micro_batch, processes):
         missing = ((0, micro_batch - len(xb)), (0, 0))
         xb, yb = np.pad(xb, missing), np.pad(yb, missing, constant_values=-1)
         with autocast(processes.device):
-            loss = model(torch.from_numpy(xb).to(processes.device), torch.from_numpy(yb).to(processes.device))
+            loss = model(send(xb, processes.device), send(yb, processes.device))
         losses.append(loss * int((yb >= 0).sum()))
     model.train()
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
@@ -915,11 +915,7 @@ class Trainer:
     def place(self, tokens):
         """A global batch, int64 (n + 1,) -> this process's inputs and targets on its device, (rows, T) each."""
         size = self.rows * self.raw_model.config.block_size
-        tokens = torch.from_numpy(tokens[self.processes.rank * size:][:size + 1])
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):  # a thread begins with the first GPU
-                tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        tokens = tokens.to(self.device)
+        tokens = send(tokens[self.processes.rank * size:][:size + 1], self.device)
         return tokens[:-1].view(self.rows, -1), tokens[1:].clone().view(self.rows, -1)
 
     def update(self):

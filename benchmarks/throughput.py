@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
 PEAK = re.compile(r"([\d.]+) GB \| ETA|^peak ([\d.]+) GB", re.M)
 GROUPS = {  # kernels by a part of their names, the first that fits
     "attention": r"fmha|flash|attention|sdpa|cudnn::fusion", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
-    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "bias gradients": r"triton_red\w*_sum", "norm": r"norm", "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
+    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "bias gradients": r"triton_red\w*_sum", "norm": r"norm",
+    "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
     "copies and fills": r"stack|copy|memcpy|memset|fill|zero|cat", "other": r""}
 
 
@@ -72,14 +72,18 @@ def figures(console, first, args):
     return statistics.median(steps[args.warmup:]), max(peaks, default=None), first
 
 
+def settings(flags, steps, args):
+    """Flags of train_gpt2.py: so many training steps and nothing else, then a row's own."""
+    never = [f"--{name}=0" for name in ("eval_every", "hellaswag_every", "sample_every", "save_every", "save_minutes", "spike")]
+    return ["--data=edu_fineweb10B", f"--max_steps={steps}", "--warmup_steps=1", *never, f"--block_size={args.T}", f"--micro_batch={args.B}",
+            f"--total_batch_size={args.total}", *shlex.split(flags)]
+
+
 def ours(flags, folder, args):
-    steps = args.warmup + args.steps
-    common = ["--data", "edu_fineweb10B", "--max_steps", steps, "--warmup_steps", 1, "--eval_every", 0, "--hellaswag_every", 0, "--sample_every", 0,
-              "--save_every", 0, "--save_minutes", 0, "--keep", 1, "--spike", 0, "--block_size", args.T, "--micro_batch", args.B,
-              "--total_batch_size", args.total]
-    launch = [sys.executable] if args.gpus == 1 else [TORCHRUN, "--standalone", f"--nproc_per_node={args.gpus}", "--"]
-    command = [*launch, ROOT / "train_gpt2.py", *map(str, common), *shlex.split(flags)]
-    return figures(*run(command, folder, {"PYTHONUNBUFFERED": "1"}, steps if args.gpus == 1 else 0), args)  # torchrun's end in their own time
+    steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}", "--"]
+    command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args)]
+    # what torchrun starts does not end with it when it is killed: let it come to its end
+    return figures(*run(command, folder, {"PYTHONUNBUFFERED": "1"}, steps if args.gpus == 1 else 0), args)
 
 
 def baseline(script, folder, args):
@@ -124,10 +128,7 @@ train_gpt2.Trainer.update = profiled
 train_gpt2.main(sys.argv[1:])
 print("PROFILE" + json.dumps(found))
 """
-    flags = ["--data", "edu_fineweb10B", "--max_steps", args.warmup + 2, "--warmup_steps", 1, "--eval_every", 0, "--hellaswag_every", 0,
-             "--sample_every", 0, "--save_every", 0, "--save_minutes", 0, "--keep", 1, "--block_size", args.T, "--micro_batch", args.B,
-             "--total_batch_size", args.total, *shlex.split(flags)]
-    console, _ = run([sys.executable, "-c", code, *map(str, flags)], folder)
+    console, _ = run([sys.executable, "-c", code, *settings(flags, args.warmup + 2, args)], folder)
     (_, wall, _), *kernels = json.loads(console.split("PROFILE")[1])
     kernels.sort(key=lambda kernel: -kernel[1])
     groups = dict.fromkeys(GROUPS, 0.0)
