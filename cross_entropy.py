@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from devices import cast
 
-CHUNK = 16_384  # tokens whose logits exist at a time; more tokens, fewer passes over the weight's gradient
+CHUNK = 8_192  # tokens whose logits exist at a time; the compiler may keep those of several chunks
 FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
