@@ -50,6 +50,7 @@ import hellaswag
 from cli import BadInput, RankError, flag, parse, run
 from cross_entropy import linear_cross_entropy
 from devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch, send
+from generate import Past, SampleConfig, sample
 from logger import Logger, serve_tensorboard
 from shards import Shards, check_ids, check_shards, read_shard
 from tokenizer import load_tokenizer
@@ -129,16 +130,6 @@ class TrainConfig:
     compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda only")
 
 
-@dataclass
-class SampleConfig:
-    prompt: str = flag("Hello, I'm a language model,", "text to continue; empty: a document of its own")
-    samples: int = flag(4, "texts to write")
-    max_new_tokens: int = flag(32, "tokens a text, beyond the prompt")
-    temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token")
-    top_k: int = flag(50, "draw from the k likeliest tokens; 0: from all")
-    seed: int = flag(42, "seed of the draws")
-
-
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
 PRESETS = {
@@ -177,11 +168,18 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.float()).type_as(x)
 
 
-class LearnedPositions(nn.Embedding):
-    """GPT-2's position embeddings, added to the token embeddings (B, T, C)."""
+class NoPositions(nn.Module):
+    """Stands where the kind of positions not chosen would: learned ones are added to embeddings, rotary ones turn q and k."""
 
-    def forward(self, x):
-        return x + self.weight[:x.size(1)]
+    def forward(self, x, start):
+        return x
+
+
+class LearnedPositions(nn.Embedding):
+    """GPT-2's position embeddings, added to the embeddings (B, T, C) of tokens number `start` to `start` + T - 1."""
+
+    def forward(self, x, start):
+        return x + self.weight[start:start + x.size(1)]
 
 
 class Rotary(nn.Module):
@@ -198,8 +196,8 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x):
-        cos, sin = self.cos[:x.size(1), None], self.sin[:x.size(1), None]
+    def forward(self, x, start):
+        cos, sin = (table[start:start + x.size(1), None] for table in (self.cos, self.sin))
         a, b = x.float().chunk(2, dim=-1)                                               # (B, T, H, D/2) each
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -214,16 +212,18 @@ class CausalSelfAttention(nn.Module):
         # query-key norm: Henry et al. 2020, https://arxiv.org/abs/2010.04245
         self.q_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
-        self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else nn.Identity()
+        self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else NoPositions()
 
-    def forward(self, x):
+    def forward(self, x, start, past):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
-        q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
+        q, k = self.rotary(self.q_norm(q), start), self.rotary(self.k_norm(k), start)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))                          # (B, H, T, D), nothing is moved
+        k, v = past.extend(self, k, v)                                                  # (B, H, start + T, D)
         # SDPA drops out whenever it is told to, also in evaluation
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        # a single token behind others sees all of them
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -277,8 +277,8 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = x + self.drop(self.attn(self.ln_1(x)))
+    def forward(self, x, start, past):
+        x = x + self.drop(self.attn(self.ln_1(x), start, past))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -295,7 +295,7 @@ class GPT(nn.Module):
         learned = config.pos == "learned"
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-            wpe=LearnedPositions(config.block_size, config.n_embd) if learned else nn.Identity(),
+            wpe=LearnedPositions(config.block_size, config.n_embd) if learned else NoPositions(),
             emb_norm=NORMS[config.norm](config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -306,17 +306,18 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         init_weights(self)
 
-    def forward(self, idx, targets=None, at=...):
-        """idx: int64 (B, T), T at most block_size.
+    def forward(self, idx, targets=None, at=..., past=Past()):  # noqa: B008 (it holds nothing)
+        """idx: int64 (B, T), T at most block_size. With a KVCache as `past`, first any T, then one token at a time behind them.
 
         Without targets: logits (B, T, vocab_size), or those of the positions `at` alone, (rows, columns) -> (n, vocab_size). The
         padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): the mean cross-entropy in nats, a scalar; targets of -1 are not counted.
         """
-        x = self.transformer.wpe(self.transformer.wte(idx))                             # (B, T, C)
+        start = past.length
+        x = self.transformer.wpe(self.transformer.wte(idx), start)                      # (B, T, C)
         x = self.transformer.drop(cast(self.transformer.emb_norm(x)))                   # from here on in autocast's type
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, start, past)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[at])[..., :self.config.vocab_size]                    # (B, T, V), cut
@@ -596,29 +597,6 @@ def evaluate(model, rows, micro_batch, processes):
     model.train()
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
     return nats / count
-
-
-@torch.no_grad()
-def sample(model, tokenizer, cfg):
-    """Continue cfg.prompt cfg.samples times -> list of str, prompts included. Seeded; changes no other random state."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    ids = tokenizer.encode(cfg.prompt).tolist() or [tokenizer.eot]
-    idx = torch.tensor(ids, device=device).repeat(cfg.samples, 1)                       # (samples, T)
-    generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    for _ in range(cfg.max_new_tokens):
-        with autocast(device):
-            logits = model(idx[:, -model.config.block_size:])[:, -1].float()            # (samples, vocab_size)
-        if cfg.temperature == 0:
-            new = logits.argmax(dim=-1, keepdim=True)
-        else:
-            top, choices = logits.topk(min(cfg.top_k or logits.size(-1), logits.size(-1)))
-            probs = F.softmax(top / cfg.temperature, dim=-1)
-            new = choices.gather(-1, torch.multinomial(probs, 1, generator=generator))
-        idx = torch.cat((idx, new), dim=1)
-    model.train(training)
-    rows = [row[0 if cfg.prompt else 1:] for row in idx.tolist()]  # an end of text ends a sample
-    return [tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_train_gpt2 import sentences, tiny_checkpoint
+from test_train_gpt2 import sentences, tiny, tiny_checkpoint
 
 import generate
 from cli import BadInput
 from tokenizer import train_bpe
-from train_gpt2 import SampleConfig, sample
+from train_gpt2 import GPT, SampleConfig, sample
 
 
 @pytest.fixture
@@ -26,6 +26,35 @@ def test_it_prints_what_sample_returns(launch, checkpoint):
     texts = sample(model, tokenizer, SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
     assert result.stdout == "".join(f"{text}\n---\n" for text in texts)
     assert len(set(texts)) == 3 and all(text.startswith("the cat") for text in texts)
+
+
+@pytest.mark.parametrize("toggles", [
+    dict(), dict(pos="rope", n_head=4), dict(pos="rope", norm="rmsnorm", mlp="swiglu", emb_norm=True, qk_norm=True, bias=False),
+    dict(norm="rmsnorm", qk_norm=True)])
+@pytest.mark.parametrize("prompt", [1, 5, 16, 30])  # block_size is 16
+def test_cached_logits_are_those_of_the_whole_text(toggles, prompt):
+    torch.manual_seed(0)
+    model, seen, widths = GPT(tiny(init="xavier", **toggles)).eval(), [], []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: widths.append(out.size(1)))
+
+    def choose(logits):
+        seen.append(logits)
+        return logits.argmax(dim=-1, keepdim=True)
+
+    idx = torch.randint(61, (3, prompt))
+    out = generate.generate(model, idx, 20, choose)
+    assert out.shape == (3, prompt + 20) and torch.equal(out[:, :prompt], idx)
+    # one position a token, but for the prompt, and for a window that moves
+    assert widths == [min(prompt, 16), *(16 if n > 16 else 1 for n in range(prompt + 1, prompt + 20))]
+    for i, logits in enumerate(seen):
+        torch.testing.assert_close(logits, model(out[:, :prompt + i][:, -16:])[:, -1])
+
+
+def test_generation_ends_when_it_is_done():
+    model, calls = GPT(tiny()).eval(), []
+    out = generate.generate(model, torch.zeros(2, 3, dtype=torch.long), 20, lambda logits: torch.full((2, 1), len(calls)),
+                            lambda idx: calls.append(idx.clone()) or len(calls) == 4)
+    assert out.tolist() == [[0, 0, 0, 0, 1, 2, 3]] * 2 and [c.size(1) for c in calls] == [4, 5, 6, 7]
 
 
 def test_defaults_temperature_0_and_an_empty_prompt(checkpoint, capsys):

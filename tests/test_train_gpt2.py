@@ -235,14 +235,15 @@ def test_rope_against_transformers_llama():
     cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(40)[None])
     rotary = train_gpt2.Rotary(16, 64)
     for x, want in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):  # theirs: (B, H, T, D)
-        torch.testing.assert_close(rotary(x.transpose(1, 2)), want.transpose(1, 2), rtol=0, atol=1e-5)
-    assert rotary(q.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(rotary(x.transpose(1, 2), 0), want.transpose(1, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(rotary(x.transpose(1, 2)[:, 7:], 7), want.transpose(1, 2)[:, 7:], rtol=0, atol=1e-5)
+    assert rotary(q.bfloat16(), 0).dtype == torch.bfloat16
     assert not rotary.state_dict()  # the tables follow from the config: not in checkpoints
 
 
 def test_rope_depends_on_relative_positions_only():
     rotary = train_gpt2.Rotary(16, 64)
-    q, k = (rotary(torch.randn(16).expand(1, 64, 1, 16))[0, :, 0] for _ in range(2))
+    q, k = (rotary(torch.randn(16).expand(1, 64, 1, 16), 0)[0, :, 0] for _ in range(2))
     scores = q @ k.T  # the same q and k everywhere, so (i, j) may depend on i - j alone
     torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=0, atol=1e-4)
     assert scores[0].std() > 0.1
@@ -329,9 +330,9 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
 
 def hidden(model, idx):
     """The residual stream before the last norm, by the plain loop."""
-    x = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx)))
+    x = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx), 0))
     for block in model.transformer.h:
-        x = block(x)
+        x = block(x, 0, train_gpt2.Past())
     return x
 
 
@@ -344,7 +345,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(idx), plain(idx))
     attention, x = model.transformer.h[0].attn.train(), torch.randn(2, 16, 32)  # the scores are dropped out as well
-    assert not torch.equal(attention(x), attention(x))
+    assert not torch.equal(attention(x, 0, train_gpt2.Past()), attention(x, 0, train_gpt2.Past()))
 
 
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming"])
