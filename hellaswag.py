@@ -23,10 +23,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cli import BadInput, flag, parse, run
-from devices import Processes, autocast, send
+from devices import Processes, autocast
+from scoring import score
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 BATCH_TOKENS = 16_384  # tokens a forward pass, padding included; bounds the memory of the logits
@@ -120,36 +120,19 @@ def _clean(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-@torch.no_grad()
 def evaluate(model, rendered, device, rank=0, world=1):
     """Score this rank's share of the items (every `world`-th).
 
-    model: callable, int64 (B, T) and at=(rows, columns), int64 (n,) each -> the logits at these positions (n, vocab_size).
-    Autocast and evaluation mode are the caller's business.
+    model: as scoring.score takes it, in evaluation mode.
     Returns [items, right by sum, right by mean a token, right by mean a character], to be added up over the ranks.
     """
-    device, mine = torch.device(device), rendered[rank::world]
+    mine = rendered[rank::world]
     rows = [row for _, four in mine for row in four]
-    nats = torch.zeros(len(rows), device=device)
-    order = np.argsort([-len(row[0]) for row in rows], kind="stable")  # batches of like length waste little on padding
-    while len(order):
-        n = max(BATCH_TOKENS // len(rows[order[0]][0]), 1)
-        batch, order = order[:n], order[n:]
-        ids = [rows[i][0] for i in batch]
-        length, ending = np.array([[len(rows[i][0]), rows[i][1]] for i in batch]).T[:, :, None]  # (rows of the batch, 1) each
-        position = np.arange(length.max())
-        tokens = np.zeros((len(batch), len(position)), dtype=np.int64)  # padded to the right, where a causal model never looks
-        tokens[position < length] = np.concatenate(ids)
-        row, column = send(np.stack(np.nonzero((position >= length - ending) & (position < length))), device)  # what is scored
-        tokens = send(tokens, device)
-        logits = model(tokens, at=(row, column - 1))                                    # (tokens scored, vocab_size)
-        losses = torch.zeros(tokens.shape, device=device)
-        losses[row, column] = F.cross_entropy(logits.float(), tokens[row, column], reduction="none")
-        nats[send(batch, device)] = losses.sum(dim=1)
-    nats = nats.cpu().view(len(mine), 4)
-    labels = torch.tensor([label for label, _ in mine], dtype=torch.long)
-    n_tokens, n_chars = (torch.tensor([row[k] for row in rows], dtype=torch.float).view(len(mine), 4) for k in (1, 2))
-    right = [int((score.argmin(dim=1) == labels).sum()) for score in (nats, nats / n_tokens, nats / n_chars)]
+    pairs = ((ids[:-ending], ids[-ending:]) for ids, ending, _ in rows)
+    nats, _ = score(model, pairs, max((len(row[0]) for row in rows), default=1), torch.device(device), BATCH_TOKENS)
+    nats, n_tokens, n_chars = (np.reshape(values, (len(mine), 4)) for values in (nats, *([row[k] for row in rows] for k in (1, 2))))
+    labels = np.array([label for label, _ in mine])
+    right = [int((mean.argmax(axis=1) == labels).sum()) if mine else 0 for mean in (nats, nats / n_tokens, nats / n_chars)]
     return [len(mine), *right]
 
 
