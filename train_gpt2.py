@@ -568,6 +568,8 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = load_tokenizer(state["tokenizer"])
     except BadInput:
         raise
+    except KeyError as error:
+        raise BadInput(f"{path} is not a checkpoint of this project, it holds no {error.args[0]}: name one that train_gpt2.py wrote") from error
     except Exception as error:  # another project's file, whatever it holds
         raise BadInput(f"{path} is not a checkpoint of this project ({type(error).__name__}): name another one") from error
     return model.to(device).eval(), tokenizer, state

@@ -1,0 +1,445 @@
+"""Checkpoints under EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness): its prompts, its metrics.
+
+    python eval_harness.py --checkpoint log/<run>/ckpt_<step>.pt              # --group small: tasks that tell 124M models apart
+    python eval_harness.py --checkpoint PATH --tasks hellaswag,arc_easy,wikitext --limit 200
+    python eval_harness.py --model gpt2                                       # a Hugging Face model, the harness's own adapter
+    torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
+    python eval_harness.py --compare log/a log/b log/gpt2                     # one table of runs, and a bar chart
+
+Results go to eval_<step>.json beside the checkpoint, or log/<model>/eval.json. Needs pip install -r requirements-dev.txt.
+
+Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or <task>_test, _val, _validation)
+with the columns that the harness's task reads, and <task>_train.jsonl for the examples of few-shot tasks. Files of arc_easy,
+arc_challenge, piqa, lambada_openai and hellaswag may also hold query, choices and gold; context and continuation; or ctx alone.
+"""
+
+import difflib
+import itertools
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cli import BadInput, flag, parse, run
+from devices import Processes, autocast
+from generate import generate
+from scoring import score
+
+GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
+BATCH_TOKENS = 8_192  # tokens a forward pass, padding included; in rolling tasks each of them has logits, 4 bytes an id
+METRICS = ("acc_norm,none", "acc,none", "exact_match,none", "bits_per_byte,none")  # the first a task has stands for it
+BOOTSTRAP = 1000      # resamplings for the standard error of a perplexity; the harness's 100,000 take minutes for lambada
+FOLDERS = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "super_glue/boolq", "wikitext", "winogrande")  # the
+# harness's that are looked through first: reading all its 14,000 tasks takes 10 s
+MISSING = "missing {}: pip install -r requirements-dev.txt"
+
+
+@dataclass
+class Config:
+    # what is evaluated
+    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
+    model: str | None = flag(None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
+    tasks: str | None = flag(None, "names of harness tasks, groups or tags, joined by commas; * matches any letters")
+    group: Literal["small"] = flag("small", "a set of tasks, where --tasks is not given")
+    limit: int | None = flag(None, "score the first so many items of each task only")
+    data_dir: str | None = flag(None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
+    # how
+    batch_size: int | Literal["auto"] = flag("auto", f"sequences a forward pass; auto: as many as make {BATCH_TOKENS} tokens")
+    device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    # what comes out
+    output: str | None = flag(None, "results as json; without it, beside the checkpoint")
+    compare: tuple[str, ...] | None = flag(None, "print one table of these runs (folders or results) instead, and draw it")
+    chart: str = flag("compare.png", "where --compare draws its bars")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The adapter
+
+
+def adapter(model, tokenizer, processes, batch_size="auto"):
+    """A GPT in evaluation mode and its Tokenizer as the harness's language model (lm_eval.api.model.TemplateLM).
+
+    The harness gives each process its share of the items and gathers the results on rank 0. generate_until takes greedy
+    decoding and temperature, stop strings and max_gen_toks of a task's generation settings.
+    """
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
+
+    window = model.config.block_size
+
+    class GPTLM(TemplateLM):
+        eot_token_id = tokenizer.eot  # also what stands before a text without context: documents begin with it in training
+        max_length, max_gen_toks = window, 256  # 256: the default of the harness's Hugging Face adapter
+
+        def __init__(self):
+            super().__init__()
+            self._rank, self._world_size, self._device = processes.rank, processes.world, processes.device
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return tokenizer.encode(string).tolist()
+
+        def _encode_pair(self, context, continuation):
+            ids, targets = super()._encode_pair(context, continuation)
+            if not targets:  # tokens merged across the join: the continuation is scored as it is by itself
+                ids, targets = self.tok_encode(context), self.tok_encode(continuation)
+            return ids or [self.eot_token_id], targets  # a context of spaces moves to the continuation as a whole
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.rank > 0)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+            return self.scores([(context, targets) for _, context, targets in requests], not disable_tqdm)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            pairs = [([self.eot_token_id], self.tok_encode(request.args[0])) for request in requests]
+            return [nats for nats, _ in self.scores(pairs, not disable_tqdm and self.rank == 0)]
+
+        def scores(self, pairs, progress):
+            with autocast(self.device):
+                nats, greedy = score(model, pairs, window, self.device, BATCH_TOKENS, None if batch_size == "auto" else batch_size, progress)
+            return list(zip(nats.tolist(), greedy.tolist()))
+
+        def generate_until(self, requests, disable_tqdm=False):
+            collator = Collator([request.args for request in requests], sort_fn=lambda args: -len(args[0]),
+                                group_fn=lambda args: args[1], group_by="gen_kwargs")
+            texts, bar = [], tqdm(total=len(requests), desc="generating", disable=disable_tqdm or self.rank > 0)
+            for batch in collator.get_batched(n=max(BATCH_TOKENS // window, 1) if batch_size == "auto" else batch_size):
+                kwargs = normalize_gen_kwargs(batch[0][1], self.max_gen_toks)
+                until, limit = [stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]
+                room = max(window - limit, window // 2)  # the harness leaves room for all that is to come
+                prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context, _ in batch]
+                temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
+                written = self.write(prompts, limit, until, temperature)
+                texts += [postprocess_generated_text(text, until, None) for text in written]
+                bar.update(len(batch))
+            bar.close()
+            return collator.get_original(texts)
+
+        def write(self, prompts, limit, until, temperature):
+            """Prompts (lists of ids) -> their continuations (str), up to the end of text; side by side where they are equally long."""
+            def ended(ids):
+                return self.eot_token_id in ids or any(stop in tokenizer.decode(ids) for stop in until)
+
+            def choose(logits):
+                if temperature:
+                    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+                return logits.argmax(dim=-1, keepdim=True)
+
+            texts = [None] * len(prompts)
+            for n, indices in itertools.groupby(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), lambda i: len(prompts[i])):
+                indices = list(indices)
+                idx = torch.tensor([prompts[i] for i in indices], device=self.device)
+                idx = generate(model, idx, limit, choose, lambda idx, n=n: all(map(ended, idx[:, n:].tolist())))
+                for i, ids in zip(indices, idx[:, n:].tolist()):
+                    texts[i] = tokenizer.decode(ids[:ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids)
+            return texts
+
+        def all_gather(self, tensor):
+            parts = [torch.empty_like(tensor) for _ in range(processes.world)]
+            dist.all_gather(parts, tensor)
+            return torch.stack(parts)
+
+        def gather_object(self, obj, dst=0):
+            parts = [None] * processes.world if processes.rank == dst else None
+            dist.gather_object(obj, parts, dst=dst)
+            return parts
+
+        def barrier(self):
+            processes.barrier()
+
+    return GPTLM()
+
+
+def load_lm(cfg, processes):
+    """--checkpoint or --model -> the harness's language model. Raises BadInput if there is none."""
+    from train_gpt2 import load_checkpoint  # imports this file for --eval_tasks; only the command line needs it back
+
+    if cfg.checkpoint:
+        model, tokenizer, _ = load_checkpoint(cfg.checkpoint, processes.device)
+        return adapter(model, tokenizer, processes, cfg.batch_size)
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise BadInput(MISSING.format(error.name)) from error
+    # the harness finds the largest batch by trying, 64 sequences first: on a CPU that would be slow and large
+    batch_size = 8 if cfg.batch_size == "auto" and processes.device.type != "cuda" else cfg.batch_size
+    try:
+        return HFLM(pretrained=cfg.model, device=str(processes.device), batch_size=batch_size)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load the Hugging Face model {cfg.model}: {str(error).splitlines()[0]} Give a folder that "
+                       "save_pretrained made") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def task_manager(names):
+    """The harness's index of tasks, with these names if it has them. Raises BadInput where the harness is not installed."""
+    try:
+        from lm_eval import tasks
+    except ImportError as error:
+        raise BadInput(MISSING.format(error.name)) from error
+    folders = [Path(tasks.__file__).parent / folder for folder in FOLDERS]
+    some = tasks.TaskManager(include_defaults=False, include_path=folders)
+    return some if set(names) <= some.task_index.keys() else tasks.TaskManager()
+
+
+def find_tasks(names):
+    """Names joined by commas, with * -> (the harness's task manager, list of the names it knows).
+
+    Raises BadInput on an unknown one, with the nearest known ones.
+    """
+    names, found = [name.strip() for name in names.split(",")], []
+    manager = task_manager(names)
+    for name in names:
+        known = manager.match_tasks([name])
+        if not known:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise BadInput(f"unknown task {name!r}: " + (f"did you mean {', '.join(near)}?" if near else "see lm_eval ls tasks"))
+        found += known
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every item that is longer than the window
+    return manager, list(dict.fromkeys(found))
+
+
+def load_tasks(manager, names, data_dir=None):
+    """Names the harness knows -> its Task and Group objects with their data, from the hub or from jsonl files in data_dir.
+
+    Raises BadInput where the data cannot be had or do not fit the task.
+    """
+    if data_dir is None:
+        try:
+            loaded = manager.load(names)
+        except Exception as error:  # whatever the hub, the network and the data's own code raise
+            raise BadInput(f"cannot load the data of {', '.join(names)} ({type(error).__name__}): connect to the internet once, or "
+                           "give a folder of <task>.jsonl by --data_dir") from error
+        inside = {child for children in loaded.get("group_map", {}).values() for child in children}
+        return [item for name, item in {**loaded.get("groups", {}), **loaded["tasks"]}.items() if name not in inside]
+    import datasets
+
+    datasets.disable_progress_bars()  # each jsonl file would draw three
+    singles, tasks = set(manager.all_subtasks), []
+    for name in names:
+        if name not in singles:
+            raise BadInput(f"--data_dir takes single tasks, and {name} is a set of them: name its tasks")
+        file = find_file(data_dir, name, ("", "_test", "_val", "_validation"))
+        if file is None:
+            there = ", ".join(sorted(path.name for path in Path(data_dir).glob("*.jsonl"))) or "no jsonl files"
+            raise BadInput(f"no {name}.jsonl in {data_dir}, which holds {there}: add it, or name other --tasks")
+        try:  # a task by reference takes the harness's configuration and changes what stands here; only groups hold references
+            local = {"group": "local", "task": [{"task": name, **local_config(name, file, find_file(data_dir, name, ("_train",)))}]}
+            tasks += manager.load(local)["tasks"].values()
+        except Exception as error:  # whatever the data's reader, the task's templates and its code raise
+            raise BadInput(f"{file} does not fit the task {name} ({type(error).__name__}: {str(error)[:100]}): give it the columns of "
+                           f"{manager.task_index[name].cfg.get('dataset_path')}, one item a line") from error
+    return tasks
+
+
+def find_file(folder, task, endings):
+    """The first <task><ending>.jsonl there is in the folder, or None."""
+    return next((path for ending in endings if (path := Path(folder) / f"{task}{ending}.jsonl").is_file()), None)
+
+
+def local_config(task, file, train=None):
+    """What changes in the harness's configuration of a task so that its items come from a jsonl file: a dict of fields."""
+    files = {"test": str(file)} | ({"train": str(train)} if train else {})
+    config = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test",
+              "validation_split": None, "training_split": "train" if train else None, "fewshot_split": "train" if train else None}
+    with open(file, encoding="utf-8") as lines:
+        first = json.loads(next(lines, "{}"))
+    column, convert = COLUMNS.get(task, (None, None))
+    if convert is None or column in first:
+        return config
+
+    def process_docs(dataset):
+        dataset = dataset.map(convert, remove_columns=dataset.column_names)
+        if task == "hellaswag":
+            from lm_eval.tasks.hellaswag import utils  # the one of these tasks with processing of its own
+            return utils.process_docs(dataset)
+        return dataset
+
+    return config | {"process_docs": process_docs}
+
+
+def question(item):
+    return item["query"].removeprefix("Question:").strip()
+
+
+def arc(item):
+    letters = "ABCDEFGH"[:len(item["choices"])]
+    return {"question": question(item), "choices": {"text": item["choices"], "label": list(letters)}, "answerKey": letters[item["gold"]]}
+
+
+def piqa(item):
+    return {"goal": question(item), "sol1": item["choices"][0], "sol2": item["choices"][1], "label": item["gold"]}
+
+
+def lambada(item):
+    return {"text": f"{item['context']} {item['continuation']}"}
+
+
+def hellaswag(item):
+    return {**item, "ctx_a": item["ctx"], "ctx_b": ""}  # the harness capitalizes ctx_b, where the file tells where it begins
+
+
+# task -> (a column the harness's data have, an item of common jsonl collections (llm-foundry's) -> the harness's columns)
+COLUMNS = {"arc_easy": ("question", arc), "arc_challenge": ("question", arc), "piqa": ("goal", piqa),
+           "lambada_openai": ("text", lambada), "hellaswag": ("ctx_a", hellaswag)}
+
+
+def evaluate(lm, manager, tasks, limit=None):
+    """The harness's results (dict; None but on rank 0) of a language model on what load_tasks returned.
+
+    Raises BadInput if a process would have no item of a task, which the harness does not survive.
+    """
+    from lm_eval import simple_evaluate
+
+    leaves = [task for item in tasks for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+    for task in leaves if lm.world_size > 1 else ():
+        if (n := min(len(task.eval_docs), limit or math.inf)) < lm.world_size:
+            raise BadInput(f"{task.task_name}: {n} items for {lm.world_size} processes: raise --limit or start fewer processes")
+    return simple_evaluate(model=lm, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=BOOTSTRAP, log_samples=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+
+def newest_results(path):
+    """A results file, or the newest eval*.json of a run folder -> (name of the run, results). Raises BadInput if it is none."""
+    path = Path(path)
+    files = sorted(path.glob("eval*.json"), key=lambda file: (len(file.name), file.name)) if path.is_dir() else [path]
+    if not files:
+        raise BadInput(f"no eval_<step>.json in {path}: run eval_harness.py --checkpoint on a checkpoint there first")
+    try:
+        data = json.loads(files[-1].read_text(encoding="utf-8"))
+        data["results"].items(), data["n-samples"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{files[-1]} holds no results of eval_harness.py ({type(error).__name__}): name a run folder, or a file that "
+                       "--output wrote") from error
+    return (path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}/{path.stem}"), data
+
+
+def headlines(results):
+    """The harness's results -> dict task -> the key of the metric that stands for it."""
+    keys = {task: next((key for key in METRICS if key in values), None) for task, values in results["results"].items()}
+    return {task: key for task, key in keys.items() if key}
+
+
+def tabulate_runs(runs):
+    """list of (run, results) -> (headers, rows of str), a row a task and metric, and lines on what is not comparable."""
+    keys = dict.fromkeys((task, key) for _, data in runs for task, values in data["results"].items() for key in values
+                         if "," in key and "_stderr," not in key)
+    rows, notes = [], []
+    for task, key in keys:
+        metric, _, kind = key.partition(",")
+        smaller = any(data.get("higher_is_better", {}).get(task, {}).get(metric) is False for _, data in runs)
+        row = [task, metric + (f" ({kind})" if kind != "none" else "") + (" (lower is better)" if smaller else "")]
+        for _, data in runs:
+            value, error = (data["results"].get(task, {}).get(name) for name in (key, f"{metric}_stderr,{kind}"))
+            row.append("" if value is None else f"{value:.4f} ± {error:.4f}" if isinstance(error, float) else f"{value:.4f}")
+        rows.append(row)
+    for task in dict.fromkeys(task for task, _ in keys):
+        counts = [data["n-samples"][task]["effective"] for _, data in runs if task in data["n-samples"]]
+        if len(set(counts)) > 1:
+            notes.append(f"{task}: the runs were scored on {', '.join(map(str, counts))} items, not on the same")
+    return ["task", "metric", *(name for name, _ in runs)], rows, notes
+
+
+def draw(runs, path):
+    """A bar chart of the runs' accuracies (normalized by length where the task has it) with standard errors."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    bars = {task: key for _, data in runs for task, key in headlines(data).items() if "bits" not in key}
+    figure = Figure(figsize=(max(6, 0.6 * len(bars) * (len(runs) + 1)), 4), layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / len(runs)
+    for i, (name, data) in enumerate(runs):
+        values = [[data["results"].get(task, {}).get(k) for k in (key, key.replace(",", "_stderr,"))] for task, key in bars.items()]
+        height, error = ([v if isinstance(v, float) else float("nan") for v in column] for column in zip(*values)) if values else ([], [])
+        axes.bar(np.arange(len(bars)) + (i - (len(runs) - 1) / 2) * width, height, width, yerr=error, capsize=2, label=name)
+    axes.set_xticks(range(len(bars)), [f"{task}\n{key.partition(',')[0]}" for task, key in bars.items()])
+    axes.set_ylabel("accuracy ± standard error")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def compare(paths, chart):
+    """Print one table of runs as text and as markdown, and draw their accuracies."""
+    try:
+        import matplotlib  # noqa: F401, draw needs it
+        from tabulate import tabulate
+    except ImportError as error:
+        raise BadInput(MISSING.format(error.name)) from error
+    runs = [newest_results(path) for path in paths]
+    headers, rows, notes = tabulate_runs(runs)
+    for style in ("simple", "github"):
+        print(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=["left"] * 2 + ["right"] * len(runs)), end="\n\n")
+    print("\n".join(notes), end="\n\n" if notes else "")
+    try:
+        draw(runs, chart)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+        raise BadInput(f"cannot write {chart} ({error}): name another --chart, for instance compare.png") from error
+    print(f"chart: {chart}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def check(cfg):
+    """Settings -> where the results go. Raises BadInput on what cannot work."""
+    if (cfg.checkpoint is None) == (cfg.model is None):
+        raise BadInput("name either --checkpoint or --model, or runs to --compare")
+    for name in ("limit", "batch_size"):
+        if isinstance(value := getattr(cfg, name), int) and value < 1:
+            raise BadInput(f"--{name} must be at least 1, not {value}")
+    if cfg.data_dir and not os.path.isdir(cfg.data_dir):
+        raise BadInput(f"--data_dir {cfg.data_dir}: no such folder; it should hold <task>.jsonl")
+    beside = Path(cfg.checkpoint or "")
+    output = Path(cfg.output) if cfg.output else (
+        beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}.json") if cfg.checkpoint else
+        Path("log", os.path.basename(os.path.normpath(cfg.model)), "eval.json"))
+    if output.exists():
+        raise BadInput(f"{output} exists: delete it, or name another --output")
+    return output
+
+
+def main(argv):
+    (cfg,), _ = parse((Config,), argv, __doc__)
+    if cfg.compare:
+        return compare(cfg.compare, cfg.chart)
+    output = check(cfg)
+    with Processes(cfg.device) as processes:
+        manager, names = find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
+        with processes.main_first():  # the first to load downloads, the others find
+            lm = load_lm(cfg, processes)
+            tasks = load_tasks(manager, names, cfg.data_dir)
+        results = evaluate(lm, manager, tasks, cfg.limit)
+        if processes.main:
+            save(results, output)
+    return None
+
+
+def save(results, output):
+    """Write the harness's results as json, whole or not at all, and print its table."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{output}.tmp")
+    partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable), encoding="utf-8")
+    os.replace(partial, output)
+    print(make_table(results))
+    print(f"results: {output}")
+
+
+if __name__ == "__main__":
+    run(main)
