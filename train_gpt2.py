@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
+import eval_harness
 import hellaswag
 from cli import BadInput, RankError, flag, parse, run
 from cross_entropy import linear_cross_entropy
@@ -111,6 +112,10 @@ class TrainConfig:
     eval_every: int = flag(250, "steps between validations")
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations")
     hellaswag_file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    eval_tasks: str | None = flag(None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
+    eval_tasks_every: int = flag(1000, "steps between evaluations on them")
+    eval_tasks_dir: str | None = flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
+    eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all")
     sample_every: int = flag(250, "steps between printed samples")
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
     save_every: int = flag(5000, "steps between checkpoints, 0: never; the last step is always saved")
@@ -635,10 +640,10 @@ def plan(cfg, model_cfg, given, world):
 
     for config in (cfg, model_cfg):
         for name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "max_lr", "epochs", "max_steps",
-                     "micro_batch", "val_tokens", "max_skipped"):
+                     "micro_batch", "val_tokens", "max_skipped", "eval_tasks_limit"):
             value = getattr(config, name, None)
             need(value in (None, "auto") or 0 < value < math.inf, f"--{name} must be above zero and finite, not {value}")
-        for name in ("warmup_steps", "grad_clip", "eval_every", "hellaswag_every", "sample_every",
+        for name in ("warmup_steps", "grad_clip", "eval_every", "hellaswag_every", "eval_tasks_every", "sample_every",
                      "save_every", "save_minutes", "keep", "spike", "seed"):
             need(getattr(config, name, 0) >= 0, f"--{name} must not be negative or nan")
     need(0 <= cfg.weight_decay < math.inf, f"--weight_decay must not be negative, and finite, not {cfg.weight_decay}")
@@ -741,6 +746,9 @@ class Trainer:
         with processes.main_first():
             self.tokenizer = load_tokenizer(shards.tokenizer)
             examples = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+            if cfg.eval_tasks:
+                manager, names = eval_harness.find_tasks(cfg.eval_tasks)
+                self.tasks = manager, eval_harness.load_tasks(manager, names, cfg.eval_tasks_dir)
         check_shards(shards, self.tokenizer)
         model_cfg.vocab_size = self.tokenizer.vocab_size
         self.questions = hellaswag.render(examples, self.tokenizer, T)
@@ -886,6 +894,17 @@ class Trainer:
             log.say(f"step {step} | HellaSwag acc_norm {int(correct)}/{int(n)} = {correct / n:.4f}")
             log.record(step, "hella", correct / n)
             log.scalars(step, {"eval/hellaswag": correct / n})
+
+        if cfg.eval_tasks and due(cfg.eval_tasks_every):
+            self.raw_model.eval()
+            lm = eval_harness.adapter(self.raw_model, self.tokenizer, self.processes)
+            results = eval_harness.evaluate(lm, *self.tasks, cfg.eval_tasks_limit)
+            self.raw_model.train()
+            for task, key in eval_harness.headlines(results).items() if self.processes.main else ():
+                value, metric = results["results"][task][key], key.partition(",")[0]
+                log.say(f"step {step} | {task} {metric} {value:.4f}")
+                log.record(step, task, value)
+                log.scalars(step, {f"eval/{task}": value})
 
         if due(cfg.sample_every) and self.processes.main and step > 0:
             texts = sample(self.raw_model, self.tokenizer, SampleConfig(prompt=cfg.sample_prompt))

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scoring import reference
-from test_train_gpt2 import sentences, tiny, tiny_checkpoint, write_lines
+from test_train_gpt2 import TINY_FLAGS, sentences, tiny, tiny_checkpoint, write_data, write_lines
 
 import checkpoint as checkpoints
 import eval_harness
+import train_gpt2
 from cli import BadInput
 from devices import Processes
 from tokenizer import load_tokenizer, train_bpe
@@ -516,3 +518,43 @@ def test_any_checkpoint_runs(checkpoint, manager, data, processes, bpe):
     results = eval_harness.evaluate(lm, manager, eval_harness.load_tasks(manager, TASKS, data), limit=3)
     assert results["results"].keys() == set(TASKS)
     assert os.environ["HF_HUB_OFFLINE"] == "1" and math.isfinite(results["results"]["wikitext"]["bits_per_byte,none"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In training
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch, bpe, data, tmp_path):
+    shards = write_data(tmp_path / "shards", bpe)
+    tasks = ["--eval_tasks", "piqa,arc_easy,wikitext", "--eval_tasks_dir", data, "--eval_tasks_limit", 4]
+    run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *tasks, "--run", "r", "--device", "cpu",
+                 processes=processes)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
+    logged = {kind: [(int(step), float(value)) for step, k, value in lines if k == kind] for kind in ("piqa", "arc_easy", "wikitext")}
+    assert [[step for step, _ in values] for values in logged.values()] == [[0, 2, 3]] * 3
+    scored = launch("eval_harness.py", "--checkpoint", "log/r/ckpt_00003.pt", "--tasks", "piqa,arc_easy,wikitext", "--data_dir", data,
+                    "--limit", 4, "--device", "cpu")
+    assert scored.returncode == 0, scored.stderr
+    results = json.loads((tmp_path / "log" / "r" / "eval_00003.json").read_text())["results"]
+    for task, metric in (("piqa", "acc_norm,none"), ("arc_easy", "acc_norm,none"), ("wikitext", "bits_per_byte,none")):
+        assert logged[task][-1][1] == pytest.approx(results[task][metric], rel=1e-4)
+        assert f"step 3 | {task} {metric.partition(',')[0]} " in run.stdout
+    events = EventAccumulator(str(tmp_path / "log" / "r"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/piqa")] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--eval_tasks", "piqqa"], "unknown task 'piqqa'"), (["--eval_tasks", "piqa", "--eval_tasks_dir", "."], "no piqa.jsonl in ."),
+    (["--eval_tasks", "piqa", "--eval_tasks_limit", "0"], "--eval_tasks_limit must be above zero"),
+    (["--eval_tasks", "piqa", "--eval_tasks_every", "-1"], "--eval_tasks_every must not be negative")])
+def test_training_refuses_bad_tasks_before_it_starts(flags, says, bpe, manager, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
+    shards = write_data(tmp_path / "shards", bpe)
+    with pytest.raises(BadInput) as error:
+        train_gpt2.main([str(flag) for flag in (*TINY_FLAGS, "--data", shards, "--max_steps", 3, "--run", "r", "--device", "cpu", *flags)])
+    assert says in str(error.value)
+    assert not list((tmp_path / "log").glob("r/ckpt*"))
