@@ -9,6 +9,7 @@ import re
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cli import BadInput, RankError
 
@@ -38,6 +39,11 @@ def compute_dtype(device):
 def autocast(device):
     dtype = compute_dtype(device)
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def any_shape():
+    """For attention whose shapes change from call to call: not by cuDNN, which takes about 0.05 s to prepare for each new shape."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def cast(x):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import BadInput, flag, parse, run
-from devices import autocast, pick_device
+from devices import any_shape, autocast, pick_device
 
 
 @dataclass
@@ -64,7 +64,7 @@ def generate(model, idx, max_new_tokens, choose, done=lambda idx: False):
     choose: logits, fp32 (B, vocab_size) -> the next tokens, int64 (B, 1). done: all tokens so far -> whether to end here.
     """
     block_size, past, new = model.config.block_size, KVCache(), idx
-    with autocast(idx.device):  # once, as it keeps what it casts: the weights
+    with autocast(idx.device), any_shape():  # once, as autocast keeps what it casts: the weights
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:  # the window moves on, and with it every token's position: what was kept is of no use
                 past, new = KVCache(), idx[:, -block_size:]

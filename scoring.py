@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from devices import send
+from devices import any_shape, send
 
 
 @torch.no_grad()
@@ -45,7 +45,8 @@ def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=
         column = np.repeat(length[row] - count, count) + ahead
         target = np.frombuffer(b"".join(targets for _, _, targets in parts), ids.typecode)
         target = send(target.astype(np.int64), device)                                          # (n,) tokens scored
-        logits = model(send(tokens, device), at=(send(np.repeat(row, count), device), send(column, device))).float()  # (n, vocab_size)
+        with any_shape():
+            logits = model(send(tokens, device), at=(send(np.repeat(row, count), device), send(column, device))).float()  # (n, vocab_size)
         owners.append(np.repeat(index, count))
         nats.append(-F.cross_entropy(logits, target, reduction="none"))
         hits.append(logits.argmax(dim=-1) == target)
