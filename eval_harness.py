@@ -14,6 +14,7 @@ arc_challenge, piqa, lambada_openai and hellaswag may also hold query, choices a
 """
 
 import difflib
+import functools
 import itertools
 import json
 import logging
@@ -301,8 +302,10 @@ def evaluate(lm, manager, tasks, limit=None):
 
     Raises BadInput if a process would have no item of a task, which the harness does not survive.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate, utils
 
+    if "from_string" not in vars(utils.env):  # the harness compiles its templates for every item anew, most of its own time
+        utils.env.from_string = functools.cache(utils.env.from_string)
     leaves = [task for item in tasks for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
     for task in leaves if lm.world_size > 1 else ():
         if (n := min(len(task.eval_docs), limit or math.inf)) < lm.world_size:
