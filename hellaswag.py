@@ -46,6 +46,7 @@ def load(path=None):
 
     Raises BadInput if the file cannot be had, or a line is no item with ctx, four endings and a label.
     """
+    remedy = "give another --file" if path else "delete the file to download it again"
     path = Path(path) if path else _download(Path("hellaswag/hellaswag_val.jsonl"))
     items = []
     try:
@@ -55,10 +56,9 @@ def load(path=None):
     except OSError as error:
         raise BadInput(f"cannot read {path} ({error.strerror}): name hellaswag_val.jsonl by --file, in training by --hellaswag_file") from error
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}, line {len(items) + 1} is no HellaSwag item ({error}): delete the file to download it "
-                       "again") from error
+        raise BadInput(f"{path}, line {len(items) + 1} is no HellaSwag item ({error}): {remedy}") from error
     if not items:
-        raise BadInput(f"{path} holds no HellaSwag items: delete the file to download it again")
+        raise BadInput(f"{path} holds no HellaSwag items: {remedy}")
     return items
 
 
@@ -84,8 +84,8 @@ def _download(path):
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise BadInput(f"cannot download HellaSwag from {URL} ({error}): give a local hellaswag_val.jsonl, or train "
-                           "with --hellaswag_every 0") from error
+            raise BadInput(f"cannot download HellaSwag from {URL} ({error}): give a local hellaswag_val.jsonl by --file, in "
+                           "training by --hellaswag_file, or train with --hellaswag_every 0") from error
     return path
 
 
@@ -104,8 +104,8 @@ def render(items, tokenizer, block_size, style="completion"):
     for item in items:
         context, endings = item["ctx"], item["endings"]
         if style == "lm_eval":
-            if "ctx_a" in item and "ctx_b" in item:  # the original file; a cleaned one may hold ctx alone
-                context = item["ctx_a"] + " " + item["ctx_b"].capitalize()
+            ctx_a, ctx_b = (item["ctx_a"], item["ctx_b"]) if "ctx_a" in item and "ctx_b" in item else split_context(context)
+            context = f"{ctx_a} {ctx_b.capitalize()}"
             context, endings = _clean(f"{item['activity_label']}: {context}"), [_clean(e) for e in endings]
         context, rows = encode(context), []
         for ending in endings:
@@ -115,21 +115,31 @@ def render(items, tokenizer, block_size, style="completion"):
     return rendered
 
 
+def split_context(ctx):
+    """ctx of a file that holds nothing else -> (ctx_a, ctx_b): what comes before, and the start of a sentence to complete, if there is one.
+
+    lm-evaluation-harness begins ctx_b with a capital letter; in ctx it begins with a small one.
+    """
+    parts = re.fullmatch(r"(.*[.!?][\"')]*) +([a-z][^.!?]*)", ctx, re.DOTALL)
+    return parts.groups() if parts else (ctx, "")
+
+
 def _clean(text):
     """What lm-evaluation-harness does to WikiHow's markup: titles become full stops, brackets go."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def evaluate(model, rendered, device, rank=0, world=1):
+def evaluate(model, rendered, device, rank=0, world=1, stopped=lambda: False):
     """Score this rank's share of the items (every `world`-th).
 
-    model: as scoring.score takes it, in evaluation mode.
+    model: as scoring.score takes it, in evaluation mode. stopped: as there.
     Returns [items, right by sum, right by mean a token, right by mean a character], to be added up over the ranks.
     """
     mine = rendered[rank::world]
     rows = [row for _, four in mine for row in four]
     pairs = ((ids[:-ending], ids[-ending:]) for ids, ending, _ in rows)
-    nats, _ = score(model, pairs, max((len(row[0]) for row in rows), default=1), torch.device(device), BATCH_TOKENS)
+    window = max((len(row[0]) for row in rows), default=1)
+    nats, _ = score(model, pairs, window, torch.device(device), BATCH_TOKENS, stopped=stopped)
     nats, n_tokens, n_chars = (np.reshape(values, (len(mine), 4)) for values in (nats, *([row[k] for row in rows] for k in (1, 2))))
     labels = np.array([label for label, _ in mine])
     right = [int((mean.argmax(axis=1) == labels).sum()) if mine else 0 for mean in (nats, nats / n_tokens, nats / n_chars)]

@@ -123,7 +123,7 @@ def test_completion_rendering(tokenizer):
      "Baking: How to bake. Mix. Add eggs.", "bakes."),
     ({"endings": ["[substeps] Wait [title] Eat it.", *ITEM["endings"][1:]]}, "Baking: A cook mixes flour. The cook",
      " Wait. Eat it."),
-    ({"ctx_a": None, "ctx_b": None}, "Baking: A cook mixes flour. the cook", "bakes."),  # cleaned files hold ctx alone
+    ({"ctx_a": None, "ctx_b": None}, "Baking: A cook mixes flour. The cook", "bakes."),  # cleaned files hold ctx alone
 ], ids=["plain", "capitals", "wikihow", "ending", "ctx alone"])
 def test_lm_eval_rendering(change, context, ending, tokenizer):
     item = {key: value for key, value in (ITEM | change).items() if value is not None}
