@@ -57,14 +57,23 @@ class KVCache(Past):
         return k, v
 
 
+def draw(logits, temperature, generator=None):
+    """Indices drawn from softmax(logits / temperature), logits being (B, n): int64 (B, 1). 0: the largest one's."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)  # a tiny temperature must not make inf - inf
+    return torch.multinomial(probs, 1, generator=generator)
+
+
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, choose, done=lambda idx: False):
     """Continue idx, int64 (B, T), token by token -> (B, up to T + max_new_tokens).
 
     choose: logits, fp32 (B, vocab_size) -> the next tokens, int64 (B, 1). done: all tokens so far -> whether to end here.
+    Autocast and evaluation mode are the caller's business.
     """
     block_size, past, new = model.config.block_size, KVCache(), idx
-    with autocast(idx.device), any_shape():  # once, as autocast keeps what it casts: the weights
+    with any_shape():
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:  # the window moves on, and with it every token's position: what was kept is of no use
                 past, new = KVCache(), idx[:, -block_size:]
@@ -84,14 +93,12 @@ def sample(model, tokenizer, cfg):
     idx = torch.tensor(ids, device=device).repeat(cfg.samples, 1)                       # (samples, T)
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
 
-    def draw(logits):
-        if cfg.temperature == 0:
-            return logits.argmax(dim=-1, keepdim=True)
+    def choose(logits):
         top, choices = logits.topk(min(cfg.top_k or logits.size(-1), logits.size(-1)))
-        probs = F.softmax(top / cfg.temperature, dim=-1)
-        return choices.gather(-1, torch.multinomial(probs, 1, generator=generator))
+        return choices.gather(-1, draw(top, cfg.temperature, generator))
 
-    idx = generate(model, idx, cfg.max_new_tokens, draw)
+    with autocast(device):
+        idx = generate(model, idx, cfg.max_new_tokens, choose)
     model.train(training)
     rows = [row[0 if cfg.prompt else 1:] for row in idx.tolist()]  # an end of text ends a sample
     return [tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]

@@ -54,7 +54,7 @@ class Logger:
                 os.dup2(nowhere, stream)
 
     def record(self, step, kind, value):
-        """A line of log.txt: `step train|val|hella value`."""
+        """A line of log.txt: `step kind value`, kind being train, val, hella or eval/<task>."""
         self.file.write(f"{step} {kind} {value:.6f}\n")
 
     def scalars(self, step, values):

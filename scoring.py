@@ -12,7 +12,7 @@ from devices import any_shape, send
 
 
 @torch.no_grad()
-def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=False):
+def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=False, stopped=lambda: False):
     """Log-likelihoods of continuations given their contexts, in batches of like length.
 
     model: callable, int64 (B, T) and at=(rows, columns), int64 (n,) each -> the logits at these positions (n, vocab_size).
@@ -21,6 +21,7 @@ def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=
     beginning of its context; a continuation longer than the window is scored in pieces, each with all the context that fits,
     as lm-evaluation-harness's rolling windows do.
     batch_tokens: tokens a forward pass, padding included, where batch_size, sequences a forward pass, is None.
+    stopped: asked before every forward pass; once it says so, the rest is left out, and the result worth nothing.
     Returns float64 (pairs,), nats, and bool (pairs,), whether greedy decoding would write the continuation.
     """
     # ids as bytes: hundreds of thousands of lists would keep Python's garbage collector busy longer than the GPU
@@ -33,7 +34,7 @@ def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=
             rows[ids[max(end - 1 - window, 0):end - 1].tobytes()].append((index, ids[start:end].tobytes()))
     order = sorted(rows, key=len, reverse=True)  # the longest first: what does not fit into memory says so at once
     owners, nats, hits, bar = [], [], [], tqdm(total=len(order), desc="scoring", disable=not progress)
-    while order:
+    while order and not stopped():
         n = batch_size or max(batch_tokens // (len(order[0]) // ids.itemsize), 1)
         batch, order = order[:n], order[n:]
         length = np.array([len(row) for row in batch]) // ids.itemsize

@@ -749,6 +749,7 @@ class Trainer:
             if cfg.eval_tasks:
                 manager, names = eval_harness.find_tasks(cfg.eval_tasks)
                 self.tasks = manager, eval_harness.load_tasks(manager, names, cfg.eval_tasks_dir)
+                eval_harness.check_tasks(self.tasks[1], processes.world, cfg.eval_tasks_limit)
         check_shards(shards, self.tokenizer)
         model_cfg.vocab_size = self.tokenizer.vocab_size
         self.questions = hellaswag.render(examples, self.tokenizer, T)
@@ -869,13 +870,7 @@ class Trainer:
         cfg, log, step = self.cfg, self.log, self.step
 
         def due(every):
-            """Also asks all processes whether to stop: this may take longer than a box that is being stopped leaves."""
-            if not every or (step % every and not last) or self.stopping:
-                return False
-            self.stopping = self.processes.sum([self.stop.received is not None])[0] > 0
-            if self.stopping:
-                self.stop.heard()
-            return not self.stopping
+            return every and (step % every == 0 or last) and not self.agree_to_stop()
 
         if due(cfg.eval_every):
             with self.once("validation"):
@@ -888,28 +883,46 @@ class Trainer:
         if due(cfg.hellaswag_every):
             self.raw_model.eval()
             with autocast(self.device):
-                scores = hellaswag.evaluate(self.raw_model, self.questions, self.device, self.processes.rank, self.processes.world)
+                scores = hellaswag.evaluate(self.raw_model, self.questions, self.device, self.processes.rank, self.processes.world,
+                                            self.asked_to_stop)
             self.raw_model.train()
             n, _, correct = self.processes.sum(scores[:3])
-            log.say(f"step {step} | HellaSwag acc_norm {int(correct)}/{int(n)} = {correct / n:.4f}")
-            log.record(step, "hella", correct / n)
-            log.scalars(step, {"eval/hellaswag": correct / n})
+            if not self.agree_to_stop():
+                log.say(f"step {step} | HellaSwag acc_norm {int(correct)}/{int(n)} = {correct / n:.4f}")
+                log.record(step, "hella", correct / n)
+                log.scalars(step, {"eval/hellaswag": correct / n})
 
         if cfg.eval_tasks and due(cfg.eval_tasks_every):
             self.raw_model.eval()
-            lm = eval_harness.adapter(self.raw_model, self.tokenizer, self.processes)
-            results = eval_harness.evaluate(lm, *self.tasks, cfg.eval_tasks_limit)
+            lm = eval_harness.adapter(self.raw_model, self.tokenizer, self.processes, progress=False, stopped=self.asked_to_stop)
+            results = eval_harness.evaluate(lm, *self.tasks, cfg.eval_tasks_limit, bootstrap=0)
             self.raw_model.train()
-            for task, key in eval_harness.headlines(results).items() if self.processes.main else ():
-                value, metric = results["results"][task][key], key.partition(",")[0]
-                log.say(f"step {step} | {task} {metric} {value:.4f}")
-                log.record(step, task, value)
-                log.scalars(step, {f"eval/{task}": value})
+            if not self.agree_to_stop() and self.processes.main:
+                for task, key in eval_harness.headlines(results).items():
+                    value, metric = results["results"][task][key], key.partition(",")[0]
+                    log.say(f"step {step} | {task} {metric} {value:.4f}")
+                    log.record(step, f"eval/{task}", value)
+                    log.scalars(step, {f"eval/{task}": value})
+                for task, reason in results["failed"].items():
+                    log.say(f"step {step} | {task} has no result: {reason}")
 
         if due(cfg.sample_every) and self.processes.main and step > 0:
             texts = sample(self.raw_model, self.tokenizer, SampleConfig(prompt=cfg.sample_prompt))
             log.say("\n".join(f"> {text!r}" for text in texts))
             log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
+
+    def asked_to_stop(self):
+        """Whether a stop signal came to this process."""
+        if self.stop.received is not None:
+            self.stop.heard()
+        return self.stop.received is not None
+
+    def agree_to_stop(self):
+        """Whether one came to any process; all must ask. An evaluation may take longer than a box that is being stopped leaves."""
+        self.stopping = self.stopping or self.processes.sum([self.asked_to_stop()])[0] > 0
+        if self.stopping:
+            self.stop.heard()
+        return self.stopping
 
     def place(self, tokens):
         """A global batch, int64 (n + 1,) -> this process's inputs and targets on its device, (rows, T) each."""

@@ -6,7 +6,6 @@ The weights are handed to transformers' GPT-2. Prints seconds, each task's metri
 """
 
 import argparse
-import contextlib
 import importlib.util
 import shutil
 import statistics
@@ -19,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_harness
-from devices import Processes, compute_dtype
+from devices import Processes
 from train_gpt2 import load_checkpoint
 
 
@@ -56,12 +55,10 @@ def main():
         model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
         save_as_hugging_face(model, Path(folder))
         theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size, dtype="float32")
-        ours, amp = eval_harness.adapter(model, tokenizer, processes), eval_harness.autocast
-        rows = [("the harness's adapter, fp32", theirs, amp), ("ours, fp32", ours, lambda device: contextlib.nullcontext())]
-        if (dtype := compute_dtype(processes.device)) != torch.float32:
-            rows += [(f"ours, {dtype}", ours, amp)] * 2  # the second without what a first time costs
+        rows = [("the harness's adapter, fp32", theirs)]
+        rows += [(f"ours, {dtype}", eval_harness.adapter(model, tokenizer, processes, dtype=dtype)) for dtype in ("float32", "auto")]
         want = None
-        for name, lm, eval_harness.autocast in rows:
+        for name, lm in rows:
             tasks = eval_harness.load_tasks(manager, names, args.data_dir)
             started = time.perf_counter()
             results = eval_harness.evaluate(lm, manager, tasks, args.limit)["results"]

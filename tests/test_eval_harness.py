@@ -7,7 +7,9 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -294,7 +296,7 @@ def foundry(task, item):
     if task == "lambada_openai":
         context, _, word = item["text"].rpartition(" ")
         return {"context": context, "continuation": word}
-    return {"ctx": item["ctx_a"], "label": int(item["label"])} | {key: item[key] for key in ("activity_label", "endings")}
+    return {"ctx": f"{item['ctx_a']} {item['ctx_b']}".strip(), "label": int(item["label"])} | {key: item[key] for key in ("activity_label", "endings")}
 
 
 def prompts(task):
@@ -304,7 +306,9 @@ def prompts(task):
 
 @pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "piqa", "lambada_openai", "hellaswag"])
 def test_both_kinds_of_files_give_the_harness_s_prompts(task, manager, tmp_path):
-    there = [item | ({"ctx_b": ""} if task == "hellaswag" else {}) for item in items(task)]
+    there = items(task)
+    if task == "hellaswag":
+        there[1] |= {"ctx_a": 'Fold the "egg whites". Bake.', "ctx_b": ""}  # as WikiHow's
     (tmp_path / "own").mkdir()
     write_lines(tmp_path / "own" / f"{task}.jsonl", there)
     write_lines(tmp_path / f"{task}_val.jsonl", [foundry(task, item) for item in there])
@@ -317,7 +321,7 @@ def test_both_kinds_of_files_give_the_harness_s_prompts(task, manager, tmp_path)
         "arc_challenge": lambda: (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
         "piqa": lambda: (f"Question: {item['goal']}\nAnswer:", f" {item['sol1']}"),
         "lambada_openai": lambda: (item["text"].rpartition(" ")[0], f" {item['text'].split(' ')[-1]}"),
-        "hellaswag": lambda: (f"Sitting: {item['ctx_a']}", f" {item['endings'][0]}"),
+        "hellaswag": lambda: (f"Sitting: {item['ctx_a']} The fly", f" {item['endings'][0]}"),
     }[task]()
 
 
@@ -414,7 +418,7 @@ def test_hugging_face_model_and_comparison(hf_folder, checkpoint, manager, data,
         for values in results:
             assert f"{values['piqa']['acc,none']:.4f} ± {values['piqa']['acc_stderr,none']:.4f}" in table
     assert markdown.startswith("| task")
-    assert note.splitlines() == [f"{task}: the runs were scored on 6, 4 items, not on the same" for task in ("piqa", "lambada_openai")]
+    assert note.splitlines() == [f"{task}: not the same items, 6 (random-gpt2), 4 (a 20)" for task in ("piqa", "lambada_openai")]
     assert chart == "chart: compare.png" and Path("compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -429,7 +433,11 @@ def test_a_run_is_its_newest_results(tmp_path):
     for step, acc in ((900, 0.1), (1000, 0.3), (95000, 0.2), (100000, 0.25)):
         results_file(tmp_path / "a" / f"eval_{step:05d}.json", **{"acc,none": acc, "acc_stderr,none": "N/A"})
     name, data = eval_harness.newest_results(tmp_path / "a")
-    assert (name, data["results"]["t"]["acc,none"]) == ("a", 0.25)
+    assert (name, data["results"]["t"]["acc,none"]) == ("a 100000", 0.25)
+    more = {"results": {"u": {"acc,none": 0.5}}, "n-samples": {}, "higher_is_better": {}}
+    for name in ("eval_100000_more.json", "eval_00900_of_a_long_name.json"):  # other tasks, of the same checkpoint and another
+        (tmp_path / "a" / name).write_text(json.dumps(more))
+    assert eval_harness.newest_results(tmp_path / "a")[1]["results"].keys() == {"t", "u"}
     name, data = eval_harness.newest_results(tmp_path / "a" / "eval_01000.json")
     assert (name, data["results"]["t"]["acc,none"]) == ("a/eval_01000", 0.3)
     other = results_file(tmp_path / "b" / "eval.json", **{"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.125})
@@ -463,19 +471,27 @@ def test_a_chart_that_cannot_be_written(tmp_path, capsys):
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "many"], "--batch_size"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json"], "there.json exists: delete it, or name another --output"),
     (["--checkpoint", "log/a/ckpt_00021.pt"], "eval_00021.json exists"),
-    (["--checkpoint", "log/a/ckpt_00020.pt", "--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
+    (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json/more.json"], "cannot write there.json/more.json"),
+    (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "piqa", "--data_dir", "nowhere"], "no folder nowhere: it should hold <task>.jsonl"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "arc_eazy"], "unknown task 'arc_eazy': did you mean arc_easy"),
-    (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", ""], "unknown task ''"),
+    (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", " ,"], "no task is named"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "sciq", "--data_dir", "log"], "no sciq.jsonl in log, which holds no jsonl files"),
-    (["--checkpoint", "nowhere.pt", "--tasks", "piqa"], "no checkpoint at nowhere.pt"),
-    (["--checkpoint", "none.pt", "--tasks", "piqa"], "none.pt is not a checkpoint of this project, it holds no tokenizer: name one that train_gpt2.py wrote"),
-    (["--model", "gpt2", "--tasks", "piqa"], "cannot load the Hugging Face model gpt2"),  # offline here
+    (["--checkpoint", "nowhere.pt", "--tasks", "piqa", "--data_dir", "data"], "no checkpoint at nowhere.pt"),
+    (["--checkpoint", "none.pt", "--tasks", "piqa", "--data_dir", "data"], "none.pt is not a checkpoint of this project, it holds no tokenizer: name one that train_gpt2.py wrote"),
+    (["--model", "gpt2", "--tasks", "piqa", "--data_dir", "data"], "cannot load the Hugging Face model gpt2"),  # offline here
+    (["--model", "no_tokenizer", "--tasks", "piqa", "--data_dir", "data"], "no_tokenizer: it has no tokenizer. Give a folder"),
+    (["--model", "torn", "--tasks", "piqa", "--data_dir", "data"], "cannot load the Hugging Face model torn: "),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "piqa", "--device", "mps"], "--device mps"),
     (["--compare", "log/a"], "no eval_<step>.json in log/a"),
     (["--group", "large"], "small"),
 ])
-def test_bad_flags(flags, says, checkpoint, manager, tmp_path, monkeypatch):
+def test_bad_flags(flags, says, checkpoint, manager, hf_folder, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    os.symlink(data, "data")
+    for folder in ("no_tokenizer", "torn"):
+        Path(folder).mkdir()
+        for name in ("config.json", "model.safetensors"):
+            Path(folder, name).write_bytes((hf_folder / name).read_bytes()[:None if folder == "no_tokenizer" or name == "config.json" else 999])
     monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
     write_lines(tmp_path / "there.json", [{}])
     if "eval_00021" in says:
@@ -503,12 +519,27 @@ def test_bad_input_of_a_real_process_is_one_line(flags, launch, checkpoint):
     assert result.stderr.startswith("eval_harness.py: error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_more_processes_than_items(adapters, manager, data, monkeypatch):
-    lm, tasks = adapters[0], eval_harness.load_tasks(manager, ["piqa"], data)
+def test_tasks_that_cannot_run(manager, data):
+    tasks = eval_harness.load_tasks(manager, ["piqa"], data)
     for world, limit, n in ((7, None, 6), (2, 1, 1), (7, 10, 6)):
-        monkeypatch.setattr(lm, "_world_size", world)
-        with pytest.raises(BadInput, match=f"piqa: {n} items for {world} processes: raise --limit"):
-            eval_harness.evaluate(lm, manager, tasks, limit)
+        with pytest.raises(BadInput, match=f"piqa: {n} items for {world} processes: raise the limit"):
+            eval_harness.check_tasks(tasks, world, limit)
+    eval_harness.check_tasks(tasks, 6)
+    tasks[0].UNSAFE_CODE = True
+    with pytest.raises(BadInput, match="piqa runs code that a model wrote"):
+        eval_harness.check_tasks(tasks, 1)
+
+
+def test_a_task_that_fails_loses_no_other_s_results(checkpoint, manager, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
+    write_lines(tmp_path / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
+    write_lines(tmp_path / "piqa.jsonl", items("piqa"))
+    flags = ["--checkpoint", str(checkpoint[0]), "--data_dir", str(tmp_path), "--device", "cpu", "--dtype", "float32"]
+    with pytest.raises(BadInput, match=r"no results of wikitext \(OverflowError: .*\): leave that out of --tasks"):
+        eval_harness.main([*flags, "--tasks", "wikitext,piqa"])
+    saved = json.loads(checkpoint[0].with_name("eval_00020.json").read_text())
+    assert saved["results"].keys() == {"piqa"} and "|piqa" in capsys.readouterr().out
+    assert saved["config"]["checkpoint"] == str(checkpoint[0])
 
 
 def test_any_checkpoint_runs(checkpoint, manager, data, processes, bpe):
@@ -527,13 +558,14 @@ def test_any_checkpoint_runs(checkpoint, manager, data, processes, bpe):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch, bpe, data, tmp_path):
     shards = write_data(tmp_path / "shards", bpe)
-    tasks = ["--eval_tasks", "piqa,arc_easy,wikitext", "--eval_tasks_dir", data, "--eval_tasks_limit", 4]
+    # lambada has a metric whose standard error the harness bootstraps in processes of its own, if it is asked to
+    tasks = ["--eval_tasks", "piqa,arc_easy,wikitext,lambada_openai", "--eval_tasks_dir", data, "--eval_tasks_limit", 4]
     run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *tasks, "--run", "r", "--device", "cpu",
                  processes=processes)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
-    logged = {kind: [(int(step), float(value)) for step, k, value in lines if k == kind] for kind in ("piqa", "arc_easy", "wikitext")}
-    assert [[step for step, _ in values] for values in logged.values()] == [[0, 2, 3]] * 3
+    logged = {kind: [(int(step), float(value)) for step, k, value in lines if k == f"eval/{kind}"] for kind in ("piqa", "arc_easy", "wikitext", "lambada_openai")}
+    assert [[step for step, _ in values] for values in logged.values()] == [[0, 2, 3]] * 4
     scored = launch("eval_harness.py", "--checkpoint", "log/r/ckpt_00003.pt", "--tasks", "piqa,arc_easy,wikitext", "--data_dir", data,
                     "--limit", 4, "--device", "cpu")
     assert scored.returncode == 0, scored.stderr
@@ -558,3 +590,32 @@ def test_training_refuses_bad_tasks_before_it_starts(flags, says, bpe, manager, 
         train_gpt2.main([str(flag) for flag in (*TINY_FLAGS, "--data", shards, "--max_steps", 3, "--run", "r", "--device", "cpu", *flags)])
     assert says in str(error.value)
     assert not list((tmp_path / "log").glob("r/ckpt*"))
+
+
+def test_training_survives_tasks_that_fail_and_stops_within_one(bpe, manager, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
+    (tmp_path / "tasks").mkdir()
+    write_lines(tmp_path / "tasks" / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])
+    shutil.copy(data / "piqa.jsonl", tmp_path / "tasks")
+    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", bpe), "--max_steps", 4, "--run", "r", "--device", "cpu",
+             "--eval_tasks", "wikitext,piqa", "--eval_tasks_dir", tmp_path / "tasks", "--eval_tasks_every", 2]
+    score, calls = eval_harness.score, []
+
+    def stop_at_the_second(*args):
+        calls.append(args[-1]())  # `stopped`, the last argument
+        if len(calls) == 4:  # piqa at step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not args[-1]():
+                time.sleep(0.01)
+        return score(*args)
+
+    monkeypatch.setattr(eval_harness, "score", stop_at_the_second)
+    train_gpt2.main([str(flag) for flag in flags])
+    out = capsys.readouterr().out
+    assert "step 0 | wikitext has no result: OverflowError" in out and "step 0 | piqa acc_norm" in out
+    assert "step 2 | piqa" not in out and "stopped at step 2 of 4" in out and calls == [False] * 4
+    train_gpt2.main([str(flag) for flag in flags])
+    assert "step 2 | piqa acc_norm" in capsys.readouterr().out
+    lines = [line.split()[:2] for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
+    assert [step for step, kind in lines if kind == "eval/piqa"] == ["0", "2", "4"]

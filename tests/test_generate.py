@@ -62,8 +62,11 @@ def test_defaults_temperature_0_and_an_empty_prompt(checkpoint, capsys):
     generate.main(["--checkpoint", str(path)])
     assert capsys.readouterr().out.count("Hello, I'm a language model,") == SampleConfig().samples
     generate.main(["--checkpoint", str(path), "--prompt", "", "--temperature", "0", "--samples", "2"])
-    one, two, end = capsys.readouterr().out.split("\n---\n")
+    likeliest = capsys.readouterr().out
+    one, two, end = likeliest.split("\n---\n")
     assert one == two and end == ""
+    generate.main(["--checkpoint", str(path), "--prompt", "", "--temperature", "1e-45", "--samples", "2"])
+    assert capsys.readouterr().out == likeliest
 
 
 @pytest.mark.parametrize("flags, says", [

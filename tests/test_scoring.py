@@ -66,3 +66,9 @@ def test_equal_inputs_run_once():
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     score(model, [([5, 6, 7], [k]) for k in range(9)] + [([5, 6], [7, k]) for k in range(9)])
     assert seen == [(1, 3)]
+
+
+def test_once_stopped_the_rest_is_left_out():
+    model, asked = GPT(tiny(block_size=16)).eval(), []
+    nats, _ = scoring.score(model, random_pairs(20), 16, torch.device("cpu"), 0, 4, stopped=lambda: asked.append(0) or len(asked) > 2)
+    assert len(asked) == 3 and 0 < (nats != 0).sum() <= 2 * 4 + 8  # two batches of four, one input with eight answers among them
