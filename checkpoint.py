@@ -45,13 +45,18 @@ def path_of(folder, step):
     return Path(folder) / f"ckpt_{step:05d}.pt"
 
 
+def require(path):
+    """Raises BadInput where there is no file."""
+    if not os.path.isfile(path):
+        raise BadInput(f"no checkpoint at {path}: name a ckpt_<step>.pt of a folder under log/")
+
+
 def read(path):
     """A checkpoint, its tensors memory-mapped on the CPU. Raises Torn if it is torn, damaged or foreign, else BadInput.
 
     Loaded with weights_only=True: nothing in a downloaded file can run.
     """
-    if not os.path.isfile(path):
-        raise BadInput(f"no checkpoint at {path}: name a ckpt_<step>.pt of a folder under log/")
+    require(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():

@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 from cli import BadInput, flag, parse, run
 from devices import Processes, autocast
 from generate import draw, generate
@@ -480,6 +481,8 @@ def check(cfg):
     """Settings -> where the results go. Raises BadInput on what cannot work."""
     if (cfg.checkpoint is None) == (cfg.model is None):
         raise BadInput("name either --checkpoint or --model, or runs to --compare")
+    if cfg.checkpoint:
+        checkpoint.require(cfg.checkpoint)
     for name in ("limit", "batch_size"):
         if isinstance(value := getattr(cfg, name), int) and value < 1:
             raise BadInput(f"--{name} must be at least 1, not {value}")
@@ -491,14 +494,12 @@ def check(cfg):
         raise BadInput(f"{output} exists: delete it, or name another --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial(output).touch()
+        partial = Path(f"{output}.tmp")
+        partial.touch()
+        partial.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"cannot write {output} ({error.strerror}): name another --output") from error
     return output
-
-
-def partial(output):
-    return Path(f"{output}.tmp")
 
 
 def main(argv):
@@ -508,21 +509,18 @@ def main(argv):
     from train_gpt2 import load_checkpoint  # imports this file for --eval_tasks; only the command line needs it back
 
     output = check(cfg)
-    try:
-        manager, names = find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
-        with Processes(cfg.device) as processes:
-            with processes.main_first():  # the first to load downloads, the others find
-                model, tokenizer, _ = load_checkpoint(cfg.checkpoint) if cfg.checkpoint else (None, None, None)
-                tasks = load_tasks(manager, names, cfg.data_dir)
-                check_tasks(tasks, processes.world, cfg.limit)
-                lm = (adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype) if cfg.checkpoint else
-                      load_hugging_face(cfg, processes))
-            torch.manual_seed(FEWSHOT_SEED)  # for tasks that draw
-            results = evaluate(lm, manager, tasks, cfg.limit)
-            if processes.main:
-                save(results, output, cfg)
-    finally:
-        partial(output).unlink(missing_ok=True)
+    manager, names = find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
+    with Processes(cfg.device) as processes:
+        with processes.main_first():  # the first to load downloads, the others find
+            model, tokenizer, _ = load_checkpoint(cfg.checkpoint) if cfg.checkpoint else (None, None, None)
+            tasks = load_tasks(manager, names, cfg.data_dir)
+            check_tasks(tasks, processes.world, cfg.limit)
+            lm = (adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype) if cfg.checkpoint else
+                  load_hugging_face(cfg, processes))
+        torch.manual_seed(FEWSHOT_SEED)  # for tasks that draw
+        results = evaluate(lm, manager, tasks, cfg.limit)
+        if processes.main:
+            save(results, output, cfg)
     return None
 
 
@@ -537,8 +535,12 @@ def save(results, output, cfg):
         print(make_table(results))
         results |= {"config": dataclasses.asdict(cfg), "lm_eval_version": version("lm_eval"), "torch_version": torch.__version__,
                     "date": datetime.datetime.now().isoformat(" ", "seconds")}
-        partial(output).write_text(json.dumps(results, indent=2, default=handle_non_serializable), encoding="utf-8")
-        os.replace(partial(output), output)
+        partial = Path(f"{output}.tmp")
+        try:
+            partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable), encoding="utf-8")
+            os.replace(partial, output)
+        except OSError as error:
+            raise BadInput(f"cannot write {output} ({error.strerror}): make room, then start again") from error
         print(f"results: {output}")
     if failed:
         raise BadInput(f"no results of {', '.join(f'{task} ({reason})' for task, reason in failed.items())}: leave that out of --tasks")

@@ -470,7 +470,8 @@ def test_a_chart_that_cannot_be_written(tmp_path, capsys):
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "0"], "--batch_size must be at least 1"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "many"], "--batch_size"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json"], "there.json exists: delete it, or name another --output"),
-    (["--checkpoint", "log/a/ckpt_00021.pt"], "eval_00021.json exists"),
+    (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "2"], "eval_00020.json exists"),
+    (["--checkpoint", "nowhere/ckpt_00001.pt"], "no checkpoint at nowhere/ckpt_00001.pt"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json/more.json"], "cannot write there.json/more.json"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "piqa", "--data_dir", "nowhere"], "no folder nowhere: it should hold <task>.jsonl"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "arc_eazy"], "unknown task 'arc_eazy': did you mean arc_easy"),
@@ -494,19 +495,20 @@ def test_bad_flags(flags, says, checkpoint, manager, hf_folder, data, tmp_path, 
             Path(folder, name).write_bytes((hf_folder / name).read_bytes()[:None if folder == "no_tokenizer" or name == "config.json" else 999])
     monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
     write_lines(tmp_path / "there.json", [{}])
-    if "eval_00021" in says:
-        write_lines(tmp_path / "log" / "a" / "eval_00021.json", [{}])
+    if "eval_00020" in says:
+        write_lines(tmp_path / "log" / "a" / "eval_00020.json", [{}])
     if flags[:2] == ["--checkpoint", "none.pt"]:
         state = {"step": 1, "model": checkpoint[1].state_dict(), "model_config": asdict(checkpoint[1].config),
                  "train_config": asdict(TrainConfig())}
         checkpoints.write(tmp_path / "none.pt", state)
     with pytest.raises(BadInput) as error:
         eval_harness.main(flags)
-    assert says in str(error.value)
+    assert says in str(error.value) and not Path("nowhere").exists() and not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("package, flags", [("lm_eval", ["--checkpoint", "a.pt"]), ("tabulate", ["--compare", "log/a"])])
-def test_missing_packages(package, flags, monkeypatch):
+@pytest.mark.parametrize("package, flags", [("lm_eval", ["--checkpoint", "log/a/ckpt_00020.pt"]), ("tabulate", ["--compare", "log/a"])])
+def test_missing_packages(package, flags, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BadInput, match=f"missing {package}: pip install -r requirements-dev.txt"):
         eval_harness.main(flags)
