@@ -61,8 +61,8 @@ class Config:
     limit: int | None = flag(None, "score the first so many items of each task only")
     data_dir: str | None = flag(None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
     # how
-    batch_size: int | Literal["auto"] = flag("auto", f"sequences a forward pass; auto: as many as make {BATCH_TOKENS} tokens, "
-                                                                  f"{SEQUENCES} when generating")
+    batch_size: int | Literal["auto"] = flag(
+        "auto", f"sequences a forward pass; auto: as many as make {BATCH_TOKENS} tokens, {SEQUENCES} when generating")
     dtype: Literal["auto", "float32"] = flag("auto", "of products; auto: bfloat16 where the GPU has it, and what a --model comes in")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     # what comes out
@@ -210,18 +210,14 @@ def load_hugging_face(cfg, processes):
 
 
 def task_manager(names):
-    """The harness's index of tasks, with these names if it has them, or with what they are likely to mean.
-
-    Raises BadInput where the harness is not installed.
-    """
+    """The harness's index of tasks, with these names if it has them. Raises BadInput where the harness is not installed."""
     try:
         from lm_eval import tasks
     except ImportError as error:
         raise BadInput(MISSING.format(error.name)) from error
     folders = [Path(tasks.__file__).parent / folder for folder in FOLDERS]
     some = tasks.TaskManager(include_defaults=False, include_path=folders)
-    enough = all(name in some.task_index or difflib.get_close_matches(name, some.all_tasks, n=1, cutoff=0.8) for name in names)
-    return some if enough else tasks.TaskManager()
+    return some if set(names) <= some.task_index.keys() else tasks.TaskManager()
 
 
 def find_tasks(names):

@@ -375,6 +375,12 @@ def test_names(manager, monkeypatch):
         eval_harness.find_tasks("piqa,helaswag")
 
 
+@pytest.mark.slow
+def test_all_of_the_harness_is_there():
+    """Also what is named almost like one of the folders that are looked through first."""
+    assert eval_harness.find_tasks("hellaswag_fr,arc_easy")[1] == ["hellaswag_fr", "arc_easy"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
