@@ -42,7 +42,7 @@ def autocast(device):
 
 
 def any_shape():
-    """For attention whose shapes change from call to call: not by cuDNN, which takes about 0.05 s to prepare for each new shape."""
+    """For attention whose shapes change from call to call: not by cuDNN, which takes hundredths of a second to prepare for each."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,12 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
 
     The harness gives each process its share of the items and gathers the results on rank 0. generate_until takes greedy
     decoding and temperature, stop strings and max_gen_toks of a task's generation settings. Once `stopped` says so, what is left of
-    the items is not computed, so that all processes come to an end soon; the results are then worth nothing.
+    the items is not computed, so that all processes come to an end soon; the results are then worth nothing. progress: bars, on rank 0.
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 
-    window = model.config.block_size
+    window, silent = model.config.block_size, processes.rank > 0 or not progress
 
     class GPTLM(TemplateLM):
         eot_token_id = tokenizer.eot  # also what stands before a text without context: documents begin with it in training
@@ -108,25 +109,25 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
             return ids or [self.eot_token_id], targets  # a context of spaces moves to the continuation as a whole
 
         def loglikelihood(self, requests, disable_tqdm=False):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not progress or self.rank > 0)
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or silent)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-            return self.scores([(context, targets) for _, context, targets in requests], not disable_tqdm)
+            return self.scores([(context, targets) for _, context, targets in requests], disable_tqdm)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             pairs = [([self.eot_token_id], self.tok_encode(request.args[0])) for request in requests]
-            return [nats for nats, _ in self.scores(pairs, progress and not disable_tqdm and self.rank == 0)]
+            return [nats for nats, _ in self.scores(pairs, disable_tqdm or silent)]
 
-        def scores(self, pairs, bar):
+        def scores(self, pairs, silent):
             with self.precision():
-                nats, greedy = score(model, pairs, window, self.device, BATCH_TOKENS, None if batch_size == "auto" else batch_size, bar,
-                                     stopped)
+                nats, greedy = score(model, pairs, window, self.device, BATCH_TOKENS, None if batch_size == "auto" else batch_size,
+                                     not silent, stopped)
             return list(zip(nats.tolist(), greedy.tolist()))
 
         def generate_until(self, requests, disable_tqdm=False):
             collator = Collator([request.args for request in requests], sort_fn=lambda args: -len(args[0]),
                                 group_fn=lambda args: args[1], group_by="gen_kwargs")
-            texts, bar = [], tqdm(total=len(requests), desc="generating", disable=disable_tqdm or not progress or self.rank > 0)
+            texts, bar = [], tqdm(total=len(requests), desc="generating", disable=disable_tqdm or silent)
             for batch in collator.get_batched(n=SEQUENCES if batch_size == "auto" else batch_size):
                 kwargs = normalize_gen_kwargs(batch[0][1], self.max_gen_toks)
                 until, limit = [stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]
@@ -490,9 +491,8 @@ def check(cfg):
         raise BadInput(f"{output} exists: delete it, or name another --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(f"{output}.tmp")
-        partial.touch()
-        partial.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
     except OSError as error:
         raise BadInput(f"cannot write {output} ({error.strerror}): name another --output") from error
     return output
@@ -531,10 +531,9 @@ def save(results, output, cfg):
         print(make_table(results))
         results |= {"config": dataclasses.asdict(cfg), "lm_eval_version": version("lm_eval"), "torch_version": torch.__version__,
                     "date": datetime.datetime.now().isoformat(" ", "seconds")}
-        partial = Path(f"{output}.tmp")
+        text = json.dumps(results, indent=2, default=handle_non_serializable)
         try:
-            partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable), encoding="utf-8")
-            os.replace(partial, output)
+            checkpoint.replace(output, lambda file: file.write(text.encode()))
         except OSError as error:
             raise BadInput(f"cannot write {output} ({error.strerror}): make room, then start again") from error
         print(f"results: {output}")

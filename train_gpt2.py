@@ -370,10 +370,12 @@ class GPT(nn.Module):
         theirs, ours = hf.state_dict(), model.state_dict()
         if theirs.keys() != ours.keys():
             raise BadInput(f"{name} is no GPT-2: parameters {sorted(theirs.keys() ^ ours.keys())[:4]} do not match")
-        for key, value in theirs.items():  # Hugging Face's Conv1D holds the transpose of a Linear's weight
-            conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            ours[key].copy_(value.t() if conv1d else value)
+        for key, value in theirs.items():
+            ours[key].copy_(value.t() if key.endswith(CONV1D) else value)
         return model
+
+
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's Conv1D holds the transpose of a Linear's weight
 
 
 @torch.no_grad()
@@ -912,7 +914,7 @@ class Trainer:
             log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
     def asked_to_stop(self):
-        """Whether a stop signal came to this process."""
+        """Whether a stop signal came to this process, whose main thread has then heard it."""
         if self.stop.received is not None:
             self.stop.heard()
         return self.stop.received is not None

