@@ -499,8 +499,10 @@ def check(cfg):
 
 
 def main(argv):
-    (cfg,), _ = parse((Config,), argv, __doc__)
+    (cfg,), given = parse((Config,), argv, __doc__)
     if cfg.compare:
+        if others := sorted(given - {"compare", "chart"}):
+            raise BadInput(f"--compare reads results that are there: leave out --{' and --'.join(others)}, or evaluate first")
         return compare(cfg.compare, cfg.chart)
     from train_gpt2 import load_checkpoint  # imports this file for --eval_tasks; only the command line needs it back
 

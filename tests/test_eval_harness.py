@@ -476,6 +476,7 @@ def test_a_chart_that_cannot_be_written(tmp_path, capsys):
 @pytest.mark.parametrize("flags, says", [
     ([], "name either --checkpoint or --model"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--model", "gpt2"], "name either --checkpoint or --model"),
+    (["--compare", "log/a", "--checkpoint", "log/a/ckpt_00020.pt", "--limit", "9"], "leave out --checkpoint and --limit, or evaluate first"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--limit", "0"], "--limit must be at least 1, not 0"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "0"], "--batch_size must be at least 1"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "many"], "--batch_size"),
