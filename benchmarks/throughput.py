@@ -3,7 +3,7 @@
     python benchmarks/throughput.py --row "--preset gpt2" --row "--preset modern" --baseline ../build-nanogpt/train_gpt2.py
 
 A row is a set of flags of train_gpt2.py. A run of it is the real script on random tokens, without evaluation: --warmup steps, then
---steps that count; its figure is their median, a row's figure the median over --rounds. Rounds are interleaved, so that a card
+--steps that count; its figures are their medians, a row's figures the medians over --rounds. Rounds are interleaved, so that a card
 that slows down as it warms hurts all rows alike. The baseline is the script given, with its constants replaced for the same batch
 and model, compiled unless --no-compile, and nothing but training steps. With --profile, where the time of one step goes, by kernel.
 """
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,10 +24,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt2
+from devices import peak_flops, pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
-PEAK = re.compile(r"([\d.]+) GB \| ETA|^peak ([\d.]+) GB", re.M)
+PEAK = re.compile(r"^peak ([\d.]+) GB", re.M)
 GROUPS = {  # kernels by a part of their names, the first that fits
     "attention": r"fmha|flash|attention|sdpa|cudnn::fusion", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
     "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "bias gradients": r"triton_red\w*_sum", "norm": r"norm",
@@ -41,8 +47,8 @@ def random_shards(folder, vocab_size=50257, tokens=4_000_000):
         np.save(folder / f"edufineweb_{split}_{index:06d}.npy", np.random.default_rng(index).integers(0, vocab_size, n, dtype=np.uint16))
 
 
-def run(command, cwd, env=None, steps=0):
-    """-> (console output, seconds to the first step). Ends the script after so many steps, if it gets there."""
+def run(command, cwd, env=None):
+    """-> (console output, seconds to the first step)."""
     console, first, started = [], None, time.perf_counter()
     with open(cwd / "stderr", "w+") as errors:
         process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True, stdout=subprocess.PIPE, stderr=errors,
@@ -51,9 +57,7 @@ def run(command, cwd, env=None, steps=0):
             for line in process.stdout:
                 console.append(line)
                 if STEP.match(line):
-                    first, steps = first or time.perf_counter() - started, steps - 1
-                    if steps == 0:
-                        return "".join(console), first  # no need to wait for the last checkpoint
+                    first = first or time.perf_counter() - started
             if process.wait():
                 errors.seek(0)
                 sys.exit(f"{shlex.join(map(str, command))} failed:\n{''.join(console)[-1000:]}\n{errors.read()[-3000:]}")
@@ -64,14 +68,6 @@ def run(command, cwd, env=None, steps=0):
     return "".join(console), first
 
 
-def figures(console, first, args):
-    """Console output of either script -> (median milliseconds of the counted steps, peak GB or None, seconds to the first step)."""
-    steps = [float(ms) for ms in STEP.findall(console)]
-    assert len(steps) == args.warmup + args.steps, f"{len(steps)} steps in\n{console[-2000:]}"
-    peaks = [float(a or b) for a, b in PEAK.findall(console)]
-    return statistics.median(steps[args.warmup:]), max(peaks, default=None), first
-
-
 def settings(flags, steps, args):
     """Flags of train_gpt2.py: so many training steps and nothing else, then a row's own."""
     never = [f"--{name}=0" for name in ("eval_every", "hellaswag_every", "sample_every", "save_every", "save_minutes", "spike")]
@@ -80,14 +76,25 @@ def settings(flags, steps, args):
 
 
 def ours(flags, folder, args):
+    """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent waiting for it), rate, mfu, peak, first."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}", "--"]
-    command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args)]
-    # what torchrun starts does not end with it when it is killed: let it come to its end
-    return figures(*run(command, folder, {"PYTHONUNBUFFERED": "1"}, steps if args.gpus == 1 else 0), args)
+    command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args),
+               f"--log_dir={folder / 'log'}"]
+    _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
+    (log,) = (folder / "log").iterdir()
+    events = EventAccumulator(str(log)).Reload()
+    found = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    shutil.rmtree(log)  # a checkpoint of 1.5 GB in each
+    assert len(found["perf/step_ms"]) == steps, f"{len(found['perf/step_ms'])} steps of {steps}"
+    median = {tag: statistics.median(values[args.warmup:]) for tag, values in found.items() if tag.startswith("perf/")}
+    return {"ms": median["perf/step_ms"], "data": median["perf/data_ms"], "rate": median["perf/tok_per_sec"], "mfu": median.get("perf/mfu"),
+            "peak": max(found.get("perf/memory_gb", []), default=None), "first": first}
 
 
 def baseline(script, folder, args):
-    """build-nanogpt's script with other constants."""
+    """build-nanogpt's script with other constants -> the same figures, data left out; its MFU by the formula of ours."""
     code = script.read_text()
     shape = f"n_layer={args.n_layer}, n_head={args.n_head}, n_embd={args.n_embd}"
     for old, new in {"total_batch_size = 524288": f"total_batch_size = {args.total}", "B = 64": f"B = {args.B}", "T = 1024 #": f"T = {args.T} #",
@@ -101,7 +108,14 @@ def baseline(script, folder, args):
         code = code.replace("dtype=torch.bfloat16)", "enabled=False)")
     code += "\nif device_type == 'cuda':\n    print(f'peak {torch.cuda.max_memory_allocated() / 1e9} GB')\n"
     (folder / "baseline.py").write_text(code)
-    return figures(*run([sys.executable, "-u", "baseline.py"], folder, {"PYTHONPATH": str(script.parent)}), args)
+    console, first = run([sys.executable, "-u", "baseline.py"], folder, {"PYTHONPATH": str(script.parent)})
+    steps, peak = [float(ms) for ms in STEP.findall(console)], PEAK.search(console)
+    assert len(steps) == args.warmup + args.steps, f"{len(steps)} steps in\n{console[-2000:]}"
+    rate, device = args.total / statistics.median(steps[args.warmup:]) * 1e3, pick_device("auto")
+    with torch.device("meta"):
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=args.T, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd))
+    return {"ms": args.total / rate * 1e3, "data": None, "rate": rate, "peak": float(peak[1]) if peak else None, "first": first,
+            "mfu": rate * model.flops_per_token() / peak_flops(device) if peak_flops(device) else None}
 
 
 def profile(flags, folder, args):
@@ -174,14 +188,18 @@ def main():
             for row, measure in rows.items():
                 results[row].append(measure())
                 print(f"{row}: {results[row][-1]}", file=sys.stderr, flush=True)
-    medians = {row: statistics.median(ms for ms, *_ in found) for row, found in results.items()}
-    first = next(iter(medians.values()))
-    print(f"\n| | ms a step, median of {args.rounds} rounds (all) | tok/s | against {next(iter(medians))} | peak GB | seconds to the first step |")
-    print("|---|---|---:|---:|---:|---|")
-    for row, ms in medians.items():
-        rounds, starts = ", ".join(f"{found:.1f}" for found, _, _ in results[row]), ", ".join(f"{start:.0f}" for _, _, start in results[row])
-        peak = "n/a" if results[row][0][1] is None else f"{results[row][0][1]:.1f}"
-        print(f"| `{row}` | {ms:.1f} ({rounds}) | {args.total / ms * 1e3:,.0f} | {first / ms:.3f} | {peak} | {starts} |")
+    def median(row, key, form):
+        values = [figures[key] for figures in results[row]]
+        return "n/a" if None in values else form.format(statistics.median(values))
+
+    rates = {row: statistics.median(figures["rate"] for figures in found) for row, found in results.items()}
+    first = next(iter(rates))
+    print(f"\n| medians of {args.rounds} rounds | ms a step (all) | of them waiting for data | tok/s | MFU | against {first} | peak GB | "
+          "seconds to the first step |\n|---|---|---:|---:|---:|---:|---:|---|")
+    for row, rate in rates.items():
+        rounds, starts = (", ".join(form.format(figures[key]) for figures in results[row]) for key, form in (("ms", "{:.1f}"), ("first", "{:.0f}")))
+        print(f"| `{row}` | {median(row, 'ms', '{:.1f}')} ({rounds}) | {median(row, 'data', '{:.2f}')} | {rate:,.0f} | {median(row, 'mfu', '{:.1%}')} | "
+              f"{rate / rates[first]:.3f} | {median(row, 'peak', '{:.1f}')} | {starts} |")
 
 
 if __name__ == "__main__":

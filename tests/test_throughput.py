@@ -16,12 +16,16 @@ FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
 
 
 def test_rows_are_timed_and_compared(launch):
-    result = launch("benchmarks/throughput.py", "--row", TINY, "--row", f"{TINY} --mlp swiglu", "--rounds", 1, *FLAGS)
+    rows = [TINY, f"{TINY} --mlp swiglu", f"{TINY} --total_batch_size 128"]
+    result = launch("benchmarks/throughput.py", *(word for row in rows for word in ("--row", row)), "--rounds", 1, *FLAGS)
     assert result.returncode == 0, result.stderr
-    rows = re.findall(r"^\| `(.*)` \| ([\d.]+) \(([\d.]+)\) \| ([\d,]+) \| ([\d.]+) \| n/a \| \d+ \|$", result.stdout, re.M)
-    assert [row[0] for row in rows] == [TINY, f"{TINY} --mlp swiglu"] and rows[0][4] == "1.000"
-    for _, median, only, rate, _ in rows:
-        assert median == only and abs(float(rate.replace(",", "")) * float(median) / 64e3 - 1) < 0.05  # 64 tokens a step
+    found = re.findall(r"^\| `(.*)` \| ([\d.]+) \(([\d.]+)\) \| ([\d.]+) \| ([\d,]+) \| n/a \| ([\d.]+) \| n/a \| \d+ \|$", result.stdout, re.M)
+    assert [row[0] for row in found] == rows and found[0][5] == "1.000"
+    rates = [float(row[4].replace(",", "")) for row in found]
+    for (_, median, only, data, _, ratio), rate, tokens in zip(found, rates, (64, 64, 128), strict=True):
+        assert median == only and float(data) < float(median)
+        assert rate * float(median) / 1e3 == pytest.approx(tokens, rel=0.05)
+        assert float(ratio) == pytest.approx(rate / rates[0], abs=0.002)
 
 
 def test_a_failing_row_shows_its_error(launch):

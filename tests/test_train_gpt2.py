@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, fields
 from types import SimpleNamespace
@@ -593,6 +594,18 @@ def test_the_next_call_finds_its_tokens_ready(tmp_path):
         loader.next(4)
     finish(loader)
     assert len(cuts) == 11 == len(set(cuts)) and cuts[0] == (4, *first.values()) and cuts[-1] == (4, *loader.state_dict().values())
+
+
+def test_the_shard_behind_the_tokens_ahead_is_being_read(tmp_path):
+    files, _ = make_shards(tmp_path)
+    loader = ShardLoader(files, FAKE, 1)
+    for _ in range(30):
+        loader.next(4)
+        finish(loader)
+        (future,) = loader.ahead.values()
+        _, epoch, shard, _ = future.result()
+        assert max(loader.loaded) == ((epoch, shard + 1) if shard + 1 < len(files) else (epoch + 1, 0))
+    assert epoch > 0
 
 
 def test_a_bad_id_ends_the_call_that_reaches_it_and_none_before(tmp_path):
@@ -1473,6 +1486,17 @@ def test_a_spike_names_its_batch(shuffle, data, tmp_path, monkeypatch, capsys):
         loader.load_state_dict({"epoch": epoch, "shard": order.index(index), "offset": int(found[4].replace(",", ""))})
         assert np.array_equal(loader.next(256)[:-1], calls[step][0].ravel())
     assert epoch > 0  # more than the first pass was tried
+
+
+def test_the_time_a_step_waits_for_its_data_is_logged(data, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    place = train_gpt2.Trainer.place
+    monkeypatch.setattr(train_gpt2.Trainer, "place", lambda *args: time.sleep(1) or place(*args))
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--eval_every", "0", "--log_dir", str(tmp_path), "--run", "a"])
+    events = EventAccumulator(str(tmp_path / "a")).Reload()
+    waited, took = ([event.value for event in events.Scalars(tag)] for tag in ("perf/data_ms", "perf/step_ms"))
+    assert len(waited) == 3 and all(100 < wait < step for wait, step in zip(waited, took, strict=True))
 
 
 def test_no_spike_is_reported_where_it_is_turned_off(data, tmp_path, monkeypatch, capsys):
