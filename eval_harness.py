@@ -4,19 +4,18 @@
     python eval_harness.py --checkpoint PATH --tasks hellaswag,arc_easy,wikitext --limit 200
     python eval_harness.py --model gpt2                                       # a Hugging Face model, the harness's own adapter
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
-    python eval_harness.py --compare log/a log/b log/gpt2                     # one table of runs, and a bar chart
+    python eval_harness.py --compare log/a log/b log/hf_gpt2                  # one table of runs, and a bar chart
 
-Results go to eval_<step>.json beside the checkpoint, or log/<model>/eval.json. Needs pip install -r requirements-dev.txt.
+Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Needs pip install -r requirements-dev.txt.
 
 Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or <task>_test, _val, _validation)
-with the columns that the harness's task reads, and <task>_train.jsonl for the examples of few-shot tasks. Files of arc_easy,
+with the columns that the harness's task reads, and <task>_train.jsonl, which few-shot tasks need for their examples. Files of arc_easy,
 arc_challenge, piqa, lambada_openai and hellaswag may also hold query, choices and gold; context and continuation; or ctx alone.
 """
 
 import dataclasses
 import datetime
 import difflib
-import functools
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ import sys
 import tempfile
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from cli import BadInput, flag, parse, run
+from cli import BadInput, RankError, flag, parse, run
 from devices import Processes, autocast
 from generate import draw, generate
 from hellaswag import split_context
@@ -131,7 +131,7 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
             for batch in collator.get_batched(n=SEQUENCES if batch_size == "auto" else batch_size):
                 kwargs = normalize_gen_kwargs(batch[0][1], self.max_gen_toks)
                 until, limit = [stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]
-                room = max(window - limit, window // 2)  # the harness leaves room for all that is to come
+                room = window - limit if limit < window else window // 2  # the harness leaves room for all that is to come
                 prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context, _ in batch]
                 temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
                 texts += [postprocess_generated_text(text, until, None) for text in self.write(prompts, limit, until, temperature)]
@@ -279,6 +279,9 @@ def load_tasks(manager, names, data_dir=None):
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else 'nothing in it'}"
             raise BadInput(f"{file} does not fit the task {name} ({reason}): give it the columns of "
                            f"{manager.task_index[name].cfg.get('dataset_path')}, one item a line") from error
+        task = tasks[-1]
+        if task.config.num_fewshot and not task.config.fewshot_split and not task.fewshot_cfg.samples:  # from the items themselves
+            raise BadInput(f"{name} shows {task.config.num_fewshot} examples before each item: add {name}_train.jsonl to {data_dir}")
     return tasks
 
 
@@ -344,34 +347,49 @@ def check_tasks(tasks, world, limit=None):
                 raise BadInput(f"{task.task_name} runs code that a model wrote, or shows it pictures: name other tasks")
 
 
-def evaluate(lm, manager, tasks, limit=None, bootstrap=BOOTSTRAP):
+def evaluate(lm, manager, tasks, limit=None, bootstrap=BOOTSTRAP, progress=True):
     """The harness's results (dict; None but on rank 0) of a language model on what load_tasks returned and check_tasks let pass.
 
-    bootstrap: resamplings for the standard errors that need them; 0: no standard errors. A task that fails loses no other's results:
-    why it did stands under "failed".
+    bootstrap: resamplings for the standard errors that need them; 0: no standard errors. progress: the harness's bars. A task that fails
+    loses no other's results: why it did stands under "failed". Of several processes one may fail while the others wait for its
+    results: then it raises RankError.
     """
     from lm_eval import evaluator, utils
+    from lm_eval.api import task as building
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # or a metric's bootstrap forks a process a core, for a second of work, and signals them
     if "from_string" not in vars(utils.env):  # the harness compiles its templates for every item anew, most of its own time
-        utils.env.from_string = functools.cache(utils.env.from_string)
-    results = {"failed": {}}
+        utils.env.from_string = cache(utils.env.from_string)
+    building.tqdm = partial(tqdm, disable=lm.rank > 0 or not progress)
+    results, gather, gathered = {"failed": {}}, lm.gather_object, []
+
+    def note(*args, **kwargs):
+        parts = gather(*args, **kwargs)
+        gathered.append(True)
+        return parts
+
+    lm.gather_object = note
     for item in tasks:
         loaded = manager.load([item])
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(FEWSHOT_SEED)
+        gathered.clear()
         try:
             with redirect_stdout(sys.stderr):  # it announces bootstraps
                 part = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap, log_samples=False) or {}
-        except Exception as error:  # what a metric makes of a strange model
-            if lm.rank > 0:
-                raise  # rank 0 waits for it; rank 0 itself fails when nobody waits any more, computing metrics
+        except Exception as error:  # an item that does not fit, too little memory, what a metric makes of a strange model
             name = next(iter(loaded["groups"] or loaded["tasks"]))
-            part = {"failed": {name: f"{type(error).__name__}: {str(error)[:100]}"}}
+            reason = f"{type(error).__name__}: {str(error)[:100]}"
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = "out of memory: a smaller --batch_size takes less"
+            if lm.world_size > 1 and not gathered:
+                raise RankError(f"no result of {name} ({reason}): mend that, or leave {name} out") from error
+            part = {"failed": {name: reason}}
         for key, value in part.items():
             results[key] = results.get(key, {}) | value if isinstance(value, dict) else value
+    lm.gather_object = gather
     return results if lm.rank == 0 else None
 
 
@@ -486,7 +504,7 @@ def check(cfg):
     beside = Path(cfg.checkpoint or "")
     output = Path(cfg.output) if cfg.output else (
         beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}.json") if cfg.checkpoint else
-        Path("log", os.path.basename(os.path.normpath(cfg.model)), "eval.json"))
+        Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", "eval.json"))
     if output.exists():
         raise BadInput(f"{output} exists: delete it, or name another --output")
     try:
@@ -504,6 +522,8 @@ def main(argv):
         if others := sorted(given - {"compare", "chart"}):
             raise BadInput(f"--compare reads results that are there: leave out --{' and --'.join(others)}, or evaluate first")
         return compare(cfg.compare, cfg.chart)
+    if "chart" in given:
+        raise BadInput("--chart is for --compare: leave it out")
     from train_gpt2 import load_checkpoint  # imports this file for --eval_tasks; only the command line needs it back
 
     output = check(cfg)
@@ -540,7 +560,7 @@ def save(results, output, cfg):
             raise BadInput(f"cannot write {output} ({error.strerror}): make room, then start again") from error
         print(f"results: {output}")
     if failed:
-        raise BadInput(f"no results of {', '.join(f'{task} ({reason})' for task, reason in failed.items())}: leave that out of --tasks")
+        raise BadInput(f"no results of {', '.join(f'{task} ({reason})' for task, reason in failed.items())}: mend that, or leave it out of --tasks")
 
 
 if __name__ == "__main__":

@@ -657,6 +657,8 @@ def plan(cfg, model_cfg, given, world):
     need(c.pos != "rope" or c.n_embd // c.n_head % 2 == 0, f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
     need(0 <= c.dropout < 1, f"--dropout must be at least 0 and below 1, not {c.dropout}")
     need(0 <= cfg.min_lr_frac <= 1, f"--min_lr_frac must be between 0 and 1, not {cfg.min_lr_frac}")
+    need(cfg.eval_tasks or not given & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
+         "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
     need(not {"epochs", "max_steps"} <= given, "--epochs and --max_steps both set the length: give one of them")
     need(cfg.total_batch_size // T >= world, f"--total_batch_size {cfg.total_batch_size} is {cfg.total_batch_size // T} sequences of "
          f"--block_size {T}, fewer than {world} processes: raise it, or lower --nproc_per_node")
@@ -897,14 +899,15 @@ class Trainer:
         if cfg.eval_tasks and due(cfg.eval_tasks_every):
             self.raw_model.eval()
             lm = eval_harness.adapter(self.raw_model, self.tokenizer, self.processes, progress=False, stopped=self.asked_to_stop)
-            results = eval_harness.evaluate(lm, *self.tasks, cfg.eval_tasks_limit, bootstrap=0)
+            results = eval_harness.evaluate(lm, *self.tasks, cfg.eval_tasks_limit, bootstrap=0, progress=False)
             self.raw_model.train()
             if not self.agree_to_stop() and self.processes.main:
                 for task, key in eval_harness.headlines(results).items():
                     value, metric = results["results"][task][key], key.partition(",")[0]
                     log.say(f"step {step} | {task} {metric} {value:.4f}")
-                    log.record(step, f"eval/{task}", value)
-                    log.scalars(step, {f"eval/{task}": value})
+                    tag = "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}"  # eval/hellaswag is build-nanogpt's figure
+                    log.record(step, tag, value)
+                    log.scalars(step, {tag: value})
                 for task, reason in results["failed"].items():
                     log.say(f"step {step} | {task} has no result: {reason}")
 

@@ -81,9 +81,9 @@ def ours(flags, folder, args):
 
     steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}", "--"]
     command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args),
-               f"--log_dir={folder / 'log'}"]
+               f"--log_dir={folder / 'runs'}"]
     _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
-    (log,) = (folder / "log").iterdir()
+    (log,) = (folder / "runs").iterdir()  # build-nanogpt has log/
     events = EventAccumulator(str(log)).Reload()
     found = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     shutil.rmtree(log)  # a checkpoint of 1.5 GB in each

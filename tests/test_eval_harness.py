@@ -169,7 +169,7 @@ def test_parity_with_the_harness_s_own_adapter(adapters, manager, data):
 
 
 @pytest.mark.parametrize("kwargs", [{"until": [], "max_gen_toks": 12}, {"until": ["\n"]}, {"max_gen_toks": 5, "do_sample": False},
-                                    {"until": "e", "max_gen_toks": 20, "temperature": 0.0}])
+                                    {"until": "e", "max_gen_toks": 20, "temperature": 0.0}, {"until": [], "max_gen_toks": 40}])
 def test_generation_parity(kwargs, adapters):
     from lm_eval.api.instance import Instance
 
@@ -253,6 +253,15 @@ def test_temperature(adapters, model):
     likeliest = tokenizer.decode([int(probs.argmax())])
     share = sum(text == likeliest for text in texts) / 400
     assert share == pytest.approx(probs.max().item(), abs=4 * math.sqrt(0.25 / 400)) and len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("settings, want", [({}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.7}, 0.7),
+                                            ({"do_sample": True, "temperature": 0.7}, 0.7), ({"do_sample": False, "temperature": 0.7}, 0.0)])
+def test_a_task_s_settings_decide_whether_it_samples(settings, want, adapters, monkeypatch):
+    temperatures = []
+    monkeypatch.setattr(adapters[0], "write", lambda prompts, limit, until, temperature: temperatures.append(temperature) or ["x"])
+    assert adapters[0].generate_until([request("generate_until", "a", {"until": ["."], **settings})]) == ["x"]
+    assert temperatures == [want]
 
 
 class Spelling(torch.nn.Module):
@@ -344,6 +353,24 @@ def test_few_shot_examples_come_from_the_train_file(manager, data, tmp_path):
     assert len(task.eval_docs) == 6 and len(task.fewshot_docs()) == 10
 
 
+def test_few_shot_examples_are_no_items_of_the_test(tmp_path):
+    """Where a task shows examples, its own items would be among them, with their answers."""
+    from lm_eval import tasks
+
+    manager = tasks.TaskManager(include_defaults=False, include_path=Path(tasks.__file__).parent / "gsm8k")
+    for name, n in (("gsm8k", 9), ("gsm8k_train", 7)):
+        if name == "gsm8k_train":
+            with pytest.raises(BadInput, match=r"gsm8k shows 5 examples before each item: add gsm8k_train\.jsonl to"):
+                eval_harness.load_tasks(manager, ["gsm8k"], tmp_path)
+        write_lines(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}", "answer": f"#### {i}"} for i in range(n)])
+    task, = eval_harness.load_tasks(manager, ["gsm8k"], tmp_path)
+    task.set_fewshot_seed(0)
+    task.build_all_requests()
+    assert [one.args[0].count("gsm8k_train") for one in task.instances] == [5] * 9
+    write_lines(tmp_path / "gsm8k_cot.jsonl", [{"question": "a", "answer": "#### 1"}])
+    assert len(eval_harness.load_tasks(manager, ["gsm8k_cot"], tmp_path)) == 1  # has examples of its own
+
+
 @pytest.mark.parametrize("text, says", [
     ('{"query": "a"}\n', "arc_easy.jsonl does not fit the task arc_easy"),
     ('{"question": "a"}\n', "allenai/ai2_arc"),
@@ -413,6 +440,26 @@ def test_one_and_two_processes_give_the_same_results(launch, checkpoint, data, t
     assert json.loads(beside.read_text())["n-samples"]["arc_easy"]["effective"] == 5
 
 
+def test_too_little_memory_has_its_own_remedy(adapters, manager, data, monkeypatch):
+    def score(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(eval_harness, "score", score)
+    results = eval_harness.evaluate(adapters[0], manager, eval_harness.load_tasks(manager, ["piqa"], data))
+    assert results == {"failed": {"piqa": "out of memory: a smaller --batch_size takes less"}}
+
+
+def test_a_process_that_fails_alone_ends_the_others(launch, checkpoint, data, tmp_path):
+    items = [json.loads(line) for line in (data / "arc_easy.jsonl").read_text().splitlines()][:4]
+    items[2]["answerKey"] = "X"  # of the first process's share
+    (tmp_path / "bad").mkdir()
+    write_lines(tmp_path / "bad" / "arc_easy.jsonl", items)
+    flags = ["--checkpoint", checkpoint[0], "--tasks", "arc_easy", "--data_dir", tmp_path / "bad", "--device", "cpu"]
+    two = launch("eval_harness.py", *flags, processes=2, timeout=90)
+    assert two.returncode != 0
+    assert "eval_harness.py: error: no result of arc_easy (ValueError" in two.stderr and "leave arc_easy out" in two.stderr
+
+
 def test_hugging_face_model_and_comparison(hf_folder, checkpoint, manager, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
@@ -420,15 +467,15 @@ def test_hugging_face_model_and_comparison(hf_folder, checkpoint, manager, data,
     eval_harness.main(["--model", str(hf_folder), *flags])
     eval_harness.main(["--checkpoint", str(checkpoint[0]), *flags, "--limit", "4", "--batch_size", "2"])
     capsys.readouterr()
-    eval_harness.main(["--compare", "log/random-gpt2", "log/a"])
+    eval_harness.main(["--compare", "log/hf_random-gpt2", "log/a"])
     text, markdown, note, chart = capsys.readouterr().out.strip().split("\n\n")
-    results = [accuracies(Path("log", name)) for name in ("random-gpt2/eval.json", "a/eval_00020.json")]
+    results = [accuracies(Path("log", name)) for name in ("hf_random-gpt2/eval.json", "a/eval_00020.json")]
     for table in (text, markdown):
         assert "random-gpt2" in table and "lambada_openai" in table and "perplexity (lower is better)" in table
         for values in results:
             assert f"{values['piqa']['acc,none']:.4f} ± {values['piqa']['acc_stderr,none']:.4f}" in table
     assert markdown.startswith("| task")
-    assert note.splitlines() == [f"{task}: not the same items, 6 (random-gpt2), 4 (a 20)" for task in ("piqa", "lambada_openai")]
+    assert note.splitlines() == [f"{task}: not the same items, 6 (hf_random-gpt2), 4 (a 20)" for task in ("piqa", "lambada_openai")]
     assert chart == "chart: compare.png" and Path("compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -466,6 +513,21 @@ def test_what_holds_no_results_is_bad_input(text, tmp_path):
         eval_harness.newest_results(tmp_path / "nowhere.json")
 
 
+def test_the_chart_draws_accuracies_and_their_errors(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    runs = [("a", {"results": {"piqa": {"acc,none": 0.6, "acc_stderr,none": 0.1, "acc_norm,none": 0.5, "acc_norm_stderr,none": 0.2},
+                               "wikitext": {"bits_per_byte,none": 1.5, "bits_per_byte_stderr,none": "N/A"}}}),
+            ("b", {"results": {"boolq": {"acc,none": 0.7, "acc_stderr,none": "N/A"}}})]
+    eval_harness.bar_chart(runs, tmp_path / "chart.png")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["piqa\nacc_norm", "boolq\nacc"]
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")]
+    assert heights == [[0.5, pytest.approx(math.nan, nan_ok=True)], [pytest.approx(math.nan, nan_ok=True), 0.7]]
+
+
 def test_a_chart_that_cannot_be_written(tmp_path, capsys):
     run = str(results_file(tmp_path / "a" / "eval.json", **{"acc,none": 0.5, "acc_stderr,none": 0.1}))
     for chart in ("nowhere/a.png", "a.xyz"):
@@ -476,6 +538,7 @@ def test_a_chart_that_cannot_be_written(tmp_path, capsys):
 @pytest.mark.parametrize("flags, says", [
     ([], "name either --checkpoint or --model"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--model", "gpt2"], "name either --checkpoint or --model"),
+    (["--checkpoint", "log/a/ckpt_00020.pt", "--chart", "a.png"], "--chart is for --compare"),
     (["--compare", "log/a", "--checkpoint", "log/a/ckpt_00020.pt", "--limit", "9"], "leave out --checkpoint and --limit, or evaluate first"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--limit", "0"], "--limit must be at least 1, not 0"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "0"], "--batch_size must be at least 1"),
@@ -548,7 +611,7 @@ def test_a_task_that_fails_loses_no_other_s_results(checkpoint, manager, tmp_pat
     write_lines(tmp_path / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
     write_lines(tmp_path / "piqa.jsonl", items("piqa"))
     flags = ["--checkpoint", str(checkpoint[0]), "--data_dir", str(tmp_path), "--device", "cpu", "--dtype", "float32"]
-    with pytest.raises(BadInput, match=r"no results of wikitext \(OverflowError: .*\): leave that out of --tasks"):
+    with pytest.raises(BadInput, match=r"no results of wikitext \(OverflowError: .*\): mend that, or leave it out of --tasks"):
         eval_harness.main([*flags, "--tasks", "wikitext,piqa"])
     saved = json.loads(checkpoint[0].with_name("eval_00020.json").read_text())
     assert saved["results"].keys() == {"piqa"} and "|piqa" in capsys.readouterr().out
@@ -591,10 +654,28 @@ def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch
     assert [event.step for event in events.Scalars("eval/piqa")] == [0, 2, 3]
 
 
+def test_both_hellaswags_have_names_of_their_own(bpe, manager, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
+    lines = [{"activity_label": "Sitting", "ctx": item["ctx_a"][:60], "endings": item["endings"], "label": int(item["label"])}
+             for item in items("hellaswag", 9)]
+    write_lines(tmp_path / "hellaswag.jsonl", lines)
+    train_gpt2.main([*TINY_FLAGS, "--data", str(write_data(tmp_path / "shards", bpe)), "--max_steps", "2", "--warmup_steps", "1", "--run", "r",
+                     "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
+                     "--eval_tasks", "hellaswag", "--eval_tasks_dir", ".", "--eval_tasks_every", "1"])
+    events = EventAccumulator("log/r").Reload()
+    lines = [line.split() for line in Path("log/r/log.txt").read_text().splitlines()]
+    for tag, kind in (("eval/hellaswag", "hella"), ("eval/hellaswag_lm_eval", "eval/hellaswag_lm_eval")):
+        assert [(event.step, pytest.approx(event.value, abs=1e-6)) for event in events.Scalars(tag)] == [
+            (int(step), float(value)) for step, k, value in lines if k == kind]
+        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--eval_tasks", "piqqa"], "unknown task 'piqqa'"), (["--eval_tasks", "piqa", "--eval_tasks_dir", "."], "no piqa.jsonl in ."),
     (["--eval_tasks", "piqa", "--eval_tasks_limit", "0"], "--eval_tasks_limit must be above zero"),
-    (["--eval_tasks", "piqa", "--eval_tasks_every", "-1"], "--eval_tasks_every must not be negative")])
+    (["--eval_tasks", "piqa", "--eval_tasks_every", "-1"], "--eval_tasks_every must not be negative"),
+    (["--eval_tasks_dir", "."], "are for --eval_tasks: name some"), (["--eval_tasks_limit", "5"], "are for --eval_tasks: name some")])
 def test_training_refuses_bad_tasks_before_it_starts(flags, says, bpe, manager, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
