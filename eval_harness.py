@@ -350,9 +350,9 @@ def check_tasks(tasks, world, limit=None):
 def evaluate(lm, manager, tasks, limit=None, bootstrap=BOOTSTRAP, progress=True):
     """The harness's results (dict; None but on rank 0) of a language model on what load_tasks returned and check_tasks let pass.
 
-    bootstrap: resamplings for the standard errors that need them; 0: no standard errors. progress: the harness's bars. A task that fails
-    loses no other's results: why it did stands under "failed". Of several processes one may fail while the others wait for its
-    results: then it raises RankError.
+    bootstrap: resamplings for the standard errors that need them; 0: no standard errors. progress: the harness's bar over its prompts,
+    on rank 0. A task that fails loses no other's results: why it did stands under "failed". Of several processes one may fail while
+    the others wait for its results: then it raises RankError.
     """
     from lm_eval import evaluator, utils
     from lm_eval.api import task as building
@@ -360,10 +360,10 @@ def evaluate(lm, manager, tasks, limit=None, bootstrap=BOOTSTRAP, progress=True)
     os.environ["DISABLE_MULTIPROC"] = "1"  # or a metric's bootstrap forks a process a core, for a second of work, and signals them
     if "from_string" not in vars(utils.env):  # the harness compiles its templates for every item anew, most of its own time
         utils.env.from_string = cache(utils.env.from_string)
-    building.tqdm = partial(tqdm, disable=lm.rank > 0 or not progress)
+    building.tqdm = partial(tqdm, disable=lm.rank > 0 or not progress)  # else it draws one in every process, training or not
     results, gather, gathered = {"failed": {}}, lm.gather_object, []
 
-    def note(*args, **kwargs):
+    def note(*args, **kwargs):  # up to here, in each task, the others wait for what a process that failed would bring
         parts = gather(*args, **kwargs)
         gathered.append(True)
         return parts
@@ -383,7 +383,7 @@ def evaluate(lm, manager, tasks, limit=None, bootstrap=BOOTSTRAP, progress=True)
             name = next(iter(loaded["groups"] or loaded["tasks"]))
             reason = f"{type(error).__name__}: {str(error)[:100]}"
             if isinstance(error, torch.OutOfMemoryError):
-                reason = "out of memory: a smaller --batch_size takes less"
+                reason = "out of memory: eval_harness.py with a smaller --batch_size takes less"
             if lm.world_size > 1 and not gathered:
                 raise RankError(f"no result of {name} ({reason}): mend that, or leave {name} out") from error
             part = {"failed": {name: reason}}

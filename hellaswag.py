@@ -46,7 +46,7 @@ def load(path=None):
 
     Raises BadInput if the file cannot be had, or a line is no item with ctx, four endings and a label.
     """
-    remedy = "give another --file" if path else "delete the file to download it again"
+    remedy = "give another file" if path else "delete the file to download it again"
     path = Path(path) if path else _download(Path("hellaswag/hellaswag_val.jsonl"))
     items = []
     try:

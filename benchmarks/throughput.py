@@ -83,7 +83,7 @@ def ours(flags, folder, args):
     command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args),
                f"--log_dir={folder / 'runs'}"]
     _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
-    (log,) = (folder / "runs").iterdir()  # build-nanogpt has log/
+    (log,) = (folder / "runs").iterdir()  # this run's; build-nanogpt's script writes to log/
     events = EventAccumulator(str(log)).Reload()
     found = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     shutil.rmtree(log)  # a checkpoint of 1.5 GB in each
@@ -111,11 +111,12 @@ def baseline(script, folder, args):
     console, first = run([sys.executable, "-u", "baseline.py"], folder, {"PYTHONPATH": str(script.parent)})
     steps, peak = [float(ms) for ms in STEP.findall(console)], PEAK.search(console)
     assert len(steps) == args.warmup + args.steps, f"{len(steps)} steps in\n{console[-2000:]}"
-    rate, device = args.total / statistics.median(steps[args.warmup:]) * 1e3, pick_device("auto")
+    ms, flops = statistics.median(steps[args.warmup:]), peak_flops(pick_device("auto"))
+    rate = args.total / ms * 1e3
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=args.T, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd))
-    return {"ms": args.total / rate * 1e3, "data": None, "rate": rate, "peak": float(peak[1]) if peak else None, "first": first,
-            "mfu": rate * model.flops_per_token() / peak_flops(device) if peak_flops(device) else None}
+    return {"ms": ms, "data": None, "rate": rate, "mfu": rate * model.flops_per_token() / flops if flops else None,
+            "peak": float(peak[1]) if peak else None, "first": first}
 
 
 def profile(flags, folder, args):

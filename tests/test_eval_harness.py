@@ -446,7 +446,7 @@ def test_too_little_memory_has_its_own_remedy(adapters, manager, data, monkeypat
 
     monkeypatch.setattr(eval_harness, "score", score)
     results = eval_harness.evaluate(adapters[0], manager, eval_harness.load_tasks(manager, ["piqa"], data))
-    assert results == {"failed": {"piqa": "out of memory: a smaller --batch_size takes less"}}
+    assert results == {"failed": {"piqa": "out of memory: eval_harness.py with a smaller --batch_size takes less"}}
 
 
 def test_a_process_that_fails_alone_ends_the_others(launch, checkpoint, data, tmp_path):
