@@ -34,12 +34,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-from cli import BadInput, RankError, flag, parse, run
-from devices import Processes, autocast
-from generate import draw, generate
 from hellaswag import split_context
-from scoring import score
+from lib import checkpoint
+from lib.cli import BadInput, RankError, flag, parse, run
+from lib.decoding import draw, generate
+from lib.devices import Processes, autocast
+from lib.evals.scoring import score
 
 GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
 BATCH_TOKENS = 8_192  # tokens a forward pass, padding included; in rolling tasks each of them has logits, 4 bytes an id
@@ -94,7 +94,7 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
 
         def __init__(self):
             super().__init__()
-            self._rank, self._world_size, self._device = processes.rank, processes.world, processes.device
+            self._rank, self._world_size, self._device = processes.rank, processes.world_size, processes.device
 
         def precision(self):
             return nullcontext() if dtype == "float32" else autocast(self.device)
@@ -170,12 +170,12 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
             return [text or "" for text in texts]
 
         def all_gather(self, tensor):
-            parts = [torch.empty_like(tensor) for _ in range(processes.world)]
+            parts = [torch.empty_like(tensor) for _ in range(processes.world_size)]
             dist.all_gather(parts, tensor)
             return torch.stack(parts)
 
         def gather_object(self, obj, dst=0):
-            parts = [None] * processes.world if processes.rank == dst else None
+            parts = [None] * processes.world_size if processes.rank == dst else None
             dist.gather_object(obj, parts, dst=dst)
             return parts
 
@@ -191,7 +191,7 @@ def load_hugging_face(cfg, processes):
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise BadInput(MISSING.format(error.name)) from error
-    if processes.world > 1 and processes.device.type != "cuda":
+    if processes.world_size > 1 and processes.device.type != "cuda":
         raise BadInput("the harness's adapter for --model shares out nothing on a CPU: start one process")
     # the harness finds the largest batch by trying, 64 sequences first: on a CPU that would be slow and large
     batch_size = 8 if cfg.batch_size == "auto" and processes.device.type != "cuda" else cfg.batch_size
@@ -532,7 +532,7 @@ def main(argv):
         with processes.main_first():  # the first to load downloads, the others find
             model, tokenizer, _ = load_checkpoint(cfg.checkpoint) if cfg.checkpoint else (None, None, None)
             tasks = load_tasks(manager, names, cfg.data_dir)
-            check_tasks(tasks, processes.world, cfg.limit)
+            check_tasks(tasks, processes.world_size, cfg.limit)
             lm = (adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype) if cfg.checkpoint else
                   load_hugging_face(cfg, processes))
         torch.manual_seed(FEWSHOT_SEED)  # for tasks that draw

@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import BadInput, flag, parse, run
-from tokenizer import load_tokenizer, train_bpe
+from lib.cli import BadInput, flag, parse, run
+from lib.tokenizers import load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`

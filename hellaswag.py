@@ -24,9 +24,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cli import BadInput, flag, parse, run
-from devices import Processes, autocast
-from scoring import score
+from lib.cli import BadInput, flag, parse, run
+from lib.devices import Processes, autocast
+from lib.evals.scoring import score
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 BATCH_TOKENS = 16_384  # tokens a forward pass, padding included; bounds the memory of the logits
@@ -148,7 +148,7 @@ def evaluate(model, rendered, device, rank=0, world=1, stopped=lambda: False):
 
 def main(argv):
     import train_gpt2  # imports this file for its scoring; only the command line needs it back
-    from tokenizer import load_tokenizer
+    from lib.tokenizers import load_tokenizer
 
     (cfg,), _ = parse((Config,), argv, __doc__)
     if (cfg.checkpoint is None) == (cfg.model is None):
@@ -170,7 +170,7 @@ def main(argv):
         for style, names in styles.items():
             rendered = render(items, tokenizer, model.config.block_size, style)
             with autocast(processes.device):
-                counts = processes.sum(evaluate(model, rendered, processes.device, processes.rank, processes.world))
+                counts = processes.sum(evaluate(model, rendered, processes.device, processes.rank, processes.world_size))
             results |= {name: counts[k] for name, k in names.items()}
         if processes.main:
             for name, right in results.items():

@@ -45,16 +45,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import checkpoint
 import eval_harness
 import hellaswag
-from cli import BadInput, RankError, flag, parse, run
-from cross_entropy import linear_cross_entropy
-from devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch, send
-from generate import Past, SampleConfig, sample
-from logger import Logger, serve_tensorboard
-from shards import Shards, check_ids, check_shards, read_shard
-from tokenizer import load_tokenizer
+from lib import checkpoint
+from lib.cli import BadInput, RankError, flag, parse, run
+from lib.cross_entropy import linear_cross_entropy
+from lib.decoding import SampleConfig, sample
+from lib.devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch, to_device
+from lib.logger import Logger, serve_tensorboard
+from lib.shards import Shards, check_ids, check_shards, read_shard
+from lib.tokenizers import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag; the defaults are the classic baseline (--preset gpt2).
@@ -219,15 +219,16 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
         self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else NoPositions()
 
-    def forward(self, x, start, past):
+    def forward(self, x, start, kv_cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
         q, k = self.rotary(self.q_norm(q), start), self.rotary(self.k_norm(k), start)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))                          # (B, H, T, D), nothing is moved
-        k, v = past.extend(self, k, v)                                                  # (B, H, start + T, D)
+        if kv_cache is not None:
+            k, v = kv_cache.update(self, k, v)                                          # (B, H, start + T, D)
         # SDPA drops out whenever it is told to, also in evaluation
         dropout = self.dropout if self.training else 0.0
-        # a single token behind others sees all of them
+        # a decoding step attends to the whole cache, so no mask
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -282,8 +283,8 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, start, past):
-        x = x + self.drop(self.attn(self.ln_1(x), start, past))
+    def forward(self, x, start, kv_cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), start, kv_cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -311,21 +312,21 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         init_weights(self)
 
-    def forward(self, idx, targets=None, at=..., past=Past()):  # noqa: B008 (it holds nothing)
-        """idx: int64 (B, T), T at most block_size. With a KVCache as `past`, first any T, then one token at a time behind them.
+    def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
+        """idx: int64 (B, T), T at most block_size. With a KVCache, first any T, then one token at a time behind them.
 
-        Without targets: logits (B, T, vocab_size), or those of the positions `at` alone, (rows, columns) -> (n, vocab_size). The
-        padding of the vocabulary is cut off, so no padded id can win.
+        Without targets: logits (B, T, vocab_size), or only those at the positions `logits_at`, (rows, columns) -> (n, vocab_size).
+        The padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): the mean cross-entropy in nats, a scalar; targets of -1 are not counted.
         """
-        start = past.length
+        start = 0 if kv_cache is None else kv_cache.length
         x = self.transformer.wpe(self.transformer.wte(idx), start)                      # (B, T, C)
         x = self.transformer.drop(cast(self.transformer.emb_norm(x)))                   # from here on in autocast's type
         for block in self.transformer.h:
-            x = block(x, start, past)
+            x = block(x, start, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[at])[..., :self.config.vocab_size]                    # (B, T, V), cut
+            return self.lm_head(x[logits_at])[..., :self.config.vocab_size]                    # (B, T, V), cut
         return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def parameter_counts(self):
@@ -594,14 +595,14 @@ def evaluate(model, rows, micro_batch, processes):
     compiled: it sees one shape, (micro_batch, T), the last batch filled up with rows that do not count.
     """
     model.eval()
-    x, y = (part[processes.rank::processes.world] for part in rows)
+    x, y = (part[processes.rank::processes.world_size] for part in rows)
     losses = [torch.zeros((), device=processes.device)]
     for i in range(0, len(x), micro_batch):
         xb, yb = x[i:i + micro_batch], y[i:i + micro_batch]
         missing = ((0, micro_batch - len(xb)), (0, 0))
         xb, yb = np.pad(xb, missing), np.pad(yb, missing, constant_values=-1)
         with autocast(processes.device):
-            loss = model(send(xb, processes.device), send(yb, processes.device))
+            loss = model(to_device(xb, processes.device), to_device(yb, processes.device))
         losses.append(loss * int((yb >= 0).sum()))
     model.train()
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
@@ -686,7 +687,7 @@ def plan(cfg, model_cfg, given, world):
 def describe(cfg, model, shards, max_steps, micro_batch, processes):
     """What is about to happen, in a few lines."""
     counts, c, device = model.parameter_counts(), model.config, processes.device
-    rows = cfg.total_batch_size // c.block_size // processes.world
+    rows = cfg.total_batch_size // c.block_size // processes.world_size
     tokens = max_steps * cfg.total_batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return "\n".join([
@@ -698,7 +699,7 @@ def describe(cfg, model, shards, max_steps, micro_batch, processes):
         f"length  {max_steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
         f"({tokens / shards.tokens['train']:.2f} epochs), {tokens * model.flops_per_token():.2e} FLOPs",
         f"batch   {micro_batch} sequences x {c.block_size} tokens x {rows // micro_batch} accumulation steps x "
-        f"{processes.world} processes",
+        f"{processes.world_size} processes",
         f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
     ])
 
@@ -753,7 +754,7 @@ class Trainer:
             if cfg.eval_tasks:
                 manager, names = eval_harness.find_tasks(cfg.eval_tasks)
                 self.tasks = manager, eval_harness.load_tasks(manager, names, cfg.eval_tasks_dir)
-                eval_harness.check_tasks(self.tasks[1], processes.world, cfg.eval_tasks_limit)
+                eval_harness.check_tasks(self.tasks[1], processes.world_size, cfg.eval_tasks_limit)
         check_shards(shards, self.tokenizer)
         model_cfg.vocab_size = self.tokenizer.vocab_size
         self.questions = hellaswag.render(examples, self.tokenizer, T)
@@ -770,7 +771,7 @@ class Trainer:
             self.raw_model = GPT(model_cfg).to(self.device)  # the plain module: evaluated, sampled from, saved
         except (RuntimeError, MemoryError) as error:
             raise RankError(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
-        self.rows = cfg.total_batch_size // T // processes.world
+        self.rows = cfg.total_batch_size // T // processes.world_size
         self.micro_batch = pick_micro_batch(self.raw_model, cfg.micro_batch, self.rows, processes)
         self.optimizer = make_optimizer(self.raw_model, cfg)
         self.model = self.raw_model
@@ -813,12 +814,12 @@ class Trainer:
         checkpoint.check_room(folder, 3 * 4 * sum(p.numel() for p in self.parameters))  # weights and AdamW's two moments
         anew = not resume and (folder / "log.txt").stat().st_size > 0
         checkpoint.rewind(folder, self.step)
-        launcher = ["torchrun", f"--nproc_per_node={processes.world}", "--"] if processes.distributed else ["python"]
+        launcher = ["torchrun", f"--nproc_per_node={processes.world_size}", "--"] if processes.distributed else ["python"]
         command, changed = shlex.join([*launcher, *sys.argv]), ", ".join(resume.changed) if resume else ""
         start = {"step": self.step, "from": resume and str(resume.path), "changed": changed, "command": command,
                  "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": checkpoint.launch_id()}
         config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": self.max_steps,
-                  "micro_batch": self.micro_batch, "world": processes.world, "tokenizer": self.tokenizer.name,
+                  "micro_batch": self.micro_batch, "world": processes.world_size, "tokenizer": self.tokenizer.name,
                   "command": command, "torch": torch.__version__, "starts": [*checkpoint.starts(folder), start],
                   "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type}
         checkpoint.replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
@@ -842,8 +843,8 @@ class Trainer:
         self.recent = deque(maxlen=20)   # seconds of the latest steps, but for the first, which compiles
         self.losses = deque(maxlen=50)
         # torchrun kills what has not ended 30 s after a signal
-        patient = dict(patience=20.0 if self.processes.world > 1 else None, echo=2.0) if self.processes.distributed else {}
-        if self.processes.sum([self.step])[0] != self.step * self.processes.world:
+        patient = dict(patience=20.0 if self.processes.world_size > 1 else None, echo=2.0) if self.processes.distributed else {}
+        if self.processes.sum([self.step])[0] != self.step * self.processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
         self.before = self.position()
         self.loader.prefetch(self.cfg.total_batch_size)
@@ -887,7 +888,7 @@ class Trainer:
         if due(cfg.hellaswag_every):
             self.raw_model.eval()
             with autocast(self.device):
-                scores = hellaswag.evaluate(self.raw_model, self.questions, self.device, self.processes.rank, self.processes.world,
+                scores = hellaswag.evaluate(self.raw_model, self.questions, self.device, self.processes.rank, self.processes.world_size,
                                             self.asked_to_stop)
             self.raw_model.train()
             n, _, correct = self.processes.sum(scores[:3])
@@ -932,7 +933,7 @@ class Trainer:
     def place(self, tokens):
         """A global batch, int64 (n + 1,) -> this process's inputs and targets on its device, (rows, T) each."""
         size = self.rows * self.raw_model.config.block_size
-        tokens = send(tokens[self.processes.rank * size:][:size + 1], self.device)
+        tokens = to_device(tokens[self.processes.rank * size:][:size + 1], self.device)
         return tokens[:-1].view(self.rows, -1), tokens[1:].clone().view(self.rows, -1)
 
     def update(self):
@@ -965,7 +966,7 @@ class Trainer:
         norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in self.parts.values()])
         norm = norms.norm()
         loss, stop, *norms = torch.cat((shared, norm[None], norms)).tolist()  # waits for the device
-        loss /= processes.world
+        loss /= processes.world_size
         self.stopping = stop > 0 or (not processes.distributed and self.stop.received is not None)
         if self.stopping:
             self.stop.heard()
@@ -992,7 +993,7 @@ class Trainer:
 
     def note(self, loss, lr, norms, seconds, fetched, read_from):
         """Log the step that was just made (rank 0). norms: of all gradients, then of each part. fetched: seconds it waited for data."""
-        cfg, log, step, world = self.cfg, self.log, self.step - 1, self.processes.world
+        cfg, log, step, world = self.cfg, self.log, self.step - 1, self.processes.world_size
         if step > self.first:  # the first step compiles
             self.recent.append(seconds)
         typical, rate = statistics.median(self.recent or [seconds]), cfg.total_batch_size / seconds

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_harness
-from devices import Processes
+from lib.devices import Processes
 from train_gpt2 import CONV1D, load_checkpoint
 
 

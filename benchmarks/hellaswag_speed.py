@@ -21,7 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hellaswag
 import train_gpt2
-from devices import autocast, pick_device
+from lib.devices import autocast, pick_device
 
 
 def baseline_functions(folder):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli import BadInput, flag, parse, run  # noqa: E402
+from lib.cli import BadInput, flag, parse, run  # noqa: E402
 
 
 @dataclass

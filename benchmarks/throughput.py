@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2
-from devices import peak_flops, pick_device
+from lib.devices import peak_flops, pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")

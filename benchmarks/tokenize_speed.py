@@ -21,8 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb  # noqa: E402
-from cli import BadInput, flag, parse, run  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from lib.cli import BadInput, flag, parse, run  # noqa: E402
+from lib.tokenizers import load_tokenizer  # noqa: E402
 
 
 @dataclass

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, sentences, write_data
 
-ROOT = Path(__file__).parent.parent
+from lib.tokenizers import train_bpe
 
 
 def pytest_configure(config):
@@ -46,3 +47,13 @@ def launch(tmp_path):
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
                               env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), check=False)
     return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_bpe(sentences(200), 280)
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer, tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "toy", tokenizer)

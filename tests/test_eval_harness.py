@@ -15,17 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY_FLAGS, reference, sentences, tiny, tiny_checkpoint, write_data, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scoring import reference
-from test_train_gpt2 import TINY_FLAGS, sentences, tiny, tiny_checkpoint, write_data, write_lines
 
-import checkpoint as checkpoints
 import eval_harness
 import train_gpt2
 from benchmarks import harness_parity
-from cli import BadInput
-from devices import Processes
-from tokenizer import load_tokenizer, train_bpe
+from lib import checkpoint as checkpoints
+from lib.cli import BadInput
+from lib.devices import Processes
+from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT, TrainConfig, load_checkpoint
 
 WINDOW = 48

@@ -19,9 +19,9 @@ import tiktoken
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import cli
 import fineweb
-from tokenizer import EOT, load_tokenizer
+from lib import cli
+from lib.tokenizers import EOT, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 EOT_ID = 50256

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_train_gpt2 import sentences, tiny, tiny_checkpoint
+from helpers import sentences, tiny, tiny_checkpoint
 
 import generate
-from cli import BadInput
-from tokenizer import train_bpe
+from lib import decoding
+from lib.cli import BadInput
+from lib.tokenizers import train_bpe
 from train_gpt2 import GPT, SampleConfig, sample
 
 
@@ -42,7 +43,7 @@ def test_cached_logits_are_those_of_the_whole_text(toggles, prompt):
         return logits.argmax(dim=-1, keepdim=True)
 
     idx = torch.randint(61, (3, prompt))
-    out = generate.generate(model, idx, 20, choose)
+    out = decoding.generate(model, idx, 20, choose)
     assert out.shape == (3, prompt + 20) and torch.equal(out[:, :prompt], idx)
     # one position a token, but for the prompt, and for a window that moves
     assert widths == [min(prompt, 16), *(16 if n > 16 else 1 for n in range(prompt + 1, prompt + 20))]
@@ -52,7 +53,7 @@ def test_cached_logits_are_those_of_the_whole_text(toggles, prompt):
 
 def test_generation_ends_when_it_is_done():
     model, calls = GPT(tiny()).eval(), []
-    out = generate.generate(model, torch.zeros(2, 3, dtype=torch.long), 20, lambda logits: torch.full((2, 1), len(calls)),
+    out = decoding.generate(model, torch.zeros(2, 3, dtype=torch.long), 20, lambda logits: torch.full((2, 1), len(calls)),
                             lambda idx: calls.append(idx.clone()) or len(calls) == 4)
     assert out.tolist() == [[0, 0, 0, 0, 1, 2, 3]] * 2 and [c.size(1) for c in calls] == [4, 5, 6, 7]
 

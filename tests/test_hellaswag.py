@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+from helpers import hellaswag_items, sentences, tiny, tiny_checkpoint, write_lines
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_train_gpt2 import hellaswag_items, sentences, tiny, tiny_checkpoint, write_lines
 
 import hellaswag
-from cli import BadInput
-from tokenizer import train_bpe
+from lib.cli import BadInput
+from lib.tokenizers import train_bpe
 from train_gpt2 import GPT
 
 ITEM = {"ind": 1, "activity_label": "Baking", "ctx_a": "A cook mixes flour.", "ctx_b": "the cook",

@@ -23,31 +23,28 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT
-from test_shards import write_bin
+from helpers import (
+    ROOT,
+    TINY_FLAGS,
+    hellaswag_items,
+    read_log,
+    sentences,
+    tiny,
+    tiny_checkpoint,
+    write_bin,
+    write_data,
+    write_lines,
+)
 
-import checkpoint
-import devices
 import train_gpt2
-from cli import BadInput, parse
-from tokenizer import Tokenizer, load_tokenizer, train_bpe
+from lib import checkpoint, devices
+from lib.cli import BadInput, parse
+from lib.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, SampleConfig, ShardLoader, Shards, TrainConfig
 
 TOGGLES = {"mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"), "pos": ("learned", "rope"),
            "emb_norm": (False, True), "qk_norm": (False, True), "bias": (True, False), "tie_embeddings": (True, False),
            "dropout": (0.0, 0.1)}
-TINY_FLAGS = ["--preset", "gpt2", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32",
-              "--total_batch_size", "256", "--max_steps", "6", "--warmup_steps", "2", "--max_lr", "5e-3",
-              "--val_tokens", "330", "--eval_every", "4", "--hellaswag_every", "0", "--sample_every", "0", "--device", "cpu"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Helpers
-
-
-def tiny(**changes):
-    """A GPTConfig that runs in milliseconds; 61 ids padded to 64."""
-    return GPTConfig(**dict(block_size=16, n_layer=2, n_head=2, n_embd=32, vocab_size=61, vocab_multiple=64) | changes)
 
 
 def combinations(*names):
@@ -66,65 +63,6 @@ def all_pairs(toggles):
         missing -= set(itertools.combinations(best.items(), 2))
         chosen.append(best)
     return chosen
-
-
-def sentences(n, seed=0):
-    """n documents that a tiny model learns quickly."""
-    rng = random.Random(seed)
-    pick = rng.choice
-    return [" ".join(f"the {pick(['cat', 'dog', 'bird'])} {pick(['sat', 'slept', 'stood'])} on the "
-                     f"{pick(['mat', 'roof', 'table'])}." for _ in range(rng.randint(1, 4))) for _ in range(n)]
-
-
-def write_data(folder, tokenizer, shards=3):
-    """A folder of shards as fineweb.py writes it: `shards` train shards and a val shard."""
-    folder.mkdir()
-    for split, index, seed in [("val", 0, 99)] + [("train", i + 1, i) for i in range(shards)]:
-        ids = [token for text in sentences(60, seed) for token in (tokenizer.eot, *tokenizer.encode(text).tolist())]
-        np.save(folder / f"toy_{split}_{index:06d}.npy", np.array(ids, dtype=np.uint16))
-    (folder / "tokenizer.json").write_text(tokenizer.spec)
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json", "vocab_size": tokenizer.vocab_size}))
-    return folder
-
-
-def hellaswag_items(n, seed=5):
-    rng = random.Random(seed)
-    return [{"ind": i, "activity_label": "Sitting", "ctx": text, "label": rng.randrange(4),
-             "endings": [f"the {animal} sat on the {'big ' * rng.randrange(3)}mat."
-                         for animal in ("cat", "dog", "bird", "fly")]}
-            for i, text in enumerate(sentences(n, seed))]
-
-
-def write_lines(path, items):
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
-
-
-def tiny_checkpoint(path, tokenizer, **changes):
-    """Save an untrained tiny model as train_gpt2.py would; returns the model."""
-    torch.manual_seed(3)
-    config = tiny(**dict(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=32) | changes)
-    model = GPT(config).eval()
-    checkpoint.write(path, {"step": 1, "model": model.state_dict(), "model_config": asdict(config),
-                                      "train_config": asdict(TrainConfig()), "tokenizer": tokenizer.spec})
-    return model
-
-
-def read_log(folder):
-    """log.txt -> {(step, kind): value}."""
-    lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
-    assert all(len(line) == 3 and line[1] in ("train", "val", "hella") for line in lines)
-    return {(int(step), kind): float(value) for step, kind, value in lines}
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return train_bpe(sentences(200), 280)
-
-
-@pytest.fixture(scope="session")
-def data(tokenizer, tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "toy", tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,7 +260,7 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
     model, idx = GPT(tiny()), torch.randint(61, (2, 16))
     assert model(idx).shape == (2, 16, 61)
     rows, columns = torch.tensor([1, 0, 1]), torch.tensor([15, 3, 3])
-    torch.testing.assert_close(model(idx, at=(rows, columns)), model(idx)[rows, columns])
+    torch.testing.assert_close(model(idx, logits_at=(rows, columns)), model(idx)[rows, columns])
     targets = idx.roll(-1, 1)
     targets[:, 10:] = -1
     full = model.lm_head(model.transformer.ln_f(hidden(model, idx)))[:, :10].flatten(0, 1)
@@ -333,7 +271,7 @@ def hidden(model, idx):
     """The residual stream before the last norm, by the plain loop."""
     x = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx), 0))
     for block in model.transformer.h:
-        x = block(x, 0, train_gpt2.Past())
+        x = block(x, 0)
     return x
 
 
@@ -346,7 +284,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(idx), plain(idx))
     attention, x = model.transformer.h[0].attn.train(), torch.randn(2, 16, 32)  # the scores are dropped out as well
-    assert not torch.equal(attention(x, 0, train_gpt2.Past()), attention(x, 0, train_gpt2.Past()))
+    assert not torch.equal(attention(x, 0), attention(x, 0))
 
 
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming"])
@@ -682,7 +620,7 @@ def test_evaluate_is_independent_of_the_micro_batch():
     # two processes: their sums and counts add up to the same mean
     parts = []
     for rank in range(2):
-        share = SimpleNamespace(rank=rank, world=2, device=processes.device, sum=lambda v: parts.append(v) or (0.0, 1.0))
+        share = SimpleNamespace(rank=rank, world_size=2, device=processes.device, sum=lambda v: parts.append(v) or (0.0, 1.0))
         train_gpt2.evaluate(model, rows, 3, share)
     assert sum(float(p[0]) for p in parts) / sum(p[1] for p in parts) == pytest.approx(want, rel=1e-6)
 
@@ -1315,7 +1253,7 @@ def test_bad_input_under_torchrun_is_said_once(launch, data):
 def test_imports_have_no_side_effects(tmp_path):
     code = ("import sys, train_gpt2\n"
             "assert not {'datasets', 'transformers', 'tensorboard'} & set(sys.modules), 'heavy imports'\n"
-            "import cli, fineweb, generate, hellaswag, tokenizer, torch\n"
+            "import fineweb, generate, hellaswag, torch\nfrom lib import cli, tokenizers\n"
             "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()\n"
             "assert not {'datasets', 'transformers'} & set(sys.modules)\n")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -1446,7 +1384,7 @@ def forward(self, idx, targets=None):
         out.register_hook(lambda grad: grad * math.inf)
     return out
 train_gpt2.GPT.forward = forward
-cli.run(train_gpt2.main)
+lib.cli.run(train_gpt2.main)
 torch.save([p.detach() for p in calls[0].parameters()], f"rank{{os.environ['RANK']}}.pt")
 """
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from cli import BadInput, RankError
+from lib.cli import BadInput, RankError
 
 NAME = re.compile(r"ckpt_(\d+)\.pt")
 NOT_THE_FILE = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import devices
-from cli import BadInput
+from lib import devices
+from lib.cli import BadInput
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -114,7 +114,7 @@ def test_more_processes_than_gpus_is_said(monkeypatch):
 def test_one_process_alone(env):
     env()
     with devices.Processes("cpu") as processes:
-        assert (processes.rank, processes.world, processes.main, processes.distributed) == (0, 1, True, False)
+        assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (0, 1, True, False)
         assert processes.device == torch.device("cpu")
         assert processes.sum([1, 2.5, 2**53 - 1]) == [1.0, 2.5, 2.0**53 - 1]  # fp32 would round the last
         processes.barrier()
@@ -125,7 +125,7 @@ def test_one_process_alone(env):
 def test_what_torchrun_says_is_taken(rank, env):
     env(RANK=rank, WORLD_SIZE=6, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=2)
     processes = devices.Processes("cpu")  # joined by `with` alone
-    assert (processes.rank, processes.world, processes.main, processes.distributed) == (rank, 6, rank == 0, True)
+    assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (rank, 6, rank == 0, True)
     assert not torch.distributed.is_initialized()
 
 
@@ -164,11 +164,11 @@ def test_two_processes_join_sum_and_part(launch, tmp_path):
 import sys
 sys.path.insert(0, {os.path.dirname(devices.__file__)!r})
 import torch.distributed as dist
-from devices import Processes
+from lib.devices import Processes
 with Processes("cpu") as processes:
     total = processes.sum([processes.rank + 1, 0.25, 2**53 - 2 if processes.main else 1])
     processes.barrier()
-    print(f"{{processes.rank}} of {{processes.world}}: {{total}}\\n", end="", flush=True)
+    print(f"{{processes.rank}} of {{processes.world_size}}: {{total}}\\n", end="", flush=True)
 assert not dist.is_initialized()
 """)
     result = launch(tmp_path / "two.py", processes=2)

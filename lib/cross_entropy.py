@@ -7,7 +7,7 @@ them. Here a chunk's logits turn into its gradients at once, and are gone.
 import torch
 import torch.nn.functional as F
 
-from devices import cast
+from lib.devices import cast
 
 CHUNK = 8_192   # tokens whose logits exist at a time; the compiler may keep those of several chunks
 FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16

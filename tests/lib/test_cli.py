@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cli import BadInput, flag, parse
+from lib.cli import BadInput, flag, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,7 +190,7 @@ SCRIPT = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
-from cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, run
 
 @dataclass
 class Config:
@@ -248,7 +248,7 @@ def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
 
 
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
-    (tmp_path / "many.py").write_text("import cli\ncli.run(lambda argv: [print('line', i) for i in range(100_000)])\n")
+    (tmp_path / "many.py").write_text("from lib import cli\ncli.run(lambda argv: [print('line', i) for i in range(100_000)])\n")
     pipe = f"{sys.executable} many.py 2> err | head -n 1"
     result = subprocess.run(pipe, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})

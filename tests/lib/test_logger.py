@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-from cli import BadInput
-from logger import Logger, serve_tensorboard
+from lib.cli import BadInput
+from lib.logger import Logger, serve_tensorboard
 
 
 def read(folder):
@@ -132,7 +132,7 @@ SERVE = f"""
 import json, socket, sys, time, urllib.request
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from logger import Logger, serve_tensorboard
+from lib.logger import Logger, serve_tensorboard
 log = Logger(Path("log/a"), 10, 0)
 log.scalars(3, {{"train/loss": 1.5}})
 log.flush()

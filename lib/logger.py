@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 
-from cli import BadInput
+from lib.cli import BadInput
 
 
 class Logger:

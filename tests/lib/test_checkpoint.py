@@ -23,15 +23,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, TINY_FLAGS, read_log, sentences, tiny, tiny_checkpoint, write_data
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_train_gpt2 import TINY_FLAGS, data, read_log, sentences, tiny_checkpoint, tokenizer, write_data
 
-import checkpoint
 import train_gpt2
-from cli import BadInput, RankError
-from tokenizer import train_bpe
+from lib import checkpoint
+from lib.cli import BadInput, RankError
+from lib.tokenizers import train_bpe
 from train_gpt2 import ShardLoader, Shards
 
 # 60 steps are 3.3 epochs of the toy data, and its shards end every 6 steps
@@ -801,7 +800,7 @@ def test_an_error_while_writing_comes_out_of_collect(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_for_real(tmp_path):
-    code = ("import resource, sys, torch, checkpoint\nfrom cli import BadInput\n"
+    code = ("import resource, sys, torch\nfrom lib import checkpoint\nfrom lib.cli import BadInput\n"
             "checkpoint.write('ckpt_00001.pt', {'x': torch.arange(9)})\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
             "try:\n    checkpoint.write('ckpt_00001.pt', {'x': torch.zeros(200_000)})\n"
@@ -917,7 +916,7 @@ def test_a_run_outlives_its_console(data, tmp_path, whole):
 # the main thread hangs where no Python runs, as in a collective whose other process is gone
 HANGS = """
 import ctypes, sys, time
-import checkpoint
+from lib import checkpoint
 patience, echo, hang = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "hang"
 with checkpoint.StopSignals(lambda line: print(line, flush=True), patience or None, echo) as stop:
     print("ready", flush=True)

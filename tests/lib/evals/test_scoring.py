@@ -4,28 +4,16 @@ import random
 
 import pytest
 import torch
-from test_train_gpt2 import tiny
+from helpers import reference, tiny
 
-import scoring
-from generate import generate
+from lib.decoding import generate
+from lib.evals import scoring
 from train_gpt2 import GPT
 
 
 def score(model, pairs, batch_tokens=10**4, batch_size=None):
     nats, greedy = scoring.score(model, pairs, model.config.block_size, torch.device("cpu"), batch_tokens, batch_size)
     return list(zip(nats.tolist(), greedy.tolist()))
-
-
-def reference(model, context, continuation):
-    """Log-likelihood token by token, each piece of the window's length with as much before it as fits."""
-    ids, total, window = context + continuation, 0.0, model.config.block_size
-    for i in range(len(context), len(ids)):
-        piece = (i - len(context)) // window
-        end = min(len(context) + (piece + 1) * window, len(ids))
-        start = max(end - 1 - window, 0)
-        with torch.no_grad():
-            total += model(torch.tensor([ids[start:i]]))[0, -1].log_softmax(dim=-1)[ids[i]].item()
-    return total
 
 
 def random_pairs(n, vocab_size=61, window=16):

@@ -10,8 +10,8 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
-from cli import BadInput
-from tokenizer import EOT, load_tokenizer, train_bpe
+from lib.cli import BadInput
+from lib.tokenizers import EOT, load_tokenizer, train_bpe
 
 CORPUS = [f"The {a} {b} runs over {n:,} hills; it's the {b}'s {n}th day, {a}ly so." for n in range(40)
           for a in ("quick", "slow", "naïve", "überlong") for b in ("fox", "dog", "Straße", "日本語", "crème")]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cross_entropy
-from cross_entropy import linear_cross_entropy
+from lib import cross_entropy
+from lib.cross_entropy import linear_cross_entropy
 
 
 def plain(x, weight, targets):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import BadInput
+from lib.cli import BadInput
 
 BIN_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # llm.c's and modded-nanogpt's (magic, version)
 

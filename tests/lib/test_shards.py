@@ -5,22 +5,15 @@ import struct
 
 import numpy as np
 import pytest
+from helpers import write_bin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cli import BadInput
-from shards import read_shard
+from lib.cli import BadInput
+from lib.shards import read_shard
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def write_bin(path, ids, magic, version, count=None):
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
-    with open(path, "wb") as file:
-        file.write(header.tobytes())
-        file.write(ids.tobytes())
 
 
 @pytest.mark.parametrize("damage", ["truncated.npy", "truncated.bin", "empty.npy", "empty.bin", "float.npy", "2d.npy",

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from cli import BadInput
+from lib.cli import BadInput
 
 EOT = "<|endoftext|>"  # separates documents; placed before each one
 

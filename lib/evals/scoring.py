@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from devices import any_shape, send
+from lib.devices import any_shape, to_device
 
 
 @torch.no_grad()
 def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=False, stopped=lambda: False):
     """Log-likelihoods of continuations given their contexts, in batches of like length.
 
-    model: callable, int64 (B, T) and at=(rows, columns), int64 (n,) each -> the logits at these positions (n, vocab_size).
+    model: callable, int64 (B, T) and logits_at=(rows, columns), int64 (n,) each -> the logits at these positions (n, vocab_size).
     Autocast and evaluation mode are the caller's business.
     pairs: iterable of (context, continuation), lists of token ids, the context not empty. What is longer than the window loses the
     beginning of its context; a continuation longer than the window is scored in pieces, each with all the context that fits,
@@ -45,9 +45,9 @@ def score(model, pairs, window, device, batch_tokens, batch_size=None, progress=
         ahead = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... in every part
         column = np.repeat(length[row] - count, count) + ahead
         target = np.frombuffer(b"".join(targets for _, _, targets in parts), ids.typecode)
-        target = send(target.astype(np.int64), device)                                          # (n,) tokens scored
+        target = to_device(target.astype(np.int64), device)                                          # (n,) tokens scored
         with any_shape():
-            logits = model(send(tokens, device), at=(send(np.repeat(row, count), device), send(column, device))).float()  # (n, vocab_size)
+            logits = model(to_device(tokens, device), logits_at=(to_device(np.repeat(row, count), device), to_device(column, device))).float()  # (n, vocab_size)
         owners.append(np.repeat(index, count))
         nats.append(-F.cross_entropy(logits, target, reduction="none"))
         hits.append(logits.argmax(dim=-1) == target)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cli import BadInput, RankError
+from lib.cli import BadInput, RankError, launched
 
 PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name that is a word of the GPU's
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -52,7 +52,7 @@ def cast(x):
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def send(array, device):
+def to_device(array, device):
     """A numpy array -> a tensor on `device`, without waiting for what a GPU still has to do, as a copy of pageable memory would."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
@@ -76,14 +76,16 @@ def pick_device(name, local_rank=0, local_world=1):
 class Processes:
     """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere), joined by `with`.
 
-    rank, world: this process and how many there are. device: this process's. main: whether this is rank 0.
+    rank, world_size: this process and how many there are. device: this process's. main: whether this is rank 0.
+    Raises BadInput if the environment of a launcher is not whole (lib/cli.py's `launched`), or there is no such device.
     """
 
     def __init__(self, device_name):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.distributed = self.rank == 0, "RANK" in os.environ
-        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.device = pick_device(device_name, local_rank, local_world)
+        env = launched()
+        self.distributed = env is not None
+        env = env or {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
+        self.rank, self.world_size, self.main = env["rank"], env["world_size"], env["rank"] == 0
+        self.device = pick_device(device_name, env["local_rank"], env["local_world_size"])
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -91,7 +93,7 @@ class Processes:
         if self.distributed:
             # torchrun keeps its store when it restarts the processes: without a prefix they would read dead addresses in it
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world_size)
         return self
 
     def __exit__(self, kind, error, trace):

@@ -1,0 +1,1 @@
+"""What the scripts share. Nothing in here imports a script."""

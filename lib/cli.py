@@ -1,0 +1,291 @@
+"""Command lines made from dataclasses, and bad input that ends in one line.
+
+Every script declares its flags as dataclass fields made by `flag(default, help, bounds)`, reads them with `parse`
+and starts its `main` through `run`:
+
+    @dataclass
+    class Config:
+        steps: int = flag(100, "optimizer steps", above=0)
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import re
+import sys
+import traceback
+import types
+import typing
+
+BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+
+
+class BadInput(Exception):
+    """What the user gave cannot work. The message is one line that names the cause and the remedy."""
+
+
+class RankError(BadInput):
+    """A BadInput that one process of several may meet alone: said by whichever meets it."""
+
+
+def flag(default, help, **bounds):
+    """A dataclass field that `parse` turns into the flag --<name of the field>; without a help text (None), a setting without a flag.
+
+    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides.
+    """
+    assert bounds.keys() <= BOUNDS.keys(), bounds
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+def run(main):
+    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its message and 130.
+
+    With --debug among the flags, BadInput shows where it was raised, too.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then closes with the error of the process that failed first
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        return record(_run)(main)
+    return _run(main)
+
+
+def _run(main):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # an odd character must not end a run on a console without UTF-8
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except BadInput as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if isinstance(error, RankError) or is_main_process():  # under torchrun every process meets the same: say it once
+            print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `| head` has read enough
+        _drop_stdout()
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if "--debug" in sys.argv or sys.stdout.closed or not _is_broken(sys.stdout):
+            raise
+        _drop_stdout()
+        print(f"{os.path.basename(sys.argv[0])}: error: cannot write the output ({error.strerror}): free some disk space", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_broken(stream):
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_stdout():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def launched():
+    """What torchrun tells its processes: dict of rank, world_size, local_rank, local_world_size; None without a launcher.
+
+    Raises BadInput if the variables are not whole and sane: half of them would train on half of each batch without a word.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return None
+    remedy = "start with torchrun, which sets them all, or unset them"
+    if missing := [name for name in names if name not in found]:
+        raise BadInput(f"{', '.join(found)} set in the environment, {', '.join(missing)} not: {remedy}")
+    numbers = {name: os.environ.get(name, default) for name, default in (
+        ("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", None), ("LOCAL_WORLD_SIZE", found["WORLD_SIZE"]), ("MASTER_PORT", None))}
+    sane = all(re.fullmatch(r"[0-9]{1,6}", number) for number in numbers.values())
+    rank, world_size, local_rank, local_world_size, port = map(int, numbers.values()) if sane else (0,) * 5
+    if not (sane and rank < world_size and local_rank < local_world_size <= world_size and 0 < port < 2**16 and found["MASTER_ADDR"]):
+        told = ", ".join(f"{name}={value}" for name, value in (found | numbers).items())
+        raise BadInput(f"the environment does not describe a process of several ({told}): {remedy}")
+    return {"rank": rank, "world_size": world_size, "local_rank": local_rank, "local_world_size": local_world_size}
+
+
+def is_main_process():
+    """Whether this process is the one that speaks for all: rank 0 of several, or the only one."""
+    try:
+        return (launched() or {"rank": 0})["rank"] == 0
+    except BadInput:
+        return True
+
+
+def check(config):
+    """Compare every flag's value with its field's type and bounds. Raises BadInput naming the flag.
+
+    The one place that does: for command lines, presets, and configurations that come out of files.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if field.metadata:
+            _check(field, getattr(config, field.name), hints[field.name])
+
+
+def _check(field, value, hint):
+    name = f"--{field.name}" if field.metadata["help"] else field.name
+    if not _is_a(value, hint):
+        raise BadInput(f"{name} must be {_describe(hint)}, not {_short(value)}")
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not _is_utf8(text):
+            raise BadInput(f"{name} is not UTF-8 text: {ascii(text)[:80]}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        bounds = field.metadata["bounds"]
+        if not (math.isfinite(value) and all(BOUNDS[kind](value, bound) for kind, bound in bounds.items())):
+            raise BadInput(f"{name} must be {_range(bounds) or 'finite'}, not {_short(value)}")
+
+
+def _is_a(value, hint):
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint) and not isinstance(value, (float, list, dict))
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_is_a(value, kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(part, typing.get_args(hint)[0]) for part in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint):
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    return " or ".join(kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+
+
+def _short(value):
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**30 else "a larger number"
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _range(bounds):
+    return " and ".join(f"{kind.replace('_', ' ')} {bound:,}" for kind, bound in bounds.items())
+
+
+def _is_utf8(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse(classes, argv, doc=None, presets=None):
+    """Read `argv` into one instance of each dataclass.
+
+    The first class may have a field `preset`; `presets` then maps its values to overrides of the defaults, which any
+    flag overrides in turn. Fields without help are not flags and keep their defaults.
+
+    Returns (list of instances, set of the names given on the command line).
+    Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type, outside the choices or the bounds.
+    """
+    overrides = {}
+    if presets:
+        first = _Parser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", default=classes[0].preset)
+        named = first.parse_known_args(argv)[0].preset
+        overrides = presets.get(named, {}) if isinstance(named, str) else {}
+
+    parser = _Parser(usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    for cls in classes:
+        group, hints = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.metadata.get("help"):
+                default, bounds = overrides.get(field.name, field.default), field.metadata["bounds"]
+                shown = field.metadata["help"] + (f"; {_range(bounds)}" if bounds else "") + ("" if default is None else f" [{_show(default)}]")
+                group.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **_argument(hints[field.name]))
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    given = vars(parser.parse_args(argv))
+    given.pop("debug", None)  # read by run()
+    if empty := [name for name, value in given.items() if value in ([], ())]:  # argparse drops a value of "--"
+        raise BadInput(f"--{empty[0]}: expected one argument")
+
+    values = {**overrides, **given}
+    names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
+    configs = [cls(**{k: v for k, v in values.items() if k in own}) for cls, own in zip(classes, names)]
+    for config in configs:
+        check(config)
+    return configs, set(given)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        words = message.partition(": ")[2].split() if message.startswith("unrecognized") else []
+        if words and not words[0].startswith("--"):
+            raise BadInput(f"unexpected argument {words[0]}: every setting is a flag, see --help")
+        if words:
+            near = difflib.get_close_matches(words[0].partition("=")[0], list(self._option_string_actions), n=2)
+            raise BadInput(f"unknown flag {words[0]}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
+        raise BadInput(message.removeprefix("argument "))
+
+
+def _show(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _argument(hint):
+    """The keyword arguments of `add_argument` for a field's type."""
+    if hint is bool or hint == bool | None:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:  # tuple[str, ...]
+        return {"nargs": "+", "type": _scalar(typing.get_args(hint)[0]), "action": _Extend}
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if len(kinds) == 1:  # str | None, Literal[...] | None
+            return _argument(kinds[0])
+        return {"type": _union(kinds)}  # int | Literal["auto"]
+    return {"type": _scalar(hint)}
+
+
+def _scalar(kind):
+    return _integer if kind is int else kind
+
+
+class _Extend(argparse.Action):
+    """`--source a b` and `--source a --source b` are the same."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
+def _integer(text):
+    """An integer; 1e9 and 10_000 are integers too."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():  # also inf and nan
+            raise ValueError(text) from None
+        return int(value)
+
+
+_integer.__name__ = "integer"  # argparse names it in its messages
+
+
+def _union(kinds):
+    words = [w for kind in kinds if typing.get_origin(kind) is typing.Literal for w in typing.get_args(kind)]
+    plain = [kind for kind in kinds if kind in (int, float, str)]
+
+    def convert(text):
+        return text if text in words else _scalar(plain[0])(text)
+
+    convert.__name__ = " or ".join([_scalar(kind).__name__ for kind in plain] + words)
+    return convert

@@ -1,0 +1,1 @@
+"""Evaluations. Each takes a model and knows no script."""
