@@ -4,7 +4,7 @@
     python train_gpt2.py                                         # one GPU, or a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py       # eight GPUs
     python train_gpt2.py --preset gpt2                           # the classic baseline, nothing modern
-    python train_gpt2.py --mlp gelu --no-emb_norm --run no_swiglu_no_embnorm
+    python train_gpt2.py --mlp gelu --no-emb_norm --run_name no_swiglu_no_embnorm
     tensorboard --logdir log                                     # watch it
 
 Improvements over the baseline and their flags:
@@ -20,40 +20,44 @@ Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard eve
 """
 
 import contextlib
-import dataclasses
-import datetime
-import errno
-import inspect
-import json
 import math
 import os
-import shlex
-import statistics
-import sys
-import textwrap
 import time
-from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
-import eval_harness
-import hellaswag
 from lib import checkpoint
-from lib.cli import BadInput, RankError, flag, parse, run
+from lib.budget import describe, steps_of
+from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy
-from lib.decoding import SampleConfig, sample
-from lib.devices import CompileOnce, Processes, autocast, cast, compute_dtype, peak_flops, pick_micro_batch, to_device
-from lib.logger import Logger, serve_tensorboard
+from lib.decoding import NonFinite, SampleConfig, sample
+from lib.devices import (
+    Processes,
+    RecompileMonitor,
+    autocast,
+    cast,
+    gradient_sync,
+    memory_bytes,
+    parallel,
+    peak_flops,
+    pick_micro_batch,
+    to_device,
+)
+from lib.evals import harness, hellaswag
+from lib.files import DISK_FULL
+from lib.logger import SpikeDetector, serve_tensorboard
+from lib.run_folder import RunFolder, find_resume
 from lib.shards import Shards, check_ids, check_shards, read_shard
+from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,23 +67,23 @@ from lib.tokenizers import load_tokenizer
 @dataclass
 class GPTConfig:
     # shape
-    block_size: int = flag(1024, "context length, tokens")
-    n_layer: int = flag(12, "transformer blocks")
-    n_head: int = flag(12, "attention heads a block")
-    n_embd: int = flag(768, "width of the residual stream")
+    block_size: int = flag(1024, "context length, tokens", at_least=2, at_most=2**20)
+    n_layer: int = flag(12, "transformer blocks", above=0, at_most=1000)
+    n_head: int = flag(12, "attention heads per block", above=0, at_most=1024)
+    n_embd: int = flag(768, "width of the residual stream", above=0, at_most=65_536)
     # improvements
     mlp: Literal["gelu", "swiglu", "relu2"] = flag("gelu", "feed-forward layer, the same parameter count each")
     norm: Literal["layernorm", "rmsnorm"] = flag("layernorm", "normalization before each layer and the head")
-    pos: Literal["learned", "rope"] = flag("learned", "position information: added embeddings or rotated q and k")
+    pos: Literal["learned", "rope"] = flag("learned", "positional encoding: learned or rotary")
     emb_norm: bool = flag(False, "norm right after the embeddings (post-embedding norm, as in Dual PatchNorm)")
     qk_norm: bool = flag(False, "norm on each head's queries and keys")
     bias: bool = flag(True, "biases in linear layers and LayerNorm")
     tie_embeddings: bool = flag(True, "token embedding and output head share one matrix")
-    dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation")
+    dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation", at_least=0, below=1)
     init: Literal["gpt2", "xavier", "kaiming"] = flag("gpt2", "weight initialization, see init_weights")
     # set by the data or the checkpoint, not by a flag
-    vocab_size: int = 50257      # ids the tokenizer can produce
-    vocab_multiple: int = 128    # the matrices are padded to a multiple of this, which tensor cores like
+    vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
+    vocab_multiple: int = flag(128, None, above=0, at_most=2**16)  # the matrices are padded to a multiple, for tensor-core efficiency
 
     @property
     def padded_vocab_size(self):
@@ -94,45 +98,48 @@ class TrainConfig:
     # data
     data: str = flag("edu_fineweb10B", "folder of token shards")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
-    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards")
+    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards", above=0)
     # length and batch
-    epochs: float = flag(1.0, "passes over the training shards")
-    max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs")
-    total_batch_size: int = flag(524_288, "tokens an optimizer step, over all processes and accumulation")
-    micro_batch: int | Literal["auto"] = flag("auto", "sequences a forward pass; auto: as many as memory takes")
+    epochs: float = flag(1.0, "passes over the training shards", above=0)
+    max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs", above=0, below=2**31)
+    total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
+    micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     # optimizer
     optimizer: Literal["adamw"] = flag("adamw", "optimizer")
-    max_lr: float = flag(6e-4, "peak learning rate")
-    min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak")
-    warmup_steps: int = flag(715, "steps of linear warm-up")
-    schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see get_lr")
-    weight_decay: float = flag(0.1, "on matrices and embeddings; vectors are never decayed")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    max_lr: float = flag(6e-4, "peak learning rate", above=0, at_most=1e6)
+    min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up; without the flag, 3.75% of the run", at_least=0)
+    schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
+    weight_decay: float = flag(0.1, "on matrices and embeddings; vectors are never decayed", at_least=0, at_most=1e6)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     # what happens along the way (0: never)
-    eval_every: int = flag(250, "steps between validations")
-    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations")
+    eval_every: int = flag(250, "steps between validations", at_least=0)
+    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
     hellaswag_file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     eval_tasks: str | None = flag(None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
-    eval_tasks_every: int = flag(1000, "steps between evaluations on them")
+    eval_tasks_every: int = flag(1000, "steps between evaluations on them", at_least=0)
     eval_tasks_dir: str | None = flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
-    eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all")
-    sample_every: int = flag(250, "steps between printed samples")
+    eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all", above=0)
+    sample_every: int = flag(250, "steps between printed samples", at_least=0)
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
-    save_every: int = flag(5000, "steps between checkpoints, 0: never; the last step is always saved")
-    save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never")
-    keep: int = flag(3, "checkpoints kept, the newest; 0: all")
-    max_skipped: int = flag(10, "end the run after so many updates in a row without a finite loss and gradient")
-    spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before; 0: none")
+    save_every: int = flag(5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
+    save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never", at_least=0)
+    keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
+    max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
+    spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before; 0: none", at_least=0)
     # the run
-    run: str | None = flag(None, "name of the folder under --log_dir, or preset and time")
+    run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")
-    resume: str | None = flag(None, "a checkpoint or run folder to continue from, or auto: the newest of --run, if there is one; "
+    resume: str | None = flag(None, "a checkpoint or run folder to continue from, or auto: the newest of --run_name, if there is one; "
                               "without the flag, auto")
-    tensorboard: int = flag(0, "port at which this run serves TensorBoard for --log_dir, to all hosts")
+    tensorboard: int = flag(0, "port at which this run serves TensorBoard for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
-    seed: int = flag(1337, "seed of weights, shuffling, dropout and samples")
+    seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda only")
+    # set by the data, not by a flag
+    steps: int | None = None      # how long the run is, from --max_steps or --epochs
+    sequences: int | None = None  # per forward pass, from --micro_batch
 
 
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
@@ -141,7 +148,7 @@ PRESETS = {
     "gpt2":   {},
     "modern": MODERN,
     "tiny":   MODERN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, data="docstrings", max_steps=900,
-                            total_batch_size=2048, max_lr=3e-3, warmup_steps=50, val_tokens=65_536, eval_every=300,
+                            total_batch_size=2048, max_lr=3e-3, val_tokens=65_536, eval_every=300,
                             hellaswag_every=0, sample_every=450, sample_prompt="Return the", compile=False),
 }
 SIZES = {
@@ -413,16 +420,22 @@ def init_weights(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizer and schedule
+# Optimizer set-up and schedule. What state an optimizer keeps is known here and in the optimizer alone.
 
 
 def make_optimizer(model, cfg):
-    """The optimizer --optimizer names, over all parameters of `model`; only matrices and embeddings are decayed."""
+    """The optimizer --optimizer names, over all parameters of `model`; only matrices and embeddings are decayed.
+
+    Each group keeps its peak learning rate as initial_lr; the schedule multiplies it.
+    """
     params = list(model.parameters())
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in params), "not each once"
-    return OPTIMIZERS[cfg.optimizer](groups, cfg)
+    optimizer = OPTIMIZERS[cfg.optimizer](groups, cfg)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 def adamw(groups, cfg):
@@ -432,20 +445,29 @@ def adamw(groups, cfg):
 
 
 OPTIMIZERS = {"adamw": adamw}
-WSD_DECAY = 0.2  # share of a wsd run that decays (Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
 
 
-def get_lr(step, cfg, max_steps):
-    """Learning rate of update `step`, 0 <= step < max_steps."""
+def state_like(model):
+    """Tensors shaped as those an optimizer's state will hold after its first step: AdamW's two moments of every parameter."""
+    return [p for p in model.parameters() for _ in range(2)]
+
+
+WSD_DECAY = 0.2         # share of a wsd run that decays (Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
+WARMUP_SHARE = 0.0375   # of the run: 715 of build-nanogpt's 19,073 steps
+
+
+def lr_multiplier(step, cfg):
+    """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
     # 1) linear warm-up, from the first step above zero
-    if step < cfg.warmup_steps:
-        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    warmup = round(WARMUP_SHARE * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
     # 2) how far the decay has come, 0 to 1; wsd (warm-up, stable, decay) begins it late
-    start = max(cfg.warmup_steps, round(max_steps * (1 - WSD_DECAY))) if cfg.schedule == "wsd" else cfg.warmup_steps
-    progress = min(max((step - start) / max(max_steps - start, 1), 0.0), 1.0)
+    start = max(warmup, round(cfg.steps * (1 - WSD_DECAY))) if cfg.schedule == "wsd" else warmup
+    progress = min(max((step - start) / max(cfg.steps - start, 1), 0.0), 1.0)
     # 3) from the peak down to min_lr_frac of it, along half a cosine or a line
     left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
-    return cfg.max_lr * (cfg.min_lr_frac + left * (1 - cfg.min_lr_frac))
+    return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
 
 def gradient_groups(model):
@@ -471,32 +493,35 @@ class ShardLoader:
     Every epoch passes over all shards; with a seed, the order of the shards and of the documents inside each is drawn
     anew from (seed, epoch). Without one (None) everything stays in order. Nothing is dropped at a shard's end. The
     state is three integers: epoch, shard (position in the epoch's order), offset (tokens into the permuted shard).
-    Background threads read and permute the next shard while the current one is used, and have the next call's tokens ready.
+    Background threads read and permute the next shard while the current one is used, and have the next batch ready.
     """
 
-    def __init__(self, files, tokenizer, seed, place=None):
-        """place: what is done with each call's tokens, in the background too: brings them to the device, say."""
-        self.files, self.tokenizer, self.seed, self.place = files, tokenizer, seed, place or (lambda tokens: tokens)
+    def __init__(self, files, tokenizer, seed, transform=None):
+        """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns; without it, the tokens."""
+        self.files, self.tokenizer, self.seed, self.transform = files, tokenizer, seed, transform or (lambda tokens: tokens)
         self.epoch, self.shard, self.offset = 0, 0, 0
         self.loaded, self.reader = {}, ThreadPoolExecutor(max_workers=1)  # shards, by epoch and shard
-        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)   # the next tokens, by their position and number
+        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)   # the next batch, by its position and size
 
     def next(self, n):
-        """The stream's next n tokens and one more, the last target: int64 (n + 1,), placed. Advances by n."""
+        """The stream's next n tokens and one more, the last target: int64 (n + 1,), transformed. Advances by n."""
         self.prefetch(n)
         (future,) = self.ahead.values()
-        tokens, self.epoch, self.shard, self.offset = future.result()
+        try:
+            batch, self.epoch, self.shard, self.offset = future.result()
+        except BadInput as error:  # one process may meet it alone
+            raise RankError(str(error)) from error
         self.prefetch(n)
-        return tokens
+        return batch
 
     def prefetch(self, n):
         """Have the next n tokens made ready in the background."""
         key = (n, self.epoch, self.shard, self.offset)
         if key not in self.ahead:
-            self.ahead = {key: self.cutter.submit(self.cut, *key)}
+            self.ahead = {key: self.cutter.submit(self.read_batch, *key)}
 
-    def cut(self, n, epoch, shard, offset):
-        """-> (the n + 1 tokens from a position on, placed, and the position n tokens later: epoch, shard, offset)."""
+    def read_batch(self, n, epoch, shard, offset):
+        """-> (the n + 1 tokens from a position on, transformed, and the position n tokens later: epoch, shard, offset)."""
         pieces, missing = [], n + 1
         while missing:
             piece = self._tokens(epoch, shard)[offset:offset + missing]
@@ -506,7 +531,7 @@ class ShardLoader:
             if missing:
                 epoch, shard, offset = *self._after(epoch, shard), 0
         self._read_ahead(*self._after(epoch, shard))
-        return self.place(np.concatenate(pieces).astype(np.int64)), epoch, shard, offset - 1  # the extra token comes again
+        return self.transform(np.concatenate(pieces).astype(np.int64)), epoch, shard, offset - 1  # the extra token comes again
 
     def state_dict(self):
         return {"epoch": self.epoch, "shard": self.shard, "offset": self.offset}
@@ -553,78 +578,249 @@ class ShardLoader:
         return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
 
 
+def micro_batches(tokens, block_size, micro_batch, processes):
+    """A global batch, int64 (n + 1,) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T) each."""
+    size = (len(tokens) - 1) // processes.world_size
+    tokens = to_device(tokens[processes.rank * size:][:size + 1], processes.device)
+    x, y = tokens[:-1].view(-1, block_size), tokens[1:].clone().view(-1, block_size)
+    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
+
+
 def read_validation(shards, cfg, block_size, tokenizer):
     """The first cfg.val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size)."""
     rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
     if rows < 1:
         raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {cfg.data}, and "
                        f"--val_tokens is {cfg.val_tokens}; lower --block_size or make a larger val split")
-    tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).cut(rows * block_size, 0, 0, 0)
+    tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).read_batch(rows * block_size, 0, 0, 0)
     return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Evaluation: a list of what is measured, how often, and how. Every process takes part in every forward pass
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (GPT in evaluation mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is none."""
-    state = checkpoint.read(path)
-    try:
-        model = GPT(GPTConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-        tokenizer = load_tokenizer(state["tokenizer"])
-    except BadInput:
-        raise
-    except KeyError as error:
-        raise BadInput(f"{path} is not a checkpoint of this project, it holds no {error.args[0]}: name one that train_gpt2.py wrote") from error
-    except Exception as error:  # another project's file, whatever it holds
-        raise BadInput(f"{path} is not a checkpoint of this project ({type(error).__name__}): name another one") from error
-    return model.to(device).eval(), tokenizer, state
+class Evaluation(NamedTuple):
+    """run: (model, compiled, stopped) -> {tag: number or list of texts}, called by every process. every: steps, 0: never.
 
+    model: the plain module, whose shapes may change freely; compiled: the same with one shape. stopped: whether to leave off, to be
+    asked by every process equally often.
+    """
+    name: str
+    every: int
+    run: Callable
+    at_start: bool = True
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation and samples. HellaSwag and samples go through the uncompiled module, whose shapes may change freely
+    def due(self, step, last):
+        return self.every and (last or step % self.every == 0) and (step > 0 or self.at_start)
 
 
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, processes):
-    """Mean loss in nats a token over all validation rows x, y (rows, T), shared out over the processes.
+    """Mean loss in nats per token over all validation rows x, y (rows, T), shared out over the processes.
 
     Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. `model` may be
-    compiled: it sees one shape, (micro_batch, T), the last batch filled up with rows that do not count.
+    compiled: it sees one shape, (micro_batch, T), equally often on every process, filled up with rows that do not count.
     """
-    model.eval()
-    x, y = (part[processes.rank::processes.world_size] for part in rows)
     losses = [torch.zeros((), device=processes.device)]
-    for i in range(0, len(x), micro_batch):
+    x, y = (part[processes.rank::processes.world_size] for part in rows)
+    for i in range(0, -(-len(rows[0]) // processes.world_size), micro_batch):
         xb, yb = x[i:i + micro_batch], y[i:i + micro_batch]
         missing = ((0, micro_batch - len(xb)), (0, 0))
         xb, yb = np.pad(xb, missing), np.pad(yb, missing, constant_values=-1)
         with autocast(processes.device):
             loss = model(to_device(xb, processes.device), to_device(yb, processes.device))
         losses.append(loss * int((yb >= 0).sum()))
-    model.train()
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
     return nats / count
 
 
+def make_evaluations(cfg, shards, tokenizer, block_size, processes):
+    """The evaluations a run makes along the way. Raises BadInput if what they need is not there."""
+    rows = read_validation(shards, cfg, block_size, tokenizer)
+    bytes_per_token = tokenizer.token_bytes()[rows[1]].sum() / rows[1].size
+    with processes.main_first():
+        items = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+        tasks = harness.prepare(cfg.eval_tasks, cfg.eval_tasks_dir, processes.world_size, cfg.eval_tasks_limit) if cfg.eval_tasks else None
+    questions = hellaswag.render(items, tokenizer, block_size)
+
+    def validation(model, compiled, stopped):
+        loss = evaluate(compiled, rows, cfg.sequences, processes)
+        return {"Loss/val": loss, "Loss/val_bpb": loss / math.log(2) / bytes_per_token}
+
+    def run_hellaswag(model, compiled, stopped):
+        with autocast(processes.device):
+            n, _, correct, _ = hellaswag.evaluate(model, questions, processes, stopped)
+        return {"eval/hellaswag": correct / n}
+
+    def eval_tasks(model, compiled, stopped):
+        lm = harness.adapter(model, tokenizer, processes, progress=False, stopped=stopped)
+        return harness.scalars(harness.evaluate(lm, *tasks, cfg.eval_tasks_limit, bootstrap=0, progress=False))
+
+    def samples(model, compiled, stopped):
+        return {"samples": sample(model, tokenizer, SampleConfig(prompt=cfg.sample_prompt))}
+
+    return [Evaluation("validation", cfg.eval_every, validation),
+            Evaluation("HellaSwag", cfg.hellaswag_every, run_hellaswag),
+            Evaluation("tasks", cfg.eval_tasks_every if cfg.eval_tasks else 0, eval_tasks),
+            Evaluation("samples", cfg.sample_every, samples, at_start=False)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The run
+# The training loop
+
+
+def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
+    """Train `model` from `position` (step, skipped, consecutive_skips) to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
+
+    stream: next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, as many on every process; targets of -1 are not
+    counted. run: the RunFolder, null off rank 0. The loop ends after cfg.steps steps, or after the step in which a stop signal came;
+    either way with a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
+    """
+    device, world_size = processes.device, processes.world_size
+    step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # evaluated; the plain model is sampled from and saved
+    ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
+    flops, peak = model.flops_per_token() * cfg.total_batch_size, peak_flops(device)
+    is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
+
+    def snapshot(**changes):
+        return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False, "loader": stream.state_dict(),
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
+
+    save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
+    stream.prefetch(cfg.total_batch_size)
+    with StopSignals(run.say, processes) as stop:
+        while True:
+            last = step == cfg.steps
+            # ---- save, in the background; not after skipped steps: the checkpoints from before may be better
+            if first < step < cfg.steps and not consecutive_skips and (save_due or (cfg.save_every and step % cfg.save_every == 0)):
+                run.save(snapshot())
+
+            # ---- evaluate
+            for evaluation in (e for e in evaluations if e.due(step, last)):
+                if stop.agree():
+                    break
+                model.eval()
+                try:
+                    with monitor(evaluation.name):
+                        results = evaluation.run(model, compiled, stop.agree)
+                    if not stop.agree():
+                        run.log_evaluation(step, evaluation.name, results)
+                except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
+                    run.say(f"step {step} | {evaluation.name} | {error}")
+                model.train()
+            run.poll()
+            if last or stop.agreed:
+                break
+
+            # ---- get the batch
+            started = time.perf_counter()
+            read_from = stream.state_dict()
+            if not consecutive_skips:
+                last_good = {"step": step, "skipped": skipped, "loader": read_from}
+            batch = stream.next(cfg.total_batch_size)
+            waited = time.perf_counter() - started
+
+            # ---- forward and backward; dropout follows from (seed, step, rank), so that there is no random state to save
+            torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
+            loss_sum = torch.zeros((), device=device)
+            with monitor("training"):
+                for i, (idx, targets) in enumerate(batch):
+                    with gradient_sync(ddp, last=i == len(batch) - 1):
+                        with autocast(device):
+                            loss = ddp(idx, targets) / len(batch)
+                        loss.backward()
+                    loss_sum += loss.detach()
+
+            # ---- one all-reduce: the loss, and whether anyone wants to stop or to save; then the one device sync of a step
+            shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in (stop.requested, bool(run.save_is_due(cfg.save_minutes))))])
+            if processes.distributed:
+                dist.all_reduce(shared)
+            norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
+            total_norm = norms.norm()
+            loss, stop_requests, save_due, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
+            loss /= world_size
+            stop.agree(stop_requests)
+
+            # ---- clip and update, unless non-finite: the same decision on every process
+            run.wait_copied()  # what is being saved must not change yet
+            multiplier = lr_multiplier(step, cfg)
+            if math.isfinite(loss) and math.isfinite(norm):
+                if cfg.grad_clip:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * multiplier
+                optimizer.step()
+                consecutive_skips = 0
+            else:
+                skipped, consecutive_skips = skipped + 1, consecutive_skips + 1
+                run.say(f"step {step} | skipped because non-finite: loss {loss}, gradient norm {norm}; its batch: {stream.where(read_from)}")
+            optimizer.zero_grad(set_to_none=True)
+
+            # ---- log
+            seconds = time.perf_counter() - started
+            run.log_step(step, {
+                "Loss/train": loss, "optim/lr": optimizer.param_groups[0]["initial_lr"] * multiplier, "optim/grad_norm": norm,
+                "optim/skipped_steps": skipped, "perf/tok_per_sec": cfg.total_batch_size / seconds, "perf/step_ms": seconds * 1e3,
+                "perf/data_ms": waited * 1e3, "perf/mfu": flops / seconds / peak / world_size if peak else None,
+                "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
+            if line := is_spike(loss):
+                run.log_evaluation(step, "spike", {"spikes": [f"{line}; its batch: {stream.where(read_from)}"]})
+            step += 1
+            if consecutive_skips == cfg.max_skipped:
+                kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
+                processes.barrier()
+                raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower --max_lr or "
+                               "lengthen --warmup_steps, and --resume it")
+        stop.heard()
+        run.save(snapshot(finished=last and not stop.agreed), wait=True)
+        processes.barrier()
+        run.conclude(step, finished=last and not stop.agreed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (GPT in evaluation mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is not one."""
+    state = checkpoint.read(path)
+    try:
+        config = GPTConfig(**state["model_config"])
+        check_model(config)
+        with torch.device("meta"):
+            GPT(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
+        model = GPT(config)
+        model.load_state_dict(state["model"])
+        tokenizer = load_tokenizer(state["tokenizer"])
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    except KeyError as error:
+        raise BadInput(f"{path} is not a checkpoint of this project, it holds no {error.args[0]}: name one that train_gpt2.py wrote") from error
+    except Exception as error:  # another project's file, whatever it holds
+        raise BadInput(f"{path} is not a checkpoint of this project ({type(error).__name__}): name another one") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BadInput(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids and its model {config.vocab_size:,}: name another one")
+    return model.to(device).eval(), tokenizer, state
 
 
 def settings(argv):
-    """The command line -> TrainConfig, GPTConfig, the names given, and the checkpoint.Resume to continue from or None."""
-    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
+    """The command line -> TrainConfig, GPTConfig, the names given explicitly, and the Resume to continue from or None."""
+    (cfg, model_cfg), explicit = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     if cfg.size:
         for name, value in SIZES[cfg.size].items():
-            setattr(model_cfg, name, getattr(model_cfg, name) if name in given else value)
-        given |= SIZES[cfg.size].keys()
-    resume = checkpoint.to_resume(cfg, given)
+            setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
+        explicit |= SIZES[cfg.size].keys()
+    if "epochs" in explicit and "max_steps" not in explicit:
+        cfg.max_steps = None  # a preset's
+    resume = find_resume(cfg, explicit)
     if resume:
         try:
-            other_preset = "preset" in given and cfg.preset != resume.state["train_config"]["preset"]
-            resume.adopt(cfg, model_cfg, given | (set().union(*PRESETS.values()) if other_preset else set()))
+            other_preset = "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]
+            resume.adopt(cfg, model_cfg, explicit | (set().union(*PRESETS.values()) if other_preset else set()))
+            check_model(model_cfg)
             with torch.device("meta"):
                 GPT(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
         except BadInput:
@@ -632,437 +828,100 @@ def settings(argv):
         except Exception as error:  # another project's file, whatever it holds
             raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
                            "another --resume") from error
-    return cfg, model_cfg, given, resume
+    return cfg, model_cfg, explicit, resume
 
 
-def plan(cfg, model_cfg, given, world):
-    """Check the flags against each other and the data, before anything is built. Returns (Shards, max_steps)."""
+def check_model(c):
+    """Check a model's settings against each other; their own bounds stand on the fields. Raises BadInput."""
+    check(c)
+    if c.n_embd % c.n_head:
+        raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
+    if c.pos == "rope" and c.n_embd // c.n_head % 2:
+        raise BadInput(f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
+
+
+def check_run(cfg, c, explicit, world_size):
+    """Check a run's settings against each other and the number of processes. Raises BadInput."""
     def need(condition, message):
         if not condition:
             raise BadInput(message)
 
-    for config in (cfg, model_cfg):
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "max_lr", "epochs", "max_steps",
-                     "micro_batch", "val_tokens", "max_skipped", "eval_tasks_limit"):
-            value = getattr(config, name, None)
-            need(value in (None, "auto") or 0 < value < math.inf, f"--{name} must be above zero and finite, not {value}")
-        for name in ("warmup_steps", "grad_clip", "eval_every", "hellaswag_every", "eval_tasks_every", "sample_every",
-                     "save_every", "save_minutes", "keep", "spike", "seed"):
-            need(getattr(config, name, 0) >= 0, f"--{name} must not be negative or nan")
-    need(0 <= cfg.weight_decay < math.inf, f"--weight_decay must not be negative, and finite, not {cfg.weight_decay}")
-    need(cfg.total_batch_size <= 2**28, f"--total_batch_size must be at most {2**28:,} tokens, not {cfg.total_batch_size:,}")
-    need(cfg.seed < 2**63, f"--seed must be below 2^63, not {cfg.seed}")
-    need(0 <= cfg.tensorboard < 2**16, f"--tensorboard must be a port, 1 to 65535, not {cfg.tensorboard}")
-    c, T = model_cfg, model_cfg.block_size
-    need(c.n_embd % c.n_head == 0, f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
-    need(c.pos != "rope" or c.n_embd // c.n_head % 2 == 0, f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
-    need(0 <= c.dropout < 1, f"--dropout must be at least 0 and below 1, not {c.dropout}")
-    need(0 <= cfg.min_lr_frac <= 1, f"--min_lr_frac must be between 0 and 1, not {cfg.min_lr_frac}")
-    need(cfg.eval_tasks or not given & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
+    need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(not {"epochs", "max_steps"} <= given, "--epochs and --max_steps both set the length: give one of them")
-    need(cfg.total_batch_size // T >= world, f"--total_batch_size {cfg.total_batch_size} is {cfg.total_batch_size // T} sequences of "
-         f"--block_size {T}, fewer than {world} processes: raise it, or lower --nproc_per_node")
-    need(cfg.total_batch_size % (T * world) == 0,
-         f"--total_batch_size {cfg.total_batch_size} must be a multiple of --block_size {T} x {world} processes; "
-         f"{-(-cfg.total_batch_size // (T * world)) * T * world} is")
-    rows = cfg.total_batch_size // T // world
-    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0,
-         f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences a process has in a step "
-         f"(--total_batch_size {cfg.total_batch_size} / --block_size {T} / {world} processes)")
-
-    shards = Shards(cfg.data)
-    need(shards.tokens["train"], f"{cfg.data} holds no training tokens: make it again with fineweb.py")
-    if "max_steps" not in given and "epochs" in given:
-        cfg.max_steps = None  # a preset's
-    max_steps = cfg.max_steps or int(min(cfg.epochs, 1e9) * shards.tokens["train"] / cfg.total_batch_size)
-    need(max_steps > 0, f"{cfg.data} holds {shards.tokens['train']:,} training tokens, {cfg.epochs:g} epochs of which "
-         f"are less than one step of {cfg.total_batch_size:,}: lower --total_batch_size or raise --epochs")
-    need(max_steps < 2**31, f"{max_steps:,} steps are more than any run has: lower --max_steps or --epochs")
-    need(cfg.warmup_steps < max_steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {max_steps} steps: "
-         "give a smaller one")
-    return shards, max_steps
+    need(not {"epochs", "max_steps"} <= explicit, "--epochs and --max_steps both set the length: give one of them")
+    need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
+    B, T = cfg.total_batch_size, c.block_size
+    need(world_size <= B // T, f"--total_batch_size {B} is {B // T} sequences of --block_size {T}, fewer than {world_size} processes: "
+         "raise it, or lower --nproc_per_node")
+    need(B % (T * world_size) == 0, f"--total_batch_size {B} must be a multiple of --block_size {T} x {world_size} processes; "
+         f"{-(-B // (T * world_size)) * T * world_size} is")
+    rows = B // T // world_size
+    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0, f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per "
+         f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
 
 
-def describe(cfg, model, shards, max_steps, micro_batch, processes):
-    """What is about to happen, in a few lines."""
-    counts, c, device = model.parameter_counts(), model.config, processes.device
-    rows = cfg.total_batch_size // c.block_size // processes.world_size
-    tokens = max_steps * cfg.total_batch_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    return "\n".join([
-        f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
-        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token",
-        f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
-        f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
-        f"padded to {c.padded_vocab_size:,}",
-        f"length  {max_steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
-        f"({tokens / shards.tokens['train']:.2f} epochs), {tokens * model.flops_per_token():.2e} FLOPs",
-        f"batch   {micro_batch} sequences x {c.block_size} tokens x {rows // micro_batch} accumulation steps x "
-        f"{processes.world_size} processes",
-        f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
-    ])
+def build_model(model_cfg, cfg, device):
+    """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
+    with torch.device("meta"):
+        like = GPT(model_cfg)
+    needed = sum(t.numel() * t.element_size() for t in (*like.parameters(), *like.parameters(), *state_like(like)))
+    there = memory_bytes(device)
+    if there and needed > there:
+        raise BadInput(f"this model's weights, gradients and optimizer state need {needed / 1e9:,.0f} GB, and there are "
+                       f"{there / 1e9:,.0f}: lower --n_embd, --n_layer or --block_size")
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(cfg.seed)
+    try:
+        return GPT(model_cfg).to(device)
+    except (RuntimeError, MemoryError) as error:
+        raise RankError(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
 
 
 def main(argv):
-    cfg, model_cfg, given, resume = settings(argv)
-    shards, max_steps = plan(cfg, model_cfg, given, int(os.environ.get("WORLD_SIZE", 1)))
-    if resume:
-        if not {"data", "epochs", "max_steps", "total_batch_size"} & given:
-            max_steps = resume.state["max_steps"]
-        if resume.state["step"] >= max_steps and resume.state.get("finished", True):
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{resume.path} is the end of a run of {max_steps} steps: give more --max_steps to go on")
-            return
+    cfg, model_cfg, explicit, resume = settings(argv)
     processes = Processes(cfg.device)
-    name = cfg.run or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}"
-    folder = checkpoint.make_run_folder(cfg.log_dir, name, resumes=bool(resume)) if processes.main else None
+    shards, T = Shards(cfg.data), model_cfg.block_size
+    before = resume and not {"data", "epochs", "max_steps", "total_batch_size"} & explicit
+    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"])
+    check_model(model_cfg)
+    check_run(cfg, model_cfg, explicit, processes.world_size)
+    if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
+        if processes.main:
+            print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")
+        return
+    cfg.compile = processes.device.type == "cuda" if cfg.compile is None else cfg.compile
+    run = RunFolder(cfg, resume) if processes.main else RunFolder.null()
     try:
-        with checkpoint.locked(folder):
-            if folder and {step for step, _ in checkpoint.found(folder)} != (resume.seen if resume else set()):
-                raise RankError(f"{folder} has just been written by another process: start again")
+        with contextlib.closing(run), processes:
             if processes.main and cfg.tensorboard:
                 serve_tensorboard(cfg.log_dir, cfg.tensorboard)
-            with processes:
-                trainer = Trainer(cfg, model_cfg, shards, max_steps, processes)
-                if resume:
-                    trainer.load(resume)
-                if processes.main:
-                    trainer.open(folder, resume)
-                trainer.run()
+            with processes.main_first():
+                tokenizer = load_tokenizer(shards.tokenizer)
+            check_shards(shards, tokenizer)
+            model_cfg.vocab_size = tokenizer.vocab_size
+            evaluations = make_evaluations(cfg, shards, tokenizer, T, processes)
+            model = build_model(model_cfg, cfg, processes.device)
+            optimizer, rows = make_optimizer(model, cfg), cfg.total_batch_size // T // processes.world_size
+            cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=checkpoint.n_bytes(state_like(model)))
+            stream = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
+                                 partial(micro_batches, block_size=T, micro_batch=cfg.sequences, processes=processes))
+            position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
+            if resume:
+                position = resume.restore(model, optimizer, stream, tokenizer.spec, shards.identity)
+            if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
+                raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
+            config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": shards.identity}
+            run.begin(config, describe(cfg, model, shards, processes), position["step"], resume, [*model.parameters(), *state_like(model)])
+            train(cfg, model, optimizer, stream, evaluations, run, processes, position)
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
-        raise RankError(f"the disk of {folder} is full: free some space, and the same command with --run {name} goes on from the "
-                        "newest checkpoint") from error
-
-
-class Trainer:
-    """One run: the parts it is built of, the loop over its steps, and what happens at a step.
-
-    step: updates made so far, skipped ones included. skipped: updates left out for want of a finite loss, in all.
-    """
-
-    def __init__(self, cfg, model_cfg, shards, max_steps, processes):
-        self.cfg, self.shards, self.max_steps, self.processes = cfg, shards, max_steps, processes
-        self.device, T = processes.device, model_cfg.block_size
-        with processes.main_first():
-            self.tokenizer = load_tokenizer(shards.tokenizer)
-            examples = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
-            if cfg.eval_tasks:
-                manager, names = eval_harness.find_tasks(cfg.eval_tasks)
-                self.tasks = manager, eval_harness.load_tasks(manager, names, cfg.eval_tasks_dir)
-                eval_harness.check_tasks(self.tasks[1], processes.world_size, cfg.eval_tasks_limit)
-        check_shards(shards, self.tokenizer)
-        model_cfg.vocab_size = self.tokenizer.vocab_size
-        self.questions = hellaswag.render(examples, self.tokenizer, T)
-        self.val_rows = read_validation(shards, cfg, T, self.tokenizer)
-        self.bytes_per_token = self.tokenizer.token_bytes()[self.val_rows[1]].sum() / self.val_rows[1].size
-        self.loader = ShardLoader(shards.train, self.tokenizer, cfg.seed if cfg.shuffle else None, self.place)
-
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-            torch.use_deterministic_algorithms(True)
-        torch.set_float32_matmul_precision("high")
-        torch.manual_seed(cfg.seed)
-        try:
-            self.raw_model = GPT(model_cfg).to(self.device)  # the plain module: evaluated, sampled from, saved
-        except (RuntimeError, MemoryError) as error:
-            raise RankError(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
-        self.rows = cfg.total_batch_size // T // processes.world_size
-        self.micro_batch = pick_micro_batch(self.raw_model, cfg.micro_batch, self.rows, processes)
-        self.optimizer = make_optimizer(self.raw_model, cfg)
-        self.model = self.raw_model
-        if cfg.compile or (cfg.compile is None and self.device.type == "cuda"):
-            self.model = torch.compile(self.model, dynamic=False)
-        self.eval_model = self.model
-        if processes.distributed:
-            # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
-            names = inspect.signature(DDP).parameters
-            buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-            self.model = DDP(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                             gradient_as_bucket_view=True, **buffers)
-        self.parts, self.parameters = gradient_groups(self.raw_model), list(self.raw_model.parameters())
-        self.flops, self.peak = self.raw_model.flops_per_token() * cfg.total_batch_size, peak_flops(self.device)  # of a step
-        self.step, self.skipped, self.streak, self.finished = 0, 0, 0, False
-        self.once = CompileOnce(lambda line: self.log.say(f"step {self.step} | {line}"))
-        self.log, self.writer = Logger.null(), Logger.null()  # rank 0 opens its own
-
-    def load(self, resume):
-        """Go on where a checkpoint was saved."""
-        state = resume.state
-        if state["tokenizer"] != self.tokenizer.spec:
-            raise BadInput(f"{resume.path} was made with another tokenizer than {self.cfg.data}: its ids mean other text; give "
-                           "--data of its own tokenizer")
-        try:
-            self.raw_model.load_state_dict(state["model"])
-            checkpoint.load_optimizer(self.optimizer, state["optimizer"])
-        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise BadInput(f"the optimizer of {resume.path} does not fit ({error}): begin another --run") from error
-        self.step, self.skipped, self.streak = state["step"], state.get("skipped", 0), state.get("streak", 0)
-        if state.get("data", self.shards.identity) == self.shards.identity:
-            self.loader.load_state_dict(state["loader"])
-        else:  # a position means nothing in other files
-            resume.changed.append("other training data, read from its beginning")
-        state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
-
-    def open(self, folder, resume):
-        """Open the log and write config.json, on rank 0. resume: what was loaded, or None."""
-        cfg, model_cfg, processes = self.cfg, self.raw_model.config, self.processes
-        checkpoint.check_room(folder, 3 * 4 * sum(p.numel() for p in self.parameters))  # weights and AdamW's two moments
-        anew = not resume and (folder / "log.txt").stat().st_size > 0
-        checkpoint.rewind(folder, self.step)
-        launcher = ["torchrun", f"--nproc_per_node={processes.world_size}", "--"] if processes.distributed else ["python"]
-        command, changed = shlex.join([*launcher, *sys.argv]), ", ".join(resume.changed) if resume else ""
-        start = {"step": self.step, "from": resume and str(resume.path), "changed": changed, "command": command,
-                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": checkpoint.launch_id()}
-        config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "max_steps": self.max_steps,
-                  "micro_batch": self.micro_batch, "world": processes.world_size, "tokenizer": self.tokenizer.name,
-                  "command": command, "torch": torch.__version__, "starts": [*checkpoint.starts(folder), start],
-                  "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type}
-        checkpoint.replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-        code, kept = Path(__file__).read_bytes(), folder / "train_gpt2.py"  # the code that made the run
-        if kept.exists() and kept.read_bytes() != code:
-            kept = folder / f"train_gpt2_from_{self.step:05d}.py"
-        checkpoint.replace(kept, lambda file: file.write(code))
-        self.folder, self.log, self.writer = folder, Logger(folder, self.max_steps, self.step), checkpoint.Writer(folder, cfg.keep)
-        self.writer.reserve(self.parameters, copies=3)  # for the same three; while the first step compiles
-        self.log.say(describe(cfg, self.raw_model, self.shards, self.max_steps, self.micro_batch, processes))
-        if resume:
-            self.log.say(f"resume  {resume.path}, step {self.step}; " + (f"changed: {changed}" if changed else "as before"))
-        if anew:
-            self.log.say(f"{folder} holds no checkpoint: its run begins anew")
-        self.log.hyperparameters(self.step, config["train"] | config["model"])
-
-    def run(self):
-        """The loop. It ends after the last step or, by a signal, after the current one; either way with a checkpoint."""
-        say = self.log.say if self.processes.main else lambda line: None
-        self.first, self.stopping, self.saved_at = self.step, False, time.monotonic()
-        self.recent = deque(maxlen=20)   # seconds of the latest steps, but for the first, which compiles
-        self.losses = deque(maxlen=50)
-        # torchrun kills what has not ended 30 s after a signal
-        patient = dict(patience=20.0 if self.processes.world_size > 1 else None, echo=2.0) if self.processes.distributed else {}
-        if self.processes.sum([self.step])[0] != self.step * self.processes.world_size:
-            raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
-        self.before = self.position()
-        self.loader.prefetch(self.cfg.total_batch_size)
-        with contextlib.closing(self.log), checkpoint.StopSignals(say, **patient) as self.stop:
-            while self.step < self.max_steps and not self.stopping:
-                if self.step > self.first and self.due_to_save():
-                    self.save()
-                self.look()
-                if not self.stopping:
-                    self.update()
-                self.collect()
-            if self.step == self.max_steps:
-                self.look(last=True)
-                self.finished = not self.stopping
-            self.stop.heard()
-            self.save(wait=True)
-            self.processes.barrier()
-            if self.processes.main and self.finished:
-                say(f"done: watch it with `tensorboard --logdir {self.cfg.log_dir}`, sample again with "
-                    f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, self.step)}`")
-            elif self.processes.main:
-                say(f"stopped at step {self.step} of {self.max_steps}: the same command with --run {self.folder.name} goes on")
-
-    # -- what happens at a step --
-
-    def look(self, last=False):
-        """Validation, HellaSwag and samples, where they are due; the last step has them all."""
-        cfg, log, step = self.cfg, self.log, self.step
-
-        def due(every):
-            return every and (step % every == 0 or last) and not self.agree_to_stop()
-
-        if due(cfg.eval_every):
-            with self.once("validation"):
-                loss = evaluate(self.eval_model, self.val_rows, self.micro_batch, self.processes)
-            bpb = loss / math.log(2) / self.bytes_per_token
-            log.say(f"step {step} | val loss {loss:.4f} | {bpb:.4f} bits per byte")
-            log.record(step, "val", loss)
-            log.scalars(step, {"val/loss": loss, "val/bpb": bpb})
-
-        if due(cfg.hellaswag_every):
-            self.raw_model.eval()
-            with autocast(self.device):
-                scores = hellaswag.evaluate(self.raw_model, self.questions, self.device, self.processes.rank, self.processes.world_size,
-                                            self.asked_to_stop)
-            self.raw_model.train()
-            n, _, correct = self.processes.sum(scores[:3])
-            if not self.agree_to_stop():
-                log.say(f"step {step} | HellaSwag acc_norm {int(correct)}/{int(n)} = {correct / n:.4f}")
-                log.record(step, "hella", correct / n)
-                log.scalars(step, {"eval/hellaswag": correct / n})
-
-        if cfg.eval_tasks and due(cfg.eval_tasks_every):
-            self.raw_model.eval()
-            lm = eval_harness.adapter(self.raw_model, self.tokenizer, self.processes, progress=False, stopped=self.asked_to_stop)
-            results = eval_harness.evaluate(lm, *self.tasks, cfg.eval_tasks_limit, bootstrap=0, progress=False)
-            self.raw_model.train()
-            if not self.agree_to_stop() and self.processes.main:
-                for task, key in eval_harness.headlines(results).items():
-                    value, metric = results["results"][task][key], key.partition(",")[0]
-                    log.say(f"step {step} | {task} {metric} {value:.4f}")
-                    tag = "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}"  # eval/hellaswag is build-nanogpt's figure
-                    log.record(step, tag, value)
-                    log.scalars(step, {tag: value})
-                for task, reason in results["failed"].items():
-                    log.say(f"step {step} | {task} has no result: {reason}")
-
-        if due(cfg.sample_every) and self.processes.main and step > 0:
-            texts = sample(self.raw_model, self.tokenizer, SampleConfig(prompt=cfg.sample_prompt))
-            log.say("\n".join(f"> {text!r}" for text in texts))
-            log.text(step, "samples", "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
-
-    def asked_to_stop(self):
-        """Whether a stop signal came to this process, whose main thread has then heard it."""
-        if self.stop.received is not None:
-            self.stop.heard()
-        return self.stop.received is not None
-
-    def agree_to_stop(self):
-        """Whether one came to any process; all must ask. An evaluation may take longer than a box that is being stopped leaves."""
-        self.stopping = self.stopping or self.processes.sum([self.asked_to_stop()])[0] > 0
-        if self.stopping:
-            self.stop.heard()
-        return self.stopping
-
-    def place(self, tokens):
-        """A global batch, int64 (n + 1,) -> this process's inputs and targets on its device, (rows, T) each."""
-        size = self.rows * self.raw_model.config.block_size
-        tokens = to_device(tokens[self.processes.rank * size:][:size + 1], self.device)
-        return tokens[:-1].view(self.rows, -1), tokens[1:].clone().view(self.rows, -1)
-
-    def update(self):
-        """One step: `accumulation` micro-batches of this process's share of the global batch, then the optimizer."""
-        cfg, step, processes = self.cfg, self.step, self.processes
-        if not self.streak:
-            self.before = self.position()
-        started = time.perf_counter()
-        # dropout follows from (seed, step, rank), so that there is no random state to save
-        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
-        read_from = self.loader.state_dict()
-        try:
-            x, y = self.loader.next(cfg.total_batch_size)                                         # (rows, T) each
-        except BadInput as error:  # the others may not come to say it
-            raise RankError(str(error)) from error
-        fetched = time.perf_counter() - started
-        accumulation, loss_sum = self.rows // self.micro_batch, torch.zeros((), device=self.device)
-        with self.once("training"):
-            for i in range(accumulation):
-                # gradients are exchanged with the last micro-batch only; DDP decides that in forward
-                wait = processes.distributed and i < accumulation - 1
-                with self.model.no_sync() if wait else contextlib.nullcontext():
-                    with autocast(self.device):
-                        loss = self.model(*(part[i * self.micro_batch:(i + 1) * self.micro_batch] for part in (x, y))) / accumulation
-                    loss.backward()
-                loss_sum += loss.detach()
-        shared = torch.stack([loss_sum, torch.full_like(loss_sum, self.stop.received is not None)])
-        if processes.distributed:
-            dist.all_reduce(shared)
-        norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in self.parts.values()])
-        norm = norms.norm()
-        loss, stop, *norms = torch.cat((shared, norm[None], norms)).tolist()  # waits for the device
-        loss /= processes.world_size
-        self.stopping = stop > 0 or (not processes.distributed and self.stop.received is not None)
-        if self.stopping:
-            self.stop.heard()
-
-        self.writer.wait_copied()  # what is being saved must not change yet
-        lr = get_lr(step, cfg, self.max_steps)
-        if math.isfinite(loss) and math.isfinite(norms[0]):  # the same on every rank
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.streak = 0
-        else:
-            self.streak, self.skipped = self.streak + 1, self.skipped + 1
-            self.log.say(f"step {step} | skipped: loss {loss}, gradient norm {norms[0]}; its batch: {self.loader.where(read_from)}")
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        seconds = time.perf_counter() - started
-        if processes.main:
-            self.note(loss, lr, norms, seconds, fetched, read_from)
-        if self.streak == cfg.max_skipped:
-            self.give_up()
-
-    def note(self, loss, lr, norms, seconds, fetched, read_from):
-        """Log the step that was just made (rank 0). norms: of all gradients, then of each part. fetched: seconds it waited for data."""
-        cfg, log, step, world = self.cfg, self.log, self.step - 1, self.processes.world_size
-        if step > self.first:  # the first step compiles
-            self.recent.append(seconds)
-        typical, rate = statistics.median(self.recent or [seconds]), cfg.total_batch_size / seconds
-        mfu = self.flops / seconds / self.peak / world if self.peak else None
-        left = datetime.timedelta(seconds=round(typical * (self.max_steps - self.step)))
-        log.record(step, "train", loss)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        scalars = {"train/loss": loss, "train/skipped_steps": self.skipped, "lr": lr, "perf/tok_per_sec": rate, "perf/step_ms": seconds * 1e3,
-                   "perf/data_ms": fetched * 1e3, "perf/mfu": mfu, "perf/memory_gb": memory, "perf/compiled_again": self.once.again,
-                   **dict(zip(["grad_norm", *(f"grad_norm/{part}" for part in self.parts)], norms, strict=True))}
-        log.scalars(step, {tag: value for tag, value in scalars.items() if value is not None})
-        log.progress(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norms[0]:.3f} | {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | "
-                     f"MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | {f'{memory:.1f} GB | ' if memory else ''}ETA {left}")
-        if self.step - self.first == min(10, self.max_steps):
-            log.say(f"predicted: {typical * (self.max_steps - self.first) / 60:.1f} minutes of training steps")
-        if cfg.spike and len(self.losses) >= 10 and loss > statistics.median(self.losses) + cfg.spike:
-            line = f"spike: loss {loss:.4f}, median before {statistics.median(self.losses):.4f}; its batch: {self.loader.where(read_from)}"
-            log.say(f"step {step} | {line}")
-            log.text(step, "spikes", line)
-        if math.isfinite(loss):
-            self.losses.append(loss)
-
-    # -- checkpoints --
-
-    def position(self):
-        """Where the run is: what a checkpoint holds besides weights, moments and settings."""
-        return {"step": self.step, "skipped": self.skipped, "streak": self.streak, "finished": self.finished,
-                "loader": self.loader.state_dict()}
-
-    def due_to_save(self):
-        cfg, minutes = self.cfg, (time.monotonic() - self.saved_at) / 60
-        if self.streak:  # what comes after these updates may be no better than before: keep the checkpoints from before
-            return False
-        return (cfg.save_every and self.step % cfg.save_every == 0) or (cfg.save_minutes and minutes >= cfg.save_minutes)
-
-    def save(self, position=None, wait=False):
-        """Begin to write a checkpoint; with `wait`, raise BadInput if it cannot be written. Does nothing but on rank 0."""
-        if not self.processes.main:
-            return
-        self.collect(wait=True)  # the one before
-        self.log.flush()
-        position, self.saved_at = position or self.position(), time.monotonic()
-        if not (position["step"] == self.first < self.max_steps and checkpoint.path_of(self.folder, self.first).exists()):
-            self.writer.start(position["step"], {
-                **position, "model": self.raw_model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "model_config": dataclasses.asdict(self.raw_model.config), "train_config": dataclasses.asdict(self.cfg),
-                "max_steps": self.max_steps, "tokenizer": self.tokenizer.spec, "data": self.shards.identity})
-        if wait and (error := self.collect(wait=True)):
-            raise error
-
-    def collect(self, wait=False):
-        """Say that the checkpoint begun is written, or why not: that alone does not end a run. Returns the error or None."""
-        try:
-            if line := self.writer.collect(wait):
-                self.log.say(line)
-        except BadInput as error:
-            self.log.say(str(error))
-            return error
-        return None
-
-    def give_up(self):
-        """Too many updates in a row were skipped."""
-        self.collect(wait=True)
-        if self.processes.main and not checkpoint.found(self.folder):
-            self.save(self.before, wait=True)
-        self.processes.barrier()
-        kept = checkpoint.found(self.folder)[0][1] if self.processes.main else None
-        raise BadInput(f"the last {self.streak} updates had no finite loss or gradient; {kept} is from before: lower --max_lr or "
-                       "lengthen --warmup_steps, and --resume it")
+        raise RankError(f"the disk of {cfg.log_dir} is full: free some space, and the same command goes on from the newest checkpoint") from error
 
 
 if __name__ == "__main__":

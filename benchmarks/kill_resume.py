@@ -23,7 +23,7 @@ STEP = re.compile(r"step (\d+) \| loss .* \| ([\d.]+) ms \|")
 
 
 def start(out, run, flags):
-    command = [sys.executable, os.path.relpath(ROOT / "train_gpt2.py"), *flags, "--log_dir", str(out), "--run", run]
+    command = [sys.executable, os.path.relpath(ROOT / "train_gpt2.py"), *flags, "--log_dir", str(out), "--run_name", run]
     with open(out / f"{run}.console", "a") as console:
         return subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lib.cli import flag
+from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast
+
+
+class NonFinite(BadInput):
+    pass
 
 
 @dataclass

@@ -4,16 +4,18 @@ One process, or as many as torchrun started, each with a GPU of its own (NCCL), 
 """
 
 import contextlib
+import inspect
 import os
 import re
 
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lib.cli import BadInput, RankError, launched
 
-PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the makers' data sheets; the first name that is a word of the GPU's
+PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the data sheets; the first name found as a word in the GPU's
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
     "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -47,13 +49,13 @@ def any_shape():
 
 
 def cast(x):
-    """x in autocast's type where autocast is on, else as it is: what a linear layer does to its input and weight."""
+    """x cast to the autocast dtype, as a linear layer casts its input and weight; unchanged without autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def to_device(array, device):
-    """A numpy array -> a tensor on `device`, without waiting for what a GPU still has to do, as a copy of pageable memory would."""
+    """A numpy array -> a tensor on `device`, without waiting for the GPU's queue, as a copy from pageable memory would."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
@@ -71,6 +73,31 @@ def pick_device(name, local_rank=0, local_world=1):
     if name == "cuda" and local_world > torch.cuda.device_count():
         raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def memory_bytes(device):
+    """The memory of a device, bytes; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def parallel(model, processes):
+    """The module to train: averages gradients over the processes (DDP), or `model` itself where there is one process."""
+    if not processes.distributed:
+        return model
+    # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
+    names = inspect.signature(DDP).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    return DDP(model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None, gradient_as_bucket_view=True, **buffers)
+
+
+def gradient_sync(model, last):
+    """Context of a forward and backward pass: gradients are exchanged with the last micro-batch only; DDP decides that in forward."""
+    return contextlib.nullcontext() if last or not isinstance(model, DDP) else model.no_sync()
 
 
 class Processes:
@@ -92,8 +119,13 @@ class Processes:
             torch.cuda.set_device(self.device)
         if self.distributed:
             # torchrun keeps its store when it restarts the processes: without a prefix they would read dead addresses in it
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world_size)
+            attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            try:
+                store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world_size)
+            except (RuntimeError, ValueError, OSError) as error:
+                raise RankError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                                f"({str(error).splitlines()[0][:100]}): start with torchrun") from error
         return self
 
     def __exit__(self, kind, error, trace):
@@ -126,11 +158,11 @@ class Processes:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
-class CompileOnce:
-    """`with once("training"):` says it if the compiler runs in the block although it did before: it takes as long as many steps."""
+class RecompileMonitor:
+    """`with monitor("training"):` reports a compilation in the block after the first: it takes as long as many steps."""
 
     def __init__(self, say):
-        self.say, self.done, self.again = say, set(), 0
+        self.say, self.done, self.count = say, set(), 0
 
     @contextlib.contextmanager
     def __call__(self, what):
@@ -139,16 +171,16 @@ class CompileOnce:
         before = counters["stats"]["unique_graphs"]
         yield
         if counters["stats"]["unique_graphs"] > before and what in self.done:
-            self.again += 1
-            self.say(f"{what} was compiled again, {self.again} times by now: TORCH_LOGS=recompiles tells why")
+            self.count += 1
+            self.say(f"{what} was recompiled, {self.count} times by now: TORCH_LOGS=recompiles tells why")
         self.done.add(what)
 
 
-def pick_micro_batch(model, asked, rows, processes):
-    """--micro_batch -> sequences a forward pass, a divisor of `rows` (the sequences of one process and step).
+def pick_micro_batch(model, asked, rows, processes, reserved):
+    """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process and step).
 
-    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and the optimizer's state are
-    no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
+    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and `reserved` bytes, for the
+    optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
     auto elsewhere: up to 8 sequences.
     """
     if asked != "auto":
@@ -166,9 +198,8 @@ def pick_micro_batch(model, asked, rows, processes):
             model(idx, idx).backward()
         return torch.cuda.max_memory_allocated()
 
-    (free, total), size = torch.cuda.mem_get_info(), sum(p.numel() * p.element_size() for p in model.parameters())
-    free = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
-    room = 0.9 * free - 2 * size  # AdamW's two moments come later
+    free, total = torch.cuda.mem_get_info()
+    room = 0.9 * min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total) - reserved
     choice = 1
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         for n in divisors:

@@ -1,47 +1,58 @@
 """What a run says: to the console, to log.txt and to TensorBoard."""
 
 import contextlib
+import datetime
 import logging
+import math
 import os
+import socket
+import statistics
 import sys
+import textwrap
+import time
+from collections import deque
 
 from lib.cli import BadInput
 
+RECORDED = {"Loss/train": "train", "Loss/val": "val", "eval/hellaswag": "hella"}  # TensorBoard tag -> kind of line in log.txt
+
+
+class Null:
+    """Stands in for an object on the ranks that have none: every method is a no-op and returns None."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
 
 class Logger:
-    """Console, log.txt and TensorBoard of one run folder; `Logger.null()` stands in on other ranks.
+    """Console, log.txt and TensorBoard of one run folder.
 
-    What TensorBoard has of first_step and later is forgotten: these steps run again.
+    What TensorBoard has of first_step and later is forgotten: these steps run again. Tags are named so that TensorBoard, which
+    sorts their groups by name with capitals first, shows Loss, eval, optim, perf, and the norms of parts (weights) last.
     """
 
     def __init__(self, folder, max_steps, first_step):
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only rank 0 pays
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
+        from tensorboard.summary.writer.record_writer import RecordWriter
         from tqdm import tqdm
 
+        self.protos, self.max_steps, self.first_step = (event_pb2, summary_pb2), max_steps, first_step
+        self.recent = deque(maxlen=20)  # seconds of the latest steps, but for the first, which compiles
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         again = any(folder.glob("events*"))
-        self.writer = SummaryWriter(folder, flush_secs=10, purge_step=first_step if again else None)
+        # written here and not by SummaryWriter, whose thread meets a full disk or a folder that is gone with a traceback
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.records = RecordWriter(open(folder / name, "ab"))  # noqa: SIM115
+        self._event(file_version="brain.Event:2", step=0)
+        if again:
+            self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=first_step)
         self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
 
-    @staticmethod
-    def null():
-        class Null:
-            def __getattr__(self, name):
-                return lambda *args, **kwargs: None
-        return Null()
+    # -- console --
 
     def say(self, text):
         with self._console():
             print(f"{text}\n", end="", flush=True) if self.bar is None else self.bar.write(text)
-
-    def progress(self, step, text):
-        """The line of one step: a bar on a terminal, a plain line elsewhere."""
-        if self.bar is None:
-            self.say(f"step {step} | {text}")
-        else:
-            with self._console():
-                self.bar.set_postfix_str(text, refresh=False)
-                self.bar.update(step + 1 - self.bar.n)
 
     @contextlib.contextmanager
     def _console(self):
@@ -53,23 +64,51 @@ class Logger:
             for stream in (1, 2):
                 os.dup2(nowhere, stream)
 
-    def record(self, step, kind, value):
-        """A line of log.txt: `step kind value`, kind being train, val, hella or eval/<task>."""
-        self.file.write(f"{step} {kind} {value:.6f}\n")
+    # -- a step, an evaluation --
 
-    def scalars(self, step, values):
-        from tensorboard.compat.proto.summary_pb2 import Summary
+    def log_step(self, step, scalars, seconds):
+        """One training step: its scalars by tag (None: not known here) to TensorBoard and, the main ones, to log.txt and the console."""
+        if step > self.first_step:
+            self.recent.append(seconds)
+        typical = statistics.median(self.recent or [seconds])
+        self.scalars(step, scalars)
+        mfu, memory, rate = (scalars.get(f"perf/{name}") for name in ("mfu", "memory_gb", "tok_per_sec"))
+        text = (f"loss {scalars['Loss/train']:.4f} | lr {scalars['optim/lr']:.2e} | norm {scalars['optim/grad_norm']:.3f} | "
+                f"{seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | "
+                f"{f'{memory:.1f} GB | ' if memory else ''}ETA {datetime.timedelta(seconds=round(typical * (self.max_steps - step - 1)))}")
+        if self.bar is None:
+            self.say(f"step {step} | {text}")
+        else:
+            with self._console():
+                self.bar.set_postfix_str(text, refresh=False)
+                self.bar.update(step + 1 - self.bar.n)
+        if step + 1 - self.first_step == min(10, self.max_steps):
+            self.say(f"predicted: {typical * (self.max_steps - self.first_step) / 60:.1f} minutes of training steps")
 
-        # in one record: add_scalar one by one would keep the GPU waiting for a millisecond or two a step
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]), step)
+    def log_evaluation(self, step, name, results):
+        """What an evaluation found: by tag, numbers or a list of texts."""
+        numbers = {tag: value for tag, value in results.items() if not isinstance(value, list)}
+        self.scalars(step, numbers)
+        if numbers:
+            self.say(f"step {step} | {name} | " + " | ".join(f"{tag} {value:.4f}" for tag, value in numbers.items()))
+        for tag, texts in results.items():
+            if isinstance(texts, list):
+                self.say("\n".join(f"> {text!r}" for text in texts))
+                self.text(step, tag, "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
+
+    def scalars(self, step, scalars):
+        """Numbers by tag to TensorBoard, losses and evaluations also as lines `step kind value` of log.txt."""
+        _, summary = self.protos
+        scalars = {tag: value for tag, value in scalars.items() if value is not None}
+        for tag, value in scalars.items():
+            if kind := RECORDED.get(tag, tag if tag.startswith("eval/") else None):
+                self.file.write(f"{step} {kind} {value:.6f}\n")
+        self._event(summary=summary.Summary(value=[summary.Summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]), step=step)
 
     def text(self, step, tag, text):
-        self.writer.add_text(tag, text, step)
+        from torch.utils.tensorboard.summary import text as summary
 
-    def flush(self):
-        """What was logged so far survives this process: called before a checkpoint, from which later steps run again."""
-        self.writer.flush()
-        os.fsync(self.file.fileno())
+        self._event(summary=summary(tag, text), step=step)
 
     def hyperparameters(self, step, values):
         """All settings, as a table under TEXT and, in this same run, under HPARAMS."""
@@ -77,25 +116,56 @@ class Logger:
 
         plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in values.items()}
         self.text(step, "hyperparameters", "\n".join(["|flag|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in values.items()]))
-        for summary in hparams(plain, {"val/loss": 0.0, "eval/hellaswag": 0.0}):
-            self.writer.file_writer.add_summary(summary)
+        for summary in hparams(plain, {"Loss/val": 0.0, "eval/hellaswag": 0.0}):
+            self._event(summary=summary)
+
+    def _event(self, **fields):
+        event, _ = self.protos
+        self.records.write(event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self.records.flush()  # to the file at once: TensorBoard is watched while the run goes on
+
+    def flush(self):
+        """What was logged so far survives a crash: called before a checkpoint, from which later steps run again."""
+        os.fsync(self.file.fileno())
 
     def close(self):
         if self.bar is not None:
             with self._console():
                 self.bar.close()
-        self.writer.close()
-        self.file.close()
+        for file in (self.records, self.file):
+            with contextlib.suppress(OSError):  # a full disk has been reported by now
+                file.close()
+
+
+class SpikeDetector:
+    """Losses more than `threshold` nats (0: none) above the median of the 50 before."""
+
+    def __init__(self, threshold):
+        self.threshold, self.losses = threshold, deque(maxlen=50)
+
+    def __call__(self, loss):
+        """A line if `loss` is a spike, else None; finite losses count for the next."""
+        median = statistics.median(self.losses) if len(self.losses) >= 10 else math.inf
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return f"spike: loss {loss:.4f}, median before {median:.4f}" if self.threshold and loss > median + self.threshold else None
 
 
 def serve_tensorboard(log_dir, port):
     """Serve TensorBoard from a thread of this process, so that it ends with the run. Raises BadInput if the port is taken."""
     from tensorboard import program
 
+    remedy = "give another --tensorboard port, or end what uses it"
+    with socket.socket() as probe:  # TensorBoard itself says it in four lines
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise BadInput(f"TensorBoard cannot use port {port} ({error.strerror}): {remedy}") from error
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     board = program.TensorBoard()
     board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--bind_all"])
     try:
         return board.launch()
     except program.TensorBoardServerException as error:
-        raise BadInput(f"TensorBoard cannot use port {port}: give another --tensorboard port, or end what uses it") from error
+        raise BadInput(f"TensorBoard cannot use port {port}: {remedy}") from error

@@ -635,7 +635,7 @@ def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch
     shards = write_data(tmp_path / "shards", bpe)
     # lambada has a metric whose standard error the harness bootstraps in processes of its own, if it is asked to
     tasks = ["--eval_tasks", "piqa,arc_easy,wikitext,lambada_openai", "--eval_tasks_dir", data, "--eval_tasks_limit", 4]
-    run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *tasks, "--run", "r", "--device", "cpu",
+    run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *tasks, "--run_name", "r", "--device", "cpu",
                  processes=processes)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
@@ -659,7 +659,7 @@ def test_both_hellaswags_have_names_of_their_own(bpe, manager, tmp_path, monkeyp
     lines = [{"activity_label": "Sitting", "ctx": item["ctx_a"][:60], "endings": item["endings"], "label": int(item["label"])}
              for item in items("hellaswag", 9)]
     write_lines(tmp_path / "hellaswag.jsonl", lines)
-    train_gpt2.main([*TINY_FLAGS, "--data", str(write_data(tmp_path / "shards", bpe)), "--max_steps", "2", "--warmup_steps", "1", "--run", "r",
+    train_gpt2.main([*TINY_FLAGS, "--data", str(write_data(tmp_path / "shards", bpe)), "--max_steps", "2", "--warmup_steps", "1", "--run_name", "r",
                      "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
                      "--eval_tasks", "hellaswag", "--eval_tasks_dir", ".", "--eval_tasks_every", "1"])
     events = EventAccumulator("log/r").Reload()
@@ -680,7 +680,7 @@ def test_training_refuses_bad_tasks_before_it_starts(flags, says, bpe, manager, 
     monkeypatch.setattr(eval_harness, "task_manager", lambda names: manager)
     shards = write_data(tmp_path / "shards", bpe)
     with pytest.raises(BadInput) as error:
-        train_gpt2.main([str(flag) for flag in (*TINY_FLAGS, "--data", shards, "--max_steps", 3, "--run", "r", "--device", "cpu", *flags)])
+        train_gpt2.main([str(flag) for flag in (*TINY_FLAGS, "--data", shards, "--max_steps", 3, "--run_name", "r", "--device", "cpu", *flags)])
     assert says in str(error.value)
     assert not list((tmp_path / "log").glob("r/ckpt*"))
 
@@ -691,7 +691,7 @@ def test_training_survives_tasks_that_fail_and_stops_within_one(bpe, manager, da
     (tmp_path / "tasks").mkdir()
     write_lines(tmp_path / "tasks" / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])
     shutil.copy(data / "piqa.jsonl", tmp_path / "tasks")
-    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", bpe), "--max_steps", 4, "--run", "r", "--device", "cpu",
+    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", bpe), "--max_steps", 4, "--run_name", "r", "--device", "cpu",
              "--eval_tasks", "wikitext,piqa", "--eval_tasks_dir", tmp_path / "tasks", "--eval_tasks_every", 2]
     score, calls = eval_harness.score, []
 

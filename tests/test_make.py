@@ -35,5 +35,5 @@ def test_make_train_from_a_clean_copy_and_again(tmp_path):
     runs = sorted((tmp_path / "log").glob("tiny_*"))
     assert len(runs) == 2 and all((run / "ckpt_00012.pt").exists() and list(run.glob("events*")) for run in runs)
     for dashes in ([], ["--"]):
-        words = [tmp_path / ".venv/bin/torchrun", "--standalone", "--nproc_per_node=1", *dashes, "train_gpt2.py", "--run", "x", "--help"]
+        words = [tmp_path / ".venv/bin/torchrun", "--standalone", "--nproc_per_node=1", *dashes, "train_gpt2.py", "--run_name", "x", "--help"]
         assert "usage: train_gpt2.py" in subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False).stdout

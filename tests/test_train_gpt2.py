@@ -755,7 +755,7 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     questions = write_lines(tmp_path / "hella.jsonl", hellaswag_items(6))
-    flags = [*TINY_FLAGS, "--data", data, "--shuffle", "--run", "real", "--max_steps", 42, "--hellaswag_every", 40,
+    flags = [*TINY_FLAGS, "--data", data, "--shuffle", "--run_name", "real", "--max_steps", 42, "--hellaswag_every", 40,
              "--hellaswag_file", questions, "--eval_every", 20, "--sample_every", 40, "--save_every", 40,
              "--sample_prompt", "the dog", "--total_batch_size", 512]
     result = launch("train_gpt2.py", *flags)
@@ -814,9 +814,9 @@ def quoted(stdout):
 
 def test_same_losses_for_any_number_of_processes_and_micro_batch(launch, data, tmp_path):
     base = [*TINY_FLAGS, "--data", str(data), "--shuffle", "--val_tokens", "300", "--log_dir", str(tmp_path / "log")]
-    train_gpt2.main([*base, "--run", "one", "--micro_batch", "8"])
+    train_gpt2.main([*base, "--run_name", "one", "--micro_batch", "8"])
     for run, processes, flags in (("small", 1, ["--micro_batch", "1"]), ("two", 2, ["--micro_batch", "2"])):
-        result = launch("train_gpt2.py", *base, "--run", run, *flags, processes=processes)
+        result = launch("train_gpt2.py", *base, "--run_name", run, *flags, processes=processes)
         assert result.returncode == 0, result.stderr
     want = read_log(tmp_path / "log" / "one")
     assert [key for key in want if key[1] == "val"] == [(0, "val"), (4, "val"), (6, "val")]
@@ -828,7 +828,7 @@ def test_same_losses_for_any_number_of_processes_and_micro_batch(launch, data, t
 
 def test_the_loop_against_a_plain_one(data, tmp_path):
     flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--grad_clip", "1.7", "--weight_decay", "0.5",
-             "--eval_every", "0", "--micro_batch", "4", "--log_dir", str(tmp_path), "--run", "a"]
+             "--eval_every", "0", "--micro_batch", "4", "--log_dir", str(tmp_path), "--run_name", "a"]
     train_gpt2.main(flags)
     (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), flags, None, PRESETS)
     model_cfg.vocab_size = 280
@@ -855,7 +855,7 @@ def test_the_loop_against_a_plain_one(data, tmp_path):
 def test_a_modern_run_with_dropout_and_accumulation_in_process(data, tmp_path, capsys):
     flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--max_steps", "5", "--qk_norm", "--dropout", "0.1",
              "--no-tie_embeddings", "--schedule", "wsd", "--grad_clip", "0", "--micro_batch", "2", "--eval_every", "0",
-             "--save_every", "0", "--log_dir", str(tmp_path), "--run", "modern"]
+             "--save_every", "0", "--log_dir", str(tmp_path), "--run_name", "modern"]
     train_gpt2.main(flags)
     log = read_log(tmp_path / "modern")
     assert [kind for _, kind in log] == ["train"] * 5
@@ -877,7 +877,7 @@ BAD_FLAGS = [
     (["300"], "unrecognized arguments: 300"),
     (["--max_lr"], "--max_lr: expected one argument"),
     (["--preset"], "--preset: expected one argument"),
-    (["--run"], "--run: expected one argument"),
+    (["--run_name"], "--run: expected one argument"),
     (["--shuffle=yes"], "--shuffle"),
     (["--preset", "modem"], "modern"),
     (["--mlp", "geglu"], "swiglu"),
@@ -912,8 +912,8 @@ BAD_FLAGS = [
     (["--hellaswag_every", "2", "--hellaswag_file", "ids.npy"], "ids.npy, line 1 is no HellaSwag item"),
     (["--hellaswag_every", "2", "--hellaswag_file", "a_file"], "a_file holds no HellaSwag items"),
     (["--hellaswag_every", "2", "--hellaswag_file", "empty_folder"], "cannot read empty_folder"),
-    (["--run", "taken"], "already holds a run"),
-    (["--run", "y" * 300], ""),
+    (["--run_name", "taken"], "already holds a run"),
+    (["--run_name", "y" * 300], ""),
     (["--log_dir", "a_file"], "cannot write a_file/"),
     (["--log_dir", LONG], ""),
     (["--resume", "nowhere.pt"], "no checkpoint at nowhere.pt"),
@@ -957,8 +957,8 @@ def place(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize("flags, says", BAD_FLAGS, ids=short)
 def test_bad_flags(flags, says, data, place):
     with pytest.raises(BadInput) as error:
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), *flags] if "--run" in flags else
-                        [*TINY_FLAGS, "--data", str(data), "--run", "bad", *flags])
+        train_gpt2.main([*TINY_FLAGS, "--data", str(data), *flags] if "--run_name" in flags else
+                        [*TINY_FLAGS, "--data", str(data), "--run_name", "bad", *flags])
     assert says in str(error.value) or ("does not fit" in str(error.value) and says in ("--n_embd 33", "--pos "))
     assert "\n" not in str(error.value) and not list(place.glob("log/*/ckpt*"))
 
@@ -1000,7 +1000,7 @@ def test_there_are_as_many_numeric_flags_as_thought():
 
 
 def test_an_infinite_never_is_no_error(data, tmp_path):
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run", "a",
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a",
                      *[word for name in NEVER for word in (f"--{name}", "inf")]])
     assert all(map(math.isfinite, read_log(tmp_path / "a").values()))
 
@@ -1047,7 +1047,7 @@ def test_an_occupied_tensorboard_port_is_bad_input(data, tmp_path):
 def half_a_run(data, tmp_path_factory):
     """A run folder with the checkpoint of step 4; the tests' flags would go on to 6."""
     folder = tmp_path_factory.mktemp("half") / "half"
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "4", "--log_dir", str(folder.parent), "--run", "half"])
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "4", "--log_dir", str(folder.parent), "--run_name", "half"])
     return folder
 
 
@@ -1061,7 +1061,7 @@ def test_a_bad_start_changes_nothing_of_what_a_run_has_written(flags, data, half
     shutil.copytree(half_a_run, place / "log" / "half")
     before = contents(place)
     with pytest.raises(BadInput):
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run", "half", *flags])
+        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run_name", "half", *flags])
     assert contents(place / "log" / "half") == {name[9:]: data for name, data in before.items() if name.startswith("log/half/")}
     assert {name: contents(place)[name] for name in before} == before  # and of what was given
 
@@ -1085,7 +1085,7 @@ def test_a_start_that_does_not_fit_a_run_leaves_it_as_it_was(flags, misfit, data
         listener.bind(("0.0.0.0", 0))
         listener.listen()
         given = [flag.format(other=other, port=listener.getsockname()[1]) for flag in flags]
-        argv = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run", "half", *given]
+        argv = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", "half", *given]
         if misfit is None:  # nothing is left to do: not bad, but nothing to be changed either
             train_gpt2.main(argv)
             assert "is the end of a run of 3 steps" in capsys.readouterr().out
@@ -1310,7 +1310,7 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     calls = patch_training(monkeypatch, at({3, 7}, how))
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "8", "--log_dir", str(tmp_path), "--run", "a"])
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "8", "--log_dir", str(tmp_path), "--run_name", "a"])
     log, folder = read_log(tmp_path / "a"), tmp_path / "a"
     finite = [n not in (3, 7) or how is infinite_gradient for n in range(8)]
     assert [math.isfinite(log[step, "train"]) for step in range(8)] == finite
@@ -1332,7 +1332,7 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
 def test_skipped_updates_that_are_not_in_a_row_do_not_end_a_run(data, tmp_path, monkeypatch):
     patch_training(monkeypatch, at({0, 1, 3, 4, 6, 7}, nan_loss))
     train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "8", "--max_skipped", "3", "--log_dir", str(tmp_path),
-                     "--run", "a"])
+                     "--run_name", "a"])
     assert torch.load(tmp_path / "a" / "ckpt_00008.pt", weights_only=True)["skipped"] == 6
 
 
@@ -1340,7 +1340,7 @@ def test_a_run_given_up_leaves_the_checkpoint_from_before(data, half_a_run, tmp_
     shutil.copytree(half_a_run, tmp_path / "half")
     before = (half_a_run / "ckpt_00004.pt").read_bytes()
     calls = patch_training(monkeypatch, at({1, 2, 3}, nan_loss))
-    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run", "half", "--max_steps", "20",
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "half", "--max_steps", "20",
              "--max_skipped", "3"]
     with pytest.raises(BadInput,
                        match=r"the last 3 updates had no finite loss or gradient; .*half/ckpt_00004.pt is from before"):
@@ -1354,16 +1354,16 @@ def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_sk
                                                                                              monkeypatch):
     flags = [*TINY_FLAGS, "--data", str(data), "--shuffle", "--dropout", "0.1", "--log_dir", str(tmp_path), "--max_skipped",
              "3"]
-    train_gpt2.main([*flags, "--run", "undisturbed"])
+    train_gpt2.main([*flags, "--run_name", "undisturbed"])
     with monkeypatch.context() as patch:
         calls = patch_training(patch, at(range(first, 99), nan_loss))
         with pytest.raises(BadInput, match=f"the last 3 updates .*a/ckpt_{first:05d}.pt is from before: lower --max_lr"):
-            train_gpt2.main([*flags, "--run", "a"])
+            train_gpt2.main([*flags, "--run_name", "a"])
     assert len(calls) == first + 3 and [p.name for p in (tmp_path / "a").glob("ckpt*")] == [f"ckpt_{first:05d}.pt"]
     assert same(calls[first][1], weights_in(tmp_path / "a" / f"ckpt_{first:05d}.pt"))
     state = torch.load(tmp_path / "a" / f"ckpt_{first:05d}.pt", weights_only=True)
     assert (state["step"], state["skipped"]) == (first, 0)
-    train_gpt2.main([*flags, "--run", "a"])  # the same command goes on from there, as if nothing had been
+    train_gpt2.main([*flags, "--run_name", "a"])  # the same command goes on from there, as if nothing had been
     assert read_log(tmp_path / "a") == read_log(tmp_path / "undisturbed")
     assert same(*(weights_in(tmp_path / run / "ckpt_00006.pt") for run in ("a", "undisturbed")))
 
@@ -1391,7 +1391,7 @@ torch.save([p.detach() for p in calls[0].parameters()], f"rank{{os.environ['RANK
 
 def test_both_processes_skip_what_one_has_no_finite_loss_for(launch, data, tmp_path):
     (tmp_path / "one_rank_fails.py").write_text(ONE_RANK_FAILS)
-    flags = [*TINY_FLAGS, "--data", data, "--max_steps", 8, "--run", "a", "--micro_batch", 4]
+    flags = [*TINY_FLAGS, "--data", data, "--max_steps", 8, "--run_name", "a", "--micro_batch", 4]
     result = launch(tmp_path / "one_rank_fails.py", *flags, processes=2)
     assert result.returncode == 0, result.stderr
     log, folder = read_log(tmp_path / "log" / "a"), tmp_path / "log" / "a"
@@ -1407,7 +1407,7 @@ def test_a_spike_names_its_batch(shuffle, data, tmp_path, monkeypatch, capsys):
     spikes = {4, 15, 30}  # of the first, too early, nothing can be told
     calls = patch_training(monkeypatch, at(spikes, lambda loss: loss + 5))
     train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "36", "--eval_every", "0", "--log_dir", str(tmp_path),
-                     "--run", "a", *(["--shuffle"] if shuffle else [])])
+                     "--run_name", "a", *(["--shuffle"] if shuffle else [])])
     lines = [line for line in capsys.readouterr().out.splitlines() if "spike:" in line]
     assert [line.split()[1] for line in lines] == ["15", "30"]
     log, files, tokens = read_log(tmp_path / "a"), Shards(data).train, load_tokenizer(str(data / "tokenizer.json"))
@@ -1431,7 +1431,7 @@ def test_the_time_a_step_waits_for_its_data_is_logged(data, tmp_path, monkeypatc
 
     place = train_gpt2.Trainer.place
     monkeypatch.setattr(train_gpt2.Trainer, "place", lambda *args: time.sleep(1) or place(*args))
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--eval_every", "0", "--log_dir", str(tmp_path), "--run", "a"])
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--eval_every", "0", "--log_dir", str(tmp_path), "--run_name", "a"])
     events = EventAccumulator(str(tmp_path / "a")).Reload()
     waited, took = ([event.value for event in events.Scalars(tag)] for tag in ("perf/data_ms", "perf/step_ms"))
     assert len(waited) == 3 and all(100 < wait < step for wait, step in zip(waited, took, strict=True))
@@ -1450,9 +1450,9 @@ def test_no_spike_is_reported_where_it_is_turned_off(data, tmp_path, monkeypatch
 def test_deterministic_runs_on_a_cpu_and_changes_nothing_there(launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--dropout", "0.1", "--log_dir", str(tmp_path / "log")]
     # a process of its own: it is a global switch
-    result = launch("train_gpt2.py", *flags, "--run", "deterministic", "--deterministic")
+    result = launch("train_gpt2.py", *flags, "--run_name", "deterministic", "--deterministic")
     assert result.returncode == 0, result.stderr
-    train_gpt2.main([*flags, "--run", "plain"])
+    train_gpt2.main([*flags, "--run_name", "plain"])
     assert not torch.are_deterministic_algorithms_enabled()
     logs = [(tmp_path / "log" / run / "log.txt").read_text() for run in ("deterministic", "plain")]
     assert logs[0] == logs[1] and logs[0].count(" train ") == 3
@@ -1465,7 +1465,7 @@ def test_deterministic_asks_torch_and_cublas(data, tmp_path, monkeypatch):
     for run, flags in (("no", []), ("yes", ["--deterministic"])):
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "to be restored")
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--log_dir", str(tmp_path), "--run", run,
+        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--log_dir", str(tmp_path), "--run_name", run,
                          *flags])
         assert asked == [True] * len(flags) and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == bool(flags)
 
@@ -1475,7 +1475,7 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_end_a_run_before_its_last_st
         raise RuntimeError("enforce fail: unexpected pos")  # how torch.save reports a full disk
 
     monkeypatch.setattr(torch, "save", full)
-    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--save_every", "2", "--log_dir", str(tmp_path), "--run", "full"]
+    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--save_every", "2", "--log_dir", str(tmp_path), "--run_name", "full"]
     with pytest.raises(BadInput, match=r"ckpt_00005.pt \(RuntimeError: .*free some disk space"):
         train_gpt2.main(flags)
     out = capsys.readouterr().out
@@ -1486,17 +1486,17 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_end_a_run_before_its_last_st
 def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_one(launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--micro_batch", "4", "--eval_every", "2",  # 10 rows of validation
              "--sample_every", "3", "--save_every", "2", "--log_dir", str(tmp_path / "log")]
-    result = launch("train_gpt2.py", *flags, "--run", "compiled", "--compile", timeout=300)
+    result = launch("train_gpt2.py", *flags, "--run_name", "compiled", "--compile", timeout=300)
     assert result.returncode == 0, result.stderr
     assert "compiled again" not in result.stdout and "recompil" not in result.stderr
-    train_gpt2.main([*flags, "--run", "plain"])
+    train_gpt2.main([*flags, "--run_name", "plain"])
     compiled, plain = (read_log(tmp_path / "log" / run) for run in ("compiled", "plain"))
     assert len(plain) == 6 + 4 and compiled == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_compiled_in_bf16(launch, data, tmp_path):
-    flags = [*TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 12, "--run", "gpu", "--device", "cuda",
+    flags = [*TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 12, "--run_name", "gpu", "--device", "cuda",
              "--micro_batch", "auto", "--compile"]
     done = launch("train_gpt2.py", *flags, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -1518,7 +1518,7 @@ def test_a_resumed_run_on_a_gpu_goes_on_as_the_undisturbed_one(deterministic, la
     flags = [*TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 15, "--save_every", 5, "--keep", 0, "--dropout", 0.1,
              "--micro_batch", 4, "--device", "cuda", "--compile", *(["--deterministic"] if deterministic else [])]
     log = tmp_path / "log"
-    whole = launch("train_gpt2.py", *flags, "--run", "whole", timeout=400)
+    whole = launch("train_gpt2.py", *flags, "--run_name", "whole", timeout=400)
     assert whole.returncode == 0, whole.stderr
     assert "bfloat16" in whole.stdout
     assert [p.name for p in sorted((log / "whole").glob("ckpt*"))] == ["ckpt_00005.pt", "ckpt_00010.pt", "ckpt_00015.pt"]
@@ -1526,7 +1526,7 @@ def test_a_resumed_run_on_a_gpu_goes_on_as_the_undisturbed_one(deterministic, la
         shutil.copytree(log / "whole", log / f"from_{step}")
         for later in range(step + 5, 16, 5):
             (log / f"from_{step}" / f"ckpt_{later:05d}.pt").unlink()
-        again = launch("train_gpt2.py", *flags, "--run", f"from_{step}", timeout=400)
+        again = launch("train_gpt2.py", *flags, "--run_name", f"from_{step}", timeout=400)
         assert again.returncode == 0, again.stderr
         assert f"from_{step}/ckpt_{step:05d}.pt, step {step}; as before" in again.stdout
         assert f"step {step - 1} | loss" not in again.stdout and f"step {step} | loss" in again.stdout

@@ -48,7 +48,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 
 
 def command(data, folder, *flags):
-    return [str(word) for word in (*RUN, "--data", data, "--log_dir", folder.parent, "--run", folder.name, *flags)]
+    return [str(word) for word in (*RUN, "--data", data, "--log_dir", folder.parent, "--run_name", folder.name, *flags)]
 
 
 def train(data, folder, *flags):
@@ -187,7 +187,7 @@ def test_the_same_command_goes_on_exactly(kind, step, whole, data, tmp_path, cap
 def test_relative_folders(whole, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cut(whole("gpt2"), tmp_path / "log" / "a", 40)
-    words = [*RUN, "--data", os.path.relpath(data), "--run", "a"]
+    words = [*RUN, "--data", os.path.relpath(data), "--run_name", "a"]
     train_gpt2.main([*words, *KINDS["gpt2"]])
     assert lines(tmp_path / "log" / "a") == lines(whole("gpt2"))
     train_gpt2.main(["--resume", "log/a/ckpt_00024.pt"])  # back, in its own folder
@@ -239,7 +239,7 @@ def test_a_path_into_the_run_itself_counts_however_it_is_written(whole, tmp_path
     (tmp_path / "link").symlink_to(tmp_path / "log")
     for log in (tmp_path / "log" / ".." / "log", tmp_path / "link"):
         capsys.readouterr()
-        train_gpt2.main(["--resume", str(log / "a" / "ckpt_00040.pt"), "--run", "a", "--log_dir", str(tmp_path / "log")])
+        train_gpt2.main(["--resume", str(log / "a" / "ckpt_00040.pt"), "--run_name", "a", "--log_dir", str(tmp_path / "log")])
         assert "ckpt_00040.pt, step 40; as before\n" in capsys.readouterr().out  # not its newest
         assert_same_runs(folder, whole("gpt2"))
 
@@ -286,7 +286,7 @@ def test_another_number_of_processes_and_micro_batch(launch, whole, data, tmp_pa
 
 def test_all_settings_come_from_the_checkpoint(whole, tmp_path, capsys):
     folder = cut(whole("modern"), tmp_path / "a", 48)
-    train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path)])
+    train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path)])
     assert "ckpt_00048.pt, step 48; as before\n" in capsys.readouterr().out
     assert_same_runs(folder, whole("modern"))
 
@@ -296,13 +296,13 @@ def test_the_length_stays_as_it_was_when_the_data_has_changed_its_size(whole, tm
     state = checkpoint.read(folder / "ckpt_00048.pt")
     state["train_config"] |= {"max_steps": None, "epochs": 5.0}  # as if 5 epochs had been 60 steps
     checkpoint.write(folder / "ckpt_00048.pt", state)
-    train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path)])
+    train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path)])
     assert_same_runs(folder, whole("gpt2"))
 
 
 def test_training_flags_may_change_and_take_effect(whole, data, tmp_path, capsys):
     folder = cut(whole("gpt2"), tmp_path / "a", 48)
-    train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path), "--max_lr", "1e-3", "--weight_decay", "0.7", "--dropout", "0"])
+    train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path), "--max_lr", "1e-3", "--weight_decay", "0.7", "--dropout", "0"])
     resumes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume")]
     assert len(resumes) == 1 and sorted(resumes[0].partition("; changed: ")[2].split(", ")) == [
         "--dropout 0.1 -> 0.0", "--max_lr 0.005 -> 0.001", "--weight_decay 0.1 -> 0.7"]
@@ -331,14 +331,14 @@ def test_training_flags_may_change_and_take_effect(whole, data, tmp_path, capsys
 def test_model_flags_that_differ_are_refused(kind, flags, names, whole, tmp_path):
     cut(whole(kind), tmp_path / "a", 48)
     with pytest.raises(BadInput, match="does not fit these flags") as error:
-        train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path), *flags])
+        train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path), *flags])
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
     assert (tmp_path / "a" / "log.txt").read_bytes() == (whole(kind) / "log.txt").read_bytes()
 
 
 def test_the_context_may_change_with_rotary_positions(whole, tmp_path, capsys):
     folder = cut(whole("modern"), tmp_path / "a", 56)
-    train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path), "--block_size", "64"])
+    train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path), "--block_size", "64"])
     assert "changed: --block_size 32 -> 64" in capsys.readouterr().out
     state = checkpoint.read(folder / "ckpt_00060.pt")
     assert state["model_config"]["block_size"] == 64 and state["loader"] == final(whole("modern"))["loader"]
@@ -355,7 +355,7 @@ def test_the_context_may_change_whatever_the_flags_say_of_positions(whole, tmp_p
 
 def test_the_whole_command_after_a_resume_without_flags(whole, data, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", 48)
-    train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path)])
+    train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path)])
     (folder / "ckpt_00060.pt").unlink()
     train(data, folder, *KINDS["gpt2"])
     assert_same_runs(folder, whole("gpt2"))
@@ -400,7 +400,7 @@ def test_the_same_data_elsewhere_goes_on_where_it_was(whole, data, tmp_path, cap
 def test_a_finished_run_says_so_and_stays_as_it_is(whole, data, tmp_path, capsys):
     folder = cut(whole("gpt2"), tmp_path / "a", 60)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    for argv in (["--run", "a", "--log_dir", str(tmp_path)], command(data, folder, *KINDS["gpt2"])):
+    for argv in (["--run_name", "a", "--log_dir", str(tmp_path)], command(data, folder, *KINDS["gpt2"])):
         train_gpt2.main(argv)
         assert capsys.readouterr().out == (f"{folder / 'ckpt_00060.pt'} is the end of a run of 60 steps: "
                                            "give more --max_steps to go on\n")
@@ -411,7 +411,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(whole, data, tmp_path, capsys
 def test_a_finished_run_goes_on_with_a_greater_length(flags, end, whole, data, tmp_path, capsys):
     assert int(3.6 * Shards(data).tokens["train"] / 256) == 66
     folder = cut(whole("gpt2"), tmp_path / "a", 60)
-    train_gpt2.main(["--run", "a", "--log_dir", str(tmp_path), *flags])
+    train_gpt2.main(["--run_name", "a", "--log_dir", str(tmp_path), *flags])
     assert "ckpt_00060.pt, step 60; changed: " in capsys.readouterr().out
     log = read_log(folder)
     assert [step for step, kind in log if kind == "train"] == list(range(end)) and (end, "val") in log
@@ -995,7 +995,7 @@ def test_torchrun_restarts_what_died(launch, data, tmp_path):
     result = launch("train_gpt2.py", *command(data, tmp_path / "whole", *TWO), processes=2)
     assert result.returncode == 0, result.stderr
     words = command(data, tmp_path / "log" / "unnamed", *TWO)
-    at = words.index("--run")
+    at = words.index("--run_name")
     del words[at:at + 2]  # the restarted processes find the folder by themselves
     with running(words, tmp_path / "out.txt", ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]) as agent:
         wait_for(lambda: list(tmp_path.glob("log/*/ckpt_00050.pt")), agent)

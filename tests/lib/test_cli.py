@@ -50,7 +50,7 @@ def read(*argv):
 def test_defaults_and_types():
     model, train, given = read()
     assert (model, train, given) == (Model(), Train(), set())
-    model, train, given = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--run", "x", "--norm", "layer",
+    model, train, given = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--run_name", "x", "--norm", "layer",
                                "--act", "relu", "--no-tied")
     assert model == Model(n_layer=3, norm="layer", act="relu", tied=False)
     assert train == Train(lr=0.001, steps=5, run="x")
@@ -121,7 +121,7 @@ WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK,
 GOOD = st.sampled_from([["--preset", "large"], ["--preset=small"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"],
                         ["--tied"],
                         ["--no-tied"], ["--lr", "nan"], ["--steps", "-3"], ["--micro_batch", "auto"], ["--micro_batch", "4"],
-                        ["--source", "a", "b"], ["--sizes", "1", "2.0"], ["--run="], ["--run", "x y"], ["--compile"],
+                        ["--source", "a", "b"], ["--sizes", "1", "2.0"], ["--run="], ["--run_name", "x y"], ["--compile"],
                         ["--debug"]])
 ARGV = st.lists(st.one_of(GOOD, GOOD, GOOD, st.builds(lambda word: [word], WORD)), max_size=5).map(lambda parts: sum(parts, []))
 TYPES = {  # of the fields, once more by hand

@@ -1,0 +1,36 @@
+"""How long a run is: steps, tokens, epochs, FLOPs."""
+
+import torch
+
+from lib.cli import BadInput
+from lib.devices import compute_dtype
+
+MOST_STEPS = 2**31
+
+
+def steps_of(cfg, train_tokens):
+    """Optimizer steps of a run: --max_steps, or --epochs passes over so many tokens. Raises BadInput if there is not one."""
+    steps = cfg.max_steps or int(min(cfg.epochs * train_tokens / cfg.total_batch_size, MOST_STEPS))
+    if not 0 < steps < MOST_STEPS:
+        raise BadInput(f"{cfg.epochs:g} epochs of {train_tokens:,} tokens are {'no' if not steps else 'too many'} steps of "
+                       f"{cfg.total_batch_size:,}: change --epochs or --total_batch_size")
+    return steps
+
+
+def describe(cfg, model, shards, processes):
+    """What is about to happen, in a few lines."""
+    counts, c, device = model.parameter_counts(), model.config, processes.device
+    rows, tokens, flops = cfg.total_batch_size // c.block_size // processes.world_size, cfg.steps * cfg.total_batch_size, model.flops_per_token()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return "\n".join([
+        f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
+        f"{flops / 1e6:,.1f} MFLOPs per token",
+        f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
+        f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
+        f"padded to {c.padded_vocab_size:,}",
+        f"length  {cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
+        f"({tokens / shards.tokens['train']:.2f} epochs), {tokens * flops:.2e} FLOPs",
+        f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
+        f"{processes.world_size} processes",
+        f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
+    ])

@@ -1,0 +1,469 @@
+"""log/<run>: config.json, log.txt, TensorBoard events and checkpoints; what lets a run be interrupted and go on exactly.
+
+`find_resume` says where a run begins, `RunFolder` is the folder while it goes on. Rank 0 holds it; the others a `RunFolder.null()`.
+"""
+
+import contextlib
+import copy
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from lib import checkpoint
+from lib.cli import BadInput, RankError, check, is_main_process, launched
+from lib.files import check_room, locked, make_folder, read_json, read_text, replace, write_json
+from lib.logger import Logger, Null
+
+ROOT = Path(__file__).resolve().parent.parent
+OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
+RENAMED = {"run": "run_name"}                                  # settings in older checkpoints
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where to begin
+
+
+@dataclass
+class Resume:
+    """A checkpoint to continue from; `changed` collects, as text, what is not as it was."""
+
+    path: Path
+    state: dict
+    seen: set  # steps of the checkpoints in the run folder, before this one was read
+    changed: list = field(default_factory=list)
+
+    def adopt(self, cfg, model_cfg, explicit):
+        """Take every setting that was not given on the command line from the checkpoint, and check the checkpoint's training state.
+
+        Raises BadInput if a setting that was given does not fit the weights; notes the others that differ.
+        """
+        misfits, rope = [], self.state["model_config"]["pos"] == "rope"
+        free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
+        for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
+            before = {RENAMED.get(name, name): value for name, value in before.items()}
+            for name in (f.name for f in fields(config) if f.name in before and f.name not in OF_A_START):
+                own = getattr(config, name)
+                if name not in explicit:
+                    setattr(config, name, before[name])
+                elif own != before[name]:
+                    fits = name in free if config is model_cfg else name != "optimizer"
+                    (self.changed if fits else misfits).append(f"--{name} {before[name]} -> {own}")
+            check(config)
+        if misfits:
+            raise BadInput(f"{self.path} does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin "
+                           "another --run_name")
+        numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0), self.state.get("consecutive_skips", 0),
+                   *(self.state["loader"][name] for name in ("epoch", "shard", "offset"))]
+        if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not isinstance(self.state["optimizer"], dict):
+            raise TypeError("no training state")
+
+    def restore(self, model, optimizer, stream, tokenizer, identity):
+        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips. Raises BadInput, with nothing written yet.
+
+        tokenizer: the spec of the data's. identity: Shards.identity of the training data.
+        """
+        state = self.state
+        if state["tokenizer"] != tokenizer:
+            raise BadInput(f"{self.path} was made with another tokenizer than the data: its ids mean other text; give --data of its "
+                           "own tokenizer")
+        try:
+            model.load_state_dict(state["model"])
+            load_optimizer(optimizer, state["optimizer"], state["step"])
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+            raise BadInput(f"the weights or the optimizer state of {self.path} do not fit ({str(error).splitlines()[0][:100]}): name "
+                           "another checkpoint, or begin another --run_name") from error
+        if state.get("data", identity) == identity:
+            if state["loader"]["shard"] >= len(stream.files):
+                raise BadInput(f"{self.path} stands in shard {state['loader']['shard']:,} of {len(stream.files)}: name another checkpoint")
+            stream.load_state_dict(state["loader"])
+        else:  # a position means nothing in other files
+            self.changed.append("other training data, read from its beginning")
+        position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0)}
+        state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
+        return position
+
+
+def load_optimizer(optimizer, state, step):
+    """Load an optimizer's state after `step` updates; its own settings (weight decay, betas, ...) stay. Raises ValueError if it does not fit."""
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    state = copy.deepcopy(state)  # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped
+    for group, own in zip(state["param_groups"], settings, strict=True):  # before loading: a fused AdamW wants its step counts on the GPU
+        group.update(own)
+    optimizer.load_state_dict(state)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        buffers = [value for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor) and value.dim()]
+        if step and not buffers or any(buffer.shape != p.shape for buffer in buffers):
+            raise ValueError(f"no optimizer state for a parameter of {tuple(p.shape)}")
+
+
+def find_resume(cfg, explicit):
+    """--resume and --run_name -> Resume or None. May set cfg.log_dir and cfg.run_name.
+
+    A run's own checkpoints come before the one it began with: the same command, given again, continues.
+    """
+    def warn(line):
+        if is_main_process():
+            print(line, file=sys.stderr)
+
+    if cfg.run_name is not None:
+        check_name(cfg.run_name)
+    start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
+    home = start and (start if os.path.isdir(start) else start.parent).absolute()
+    if cfg.run_name is None and start and "log_dir" not in explicit and os.path.exists(home / "config.json"):
+        cfg.log_dir, cfg.run_name = str(home.parent), home.name
+    begun = restarted(cfg.log_dir)
+    if cfg.run_name is None and begun:
+        cfg.run_name = begun.name
+    if cfg.run_name is None and cfg.resume == "auto":
+        raise BadInput("--resume auto continues the run that --run_name names: give its name, or --resume PATH")
+    own = cfg.run_name and (Path(cfg.log_dir) / cfg.run_name).absolute()
+    if own:
+        check_ours(own)
+    seen = {step for step, _ in checkpoint.found(own)} if own else set()
+    if seen and (home is None or own.resolve() != home.resolve() or begun == Path(cfg.log_dir) / cfg.run_name):
+        if start:
+            warn(f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these")
+        return Resume(*checkpoint.newest(own, warn), seen)
+    if start is None:
+        return None
+    if os.path.isdir(start):
+        if not checkpoint.found(start):
+            raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
+        return Resume(*checkpoint.newest(start, warn), seen)
+    return Resume(start, checkpoint.read(start), seen)
+
+
+def check_name(name):
+    """Raises BadInput unless a run's name is that of one folder: an on-start script with an unset variable would begin ever new runs."""
+    if not name.strip() or name in (".", "..") or len(name.encode()) > 200 or re.search(r"[/\\\0\n\r]", name):
+        raise BadInput(f"--run_name {name!r} is not the name of a folder: give a plain name; --log_dir says where it goes")
+
+
+def check_ours(folder):
+    """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be rewound or removed."""
+    names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if folder.is_dir() else set()
+    if names and "config.json" not in names and not checkpoint.found(folder):
+        raise BadInput(f"{folder} is not a run folder, it holds no config.json: give another --run_name")
+
+
+def read_config(folder):
+    """config.json of a run folder as a dict; {} if it cannot be read: a run does not depend on it."""
+    try:
+        config = read_json(folder / "config.json", "")
+    except BadInput:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def starts(folder):
+    """What config.json says of each start of the run in `folder`, the first one first."""
+    told = read_config(folder).get("starts")
+    return [start for start in told if isinstance(start, dict)] if isinstance(told, list) else []
+
+
+def launch_id():
+    """What all processes and restarts of one torchrun have in common; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    began = ""
+    with contextlib.suppress(OSError):  # not on Linux: the process id must do
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()} {began}"
+
+
+def restarted(log_dir):
+    """The folder of the run that this torchrun began before --max_restarts brought its processes back, or None."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        for path in Path(log_dir).glob("*/config.json"):
+            if (told := starts(path.parent)) and told[-1].get("launch") == launch_id():
+                return path.parent
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+class RunFolder:
+    """log/<run> on rank 0, from `open` to `close`: the lock, config.json, the log, checkpoints in the background."""
+
+    def __init__(self, cfg, resume):
+        """Create the folder, or take up that of an interrupted run. Raises BadInput if it holds something else."""
+        self.folder = Path(cfg.log_dir) / (cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
+        self.keep, self.log, self.writer, self.open_locks = cfg.keep, Null(), Null(), contextlib.ExitStack()
+        check_name(self.folder.name)
+        make_folder(self.folder, "give another --log_dir")
+        self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
+        try:
+            check_ours(self.folder)
+            if {step for step, _ in checkpoint.found(self.folder)} != (resume.seen if resume else set()):
+                raise RankError(f"{self.folder} has just been written by another process: start again")
+            for name in ("log.txt", "config.json"):
+                if os.path.lexists(self.folder / name):
+                    check_appendable(self.folder / name)
+            length = read_config(self.folder).get("max_steps")
+            self.anew = not resume and os.path.exists(self.folder / "log.txt") and os.path.getsize(self.folder / "log.txt") > 0
+            if self.anew and isinstance(length, int) and f"\n{length - 1} train " in "\n" + self._old_log():
+                raise BadInput(f"{self.folder} already holds a run, finished and without checkpoints: give another --run_name, or move it away")
+        except BaseException:
+            self.open_locks.close()
+            raise
+
+    @staticmethod
+    def null():
+        return Null()
+
+    def _old_log(self):
+        return read_text(self.folder / "log.txt", "give another --run_name")
+
+    def begin(self, config, description, step, resume, like):
+        """Rewind the folder to `step`, write config.json and open the log.
+
+        config: dict of what says which run this is: goes into config.json and into every checkpoint. like: tensors (shapes and dtypes)
+        of a checkpoint, for which there must be room on the disk, and for which memory is allocated; raises BadInput if there is none.
+        """
+        check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint", checkpoint.NO_ROOM)
+        changed, command = ", ".join(resume.changed) if resume else "", shlex.join([*launcher(), *sys.argv])
+        start = {"step": step, "from": resume and str(resume.path), "changed": changed, "command": command,
+                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id(), **commit()}
+        self.constants = {"model_config": config["model"], "train_config": config["train"],
+                          **{name: config[name] for name in ("max_steps", "tokenizer", "data")}}
+        self.config = config | {"command": command, "torch": torch.__version__, "starts": [*starts(self.folder), start]}
+        write_json(self.folder / "config.json", self.config)  # from here on the folder is ours
+        rewind(self.folder, step)
+        self._open(step)
+        self.say(description)
+        if resume:
+            self.say(f"resume  {resume.path}, step {step}; " + (f"changed: {changed}" if changed else "as before"))
+        if self.anew:
+            self.say(f"{self.folder} holds no checkpoint: its run begins anew")
+        self.log.hyperparameters(step, config["train"] | config["model"])
+        self.first, self.saved_at = step, time.monotonic()
+        self.writer = Writer(self.folder, self.keep)
+        self.writer.reserve(like)
+
+    def _open(self, step):
+        write_json(self.folder / "config.json", self.config)
+        save_code(self.folder, step)
+        self.log = Logger(self.folder, self.config["max_steps"], step)
+
+    def save_is_due(self, minutes):
+        """Whether so many minutes (0: never) have passed since the last checkpoint."""
+        return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def save(self, state, wait=False):
+        """Begin to write a checkpoint of `state`; with `wait`, raise BadInput if it cannot be written."""
+        self.poll(wait=True)  # the one before
+        self.log.flush()
+        if not self.folder.is_dir():  # moved or removed: the run goes on in a new one
+            self.log.close()
+            make_folder(self.folder, "see what became of it, and start again")
+            self._open(state["step"])
+            self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
+        self.saved_at = time.monotonic()
+        again = state["step"] == self.first < self.config["max_steps"] and checkpoint.path_of(self.folder, self.first).exists()
+        if not again:
+            self.writer.start(state["step"], self.constants | state)
+        if wait and (error := self.poll(wait=True)):
+            raise error
+
+    def wait_copied(self):
+        """Wait until the tensors being saved may change."""
+        self.writer.wait_copied()
+
+    def poll(self, wait=False):
+        """Say that the checkpoint begun is written, or why not: that alone does not end a run. Returns the error or None."""
+        try:
+            if line := self.writer.collect(wait):
+                self.log.say(line)
+        except BadInput as error:
+            self.log.say(str(error))
+            return error
+        return None
+
+    def give_up(self, state):
+        """The newest checkpoint from before too many updates in a row were skipped; `state` is saved if there is none."""
+        self.poll(wait=True)
+        if not checkpoint.found(self.folder):
+            self.save(state, wait=True)
+        return checkpoint.found(self.folder)[0][1]
+
+    def conclude(self, step, finished):
+        """Say how the run ended and what to do next."""
+        if finished:
+            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, sample again with "
+                     f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, step)}`")
+        else:
+            self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
+
+    def say(self, line):
+        self.log.say(line)
+
+    def log_step(self, step, scalars, seconds):
+        self.log.log_step(step, scalars, seconds)
+
+    def log_evaluation(self, step, name, results):
+        self.log.log_evaluation(step, name, results)
+
+    def close(self):
+        self.log.close()
+        self.open_locks.close()
+
+
+def check_appendable(path):
+    """Raises BadInput if a file of a run cannot be opened for writing: a folder, a pipe, immutable."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)))
+        if not path.is_file():
+            raise OSError(0, "not a regular file")
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror}): give another --run_name") from error
+
+
+def rewind(folder, step):
+    """Make a run folder what it was when its checkpoint of `step` was saved.
+
+    Half-written files go. The lines of log.txt from `step` on go, since these steps run again. Checkpoints of later steps
+    (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside. TensorBoard is rewound by the log.
+    """
+    folder = Path(folder)
+    for partial in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
+        partial.unlink()
+    for later, path in checkpoint.found(folder):
+        if later > step:
+            os.replace(path, path.with_suffix(".pt.aside"))
+    (folder / "log.txt").touch()
+    lines = [line for line in (folder / "log.txt").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    kept = b"".join(line for line in lines if not (number := re.match(rb"(\d{1,12}) ", line)) or int(number[1]) < step)
+    replace(folder / "log.txt", lambda file: file.write(kept))
+
+
+def commit():
+    """{"commit": hash} of the code where the project is a git checkout, else {}."""
+    told = _git("rev-parse", "HEAD")
+    return {"commit": told.decode().strip()} if told else {}
+
+
+def save_code(folder, step):
+    """What made the run: train_gpt2.py, and the diff from the commit that config.json names. A later start with other code adds its own."""
+    for name, content in (("train_gpt2.py", (ROOT / "train_gpt2.py").read_bytes()), ("code.diff", _git("diff", "HEAD"))):
+        path = folder / name
+        if path.exists() and (not path.is_file() or path.read_bytes() != (content or b"")):
+            path = path.with_name(f"{path.stem}_from_{step:05d}{path.suffix}")
+        if content:
+            replace(path, lambda file, content=content: file.write(content))
+
+
+def _git(*arguments):
+    """What git prints, as bytes; None where there is no git or no checkout."""
+    try:
+        told = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout if told.returncode == 0 else None
+
+
+def launcher():
+    """The words before the script's name in the command that started this process."""
+    told = launched()
+    return ["torchrun", f"--nproc_per_node={told['local_world_size']}"] if told else ["python"]
+
+
+class Writer:
+    """Writes checkpoints to `folder` from a background thread, one at a time, and keeps the newest `keep` (0: all).
+
+    `start` returns at once: the thread copies the tensors to the host, on a CUDA stream of its own, while the next
+    forward and backward passes only read them. Whoever changes them calls `wait_copied` before.
+    """
+
+    def __init__(self, folder, keep):
+        self.folder, self.keep = Path(folder), keep
+        self.executor, self.future = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        self.copied = threading.Event()
+        self.copied.set()
+        self.stall = 0.0  # seconds that training waited for the latest checkpoint
+        self.pool = {}    # (shape, dtype) -> host tensors to copy to, kept: pinning a gigabyte halts a GPU for a second
+
+    def reserve(self, like):
+        """Allocate, in the background, pinned memory for a checkpoint of tensors like these; a CPU's need none."""
+        self.executor.submit(lambda: [self._allocate(t) for t in like if t.is_cuda])
+
+    def start(self, step, state):
+        """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first."""
+        started = time.perf_counter()
+        assert self.future is None, "collect the previous checkpoint first"
+        self.copied.clear()
+        device = next((t.device for t in checkpoint.tensors(state) if t.is_cuda), None)
+        ready = device and (device, torch.cuda.current_stream(device).record_event())
+        self.future = self.executor.submit(self._write, checkpoint.path_of(self.folder, step), state, ready)
+        self.stall = time.perf_counter() - started
+
+    def wait_copied(self):
+        """Wait until the tensors given to `start` may change."""
+        started = time.perf_counter()
+        self.copied.wait()
+        self.stall += time.perf_counter() - started
+
+    def collect(self, wait=False):
+        """None while there is nothing to say, else a line about the checkpoint written. Raises BadInput if that failed."""
+        if self.future is None or not (wait or self.future.done()):
+            return None
+        future, self.future = self.future, None
+        return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
+
+    def _write(self, path, state, ready):
+        started = time.perf_counter()
+        try:
+            state = self._to_host(state, ready)
+        except Exception as error:
+            raise BadInput(f"cannot save {path}: no copy of it fits into memory ({type(error).__name__}: {str(error)[:80]})") from error
+        finally:
+            self.copied.set()
+        size = checkpoint.n_bytes(state)
+        if self.keep:
+            for _, old in checkpoint.found(self.folder)[:0:-1]:  # from the oldest on, all but the newest make room if they must
+                if shutil.disk_usage(self.folder).free < size:
+                    old.unlink(missing_ok=True)
+        checkpoint.write(path, state)
+        if self.keep:
+            for _, old in checkpoint.found(self.folder)[self.keep:]:
+                old.unlink(missing_ok=True)
+        return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
+
+    def _to_host(self, state, ready):
+        spare, copies = {key: list(buffers) for key, buffers in self.pool.items()}, {}
+
+        def copy(tensor):
+            key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if key not in copies:  # tied weights stay one tensor
+                buffers = spare.get((tensor.shape, tensor.dtype)) or [self._allocate(tensor)]
+                copies[key] = buffers.pop().copy_(tensor, non_blocking=True)
+            return copies[key]
+
+        if ready is None:
+            return checkpoint.map_tensors(copy, state)
+        device, event = ready
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            state = checkpoint.map_tensors(copy, state)
+        stream.synchronize()
+        return state
+
+    def _allocate(self, tensor):
+        try:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        except RuntimeError:  # containers may limit pinned memory: plain memory is slower to copy to
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self.pool.setdefault((tensor.shape, tensor.dtype), []).append(buffer)
+        return buffer

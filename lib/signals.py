@@ -1,0 +1,91 @@
+"""Requests to stop: signals become a flag that the training loop reads, agreed on by all processes."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+PATIENCE = 20.0  # seconds
+ECHO = 2.0       # seconds
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP, while `with` lasts: the first sets `received` to its name, a second ends the process.
+
+    A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after
+    another process has died. Under a launcher (`processes.distributed`) the main thread has PATIENCE seconds after the first
+    signal to ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. It also passes on the
+    signal that the terminal has already sent: ECHO seconds of repeats count as one.
+    """
+
+    def __init__(self, say, processes):
+        self.say, self.processes = say, processes
+        self.patience = PATIENCE if processes.world_size > 1 else None
+        self.echo = ECHO if processes.distributed else 0.0
+        self.received, self.agreed, self.taken = None, False, threading.Event()
+
+    def heard(self):
+        """The main thread is well; what it does from here on may take its time."""
+        self.taken.set()
+
+    @property
+    def requested(self):
+        """Whether a signal came to this process. Asking shows that the main thread is well."""
+        if self.received is not None:
+            self.heard()
+        return self.received is not None
+
+    def agree(self, requests=None):
+        """Whether a signal came to any process: the same answer everywhere.
+
+        requests: how many processes have one, where the caller has summed that; without it, every process must ask.
+        """
+        if not self.agreed:
+            self.agreed = (self.processes.sum([self.requested])[0] if requests is None else requests) > 0
+        if self.agreed:
+            self.heard()
+        return self.agreed
+
+    def __enter__(self):
+        self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.reader, self.writer = socket.socketpair()
+            self.writer.setblocking(False)
+            names = ("SIGTERM", "SIGINT", "SIGHUP")
+            self.before = {getattr(signal, name): None for name in names if hasattr(signal, name)}
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+                del self.before[signal.SIGHUP]  # nohup: the run is meant to outlive its terminal
+            for number in self.before:  # a handler must exist for the number to be written to the socket
+                self.before[number] = signal.signal(number, lambda *_: None)
+            self.before_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.set_wakeup_fd(self.before_fd)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            self.writer.close()  # ends the thread
+        self.taken.set()
+
+    def _listen(self):
+        first = 0.0
+        while number := self.reader.recv(1):
+            if number[0] not in self.before:
+                continue
+            if self.received is None:
+                first, self.received = time.monotonic(), signal.Signals(number[0]).name
+                if self.patience:
+                    threading.Thread(target=self._impatient, daemon=True).start()
+                self.say(f"{self.received}: this step is finished, then the run is saved; a second signal ends it at once")
+            elif time.monotonic() - first > self.echo:
+                os._exit(128 + number[0])
+
+    def _impatient(self):
+        if not self.taken.wait(self.patience):
+            print(f"{self.received}, and this process did not come to the end of its step within {self.patience:g} s", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
