@@ -324,7 +324,7 @@ class GPT(nn.Module):
 
         Without targets: logits (B, T, vocab_size), or only those at the positions `logits_at`, (rows, columns) -> (n, vocab_size).
         The padding of the vocabulary is cut off, so no padded id can win.
-        With targets, int64 (B, T): the mean cross-entropy in nats, a scalar; targets of -1 are not counted.
+        With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
         start = 0 if kv_cache is None else kv_cache.length
         x = self.transformer.wpe(self.transformer.wte(idx), start)                      # (B, T, C)
@@ -629,8 +629,7 @@ def evaluate(model, rows, micro_batch, processes):
         missing = ((0, micro_batch - len(xb)), (0, 0))
         xb, yb = np.pad(xb, missing), np.pad(yb, missing, constant_values=-1)
         with autocast(processes.device):
-            loss = model(to_device(xb, processes.device), to_device(yb, processes.device))
-        losses.append(loss * int((yb >= 0).sum()))
+            losses.append(model(to_device(xb, processes.device), to_device(yb, processes.device)))
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
     return nats / count
 
@@ -724,13 +723,15 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
             # ---- forward and backward; dropout follows from (seed, step, rank), so that there is no random state to save
             torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
-            loss_sum = torch.zeros((), device=device)
+            loss_sum, n_targets = torch.zeros((), device=device), sum((targets >= 0).sum() for _, targets in batch)
+            if processes.distributed:
+                dist.all_reduce(n_targets)
             with monitor("training"):
                 for i, (idx, targets) in enumerate(batch):
                     with gradient_sync(ddp, last=i == len(batch) - 1):
                         with autocast(device):
-                            loss = ddp(idx, targets) / len(batch)
-                        loss.backward()
+                            loss = ddp(idx, targets) / n_targets  # the step's loss: the sum over all targets by their number
+                        (loss * world_size).backward()            # DDP takes the mean over processes
                     loss_sum += loss.detach()
 
             # ---- one all-reduce: the loss, and whether anyone wants to stop or to save; then the one device sync of a step
@@ -740,7 +741,6 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
             total_norm = norms.norm()
             loss, stop_requests, save_due, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
-            loss /= world_size
             stop.agree(stop_requests)
 
             # ---- clip and update, unless non-finite: the same decision on every process

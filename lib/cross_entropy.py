@@ -14,45 +14,45 @@ FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the la
 
 
 def linear_cross_entropy(x, weight, targets):
-    """Mean cross-entropy in nats of the logits x @ weight.T, a scalar in fp32.
+    """Cross-entropy in nats of the logits x @ weight.T, summed over the targets: a scalar in fp32.
 
-    x: (N, C). weight: (V, C). targets: int64 (N,); those of -1 are not counted, and if there are no others the loss is 0.
-    Under autocast, products are in its type and sums in fp32, as those of a linear layer and F.cross_entropy are.
+    x: (N, C). weight: (V, C). targets: int64 (N,); those of -1 are not counted.
+    Under autocast, products are in its dtype and sums in fp32, as those of a linear layer and F.cross_entropy are.
     Where gradients are wanted, a logit more than FAR above the target's counts as if it were FAR above it.
     """
-    share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)                          # (N,), of the mean
+    counted = (targets >= 0).float()                                                    # (N,)
     function = _LinearCrossEntropy.apply if torch.is_grad_enabled() else _forward
-    return function(cast(x), cast(weight), targets.clamp(min=0), share)
+    return function(cast(x), cast(weight), targets.clamp(min=0), counted)
 
 
 def _chunks(*tensors):
     return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
 
 
-def _forward(x, weight, targets, share):
-    return sum((F.cross_entropy((x_c @ weight.T).float(), target, reduction="none") * share_c).sum()
-               for x_c, target, share_c in _chunks(x, targets, share))
+def _forward(x, weight, targets, counted):
+    return sum((F.cross_entropy((x_c @ weight.T).float(), target, reduction="none") * counted_c).sum()
+               for x_c, target, counted_c in _chunks(x, targets, counted))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the loss by the logits, (softmax(logits) - one_hot(target)) * share, waits for nothing: compute it right away.
+    """The gradient of the loss by the logits, (softmax(logits) - one_hot(target)) * counted, waits for nothing: compute it right away.
 
     With e = exp(logits - the target's logit) and its sum s over the vocabulary, the loss is log(s) and softmax(logits) is e / s. Such an e
     needs no maximum first, and the division moves to the other, narrow factor of both products: one pass over the logits does it all.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, share):
+    def forward(ctx, x, weight, targets, counted):
         loss, dx, dweight = torch.zeros((), device=x.device), [], torch.zeros(weight.shape, device=x.device)
-        for x_c, target, share_c in _chunks(x, targets[:, None], share[:, None]):
+        for x_c, target, counted_c in _chunks(x, targets[:, None], counted[:, None]):
             logits = (x_c @ weight.T).float()                                           # (n, V)
             e = logits.sub_(logits.gather(1, target)).clamp_(max=FAR).exp_()
             s = e.sum(dim=1, keepdim=True)
-            loss = loss + (s.log() * share_c).sum()
-            dlogits = e.to(x.dtype).scatter_(1, target, (1 - s).to(x.dtype))            # times s / share
-            share_c = share_c / s
-            dx.append((dlogits @ weight) * share_c)
-            dweight += dlogits.T @ (x_c * share_c).to(x.dtype)                          # in fp32: each chunk adds to all of it
+            loss = loss + (s.log() * counted_c).sum()
+            dlogits = e.to(x.dtype).scatter_(1, target, (1 - s).to(x.dtype))            # times s / counted
+            counted_c = counted_c / s
+            dx.append((dlogits @ weight) * counted_c)
+            dweight += dlogits.T @ (x_c * counted_c).to(x.dtype)                          # in fp32: each chunk adds to all of it
         ctx.save_for_backward(torch.cat(dx).to(x.dtype), dweight)
         return loss
 
