@@ -22,16 +22,12 @@ if (2, 11, 0) <= version <= (2, 13, 0):
 endef
 export FIND_TORCH
 
-# The venv's torchrun starts the venv's Python (a box's own would start the box's), and puts -- before the script: without
-# it, torchrun under Python 3.11 and older takes our --run for an abbreviation of its own --run_path.
+# With the box's torch, pip wrote no torchrun into the venv, and the box's own would start the box's Python: have pip write it.
 define TORCHRUN
-#!/bin/sh
-for arg; do
-  shift
-  case "$$seen:$$arg" in :--) seen=1 ;; :*.py) seen=1; set -- "$$@" -- ;; esac
-  set -- "$$@" "$$arg"
-done
-exec "$$(dirname "$$0")/python" -m torch.distributed.run "$$@"
+from pip._vendor.distlib.scripts import ScriptMaker
+maker = ScriptMaker(None, '$(BIN)')
+maker.variants = {''}
+maker.make('torchrun = torch.distributed.run:main')
 endef
 export TORCHRUN
 
@@ -62,7 +58,7 @@ $(BIN)/python:
 
 $(BIN)/.main: $(BIN)/python requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@printf '%s\n' "$$TORCHRUN" > $(BIN)/torchrun; chmod +x $(BIN)/torchrun
+	@test -x $(BIN)/torchrun || $(BIN)/python -c "$$TORCHRUN"
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.main requirements-dev.txt

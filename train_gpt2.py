@@ -705,7 +705,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                     with monitor(evaluation.name):
                         results = evaluation.run(model, compiled, stop.agree)
                     if not stop.agree():
-                        run.log_evaluation(step, evaluation.name, results)
+                        run.log_evaluation(step, results)
                 except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
                     run.say(f"step {step} | {evaluation.name} | {error}")
                 model.train()
@@ -767,7 +767,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
                 "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
             if line := is_spike(loss):
-                run.log_evaluation(step, "spike", {"spikes": [f"{line}; its batch: {stream.where(read_from)}"]})
+                run.log_evaluation(step, {"spikes": [f"{line}; its batch: {stream.where(read_from)}"]})
             step += 1
             if consecutive_skips == cfg.max_skipped:
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))

@@ -15,6 +15,7 @@ from collections import deque
 from lib.cli import BadInput
 
 RECORDED = {"Loss/train": "train", "Loss/val": "val", "eval/hellaswag": "hella"}  # TensorBoard tag -> kind of line in log.txt
+LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "eval/hellaswag": "HellaSwag acc_norm"}  # on the console
 
 
 class Null:
@@ -85,12 +86,12 @@ class Logger:
         if step + 1 - self.first_step == min(10, self.max_steps):
             self.say(f"predicted: {typical * (self.max_steps - self.first_step) / 60:.1f} minutes of training steps")
 
-    def log_evaluation(self, step, name, results):
-        """What an evaluation found: by tag, numbers or a list of texts."""
+    def log_evaluation(self, step, results):
+        """What an evaluation found: by tag, a number or a list of texts."""
         numbers = {tag: value for tag, value in results.items() if not isinstance(value, list)}
         self.scalars(step, numbers)
         if numbers:
-            self.say(f"step {step} | {name} | " + " | ".join(f"{tag} {value:.4f}" for tag, value in numbers.items()))
+            self.say(f"step {step} | " + " | ".join(f"{LABELS.get(tag, tag)} {value:.4f}" for tag, value in numbers.items()))
         for tag, texts in results.items():
             if isinstance(texts, list):
                 self.say("\n".join(f"> {text!r}" for text in texts))

@@ -312,8 +312,8 @@ class RunFolder:
     def log_step(self, step, scalars, seconds):
         self.log.log_step(step, scalars, seconds)
 
-    def log_evaluation(self, step, name, results):
-        self.log.log_evaluation(step, name, results)
+    def log_evaluation(self, step, results):
+        self.log.log_evaluation(step, results)
 
     def close(self):
         self.log.close()
