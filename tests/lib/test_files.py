@@ -1,0 +1,79 @@
+"""Files read and written as promised, in processes that die. Run: python -m pytest tests/lib/test_files.py"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from lib import files
+from lib.cli import BadInput
+from lib.files import Unreadable, locked, make_folder, open_file, read_json, read_rows, replace, write_json
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path, reason in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "a folder"), ("/dev/zero", "not a regular file"),
+                         (tmp_path / "link", "a link to nowhere, which does not exist"), (tmp_path / "absent", "No such file"),
+                         (f"{tmp_path}/\0", "null byte")):
+        with pytest.raises(Unreadable, match=f"{reason}.*: do this"):
+            open_file(path, "do this")
+    (tmp_path / "good").symlink_to("text")
+    (tmp_path / "text").write_bytes(b"a\xc3\xa9")
+    assert open_file(tmp_path / "good", "").read() == b"a\xc3\xa9" and files.read_text(tmp_path / "good", "") == "a\u00e9"
+    with pytest.raises(BadInput, match="more than 2 bytes: do this"):
+        files.read_text(tmp_path / "text", "do this", limit=2)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 300_000, b"9" * 5000], ids=["empty", "torn", "latin-1", "nested", "digits"])
+def test_what_is_not_json_ends_in_the_remedy(data, tmp_path):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(BadInput, match="a.json.*: do this$"):
+        read_json(tmp_path / "a.json", "do this")
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": "x\xe2\x80\xa8y"}\n' + data + b"\n")  # U+2028 does not end a line
+    with pytest.raises(BadInput, match="a.jsonl, line 2: .*: do this$"):
+        read_rows(tmp_path / "a.jsonl", "do this")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def fails(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(path, fails)
+    assert read_json(path, "") == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    code = "import os, sys; from lib.files import replace; replace(sys.argv[1], lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))"
+    assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=False).returncode == -9
+    assert read_json(path, "") == {"a": 1}
+    write_json(path, {"a": 2})
+    assert read_json(path, "") == {"a": 2} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+    code = "import sys, time; from lib.files import locked\nwith locked(sys.argv[1], ''): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(BadInput, match="in use by another process: do this"), locked(tmp_path, "do this"):
+            pass
+        holder.kill()
+    for _ in range(2):
+        with locked(tmp_path, ""):
+            assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_written_and_full_disks(tmp_path):
+    make_folder(tmp_path / "a" / "b", "")
+    assert not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none", f"{tmp_path}/\0"):
+        with pytest.raises(BadInput, match="cannot write to .*: do this"):
+            make_folder(folder, "do this")
+    files.check_room(tmp_path, 1, "this", "")
+    with pytest.raises(BadInput, match="this needs 1000000000.00 GB and .* free: do this"):
+        files.check_room(tmp_path, 10**18, "this", "do this")
