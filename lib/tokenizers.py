@@ -7,20 +7,26 @@ A tokenizer is named by a *spec*, a string that is one of
 Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
 """
 
+import contextlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
 from lib.cli import BadInput
+from lib.files import read_text, replace
 
 EOT = "<|endoftext|>"  # separates documents; placed before each one
+MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
+CHANGES_IDS = ("normalizer", "truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+MAKE_ONE = "make one with fineweb.py --tokenizer bpe:4096"
 
 
 class Tokenizer:
-    """A `tiktoken.Encoding` with what this project needs to know of it.
+    """A `tiktoken.Encoding` with what this project needs to know about it.
 
     spec: str, loads the same tokenizer again through `load_tokenizer`.
     name: str, short, for people: "gpt2", "bpe4096".
@@ -42,12 +48,14 @@ class Tokenizer:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates, which Python's str may hold but UTF-8 has no bytes for
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:  # tiktoken's regex engine runs out of stack, as on a million spaces: split with Python's `regex`
+            return np.array(self.encoding._encode_only_native_bpe(text), dtype=np.uint32)
 
     def decode(self, ids):
-        """Token ids -> str. Bytes that are not UTF-8 become U+FFFD; ids that stand for nothing are left out."""
+        """Token ids -> str. Bytes that are not UTF-8 become U+FFFD; unassigned ids are left out."""
         try:
             return self.encoding.decode(ids, errors="replace")
-        except KeyError:  # gaps in the numbering, as in cl100k_base: an untrained model draws them, too
+        except KeyError:  # gaps in the numbering, as in cl100k_base: an untrained model samples them, too
             sizes = self.token_bytes()
             return self.encoding.decode([i for i in ids if sizes[i] or i == self.eot], errors="replace")
 
@@ -65,9 +73,7 @@ class Tokenizer:
 
     def save(self, path):
         """Write a trained tokenizer's `tokenizer.json`, whole or not at all."""
-        partial = Path(f"{path}.tmp")
-        partial.write_text(self.spec, encoding="utf-8")
-        os.replace(partial, path)
+        replace(path, lambda file: file.write(self.spec.encode()))
 
 
 def load_tokenizer(spec):
@@ -79,35 +85,61 @@ def load_tokenizer(spec):
     path = Path(spec)
     path = path / "tokenizer.json" if os.path.isdir(path) else path
     if path.suffix == ".json":
-        try:
-            return _from_json(path.read_text(encoding="utf-8"), path)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"cannot read the tokenizer {path}: {error}") from error
+        return _from_json(read_text(path, f"name another --tokenizer, or {MAKE_ONE}"), path)
     known = ", ".join(tiktoken.list_encoding_names())
-    raise BadInput(f"unknown tokenizer {spec!r}: name one of {known}, or the path of a tokenizer.json")
+    raise BadInput(f"unknown tokenizer {spec[:80]!r}: name one of {known}, or the path of a tokenizer.json")
 
 
 def _from_tiktoken(name):
-    import requests  # tiktoken downloads with it
+    """tiktoken downloads without a time limit, so a network that never answers is found out while it tries."""
+    done = []
 
-    try:
-        return Tokenizer(tiktoken.get_encoding(name), name)
-    except (requests.RequestException, OSError) as error:
-        raise BadInput(f"cannot download the tokenizer {name} ({type(error).__name__}): fetch it once on a machine "
-                       "with internet and point TIKTOKEN_CACHE_DIR at the folder that holds it") from error
+    def get():
+        try:
+            done.append(tiktoken.get_encoding(name))
+        except Exception as error:  # of requests, of the disk, of a file that is not the one expected
+            done.append(error)
+
+    thread = threading.Thread(target=get, daemon=True)
+    thread.start()
+    thread.join(2)
+    if thread.is_alive() and is_reachable("https://openaipublic.blob.core.windows.net"):
+        thread.join()
+    encoding = done[0] if done else TimeoutError()
+    if isinstance(encoding, Exception):
+        raise BadInput(f"cannot download the tokenizer {name} ({type(encoding).__name__}): fetch it once on a machine "
+                       "with internet and point TIKTOKEN_CACHE_DIR at the folder that holds it") from encoding
+    return Tokenizer(encoding, name)
+
+
+def is_reachable(url, seconds=4):
+    """Whether a server answers within `seconds`, whatever its answer."""
+    answered = threading.Event()
+
+    def ask():
+        import requests
+
+        with contextlib.suppress(requests.RequestException, OSError):
+            requests.head(url, timeout=seconds)
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
 
 
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE (Sennrich et al. 2016; GPT-2's splitting rule) on an iterable of str.
 
     Returns a Tokenizer of exactly `vocab_size` ids, the last of them end-of-text.
-    Raises BadInput if vocab_size is under 257 or the text is too small to fill it.
+    Raises BadInput if vocab_size is out of bounds or the text is too small to fill it.
     """
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise BadInput(f"a byte-level BPE needs at least 257 ids (256 bytes and end-of-text), not {vocab_size}")
+    if not 257 <= vocab_size <= MAX_BPE:
+        raise BadInput(f"a byte-level BPE has 257 (256 bytes and end-of-text) to {MAX_BPE:,} ids, not {vocab_size:,}")
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -124,29 +156,34 @@ def _from_json(text, origin):
     """The text of a byte-level BPE's tokenizer.json -> Tokenizer.
 
     tiktoken merges by the id of the merged bytes, tokenizers by the order of its merge list: the same thing for a BPE
-    whose ids were given out in merge order, as `train_bpe` and GPT-2 do (compared in tests/test_tokenizer.py). Whatever
-    else would change the ids without a word is refused: other orders, a normalizer, another splitting rule.
+    whose ids were given out in merge order, as `train_bpe` and GPT-2 do (compared in tests/lib/test_tokenizers.py).
+    Whatever else would silently change the ids is refused: another order, a normalizer, dropout, another splitting rule.
     """
     from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting rule
 
     to_byte = {char: byte for byte, char in _byte_alphabet().items()}
     try:
         data = json.loads(text)
-        vocab, merges, splitter = data["model"]["vocab"], data["model"]["merges"], data["pre_tokenizer"]
+        model, splitter = data["model"], data["pre_tokenizer"]
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
-        ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items() if token not in special}
-        merged = [vocab["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in merges]
+        ranks = {bytes(to_byte[char] for char in token): rank
+                 for token, rank in model["vocab"].items() if token not in special}
         ids = [*ranks.values(), *special.values()]
-        usable = (data["model"].get("type", "BPE") == "BPE" and splitter["type"] == "ByteLevel" and EOT in special
+        # every token of several bytes is made by one merge, in the order of the ids
+        merged = [model["vocab"]["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
+        usable = (model.get("type", "BPE") == "BPE" and splitter["type"] == "ByteLevel" and EOT in special
                   and not splitter.get("add_prefix_space", True) and splitter.get("use_regex", True)
-                  and not data.get("normalizer") and all(token["special"] for token in data["added_tokens"])
-                  and sorted(ids) == list(range(len(ids))) and merged == sorted(merged)
-                  and all(bytes([byte]) in ranks for byte in range(256)))
+                  and all(token["special"] is True for token in data["added_tokens"])
+                  and all(type(rank) is int for rank in ids) and sorted(ids) == list(range(len(ids)))
+                  and all(bytes([byte]) in ranks for byte in range(256))
+                  and merged == sorted(rank for token, rank in ranks.items() if len(token) > 1)
+                  and not any(model.get(key) for key in CHANGES_IDS) and not any(data.get(key) for key in CHANGES_IDS)
+                  and (data.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel")  # moves offsets alone
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable:
-        raise BadInput(f"{origin} is damaged, or no byte-level BPE with GPT-2's splitting rule, {EOT} and ids in merge order: "
-                       "make one with fineweb.py --tokenizer bpe:4096")
+        raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule, {EOT}, ids in merge order, "
+                       f"and nothing else that changes ids: {MAKE_ONE}")
     encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special,
                                  explicit_n_vocab=len(ids))
     return Tokenizer(encoding, text)
