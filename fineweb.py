@@ -7,40 +7,49 @@
 
 A shard is a one-dimensional .npy of uint16 ids (uint32 when the vocabulary needs it), the end-of-text id before each
 document, named <prefix>_{val|train}_<index>.npy; meta.json beside the shards says what made them. Text is read as a
-stream and encoded by threads (tiktoken works outside the interpreter lock), so memory stays flat and nothing depends on
-how processes start. An interrupted run continues after its last whole shard when the same command is given again.
+stream and encoded by threads (tiktoken releases the interpreter lock), so memory stays flat on every platform. The same
+command given again continues after the last whole shard of an interrupted run, and writes anew what is missing or damaged.
 """
 
 import ast
-import errno
+import contextlib
 import gc
 import glob
 import importlib.util
 import json
 import os
+import re
+import shlex
 import sys
 import sysconfig
+import tempfile
 import time
 import traceback
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from lib import cli
 from lib.cli import BadInput, flag, parse, run
-from lib.tokenizers import load_tokenizer, train_bpe
+from lib.files import DISK_FULL, locked, make_folder, open_file, replace, write_json
+from lib.shards import SPLITS, Meta, Record, Shards, Split, Start, check_tokenizer, find_shards, missing_records, read_meta
+from lib.tokenizers import MAX_BPE, is_reachable, load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
 FORMATS = (".parquet", *(f"{end}{packed}" for end in (".jsonl", ".json", ".txt") for packed in ("", ".gz", ".zst")))
-BATCH_ROWS = 64              # documents a thread encodes at a time
+DOCSTRINGS = "docstrings.jsonl"
+BATCH_ROWS = 64              # documents per batch, the unit of work of a thread
 BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
-TXT_LINES = 4096             # lines of a .txt a thread encodes at a time
+TXT_LINES = 4096             # lines of a .txt per batch
 BPE_TEXT = 100_000_000       # characters a BPE is trained on, at most
-DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # what requirements.txt brings, the wordiest of it
+DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # the wordiest packages that requirements.txt installs
+LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
 
 
 @dataclass
@@ -52,53 +61,64 @@ class Config:
     docstrings: bool = flag(False, "the documentation strings of this Python's packages, instead of a source")
     tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source")
     out: str | None = flag(None, "folder of the shards; without it, named after the source")
-    shard_size: int = flag(100_000_000, "tokens a shard")
-    val_tokens: int | None = flag(None, "tokens of the validation shard, the first; without it, one shard, or a tenth "
-                                  "of a source smaller than that")
-    max_tokens: int | None = flag(None, "stop after so many tokens")
-    workers: int | None = flag(None, "encoding threads; without it, one a core")
+    shard_size: int = flag(100_000_000, "tokens per shard", at_least=1, at_most=LARGEST)
+    val_tokens: int | None = flag(None, "tokens of the validation shard, the first; without it, one shard, or a tenth of a "
+                                  "source that is smaller", at_least=0, at_most=LARGEST)
+    max_tokens: int | None = flag(None, "stop after this many tokens", at_least=2)
+    workers: int | None = flag(None, "encoding threads; without it, one per core", at_least=1, at_most=1024)
 
 
 def main(argv):
     (cfg,), given = parse((Config,), argv, __doc__)
-    check(cfg, given)
+    complete_config(cfg, given)
     out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out} is a file: name a folder")
-    meta = read_meta(out, cfg)
-    if meta.get("complete"):
-        print(f"{out}/ is complete: {summary(meta)}")
+    if is_done(out, read_own_meta(out, cfg)):
         return
+    parts = [str(out / DOCSTRINGS)] if cfg.docstrings else [part for source in cfg.source for part in find_parts(source)]
+    if "name" in given and any(map(builder_of, parts)):
+        raise BadInput("--name is a configuration of a dataset of the hub: leave it out with local files")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        source = Source(cfg, out)
-        tokenizer = find_tokenizer(cfg, out, source, meta)
-        write_shards(cfg, out, source, tokenizer, meta)
+        make_folder(out, "give another --out")
+        with locked(out, "wait until it is done, or give another --out"):
+            meta = read_own_meta(out, cfg)  # another process may have gone on in the meantime
+            if cfg.docstrings:
+                extract_docstrings(out)
+            source = Source(cfg, parts)
+            tokenizer = find_tokenizer(cfg, out, source, meta)
+            meta = meta or new_meta(cfg, tokenizer, given)
+            for record in missing_records(out, meta):
+                write_again(out, source, tokenizer, meta, record, cfg.workers)
+            if not meta.complete:
+                write_shards(cfg, out, source, tokenizer, meta)
+            is_done(out, meta)
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
+        raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; the same command continues after them") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise BadInput(f"the disk of {out}/ is full: free some space and give the same command again; "
                            "the shards already there stay") from error
         raise BadInput(f"cannot write {out}/ ({error}): give another --out") from error
 
 
-def check(cfg, given):
-    """Fill in what follows from other flags; BadInput on what cannot work."""
-    if cfg.docstrings and "source" in given:
-        raise BadInput("--docstrings and --source both name the text: give one of them")
-    for field in ("shard_size", "max_tokens", "workers"):
-        if getattr(cfg, field) is not None and getattr(cfg, field) < 1:
-            raise BadInput(f"--{field} must be at least 1, not {getattr(cfg, field)}")
-    if cfg.val_tokens is not None and cfg.val_tokens < 0:
-        raise BadInput(f"--val_tokens must not be negative, not {cfg.val_tokens}")
-    if cfg.tokenizer.startswith("bpe:") and not cfg.tokenizer[4:].isdecimal():
-        raise BadInput(f"--tokenizer {cfg.tokenizer}: write bpe:<number of ids>, for instance bpe:4096")
+def complete_config(cfg, given):
+    """Fill in what follows from other flags. Raises BadInput if they contradict each other."""
+    if cfg.docstrings and given & {"source", "name"}:
+        raise BadInput("--docstrings and --source (with its --name) both name the text: give one of them")
+    if cfg.tokenizer.startswith("bpe:") and not re.fullmatch("bpe:[0-9]{1,9}", cfg.tokenizer):
+        raise BadInput(f"--tokenizer {cfg.tokenizer[:80]}: write bpe:<number of ids>, as in bpe:4096, at most {MAX_BPE:,}")
     if cfg.source == (FINEWEB_EDU,) and not cfg.docstrings:
         cfg.name = cfg.name or "sample-10BT"
         cfg.out = cfg.out or f"edu_fineweb{cfg.name.removeprefix('sample-').removesuffix('T')}"
     if cfg.docstrings:
         cfg.out = cfg.out or "docstrings"
-    cfg.out = cfg.out or Path(cfg.source[0]).name.split(".")[0].replace("*", "") or "shards"
-    cfg.workers = cfg.workers or os.cpu_count()
+    if not cfg.out:
+        cfg.out = Path(cfg.source[0]).name.split(".")[0].replace("*", "") or "shards"
+        cfg.out += "_shards" if os.path.isdir(cfg.out) and cfg.out in map(os.path.normpath, cfg.source) else ""
+    out = Path(cfg.out).resolve()
+    if odd := [source for source in cfg.source if os.path.isdir(source) and Path(source).resolve() in (out, *out.parents)]:
+        raise BadInput(f"--out {cfg.out} is in the folder {odd[0]} that --source reads: give another --out")
+    cfg.workers = cfg.workers or min(os.cpu_count(), 1024)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,45 +132,56 @@ def settings(cfg):
             "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer}
 
 
-def read_meta(out, cfg):
-    """meta.json of a folder, {} if it has none. BadInput if its shards were made by other settings."""
-    try:
-        meta = json.loads((out / "meta.json").read_text())
-        made_by = meta["settings"]
-    except FileNotFoundError:
-        shards = sorted(out.glob("*_*_*.npy")) + sorted(out.glob("*.bin"))
-        if shards:
-            raise BadInput(f"{out}/ holds shards of another program ({shards[0].name}): give another --out") from None
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"cannot read {out}/meta.json ({error}): delete the folder, or give another --out") from error
+def new_meta(cfg, tokenizer, given):
+    words = ["python", "fineweb.py"]
+    for name in [field.name for field in fields(cfg) if field.name in given - {"out", "workers"}]:
+        value = getattr(cfg, name)
+        if isinstance(value, bool):
+            words += [f"--{name}"] * value
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return Meta(tokenizer="tokenizer.json" if tokenizer.is_trained else tokenizer.spec, vocab_size=tokenizer.vocab_size,
+                eot=tokenizer.eot, dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+                splits={split: Split() for split in SPLITS}, command=shlex.join(words), settings=settings(cfg),
+                shards=[], complete=False, resume=Start())
+
+
+def read_own_meta(out, cfg):
+    """The Meta of a folder, None if it has none. Raises BadInput if its shards were made by anything but this command."""
+    meta = read_meta(out)
+    if meta is None:
+        paths, _ = find_shards(out)
+        if shards := paths["val"] + paths["train"]:
+            raise BadInput(f"{out}/ holds shards of another program ({shards[0].name}): give another --out")
+        return None
+    if meta.settings is None:
+        raise BadInput(f"{out}/ holds shards of another program, says its meta.json: give another --out")
     for key, value in settings(cfg).items():
-        if made_by.get(key) != value:
+        if meta.settings.get(key) != value:
             key_flag = "--tokenizer" if key == "tokenizer_flag" else f"--{key}"
-            raise BadInput(f"{out}/ holds shards made with {key_flag} {made_by.get(key)}, not {value}: "
-                           "give another --out, or delete the folder")
+            raise BadInput(f"{out}/ holds shards made with {key_flag} {meta.settings.get(key)}, not {value}: "
+                           "give another --out")
+    if meta.shards is None and not meta.complete:
+        raise BadInput(f"{out}/ was begun by an older fineweb.py, whose meta.json does not say how to continue: "
+                       "give another --out")
     return meta
 
 
-def write_meta(out, meta):
-    replace(out / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
-
-
-def replace(path, write):
-    """Let `write` fill a temporary file, then give it its name: `path` is whole or absent, also after a crash."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        write(partial)
-        with open(partial, "r+b") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def summary(meta):
-    text = ", ".join(f"{split} {s['tokens']:,} tokens of {s['documents']:,} documents" for split, s in meta["splits"].items())
-    return f"{text}; tokenizer {meta['tokenizer']}; {meta['skipped_rows']:,} rows skipped (empty or not text)"
+def is_done(out, meta):
+    """Whether every shard is there and whole; says so."""
+    if not meta or not meta.complete:
+        return False
+    if meta.shards is None:  # of an older fineweb.py: it can be checked, not mended
+        Shards(out)
+    elif missing_records(out, meta):
+        return False
+    text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
+    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)")
+    documents = sum(split.documents for split in meta.splits.values())
+    if documents < 3 and meta.splits["val"].shards:
+        print(f"warning: the source has fewer than 3 documents ({documents}): validation says little about other text",
+              file=sys.stderr)
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,10 +189,19 @@ def summary(meta):
 
 
 @dataclass
-class Batch:
-    """Documents in order. continues: the first is the rest of a document that began in an earlier batch.
+class Place:
+    """Where a Source stands, as meta.json keeps it: after `state` (of `datasets`) in a part, `skipped` rows left out."""
+    part: int = flag(0, None, at_least=0)
+    path: str = flag("", None)
+    state: dict | list | None = flag(None, None)
+    skipped: int = flag(0, None, at_least=0, at_most=2**53)
 
-    after: where the source stands behind this batch, JSON; `skipped` in it counts the rows left out since the very start.
+
+@dataclass
+class Batch:
+    """Documents in order, and where the source stands after them (a Place as a dict).
+
+    continues: the first is the rest of a document that began in an earlier batch.
     """
     texts: list
     continues: bool
@@ -171,12 +211,8 @@ class Batch:
 class Source:
     """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch."""
 
-    def __init__(self, cfg, out):
-        self.column, self.name = cfg.text_column, cfg.name
-        if cfg.docstrings:
-            self.parts = [extract_docstrings(out)]
-        else:
-            self.parts = [part for source in cfg.source for part in find_parts(source)]
+    def __init__(self, cfg, parts):
+        self.column, self.name, self.parts, self.links = cfg.text_column, cfg.name, parts, None
 
     def guess_tokens(self):
         """About how many tokens the local files hold; 0 where the source is a dataset of the hub."""
@@ -184,13 +220,10 @@ class Source:
                    for part in self.parts if os.path.exists(part))
 
     def batches(self, start=None):
-        start = start or {"part": 0, "path": self.parts[0], "state": None, "skipped": 0}
-        skipped = start["skipped"]
-        if start["path"] not in self.parts[start["part"]:start["part"] + 1]:
-            raise BadInput(f"the files of --source have changed: {start['path']} stood at place {start['part'] + 1} "
-                           "among them; put them back, or give another --out")
-        for index, part in enumerate(self.parts[start["part"]:], start["part"]):
-            state = start["state"] if index == start["part"] else None
+        start = self._check(start) if start else Place(path=self.parts[0])
+        skipped = start.skipped
+        for index, part in enumerate(self.parts[start.part:], start.part):
+            state = start.state if index == start.part else None
             is_txt = builder_of(part) == "text"
             continues = is_txt and state is not None
             try:
@@ -208,29 +241,60 @@ class Source:
                 raise BadInput(f"cannot read {part} ({cause}): mend it and give the same command again; "
                                "the shards already written stay") from error
 
+    def _check(self, start):
+        try:
+            place = Place(**start)
+            cli.check(place)
+        except (TypeError, BadInput) as error:
+            raise BadInput(f"meta.json is damaged (source: {error}): give another --out") from error
+        if place.path not in self.parts[place.part:place.part + 1]:
+            raise BadInput(f"the files of --source have changed: {place.path} stood at place {place.part + 1} "
+                           "among them; put them back, or give another --out")
+        return place
+
     def _open(self, part):
         """A local file, or a dataset of the hub, as a streaming dataset of arrow tables."""
+        builder = builder_of(part)
+        if not builder:
+            return self._open_hub(part)
         if sys.version_info < (3, 14):
             _register_zstd()
         import datasets
 
         datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs is raised as well
-        builder = builder_of(part)
         options = {"parquet": {"batch_size": 16 * BATCH_ROWS}, "text": {"keep_linebreaks": True}}.get(builder, {})
+        files = [glob.escape(self._plain_path(part))]
+        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options).with_format("arrow")
+
+    def _open_hub(self, name):
+        import datasets
+        import huggingface_hub.constants
+
+        huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)
+        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+        url = huggingface_hub.constants.ENDPOINT
+        # without a network, `datasets` would try again for half a minute
+        answers = huggingface_hub.constants.HF_HUB_OFFLINE or is_reachable(url)
         try:
-            if builder:
-                dataset = datasets.load_dataset(builder, data_files=[glob.escape(part)], split="train", streaming=True, **options)
-            else:
-                dataset = datasets.load_dataset(part, self.name, split="train", streaming=True)
+            if not answers:
+                raise ConnectionError(f"{url} does not answer")
+            return datasets.load_dataset(name, self.name, split="train", streaming=True).with_format("arrow")
         except Exception as error:
-            if builder:
-                raise
-            raise BadInput(f"cannot reach the dataset {part} ({type(error).__name__}): it is no local file or folder, and "
+            raise BadInput(f"cannot reach the dataset {name} ({type(error).__name__}): it is not a local file or folder, and "
                            "the hub does not answer or does not have it; check the name, or give local files") from error
-        return dataset.with_format("arrow")
+
+    def _plain_path(self, part):
+        """The path, or a link to it where the path holds "::", at which fsspec, below `datasets`, would split it."""
+        if "::" not in os.path.abspath(part):
+            return part
+        self.links = self.links or tempfile.TemporaryDirectory(prefix="fineweb_")
+        link = Path(self.links.name) / f"{self.parts.index(part)}{next(end for end in FORMATS if part.endswith(end))}"
+        if not link.is_symlink():
+            link.symlink_to(os.path.abspath(part))
+        return str(link)
 
     def _read_rows(self, dataset, part, state):
-        """-> stream of (values of --text_column, state of `datasets` behind them)."""
+        """-> stream of (values of --text_column, state of `datasets` after them)."""
         if state:
             dataset.load_state_dict(state)
         for table in dataset.iter(batch_size=BATCH_ROWS):
@@ -244,7 +308,7 @@ class Source:
 
 
 def read_txt(dataset, part, state):
-    """A text file, one document -> stream of ([its next piece], [state of `datasets`, lines behind it]).
+    """A text file, one document -> stream of ([its next piece], [state of `datasets`, lines after it]).
 
     It is cut where a line begins with a letter or digit and the line above is not blank: every tiktoken encoding splits
     there whatever stands further left and right, so the pieces give the ids of the whole.
@@ -252,7 +316,7 @@ def read_txt(dataset, part, state):
     before, skip = state or (None, 0)
     if before:
         dataset.load_state_dict(before)
-    kept = []  # lines behind the last cut
+    kept = []  # lines after the last cut
     for table in dataset.iter(batch_size=TXT_LINES):
         lines = kept + table["text"].to_pylist()[skip:]
         places = range(len(lines) - 1, len(kept), -1)
@@ -269,14 +333,14 @@ def read_txt(dataset, part, state):
 
 def builder_of(part):
     """The loader of `datasets` for a local file; None for a dataset of the hub."""
-    return BUILDERS[Path(part.removesuffix(".gz").removesuffix(".zst")).suffix] if os.path.exists(part) else None
+    return BUILDERS[Path(part.removesuffix(".gz").removesuffix(".zst")).suffix] if os.path.lexists(part) else None
 
 
 def find_parts(source):
-    """A --source word -> files to read, or the dataset id itself. BadInput if a path holds nothing that can be read."""
+    """A --source word -> files to read, or the dataset id itself. Raises BadInput if a path holds nothing that can be read."""
     if os.path.isdir(source):
         files = sorted(str(path) for path in Path(source).rglob("*") if path.name.endswith(FORMATS))
-    elif os.path.exists(source):
+    elif os.path.lexists(source):
         files = [source]
     elif glob.has_magic(source):
         files = sorted(path for path in glob.glob(source, recursive=True) if not os.path.isdir(path))
@@ -289,8 +353,7 @@ def find_parts(source):
     for file in files:
         if not file.endswith(FORMATS):
             raise BadInput(f"cannot tell what {file} is: --source takes parquet, jsonl(.gz|.zst) and txt")
-        if not os.access(file, os.R_OK):
-            raise BadInput(f"no permission to read {file}: change it or leave the file out")
+        open_file(file, "mend it or leave the file out").close()
     return files
 
 
@@ -305,13 +368,14 @@ def _register_zstd():
 
 
 def extract_docstrings(out):
-    """Docstrings of the standard library and DOCSTRING_PACKAGES, one document a module, cached in a jsonl file.
+    """Docstrings of the standard library and DOCSTRING_PACKAGES, one document per module, cached in a jsonl file.
 
-    Real English of several MB that every Python brings along: enough to see a small model learn. Returns the path.
+    Real English of several MB that every Python brings along: enough to see a small model learn.
     """
-    path = out / "docstrings.jsonl"
-    if path.exists():
-        return str(path)
+    path = out / DOCSTRINGS
+    if os.path.lexists(path):
+        open_file(path, "give another --out").close()
+        return
     roots = [Path(sysconfig.get_path("stdlib"))]
     for package in DOCSTRING_PACKAGES:
         spec = importlib.util.find_spec(package)  # finds it, also in the system's site-packages, without importing it
@@ -332,8 +396,7 @@ def extract_docstrings(out):
             documents.append("\n\n".join(new))
     order = np.random.default_rng(0).permutation(len(documents))  # validation is the first part: let it be of all packages
     lines = "".join(json.dumps({"text": documents[i]}) + "\n" for i in order)
-    replace(path, lambda partial: partial.write_text(lines, encoding="utf-8"))
-    return str(path)
+    replace(path, lambda file: file.write(lines.encode()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,7 +407,9 @@ def find_tokenizer(cfg, out, source, meta):
     """The --tokenizer; bpe:<n> is trained on the source once and kept in the folder as tokenizer.json."""
     kept = out / "tokenizer.json"
     if meta:  # a tokenizer.json without meta.json may be of a run with other settings that came to no shard
-        return load_tokenizer(str(kept) if meta["tokenizer"] == kept.name else meta["tokenizer"])
+        tokenizer = load_tokenizer(str(kept) if meta.tokenizer == kept.name else meta.tokenizer)
+        check_tokenizer(meta, tokenizer)
+        return tokenizer
     if not cfg.tokenizer.startswith("bpe:"):
         tokenizer = load_tokenizer(cfg.tokenizer)
         if tokenizer.is_trained:
@@ -376,17 +441,18 @@ def encoded(batches, tokenizer, dtype, workers):
     """Stream of (Batch, its ids), in order; a bounded number of batches is in work at a time."""
     executor, waiting, failure = ThreadPoolExecutor(workers), deque(), None
     try:
-        try:
-            for batch in batches:
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:  # a damaged file, say: what stands before the damage still goes into shards
+                batch, failure = None, error
+            if batch:
                 waiting.append((batch, executor.submit(encode, batch, tokenizer, dtype)))
-                if len(waiting) > 3 * workers:
-                    batch, future = waiting.popleft()
-                    yield batch, future.result()
-        except BadInput as error:  # a damaged file: what stands before the damage still goes into shards
-            failure = error
-        while waiting:
-            batch, future = waiting.popleft()
-            yield batch, future.result()
+            elif not waiting:
+                break
+            if not batch or len(waiting) > 3 * workers:
+                batch, future = waiting.popleft()
+                yield batch, future.result()
         if failure:
             raise failure
     finally:
@@ -396,38 +462,32 @@ def encoded(batches, tokenizer, dtype, workers):
 
 
 class Writer:
-    """Cuts the stream of ids into shards, and keeps meta.json at the last whole one."""
+    """Cuts the stream of ids into shards, and keeps meta.json up to date with the last whole one."""
 
     def __init__(self, cfg, out, tokenizer, meta):
-        self.out, self.tokenizer = out, tokenizer
+        self.out, self.tokenizer, self.meta = out, tokenizer, meta
         self.prefix = "edufineweb" if cfg.source == (FINEWEB_EDU,) and not cfg.docstrings else out.resolve().name
         self.val_size = cfg.shard_size if cfg.val_tokens is None else cfg.val_tokens
         self.val_given, self.shard_size = cfg.val_tokens is not None, cfg.shard_size
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        self.sizes = tokenizer.token_bytes()
-        self.meta = meta or {
-            "tokenizer": "tokenizer.json" if tokenizer.is_trained else tokenizer.spec,
-            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "dtype": np.dtype(self.dtype).name,
-            "splits": {split: {"shards": 0, "tokens": 0, "documents": 0, "bytes": 0} for split in ("val", "train")},
-            "skipped_rows": 0, "settings": settings(cfg), "complete": False, "resume": {"source": None, "drop": 0}}
+        self.dtype, self.sizes = np.dtype(meta.dtype), tokenizer.token_bytes()
         self.pieces, self.count = [], 0
 
     @property
     def written(self):
-        return sum(split["tokens"] for split in self.meta["splits"].values())
+        return sum(split.tokens for split in self.meta.splits.values())
 
     @property
     def shard(self):
         """(split, tokens) of the shard in work: the first one is the validation shard."""
-        is_val = self.val_size and not self.meta["splits"]["val"]["shards"]
+        is_val = self.val_size and not self.meta.splits["val"].shards
         return ("val", self.val_size) if is_val else ("train", self.shard_size)
 
     def add(self, ids, used, before):
-        """Take the ids of one batch behind the first `used`; `before` is where the source stood in front of the batch."""
+        """Take the ids of one batch after the first `used`; `before` is where the source stood before the batch."""
         split, size = self.shard
-        while len(ids) - used >= size - self.count:
+        while (rest := len(ids) - used - size + self.count) >= 0 and (rest or split == "train"):  # val leaves some for train
             end = used + size - self.count
-            self._write(split, np.concatenate([*self.pieces, ids[used:end]]), {"source": before, "drop": end})
+            self._write(split, np.concatenate([*self.pieces, ids[used:end]]), Start(before, end))
             self.pieces, self.count, used = [], 0, end
             split, size = self.shard
         self.pieces.append(ids[used:])
@@ -435,65 +495,86 @@ class Writer:
 
     def finish(self):
         """Write what is left as the last shard. A source that never filled the first shard gives a tenth to validation."""
-        splits = self.meta["splits"]
         rest = np.concatenate([np.empty(0, self.dtype), *self.pieces])
         if not len(rest) and not self.written:
             raise BadInput("the source holds no documents: nothing was written; check --source and --text_column "
-                           f"({self.meta['skipped_rows']:,} rows were empty or not text)")
-        if self.val_size and not splits["val"]["shards"]:
+                           f"({self.meta.skipped_rows:,} rows were empty or not text)")
+        if self.val_size and not self.meta.splits["val"].shards:
             if self.val_given:
-                raise BadInput(f"the source holds {len(rest):,} tokens, fewer than --val_tokens {self.val_size:,}: lower it")
+                raise BadInput(f"--val_tokens {self.val_size:,} leaves nothing of the source's {len(rest):,} tokens for "
+                               "training: lower it")
+            if len(rest) < 2:
+                raise BadInput("the source holds a single token, too few to train and validate: give more text")
             starts = np.flatnonzero(rest == self.tokenizer.eot)  # cut between two documents if there is a good place
             tenth = max(len(rest) // 10, 1)
             near = starts[(starts >= tenth) & (starts <= 2 * tenth)]
             cut = int(near[0]) if len(near) else tenth
-            self._write("val", rest[:cut], {"source": None, "drop": cut})
+            self._write("val", rest[:cut], Start(None, cut))
             rest = rest[cut:]
         if len(rest):
             self._write("train", rest, None)
-        self.meta |= {"complete": True, "resume": None}
-        write_meta(self.out, self.meta)
+        self.meta.complete, self.meta.resume = True, None
+        write_json(self.out / "meta.json", asdict(self.meta))
 
     def _write(self, split, ids, resume):
-        """Write one shard. resume: the next begins `drop` ids behind the place `source`; None behind the very last one."""
-        if not self.written:  # a run killed behind its very first shard must find whose it is
-            write_meta(self.out, self.meta)
-        stats, index = self.meta["splits"][split], sum(s["shards"] for s in self.meta["splits"].values())
-
-        def save(path):
-            with open(path, "wb") as file:  # np.save would hide the errno of a full disk
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
-                file.write(ids)
-
-        name = f"{self.prefix}_{split}_{index:06d}.npy"
-        replace(self.out / name, save)
+        """Write one shard. resume: the Start of the next one; None after the very last."""
+        if not self.written:  # a run killed right after its first shard must find whose it is
+            write_json(self.out / "meta.json", asdict(self.meta))
+        name = f"{self.prefix}_{split}_{len(self.meta.shards):06d}.npy"
+        save_shard(self.out / name, ids)
         counts = sum(np.bincount(ids[i:i + 2**20], minlength=self.tokenizer.vocab_size) for i in range(0, len(ids), 2**20))
-        stats["shards"] += 1
-        stats["tokens"] += len(ids)
-        stats["documents"] += int(counts[self.tokenizer.eot])
-        stats["bytes"] += int(counts @ self.sizes)
-        self.meta |= {"resume": resume, "complete": resume is None}
-        write_meta(self.out, self.meta)
+        stats = self.meta.splits[split]
+        stats.shards += 1
+        stats.tokens += len(ids)
+        stats.documents += int(counts[self.tokenizer.eot])
+        stats.bytes += int(counts @ self.sizes)
+        self.meta.shards.append(Record(name, len(ids), zlib.crc32(ids), self.meta.resume))
+        self.meta.resume, self.meta.complete = resume, resume is None
+        write_json(self.out / "meta.json", asdict(self.meta))
         tqdm.write(f"{name}: {self.written:,} tokens so far")
+
+
+def save_shard(path, ids):
+    def write(file):  # np.save would hide the errno of a full disk
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
+        file.write(ids)
+
+    replace(path, write)
+
+
+def write_again(out, source, tokenizer, meta, record, workers):
+    """Make a shard that is missing or damaged from its own place in the source: the same ids, or BadInput."""
+    print(f"{record.name} is missing or damaged: writing it again")
+    pieces, count, drop = [np.empty(0, meta.dtype)], 0, record.start.drop
+    with contextlib.closing(encoded(source.batches(record.start.source), tokenizer, np.dtype(meta.dtype), workers)) as stream:
+        for _, ids in stream:
+            pieces.append(ids[drop:][:record.tokens - count])
+            count, drop = count + len(pieces[-1]), max(drop - len(ids), 0)
+            if count == record.tokens:
+                break
+    ids = np.concatenate(pieces)
+    if zlib.crc32(ids) != record.crc32:
+        raise BadInput(f"{out / record.name} cannot be made again, as the source has changed: put the source back, or give "
+                       "another --out")
+    save_shard(out / record.name, ids)
 
 
 def write_shards(cfg, out, source, tokenizer, meta):
     """The whole job: read, encode, write, say how far it is; continue where `meta` says an earlier run stopped."""
     writer = Writer(cfg, out, tokenizer, meta)
-    before, drop = writer.meta["resume"]["source"], writer.meta["resume"]["drop"]
+    before, drop = meta.resume.source, meta.resume.drop
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
     known = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}.get(cfg.name)
     total = min(filter(None, (cfg.max_tokens, known or source.guess_tokens())), default=None)
-    stream = encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)
-    documents, started = sum(split["documents"] for split in writer.meta["splits"].values()), time.perf_counter()
-    bar = tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0,
-               disable=None)  # None: no bar where nobody watches a terminal
-    try:
+    documents, started = sum(split.documents for split in meta.splits.values()), time.perf_counter()
+    with (contextlib.closing(encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)) as stream,
+          tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0,
+               disable=None) as bar):  # None: no bar where nobody watches a terminal
         for batch, ids in stream:
             used = min(drop, len(ids))  # the first of these ids are in shards already
             end = None if cfg.max_tokens is None else used + cfg.max_tokens - writer.written - writer.count
-            writer.meta["skipped_rows"] = batch.after["skipped"]
+            meta.skipped_rows = batch.after["skipped"]
             writer.add(ids[:end], used, before)
             before, drop = batch.after, drop - used
             documents += len(batch.texts) - batch.continues
@@ -502,13 +583,7 @@ def write_shards(cfg, out, source, tokenizer, meta):
             if end is not None and end <= len(ids):
                 break
         writer.finish()
-    except KeyboardInterrupt as interrupt:
-        traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
-        raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; the same command continues after them") from None
-    finally:
-        stream.close()
-        bar.close()
-    print(f"{out}/ is complete: {summary(writer.meta)}; {time.perf_counter() - started:.1f} s")
+    print(f"{writer.written:,} tokens after {time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import gzip
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+from helpers import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-from lib import cli
+from lib import cli, files
 from lib.tokenizers import EOT, load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 EOT_ID = 50256
 
 
@@ -49,7 +51,7 @@ def cut(ids, shard_size, val_tokens=None, max_tokens=None):
     """ids -> the list of (split, ids of a shard) that fineweb.py must write."""
     ids, shards = ids[:max_tokens], []
     val = shard_size if val_tokens is None else val_tokens
-    if val and len(ids) < val:  # smaller than a shard: a tenth for validation, up to a document's begin if one is near
+    if val and len(ids) <= val:  # no more than a shard: a tenth for validation, up to the start of a document if one is near
         tenth = max(len(ids) // 10, 1)
         val = next((i for i in range(tenth, 2 * tenth + 1) if ids[i] == EOT_ID), tenth)
     if val:
@@ -76,6 +78,9 @@ def check_meta(out, expected, documents, skipped=0):
     if documents is not None:  # the whole source was read: bytes and documents are those of the text itself
         assert sum(s["bytes"] for s in meta["splits"].values()) == sum(len(text.encode()) for text in documents)
         assert sum(s["documents"] for s in meta["splits"].values()) == len(documents)
+    shards = sorted(out.glob("*.npy"), key=lambda p: p.name[-10:])
+    assert [(r["name"], r["tokens"], r["crc32"]) for r in meta["shards"]] == [
+        (p.name, len(np.load(p)), zlib.crc32(np.load(p))) for p in shards]
     assert meta["complete"] and meta["skipped_rows"] == skipped
     assert (meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["dtype"]) == ("gpt2", 50257, EOT_ID, "uint16")
 
@@ -139,7 +144,7 @@ TOTAL = len(reference(DOCUMENTS))
     dict(shard_size=FIRST), dict(shard_size=TOTAL), dict(shard_size=TOTAL - 1), dict(shard_size=TOTAL + 1),  # to the point
     dict(shard_size=10**8), dict(shard_size=10**8, max_tokens=500), dict(shard_size=10**8, max_tokens=7),  # less than a shard
     dict(shard_size=500, val_tokens=0), dict(shard_size=10**6, val_tokens=0), dict(shard_size=500, val_tokens=123),
-    dict(shard_size=100, val_tokens=2000), dict(shard_size=500, val_tokens=FIRST), dict(shard_size=500, val_tokens=TOTAL),
+    dict(shard_size=100, val_tokens=2000), dict(shard_size=500, val_tokens=FIRST), dict(shard_size=500, val_tokens=TOTAL - 1),
     dict(shard_size=300, max_tokens=1234), dict(shard_size=300, max_tokens=1200), dict(shard_size=300, max_tokens=300),
     dict(shard_size=300, max_tokens=TOTAL), dict(shard_size=300, max_tokens=TOTAL + 1),
     dict(shard_size=300, max_tokens=FIRST + 1),
@@ -154,16 +159,16 @@ def test_awkward_sizes(flags, tmp_path):
 
 def test_files_are_read_in_the_order_given_and_folders_and_globs_by_name(tmp_path, monkeypatch):
     parts = [make_documents(7, seed) for seed in range(4)]
-    folder = tmp_path / "in[1] *"  # glob's characters in a real name mean themselves
+    folder = tmp_path / "in[1] * a::b"  # glob's and fsspec's characters in a real name mean themselves
     (folder / "deep").mkdir(parents=True)
     b = write_source(folder / "deep", "parquet", parts[1]).rename(folder / "deep" / "b[0].parquet")
     write_source(folder / "deep", "jsonl.gz", parts[0]).rename(folder / "deep" / "a.jsonl.gz")
     (folder / "notes.md").write_text("no source")
     c = write_source(tmp_path / "c", "jsonl", parts[2])
-    d = tmp_path / "d.txt"
+    d = tmp_path / "d::e.txt"
     d.write_bytes(parts[3][0].encode())
     monkeypatch.chdir(tmp_path)
-    make([d, folder, "c/*.js*l", b, str(c)], tmp_path / "out", "--shard_size", 200)
+    make([d.name, folder, "c/*.js*l", "--source", b, str(c)], tmp_path / "out", "--shard_size", 200)
     order = [parts[3][0], *parts[0], *parts[1], *parts[2], *parts[1], *parts[2]]
     assert read_shards(tmp_path / "out") == cut(reference(order), 200)
 
@@ -174,6 +179,9 @@ def test_a_column_by_name_and_a_folder_named_after_the_source(tmp_path, monkeypa
     fineweb.main(["--source", "books.v2.parquet", "--text_column", "content", "--shard_size", "900"])
     assert read_shards(tmp_path / "books") == cut(reference(DOCUMENTS), 900)
     assert (tmp_path / "books" / "books_val_000000.npy").exists()
+    write_source(tmp_path / "texts", "jsonl")  # not into the folder that is read
+    fineweb.main(["--source", "texts", "--shard_size", "900"])
+    assert read_shards(tmp_path / "texts_shards") == cut(reference(DOCUMENTS), 900)
 
 
 def cl100k_rule(name):
@@ -190,7 +198,7 @@ def cl100k_rule(name):
 
 def read_pieces(path, state=None):
     """A .txt as fineweb.py reads it -> list of (its text, the state behind it)."""
-    source = fineweb.Source(fineweb.Config(source=(str(path),)), path.parent)
+    source = fineweb.Source(fineweb.Config(), [str(path)])
     return [(rows[0], after) for rows, after in fineweb.read_txt(source._open(str(path)), str(path), state)]
 
 
@@ -257,17 +265,14 @@ def test_rows_without_text_are_counted_and_skipped(form, tmp_path, capsys):
     assert f"{skipped} rows skipped (empty or not text)" in capsys.readouterr().out
 
 
-def test_numbers_late_in_a_file_of_text_stay_numbers(tmp_path):
-    source = write_source(tmp_path / "in", "jsonl", ["x y " * 30] * 300 + [5, "end"])
+def test_numbers_and_bytes_are_not_text(tmp_path):
+    source = write_source(tmp_path / "in", "jsonl", ["x y " * 30] * 300 + [5, "end"])  # a number late in a file of text
     make(source, tmp_path / "out", "--shard_size", 10**6)
     check_meta(tmp_path / "out", read_shards(tmp_path / "out"), ["x y " * 30] * 300 + ["end"], skipped=1)
-
-
-def test_a_parquet_column_of_numbers_or_bytes_is_no_text(tmp_path):
     for values in ([1, 2], [b"a", b"b"], [["a"], ["b"]]):
         pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
         with pytest.raises(cli.BadInput, match=r"no documents.*\(2 rows were empty or not text\)"):
-            make(tmp_path / "a.parquet", tmp_path / "out")
+            make(tmp_path / "a.parquet", tmp_path / "none")
 
 
 def test_blank_txt_files_are_skipped_and_null_parquet_rows_of_large_strings_too(tmp_path):
@@ -303,7 +308,7 @@ def test_a_bpe_is_trained_once_kept_and_used_again(tmp_path, capsys):
 
 def test_a_tokenizer_of_a_run_that_came_to_no_shard_is_not_taken_for_another(tmp_path):
     source = write_source(tmp_path / "in", "jsonl")
-    with pytest.raises(cli.BadInput, match="fewer than --val_tokens"):
+    with pytest.raises(cli.BadInput, match="leaves nothing"):
         make(source, tmp_path / "out", "--tokenizer", "bpe:300", "--val_tokens", 10**6)
     assert (tmp_path / "out" / "tokenizer.json").exists()
     make(source, tmp_path / "out", "--shard_size", 1000)
@@ -374,18 +379,18 @@ def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags
     sources, documents = mixed_source(tmp_path / "in")
     flags = ["--shard_size", 9000, "--workers", 2, *flags]
     make(sources, tmp_path / "whole", *flags)
-    whole_replace, left = fineweb.replace, 0
+    whole_replace, left = os.replace, 0
 
-    def replace(path, write):
+    def replace(*paths):
         nonlocal left
         if left == 0 and when == "before":
             raise Died
-        whole_replace(path, write)
+        whole_replace(*paths)
         left -= 1
         if left < 0 and when == "after":
             raise Died
 
-    monkeypatch.setattr(fineweb, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     deaths = 0
     while True:
         left = 7 if when == "before" and deaths % 2 else 3 if when == "before" else deaths % 3
@@ -400,7 +405,7 @@ def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags
     assert [p.name.replace("dies", "whole") for p in sorted((tmp_path / "dies").glob("*.npy"))] == shards
     for name in shards:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "dies" / name.replace("whole", "dies")).read_bytes()
-    assert (tmp_path / "whole" / "meta.json").read_text() == (tmp_path / "dies" / "meta.json").read_text()
+    check_meta(tmp_path / "dies", read_shards(tmp_path / "whole"), None if "--max_tokens" in flags else documents)
     if "--max_tokens" not in flags:
         assert [t for _, ids in read_shards(tmp_path / "dies") for t in ids] == reference(documents)
 
@@ -502,6 +507,77 @@ def test_a_source_whose_files_changed_is_not_continued(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What is missing or damaged is made again
+
+
+def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fineweb, "TXT_LINES", 7)
+    sources, documents = mixed_source(tmp_path / "in")
+    flags = ["--shard_size", 5000, "--workers", 2]
+    out = tmp_path / "out"
+    make(sources, out, *flags)
+    whole = {path: path.read_bytes() for path in out.iterdir()}
+    shards = sorted(out.glob("*.npy"), key=lambda p: p.name[-10:])
+    for number, path in enumerate(shards):  # in turn: deleted, cut off, of another length, not a shard
+        [path.unlink, lambda p=path: p.write_bytes(whole[p][:-2]), lambda p=path: np.save(p, np.zeros(3, np.uint16)),
+         lambda p=path: p.write_text("x")][number % 4]() if number % 5 else None
+    capsys.readouterr()
+    make(sources, out, *flags)
+    said = capsys.readouterr().out
+    assert said.count("is missing or damaged: writing it again") == sum(number % 5 > 0 for number in range(len(shards)))
+    assert f"{out}/ is complete" in said and {path: path.read_bytes() for path in out.iterdir()} == whole
+    assert [t for _, ids in read_shards(out) for t in ids] == reference(documents)
+
+    shards[0].unlink()  # the source is another now
+    write_source(tmp_path / "in" / "0", "jsonl.gz", make_documents(70, seed=99))
+    with pytest.raises(cli.BadInput, match="cannot be made again, as the source has changed"):
+        make(sources, out, *flags)
+    assert not shards[0].exists()
+    shards[0].symlink_to("an_unmounted_disk")  # what cannot be read may be good
+    with pytest.raises(files.Unreadable, match="a link to an_unmounted_disk"):
+        make(sources, out, *flags)
+
+
+def test_the_meta_json_of_an_older_fineweb_is_checked_but_not_continued(tmp_path, capsys):
+    source = write_source(tmp_path / "in", "jsonl")
+    make(source, tmp_path / "out", "--shard_size", 1000)
+    path = tmp_path / "out" / "meta.json"
+    older = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("shards", "command")}
+    path.write_text(json.dumps(older))
+    make(source, tmp_path / "out", "--shard_size", 1000)
+    assert "out/ is complete" in capsys.readouterr().out
+    path.write_text(json.dumps(older | {"complete": False, "resume": {"source": None, "drop": 0}}))
+    with pytest.raises(cli.BadInput, match="begun by an older fineweb.py.*another --out"):
+        make(source, tmp_path / "out", "--shard_size", 1000)
+    (tmp_path / "out" / "out_train_000001.npy").unlink()
+    path.write_text(json.dumps(older))
+    with pytest.raises(cli.BadInput, match="train tokens and its meta.json says"):
+        make(source, tmp_path / "out", "--shard_size", 1000)
+
+
+def test_a_million_spaces_and_shards_before_a_text_that_cannot_be_encoded(tmp_path, monkeypatch):
+    documents = ["one " * 300, "before" + " " * 10**6 + "after", "two " * 300]
+    source = write_source(tmp_path / "in", "jsonl", documents)
+    make(source, tmp_path / "out", "--shard_size", 10**5)
+    ids = [token for _, shard in read_shards(tmp_path / "out") for token in shard]
+    assert tiktoken.get_encoding("gpt2").decode(ids) == "".join(EOT + text for text in documents)
+
+    whole, encode = reference(["good " * 300] * 3), fineweb.encode
+    source = write_source(tmp_path / "in", "jsonl", ["good " * 300] * 3 + ["bad"])
+    monkeypatch.setattr(fineweb, "BATCH_ROWS", 1)
+
+    def fails(batch, *rest):
+        if batch.texts == ["bad"]:
+            raise MemoryError
+        return encode(batch, *rest)
+
+    monkeypatch.setattr(fineweb, "encode", fails)
+    with pytest.raises(MemoryError):
+        make(source, tmp_path / "fails", "--shard_size", 200, "--workers", 4)
+    assert [ids for _, ids in read_shards(tmp_path / "fails")] == [whole[i:i + 200] for i in range(0, len(whole) - 199, 200)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2
 
 
@@ -530,6 +606,12 @@ def good(tmp_path):
     return write_source(tmp_path / "good", "jsonl")
 
 
+def parquet(documents):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": documents}), file)
+    return file.getvalue()
+
+
 DAMAGED = {
     "torn.jsonl": jsonl([{"text": "ok"}] * 70)[:-5],
     "torn.json": b'[{"text": "ok"}, {"te',
@@ -539,6 +621,7 @@ DAMAGED = {
     "bad.jsonl.zst": b"no zstd",
     "short.jsonl.zst": zstd(jsonl([{"text": str(i)} for i in range(9999)]))[:-300],
     "torn.parquet": b"PAR1 torn",
+    "inside.parquet": parquet(DOCUMENTS)[:2000] + bytes(4000) + parquet(DOCUMENTS)[6000:],
     "wrong.txt": b"caf\xe9 latin-1",
     "short.txt.gz": gzip.compress(b"words " * 999)[:-9],
 }
@@ -554,14 +637,6 @@ def test_a_damaged_file_is_named_and_what_is_written_stays(name, tmp_path, fails
     assert shards[:len(whole)] == whole
     assert name in fails(*flags)  # again: it continues, up to the same place
     assert read_shards(tmp_path / "out") == shards
-
-
-def test_a_parquet_damaged_inside_is_named(tmp_path, fails):
-    source = write_source(tmp_path / "in", "parquet")
-    data = bytearray(source.read_bytes())
-    data[len(data) // 4:len(data) // 2] = bytes(len(data) // 4)
-    source.write_bytes(data)
-    assert f"cannot read {source} (" in fails("--source", source, "--out", "out", "--shard_size", 100)
 
 
 VALUE = st.one_of(st.text(max_size=12), st.text(max_size=12), st.none(), st.integers(-9, 9), st.just(""), st.just(" \n"),
@@ -630,32 +705,33 @@ def test_no_documents(rows, form, tmp_path, fails):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--source", "absent.parquet"], "no file absent.parquet"), (["--source", "*.jsonl"], "no file *.jsonl"),
-    (["--source", "empty_folder"], "no file empty_folder"), (["--source", "notes.md"], "cannot tell what notes.md is"),
-    (["--source", "notes.*"], "cannot tell what notes.md is"),
+    (["--source", "absent.parquet"], "no file absent.parquet"), (["--source", "*.jsonl.gz"], "no file *.jsonl.gz"),
+    (["--source", "empty_folder"], "no file empty_folder"), (["--source", "notes.*"], "cannot tell what notes.md is"),
+    (["--source", "pipe.jsonl"], "cannot read pipe.jsonl (not a regular file)"),
+    (["--source", "good", "links"], "cannot read links/dangling.txt (a link to nowhere, which does not exist)"),
     (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError)"),
-    (["--source", "absent_folder/x"], "cannot reach"),
     ([], "cannot reach the dataset HuggingFaceFW/fineweb-edu"),
-    (["--docstrings", "--source", "good/data.jsonl"], "--docstrings and --source both name the text"),
-    (["--source", "good/data.jsonl", "--out", "notes.md"], "--out notes.md is a file"),
+    (["--docstrings", "--source", "good/data.jsonl"], "both name the text"),
+    (["--source", "good/data.jsonl", "--name", "sample-10BT"], "--name is a configuration of a dataset of the hub"),
+    (["--source", "good", "--out", "good/out"], "--out good/out is in the folder good"),
+    (["--source", "good/data.jsonl", "--out", "notes.md"], "cannot write to notes.md"),
     (["--source", "good/data.jsonl", "--tokenizer", "gpt5"], "unknown tokenizer 'gpt5'"),
-    (["--source", "good/data.jsonl", "--tokenizer", "absent.json"], "cannot read the tokenizer absent.json"),
     (["--source", "good/data.jsonl", "--tokenizer", "torn.json"], "torn.json is damaged"),
-    (["--source", "good/data.jsonl", "--tokenizer", "bpe:10"], "at least 257 ids"),
     (["--source", "good/data.jsonl", "--tokenizer", "bpe:x"], "write bpe:<number of ids>"),
-    (["--source", "good/data.jsonl", "--tokenizer", "bpe:-5"], "write bpe:<number of ids>"),
-    (["--source", "good/data.jsonl", "--tokenizer", "bpe:²"], "write bpe:<number of ids>"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:1000000000000"], "write bpe:<number of ids>"),
+    (["--source", "good/data.jsonl", "--tokenizer", "bpe:1000001"], "to 1,000,000 ids"),
     (["--source", "good/data.jsonl", "--tokenizer", "bpe:99999"], "too small for a BPE of 99999"),
-    (["--shard_size", "-1"], "--shard_size must be at least 1, not -1"),
-    (["--shard_size", "0"], "--shard_size must be at least 1"),
-    (["--max_tokens", "-1"], "--max_tokens must be at least 1"), (["--workers", "0"], "--workers must be at least 1"),
-    (["--val_tokens", "-1"], "--val_tokens must not be negative"), (["--shard_size", "many"], "--shard_size: invalid integer"),
-    (["--sorce", "x"], "unknown flag --sorce: did you mean --source"),
-    (["--source", "good/data.jsonl", "--val_tokens", "1e9"], "fewer than --val_tokens 1,000,000,000"),
-])
+    (["--source", "good/data.jsonl", "--shard_size", "0"], "--shard_size must be at least 1"),
+    (["--source", "good/data.jsonl", "--max_tokens", "1"], "--max_tokens must be at least 2"),  # one to train, one to validate
+    (["--source", "good/data.jsonl", "--val_tokens", "1e9"], "--val_tokens 1,000,000,000 leaves nothing"),
+    (["--source", "good/data.jsonl", "--val_tokens", TOTAL], f"--val_tokens {TOTAL:,} leaves nothing"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
 def test_bad_input(flags, message, tmp_path, fails):
     good(tmp_path)
     (tmp_path / "empty_folder").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "dangling.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "notes.md").write_text("notes")
     (tmp_path / "torn.json").write_text('{"model": ')
     assert message in fails(*flags)
@@ -676,9 +752,10 @@ def test_shards_of_other_settings_are_not_touched(tmp_path, fails, monkeypatch):
     foreign.mkdir()
     np.save(foreign / "edufineweb_train_000001.npy", np.zeros(3, np.uint16))
     assert "shards of another program (edufineweb_train_000001.npy)" in fails("--source", source, "--out", "foreign")
-    (tmp_path / "out" / "meta.json").write_text('{"settings": ')
-    assert "cannot read out/meta.json" in fails(*flags)
-    (tmp_path / "out" / "meta.json").write_bytes(before[tmp_path / "out" / "meta.json"])
+    (tmp_path / "busy").mkdir()
+    with files.locked(tmp_path / "busy", ""):
+        assert "busy is in use by another process: wait until it is done" in fails("--source", source, "--out", "busy")
+    assert not list((tmp_path / "busy").iterdir())
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
@@ -696,7 +773,11 @@ def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails
     check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 500), DOCUMENTS)
 
 
-def test_the_script_itself_ends_bad_input_with_code_2(tmp_path, launch):
-    (tmp_path / "torn.jsonl").write_text('{"text": "torn')
-    done = launch("fineweb.py", "--source", "torn.jsonl")
-    assert done.returncode == 2 and "cannot read torn.jsonl" in done.stderr and done.stderr.count("\n") == 1
+def test_the_script_itself(tmp_path, launch):
+    """Bad input: one line, code 2, also without a network. A source of two documents: a warning."""
+    done = launch("fineweb.py", "--source", "some/dataset", env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=30)
+    assert done.returncode == 2 and "cannot reach the dataset some/dataset" in done.stderr and done.stderr.count("\n") == 1
+    write_source(tmp_path, "jsonl", ["one", "two"])
+    done = launch("fineweb.py", "--source", "data.jsonl")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert "warning: the source has fewer than 3 documents (2)" in done.stderr

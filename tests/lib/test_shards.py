@@ -1,63 +1,72 @@
-"""shards.py against parsers written anew: python -m pytest tests/test_shards.py -n 2"""
+"""Shards and meta.json against parsers written anew. Run: python -m pytest tests/lib/test_shards.py"""
 
 import io
+import json
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from helpers import write_bin
-from hypothesis import HealthCheck, given, settings
+from helpers import ROOT, write_bin
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fineweb
 from lib.cli import BadInput
-from lib.shards import read_shard
+from lib.files import Unreadable
+from lib.shards import Damaged, Shards, check_ids, check_shards, read_meta, read_shard
+from lib.tokenizers import load_tokenizer
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=150,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])
+# ----------------------------------------------------------------------------------------------------------------------
+# One shard
 
 
-@pytest.mark.parametrize("damage", ["truncated.npy", "truncated.bin", "empty.npy", "empty.bin", "float.npy", "2d.npy",
-                                    "int64.npy", "magic.bin", "text.npy", "header.bin", "big.npy", "behind.npy", "behind.bin",
-                                    "more.bin", "negative.bin", "zip.npy", "pickle.npy", "0d.npy", "folder.npy", "link.bin"])
-def test_damaged_shards_are_bad_input(damage, tmp_path):
-    path, ids = tmp_path / damage, np.arange(1000, dtype=np.uint16)
-    kind = damage.split(".")[0]
-    if damage.endswith(".bin"):
-        write_bin(path, ids, 20240520 if kind != "magic" else 1, 1, {"more": 1001, "negative": -1}.get(kind))
+@pytest.mark.parametrize("name", ["float.npy", "2d.npy", "int64.npy", "big.npy", "0d.npy", "pickle.npy", "zip.npy", "text.npy",
+                                  "magic.bin", "more.bin", "negative.bin", "longer.npy", "longer.bin"])
+def test_what_is_not_a_whole_shard_is_damaged(name, tmp_path):
+    path, ids, kind = tmp_path / name, np.arange(1000, dtype=np.uint16), name.split(".")[0]
+    if name.endswith(".bin"):
+        write_bin(path, ids[:0] if kind == "longer" else ids, 20240520 if kind != "magic" else 1, 1,
+                  {"more": 1001, "negative": -1}.get(kind))
     else:
-        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64),
-               "big": ids.astype(">u2"),
-               "0d": ids[7], "pickle": np.array([ids, None], dtype=object)}
+        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64), "big": ids.astype(">u2"),
+               "0d": ids[7], "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]}
         np.save(path, odd.get(kind, ids))
-    if kind == "behind":
-        path.write_bytes(path.read_bytes() + b"\0\0")
+    if kind == "longer":  # ids behind a header that lost its count
+        assert len(read_shard(path)) == 0
+        path.write_bytes(path.read_bytes() + bytes(200))
     if kind == "zip":
         np.savez(path.open("wb"), ids)
-    keep = {"truncated": path.stat().st_size - 100, "empty": 0, "header": 100}.get(kind)
-    if keep is not None:
-        path.write_bytes(path.read_bytes()[:keep])
     if kind == "text":
         path.write_text("no tokens here")
-    if kind in ("folder", "link"):
-        path.unlink()
-        path.mkdir() if kind == "folder" else path.symlink_to("nowhere")
-    with pytest.raises(BadInput, match=damage):
+    with pytest.raises(Damaged, match=f"{name} is (damaged|not a shard).*give its command again"):
         read_shard(path)
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "link.npy").symlink_to("nowhere")
+    (tmp_path / "folder.bin").mkdir()
+    for name, reason in (("pipe.npy", "not a regular file"), ("link.npy", "a link to nowhere"), ("folder.bin", "a folder")):
+        with pytest.raises(Unreadable, match=f"cannot read .*{name} .{reason}"):
+            read_shard(tmp_path / name)
+
+
 def parse_npy(data):
-    """The ids in a .npy's bytes, read without a memory map; None if it is no whole shard."""
+    """The ids in a .npy's bytes, read without a memory map; None if it is not a whole shard."""
     file = io.BytesIO(data)
     try:
         ids = np.load(file)
-    except Exception:  # noqa: BLE001 (whatever numpy says: it is none)
+    except Exception:  # noqa: BLE001 (whatever numpy says: it is not one)
         return None
     whole = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype in (np.uint16, np.uint32) and file.tell() == len(data)
     return ids if whole else None
 
 
 def parse_bin(data):
-    """The ids in the bytes of llm.c's .bin, by hand; None if it is no whole shard."""
+    """The ids in the bytes of llm.c's .bin, by hand; None if it is not a whole shard."""
     if len(data) < 1024:
         return None
     magic, version, count = struct.unpack("<3i", data[:12])
@@ -112,7 +121,7 @@ def check_read_shard(data, kind, folder):
 def test_a_damaged_shard_is_bad_input_or_read_as_an_independent_parser_does(kind, tmp_path):
     whole = []
 
-    @PROPERTY
+    @settings(derandomize=True, deadline=None, max_examples=150)
     @given(data=shard_bytes(kind))
     def check(data):
         whole.append(check_read_shard(data, kind, tmp_path))
@@ -121,25 +130,135 @@ def test_a_damaged_shard_is_bad_input_or_read_as_an_independent_parser_does(kind
     assert 10 < sum(whole) < len(whole) - 10  # the test did see both
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["npy", "bin"])
-@PROPERTY
-@given(start=st.sampled_from([b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x80\x04",
-                              struct.pack("<3i", 20240520, 1, 4)]),
-       data=st.one_of(st.binary(max_size=2000), st.binary(min_size=1000, max_size=1100)))
-def test_random_bytes_are_no_shard(start, data, kind, tmp_path):
-    check_read_shard(start + data, kind, tmp_path)
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder
 
 
-@pytest.mark.parametrize("kind", ["npy", "bin"])
-def test_an_empty_shard_with_bytes_behind_it_is_damaged(kind, tmp_path):
-    path = tmp_path / f"a.{kind}"
-    if kind == "npy":
-        np.save(path, np.zeros(0, dtype=np.uint16))
-    else:
-        write_bin(path, np.zeros(0, dtype=np.uint16), 20240520, 1)
-    assert len(read_shard(path)) == 0
-    with open(path, "ab") as file:  # a header that lost its count
-        file.write(bytes(200))
-    with pytest.raises(BadInput, match=f"a.{kind} is not a whole shard"):
-        read_shard(path)
+def save(folder, **shards):
+    """save(folder, a_val_0=ids, ...) writes .npy shards -> the folder."""
+    folder.mkdir(exist_ok=True)
+    for name, ids in shards.items():
+        np.save(folder / f"{name}.npy", np.asarray(ids, dtype=np.uint16))
+    return folder
+
+
+def test_the_end_of_the_name_decides_the_split(tmp_path):
+    save(tmp_path, wiki_train_val_000000=[1], my_val_set_train_000001=[2], train_000002=[3], other_val_x_train_000003=[4, 5])
+    shards = Shards(tmp_path)
+    assert [p.name for p in shards.val] == ["wiki_train_val_000000.npy"]
+    assert [p.name for p in shards.train] == ["my_val_set_train_000001.npy", "other_val_x_train_000003.npy"]
+    assert shards.tokens == {"train": 3, "val": 1} and shards.tokenizer == "gpt2"
+    for path in shards.train:
+        path.rename(path.with_name(path.name.replace("_0", "_part0")))
+    with pytest.raises(BadInput, match=r"does not hold train shards \(my_val_set_train_part000001.npy does not end in _train_"):
+        Shards(tmp_path)
+
+
+def test_the_same_tokens_in_both_splits_are_refused(tmp_path):
+    ids = np.arange(10_000)
+    save(tmp_path, a_train_000001=ids, a_val_000000=ids[::-1], a_train_000002=ids[::-1])
+    with pytest.raises(BadInput, match="a_train_000002.npy and a_val_000000.npy hold the same tokens"):
+        Shards(tmp_path)
+    save(tmp_path, a_train_000002=np.append(ids[1:], 0))
+    assert Shards(tmp_path).tokens == {"train": 20_000, "val": 10_000}
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    save(tmp_path, a_val_000000=[1, 2], **{f"a_train_{i:06d}": [3, i] for i in range(1, 80)})
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from lib.shards import Shards, read_shard
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+shards = Shards({str(tmp_path)!r})
+print(shards.tokens)
+held = [read_shard(path) for path in shards.train]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "{'train': 158, 'val': 2}\n"
+    assert "lib.files.Unreadable: cannot read" in done.stderr and "Too many open files" in done.stderr  # not damaged
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of three shards that fineweb.py made."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"document number {i}"}) + "\n" for i in range(100)))
+    fineweb.main(["--source", str(folder / "a.jsonl"), "--out", str(folder / "out"), "--shard_size", "200"])
+    return folder / "out"
+
+
+def copy(made, folder, **changes):
+    """The folder's shards, hard links, with a meta.json that says something else (None: lacks it)."""
+    folder.mkdir()
+    for path in made.glob("*.npy"):
+        os.link(path, folder / path.name)
+    meta = json.loads((made / "meta.json").read_text()) | changes
+    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    return folder
+
+
+def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(made, tmp_path):
+    gpt2, count = load_tokenizer("gpt2"), iter(range(99))
+    check_shards(Shards(made), gpt2)
+
+    def refused(match, change=lambda folder: None, **changes):
+        folder = copy(made, tmp_path / str(next(count)), **changes)
+        change(folder)
+        with pytest.raises(BadInput, match=match) as caught:
+            check_shards(Shards(folder), gpt2)
+        assert "delete" not in str(caught.value)
+
+    refused("is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/0` again", complete=False, resume={"source": None, "drop": 0})
+    refused("out_train_000001.npy is missing.*python fineweb.py --source", lambda f: (f / "out_train_000001.npy").unlink())
+    refused("holds 3 tokens, not 200", lambda f: [(f / "out_train_000001.npy").unlink(), save(f, out_train_000001=[1, 2, 3])])
+    refused("b_train_000009.npy is not one of the shards", lambda f: save(f, b_train_000009=[1, 2, 3]))
+    refused("says uint32", dtype="uint32")
+    refused("says vocab_size 512", vocab_size=512)
+    refused("says eot 7,", eot=7)
+    splits = json.loads((made / "meta.json").read_text())["splits"]
+    splits["train"]["tokens"] += 1
+    refused("counts of train tokens contradict", splits=splits)
+    refused("holds .* train tokens and its meta.json says", splits=splits, shards=None)  # an older meta.json
+
+
+def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tmp_path):
+    gpt2 = load_tokenizer("gpt2")
+    with pytest.raises(BadInput, match="holds the id 60000"):
+        check_ids(np.array([1, 60_000]), gpt2.vocab_size, "a.npy")
+    save(tmp_path, a_val_000000=[1, 2], a_train_000001=np.ones(1_000_001))
+    with pytest.raises(BadInput, match="without gpt2's end of text"):
+        check_shards(Shards(tmp_path), gpt2)
+
+
+META = [b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000, b'{"tokenizer": ' + b"9" * 5000 + b"}"]
+WRONG = [dict(tokenizer=5), dict(tokenizer=None), dict(vocab_size="many"), dict(vocab_size=-1), dict(dtype="float32"),
+         dict(splits=[]), dict(splits={}), dict(splits={"val": {"tokens": -1}, "train": {}}), dict(complete="yes"), dict(settings=5),
+         dict(settings=None), dict(skipped_rows=1e999), dict(shards=5), dict(shards=[5]), dict(shards=[{}]), dict(resume="here"),
+         dict(complete=False), dict(resume={"drop": -1}), dict(complete=False, resume={"source": 5}),
+         dict(shards=[{"name": "../x_val_000000.npy", "tokens": 200, "crc32": 0, "start": {}}])]
+
+
+@pytest.mark.parametrize("number", range(len(META) + len(WRONG)))
+def test_a_damaged_meta_json_is_one_line_for_training_and_for_fineweb(number, made, tmp_path):
+    folder = copy(made, tmp_path / "out", **(WRONG[number - len(META)] if number >= len(META) else {}))
+    if number < len(META):
+        (folder / "meta.json").write_bytes(META[number])
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    flags = ["--source", str(made.parent / "a.jsonl"), "--out", str(folder), "--shard_size", "200"]
+    for read in (lambda: fineweb.main(flags), lambda: Shards(folder)):
+        with pytest.raises(BadInput, match="meta.json is.*another --out") as caught:
+            read()
+        assert "delete" not in str(caught.value) and len(str(caught.value)) < 600
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_meta_json_by_hand_needs_the_tokenizer_alone(tmp_path):
+    save(tmp_path, a_val_000000=[1, 2], a_train_000001=[3])
+    (tmp_path / "meta.json").write_text('{"tokenizer": "o200k_base", "by": "hand"}')
+    assert Shards(tmp_path).tokenizer == "o200k_base"
+    (tmp_path / "meta.json").unlink()
+    assert read_meta(tmp_path) is None
+    os.mkfifo(tmp_path / "meta.json")
+    with pytest.raises(Unreadable, match="not a regular file"):
+        Shards(tmp_path)
