@@ -1,4 +1,4 @@
-"""fineweb.py against tiktoken alone: tokens a second of the whole path from parquet to shards, and of encoding in memory.
+"""fineweb.py against tiktoken alone: tokens per second of the whole path from parquet to shards, and of encoding in memory.
 
     python benchmarks/tokenize_speed.py --source some.parquet
 
@@ -8,7 +8,6 @@ tiktoken: `encode_ordinary_batch` on a list in memory. fineweb: reads parquet th
 
 import contextlib
 import io
-import json
 import os
 import statistics
 import sys
@@ -22,15 +21,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb  # noqa: E402
 from lib.cli import BadInput, flag, parse, run  # noqa: E402
+from lib.files import read_json  # noqa: E402
 from lib.tokenizers import load_tokenizer  # noqa: E402
 
 
 @dataclass
 class Config:
     source: tuple[str, ...] = flag((), "parquet files, with the text in a column named text")
-    megabytes: int = flag(30, "how much of their text to encode")
-    repetitions: int = flag(5, "how often each is timed")
-    shard_size: int = flag(1_000_000, "tokens a shard")
+    megabytes: int = flag(30, "how much of their text to encode", at_least=1)
+    repetitions: int = flag(5, "how often each is timed", at_least=1)
+    shard_size: int = flag(1_000_000, "tokens per shard", at_least=1)
 
 
 def main(argv):
@@ -51,7 +51,7 @@ def main(argv):
                 whole, written = timed(make_shards, path, Path(folder) / f"{threads}_{i}", threads, cfg)
                 assert written == tokens, (written, tokens)
                 pairs.append((tokens / seconds, tokens / whole))
-            for column, what in enumerate(("tokens a second", "tokens a second of CPU time")):
+            for column, what in enumerate(("tokens per second", "tokens per second of CPU time")):
                 alone, whole = ([pair[side][column] for pair in pairs[1:]] for side in (0, 1))  # the first pair warms up
                 ratios = sorted(b / a for a, b in zip(alone, whole))
                 print(f"| {threads} | {what} | {statistics.median(alone):,.0f} | {statistics.median(whole):,.0f} | "
@@ -93,7 +93,7 @@ def timed(work, *given):
 
 
 def encode(encoding, documents, threads):
-    """Tokens, with one end-of-text a document, as fineweb.py writes them."""
+    """Tokens, with one end-of-text per document, as fineweb.py writes them."""
     return sum(map(len, encoding.encode_ordinary_batch(documents, num_threads=threads))) + len(documents)
 
 
@@ -102,7 +102,7 @@ def make_shards(path, out, threads, cfg):
     with contextlib.redirect_stdout(io.StringIO()):
         fineweb.main(["--source", str(path), "--out", str(out), "--workers", str(threads),
                       "--shard_size", str(cfg.shard_size)])
-    return sum(split["tokens"] for split in json.loads((out / "meta.json").read_text())["splits"].values())
+    return sum(split["tokens"] for split in read_json(out / "meta.json", "")["splits"].values())
 
 
 if __name__ == "__main__":
