@@ -10,7 +10,7 @@ from lib.devices import any_shape, autocast
 
 
 class NonFinite(BadInput):
-    pass
+    """Logits that are NaN or infinite: nothing can be drawn from them."""
 
 
 @dataclass
@@ -62,7 +62,10 @@ def generate(model, idx, max_new_tokens, choose, done=lambda idx: False):
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:  # the window moves on, and with it every token's position: what was kept is of no use
                 kv_cache, new = KVCache(), idx[:, -block_size:]
-            new = choose(model(new, kv_cache=kv_cache, logits_at=(slice(None), -1)).float())
+            logits = model(new, kv_cache=kv_cache, logits_at=(slice(None), -1)).float()
+            if not logits.isfinite().all():
+                raise NonFinite("the model's logits are NaN or infinite: use an earlier checkpoint")
+            new = choose(logits)
             idx = torch.cat((idx, new), dim=1)
             if done(idx):
                 break
