@@ -813,8 +813,6 @@ def settings(argv):
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
-    if "epochs" in explicit and "max_steps" not in explicit:
-        cfg.max_steps = None  # a preset's
     resume = find_resume(cfg, explicit)
     if resume:
         try:
@@ -823,11 +821,13 @@ def settings(argv):
             check_model(model_cfg)
             with torch.device("meta"):
                 GPT(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
-        except BadInput:
-            raise
+        except BadInput as error:
+            raise BadInput(f"{resume.path}: {error}") from error
         except Exception as error:  # another project's file, whatever it holds
             raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
                            "another --resume") from error
+    if "epochs" in explicit and "max_steps" not in explicit:
+        cfg.max_steps = None  # a preset's or the checkpoint's
     return cfg, model_cfg, explicit, resume
 
 
