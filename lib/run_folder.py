@@ -45,7 +45,7 @@ class Resume:
     def adopt(self, cfg, model_cfg, explicit):
         """Take every setting that was not given on the command line from the checkpoint, and check the checkpoint's training state.
 
-        Raises BadInput if a setting that was given does not fit the weights; notes the others that differ.
+        Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds; notes the others that differ.
         """
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
@@ -60,8 +60,7 @@ class Resume:
                     (self.changed if fits else misfits).append(f"--{name} {before[name]} -> {own}")
             check(config)
         if misfits:
-            raise BadInput(f"{self.path} does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin "
-                           "another --run_name")
+            raise BadInput(f"does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run_name")
         numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0), self.state.get("consecutive_skips", 0),
                    *(self.state["loader"][name] for name in ("epoch", "shard", "offset"))]
         if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not isinstance(self.state["optimizer"], dict):
@@ -78,7 +77,7 @@ class Resume:
                            "own tokenizer")
         try:
             model.load_state_dict(state["model"])
-            load_optimizer(optimizer, state["optimizer"], state["step"])
+            load_optimizer(optimizer, state["optimizer"], updates=state["step"] - state.get("skipped", 0))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit ({str(error).splitlines()[0][:100]}): name "
                            "another checkpoint, or begin another --run_name") from error
@@ -93,17 +92,31 @@ class Resume:
         return position
 
 
-def load_optimizer(optimizer, state, step):
-    """Load an optimizer's state after `step` updates; its own settings (weight decay, betas, ...) stay. Raises ValueError if it does not fit."""
+def load_optimizer(optimizer, state, updates):
+    """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...) stay. Raises ValueError if it does not fit."""
     settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     state = copy.deepcopy(state)  # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped
     for group, own in zip(state["param_groups"], settings, strict=True):  # before loading: a fused AdamW wants its step counts on the GPU
         group.update(own)
     optimizer.load_state_dict(state)
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        buffers = [value for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor) and value.dim()]
-        if step and not buffers or any(buffer.shape != p.shape for buffer in buffers):
-            raise ValueError(f"no optimizer state for a parameter of {tuple(p.shape)}")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            have, want = optimizer.state.get(p, {}), _state_of(optimizer, group, p) if updates else {}
+            if {name: _shape(value) for name, value in have.items()} != {name: _shape(value) for name, value in want.items()}:
+                raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
+
+
+def _state_of(optimizer, group, p):
+    """What an optimizer keeps of a parameter like `p`, found out by a step: no other place than the optimizer knows."""
+    like = torch.nn.Parameter(torch.zeros_like(p))
+    like.grad = torch.zeros_like(p)
+    other = type(optimizer)([group | {"params": [like]}])
+    other.step()
+    return other.state[like]
+
+
+def _shape(value):
+    return value.shape if isinstance(value, torch.Tensor) else None
 
 
 def find_resume(cfg, explicit):
@@ -268,6 +281,7 @@ class RunFolder:
         if not self.folder.is_dir():  # moved or removed: the run goes on in a new one
             self.log.close()
             make_folder(self.folder, "see what became of it, and start again")
+            self.open_locks.enter_context(locked(self.folder, "end that run first"))
             self._open(state["step"])
             self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
         self.saved_at = time.monotonic()
@@ -419,6 +433,8 @@ class Writer:
         if self.future is None or not (wait or self.future.done()):
             return None
         future, self.future = self.future, None
+        if isinstance(error := future.exception(), OSError):  # the folder is gone, or not ours to change
+            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): see what became of it") from error
         return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
 
     def _write(self, path, state, ready):
