@@ -43,8 +43,9 @@ def read(path):
     open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):  # torch.save compresses nothing
-                raise ValueError("compressed records")
+            records = archive.infolist()
+            if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+                raise ValueError("compressed or overlapping records")  # torch.save makes none, and they could be of any size
             if damaged := archive.testzip():
                 raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
