@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, sentences, write_data
+from runs import KINDS, train
 
 from lib.tokenizers import train_bpe
 
@@ -57,3 +58,15 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def data(tokenizer, tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "toy", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """whole("gpt2") -> the folder of an undisturbed run of runs.py's KINDS, to be read only."""
+    made = {}
+
+    def folder(kind, *flags):
+        if (kind, *flags) not in made:
+            made[(kind, *flags)] = train(data, tmp_path_factory.mktemp(kind) / "whole", *KINDS.get(kind, ()), *flags)
+        return made[(kind, *flags)]
+    return folder
