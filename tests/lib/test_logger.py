@@ -1,17 +1,20 @@
-"""logger.py, read back by TensorBoard's own reader: python -m pytest tests/test_logger.py"""
+"""What a run says, read back by TensorBoard's own reader: python -m pytest tests/lib/test_logger.py"""
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, hellaswag_items, write_lines
+from runs import train
 
 from lib.cli import BadInput
-from lib.logger import Logger, serve_tensorboard
+from lib.logger import Logger, Null, SpikeDetector
+
+STEP = {"Loss/train": 3.25, "optim/lr": 0.5, "optim/grad_norm": 1.0, "perf/tok_per_sec": 1234.5, "perf/mfu": None, "perf/memory_gb": None}
 
 
 def read(folder):
@@ -32,116 +35,101 @@ def texts(folder, tag):
 # Files
 
 
-def test_what_is_logged_is_read_back(tmp_path, capsys):
+def test_what_is_logged_is_read_back_while_the_run_goes_on(tmp_path, capsys):
     log = Logger(tmp_path, 10, 0)
     log.say("one\ntwo")
+    log.hyperparameters(0, {"max_lr": 0.25, "shuffle": True, "run_name": None, "source": ("a", "b"), "mlp": "gelu"})
     for step, loss in enumerate((3.25, math.nan, 1 / 3)):
-        log.record(step, "train", loss)
-        log.scalars(step, {"train/loss": loss, "lr": 0.5})
-        log.progress(step, f"loss {loss:.2f}")
-    log.record(2, "val", 2)
-    log.text(2, "samples", "the dog\n\nsat")
-    log.hyperparameters(0, {"max_lr": 0.25, "shuffle": True, "run": None, "source": ("a", "b"), "mlp": "gelu"})
-    log.close()
-    assert (tmp_path / "log.txt").read_text() == "0 train 3.250000\n1 train nan\n2 train 0.333333\n2 val 2.000000\n"
-    have = points(tmp_path, "train/loss")
+        log.log_step(step, STEP | {"Loss/train": loss}, seconds=0.5)
+    log.log_evaluation(2, {"Loss/val": 2.0, "Loss/val_bpb": 1.5})
+    log.log_evaluation(2, {"eval/hellaswag": 0.25})
+    log.log_evaluation(2, {"eval/piqa": 0.75, "samples": ["the dog\n\nsat", "a cat"]})
+    # nothing is closed or flushed here: a run that dies now has lost nothing
+    assert (tmp_path / "log.txt").read_text() == ("0 train 3.250000\n1 train nan\n2 train 0.333333\n2 val 2.000000\n"
+                                                  "2 hella 0.250000\n2 eval/piqa 0.750000\n")
+    have = points(tmp_path, "Loss/train")
     assert [step for step, _ in have] == [0, 1, 2] and math.isnan(have[1][1])
     assert [have[0][1], have[2][1]] == pytest.approx([3.25, 1 / 3])
-    assert points(tmp_path, "lr") == [(0, 0.5), (1, 0.5), (2, 0.5)]
-    assert texts(tmp_path, "samples") == [(2, "the dog\n\nsat")]
-    table = texts(tmp_path, "hyperparameters")[0][1].splitlines()
-    assert table == ["|flag|value|", "|-|-|", "|max_lr|0.25|", "|shuffle|True|", "|run|None|", "|source|('a', 'b')|",
-                     "|mlp|gelu|"]
+    assert points(tmp_path, "optim/lr") == [(0, 0.5), (1, 0.5), (2, 0.5)] and points(tmp_path, "Loss/val_bpb") == [(2, 1.5)]
+    assert "perf/mfu" not in read(tmp_path).Tags()["scalars"]
+    assert texts(tmp_path, "samples") == [(2, "    the dog\n\n    sat\n\n---\n\n    a cat")]
+    assert texts(tmp_path, "hyperparameters")[0][1].splitlines() == [
+        "|flag|value|", "|-|-|", "|max_lr|0.25|", "|shuffle|True|", "|run_name|None|", "|source|('a', 'b')|", "|mlp|gelu|"]
     assert read(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
-    assert capsys.readouterr().out.splitlines() == ["one", "two", "step 0 | loss 3.25", "step 1 | loss nan",
-                                                    "step 2 | loss 0.33"]
-
-
-def test_log_txt_is_written_at_once_and_appended_to(tmp_path):
-    (tmp_path / "log.txt").write_text("0 train 9.000000\n")
-    log = Logger(tmp_path, 10, 1)
-    log.record(1, "train", 8)
-    assert (tmp_path / "log.txt").read_text() == "0 train 9.000000\n1 train 8.000000\n"  # also if the process dies now
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == ["one", "two", "step 0 | loss 3.2500 | lr 5.00e-01 | norm 1.000 | 500 ms | 1,234 tok/s | MFU n/a | ETA 0:00:04"]
+    assert "step 2 | val loss 2.0000 | bits per byte 1.5000" in out and "> 'the dog\\n\\nsat'" in out
     log.close()
 
 
 def test_steps_that_run_again_are_forgotten(tmp_path):
-    first = Logger(tmp_path, 10, 0)
-    for step in range(8):
-        first.scalars(step, {"train/loss": step})
-    first.close()
-    again = Logger(tmp_path, 10, 5)  # from the checkpoint of step 5
-    for step in range(5, 7):
-        again.scalars(step, {"train/loss": 100 + step})
-    again.close()
-    assert points(tmp_path, "train/loss") == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 105), (6, 106)]
-    third = Logger(tmp_path, 10, 0)  # and from the very beginning
-    third.scalars(0, {"train/loss": 200})
-    third.close()
-    assert points(tmp_path, "train/loss") == [(0, 200)]
-
-
-def test_flush_makes_points_readable_while_the_run_goes_on(tmp_path, monkeypatch):
-    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
-
-    append = LocalFileSystem.append  # a thread writes the points, by and by: slowly, here
-    monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **kwargs: time.sleep(0.2) or append(*args, **kwargs))
-    log = Logger(tmp_path, 10, 0)
-    log.scalars(0, {"train/loss": 1.5})
-    log.flush()
-    assert points(tmp_path, "train/loss") == [(0, 1.5)]
-    log.scalars(1, {"train/loss": 2.5})
-    log.flush()
-    assert points(tmp_path, "train/loss") == [(0, 1.5), (1, 2.5)]
+    for first, last, value in ((0, 8, 0), (5, 7, 100)):  # again from the checkpoint of step 5
+        log = Logger(tmp_path, 10, first)
+        for step in range(first, last):
+            log.scalars(step, {"Loss/train": value + step})
+        log.close()
+    assert points(tmp_path, "Loss/train") == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 105), (6, 106)]
+    log = Logger(tmp_path, 10, 0)  # and from the very beginning
+    log.scalars(0, {"Loss/train": 200})
     log.close()
+    assert points(tmp_path, "Loss/train") == [(0, 200)]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 11  # log.txt is rewound by run_folder.py
+
+
+def test_tensorboard_shows_what_matters_first(data, tmp_path):
+    """Its groups are sorted by name, capitals first; the norms of many blocks come last."""
+    items = write_lines(tmp_path / "hellaswag_val.jsonl", hellaswag_items(4))
+    folder = train(data, tmp_path / "a", "--max_steps", "2", "--warmup_steps", "1", "--hellaswag_every", "2", "--hellaswag_file", items, "--sample_every", "2")
+    tags = read(folder).Tags()
+    assert list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags["scalars"]))) == ["Loss", "eval", "optim", "perf", "weights"]
+    assert sorted(tags["scalars"])[:4] == ["Loss/train", "Loss/val", "Loss/val_bpb", "eval/hellaswag"]
+    assert {"hyperparameters/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+    assert re.fullmatch(r"0 val \S+\n0 hella \S+\n0 train \S+\n1 train \S+\n2 val \S+\n2 hella \S+\n", (folder / "log.txt").read_text())
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     log = Logger(tmp_path, 10, 4)
-    assert (log.bar.n, log.bar.total) == (4, 10)
     log.say("predicted: a minute")
-    log.progress(4, "loss 3.00")
-    log.progress(6, "loss 2.00")
-    assert log.bar.n == 7 and log.bar.postfix == "loss 2.00"
+    log.log_step(4, STEP, 0.5)
+    log.log_step(6, STEP | {"Loss/train": 2.0}, 0.5)
+    assert (log.bar.n, log.bar.total) == (7, 10) and log.bar.postfix.startswith("loss 2.0000 | ")
     log.close()
     out = capsys.readouterr()
     assert "predicted: a minute\n" in out.out and "step 4 |" not in out.out + out.err
 
 
-def test_null_swallows_everything(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    log = Logger.null()
-    log.say("x")
-    log.progress(0, "x")
-    log.record(0, "train", 1.0)
-    log.scalars(0, {"x": 1})
-    log.text(0, "x", "y")
-    log.flush()
-    log.hyperparameters(0, {})
-    log.close()
-    assert log.anything_else(1, a=2) is None
-    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+def test_null_does_nothing(capsys):
+    log = Null()
+    assert log.say("x") is None and log.log_step(0, STEP, 1.0) is None and log.anything_else(1, a=2) is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_spike_is_a_loss_above_the_median_of_those_before():
+    is_spike = SpikeDetector(1.0)
+    assert [is_spike(loss) for loss in [9.0] * 9 + [2.0, 10.0, math.nan]] == [None] * 12  # not before ten; NaN does not count
+    assert is_spike(10.1) == "spike: loss 10.1000, median before 9.0000"
+    assert not any(is_spike(5.0) for _ in range(50)) and is_spike(6.1)
+    never = SpikeDetector(0)
+    assert not any(never(loss) for loss in [1.0] * 20 + [1000.0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # TensorBoard, served
 
 # in a process of its own: the server's thread ends with it
-SERVE = f"""
-import json, socket, sys, time, urllib.request
-sys.path.insert(0, {str(ROOT)!r})
+SERVE = """
+import json, socket, time, urllib.request
 from pathlib import Path
 from lib.logger import Logger, serve_tensorboard
 log = Logger(Path("log/a"), 10, 0)
-log.scalars(3, {{"train/loss": 1.5}})
-log.flush()
+log.scalars(3, {"Loss/train": 1.5})
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
 serve_tensorboard("log", port)
 def fetch(path):
-    with urllib.request.urlopen(f"http://127.0.0.1:{{port}}{{path}}", timeout=20) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as reply:
         return reply.read().decode()
 page, plugins, deadline = fetch("/"), fetch("/data/plugins_listing"), time.monotonic() + 30
 while not (tags := json.loads(fetch("/data/plugin/scalars/tags"))) and time.monotonic() < deadline:
@@ -152,23 +140,18 @@ print("FETCHED", json.dumps([page[:300], plugins, tags]))
 
 def test_a_run_serves_its_own_tensorboard_and_it_ends_with_the_run(tmp_path):
     (tmp_path / "log" / "a").mkdir(parents=True)
-    result = subprocess.run([sys.executable, "-c", SERVE], cwd=tmp_path, capture_output=True, text=True, timeout=90,
-                            check=False)
+    result = subprocess.run([sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SERVE}"], cwd=tmp_path,
+                            capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 0, result.stderr
     page, plugins, tags = json.loads(result.stdout.split("FETCHED ", 1)[1])
-    assert "<!doctype html>" in page.lower() and json.loads(plugins)["scalars"]["enabled"]
-    assert "train/loss" in tags["a"]
+    assert "<!doctype html>" in page.lower() and json.loads(plugins)["scalars"]["enabled"] and "Loss/train" in tags["a"]
 
 
-@pytest.fixture
-def occupied():
-    """A port that another program listens at."""
+def test_a_taken_port_is_said_in_one_line(data, tmp_path, capfd):
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
-        yield other.getsockname()[1]
-
-
-def test_an_occupied_port_is_bad_input(tmp_path, occupied):
-    with pytest.raises(BadInput, match=f"TensorBoard cannot use port {occupied}: give another --tensorboard port"):
-        serve_tensorboard(str(tmp_path), occupied)
+        port = other.getsockname()[1]
+        with pytest.raises(BadInput, match=f"TensorBoard cannot use port {port} .*: give another --tensorboard port"):
+            train(data, tmp_path / "a", "--tensorboard", port)
+    assert capfd.readouterr() == ("", "")
