@@ -14,6 +14,7 @@ and starts its `main` through `run`:
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import operator
 import os
@@ -60,6 +61,7 @@ def _run(main):
         if getattr(sys, name) is None:  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
         getattr(sys, name).reconfigure(errors="backslashreplace")  # an odd character must not end a run on a console without UTF-8
+    script = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -67,32 +69,33 @@ def _run(main):
         if "--debug" in sys.argv:
             traceback.print_exc()
         if isinstance(error, RankError) or is_main_process():  # under torchrun every process meets the same: say it once
-            print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+            print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _leave(2)
     except BrokenPipeError:  # `| head` has read enough
-        _drop_stdout()
-        sys.exit(1)
+        _leave(1)
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
     except OSError as error:
-        if "--debug" in sys.argv or sys.stdout.closed or not _is_broken(sys.stdout):
+        if "--debug" in sys.argv or not (error.errno == errno.ENOSPC or _is_broken(sys.stdout)):
             raise
-        _drop_stdout()
-        print(f"{os.path.basename(sys.argv[0])}: error: cannot write the output ({error.strerror}): free some disk space", file=sys.stderr)
-        sys.exit(2)
+        print(f"{script}: error: cannot write the output ({error.strerror}): free some disk space", file=sys.stderr)
+        _leave(2)
+
+
+def _leave(code):
+    """Exit with this code; Python itself would end with another, and a traceback, if what is left to print cannot be."""
+    if _is_broken(sys.stdout):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
 
 
 def _is_broken(stream):
     try:
         stream.flush()
-    except OSError:
+    except (OSError, ValueError):
         return True
     return False
-
-
-def _drop_stdout():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def launched():
@@ -145,7 +148,7 @@ def _check(field, value, hint):
             raise BadInput(f"{name} is not UTF-8 text: {ascii(text)[:80]}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = field.metadata["bounds"]
-        if not (math.isfinite(value) and all(BOUNDS[kind](value, bound) for kind, bound in bounds.items())):
+        if (isinstance(value, float) and not math.isfinite(value)) or not all(BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
             raise BadInput(f"{name} must be {_range(bounds) or 'finite'}, not {_short(value)}")
 
 
@@ -162,8 +165,10 @@ def _is_a(value, hint):
 
 
 def _describe(hint):
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
-    return " or ".join(kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    if isinstance(hint, str):
+        return hint
+    kinds = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
+    return " or ".join(map(_describe, kinds)) if kinds else hint.__name__
 
 
 def _short(value):
@@ -224,12 +229,12 @@ def parse(classes, argv, doc=None, presets=None):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        words = message.partition(": ")[2].split() if message.startswith("unrecognized") else []
-        if words and not words[0].startswith("--"):
-            raise BadInput(f"unexpected argument {words[0]}: every setting is a flag, see --help")
-        if words:
-            near = difflib.get_close_matches(words[0].partition("=")[0], list(self._option_string_actions), n=2)
-            raise BadInput(f"unknown flag {words[0]}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
+        if message.startswith("unrecognized"):
+            word, known = message.partition(": ")[2].partition(" ")[0], list(self._option_string_actions)
+            if not word.startswith("--") or word == "--" or word in known:  # behind a "--", flags are none
+                raise BadInput(f"unexpected argument {word}: every setting is a flag, see --help")
+            near = difflib.get_close_matches(word.partition("=")[0], known, n=2)
+            raise BadInput(f"unknown flag {word}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
         raise BadInput(message.removeprefix("argument "))
 
 
