@@ -1,155 +1,192 @@
-"""Flags made from dataclasses, and bad input ending in one line. Run: python -m pytest tests/test_cli.py"""
+"""Flags made from dataclasses, their bounds, and errors of one line. Run: python -m pytest tests/lib/test_cli.py"""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pytest
+from helpers import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib.cli import BadInput, flag, parse
-
-ROOT = Path(__file__).parent.parent
+from lib import cli
+from lib.cli import BadInput, check, flag, launched, parse
 
 
 @dataclass
 class Model:
     preset: Literal["small", "large"] = flag("small", "starting point")
-    n_layer: int = flag(2, "layers")
+    n_layer: int = flag(2, "layers", above=0, at_most=1000)
     norm: Literal["rms", "layer"] = flag("rms", "norm")
     act: Literal["gelu", "relu"] | None = flag(None, "activation")
     tied: bool = flag(True, "tie the head")
-    hidden: int = 7  # no flag
+    hidden: int = flag(7, None, at_least=1)  # no flag
 
 
 @dataclass
 class Train:
-    lr: float = flag(0.1, "100% of the learning rate")
-    steps: int | None = flag(None, "steps")
-    micro_batch: int | Literal["auto"] = flag("auto", "rows")
+    lr: float = flag(0.1, "100% of the learning rate", above=0)
+    dropout: float = flag(0.0, "dropout", at_least=0, below=1)
+    steps: int | None = flag(None, "steps", above=0, below=2**31)
+    micro_batch: int | Literal["auto"] = flag("auto", "rows", above=0)
     source: tuple[str, ...] = flag(("a",), "files")
     sizes: tuple[int, ...] = flag((1,), "sizes")
-    run: str | None = flag(None, "name")
+    name: str | None = flag(None, "name")
     compile: bool | None = flag(None, "compile")
+    started: float = 0.0  # neither flag nor checked
 
 
 PRESETS = {"small": {}, "large": {"n_layer": 48, "lr": 0.5, "norm": "layer", "tied": False, "hidden": 9}}
 
 
 def read(*argv):
-    (model, train), given = parse((Model, Train), list(argv), "doc", PRESETS)
-    return model, train, given
+    (model, train), explicit = parse((Model, Train), list(argv), "doc", PRESETS)
+    return model, train, explicit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
 
 
 def test_defaults_and_types():
-    model, train, given = read()
-    assert (model, train, given) == (Model(), Train(), set())
-    model, train, given = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--run_name", "x", "--norm", "layer",
-                               "--act", "relu", "--no-tied")
+    assert read() == (Model(), Train(), set())
+    model, train, explicit = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--name", "x", "--norm", "layer", "--act", "relu", "--no-tied",
+                                  "--source", "x", "y z", "--sizes", "1e3", "7", "--source", "w")
     assert model == Model(n_layer=3, norm="layer", act="relu", tied=False)
-    assert train == Train(lr=0.001, steps=5, run="x")
-    assert given == {"n_layer", "lr", "steps", "run", "norm", "act", "tied"}
+    assert train == Train(lr=0.001, steps=5, name="x", source=("x", "y z", "w"), sizes=(1000, 7))
+    assert explicit == {"n_layer", "lr", "steps", "name", "norm", "act", "tied", "source", "sizes"}
     assert (read("--compile")[1].compile, read("--no-compile")[1].compile, read()[1].compile) == (True, False, None)
+    assert [read("--micro_batch", word)[1].micro_batch for word in ("auto", "8", "1e2")] == ["auto", 8, 100]
 
 
-@pytest.mark.parametrize("text, value", [("1e9", 10**9), ("10_000", 10_000), ("1.5e3", 1500), ("-3", -3), ("2.0", 2)])
+@pytest.mark.parametrize("text, value", [("1e9", 10**9), ("10_000", 10_000), ("1.5e3", 1500), ("2.0", 2)])
 def test_integers_may_be_written_as_people_do(text, value):
     _, train, _ = read("--steps", text)
     assert train.steps == value and type(train.steps) is int
 
 
-def test_tuples_and_unions():
-    _, train, _ = read("--source", "x", "y z", "--sizes", "1e3", "7")
-    assert (train.source, train.sizes) == (("x", "y z"), (1000, 7))
-    assert [read("--micro_batch", word)[1].micro_batch for word in ("auto", "8", "1e2")] == ["auto", 8, 100]
-
-
 def test_presets_are_overridden_by_flags():
-    model, train, given = read("--preset", "large")
+    model, train, explicit = read("--preset", "large")
     assert model == Model(preset="large", n_layer=48, norm="layer", tied=False, hidden=9) and train == Train(lr=0.5)
-    assert given == {"preset"}
+    assert explicit == {"preset"}
     model, train, _ = read("--n_layer", "4", "--preset=large", "--tied", "--lr", "0.1")  # also back to the default
     assert model == Model(preset="large", n_layer=4, norm="layer", tied=True, hidden=9) and train.lr == 0.1
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--n_layers", "3"], r"unknown flag --n_layers: did you mean --n_layer\?"),
-    (["--n_laier=3"], r"unknown flag --n_laier: did you mean --n_layer"),
+    (["--n_layers", "3"], "unknown flag --n_layers: did you mean --n_layer"),
+    (["--n_laier=3"], "unknown flag --n_laier=3: did you mean --n_layer"),
     (["--n", "3"], "unknown flag --n: "),  # no abbreviations
     (["--zzzzzz"], "unknown flag --zzzzzz: see --help"),
-    (["--no-tide"], r"unknown flag --no-tide: did you mean --no-tied"),
     (["--hidden", "3"], "unknown flag --hidden"),  # a field, but no flag
-    (["stray"], "stray"),
-    (["--n_layer", "three"], "--n_layer: invalid integer value: 'three'"),
+    (["stray"], "unexpected argument stray: every setting is a flag"),
+    (["T", "--n_layer", "2"], "unexpected argument T"),
+    (["--", "--n_layer", "2"], "unexpected argument --"),
+    (["--lr", "1", "--", "--tied"], "unexpected argument --"),
     (["--n_layer", "2.5"], "--n_layer: invalid integer value: '2.5'"),
     (["--n_layer", "inf"], "--n_layer: invalid integer value: 'inf'"),
-    (["--n_layer", "nan"], "--n_layer: invalid integer value"),
     (["--sizes", "1", "x"], "--sizes: invalid integer value: 'x'"),
     (["--n_layer"], "--n_layer: expected one argument"),
-    (["--source"], "--source: expected at least one argument"),
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
-    (["--norm", "batch"], "--norm: invalid choice: 'batch'.*rms.*layer"),
     (["--act", "tanh"], "--act: invalid choice: 'tanh'.*gelu.*relu"),
     (["--preset", "huge"], "--preset: invalid choice: 'huge'.*small.*large"),
     (["--micro_batch", "some"], "--micro_batch: invalid integer or auto value: 'some'"),
-    (["--tied=yes"], "--tied"),
-    (["--preset"], "--preset: expected one argument"),
     (["--n_layer", "4", "--preset"], "--preset: expected one argument"),
+    (["--name", "a\udcff"], r"--name is not UTF-8 text: 'a\\udcff'"),
+    (["--source", "a", "\udcff"], r"--source is not UTF-8 text"),
+    (["--\udcff"], "unknown flag"),
 ])
-def test_bad_flags_end_in_one_line(argv, message):
-    with pytest.raises(BadInput, match=message) as caught:
+def test_bad_flags(argv, message):
+    with pytest.raises(BadInput, match=message):
         read(*argv)
-    assert "\n" not in str(caught.value)
 
 
-JUNK = st.one_of(st.sampled_from(["", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0",
-                                  "auto", "none",
-                                  "None", "small", "large", "huge", "rms", "gelu", "a b", "%s", "%(prog)s", "{}", "@file",
-                                  "-h5", "\ud800"]),
+BAD_VALUES = [("n_layer", 0, "above 0 and at most 1,000"), ("n_layer", 1001, "above 0 and at most 1,000"), ("n_layer", 10**5000, "above 0"),
+              ("lr", 0.0, "above 0"), ("lr", float("nan"), "above 0"), ("lr", float("inf"), "above 0"), ("dropout", 1.0, "at least 0 and below 1"),
+              ("dropout", -1e-9, "at least 0 and below 1"), ("steps", 2**31, "above 0 and below 2,147,483,648"), ("micro_batch", 0, "above 0")]
+
+
+@pytest.mark.parametrize("name, value, bounds", BAD_VALUES, ids=lambda v: str(v)[:20] if not isinstance(v, int) else f"{v:.3e}" if v < 1e9 else "large")
+def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, value, bounds, monkeypatch):
+    says = f"^--{name} must be {bounds}[^\n]{{,100}}$"
+    if abs(value) < 10**4000 or value != value:
+        with pytest.raises(BadInput, match=says):
+            read(f"--{name}={value}")
+        monkeypatch.setitem(PRESETS, "large", {name: value})
+        with pytest.raises(BadInput, match=says):
+            read("--preset", "large")
+    with pytest.raises(BadInput, match=says):
+        check((Model if name == "n_layer" else Train)(**{name: value}))  # as from a checkpoint
+
+
+def test_bounds_hold_inclusively_or_not():
+    for argv in (["--n_layer", "1"], ["--n_layer", "1000"], ["--dropout", "0"], ["--dropout", "0.999"], ["--steps", "2147483647"]):
+        read(*argv)
+
+
+@pytest.mark.parametrize("config, says", [
+    (Model(n_layer="3"), "--n_layer must be int, not 3"), (Model(n_layer=True), "--n_layer must be int"), (Model(n_layer=3.0), "--n_layer must be int"),
+    (Model(n_layer=None), "--n_layer must be int"), (Model(norm="batch"), "--norm must be rms or layer, not batch"),
+    (Model(norm=["rms"]), "--norm must be"), (Model(tied=1), "--tied must be bool"), (Model(hidden=0), "^hidden must be at least 1, not 0"),
+    (Train(lr="fast"), "--lr must be float"), (Train(lr=True), "--lr must be float"), (Train(steps={}), "--steps must be int"),
+    (Train(micro_batch="some"), "--micro_batch must be int or auto"), (Train(source=["a"]), "--source must be"), (Train(source=("a", 3)), "--source must be"),
+    (Train(name=7), "--name must be str"), (Train(name="x" * 10**6 + "\ud800"), "--name is not UTF-8 text"), (Model(norm="x" * 10**6), "--norm must be"),
+])
+def test_values_of_another_type_are_refused_in_configurations_from_files(config, says):
+    with pytest.raises(BadInput, match=says) as error:
+        check(config)
+    assert len(str(error.value)) < 200
+
+
+def test_configurations_from_files_that_are_fine():
+    for config in (Model(), Train(), Train(lr=1), Train(steps=None, micro_batch=4, name="ü"), Model(act=None, hidden=1)):
+        check(config)
+
+
+def test_help_shows_bounds_and_the_presets_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read("--preset", "large", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "--hidden" not in text
+    for part in ("layers; above 0 and at most 1,000 [48]", "100% of the learning rate; above 0 [0.5]", "tie the head [off]", "files [a]",
+                 "rows; above 0 [auto]", "dropout; at least 0 and below 1 [0.0]"):
+        assert part in text, text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any words at all
+
+JUNK = st.one_of(st.sampled_from(["", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0", "auto", "None",
+                                  "large", "huge", "rms", "a b", "%s", "%(prog)s", "{}", "@file", "-h5", "\ud800"]),
                  st.text(max_size=6), st.floats().map(repr), st.integers().map(str))
-NAMES = ["preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "steps", "micro_batch", "source", "sizes", "run",
-         "compile", "debug",
-         "help", "no-tied", "no-compile", "no-run", "n_lay"]
-WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK,
-                 st.builds("--{}={}".format, st.sampled_from(NAMES), JUNK))
-GOOD = st.sampled_from([["--preset", "large"], ["--preset=small"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"],
-                        ["--tied"],
-                        ["--no-tied"], ["--lr", "nan"], ["--steps", "-3"], ["--micro_batch", "auto"], ["--micro_batch", "4"],
-                        ["--source", "a", "b"], ["--sizes", "1", "2.0"], ["--run="], ["--run_name", "x y"], ["--compile"],
-                        ["--debug"]])
+NAMES = ["preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "dropout", "steps", "micro_batch", "source", "sizes", "name", "compile",
+         "debug", "help", "no-tied", "no-compile", "n_lay"]
+WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK, st.builds("--{}={}".format, st.sampled_from(NAMES), JUNK))
+GOOD = st.sampled_from([["--preset", "large"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"], ["--tied"], ["--no-tied"],
+                        ["--micro_batch", "auto"], ["--micro_batch", "4"], ["--source", "a", "b"], ["--sizes", "1", "2.0"], ["--name="],
+                        ["--name", "x y"], ["--compile"], ["--debug"]])
 ARGV = st.lists(st.one_of(GOOD, GOOD, GOOD, st.builds(lambda word: [word], WORD)), max_size=5).map(lambda parts: sum(parts, []))
-TYPES = {  # of the fields, once more by hand
-    "preset": lambda v: v in ("small", "large"), "n_layer": lambda v: type(v) is int, "norm": lambda v: v in ("rms", "layer"),
-    "act": lambda v: v in (None, "gelu", "relu"), "tied": lambda v: type(v) is bool, "hidden": lambda v: v in (7, 9),
-    "lr": lambda v: type(v) is float, "steps": lambda v: v is None or type(v) is int,
-    "micro_batch": lambda v: v == "auto" or type(v) is int,
-    "source": lambda v: type(v) is tuple and v and all(type(part) is str for part in v),
-    "sizes": lambda v: type(v) is tuple and v and all(type(part) is int for part in v),
-    "run": lambda v: v is None or type(v) is str, "compile": lambda v: v in (None, False, True)}
 
 
 def fits(argv):
-    """Whether `argv` was read, after everything about what came of it was checked."""
+    """Whether `argv` was read; what came of it then passes `check`, and what was not given has the preset's default."""
     try:
-        model, train, given = read(*argv)
+        model, train, explicit = read(*argv)
     except BadInput as error:
         assert str(error)
         return False
     except SystemExit as stop:
         assert stop.code == 0 and any(word.startswith(("-h", "--help")) for word in argv), argv
         return False
-    values = vars(model) | vars(train)
-    assert values.keys() == TYPES.keys() and all(TYPES[name](value) for name, value in values.items()), (argv, values)
-    assert given <= values.keys() and given == {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in argv
-                                                if word.startswith("--") and word not in ("--", "--debug")}, argv
-    default = PRESETS[model.preset]
-    assert all(values[name] == default.get(name, (vars(Model()) | vars(Train()))[name]) for name in values.keys() - given)
+    check(model)
+    check(train)
+    values, default = vars(model) | vars(train), vars(Model()) | vars(Train()) | PRESETS[model.preset]
+    assert explicit == {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in argv
+                        if word.startswith("--") and word not in ("--", "--debug")}, argv
+    assert all(values[name] == default[name] for name in values.keys() - explicit)
     return True
 
 
@@ -158,39 +195,67 @@ def test_any_words_are_bad_input_or_values_of_the_right_types(capsys):
 
     @settings(derandomize=True, deadline=None, max_examples=400)
     @given(argv=ARGV)
-    @example(["--source", "a", "--sizes", "1", "2e0", "--lr=nan", "--tied", "--micro_batch=1_0", "--run="])
-    @example(["--preset"])
     @example(["--preset=--"])  # Python before 3.12 makes a list of this
     @example(["--n_layer=--"])
     @example(["--source=--"])
     @example(["--steps=1e999"])
     @example(["--sizes", "1", "inf"])
-    @example(["--micro_batch", "nan"])
     @example(["--preset=large", "--preset", "small"])
-    def check(argv):
+    def check_words(argv):
         read_well.append(fits(argv))
 
-    check()
+    check_words()
     capsys.readouterr()  # --help
     assert 50 < sum(read_well) < len(read_well) - 50  # the test did see both
 
 
-def test_help_shows_the_presets_defaults(capsys):
-    with pytest.raises(SystemExit) as caught:
-        read("--preset", "large", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert caught.value.code == 0
-    for part in ("layers [48]", "100% of the learning rate [0.5]", "tie the head [off]", "files [a]",
-                 "sizes [1]", "rows [auto]"):
-        assert part in text, text
-    assert "--hidden" not in text
+# ----------------------------------------------------------------------------------------------------------------------
+# What a launcher says
 
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+def put(monkeypatch, values):
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+def test_a_whole_environment_or_none(monkeypatch):
+    put(monkeypatch, {})
+    assert launched() is None
+    put(monkeypatch, {"LOCAL_WORLD_SIZE": "2"})  # means nothing alone
+    assert launched() is None
+    put(monkeypatch, WHOLE)
+    assert launched() == {"rank": 1, "world_size": 4, "local_rank": 1, "local_world_size": 2} and not cli.is_main_process()
+    put(monkeypatch, WHOLE | {"LOCAL_WORLD_SIZE": None})
+    assert launched()["local_world_size"] == 4
+
+
+@pytest.mark.parametrize("values", [
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+    {**WHOLE, "MASTER_PORT": None}, {**WHOLE, "LOCAL_RANK": None}, {**WHOLE, "RANK": ""}, {**WHOLE, "RANK": "one"}, {**WHOLE, "RANK": "-1"},
+    {**WHOLE, "RANK": "4"}, {**WHOLE, "WORLD_SIZE": "0"}, {**WHOLE, "WORLD_SIZE": "1e1"}, {**WHOLE, "LOCAL_RANK": "2"},
+    {**WHOLE, "LOCAL_WORLD_SIZE": "8"}, {**WHOLE, "MASTER_PORT": "0"}, {**WHOLE, "MASTER_PORT": "70000"}, {**WHOLE, "MASTER_ADDR": ""},
+    {**WHOLE, "RANK": "\u0661"}, {**WHOLE, "WORLD_SIZE": "9" * 5000},
+], ids=lambda values: ",".join(f"{k}={str(v)[:5]}" for k, v in values.items() if WHOLE.get(k) != v or len(values) < 3))
+def test_half_or_odd_environments_are_refused_and_do_not_silence_the_process(values, monkeypatch):
+    put(monkeypatch, values)
+    with pytest.raises(BadInput, match="start with torchrun, which sets them all, or unset them"):
+        launched()
+    assert cli.is_main_process()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scripts
 
 SCRIPT = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, RankError, flag, parse, run
 
 @dataclass
 class Config:
@@ -198,15 +263,20 @@ class Config:
 
 def main(argv):
     (cfg,), _ = parse((Config,), argv)
-    print("started", flush=True)
+    print("started", cfg.how, flush=cfg.how == "wait")
     if cfg.how == "bad":
         raise BadInput("first\\n  second   third")
+    if cfg.how == "rank":
+        raise RankError("only here")
     if cfg.how == "wait":
         time.sleep(60)
     if cfg.how == "say":
         raise KeyboardInterrupt("half is done")
     if cfg.how == "bug":
         raise ValueError("a bug keeps its traceback")
+    if cfg.how == "many":
+        for i in range(100_000):
+            print("line", i)
 
 if __name__ == "__main__":
     run(main)
@@ -215,41 +285,44 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def script(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return lambda *argv, rank="0": subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, timeout=60,
-                                                  env=os.environ | {"RANK": rank}, check=False)
+    """script("--how bad", RANK="1") runs the script above in a shell -> CompletedProcess (text)."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
+    return lambda words="", **env: subprocess.run(f"{sys.executable} script.py {words}", shell=True, cwd=tmp_path, capture_output=True, text=True,
+                                                  timeout=60, env=clean | env, check=False)
 
 
-def test_a_script_ends_with_the_right_code_and_one_line(script):
-    fine = script()
-    assert (fine.returncode, fine.stdout, fine.stderr) == (0, "started\n", "")
-    bad = script("--how", "bad")
-    assert (bad.returncode, bad.stderr) == (2, "script.py: error: first second third\n")
-    unknown = script("--haw", "bad")
-    assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert unknown.stderr == "script.py: error: unknown flag --haw: did you mean --how?\n"
-    say = script("--how", "say")
-    assert (say.returncode, say.stderr) == (130, "\nhalf is done\n")
-    bug = script("--how", "bug")
-    assert bug.returncode == 1 and "Traceback" in bug.stderr  # only what the user can mend loses its traceback
-    other_rank = script("--how", "bad", rank="3")
-    assert (other_rank.returncode, other_rank.stderr) == (2, "")  # under torchrun rank 0 alone says it
+@pytest.mark.parametrize("words, env, code, out, err", [
+    ("", {}, 0, "started fine\n", ""),
+    ("--how bad", {}, 2, "started bad\n", "script.py: error: first second third\n"),
+    ("--how bad", {"RANK": "1"}, 2, "started bad\n", "script.py: error: first second third\n"),  # half a launcher
+    ("--how bad", WHOLE, 2, "started bad\n", ""),  # rank 0 says it
+    ("--how rank", WHOLE, 2, "started rank\n", "script.py: error: only here\n"),
+    ("--haw bad", {}, 2, "", "script.py: error: unknown flag --haw: did you mean --how?\n"),
+    ("--how say", {}, 130, "started say\n", "\nhalf is done\n"),
+    ("--how $(printf 'a\\377')", {}, 2, "", "script.py: error: --how is not UTF-8 text: 'a\\udcff'\n"),
+    ("--how ü", {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, 0, "started \\xfc\n", ""),
+    ("--how many | head -n 1", {}, 0, "started many\n", ""),  # a reader that has read enough
+    ("--how fine >&-", {}, 0, "", ""),
+    ("--how bad 2>&-", {}, 2, "started bad\n", ""),
+    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot write the output (No space left on device): free some disk space\n"),
+    ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot write the output (No space left on device): free some disk space\n"),
+    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", "script.py: error: cannot write the output (No space left on device): free some disk space\n"),
+    ("--how bad > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: first second third\n"),
+], ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "")
+def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, script):
+    result = script(words, **env)
+    assert (result.returncode, result.stderr) == (code, err) and result.stdout == out
+
+
+def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_bad_input(script):
+    for words, code in (("--how bug", 1), ("--how bad --debug", 2)):
+        result = script(words)
+        assert result.returncode == code and "Traceback" in result.stderr
 
 
 def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
-    script()  # writes the file
-    process = subprocess.Popen([sys.executable, tmp_path / "script.py", "--how", "wait"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    time.sleep(0.05)
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py", "--how", "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started wait\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130
-
-
-def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
-    (tmp_path / "many.py").write_text("from lib import cli\ncli.run(lambda argv: [print('line', i) for i in range(100_000)])\n")
-    pipe = f"{sys.executable} many.py 2> err | head -n 1"
-    result = subprocess.run(pipe, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert result.stdout == "line 0\n" and (tmp_path / "err").read_text() == ""

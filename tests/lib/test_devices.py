@@ -1,23 +1,27 @@
-"""devices.py with GPUs that are pretended and processes that are not there: python -m pytest tests/test_devices.py"""
+"""Devices that are pretended, processes that are not there, and two that are: python -m pytest tests/lib/test_devices.py"""
 
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 
 from lib import devices
 from lib.cli import BadInput
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
 
 
 @pytest.fixture
 def env(monkeypatch):
-    """env(RANK=1, ...) sets what torchrun sets, and nothing else."""
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    return lambda **values: [monkeypatch.setenv(name, str(value)) for name, value in values.items()]
+    """env(RANK=1, ...) sets what torchrun sets; these and no others."""
+    def put(**values):
+        for name in TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+    put()
+    return put
 
 
 def pretend(monkeypatch, name="NVIDIA H100 80GB HBM3", capability=(8, 0), count=1):
@@ -99,53 +103,49 @@ def test_auto_is_cuda_then_mps_then_cpu(monkeypatch):
                     devices.pick_device(name)
 
 
-def test_more_processes_than_gpus_is_said(monkeypatch):
-    pretend(monkeypatch, count=2)
-    with pytest.raises(BadInput, match="4 processes on 2 GPUs: lower --nproc_per_node"):
-        devices.pick_device("auto", local_rank=0, local_world=4)
-    assert devices.pick_device("cuda", local_rank=1, local_world=2) == torch.device("cuda", 1)
-    assert devices.pick_device("cpu", local_rank=3, local_world=4) == torch.device("cpu")  # a CPU is shared
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
 def test_one_process_alone(env):
-    env()
     with devices.Processes("cpu") as processes:
         assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (0, 1, True, False)
         assert processes.device == torch.device("cpu")
         assert processes.sum([1, 2.5, 2**53 - 1]) == [1.0, 2.5, 2.0**53 - 1]  # fp32 would round the last
         processes.barrier()
         assert not torch.distributed.is_initialized()
+        model = torch.nn.Linear(1, 1)
+        assert devices.parallel(model, processes) is model
 
 
-@pytest.mark.parametrize("rank", [0, 1, 5])
-def test_what_torchrun_says_is_taken(rank, env):
-    env(RANK=rank, WORLD_SIZE=6, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=2)
+@pytest.mark.parametrize("rank, world", [(0, 1), (0, 6), (1, 6), (5, 6)])
+def test_what_torchrun_says_is_taken(rank, world, env):
+    env(**TORCHRUN | dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=min(world, 2)))
     processes = devices.Processes("cpu")  # joined by `with` alone
-    assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (rank, 6, rank == 0, True)
+    assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (rank, world, rank == 0, True)
     assert not torch.distributed.is_initialized()
 
 
-def test_one_process_of_torchrun_is_distributed_as_well(env):
-    env(RANK=0, WORLD_SIZE=1)
-    assert devices.Processes("cpu").distributed
+def test_half_of_a_launcher_is_refused(env):
+    env(WORLD_SIZE=2)  # as containers and schedulers set it: would train on half of each batch
+    with pytest.raises(BadInput, match="WORLD_SIZE set in the environment, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"):
+        devices.Processes("cpu")
 
 
 def test_a_process_takes_the_gpu_of_its_place_on_its_own_host(env, monkeypatch):
     pretend(monkeypatch, count=4)
-    env(RANK=7, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4)  # the second host of two
+    second_host = TORCHRUN | dict(RANK=7, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4)
+    env(**second_host)
     assert devices.Processes("auto").device == torch.device("cuda", 3)
-    env(LOCAL_WORLD_SIZE=8)
-    with pytest.raises(BadInput, match="8 processes on 4 GPUs"):
+    env(**second_host | dict(LOCAL_WORLD_SIZE=8))
+    with pytest.raises(BadInput, match="8 processes on 4 GPUs: lower --nproc_per_node"):
         devices.Processes("auto")
+    assert devices.Processes("cpu").device == torch.device("cpu")  # a CPU is shared
 
 
 def test_main_goes_first_also_when_it_fails(env, monkeypatch):
     for rank, want in ((0, ["block", "barrier"]), (1, ["barrier", "block"])):
-        env(RANK=rank, WORLD_SIZE=2)
+        env(**TORCHRUN | dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2))
         processes, order = devices.Processes("cpu"), []
         monkeypatch.setattr(processes, "barrier", lambda order=order: order.append("barrier"))
         with processes.main_first():
@@ -158,65 +158,63 @@ def test_main_goes_first_also_when_it_fails(env, monkeypatch):
         assert order == want
 
 
-def test_two_processes_join_sum_and_part(launch, tmp_path):
-    """For real, with gloo; an error in one does not wait for the other."""
-    (tmp_path / "two.py").write_text(f"""
+TWO = f"""
 import sys
-sys.path.insert(0, {os.path.dirname(devices.__file__)!r})
+sys.path.insert(0, {str(ROOT)!r})
+import torch
 import torch.distributed as dist
-from lib.devices import Processes
-with Processes("cpu") as processes:
+from lib import devices
+with devices.Processes("cpu") as processes:
     total = processes.sum([processes.rank + 1, 0.25, 2**53 - 2 if processes.main else 1])
     processes.barrier()
-    print(f"{{processes.rank}} of {{processes.world_size}}: {{total}}\\n", end="", flush=True)
+    model = torch.nn.Linear(1, 1, bias=False)
+    ddp, grads = devices.parallel(model, processes), []
+    for last in (False, True):
+        with devices.gradient_sync(ddp, last):
+            ddp(torch.full((1, 1), 1.0 + processes.rank)).sum().backward()
+        grads.append(model.weight.grad.item())
+    print(f"{{processes.rank}} of {{processes.world_size}}: {{total}} {{grads}}\\n", end="", flush=True)
 assert not dist.is_initialized()
-""")
+"""
+
+
+def test_two_processes_sum_and_exchange_gradients_with_the_last_micro_batch(launch, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
     result = launch(tmp_path / "two.py", processes=2)
     assert result.returncode == 0, result.stderr
-    want = [3.0, 0.5, 2.0**53 - 1]
-    assert sorted(filter(None, result.stdout.splitlines())) == [f"0 of 2: {want}", f"1 of 2: {want}"]
+    total = [3.0, 0.5, 2.0**53 - 1]
+    assert sorted(filter(None, result.stdout.splitlines())) == [f"0 of 2: {total} [1.0, 3.0]", f"1 of 2: {total} [2.0, 3.0]"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Compilation
 
 
-def test_what_is_compiled_again_is_said(capsys):
+def test_recompilations_are_counted_and_said():
     torch._dynamo.reset()
     lines = []
-    once = devices.CompileOnce(lines.append)
+    monitor = devices.RecompileMonitor(lines.append)
     compiled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
 
     def block(name, size):
-        with once(name):
+        with monitor(name):
             assert torch.equal(compiled(torch.ones(size)), torch.full((size,), 2.0))
 
     for _ in range(3):
         block("training", 2)
     block("validation", 3)  # another graph, but the first here
-    assert lines == []
+    assert lines == [] and monitor.count == 0
     block("training", 4)
     block("training", 4)
-    assert len(lines) == 1 and lines[0].startswith("training was compiled again")
-    block("training", 2)
     block("validation", 2)
-    assert len(lines) == 1
+    assert [line.partition(",")[0] for line in lines] == ["training was recompiled"] and monitor.count == 1
     block("validation", 5)
-    assert len(lines) == 2 and lines[1].startswith("validation was compiled again")
+    assert [line.partition(",")[0] for line in lines[1:]] == ["validation was recompiled"] and monitor.count == 2
     compiled(torch.ones(6))  # outside of any block
     block("training", 6)
-    assert len(lines) == 2 and capsys.readouterr().out == ""
-
-
-def test_blocks_without_a_compiler_say_nothing():
-    lines = []
-    once = devices.CompileOnce(lines.append)
-    for size in (1, 2, 3):
-        with once("training"):
-            torch.ones(size).mul_(2)
-    with pytest.raises(BadInput, match="through"), once("training"):
+    with pytest.raises(BadInput, match="through"), monitor("training"):
         raise BadInput("errors go through")
-    assert lines == []
+    assert monitor.count == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,7 +270,7 @@ def with_workspace(sequences):
 ON_CUDA = SimpleNamespace(device=torch.device("cuda"), distributed=False)
 
 
-@pytest.mark.parametrize("cost, free, want", [  # of 48 rows; a tenth of `free` and 2000 for the optimizer's moments stay free
+@pytest.mark.parametrize("cost, free, want", [  # of 48 rows; a tenth of `free` and 2000 reserved stay free
     (thousand_each, 10**6, 48), (thousand_each, 58_000, 48), (thousand_each, 57_000, 24),
     (thousand_each, 18_000, 12), (thousand_each, 17_000, 8), (thousand_each, 8_000, 3), (thousand_each, 6_000, 1),
     (thousand_each, 100, 1), (with_a_step, 36_000, 48), (with_workspace, 61_200, 48), (with_workspace, 13_400, 4),
@@ -280,7 +278,7 @@ ON_CUDA = SimpleNamespace(device=torch.device("cuda"), distributed=False)
 def test_auto_on_cuda_takes_as_many_sequences_as_fit(cost, free, want, monkeypatch):
     model = Costs(cost)
     pretend_memory(monkeypatch, model, free)
-    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA) == want
+    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA, 2000) == want
     divisors = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
     assert model.tried[:-1] == divisors[:divisors.index(model.tried[-1])]  # up to the first that leaves too little
     assert model.tried[-1] == want == 48 or 2000 + cost(model.tried[-1]) > 0.9 * free - 2000
@@ -294,14 +292,14 @@ def test_auto_on_cuda_takes_as_many_sequences_as_fit(cost, free, want, monkeypat
 def test_auto_on_cuda_counts_the_memory_that_this_process_may_have(memory, want, monkeypatch):
     model = Costs(thousand_each)
     pretend_memory(monkeypatch, model, **memory)
-    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA) == want
+    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA, 2000) == want
 
 
 @pytest.mark.parametrize("limit, want, tried", [(9_000, 6, [1, 2, 3, 4, 6, 8]), (3_000, 1, [1, 2]), (2_500, 1, [1])])
 def test_auto_on_cuda_steps_back_from_what_does_not_fit_after_all(limit, want, tried, monkeypatch):
     model = Costs(thousand_each, limit)
     pretend_memory(monkeypatch, model, free=10**6)
-    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA) == want
+    assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA, 2000) == want
     assert model.tried == tried and model.weight.grad is None
 
 
@@ -315,18 +313,14 @@ def test_processes_on_cuda_agree_on_what_fits_all(theirs, want, monkeypatch):
     pretend_memory(monkeypatch, model, free=17_000)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     processes = SimpleNamespace(device=torch.device("cuda"), distributed=True)
-    assert devices.pick_micro_batch(model, "auto", 48, processes) == want
+    assert devices.pick_micro_batch(model, "auto", 48, processes, 2000) == want
 
 
-@pytest.mark.parametrize("rows, want", [(1, 1), (2, 2), (7, 7), (8, 8), (9, 3), (10, 5), (11, 1), (12, 6), (13, 1), (14, 7),
-                                        (64, 8), (96, 8), (35, 7), (22, 2)])
+@pytest.mark.parametrize("rows, want", [(1, 1), (2, 2), (8, 8), (9, 3), (11, 1), (12, 6), (64, 8), (35, 7)])
 def test_auto_on_a_cpu_is_the_largest_divisor_up_to_8(rows, want):
     processes = SimpleNamespace(device=torch.device("cpu"), distributed=False)
-    assert devices.pick_micro_batch(None, "auto", rows, processes) == want
+    assert devices.pick_micro_batch(None, "auto", rows, processes, 2000) == want
 
 
-@pytest.mark.parametrize("asked", [1, 3, 16, 10_000])
-def test_a_micro_batch_that_was_asked_for_is_taken_as_it_is(asked):
-    for device in ("cpu", "cuda"):  # nothing is tried out
-        processes = SimpleNamespace(device=torch.device(device), distributed=False)
-        assert devices.pick_micro_batch(None, asked, 48, processes) == asked
+def test_a_micro_batch_that_was_asked_for_is_taken_as_it_is():
+    assert devices.pick_micro_batch(None, 16, 48, ON_CUDA, 2000) == 16  # nothing is tried out

@@ -1,0 +1,41 @@
+"""How long a run is: python -m pytest tests/lib/test_budget.py"""
+
+from types import SimpleNamespace
+
+import pytest
+from helpers import tiny
+
+from lib.budget import describe, steps_of
+from lib.cli import BadInput
+from train_gpt2 import GPT
+
+
+def length(tokens, batch=256, epochs=1.0, max_steps=None):
+    return steps_of(SimpleNamespace(max_steps=max_steps, epochs=epochs, total_batch_size=batch), tokens)
+
+
+def test_steps_are_given_or_follow_from_epochs():
+    assert length(10_000_000_000, 524_288) == 19_073  # build-nanogpt's
+    assert (length(2560), length(2559), length(2560, epochs=2.5), length(2560, max_steps=7)) == (10, 9, 25, 7)
+
+
+@pytest.mark.parametrize("tokens, epochs, says", [(255, 1.0, "no steps"), (2560, 0.01, "no steps"), (2560, 1e300, "too many steps"),
+                                                  (10**15, 1.0, "too many steps")])
+def test_a_run_without_a_step_or_with_too_many_is_refused(tokens, epochs, says):
+    with pytest.raises(BadInput, match=f"are {says} of 256: change --epochs or --total_batch_size"):
+        length(tokens, epochs=epochs)
+
+
+def test_the_start_says_parameters_flops_and_batch_arithmetic():
+    """2 layers of 4 x 32^2 attention and 8 x 32^2 MLP weights: 6 FLOPs per weight and token, 12 L C T for attention."""
+    model = GPT(tiny(bias=False))
+    weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
+    flops = 6 * weights + 12 * 2 * 32 * 16
+    cfg = SimpleNamespace(steps=10, total_batch_size=128, data="toy", val_tokens=100, sequences=2)
+    shards = SimpleNamespace(train=["a", "b"], tokens={"train": 640, "val": 50})
+    lines = describe(cfg, model, shards, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
+    assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; {flops / 1e6:,.1f} MFLOPs per token"
+    assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48; vocabulary 61, padded to 64"
+    assert lines[2] == f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs), {1280 * flops:.2e} FLOPs"
+    assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
+    assert lines[4].startswith("device  cpu, ")
