@@ -577,6 +577,12 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, m
     assert_same_runs(folder, whole("gpt2"))
 
 
+def test_a_log_that_cannot_grow_ends_a_run_in_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.Logger, "log_step", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(RankError, match=f"the disk of {tmp_path} is full: free some space"):
+        train(data, tmp_path / "a")
+
+
 def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
     full_when(monkeypatch, lambda _: logged(tmp_path / "a") > 3)
     with pytest.raises(BadInput, match="free some disk space"):

@@ -1,6 +1,7 @@
 """Requests to stop, and what becomes of a run that gets one: python -m pytest tests/lib/test_signals.py"""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -93,6 +94,13 @@ def test_a_run_outlives_its_console(data, tmp_path, whole):
     assert steps_saved(folder)[-1] == len(lines(folder)) > 10
     train(data, folder, *LONG)
     assert_same_runs(folder, whole("long", *LONG))
+
+
+@pytest.mark.parametrize("console", [">&- 2>&-", "> /dev/full"])
+def test_a_run_without_a_console_is_saved(console, data, tmp_path):
+    words = shlex.join([sys.executable, str(ROOT / "train_gpt2.py"), *command(data, tmp_path / "a", "--max_steps", "4")])
+    assert subprocess.run(f"{words} {console}", shell=True, cwd=tmp_path, check=False).returncode == 0
+    assert steps_saved(tmp_path / "a") == [4] and len(lines(tmp_path / "a")) == 6
 
 
 # the main thread hangs where no Python runs, as in a collective whose other process is gone
