@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, TINY_FLAGS, read_log, sentences, tiny_checkpoint, write_data
+from helpers import ROOT, TINY_FLAGS, read_log, sentences, write_data
 from runs import (
     KINDS,
     LONG,
@@ -120,6 +120,7 @@ def test_a_resume_that_cannot_be(flags, says, tmp_path, monkeypatch):
 
 
 def test_resume_auto_begins_and_goes_on(whole, data, tmp_path):
+    (tmp_path / "a").mkdir()  # an empty folder may become a run's
     assert steps_saved(train(data, tmp_path / "a", "--resume", "auto", "--max_steps", "6")) == [6]
     folder = cut(whole("gpt2"), tmp_path / "b", 56)
     train(data, folder, "--resume", "auto", *KINDS["gpt2"])
@@ -205,12 +206,6 @@ def test_the_context_may_change_with_rotary_positions(whole, tmp_path, capsys):
     assert state["model_config"]["block_size"] == 64 and state["loader"] == final(whole("modern"))["loader"]
 
 
-def test_another_preset_whose_model_is_the_same(whole, data, tmp_path):
-    folder = cut(whole("modern"), tmp_path / "a", 48)
-    train(data, folder, *KINDS["modern"], "--preset", "tiny")  # every flag of its own, but for the preset's
-    assert len(lines(folder)) == len(lines(whole("modern")))
-
-
 @pytest.mark.parametrize("size", [270, 400])  # with the padding the same matrices, and others
 def test_data_of_another_tokenizer_is_refused(size, whole, tmp_path):
     texts = [*sentences(200, seed=7), *(f"{n}{n}" * 2 for n in range(1000))]
@@ -267,25 +262,18 @@ def change_moments(state, change):
 TAMPERED = {
     "no optimizer": lambda s: s.pop("optimizer"),
     "no loader": lambda s: s.pop("loader"),
-    "no settings": lambda s: s.pop("train_config"),
     "step as text": lambda s: s.update(step="8"),
     "negative step": lambda s: s.update(step=-8),
     "endless": lambda s: s.update(max_steps=10**30),
-    "steps as NaN": lambda s: s.update(max_steps=float("nan")),
     "shard 10^6": lambda s: s["loader"].update(shard=10**6),
-    "offset as list": lambda s: s["loader"].update(offset=[0]),
     "schedule": lambda s: s["train_config"].update(schedule="nonsense"),
-    "learning rate as text": lambda s: s["train_config"].update(max_lr="fast"),
     "batch of a list": lambda s: s["train_config"].update(total_batch_size=[256]),
-    "heads": lambda s: s["model_config"].update(n_head=3),
     "10^9 layers": lambda s: s["model_config"].update(n_layer=10**9),
     "no moments": lambda s: change_moments(s, lambda moments: {}),
     "moments of another shape": lambda s: change_moments(s, lambda m: m | {"exp_avg": torch.zeros(3, 5)}),
     "one moment missing": lambda s: change_moments(s, lambda m: {k: v for k, v in m.items() if k != "exp_avg_sq"}),
     "moments as text": lambda s: change_moments(s, lambda m: m | {"exp_avg": "much"}),
-    "groups missing": lambda s: s["optimizer"].update(param_groups=[]),
     "weights of another shape": lambda s: s["model"].update({"transformer.ln_f.weight": torch.ones(31)}),
-    "weights missing": lambda s: s["model"].pop("transformer.ln_f.weight"),
     "tokenizer": lambda s: s.update(tokenizer=7),
     "nothing known": lambda s: (s.clear(), s.update(other=1)),
 }
@@ -302,13 +290,6 @@ def test_a_tampered_checkpoint_is_refused_and_nothing_changes(what, whole, tmp_p
         again(folder)
     assert "ckpt_00008.pt" in str(error.value) and len(str(error.value)) < 400
     assert contents(folder) == before
-
-
-def test_an_untrained_checkpoint_is_refused(tokenizer, tmp_path):
-    tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer)
-    with pytest.raises(BadInput, match="is not a checkpoint of a training run"):
-        train_gpt2.main(["--resume", str(tmp_path / "ckpt_00001.pt"), "--log_dir", str(tmp_path / "log")])
-    assert os.listdir(tmp_path) == ["ckpt_00001.pt"]
 
 
 def test_a_torn_newest_checkpoint_costs_only_its_steps(whole, data, tmp_path, capsys):
@@ -467,11 +448,6 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
     with pytest.raises(BadInput, match="is not a run folder, it holds no config.json" if name == "mine" else "is not the name of a folder"):
         train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", name])
     assert [contents(place) for place in (tmp_path, folder)] == before
-
-
-def test_an_empty_folder_is_taken_up(data, tmp_path):
-    (tmp_path / "a").mkdir()
-    assert steps_saved(train(data, tmp_path / "a", "--max_steps", "4")) == [4]
 
 
 @pytest.mark.parametrize("name, make, refused", [
