@@ -62,7 +62,7 @@ class Logger:
             yield
         except OSError:
             self.bar, nowhere = None, os.open(os.devnull, os.O_WRONLY)
-            for stream in (1, 2):
+            for stream in (2, 1) if os.path.sameopenfile(1, 2) else (1,):  # errors are still said where they can be
                 os.dup2(nowhere, stream)
 
     # -- a step, an evaluation --

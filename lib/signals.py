@@ -60,7 +60,8 @@ class StopSignals:
             for number in self.before:  # a handler must exist for the number to be written to the socket
                 self.before[number] = signal.signal(number, lambda *_: None)
             self.before_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, daemon=True).start()
+            self.listener = threading.Thread(target=self._listen, daemon=True)
+            self.listener.start()
         return self
 
     def __exit__(self, *_):
@@ -69,6 +70,7 @@ class StopSignals:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
             self.writer.close()  # ends the thread
+            self.listener.join(1)
         self.taken.set()
 
     def _listen(self):
