@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 def launch(tmp_path):
     """launch("fineweb.py", "--out", "x", processes=1) runs the real script in tmp_path -> CompletedProcess (text)."""
     def run(script, *flags, processes=1, cwd=tmp_path, timeout=120, env=None):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, flags)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
                               env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), check=False)
