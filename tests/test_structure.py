@@ -1,0 +1,111 @@
+"""The layout: imports go downwards only, without a circle; plain torchrun takes every flag. Run: python -m pytest tests/test_structure.py"""
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, TINY_FLAGS, read_log
+
+from train_gpt2 import GPTConfig, TrainConfig
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}}  # what the others of lib/ stand on, and what these may import
+MODEL = "train_gpt2"                                  # the one script that other scripts may import
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(source, known):
+    """The modules among `known` that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found & known
+
+
+def graph():
+    """{module: project modules that it imports}, of the scripts and lib/."""
+    files = {module_of(path): path for path in (*ROOT.glob("*.py"), *ROOT.glob("lib/**/*.py"))}
+    return {module: imports_of(path.read_text(), set(files)) - {module} for module, path in files.items()}
+
+
+def wrong(imports):
+    """What breaks the layout in {module: modules it imports}, as text."""
+    lines = []
+    for module, used in imports.items():
+        below = {name for name in used if not name.startswith("lib")}
+        if module.startswith("lib"):
+            lines += [f"{module} imports the script {name}" for name in below]
+            lines += [f"{module} imports {name}, which stands above it" for name in (used - below - {"lib"}) - FLOOR.get(module, used)]
+            if not module.startswith("lib.evals"):
+                lines += [f"{module} imports the evaluation {name}" for name in used if name.startswith("lib.evals")]
+        elif module == MODEL:
+            lines += [f"{module} imports the script {name}" for name in below]
+        else:
+            lines += [f"{module} imports the script {name}" for name in below - {MODEL}]
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        lines.append(f"a circle: {' <- '.join(error.args[1])}")
+    return lines
+
+
+def test_imports_go_downwards_only():
+    imports = graph()
+    assert {"train_gpt2", "fineweb", "hellaswag", "generate", "lib.cli", "lib.run_folder", "lib.evals.hellaswag"} <= set(imports)
+    assert "lib.cli" in imports["train_gpt2"] and wrong(imports) == []
+
+
+@pytest.mark.parametrize("module, source, says", [
+    ("lib.decoding", "def sample():\n    from train_gpt2 import GPT", "lib.decoding imports the script train_gpt2"),
+    ("lib.checkpoint", "import lib.run_folder", "a circle"),
+    ("lib.files", "from lib import checkpoint", "lib.files imports lib.checkpoint, which stands above it"),
+    ("lib.logger", "from lib.evals.scoring import score", "lib.logger imports the evaluation lib.evals.scoring"),
+    ("train_gpt2", "from fineweb import main", "train_gpt2 imports the script fineweb"),
+    ("generate", "if True:\n    import hellaswag", "generate imports the script hellaswag"),
+])
+def test_what_would_break_the_layout_is_found(module, source, says):
+    imports = graph()
+    imports[module] = imports[module] | imports_of(source, set(imports))
+    assert any(says in line for line in wrong(imports))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_file_has_no_side_effects(script, tmp_path):
+    """Nothing printed, written or joined, and no slow library loaded that the script may never need."""
+    code = (f"import sys, {script}\n"
+            "assert not {'datasets', 'transformers', 'tensorboard', 'lm_eval'} & set(sys.modules), 'slow imports'\n"
+            "torch = sys.modules.get('torch')\n"
+            "assert not (torch and (torch.distributed.is_initialized() or torch.cuda.is_initialized()))\n")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                            env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_flag_is_an_abbreviation_of_one_of_torchrun():
+    """Python 3.11 and older look for abbreviations behind the script's name, too: --run would be torchrun's --run_path there."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
+    ours = {f"--{no}{field.name}" for cls in (TrainConfig, GPTConfig) for field in fields(cls) for no in ("", "no-")} | {"--debug", "--help"}
+    assert "--nproc_per_node" in theirs and "--run_name" in ours and any(option.startswith("--run") for option in theirs)
+    assert not [(flag, option) for flag in ours for option in theirs if option != flag and option.startswith(flag)]
+
+
+def test_plain_torchrun_takes_the_flags(data, tmp_path):
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train_gpt2.py", *TINY_FLAGS,
+               "--data", data, "--no-shuffle", "--seed=3", "--run_name", "x"]
+    done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len([kind for _, kind in read_log(tmp_path / "log" / "x") if kind == "train"]) == 6
