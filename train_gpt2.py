@@ -268,7 +268,7 @@ class SwiGLUMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = 16 * round(config.n_embd * 8 / 3 / 16)
+        hidden = 16 * max(round(config.n_embd * 8 / 3 / 16), 1)
         self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
