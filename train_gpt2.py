@@ -767,7 +767,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
                 "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
             if line := is_spike(loss):
-                run.log_evaluation(step, {"spikes": [f"{line}; its batch: {stream.where(read_from)}"]})
+                run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
             if consecutive_skips == cfg.max_skipped:
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
