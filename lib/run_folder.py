@@ -164,7 +164,7 @@ def check_name(name):
 
 def check_ours(folder):
     """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be rewound or removed."""
-    names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if os.path.isdir(folder) else set()
     if names and "config.json" not in names and not checkpoint.found(folder):
         raise BadInput(f"{folder} is not a run folder, it holds no config.json: give another --run_name")
 
