@@ -13,8 +13,8 @@ from helpers import ROOT, TINY_FLAGS, read_log
 from train_gpt2 import GPTConfig, TrainConfig
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}}  # what the others of lib/ stand on, and what these may import
-MODEL = "train_gpt2"                                  # the one script that other scripts may import
+FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}  # what the others of lib/ stand on, and what these may import
+MODEL = "train_gpt2"  # the one script that other scripts may import
 
 
 def module_of(path):
