@@ -1,4 +1,4 @@
-"""train_gpt2.py against references, and launched for real: python -m pytest tests/test_train_gpt2.py -n 2"""
+"""train_gpt2.py against references, and launched for real. Run: python -m pytest tests/test_train_gpt2.py -n 2"""
 
 import itertools
 import json
@@ -7,19 +7,15 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, fields
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -38,9 +34,12 @@ from helpers import (
 
 import train_gpt2
 from lib import checkpoint, devices
+from lib.budget import steps_of
 from lib.cli import BadInput, parse
-from lib.tokenizers import Tokenizer, load_tokenizer, train_bpe
-from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, SampleConfig, ShardLoader, Shards, TrainConfig
+from lib.decoding import SampleConfig, sample
+from lib.shards import Shards
+from lib.tokenizers import load_tokenizer, train_bpe
+from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, ShardLoader, TrainConfig
 
 TOGGLES = {"mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"), "pos": ("learned", "rope"),
            "emb_norm": (False, True), "qk_norm": (False, True), "bias": (True, False), "tie_embeddings": (True, False),
@@ -69,6 +68,13 @@ def all_pairs(toggles):
 # Configuration
 
 
+def configured(data, *argv):
+    """TrainConfig with the length of the run, GPTConfig and the names given, as main reads them."""
+    cfg, model_cfg, explicit, _ = train_gpt2.settings(["--data", str(data), *argv])
+    cfg.steps = steps_of(cfg, Shards(data).tokens["train"])
+    return cfg, model_cfg, explicit
+
+
 def test_presets():
     for preset, want in {
         "gpt2": dict(mlp="gelu", norm="layernorm", pos="learned", emb_norm=False, qk_norm=False, bias=True, n_layer=12,
@@ -89,20 +95,40 @@ def test_presets():
     (["--size", "gpt2-xl", "--n_layer", "6"], dict(n_layer=6, n_head=25, n_embd=1600)),
 ])
 def test_size_sets_the_shape_and_flags_override_it(argv, want, data):
-    argv = ["--data", str(data), "--max_steps", "1000", "--micro_batch", "auto", *argv]
-    cfg, model_cfg, given, _ = train_gpt2.settings(argv)
-    _, max_steps = train_gpt2.plan(cfg, model_cfg, given, world=8)
+    _, model_cfg, _ = configured(data, "--max_steps", "1000", *argv)
     assert {name: getattr(model_cfg, name) for name in want} == want
-    assert max_steps == 1000
 
 
 def test_length_of_a_run(data):
     tokens = Shards(data).tokens["train"]
-    base = ["--data", str(data), "--block_size", "32", "--total_batch_size", "256", "--warmup_steps", "1"]
+    base = ["--block_size", "32", "--total_batch_size", "256"]
     for argv, want in [(["--epochs", "2.5"], int(2.5 * tokens / 256)), (["--max_steps", "7"], 7),
                        (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], PRESETS["tiny"]["max_steps"])]:
-        (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), [*base, "--micro_batch", "1", *argv], None, PRESETS)
-        assert train_gpt2.plan(cfg, model_cfg, given, world=2)[1] == want
+        assert configured(data, *base, *argv)[0].steps == want
+    with pytest.raises(BadInput, match="change --epochs or --total_batch_size"):
+        configured(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
+
+
+def test_every_number_has_its_bounds():
+    for cls in (TrainConfig, GPTConfig):
+        for field in fields(cls):
+            if field.metadata.get("help") and re.search("int|float", str(field.type)):
+                for value in ("nan", "inf", "-1", "1e999"):
+                    with pytest.raises(BadInput, match=f"--{field.name}"):
+                        parse((TrainConfig, GPTConfig), [f"--{field.name}={value}"], None, PRESETS)
+
+
+def test_a_step_is_shared_out_evenly(data):
+    cfg, model_cfg, given = configured(data, "--preset", "gpt2", "--total_batch_size", "4096", "--max_steps", "9")  # 4 sequences of 1024
+    for micro_batch, processes, says in [
+            (1, 4, None), (2, 2, None), ("auto", 1, None), ("auto", 3, "x 3 processes; 6144 is"), ("auto", 16, "fewer than 16 processes"),
+            (3, 2, "--micro_batch 3 must divide the 2 sequences .* / 2 processes"), (4, 2, "--micro_batch 4 must divide the 2")]:
+        cfg.micro_batch = micro_batch
+        if says is None:
+            train_gpt2.check_run(cfg, model_cfg, given, processes)
+        else:
+            with pytest.raises(BadInput, match=says):
+                train_gpt2.check_run(cfg, model_cfg, given, processes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,6 +150,7 @@ def test_mlps_have_like_parameter_counts(size):
                   for mlp, cls in train_gpt2.MLPS.items()}
     assert counts["relu2"] == counts["gelu"]
     assert counts["swiglu"] == pytest.approx(counts["gelu"], rel=0.02)
+    assert train_gpt2.SwiGLUMLP(GPTConfig(n_embd=2)).c_proj.weight.shape == (2, 16)  # never without hidden units
 
 
 def test_gpt2_parity_with_transformers(tmp_path):
@@ -138,7 +165,7 @@ def test_gpt2_parity_with_transformers(tmp_path):
     idx = torch.randint(97, (3, 24))
     with torch.no_grad():
         assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
-        loss = ours(idx[:, :-1], idx[:, 1:])
+        loss = ours(idx[:, :-1], idx[:, 1:]) / (3 * 23)
         torch.testing.assert_close(loss, theirs(idx, labels=idx).loss, rtol=1e-5, atol=0)
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
 
@@ -226,7 +253,7 @@ def test_every_combination_runs_and_trains_every_parameter(mlp):
             model = GPT(tiny(n_layer=1, n_embd=16, mlp=mlp, init=init, **toggles))
             loss = model(idx[:, :-1], idx[:, 1:])
             loss.backward()
-            assert loss.shape == () and 2 < loss < 8
+            assert loss.shape == () and 2 < loss / 16 < 8
             for name, p in model.named_parameters():
                 assert p.grad is not None and p.grad.isfinite().all(), (toggles, name)
                 if "k_norm.bias" not in name:  # moves all scores of a query alike, which softmax does not see
@@ -264,7 +291,7 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
     targets = idx.roll(-1, 1)
     targets[:, 10:] = -1
     full = model.lm_head(model.transformer.ln_f(hidden(model, idx)))[:, :10].flatten(0, 1)
-    torch.testing.assert_close(model(idx, targets), F.cross_entropy(full, targets[:, :10].flatten()))
+    torch.testing.assert_close(model(idx, targets), F.cross_entropy(full, targets[:, :10].flatten(), reduction="sum"))
 
 
 def hidden(model, idx):
@@ -335,6 +362,7 @@ def test_optimizer_groups(toggles):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if p.dim() == 1 else 0.3), name
+    assert all(group["initial_lr"] == group["lr"] == 6e-4 for group in optimizer.param_groups)  # what the schedule multiplies
 
 
 def test_one_step_of_adamw_by_hand():
@@ -357,9 +385,9 @@ def test_one_step_of_adamw_by_hand():
     ("linear", {35: 0.775, 60: 0.55, 85: 0.325, 109: 0.109}, 0.00901),
     ("wsd", {35: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 109: 0.1 + 0.9 / 22}, 0.041),  # decays over the last fifth: 88 to 110
 ])
-def test_get_lr_by_hand(schedule, points, steepest):
-    cfg = TrainConfig(schedule=schedule, max_lr=1.0, min_lr_frac=0.1, warmup_steps=10)
-    lr = [train_gpt2.get_lr(step, cfg, 110) for step in range(110)]
+def test_schedule_by_hand(schedule, points, steepest):
+    cfg = TrainConfig(schedule=schedule, min_lr_frac=0.1, warmup_steps=10, steps=110)
+    lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(110)]
     for step, want in ({0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0} | points).items():
         assert lr[step] == pytest.approx(want), step
     assert max(lr) == pytest.approx(1.0) and min(lr) >= 0.1 - 1e-12
@@ -368,11 +396,19 @@ def test_get_lr_by_hand(schedule, points, steepest):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-@pytest.mark.parametrize("warmup, max_steps", [(0, 1), (0, 5), (4, 5), (9, 10)])
-def test_get_lr_of_short_runs(schedule, warmup, max_steps):
-    cfg = TrainConfig(schedule=schedule, max_lr=2.0, min_lr_frac=0.0, warmup_steps=warmup)
-    lr = [train_gpt2.get_lr(step, cfg, max_steps) for step in range(max_steps)]
-    assert max(lr) == pytest.approx(2.0) and min(lr) > 0  # no step is wasted on a rate of zero
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 5), (4, 5), (9, 10), (None, 1), (None, 100)])
+def test_schedule_of_short_runs(schedule, warmup, steps):
+    cfg = TrainConfig(schedule=schedule, min_lr_frac=0.0, warmup_steps=warmup, steps=steps)
+    lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(steps)]
+    assert max(lr) == pytest.approx(1.0) and min(lr) > 0  # no step is wasted on a rate of zero
+
+
+def test_warm_up_is_a_share_of_the_run_without_the_flag():
+    for steps, warmup in ((19_073, 715), (100, 4)):
+        cfg = TrainConfig(steps=steps)
+        assert cfg.warmup_steps is None
+        lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(warmup + 2)]
+        assert lr == pytest.approx([*np.arange(1, warmup + 1) / warmup, 1.0, lr[-1]]) and lr[-1] < 1
 
 
 def test_flops_per_token_by_hand():
@@ -481,69 +517,34 @@ def test_loader_continues_exactly_from_any_point(seed, tmp_path):
     assert all(type(v) is int for v in states[-1].values()) and len(states[-1]) == 3
 
 
-def finish(loader):
-    """Wait for what is made ready in the background."""
-    for cut in loader.ahead.values():
-        cut.exception()
-
-
-@pytest.mark.parametrize("seed", [None, 0, 1337])
-def test_what_is_ahead_shows_neither_in_tokens_nor_in_the_position(seed, tmp_path):
-    files, contents = make_shards(tmp_path)
-    lengths = [sum(map(len, documents)) for documents in contents]
-    stream = np.concatenate([d for epoch in range(12) for d in reference_epoch(contents, seed, epoch)])
-
-    def position(at):
-        epoch, left = divmod(at, sum(lengths))
-        order = range(4) if seed is None else np.random.default_rng((seed, epoch)).permutation(4)
-        starts = np.cumsum([0, *(lengths[i] for i in order)])
-        shard = int(np.searchsorted(starts, left, side="right")) - 1
-        return {"epoch": epoch, "shard": shard, "offset": left - int(starts[shard])}
-
-    loader, rng, done, size = ShardLoader(files, FAKE, seed), random.Random(0), Counter(), sum(lengths)
-    at, n = 0, 5
-    for _ in range(600):
-        what = rng.choice(["next", "next", "other n", "prefetch", "prefetch another n", "finish", "elsewhere", "back"])
-        if at > 8 * size:
-            what = "elsewhere"
-        done[what] += 1
-        if what in ("elsewhere", "back"):
-            at = rng.randrange(8 * size) if what == "elsewhere" else max(at - n, 0)
-            loader.load_state_dict(position(at))
-        elif what.startswith("prefetch"):
-            loader.prefetch(n + ("another" in what))
-        elif what == "finish":
-            finish(loader)
-        else:
-            n = rng.choice([1, 2, 3, 8, size, 2 * size]) if what == "other n" else n
-            assert np.array_equal(loader.next(n), stream[at:at + n + 1])
-            at += n
-        assert loader.state_dict() == position(at)
-    assert min(done.values()) > 40
-
-
-def test_the_next_call_finds_its_tokens_ready(tmp_path):
+@pytest.mark.parametrize("seed", [None, 0])
+def test_what_is_made_ready_ahead_shows_neither_in_tokens_nor_in_the_position(seed, tmp_path):
     files, _ = make_shards(tmp_path)
-    loader, cuts = ShardLoader(files, FAKE, 1), []
-    real = loader.cut
-    loader.cut = lambda *key: cuts.append(key) or real(*key)
-    first = loader.state_dict()
+    plain, loader, rng = ShardLoader(files, FAKE, seed), ShardLoader(files, FAKE, seed), random.Random(0)
+    positions = [plain.state_dict()]
+    for _ in range(40):
+        n = rng.choice([1, 2, 3, 8, 60])
+        if rng.random() < 0.3:  # back to somewhere
+            positions.append(rng.choice(positions))
+            for one in (plain, loader):
+                one.load_state_dict(positions[-1])
+        loader.prefetch(rng.choice([n, n + 1]))
+        assert loader.state_dict() == positions[-1]
+        assert np.array_equal(loader.next(n), plain.read_batch(n, *positions[-1].values())[0])
+        plain.next(n)
+        positions.append(plain.state_dict())
+        assert loader.state_dict() == positions[-1]
+
+
+def test_the_next_call_finds_its_tokens_ready_and_transformed(tmp_path):
+    files, _ = make_shards(tmp_path)
+    threads = []
+    loader = ShardLoader(files, FAKE, 1, lambda tokens: threads.append(threading.current_thread()) or -tokens)
+    plain = ShardLoader(files, FAKE, 1)
     for _ in range(10):
-        loader.next(4)
-    finish(loader)
-    assert len(cuts) == 11 == len(set(cuts)) and cuts[0] == (4, *first.values()) and cuts[-1] == (4, *loader.state_dict().values())
-
-
-def test_the_shard_behind_the_tokens_ahead_is_being_read(tmp_path):
-    files, _ = make_shards(tmp_path)
-    loader = ShardLoader(files, FAKE, 1)
-    for _ in range(30):
-        loader.next(4)
-        finish(loader)
-        (future,) = loader.ahead.values()
-        _, epoch, shard, _ = future.result()
-        assert max(loader.loaded) == ((epoch, shard + 1) if shard + 1 < len(files) else (epoch + 1, 0))
-    assert epoch > 0
+        assert np.array_equal(loader.next(4), -plain.next(4))
+    loader.next(4)
+    assert len(threads) >= 11 and threading.main_thread() not in threads  # one batch each, and one ahead
 
 
 def test_a_bad_id_ends_the_call_that_reaches_it_and_none_before(tmp_path):
@@ -552,12 +553,12 @@ def test_a_bad_id_ends_the_call_that_reaches_it_and_none_before(tmp_path):
     loader = ShardLoader([tmp_path / "a.npy", tmp_path / "b.npy"], FAKE, None)
     assert loader.next(2).tolist() == [1, 99, 3]
     loader.prefetch(2)  # its last target stands in the bad shard
-    finish(loader)
-    assert loader.next(1).tolist() == [3, 4] and loader.state_dict() == {"epoch": 0, "shard": 0, "offset": 3}
+    assert loader.next(1).tolist() == [3, 4]
+    before = loader.state_dict()
     for _ in range(2):
         with pytest.raises(BadInput, match=r"b\.npy holds the id 100"):
             loader.next(1)
-    assert loader.state_dict() == {"epoch": 0, "shard": 0, "offset": 3}
+    assert loader.state_dict() == before == {"epoch": 0, "shard": 0, "offset": 3}
     loader.load_state_dict({"epoch": 0, "shard": 0, "offset": 0})
     assert loader.next(3).tolist() == [1, 99, 3, 4]
 
@@ -578,20 +579,6 @@ def test_shards_of_other_projects(tmp_path):
         assert np.array_equal(loader.next(400), ids[:401] + add)
 
 
-def test_shards_with_meta(data, tokenizer):
-    shards = Shards(data)
-    assert len(shards.train) == 3 and len(shards.val) == 1
-    assert load_tokenizer(shards.tokenizer).vocab_size == tokenizer.vocab_size == 280
-
-
-def test_an_id_beyond_the_vocabulary_is_bad_input(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([1, 99, 3], dtype=np.uint16))
-    np.save(tmp_path / "b.npy", np.array([1, 100, 3], dtype=np.uint16))
-    assert ShardLoader([tmp_path / "a.npy"], FAKE, 0).next(2).max() <= 99
-    with pytest.raises(BadInput, match=r"b\.npy holds the id 100"):
-        ShardLoader([tmp_path / "a.npy", tmp_path / "b.npy"], FAKE, None).next(5)
-
-
 def test_read_validation(tmp_path):
     files, contents = make_shards(tmp_path)
     stream = np.concatenate([d for documents in contents for d in documents])
@@ -605,146 +592,92 @@ def test_read_validation(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation, samples, checkpoints
+# Evaluation, checkpoints
 
 
-def test_evaluate_is_independent_of_the_micro_batch():
-    model, tokens = GPT(tiny(init="xavier")), np.random.default_rng(0).integers(61, size=(7, 17))
+class HalfAndThird(nn.Module):
+    """The loss of a token is half of its id and a third of its target's; notes what it is called with."""
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, idx, targets):
+        self.seen.append((tuple(idx.shape), tuple(targets.shape), idx.dtype, torch.is_grad_enabled()))
+        return (idx / 2 + targets / 3)[targets >= 0].sum()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])  # of 9, two have no rows
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 8, 50])
+def test_evaluate_is_the_plain_mean_by_equally_many_passes_of_one_shape(micro_batch, world_size):
+    parts, calls, tokens = [], [], np.random.default_rng(0).integers(61, size=(7, 17))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    for rank in range(world_size):
+        share = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sum=lambda v: parts.append(v) or (0.0, 1.0))
+        model = HalfAndThird()
+        train_gpt2.evaluate(model, (x, y), micro_batch, share)
+        assert set(model.seen) == {((micro_batch, 16), (micro_batch, 16), torch.int64, False)}
+        calls.append(len(model.seen))
+    nats, count = np.sum(parts, axis=0)
+    assert count == y.size and nats / count == pytest.approx((x / 2 + y / 3).mean(), rel=1e-6)
+    assert len(set(calls)) == 1  # a sharded model needs every process in every forward pass
+
+
+def test_evaluate_a_model():
+    model, tokens = GPT(tiny(init="xavier")).eval(), np.random.default_rng(0).integers(61, size=(7, 17))
     rows, processes = (tokens[:, :-1], tokens[:, 1:]), devices.Processes("cpu")
-    losses = [train_gpt2.evaluate(model, rows, micro_batch, processes) for micro_batch in (1, 2, 3, 7, 100)]
+    losses = [train_gpt2.evaluate(model, rows, micro_batch, processes) for micro_batch in (1, 3, 100)]
     with torch.no_grad():
         want = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden(model, torch.tensor(rows[0])))).flatten(0, 1),
                                torch.tensor(rows[1]).flatten()).item()
-    assert losses == pytest.approx([want] * 5, rel=1e-6)
-    assert model.training
-    # two processes: their sums and counts add up to the same mean
-    parts = []
-    for rank in range(2):
-        share = SimpleNamespace(rank=rank, world_size=2, device=processes.device, sum=lambda v: parts.append(v) or (0.0, 1.0))
-        train_gpt2.evaluate(model, rows, 3, share)
-    assert sum(float(p[0]) for p in parts) / sum(p[1] for p in parts) == pytest.approx(want, rel=1e-6)
+    assert losses == pytest.approx([want] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 9])  # of 9, two have no rows
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 6, 7, 8, 50])
-def test_evaluate_feeds_one_shape_and_gives_the_plain_mean(micro_batch, world):
-    class Recorder(nn.Module):
-        """The loss of a token is half of its id and a third of its target's."""
-        def forward(self, idx, targets):
-            seen.append((idx.shape, targets.shape, idx.dtype, self.training, torch.is_grad_enabled()))
-            return (idx / 2 + targets / 3)[targets >= 0].mean()
-
-    seen, parts, tokens = [], [], np.random.default_rng(0).integers(61, size=(7, 17))
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    for rank in range(world):
-        share = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), sum=lambda v: parts.append(v) or (0.0, 1.0))
-        before, model = (x.copy(), y.copy()), Recorder()
-        train_gpt2.evaluate(model, (x, y), micro_batch, share)
-        assert model.training and np.array_equal(before, (x, y))
-    nats, count = np.sum(parts, axis=0)
-    assert count == y.size and nats / count == pytest.approx((x / 2 + y / 3).mean(), rel=1e-6)
-    shape = (micro_batch, 16)
-    assert set(seen) == {(shape, shape, torch.int64, False, False)}
-    assert len(seen) == sum(-(-len(x[rank::world]) // micro_batch) for rank in range(world))
-
-
-def constant_model(tokenizer, high=()):
-    """Its logits are the same everywhere: 0 in general, 100 for the ids in `high` and for all padding."""
-    model = GPT(tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, tie_embeddings=False))
-    model.transformer.ln_f.weight.data.zero_()
-    model.transformer.ln_f.bias.data.fill_(1.0)
-    model.lm_head.weight.data.zero_()
-    for token in (*high, *range(tokenizer.vocab_size, model.config.padded_vocab_size)):
-        model.lm_head.weight.data[token] = 100 / model.config.n_embd
-    return model
-
-
-@pytest.mark.parametrize("settings", [dict(temperature=0.0), dict(top_k=0), dict(top_k=1), {},
-                                      dict(top_k=10**6, temperature=9.0)])
-def test_padded_ids_are_never_sampled(settings, tokenizer):
-    model = constant_model(tokenizer)
-    assert model.lm_head.weight.size(0) == 384 and model(torch.zeros(1, 1, dtype=torch.long)).max() < 1
-    texts = train_gpt2.sample(model, tokenizer, SampleConfig(prompt="the", samples=16, max_new_tokens=20, **settings))
-    assert len(texts) == 16 and all(text.startswith("the") for text in texts)  # a padded id cannot be decoded
-
-
-def test_sample_stops_at_the_end_of_text(tokenizer):
-    model = constant_model(tokenizer, high=[tokenizer.eot])
-    for prompt in ("the cat", ""):
-        cfg = SampleConfig(prompt=prompt, samples=2, temperature=0.0, max_new_tokens=5)
-        assert train_gpt2.sample(model, tokenizer, cfg) == [prompt] * 2
-
-
-def test_an_id_that_stands_for_nothing_can_be_sampled():
-    """cl100k_base and o200k_base have gaps in their numbering, which an untrained model does draw."""
-    encoding = tiktoken.Encoding("gap", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 300})
-    tokenizer = Tokenizer(encoding, "gap")
-    model = constant_model(tokenizer, high=[280])
-    texts = train_gpt2.sample(model, tokenizer, SampleConfig(prompt="the", samples=1, temperature=0.0))
-    assert texts[0].startswith("the")
-
-
-def test_sample_is_seeded_and_changes_no_other_random_state(tokenizer):
-    model = GPT(tiny(vocab_size=tokenizer.vocab_size, dropout=0.2, pos="rope"))
-    before = torch.get_rng_state()
-    texts = [train_gpt2.sample(model, tokenizer, SampleConfig(seed=seed)) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert len(set(texts[0])) == 4  # the four samples differ
-    assert torch.equal(torch.get_rng_state(), before) and model.training
-
-
-@pytest.mark.parametrize("prompt", ["the cat", "the cat sat on the mat. " * 10])  # the second is longer than block_size
-def test_sample_with_temperature_0_is_argmax(prompt, tokenizer):
-    torch.manual_seed(1)
-    model = GPT(tiny(vocab_size=tokenizer.vocab_size, init="xavier")).eval()
-    ids = tokenizer.encode(prompt).tolist()
-    assert (len(ids) > 16) == (len(prompt) > 16)
-    for _ in range(12):
-        ids.append(int(model(torch.tensor([ids[-16:]]))[0, -1].argmax()))
-    assert tokenizer.eot not in ids
-    cfg = SampleConfig(prompt=prompt, samples=1, max_new_tokens=12, temperature=0.0)
-    assert train_gpt2.sample(model, tokenizer, cfg) == [tokenizer.decode(ids)]
-
-
-def test_top_k_draws_from_the_k_likeliest(tokenizer):
-    high = [tokenizer.encode(letter).item() for letter in "xyz"]
-    model = constant_model(tokenizer, high)
-    cfg = SampleConfig(prompt="x", samples=20, max_new_tokens=5, top_k=3, temperature=100.0)
-    assert set("".join(train_gpt2.sample(model, tokenizer, cfg))) == set("xyz")
-
-
-def test_checkpoint_round_trip(tokenizer, tmp_path):
-    model = tiny_checkpoint(tmp_path / "a.pt", tokenizer, mlp="swiglu", pos="rope", norm="rmsnorm", bias=False)
+@pytest.mark.parametrize("toggles", [{}, dict(mlp="swiglu", pos="rope", norm="rmsnorm", bias=False, tie_embeddings=False)])
+def test_checkpoint_round_trip(toggles, tokenizer, tmp_path):
+    model = tiny_checkpoint(tmp_path / "a.pt", tokenizer, **toggles)
     loaded, same, state = train_gpt2.load_checkpoint(tmp_path / "a.pt")
     idx = torch.randint(280, (2, 20))
     assert torch.equal(loaded(idx), model(idx)) and not loaded.training and state["step"] == 1
     assert same.encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
-    assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tokenizer, tmp_path):
-    tiny_checkpoint(tmp_path / "a.pt", tokenizer)
-    before = (tmp_path / "a.pt").read_bytes()
-    with pytest.raises(Exception, match="pickle"):
-        checkpoint.write(tmp_path / "a.pt", {"x": torch.zeros(9), "y": lambda: 0})
-    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "torn", "text", "other"])
-def test_what_is_no_checkpoint_is_bad_input(kind, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "torn", "text", "other", "list"])
+def test_what_is_not_a_checkpoint_is_bad_input(kind, tokenizer, tmp_path):
     path = tmp_path / "a.pt"
     tiny_checkpoint(path, tokenizer)
     whole = path.read_bytes()
     path.unlink()
     if kind == "folder":
         path.mkdir()
-    elif kind == "other":
-        torch.save({"model": {}}, path)
+    elif kind in ("other", "list"):
+        torch.save({"model": {}} if kind == "other" else [1], path)
     elif kind != "missing":
         path.write_bytes({"empty": b"", "torn": whole[:len(whole) // 2], "text": b"hello"}[kind])
     with pytest.raises(BadInput, match="a.pt"):
         train_gpt2.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(n_head=3), dict(block_size=0), dict(n_layer=10**9), dict(n_layer=0), dict(n_embd=10**12), dict(n_layer=1000, n_embd=65_536),
+    dict(n_layer=2.0), dict(n_embd="32"), dict(mlp="geglu"), dict(mlp="swiglu"), dict(dropout=math.nan), dict(bias=None),
+    dict(block_size=64), dict(vocab_size=10**12), dict(vocab_size=512), dict(vocab_multiple=0), dict(vocab_size=-1), dict(unknown=1),
+], ids=str)
+def test_a_checkpoint_whose_config_does_not_fit_is_bad_input(changes, tokenizer, tmp_path, monkeypatch):
+    tiny_checkpoint(tmp_path / "a.pt", tokenizer)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    checkpoint.write(tmp_path / "a.pt", state | {"model_config": state["model_config"] | changes})
+    with pytest.raises(BadInput, match="a.pt") as error:
+        train_gpt2.load_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [dict(tokenizer="gpt2"), dict(tokenizer=7), dict(tokenizer="{}"), dict(model={}), dict(model=None),
+                                     dict(model_config=[])], ids=str)
+def test_a_checkpoint_of_odd_parts_is_bad_input(changes, tokenizer, tmp_path):
+    tiny_checkpoint(tmp_path / "a.pt", tokenizer)  # 280 ids: gpt2's tokenizer has 50,257
+    checkpoint.write(tmp_path / "a.pt", torch.load(tmp_path / "a.pt", weights_only=True) | changes)
+    with pytest.raises(BadInput, match="a.pt"):
+        train_gpt2.load_checkpoint(tmp_path / "a.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -766,7 +699,7 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["n_embd"] == 32 and config["model"]["vocab_size"] == 280
-    assert config["train"]["shuffle"] is True and config["max_steps"] == 42 and "--run real" in config["command"]
+    assert config["train"]["shuffle"] is True and config["max_steps"] == 42 and "--run_name real" in config["command"]
 
     log = read_log(folder)
     assert [step for step, kind in log if kind == "train"] == list(range(42))
@@ -783,24 +716,25 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     val = np.load(data / "toy_val_000000.npy").astype(np.int64)
     x, y = val[:320].reshape(10, 32), val[1:321].reshape(10, 32)  # whole rows of 330 tokens
     with torch.no_grad():
-        assert model(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(log[42, "val"], rel=1e-5)
-    assert train_gpt2.sample(model, same, SampleConfig(prompt="the dog"))[0] in map(eval, quoted(result.stdout))
+        assert model(torch.tensor(x), torch.tensor(y)).item() / 320 == pytest.approx(log[42, "val"], rel=1e-5)
+    assert sample(model, same, SampleConfig(prompt="the dog"))[0] in map(eval, quoted(result.stdout))
 
     # TensorBoard, by its own reader
     events = EventAccumulator(str(folder)).Reload()
     scalars = set(events.Tags()["scalars"])
-    assert scalars >= {"train/loss", "val/loss", "val/bpb", "eval/hellaswag", "lr", "grad_norm", "grad_norm/embedding",
-                       "grad_norm/block_00", "grad_norm/block_01", "perf/tok_per_sec", "perf/step_ms", "perf/data_ms"}
-    for tag, kind in (("train/loss", "train"), ("val/loss", "val"), ("eval/hellaswag", "hella")):
+    assert scalars >= {"Loss/train", "Loss/val", "Loss/val_bpb", "eval/hellaswag", "optim/lr", "optim/grad_norm", "optim/skipped_steps",
+                       "perf/tok_per_sec", "perf/step_ms", "perf/data_ms", "perf/recompilations", *(f"weights/grad_norm_{part}" for part in
+                       ("embedding", "block_00", "block_01", "rest"))}
+    for tag, kind in (("Loss/train", "train"), ("Loss/val", "val"), ("eval/hellaswag", "hella")):
         assert {(e.step, kind): e.value for e in events.Scalars(tag)} == pytest.approx(
             {key: value for key, value in log.items() if key[1] == kind}, abs=1e-5)
     n_bytes = sum(len(tokenizer.encoding.decode_single_token_bytes(t)) for t in y.ravel().tolist() if t != tokenizer.eot)
-    for nats, bits in zip(events.Scalars("val/loss"), events.Scalars("val/bpb")):
+    for nats, bits in zip(events.Scalars("Loss/val"), events.Scalars("Loss/val_bpb")):
         assert bits.value == pytest.approx(nats.value * 320 / (math.log(2) * n_bytes), rel=1e-5)
-    cfg = TrainConfig(warmup_steps=2, max_lr=5e-3)
-    assert [e.value for e in events.Scalars("lr")] == pytest.approx([train_gpt2.get_lr(s, cfg, 42) for s in range(42)])
-    parts = [[e.value for e in events.Scalars(tag)] for tag in sorted(scalars) if tag.startswith("grad_norm/")]
-    assert [e.value for e in events.Scalars("grad_norm")] == pytest.approx(np.linalg.norm(parts, axis=0).tolist(), rel=1e-4)
+    cfg = TrainConfig(warmup_steps=2, steps=42)
+    assert [e.value for e in events.Scalars("optim/lr")] == pytest.approx([5e-3 * train_gpt2.lr_multiplier(s, cfg) for s in range(42)])
+    parts = [[e.value for e in events.Scalars(tag)] for tag in sorted(scalars) if tag.startswith("weights/")]
+    assert [e.value for e in events.Scalars("optim/grad_norm")] == pytest.approx(np.linalg.norm(parts, axis=0).tolist(), rel=1e-4)
     text = {tag: b"".join(events.Tensors(tag)[-1].tensor_proto.string_val).decode() for tag in events.Tags()["tensors"]
             if tag.endswith("/text_summary")}
     assert "the dog" in text["samples/text_summary"] and "|n_embd|32|" in text["hyperparameters/text_summary"]
@@ -831,7 +765,7 @@ def test_the_loop_against_a_plain_one(data, tmp_path):
              "--eval_every", "0", "--micro_batch", "4", "--log_dir", str(tmp_path), "--run_name", "a"]
     train_gpt2.main(flags)
     (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), flags, None, PRESETS)
-    model_cfg.vocab_size = 280
+    model_cfg.vocab_size, cfg.steps = 280, 5
     torch.manual_seed(cfg.seed)
     model, loader = GPT(model_cfg), ShardLoader(Shards(data).train, SimpleNamespace(vocab_size=280), None)
     matrices, vectors = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
@@ -840,12 +774,12 @@ def test_the_loop_against_a_plain_one(data, tmp_path):
     losses, norms = {}, []
     for step in range(5):
         tokens = torch.from_numpy(loader.next(256))
-        loss = model(tokens[:-1].view(8, 32), tokens[1:].view(8, 32))  # the whole batch at once
+        loss = model(tokens[:-1].view(8, 32), tokens[1:].view(8, 32)) / 256  # the whole batch at once
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.7).item())
         for group in optimizer.param_groups:
-            group["lr"] = train_gpt2.get_lr(step, cfg, 5)
+            group["lr"] = cfg.max_lr * train_gpt2.lr_multiplier(step, cfg)
         optimizer.step()
         losses[step, "train"] = loss.item()
     assert min(norms) < 1.7 < max(norms)  # Adam would not notice if all steps were scaled alike
@@ -872,175 +806,51 @@ def test_a_modern_run_with_dropout_and_accumulation_in_process(data, tmp_path, c
 LONG = "x" * 5000  # longer than any file system lets a name be
 BAD_FLAGS = [
     (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"),
-    (["--resum", "auto"], "unknown flag --resum: did you mean --resume"),
     (["--vocab_size", "3"], "unknown flag --vocab_size"),  # set by the data, not by a flag
-    (["300"], "unrecognized arguments: 300"),
-    (["--max_lr"], "--max_lr: expected one argument"),
-    (["--preset"], "--preset: expected one argument"),
-    (["--run_name"], "--run: expected one argument"),
     (["--shuffle=yes"], "--shuffle"),
     (["--preset", "modem"], "modern"),
-    (["--mlp", "geglu"], "swiglu"),
-    (["--norm", "batchnorm"], "rmsnorm"),
-    (["--pos", "alibi"], "rope"),
-    (["--init", "he"], "kaiming"),
-    (["--size", "gpt5"], "gpt2-xl"),
-    (["--schedule", "cosin"], "wsd"),
-    (["--optimizer", "sgd"], "adamw"),
-    (["--device", "tpu"], "mps"),
-    (["--n_layer", "two"], "n_layer"),
-    (["--micro_batch", "lots"], "micro_batch"),
     (["--data", "nowhere"], "nowhere/ does not hold any shards"),
-    (["--data", "a_file"], "a_file/ does not hold any shards"),
-    (["--data", "empty_folder"], "empty_folder/ does not hold any shards"),
     (["--data", LONG], ""),
     (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
-    (["--total_batch_size", "31"], "--total_batch_size 31 is 0 sequences of --block_size 32, fewer than 1 processes"),
     (["--micro_batch", "3"], "--micro_batch 3 must divide the 8 sequences"),
-    (["--micro_batch", "16"], "--micro_batch 16 must divide the 8 sequences"),
     (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"),
     (["--epochs", "2"], "--epochs and --max_steps"),
-    (["--n_embd", "33"], "--n_embd 33"),
-    (["--pos", "rope", "--n_embd", "30"], "--pos "),
-    (["--seed", "1e30"], "--seed must be"),
-    (["--tensorboard", "70000"], "--tensorboard must be a port"),
+    (["--eval_tasks_limit", "2"], "are for --eval_tasks"),
+    (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),
     (["--val_tokens", "20"], "validation needs 33 tokens"),
     (["--block_size", "16384", "--total_batch_size", "16384"], "block_size"),
     (["--device", "mps"], "--device mps"),
     (["--hellaswag_every", "2", "--hellaswag_file", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
-    (["--hellaswag_every", "2", "--hellaswag_file", "notes.txt"], "notes.txt, line 1 is no HellaSwag item"),
-    (["--hellaswag_every", "2", "--hellaswag_file", "ids.npy"], "ids.npy, line 1 is no HellaSwag item"),
-    (["--hellaswag_every", "2", "--hellaswag_file", "a_file"], "a_file holds no HellaSwag items"),
-    (["--hellaswag_every", "2", "--hellaswag_file", "empty_folder"], "cannot read empty_folder"),
+    (["--data", "{other}"], "made with another tokenizer"),
+    # what shapes the weights
+    (["--n_layer", "3"], "--n_layer 2 -> 3"), (["--n_embd", "64", "--n_head", "4"], "--n_head 2 -> 4, --n_embd 32 -> 64"),
+    (["--mlp", "swiglu"], "--mlp gelu -> swiglu"), (["--norm", "rmsnorm"], "--norm layernorm -> rmsnorm"), (["--pos", "rope"], "--pos learned -> rope"),
+    (["--no-bias"], "--bias True -> False"), (["--qk_norm"], "--qk_norm False -> True"), (["--emb_norm"], "--emb_norm False -> True"),
+    (["--no-tie_embeddings"], "--tie_embeddings True -> False"), (["--block_size", "16"], "--block_size 32 -> 16"),
+    (["--preset", "modern"], "--mlp gelu -> swiglu"),
+    # another run
+    (["--run_name", "new", "--n_embd", "33"], "--n_embd 33 must be a multiple"),
+    (["--run_name", "new", "--pos", "rope", "--n_embd", "30"], "--pos rope needs an even head size, not 15"),
+    (["--run_name", "new", "--n_layer", "1000", "--n_embd", "65536"], "optimizer state need"),
+    (["--run_name", "new", "--max_lr", "1e300"], "--max_lr must be above 0"),
+    (["--run_name", "new", "--n_layer", "100000"], "--n_layer must be above 0"),
+    (["--run_name", "new", "--n_embd", "1e308"], "--n_embd must be above 0"),
+    (["--run_name", "new", "--max_steps", "1e18"], "--max_steps must be above 0"),
+    (["--run_name", ".."], "is not the name of a folder"),
+    (["--run_name", ""], "is not the name of a folder"),
     (["--run_name", "taken"], "already holds a run"),
-    (["--run_name", "y" * 300], ""),
-    (["--log_dir", "a_file"], "cannot write a_file/"),
-    (["--log_dir", LONG], ""),
-    (["--resume", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-    (["--resume", "log/nowhere"], "no checkpoint at log/nowhere"),
-    (["--resume", "empty_folder"], "--resume empty_folder: this folder holds no ckpt_<step>.pt"),
-    (["--resume", "notes.txt"], "notes.txt is not a whole checkpoint"),
-    (["--resume", "ids.npy"], "ids.npy is not a whole checkpoint"),
-    (["--resume", "a_file"], "a_file is not a whole checkpoint"),
-    (["--resume", "others.pt"], "others.pt is not a checkpoint of a training run of this project"),
-    (["--resume", "list.pt"], "list.pt is not a whole checkpoint of this project (TypeError: list)"),
-    (["--resume", "untrained.pt"], "untrained.pt is not a checkpoint of a training run of this project"),
-    (["--resume", LONG], ""),
+    (["--run_name", "new", "--log_dir", "notes.txt"], "cannot write to notes.txt/new"),
+    (["--run_name", "new", "--log_dir", LONG], ""),
+    (["--run_name", "new", "--resume", "nowhere.pt"], "cannot read nowhere.pt"),
+    (["--run_name", "new", "--resume", "notes.txt"], "notes.txt is not a whole checkpoint"),
+    (["--run_name", "new", "--resume", "others.pt"], "others.pt is not a checkpoint of a training run of this project"),
+    (["--run_name", "new", "--resume", "untrained.pt"], "untrained.pt is not a checkpoint of a training run of this project"),
+    (["--run_name", "new", "--resume", LONG], ""),
 ]
-if sys.platform == "linux":
-    BAD_FLAGS += [(["--log_dir", "/proc/nope"], "cannot write /proc/nope/"),
-                  (["--log_dir", "/dev/null/x"], "cannot write /dev/null/x/"),
-                  (["--resume", "/dev/null"], "no checkpoint at /dev/null")]
 
 
 def short(value):
     return " ".join(value)[:40] if isinstance(value, list) else ""
-
-
-@pytest.fixture
-def place(tmp_path, tokenizer, monkeypatch):
-    """The current folder, with all that BAD_FLAGS name in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a_file").touch()
-    (tmp_path / "empty_folder").mkdir()
-    (tmp_path / "notes.txt").write_text("nothing of use\n")
-    np.save("ids.npy", np.arange(9, dtype=np.uint16))
-    torch.save(nn.Linear(2, 2).state_dict(), "others.pt")
-    torch.save([1, 2], "list.pt")
-    tiny_checkpoint(tmp_path / "untrained.pt", tokenizer)  # without an optimizer or a place in the data
-    (tmp_path / "log" / "taken").mkdir(parents=True)
-    (tmp_path / "log" / "taken" / "config.json").write_text('{"max_steps": 2}')
-    (tmp_path / "log" / "taken" / "log.txt").write_text("0 train 5.0\n1 train 4.0\n")
-    return tmp_path
-
-
-@pytest.mark.parametrize("flags, says", BAD_FLAGS, ids=short)
-def test_bad_flags(flags, says, data, place):
-    with pytest.raises(BadInput) as error:
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), *flags] if "--run_name" in flags else
-                        [*TINY_FLAGS, "--data", str(data), "--run_name", "bad", *flags])
-    assert says in str(error.value) or ("does not fit" in str(error.value) and says in ("--n_embd 33", "--pos "))
-    assert "\n" not in str(error.value) and not list(place.glob("log/*/ckpt*"))
-
-
-def numeric_flags():
-    """(name, type) of every flag that takes a number."""
-    for cls in (TrainConfig, GPTConfig):
-        for field in fields(cls):
-            kinds = {int, float} & {field.type, *get_args(field.type)}
-            if "help" in field.metadata and kinds:
-                yield field.name, kinds.pop()
-
-
-NOT_ZERO = ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "max_lr", "epochs", "max_steps", "micro_batch",
-            "val_tokens", "max_skipped")
-NEVER = ("save_minutes", "spike", "grad_clip")  # of these, infinity means what 0 does
-
-
-@pytest.mark.parametrize("name, kind", list(numeric_flags()), ids=lambda value: value if isinstance(value, str) else "")
-def test_numbers_that_cannot_work(name, kind, data, tmp_path):
-    base = [word for word in TINY_FLAGS if (name, word) not in (("epochs", "--max_steps"), ("epochs", "6"))]
-    values = ["nan", "-1", "-0.5", "1e999", "-inf", "", "three", "0x10", "1,000", "1 2"]
-    values += ["0", "0.0"] if name in NOT_ZERO else []
-    values += ["inf"] if name not in NEVER else []
-    values += ["0.5"] if kind is int else []
-    for value in values:
-        if value == "1e999" and name in NEVER:
-            continue
-        with pytest.raises(BadInput) as error:
-            train_gpt2.main([*base, "--data", str(data), "--log_dir", str(tmp_path / "log"), f"--{name}={value}"])
-        assert f"--{name}" in str(error.value), value
-    assert not (tmp_path / "log").exists()
-
-
-def test_there_are_as_many_numeric_flags_as_thought():
-    names = dict(numeric_flags())
-    assert len(names) >= 24 and names["save_minutes"] is names["weight_decay"] is float
-    assert names["micro_batch"] is names["max_steps"] is names["keep"] is int
-
-
-def test_an_infinite_never_is_no_error(data, tmp_path):
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a",
-                     *[word for name in NEVER for word in (f"--{name}", "inf")]])
-    assert all(map(math.isfinite, read_log(tmp_path / "a").values()))
-
-
-@pytest.fixture
-def alarm():
-    """alarm(seconds): what hangs from here on raises TimeoutError."""
-    def ring(*_):
-        raise TimeoutError("hangs")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    yield signal.alarm
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs SIGALRM")
-@pytest.mark.parametrize("flags", [["--n_embd", "2e9"], ["--total_batch_size", "3.2e13"], ["--max_steps", "1e18"]], ids=short)
-def test_numbers_beyond_any_machine_neither_hang_nor_end_in_a_traceback(flags, data, tmp_path, monkeypatch, alarm):
-    batches, real = [], ShardLoader.next
-
-    def next_one(self, n):
-        batches.append(n)
-        if len(batches) > 3:  # three steps: what gets so far may as well go on
-            raise BadInput("enough")
-        return real(self, n)
-
-    monkeypatch.setattr(ShardLoader, "next", next_one)
-    alarm(10)
-    with pytest.raises(BadInput):
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), *flags])
-
-
-def test_an_occupied_tensorboard_port_is_bad_input(data, tmp_path):
-    with socket.socket() as other:
-        other.bind(("0.0.0.0", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(BadInput, match=f"TensorBoard cannot use port {port}: give another --tensorboard port"):
-            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--tensorboard", str(port)])
 
 
 @pytest.fixture(scope="session")
@@ -1051,49 +861,44 @@ def half_a_run(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def place(tmp_path, tokenizer, half_a_run, monkeypatch):
+    """The current folder, with all that BAD_FLAGS name in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("nothing of use\n")
+    torch.save(nn.Linear(2, 2).state_dict(), "others.pt")
+    tiny_checkpoint(tmp_path / "untrained.pt", tokenizer)  # without an optimizer or a place in the data
+    write_data(tmp_path / "other", train_bpe(sentences(200), 270))
+    (tmp_path / "log" / "taken").mkdir(parents=True)
+    (tmp_path / "log" / "taken" / "config.json").write_text('{"max_steps": 2}')
+    (tmp_path / "log" / "taken" / "log.txt").write_text("0 train 5.0\n1 train 4.0\n")
+    shutil.copytree(half_a_run, tmp_path / "log" / "half")
+    return tmp_path
+
+
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# a run's own checkpoints come before what --resume names
-@pytest.mark.parametrize("flags", [flags for flags, _ in BAD_FLAGS if "--resume" not in flags], ids=short)
-def test_a_bad_start_changes_nothing_of_what_a_run_has_written(flags, data, half_a_run, place):
-    shutil.copytree(half_a_run, place / "log" / "half")
+@pytest.mark.parametrize("flags, says", BAD_FLAGS, ids=short)
+def test_a_bad_start_is_one_line_and_changes_nothing_that_was_there(flags, says, data, place):
     before = contents(place)
-    with pytest.raises(BadInput):
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run_name", "half", *flags])
-    assert contents(place / "log" / "half") == {name[9:]: data for name, data in before.items() if name.startswith("log/half/")}
-    assert {name: contents(place)[name] for name in before} == before  # and of what was given
-
-
-@pytest.mark.parametrize("flags, misfit", [
-    (["--n_layer", "3"], "--n_layer 2 -> 3"), (["--n_embd", "64"], "--n_embd 32 -> 64"), (["--n_head", "4"], "--n_head 2 -> 4"),
-    (["--mlp", "swiglu"], "--mlp gelu -> swiglu"), (["--norm", "rmsnorm"], "--norm layernorm -> rmsnorm"),
-    (["--pos", "rope"], "--pos learned -> rope"), (["--no-bias"], "--bias True -> False"),
-    (["--qk_norm"], "--qk_norm False -> True"),
-    (["--emb_norm"], "--emb_norm False -> True"), (["--no-tie_embeddings"], "--tie_embeddings True -> False"),
-    (["--block_size", "16"], "--block_size 32 -> 16"),
-    (["--n_embd", "64", "--n_layer", "1"], "--n_layer 2 -> 1, --n_embd 32 -> 64"),
-    (["--preset", "modern"], "--mlp gelu -> swiglu"), (["--data", "{other}"], "made with another tokenizer"),
-    (["--max_steps", "3", "--data", "{other}"], None), (["--tensorboard", "{port}"], "TensorBoard cannot use port"),
-], ids=short)
-def test_a_start_that_does_not_fit_a_run_leaves_it_as_it_was(flags, misfit, data, half_a_run, tmp_path, capsys):
-    shutil.copytree(half_a_run, tmp_path / "log" / "half")
-    other = write_data(tmp_path / "other", train_bpe(sentences(200), 270))
-    before = contents(tmp_path / "log")
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         listener.listen()
-        given = [flag.format(other=other, port=listener.getsockname()[1]) for flag in flags]
-        argv = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", "half", *given]
-        if misfit is None:  # nothing is left to do: not bad, but nothing to be changed either
-            train_gpt2.main(argv)
-            assert "is the end of a run of 3 steps" in capsys.readouterr().out
-        else:
-            with pytest.raises(BadInput) as error:
-                train_gpt2.main(argv)
-            assert misfit in str(error.value)
-    assert contents(tmp_path / "log") == before
+        port = listener.getsockname()[1]
+        with pytest.raises(BadInput) as error:
+            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run_name", "half", *(flag.format(port=port, other="other") for flag in flags)])
+    assert says.format(port=port) in str(error.value) and "\n" not in str(error.value)
+    after = contents(place)
+    assert {name: after.get(name) for name in before} == before and not any("ckpt" in name for name in after.keys() - before)
+    assert sorted(os.listdir(place / "log" / "half")) == sorted(name[9:] for name in before if name.startswith("log/half/"))
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(data, place, capsys):
+    before = contents(place / "log")
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run_name", "half", "--max_steps", "4"])
+    assert "is the end of a run of 4 steps" in capsys.readouterr().out and contents(place / "log") == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -1102,113 +907,28 @@ def test_cuda_where_there_is_none(data, tmp_path):
         train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--device", "cuda"])
 
 
-def test_an_endless_run(data, tmp_path):
-    flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
-    with pytest.raises(BadInput, match="--epochs"):
-        train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--epochs", "inf"])
+@pytest.mark.parametrize("flags", [["--n_embd", "2", "--preset", "modern", "--pos", "learned"], ["--block_size", "2", "--val_tokens", "6"],
+                                   ["--max_lr", "1e6", "--max_skipped", "99"], ["--val_tokens", "1e30"],
+                                   ["--min_lr_frac", "0", "--weight_decay", "1e6"]], ids=short)
+def test_odd_sizes_within_the_bounds_train(flags, data, tmp_path):
+    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a", "--sample_every", "2", *flags])
+    assert len([kind for _, kind in read_log(tmp_path / "a") if kind == "train"]) == 6 and (tmp_path / "a" / "ckpt_00006.pt").exists()
 
 
-def test_too_little_data_for_one_step(data):
-    (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), ["--data", str(data), "--preset", "gpt2"], None, PRESETS)
-    with pytest.raises(BadInput, match="less than one step of 524,288: lower --total_batch_size or raise --epochs"):
-        train_gpt2.plan(cfg, model_cfg, given, world=1)
-    cfg.total_batch_size = 1024 * 4
-    with pytest.raises(BadInput, match="x 3 processes; 6144 is"):
-        train_gpt2.plan(cfg, model_cfg, given, world=3)
-    with pytest.raises(BadInput, match="--total_batch_size 4096 is 4 sequences of --block_size 1024, fewer than 16 processes"):
-        train_gpt2.plan(cfg, model_cfg, given, world=16)
-    cfg.micro_batch = 3
-    with pytest.raises(BadInput, match="--micro_batch 3 must divide the 2 sequences .* / 2 processes"):
-        train_gpt2.plan(cfg, model_cfg, given, world=2)
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda d: (d / "meta.json").write_text("{"), "meta.json is damaged"),
-    (lambda d: (d / "meta.json").write_text("[]"), "meta.json is damaged"),
-    (lambda d: (d / "meta.json").write_text('{"tokenizer": null}'), "meta.json is damaged"),
-    (lambda d: (d / "meta.json").write_text('{"tokenizer": "gpt7"}'), "unknown tokenizer 'gpt7'"),
-    (lambda d: (d / "tokenizer.json").unlink(), "cannot read the tokenizer"),
-    (lambda d: (d / "toy_val_000000.npy").unlink(), "does not hold val shards"),
-    (lambda d: [p.unlink() for p in d.glob("*train*")], "does not hold train shards"),
-    (lambda d: [np.save(p, np.zeros(0, dtype=np.uint16)) for p in d.glob("*train*")], "training tokens"),
-    (lambda d: np.save(d / "toy_val_000000.npy", np.full(900, 280, dtype=np.uint16)), "holds the id 280"),
-    (lambda d: np.save(d / "toy_train_000001.npy", np.full(900, 281, dtype=np.uint16)), "holds the id 281"),
-    (lambda d: (d / "toy_train_000002.npy").write_bytes(b"\x93NUMPY"), "toy_train_000002.npy is not a whole shard"),
-    (lambda d: damage(d / "toy_train_000002.npy", lambda b: b[:-2]), "toy_train_000002.npy is not a whole shard"),
-    (lambda d: damage(d / "toy_val_000000.npy", lambda b: b + b"\0\0"), "toy_val_000000.npy is not a whole shard"),
-    (lambda d: (d / "toy_train_000009.npy").mkdir(), "toy_train_000009.npy is not a whole shard"),
-    (lambda d: (d / "toy_train_000009.bin").write_bytes(bytes(2000)), "toy_train_000009.bin is not a whole shard"),
-    (lambda d: write_bin(d / "toy_train_000009.bin", np.zeros(9, np.uint16), 20240520, 1, 10),
-     "000009.bin is not a whole shard"),
-    (lambda d: write_bin(d / "toy_train_000009.bin", np.zeros(9, np.uint16), 20240520, 1, 8),
-     "2 bytes more than its header says"),
-    (lambda d: write_bin(d / "toy_train_000009.bin", np.zeros(9, np.uint32), 20240801, 7),
-     "holds uint32 and toy_train_000001.npy uint16"),
-    (lambda d: np.save(d / "toy_train_000002.npy", np.zeros(90, np.int64)), "holds 1-dimensional int64"),
-    (lambda d: np.save(d / "toy_train_000002.npy", np.zeros(90, np.float32)), "holds 1-dimensional float32"),
-    (lambda d: np.save(d / "toy_train_000002.npy", np.zeros(90, ">u2")), "holds 1-dimensional >u2"),
-    (lambda d: np.save(d / "toy_train_000002.npy", np.zeros((9, 9), np.uint16)), "holds 2-dimensional uint16"),
-    (lambda d: np.save(d / "toy_val_000000.npy", np.zeros(900, np.uint32)), "holds uint32 and toy_train_000001.npy uint16"),
-    (lambda d: np.save(d / "toy_train_000002.npy", np.ones(10**6, np.uint16)),
-     "a million tokens without bpe280's end of text, 279"),
-    (lambda d: np.save(d / "toy_val_000000.npy", np.ones(10**6, np.uint16)),
-     "a million tokens without bpe280's end of text, 279"),
-    (lambda d: meta(d, complete=True, splits={"train": {"tokens": 7}}), "train tokens, but its meta.json says 7"),
-    (lambda d: meta(d, complete=True, splits={"val": {"tokens": 10**6}}), "val tokens, but its meta.json says 1,000,000"),
-    (lambda d: meta(d, complete=True, splits={"val": {"tokens": "many"}}), "meta.json is damaged"),
-    (lambda d: meta(d, complete=True, splits={"val": {"tokens": math.inf}}), "meta.json is damaged"),
-    (lambda d: meta(d, complete=True, splits={"val": {}}), "meta.json is damaged"),
-    (lambda d: meta(d, complete=True, splits=7), "meta.json is damaged"),
-    (lambda d: meta(d, tokenizer=7), "meta.json is damaged"),
-    (lambda d: meta(d, tokenizer="a\0.json"), ""),
-    (lambda d: meta(d, tokenizer=LONG), ""),
-    (lambda d: (d / "meta.json").write_bytes(b"\xff\xfe"), "meta.json is damaged"),
-    (lambda d: (d / "meta.json").write_text("[" * 100_000), "meta.json is damaged"),
-    (lambda d: [(d / "meta.json").unlink(), (d / "meta.json").mkdir()], "meta.json"),
-    (lambda d: (d / "tokenizer.json").write_text("[" * 100_000), "tokenizer.json is damaged"),
-    (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
-    (lambda d: (d / "tokenizer.json").write_bytes(b"\xff"), "cannot read the tokenizer"),
-], ids=["torn meta", "list meta", "null tokenizer", "unknown tokenizer", "no tokenizer", "no val", "no train", "empty train",
-        "val id", "train id", "torn shard", "truncated", "trailing", "folder", "zeros", "short bin", "trailing bin",
-        "uint32 bin",
-        "int64", "float", "big-endian", "2d", "uint32 val", "foreign train", "foreign val", "other train count",
-        "other val count",
-        "no count", "infinite count", "no counts", "no splits", "odd tokenizer", "nul tokenizer", "long tokenizer",
-        "meta bytes",
-        "deep meta", "meta folder", "deep tokenizer", "empty tokenizer", "tokenizer bytes"])
-def test_bad_data(change, says, tokenizer, tmp_path):
+def test_a_shard_that_is_not_whole_is_one_line(launch, tokenizer, tmp_path):
     folder = write_data(tmp_path / "toy", tokenizer)
-    change(folder)
-    before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(BadInput) as error:
-        train_gpt2.main([*TINY_FLAGS, "--data", str(folder), "--log_dir", str(tmp_path / "log")])
-    assert says in str(error.value)
-    assert sorted(path.name for path in folder.iterdir()) == before and not list(tmp_path.glob("log/*/ckpt*"))
-
-
-def damage(path, change):
-    path.write_bytes(change(path.read_bytes()))
-
-
-def meta(folder, **changes):
-    path = folder / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_meta_of_an_incomplete_folder_promises_no_counts(tokenizer, tmp_path):
-    folder = write_data(tmp_path / "toy", tokenizer)
-    meta(folder, complete=False, splits={"train": {"tokens": 7}})  # fineweb.py is still at work
-    assert Shards(folder).tokens["train"] > 7
-    meta(folder, complete=True, splits={s: {"tokens": n} for s, n in Shards(folder).tokens.items()})
-    Shards(folder)
+    path = folder / "toy_train_000002.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", folder)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("train_gpt2.py: error: ") and "toy_train_000002.npy" in result.stderr
+    assert not (tmp_path / "log").exists() or not list(tmp_path.glob("log/*/ckpt*"))
 
 
 def test_a_bad_id_in_a_later_shard_is_found_at_the_start(tokenizer, tmp_path):
     folder = write_data(tmp_path / "toy", tokenizer)
     path = folder / "toy_train_000003.npy"  # six steps never come so far
-    ids = np.load(path)
-    ids[-1] = 280
-    np.save(path, ids)
+    np.save(path, np.append(np.load(path), np.uint16(280)))
     with pytest.raises(BadInput, match="toy_train_000003.npy holds the id 280, but its tokenizer ends at 279"):
         train_gpt2.main([*TINY_FLAGS, "--data", str(folder), "--log_dir", str(tmp_path / "log")])
 
@@ -1216,16 +936,14 @@ def test_a_bad_id_in_a_later_shard_is_found_at_the_start(tokenizer, tmp_path):
 def test_a_bad_id_behind_the_first_million_ends_the_run_when_it_is_come_to(tokenizer, tmp_path):
     folder = write_data(tmp_path / "toy", tokenizer, shards=1)
     ids = np.tile(np.load(folder / "toy_train_000001.npy"), 2000)[:1_000_100]
-    ids[-1] = 280
-    np.save(folder / "toy_train_000001.npy", ids)
-    train_gpt2.check_shards(Shards(folder), tokenizer)
+    np.save(folder / "toy_train_000001.npy", np.append(ids, np.uint16(280)))
     with pytest.raises(BadInput, match="toy_train_000001.npy holds the id 280"):
         train_gpt2.main([*TINY_FLAGS, "--data", str(folder), "--log_dir", str(tmp_path / "log")])
 
 
 @pytest.mark.parametrize("flags, says", [(["--max_step", "5"], "unknown flag --max_step: did you mean --max_steps"),
                                          (["--data", "nowhere"], "name another --data"),
-                                         (["--resume", __file__], "is not a whole checkpoint")], ids=short)
+                                         (["--resume", __file__, "--run_name", "x"], "is not a whole checkpoint")], ids=short)
 def test_bad_input_of_a_real_process_is_one_line(flags, says, launch, tmp_path):
     result = launch("train_gpt2.py", *flags)
     assert result.returncode == 2 and result.stdout == ""
@@ -1250,34 +968,27 @@ def test_bad_input_under_torchrun_is_said_once(launch, data):
     assert not frames  # torchrun's own traceback is its own business
 
 
-def test_imports_have_no_side_effects(tmp_path):
-    code = ("import sys, train_gpt2\n"
-            "assert not {'datasets', 'transformers', 'tensorboard'} & set(sys.modules), 'heavy imports'\n"
-            "import fineweb, generate, hellaswag, torch\nfrom lib import cli, tokenizers\n"
-            "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()\n"
-            "assert not {'datasets', 'transformers'} & set(sys.modules)\n")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-                            env={"PYTHONPATH": str(ROOT), "PATH": ""})
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps that go wrong
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(data, tmp_path):
-    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "9", "--warmup_steps", "0", "--max_lr", "1e30", "--grad_clip", "0"]
-    with pytest.raises(BadInput, match=r"the last 3 updates had no finite loss or gradient; .*ckpt_0000\d.pt is from before"):
+def test_a_run_that_diverges_ends_in_one_line_with_a_checkpoint_from_before(data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "90", "--warmup_steps", "0", "--max_lr", "1e6", "--grad_clip", "0",
+             "--eval_every", "1", "--sample_every", "1"]  # neither validation nor samples end it before
+    with pytest.raises(BadInput, match=r"the last 3 steps were non-finite; .*ckpt_0000\d.pt is from before"):
         train_gpt2.main([*flags, "--max_skipped", "3", "--log_dir", str(tmp_path)])
 
 
 def patch_training(monkeypatch, change):
-    """Each training batch's loss becomes change(number of the batch, loss) -> list of (batch, weights before it)."""
+    """Each training batch's mean loss becomes change(number of the batch, loss) -> list of (batch, weights before it)."""
     calls, real = [], GPT.forward
 
-    def forward(self, idx, targets=None):
-        out = real(self, idx, targets)
+    def forward(self, idx, targets=None, **settings):
+        out = real(self, idx, targets, **settings)
         if targets is None or not self.training:
             return out
         calls.append((idx.clone(), [p.detach().clone() for p in self.parameters()]))
-        return change(len(calls) - 1, out)
+        return change(len(calls) - 1, out / targets.numel()) * targets.numel()
 
     monkeypatch.setattr(GPT, "forward", forward)
     return calls
@@ -1323,10 +1034,10 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
     state = torch.load(folder / "ckpt_00008.pt", weights_only=True)
     assert (state["step"], state["skipped"]) == (8, 2) and {int(s["step"]) for s in state["optimizer"]["state"].values()} == {6}
     events = EventAccumulator(str(folder)).Reload()
-    assert [e.value for e in events.Scalars("train/skipped_steps")] == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert [e.value for e in events.Scalars("optim/skipped_steps")] == [0, 0, 0, 1, 1, 1, 1, 2]
     out = capsys.readouterr().out
-    assert out.count("skipped: ") == 2 and "; its batch: epoch 0, from token 768 of toy_train_000001.npy" in out
-    assert f"step 3 | skipped: loss {'nan' if how is nan_loss else log[3, 'train']:.3}" in out[:out.index("step 4 |")]
+    assert out.count("skipped because non-finite: ") == 2 and "; its batch: epoch 0, from token 768 of toy_train_000001.npy" in out
+    assert f"step 3 | skipped because non-finite: loss {'nan' if how is nan_loss else log[3, 'train']:.3}" in out[:out.index("step 4 |")]
 
 
 def test_skipped_updates_that_are_not_in_a_row_do_not_end_a_run(data, tmp_path, monkeypatch):
@@ -1343,7 +1054,7 @@ def test_a_run_given_up_leaves_the_checkpoint_from_before(data, half_a_run, tmp_
     flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "half", "--max_steps", "20",
              "--max_skipped", "3"]
     with pytest.raises(BadInput,
-                       match=r"the last 3 updates had no finite loss or gradient; .*half/ckpt_00004.pt is from before"):
+                       match=r"the last 3 steps were non-finite; .*half/ckpt_00004.pt is from before"):
         train_gpt2.main([*flags, "--save_every", "6"])  # that would be of the skipped updates
     assert len(calls) == 4 and [p.name for p in (tmp_path / "half").glob("ckpt*")] == ["ckpt_00004.pt"]
     assert (tmp_path / "half" / "ckpt_00004.pt").read_bytes() == before
@@ -1357,7 +1068,7 @@ def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_sk
     train_gpt2.main([*flags, "--run_name", "undisturbed"])
     with monkeypatch.context() as patch:
         calls = patch_training(patch, at(range(first, 99), nan_loss))
-        with pytest.raises(BadInput, match=f"the last 3 updates .*a/ckpt_{first:05d}.pt is from before: lower --max_lr"):
+        with pytest.raises(BadInput, match=f"the last 3 steps .*a/ckpt_{first:05d}.pt is from before: lower --max_lr"):
             train_gpt2.main([*flags, "--run_name", "a"])
     assert len(calls) == first + 3 and [p.name for p in (tmp_path / "a").glob("ckpt*")] == [f"ckpt_{first:05d}.pt"]
     assert same(calls[first][1], weights_in(tmp_path / "a" / f"ckpt_{first:05d}.pt"))
@@ -1371,10 +1082,11 @@ def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_sk
 ONE_RANK_FAILS = f"""
 import math, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, cli, train_gpt2
+import torch, train_gpt2
+from lib.cli import run
 real, calls = train_gpt2.GPT.forward, []
-def forward(self, idx, targets=None):
-    out = real(self, idx, targets)
+def forward(self, idx, targets=None, **settings):
+    out = real(self, idx, targets, **settings)
     if targets is None or not self.training:
         return out
     calls.append(self)
@@ -1384,7 +1096,7 @@ def forward(self, idx, targets=None):
         out.register_hook(lambda grad: grad * math.inf)
     return out
 train_gpt2.GPT.forward = forward
-lib.cli.run(train_gpt2.main)
+run(train_gpt2.main)
 torch.save([p.detach() for p in calls[0].parameters()], f"rank{{os.environ['RANK']}}.pt")
 """
 
@@ -1429,12 +1141,12 @@ def test_a_spike_names_its_batch(shuffle, data, tmp_path, monkeypatch, capsys):
 def test_the_time_a_step_waits_for_its_data_is_logged(data, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    place = train_gpt2.Trainer.place
-    monkeypatch.setattr(train_gpt2.Trainer, "place", lambda *args: time.sleep(1) or place(*args))
+    real = ShardLoader.next
+    monkeypatch.setattr(ShardLoader, "next", lambda self, n: time.sleep(0.2) or real(self, n))
     train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--eval_every", "0", "--log_dir", str(tmp_path), "--run_name", "a"])
     events = EventAccumulator(str(tmp_path / "a")).Reload()
     waited, took = ([event.value for event in events.Scalars(tag)] for tag in ("perf/data_ms", "perf/step_ms"))
-    assert len(waited) == 3 and all(100 < wait < step for wait, step in zip(waited, took, strict=True))
+    assert len(waited) == 3 and all(199 < wait <= step for wait, step in zip(waited, took, strict=True))
 
 
 def test_no_spike_is_reported_where_it_is_turned_off(data, tmp_path, monkeypatch, capsys):
@@ -1470,25 +1182,12 @@ def test_deterministic_asks_torch_and_cublas(data, tmp_path, monkeypatch):
         assert asked == [True] * len(flags) and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == bool(flags)
 
 
-def test_a_checkpoint_that_cannot_be_saved_does_not_end_a_run_before_its_last_step(data, tmp_path, monkeypatch, capsys):
-    def full(state, file):
-        raise RuntimeError("enforce fail: unexpected pos")  # how torch.save reports a full disk
-
-    monkeypatch.setattr(torch, "save", full)
-    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--save_every", "2", "--log_dir", str(tmp_path), "--run_name", "full"]
-    with pytest.raises(BadInput, match=r"ckpt_00005.pt \(RuntimeError: .*free some disk space"):
-        train_gpt2.main(flags)
-    out = capsys.readouterr().out
-    assert out.count("free some disk space") == 3 and "step 4 | loss" in out  # said of steps 2, 4 and 5, and went on
-    assert not list((tmp_path / "full").glob("ckpt*"))
-
-
 def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_one(launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--micro_batch", "4", "--eval_every", "2",  # 10 rows of validation
              "--sample_every", "3", "--save_every", "2", "--log_dir", str(tmp_path / "log")]
     result = launch("train_gpt2.py", *flags, "--run_name", "compiled", "--compile", timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "compiled again" not in result.stdout and "recompil" not in result.stderr
+    assert "was recompiled" not in result.stdout and "recompil" not in result.stderr
     train_gpt2.main([*flags, "--run_name", "plain"])
     compiled, plain = (read_log(tmp_path / "log" / run) for run in ("compiled", "plain"))
     assert len(plain) == 6 + 4 and compiled == pytest.approx(plain, rel=1e-4)
@@ -1500,10 +1199,10 @@ def test_a_run_on_a_gpu_compiled_in_bf16(launch, data, tmp_path):
              "--micro_batch", "auto", "--compile"]
     done = launch("train_gpt2.py", *flags, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "bfloat16" in done.stdout and "compiled again" not in done.stdout
+    assert "bfloat16" in done.stdout and "was recompiled" not in done.stdout
     losses = [float(line.split()[2]) for line in (tmp_path / "log" / "gpu" / "log.txt").read_text().splitlines() if " train " in line]
     assert len(losses) == 12 and losses[-1] < losses[0]
-    assert json.loads((tmp_path / "log" / "gpu" / "config.json").read_text())["micro_batch"] >= 1
+    assert json.loads((tmp_path / "log" / "gpu" / "config.json").read_text())["train"]["sequences"] >= 1
     model, _, _ = train_gpt2.load_checkpoint(tmp_path / "log" / "gpu" / "ckpt_00012.pt", "cuda")
     idx = torch.randint(0, model.config.vocab_size, (2, 16), device="cuda")
     with devices.autocast(idx.device):
