@@ -19,17 +19,17 @@ class Config:
     runs: tuple[str, ...] = flag((), "run folders; their names are the legend")
     out: str = flag("assets/loss.png", "picture to write")
     title: str = flag("", "what was trained, on what")
-    window: int = flag(10, "steps the train loss is averaged over")
+    window: int = flag(10, "steps the train loss is averaged over", above=0)
     top: float | None = flag(None, "upper end of the loss axis")
 
 
 def read_run(folder):
-    """-> (tokens a step, dict kind -> (list of steps, list of values)) of a run folder."""
+    """-> (tokens per step, dict kind -> (list of steps, list of values)) of a run folder."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         rows = [line.split() for line in (Path(folder) / "log.txt").read_text().splitlines()]
     except OSError as error:
-        raise BadInput(f"{folder} is no run folder ({error.strerror}): it needs config.json and log.txt") from error
+        raise BadInput(f"{folder} is not a run folder ({error.strerror}): it needs config.json and log.txt") from error
     curves = {}
     for step, kind, value in rows:
         steps, values = curves.setdefault(kind, ([], []))
@@ -59,7 +59,7 @@ def main(argv):
         steps, values = curves["val"]
         axes.plot([s * step_tokens / 1e6 for s in steps], values, style, color=f"C{i}", marker="o", ms=4,
                   label=f"{Path(folder).name}: val {values[-1]:.3f}")
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token); faint: train", title=cfg.title)
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token); faint: train", title=cfg.title)
     axes.set_ylim(top=cfg.top)
     axes.grid(alpha=0.3)
     axes.legend()

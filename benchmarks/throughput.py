@@ -79,7 +79,7 @@ def ours(flags, folder, args):
     """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent waiting for it), rate, mfu, peak, first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}", "--"]
+    steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
     command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args),
                f"--log_dir={folder / 'runs'}"]
     _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
@@ -120,35 +120,39 @@ def baseline(script, folder, args):
 
 
 def profile(flags, folder, args):
-    """One step: its milliseconds, those of its kernels by group, and the kernels that take most."""
+    """One step: its milliseconds, {group of kernels: (milliseconds, calls)}, and the kernels that take most, (name, milliseconds, calls)."""
     code = f"""
-import json, sys, time
+import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import train_gpt2
 from torch.profiler import ProfilerActivity, profile
+import train_gpt2
+from lib.run_folder import RunFolder
 cuda = torch.cuda.is_available()
-update, found = train_gpt2.Trainer.update, []
-def profiled(self):
-    if self.step != {args.warmup}:
-        return update(self)
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as prof:
-        started = time.perf_counter()
-        update(self)
+steps, prof = [], profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+get_batch, log_step = train_gpt2.ShardLoader.next, RunFolder.log_step  # the first thing and the last that a step does
+def begin(stream, n):
+    steps.append(n)
+    if len(steps) == {args.warmup} + 1:
+        prof.start()
+    return get_batch(stream, n)
+def end(run, step, scalars, seconds):
+    if step == {args.warmup}:
         torch.cuda.synchronize() if cuda else None
-        found.append(("step", (time.perf_counter() - started) * 1e3, 1))
-    for event in prof.key_averages():
-        found.append((event.key, (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3, event.count))
-train_gpt2.Trainer.update = profiled
+        prof.stop()
+        kernels = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3, e.count) for e in prof.key_averages()]
+        print("PROFILE" + json.dumps([seconds * 1e3, kernels]))
+    log_step(run, step, scalars, seconds)
+train_gpt2.ShardLoader.next, RunFolder.log_step = begin, end
 train_gpt2.main(sys.argv[1:])
-print("PROFILE" + json.dumps(found))
 """
     console, _ = run([sys.executable, "-c", code, *settings(flags, args.warmup + 2, args)], folder)
-    (_, wall, _), *kernels = json.loads(console.split("PROFILE")[1])
+    wall, kernels = json.loads(re.search("^PROFILE(.*)$", console, re.M)[1])
     kernels.sort(key=lambda kernel: -kernel[1])
-    groups = dict.fromkeys(GROUPS, 0.0)
-    for name, ms, _ in kernels:
-        groups[next(group for group, words in GROUPS.items() if re.search(words, name, re.I))] += ms
+    groups = dict.fromkeys(GROUPS, (0.0, 0))
+    for name, ms, calls in kernels:
+        group = next(group for group, words in GROUPS.items() if re.search(words, name, re.I))
+        groups[group] = groups[group][0] + ms, groups[group][1] + calls
     return wall, groups, kernels[:args.kernels]
 
 
@@ -159,9 +163,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="steps that count")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them; the first compiles")
-    parser.add_argument("-B", type=int, default=64, help="sequences a forward pass")
-    parser.add_argument("-T", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--total", type=int, default=524_288, help="tokens a step")
+    parser.add_argument("-B", type=int, default=64, help="sequences per forward pass")
+    parser.add_argument("-T", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--total", type=int, default=524_288, help="tokens per step")
     parser.add_argument("--gpus", type=int, default=1, help="of our rows, by torchrun; tok/s is that of all")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of the baseline")
     parser.add_argument("--fp32", action="store_true", help="the baseline without autocast, which ours leaves out on a CPU")
@@ -177,8 +181,9 @@ def main():
         if args.profile:
             for row in args.row:
                 wall, groups, kernels = profile(row, folder, args)
-                print(f"\n`{row}`: {sum(groups.values()):.1f} ms of kernels in a step of {wall:.1f} ms\n\n| kernels | ms |\n|---|---:|")
-                print("\n".join(f"| {group} | {ms:.1f} |" for group, ms in groups.items()))
+                total = sum(ms for ms, _ in groups.values())
+                print(f"\n`{row}`: {total:.1f} ms of kernels in a step of {wall:.1f} ms\n\n| kernels | ms | calls |\n|---|---:|---:|")
+                print("\n".join(f"| {group} | {ms:.1f} | {calls} |" for group, (ms, calls) in groups.items()))
                 print("\n".join(f"    {ms:9.2f} ms {count:6} x {name[:120]}" for name, ms, count in kernels))
             return
         rows = {row: (lambda row=row: ours(row, folder, args)) for row in args.row}
@@ -195,7 +200,7 @@ def main():
 
     rates = {row: statistics.median(figures["rate"] for figures in found) for row, found in results.items()}
     first = next(iter(rates))
-    print(f"\n| medians of {args.rounds} rounds | ms a step (all) | of them waiting for data | tok/s | MFU | against {first} | peak GB | "
+    print(f"\n| medians of {args.rounds} rounds | ms per step (all) | of them waiting for data | tok/s | MFU | against {first} | peak GB | "
           "seconds to the first step |\n|---|---|---:|---:|---:|---:|---:|---|")
     for row, rate in rates.items():
         rounds, starts = (", ".join(form.format(figures[key]) for figures in results[row]) for key, form in (("ms", "{:.1f}"), ("first", "{:.0f}")))

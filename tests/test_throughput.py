@@ -1,5 +1,6 @@
 """benchmarks/throughput.py, launched at a tiny size. Run: python -m pytest tests/test_throughput.py"""
 
+import ast
 import os
 import re
 import signal
@@ -19,13 +20,13 @@ def test_rows_are_timed_and_compared(launch):
     rows = [TINY, f"{TINY} --mlp swiglu", f"{TINY} --total_batch_size 128"]
     result = launch("benchmarks/throughput.py", *(word for row in rows for word in ("--row", row)), "--rounds", 1, *FLAGS)
     assert result.returncode == 0, result.stderr
-    found = re.findall(r"^\| `(.*)` \| ([\d.]+) \(([\d.]+)\) \| ([\d.]+) \| ([\d,]+) \| n/a \| ([\d.]+) \| n/a \| \d+ \|$", result.stdout, re.M)
-    assert [row[0] for row in found] == rows and found[0][5] == "1.000"
-    rates = [float(row[4].replace(",", "")) for row in found]
-    for (_, median, only, data, _, ratio), rate, tokens in zip(found, rates, (64, 64, 128), strict=True):
-        assert median == only and float(data) < float(median)
-        assert rate * float(median) / 1e3 == pytest.approx(tokens, rel=0.05)
-        assert float(ratio) == pytest.approx(rate / rates[0], abs=0.002)
+    figures = [ast.literal_eval(text) for text in re.findall(r"^--preset .*: (\{.*\})$", result.stderr, re.M)]  # not rounded
+    first = figures[0]["rate"]
+    for found, tokens in zip(figures, (64, 64, 128), strict=True):
+        assert 0 <= found["data"] <= found["ms"] and found["rate"] * found["ms"] / 1e3 == pytest.approx(tokens)
+    table = [line for line in result.stdout.splitlines() if line.startswith("| `")]
+    assert table == [f"| `{row}` | {f['ms']:.1f} ({f['ms']:.1f}) | {f['data']:.2f} | {f['rate']:,.0f} | n/a | {f['rate'] / first:.3f} | n/a | "
+                     f"{f['first']:.0f} |" for row, f in zip(rows, figures, strict=True)]
 
 
 def test_a_failing_row_shows_its_error(launch):
@@ -36,8 +37,8 @@ def test_a_failing_row_shows_its_error(launch):
 def test_profile_names_the_kernels(launch):
     result = launch("benchmarks/throughput.py", "--row", TINY, "--profile", *FLAGS)
     assert result.returncode == 0, result.stderr
-    groups = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|$", result.stdout, re.M))
-    assert float(groups["matmul"]) > 0 and float(groups["attention"]) > 0 and float(groups["loss"]) > 0
+    calls = {group: int(n) for group, n in re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| (\d+) \|$", result.stdout, re.M)}
+    assert min(calls[group] for group in ("matmul", "attention", "loss", "optimizer")) > 0  # times may round to 0.0 ms
     assert re.search(r"ms +\d+ x aten::addmm", result.stdout)
 
 
