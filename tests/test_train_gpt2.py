@@ -1,5 +1,6 @@
 """train_gpt2.py against references, and launched for real. Run: python -m pytest tests/test_train_gpt2.py -n 2"""
 
+import ast
 import itertools
 import json
 import math
@@ -63,6 +64,12 @@ def all_pairs(toggles):
         missing -= set(itertools.combinations(best.items(), 2))
         chosen.append(best)
     return chosen
+
+
+def go(data, folder, *flags):
+    """A tiny run in this process -> its folder."""
+    train_gpt2.main([str(word) for word in (*TINY_FLAGS, "--data", data, "--log_dir", folder.parent, "--run_name", folder.name, *flags)])
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,13 +151,12 @@ def test_gpt2_has_124_475_904_parameters():
     assert counts["layer"] == 12 * 768**2 + 13 * 768
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_mlps_have_like_parameter_counts(size):
-    with torch.device("meta"):
-        counts = {mlp: sum(p.numel() for p in cls(GPTConfig(**SIZES[size], bias=False)).parameters())
-                  for mlp, cls in train_gpt2.MLPS.items()}
-    assert counts["relu2"] == counts["gelu"]
-    assert counts["swiglu"] == pytest.approx(counts["gelu"], rel=0.02)
+def test_mlps_have_like_parameter_counts():
+    for size in SIZES.values():
+        with torch.device("meta"):
+            gelu, swiglu, relu2 = (sum(p.numel() for p in train_gpt2.MLPS[name](GPTConfig(**size, bias=False)).parameters())
+                                   for name in ("gelu", "swiglu", "relu2"))
+        assert relu2 == gelu and swiglu == pytest.approx(gelu, rel=0.02)
     assert train_gpt2.SwiGLUMLP(GPTConfig(n_embd=2)).c_proj.weight.shape == (2, 16)  # never without hidden units
 
 
@@ -478,7 +484,7 @@ def test_shards_of_other_projects(tmp_path):
     nanogpt, llmc, llama = (tmp_path / name for name in ("build-nanogpt", "llm.c", "llama"))
     for folder in (nanogpt, llmc, llama):
         folder.mkdir()
-    for split, part in (("val", ids[:100]), ("train", ids)):
+    for split, part in (("val", ids[:-101:-1]), ("train", ids)):
         np.save(nanogpt / f"edufineweb_{split}_000001.npy", part.astype(np.uint16))
         write_bin(llmc / f"fineweb_{split}_000001.bin", part.astype(np.uint16), 20240520, 1)
         write_bin(llama / f"fineweb_{split}_000001.bin", (part + 70_000).astype(np.uint32), 20240801, 7)
@@ -599,7 +605,7 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     x, y = val[:320].reshape(10, 32), val[1:321].reshape(10, 32)  # whole rows of 330 tokens
     with torch.no_grad():
         assert model(torch.tensor(x), torch.tensor(y)).item() / 320 == pytest.approx(log[42, "val"], rel=1e-5)
-    assert sample(model, same, SampleConfig(prompt="the dog"))[0] in map(eval, quoted(result.stdout))
+    assert sample(model, same, SampleConfig(prompt="the dog"))[0] in [ast.literal_eval(line[2:]) for line in result.stdout.splitlines() if line.startswith("> ")]
 
     # TensorBoard, by its own reader
     events = EventAccumulator(str(folder)).Reload()
@@ -623,40 +629,37 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     assert events.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
 
 
-def quoted(stdout):
-    """The printed samples, as repr wrote them."""
-    return [line[2:] for line in stdout.splitlines() if line.startswith("> ")]
+MASKED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2
+from lib.cli import run
+real = train_gpt2.micro_batches
+def masked(*args, **settings):
+    return [(idx, targets.masked_fill(targets % 7 == 3, -1)) for idx, targets in real(*args, **settings)]
+train_gpt2.micro_batches = masked
+if __name__ == "__main__":
+    run(train_gpt2.main)
+"""
 
 
-def test_same_losses_for_any_number_of_processes_and_micro_batch(launch, data, tmp_path):
-    base = [*TINY_FLAGS, "--data", str(data), "--shuffle", "--val_tokens", "300", "--log_dir", str(tmp_path / "log")]
-    train_gpt2.main([*base, "--run_name", "one", "--micro_batch", "8"])
-    for run, processes, flags in (("small", 1, ["--micro_batch", "1"]), ("two", 2, ["--micro_batch", "2"])):
-        result = launch("train_gpt2.py", *base, "--run_name", run, *flags, processes=processes)
-        assert result.returncode == 0, result.stderr
-    want = read_log(tmp_path / "log" / "one")
-    assert [key for key in want if key[1] == "val"] == [(0, "val"), (4, "val"), (6, "val")]
-    for run in ("small", "two"):
-        assert read_log(tmp_path / "log" / run) == pytest.approx(want, rel=1e-5), run
-    states = [torch.load(tmp_path / "log" / run / "ckpt_00006.pt", weights_only=True) for run in ("one", "two")]
-    assert states[0]["loader"] == states[1]["loader"] and states[0]["model"].keys() == states[1]["model"].keys()
-
-
-def test_the_loop_against_a_plain_one(data, tmp_path):
-    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "5", "--grad_clip", "1.7", "--weight_decay", "0.5",
-             "--eval_every", "0", "--micro_batch", "4", "--log_dir", str(tmp_path), "--run_name", "a"]
-    train_gpt2.main(flags)
-    (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), flags, None, PRESETS)
-    model_cfg.vocab_size, cfg.steps = 280, 5
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(masked, launch, data, tmp_path):
+    """Masked targets, of which every process and micro-batch has another number, are left out of the mean over all."""
+    flags = ["--grad_clip", "1.7", "--weight_decay", "0.5", "--val_tokens", "300", "--shuffle"]
+    (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), [*TINY_FLAGS, *flags], None, PRESETS)
+    model_cfg.vocab_size, cfg.steps = 280, cfg.max_steps
     torch.manual_seed(cfg.seed)
-    model, loader = GPT(model_cfg), ShardLoader(Shards(data).train, SimpleNamespace(vocab_size=280), None)
+    model, loader = GPT(model_cfg), ShardLoader(Shards(data).train, SimpleNamespace(vocab_size=280, eot=279), cfg.seed)
     matrices, vectors = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
     losses, norms = {}, []
-    for step in range(5):
+    for step in range(6):
         tokens = torch.from_numpy(loader.next(256))
-        loss = model(tokens[:-1].view(8, 32), tokens[1:].view(8, 32)) / 256  # the whole batch at once
+        idx, targets = tokens[:-1].view(8, 32), tokens[1:].clone().view(8, 32)
+        if masked:
+            targets[targets % 7 == 3] = -1
+        loss = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden(model, idx))).flatten(0, 1), targets.flatten(), ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.7).item())
@@ -665,20 +668,28 @@ def test_the_loop_against_a_plain_one(data, tmp_path):
         optimizer.step()
         losses[step, "train"] = loss.item()
     assert min(norms) < 1.7 < max(norms)  # Adam would not notice if all steps were scaled alike
-    assert read_log(tmp_path / "a") == pytest.approx(losses, rel=1e-5)
+
+    script = tmp_path / "masked.py" if masked else "train_gpt2.py"
+    (tmp_path / "masked.py").write_text(MASKED)
+    logs, states = [], []
+    for run, processes, micro_batch in (("one", 1, 8), ("small", 1, 1), ("two", 2, 2)):
+        result = launch(script, *TINY_FLAGS, "--data", data, *flags, "--run_name", run, "--micro_batch", micro_batch, processes=processes)
+        assert result.returncode == 0, result.stderr
+        logs.append(read_log(tmp_path / "log" / run))
+        states.append(torch.load(tmp_path / "log" / run / "ckpt_00006.pt", weights_only=True))
+        assert {key: value for key, value in logs[-1].items() if key[1] == "train"} == pytest.approx(losses, rel=1e-5), run
+        assert logs[-1] == pytest.approx(logs[0], rel=1e-5) and (0, "val") in logs[0] and (6, "val") in logs[0]
+    assert states[0]["loader"] == states[2]["loader"] and states[0]["model"].keys() == states[2]["model"].keys()
 
 
-def test_a_modern_run_with_dropout_and_accumulation_in_process(data, tmp_path, capsys):
-    flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--max_steps", "5", "--qk_norm", "--dropout", "0.1",
-             "--no-tie_embeddings", "--schedule", "wsd", "--grad_clip", "0", "--micro_batch", "2", "--eval_every", "0",
-             "--save_every", "0", "--log_dir", str(tmp_path), "--run_name", "modern"]
-    train_gpt2.main(flags)
-    log = read_log(tmp_path / "modern")
+def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_path, capsys):
+    flags = ["--preset", "modern", "--max_steps", 5, "--qk_norm", "--dropout", 0.1, "--no-tie_embeddings", "--schedule", "wsd",
+             "--grad_clip", 0, "--micro_batch", 2, "--eval_every", 0, "--save_every", 0]
+    log = read_log(go(data, tmp_path / "modern", *flags))
     assert [kind for _, kind in log] == ["train"] * 5
     assert [p.name for p in (tmp_path / "modern").glob("ckpt*")] == ["ckpt_00005.pt"]  # the last step, always
     assert "2 sequences x 32 tokens x 4 accumulation steps x 1 processes" in capsys.readouterr().out
-    train_gpt2.main([*flags[:-1], "again"])  # the same seed: the same run
-    assert read_log(tmp_path / "again") == log
+    assert read_log(go(data, tmp_path / "again", *flags)) == log
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -721,9 +732,7 @@ def short(value):
 @pytest.fixture(scope="session")
 def half_a_run(data, tmp_path_factory):
     """A run folder with the checkpoint of step 4; the tests' flags would go on to 6."""
-    folder = tmp_path_factory.mktemp("half") / "half"
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "4", "--log_dir", str(folder.parent), "--run_name", "half"])
-    return folder
+    return go(data, tmp_path_factory.mktemp("half") / "half", "--max_steps", 4)
 
 
 @pytest.fixture
@@ -764,24 +773,18 @@ def test_a_bad_start_is_one_line_and_changes_nothing_that_was_there(flags, says,
                                    ["--max_lr", "1e6", "--max_skipped", "99"], ["--val_tokens", "1e30"],
                                    ["--min_lr_frac", "0", "--weight_decay", "1e6"]], ids=short)
 def test_odd_sizes_within_the_bounds_train(flags, data, tmp_path):
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a", "--sample_every", "2", *flags])
+    go(data, tmp_path / "a", "--sample_every", 2, *flags)
     assert len([kind for _, kind in read_log(tmp_path / "a") if kind == "train"]) == 6 and (tmp_path / "a" / "ckpt_00006.pt").exists()
 
 
-def test_a_shard_that_is_not_whole_is_one_line(launch, tokenizer, tmp_path):
-    folder = write_data(tmp_path / "toy", tokenizer)
-    path = folder / "toy_train_000002.npy"
+@pytest.mark.parametrize("flags, says", [(["--max_step", 5], "unknown flag --max_step: did you mean --max_steps"),
+                                         ([*TINY_FLAGS, "--data", "toy"], "toy_train_000002.npy")], ids=["flag", "shard"])
+def test_bad_input_of_a_real_process_is_one_line(flags, says, launch, tokenizer, tmp_path):
+    path = write_data(tmp_path / "toy", tokenizer) / "toy_train_000002.npy"
     path.write_bytes(path.read_bytes()[:-2])
-    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", folder)
+    result = launch("train_gpt2.py", *flags)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("train_gpt2.py: error: ") and "toy_train_000002.npy" in result.stderr
-    assert not (tmp_path / "log").exists() or not list(tmp_path.glob("log/*/ckpt*"))
-
-
-def test_bad_input_of_a_real_process_is_one_line(launch, tmp_path):
-    result = launch("train_gpt2.py", "--max_step", 5)
-    assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
-    assert result.stderr.startswith("train_gpt2.py: error: unknown flag --max_step: did you mean --max_steps") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("train_gpt2.py: error: ") and says in result.stderr and not list(tmp_path.glob("log/*/ckpt*"))
 
 
 def test_debug_shows_where_bad_input_was_found(launch, data):
@@ -805,10 +808,9 @@ def test_bad_input_under_torchrun_is_said_once(launch, data):
 
 
 def test_a_run_that_diverges_ends_in_one_line_with_a_checkpoint_from_before(data, tmp_path):
-    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "90", "--warmup_steps", "0", "--max_lr", "1e6", "--grad_clip", "0",
-             "--eval_every", "1", "--sample_every", "1"]  # neither validation nor samples end it before
     with pytest.raises(BadInput, match=r"the last 3 steps were non-finite; .*ckpt_0000\d.pt is from before"):
-        train_gpt2.main([*flags, "--max_skipped", "3", "--log_dir", str(tmp_path)])
+        go(data, tmp_path / "a", "--max_steps", 90, "--warmup_steps", 0, "--max_lr", 1e6, "--grad_clip", 0, "--max_skipped", 3,
+           "--eval_every", 1, "--sample_every", 1)  # neither validation nor samples end it before
 
 
 def patch_training(monkeypatch, change):
@@ -853,8 +855,8 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     calls = patch_training(monkeypatch, at({3, 7}, how))
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "8", "--log_dir", str(tmp_path), "--run_name", "a"])
-    log, folder = read_log(tmp_path / "a"), tmp_path / "a"
+    folder = go(data, tmp_path / "a", "--max_steps", 8)
+    log = read_log(folder)
     finite = [n not in (3, 7) or how is infinite_gradient for n in range(8)]
     assert [math.isfinite(log[step, "train"]) for step in range(8)] == finite
     assert ("3 train nan" in (folder / "log.txt").read_text()) == (how is nan_loss)
@@ -874,41 +876,34 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
 
 def test_skipped_updates_that_are_not_in_a_row_do_not_end_a_run(data, tmp_path, monkeypatch):
     patch_training(monkeypatch, at({0, 1, 3, 4, 6, 7}, nan_loss))
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "8", "--max_skipped", "3", "--log_dir", str(tmp_path),
-                     "--run_name", "a"])
-    assert torch.load(tmp_path / "a" / "ckpt_00008.pt", weights_only=True)["skipped"] == 6
+    folder = go(data, tmp_path / "a", "--max_steps", 8, "--max_skipped", 3)
+    assert torch.load(folder / "ckpt_00008.pt", weights_only=True)["skipped"] == 6
 
 
 def test_a_run_given_up_leaves_the_checkpoint_from_before(data, half_a_run, tmp_path, monkeypatch):
     shutil.copytree(half_a_run, tmp_path / "half")
     before = (half_a_run / "ckpt_00004.pt").read_bytes()
     calls = patch_training(monkeypatch, at({1, 2, 3}, nan_loss))
-    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "half", "--max_steps", "20",
-             "--max_skipped", "3"]
-    with pytest.raises(BadInput,
-                       match=r"the last 3 steps were non-finite; .*half/ckpt_00004.pt is from before"):
-        train_gpt2.main([*flags, "--save_every", "6"])  # that would be of the skipped updates
+    with pytest.raises(BadInput, match=r"the last 3 steps were non-finite; .*half/ckpt_00004.pt is from before"):
+        go(data, tmp_path / "half", "--max_steps", 20, "--max_skipped", 3, "--save_every", 6)  # that would be of the skipped updates
     assert len(calls) == 4 and [p.name for p in (tmp_path / "half").glob("ckpt*")] == ["ckpt_00004.pt"]
     assert (tmp_path / "half" / "ckpt_00004.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_skipped_update(first, data, tmp_path,
-                                                                                             monkeypatch):
-    flags = [*TINY_FLAGS, "--data", str(data), "--shuffle", "--dropout", "0.1", "--log_dir", str(tmp_path), "--max_skipped",
-             "3"]
-    train_gpt2.main([*flags, "--run_name", "undisturbed"])
+def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_skipped_update(first, data, tmp_path, monkeypatch):
+    flags = ["--shuffle", "--dropout", 0.1, "--max_skipped", 3]
+    whole, folder, saved = go(data, tmp_path / "undisturbed", *flags), tmp_path / "a", tmp_path / "a" / f"ckpt_{first:05d}.pt"
     with monkeypatch.context() as patch:
         calls = patch_training(patch, at(range(first, 99), nan_loss))
-        with pytest.raises(BadInput, match=f"the last 3 steps .*a/ckpt_{first:05d}.pt is from before: lower --max_lr"):
-            train_gpt2.main([*flags, "--run_name", "a"])
-    assert len(calls) == first + 3 and [p.name for p in (tmp_path / "a").glob("ckpt*")] == [f"ckpt_{first:05d}.pt"]
-    assert same(calls[first][1], weights_in(tmp_path / "a" / f"ckpt_{first:05d}.pt"))
-    state = torch.load(tmp_path / "a" / f"ckpt_{first:05d}.pt", weights_only=True)
+        with pytest.raises(BadInput, match=f"the last 3 steps .*a/{saved.name} is from before: lower --max_lr"):
+            go(data, folder, *flags)
+    assert len(calls) == first + 3 and list(folder.glob("ckpt*")) == [saved] and same(calls[first][1], weights_in(saved))
+    state = torch.load(saved, weights_only=True)
     assert (state["step"], state["skipped"]) == (first, 0)
-    train_gpt2.main([*flags, "--run_name", "a"])  # the same command goes on from there, as if nothing had been
-    assert read_log(tmp_path / "a") == read_log(tmp_path / "undisturbed")
-    assert same(*(weights_in(tmp_path / run / "ckpt_00006.pt") for run in ("a", "undisturbed")))
+    go(data, folder, *flags)  # the same command goes on from there, as if nothing had been
+    assert read_log(folder) == read_log(whole)
+    assert same(*(weights_in(run / "ckpt_00006.pt") for run in (folder, whole)))
 
 
 ONE_RANK_FAILS = f"""
@@ -950,8 +945,7 @@ def test_both_processes_skip_what_one_has_no_finite_loss_for(launch, data, tmp_p
 def test_a_spike_names_its_batch(shuffle, data, tmp_path, monkeypatch, capsys):
     spikes = {4, 15, 30}  # of the first, too early, nothing can be told
     calls = patch_training(monkeypatch, at(spikes, lambda loss: loss + 5))
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "36", "--eval_every", "0", "--log_dir", str(tmp_path),
-                     "--run_name", "a", *(["--shuffle"] if shuffle else [])])
+    go(data, tmp_path / "a", "--max_steps", 36, "--eval_every", 0, *(["--shuffle"] if shuffle else []))
     lines = [line for line in capsys.readouterr().out.splitlines() if "spike:" in line]
     assert [line.split()[1] for line in lines] == ["15", "30"]
     log, files, tokens = read_log(tmp_path / "a"), Shards(data).train, load_tokenizer(str(data / "tokenizer.json"))
@@ -979,33 +973,28 @@ def test_the_time_a_step_waits_for_its_data_is_logged(data, tmp_path, monkeypatc
 
     real = ShardLoader.next
     monkeypatch.setattr(ShardLoader, "next", lambda self, n: time.sleep(0.2) or real(self, n))
-    train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--eval_every", "0", "--log_dir", str(tmp_path), "--run_name", "a"])
-    events = EventAccumulator(str(tmp_path / "a")).Reload()
+    events = EventAccumulator(str(go(data, tmp_path / "a", "--max_steps", 3, "--eval_every", 0))).Reload()
     waited, took = ([event.value for event in events.Scalars(tag)] for tag in ("perf/data_ms", "perf/step_ms"))
     assert len(waited) == 3 and all(199 < wait <= step for wait, step in zip(waited, took, strict=True))
 
 
 def test_deterministic_runs_on_a_cpu_and_changes_nothing_there(launch, data, tmp_path):
-    flags = [*TINY_FLAGS, "--data", str(data), "--max_steps", "3", "--dropout", "0.1", "--log_dir", str(tmp_path / "log")]
+    flags = ["--max_steps", 3, "--dropout", 0.1]
     # a process of its own: it is a global switch
-    result = launch("train_gpt2.py", *flags, "--run_name", "deterministic", "--deterministic")
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, *flags, "--run_name", "deterministic", "--deterministic")
     assert result.returncode == 0, result.stderr
-    train_gpt2.main([*flags, "--run_name", "plain"])
-    assert not torch.are_deterministic_algorithms_enabled()
-    logs = [(tmp_path / "log" / run / "log.txt").read_text() for run in ("deterministic", "plain")]
-    assert logs[0] == logs[1] and logs[0].count(" train ") == 3
+    plain = go(data, tmp_path / "log" / "plain", *flags)
+    assert read_log(plain) == read_log(tmp_path / "log" / "deterministic") and not torch.are_deterministic_algorithms_enabled()
     assert json.loads((tmp_path / "log" / "deterministic" / "config.json").read_text())["train"]["deterministic"] is True
 
 
 def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_one(launch, data, tmp_path):
-    flags = [*TINY_FLAGS, "--data", str(data), "--preset", "modern", "--micro_batch", "4", "--eval_every", "2",  # 10 rows of validation
-             "--sample_every", "3", "--save_every", "2", "--log_dir", str(tmp_path / "log")]
-    result = launch("train_gpt2.py", *flags, "--run_name", "compiled", "--compile", timeout=300)
+    flags = ["--preset", "modern", "--micro_batch", 4, "--eval_every", 2, "--sample_every", 3, "--save_every", 2]  # 10 rows of validation
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, *flags, "--run_name", "compiled", "--compile", timeout=300)
     assert result.returncode == 0, result.stderr
     assert "was recompiled" not in result.stdout and "recompil" not in result.stderr
-    train_gpt2.main([*flags, "--run_name", "plain"])
-    compiled, plain = (read_log(tmp_path / "log" / run) for run in ("compiled", "plain"))
-    assert len(plain) == 6 + 4 and compiled == pytest.approx(plain, rel=1e-4)
+    plain = read_log(go(data, tmp_path / "log" / "plain", *flags))
+    assert len(plain) == 6 + 4 and read_log(tmp_path / "log" / "compiled") == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.gpu
