@@ -24,7 +24,7 @@ class StopSignals:
         self.say, self.processes = say, processes
         self.patience = PATIENCE if processes.world_size > 1 else None
         self.echo = ECHO if processes.distributed else 0.0
-        self.received, self.agreed, self.taken = None, False, threading.Event()
+        self.received, self.agreed, self.taken, self.threads = None, False, threading.Event(), []
 
     def heard(self):
         """The main thread is well; what it does from here on may take its time."""
@@ -60,8 +60,7 @@ class StopSignals:
             for number in self.before:  # a handler must exist for the number to be written to the socket
                 self.before[number] = signal.signal(number, lambda *_: None)
             self.before_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-            self.listener = threading.Thread(target=self._listen, daemon=True)
-            self.listener.start()
+            self._start(self._listen)
         return self
 
     def __exit__(self, *_):
@@ -69,9 +68,14 @@ class StopSignals:
             signal.set_wakeup_fd(self.before_fd)
             for number, handler in self.before.items():
                 signal.signal(number, handler)
-            self.writer.close()  # ends the thread
-            self.listener.join(1)
+            self.writer.close()  # ends the listener
         self.taken.set()
+        for thread in self.threads:  # the last one to hold a tensor (through `say`) must not drop it while Python shuts down: that aborts
+            thread.join()
+
+    def _start(self, target):
+        self.threads.append(threading.Thread(target=target, daemon=True))
+        self.threads[-1].start()
 
     def _listen(self):
         first = 0.0
@@ -81,7 +85,7 @@ class StopSignals:
             if self.received is None:
                 first, self.received = time.monotonic(), signal.Signals(number[0]).name
                 if self.patience:
-                    threading.Thread(target=self._impatient, daemon=True).start()
+                    self._start(self._impatient)
                 self.say(f"{self.received}: this step is finished, then the run is saved; a second signal ends it at once")
             elif time.monotonic() - first > self.echo:
                 os._exit(128 + number[0])
