@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import hellaswag
-import train_gpt2
-from lib.devices import autocast, pick_device
+from lib.devices import Processes, autocast
+from lib.evals import hellaswag
+from train_gpt2 import load_checkpoint
 
 
 def baseline_functions(folder):
@@ -44,20 +44,21 @@ def main():
     parser.add_argument("--file", required=True, help="hellaswag_val.jsonl")
     parser.add_argument("--limit", type=int, help="items of the loop")
     parser.add_argument("--rounds", type=int, default=3, help="of ours")
-    parser.add_argument("--fp32", action="store_true", help="no autocast, so that rounding decides between no endings")
+    parser.add_argument("--fp32", action="store_true", help="no autocast, so that rounding decides nothing")
     args = parser.parse_args()
-    device = pick_device("auto")
-    model, tokenizer, _ = train_gpt2.load_checkpoint(args.checkpoint, device)
+    processes = Processes("auto")
+    device = processes.device
+    model, tokenizer, _ = load_checkpoint(args.checkpoint, device)
     items, precision = hellaswag.load(args.file), contextlib.nullcontext if args.fp32 else functools.partial(autocast, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    print("| | items | seconds | items a second | acc_norm |\n|---|---:|---:|---:|---:|")
+    print("| | items | seconds | items/s | acc_norm |\n|---|---:|---:|---:|---:|")
     for _ in range(args.rounds):
         started = time.perf_counter()
         rendered = hellaswag.render(items, tokenizer, model.config.block_size)
         between = time.perf_counter()
         with precision():
-            n, _, right, _ = hellaswag.evaluate(model, rendered, device)
+            n, _, right, _ = hellaswag.evaluate(model, rendered, processes)
         seconds = time.perf_counter() - started
         print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
 
@@ -74,7 +75,7 @@ def main():
     synchronize()
     n, seconds = args.limit or len(items), time.perf_counter() - started
     with precision():
-        _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], device)
+        _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], processes)
     print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
 
 

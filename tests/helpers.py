@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -89,3 +91,70 @@ def reference(model, context, continuation):
         with torch.no_grad():
             total += model(torch.tensor([ids[start:i]]))[0, -1].log_softmax(dim=-1)[ids[i]].item()
     return total
+
+
+def task_items(task, n=6):
+    """n items of a task of lm-evaluation-harness with the columns that it reads, some longer than a window of 48 tokens."""
+    rng = random.Random(task)
+    texts = sentences(4 * n, task)
+
+    def one(i):
+        short, long = texts[4 * i], f"{texts[4 * i + 1]} " * rng.choice((1, 12))
+        answers = [text[:rng.randint(9, 40)].strip() for text in texts[4 * i:4 * i + 4]]
+        choice = {"choices": {"text": answers, "label": list("ABCD")}, "answerKey": "ABCD"[i % 4]}
+        return {
+            "hellaswag": {"activity_label": "Sitting", "ctx_a": long.strip(), "ctx_b": "the fly", "endings": answers,
+                          "label": str(i % 4)},
+            "arc_easy": {"question": long.strip(), **choice}, "arc_challenge": {"question": short, **choice},
+            "arc_challenge_chat": {"question": short, **choice},
+            "piqa": {"goal": short, "sol1": answers[0], "sol2": answers[1], "label": i % 2},
+            "winogrande": {"sentence": f"{short} So _ was on it.", "option1": "the cat", "option2": "a dog", "answer": "12"[i % 2]},
+            "lambada_openai": {"text": f"{long}It was the {rng.choice(('cat', 'mat', 'tabletop'))}"},
+            "boolq": {"passage": long, "question": short, "label": i % 2},
+            "openbookqa": {"question_stem": short, **choice},
+            "sciq": {"support": long, "question": short, "correct_answer": "mat", "distractor1": "cat", "distractor2": "a dog",
+                     "distractor3": "roof"},
+            "wikitext": {"page": f" = Title = \n {long * (i % 3)} "},
+        }[task]
+
+    return [one(i) for i in range(n)]
+
+
+def save_random_gpt2(folder):
+    """A Hugging Face GPT-2 of two layers with random weights and opinions, and GPT-2's tokenizer, as save_pretrained writes them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from benchmarks.harness_parity import save_gpt2_tokenizer
+
+    torch.manual_seed(7)
+    # large weights, but a head not so sure of itself that float32's rounding of a log-likelihood would show
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=48, initializer_range=0.2)).save_pretrained(folder)
+    save_gpt2_tokenizer(folder)
+    return folder
+
+
+def run_together(world_size, work):
+    """Run `work(processes)` on so many ranks at once, in threads whose `sum` is gloo's -> list of what it returned or raised."""
+    sums, barrier = [None] * world_size, threading.Barrier(world_size, timeout=60)
+
+    class Rank:
+        device, distributed = torch.device("cpu"), False
+
+        def __init__(self, rank):
+            self.rank, self.world_size, self.main = rank, world_size, rank == 0
+
+        def sum(self, values):
+            sums[self.rank] = values
+            barrier.wait()
+            total = [float(sum(column)) for column in zip(*sums)]
+            barrier.wait()
+            return total
+
+    def run(rank):
+        try:
+            return work(Rank(rank))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(run, range(world_size)))
