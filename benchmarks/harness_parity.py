@@ -2,7 +2,7 @@
 
     python benchmarks/harness_parity.py --checkpoint log/<run>/ckpt_<step>.pt --data_dir DIR
 
-The weights are handed to transformers' GPT-2. Prints seconds, each task's metric, and how far the log-likelihoods are apart, in nats.
+The weights are handed to transformers' GPT-2. Prints seconds, each task's metric, and how far apart the log-likelihoods are (median, maximum), in nats.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval_harness
 from lib.devices import Processes
-from train_gpt2 import CONV1D, load_checkpoint
+from lib.evals import harness
+from lib.huggingface import CONV1D
+from train_gpt2 import load_checkpoint
 
 
 def save_as_hugging_face(model, folder):
@@ -27,7 +28,8 @@ def save_as_hugging_face(model, folder):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                    n_head=c.n_head))
     ours = model.state_dict()
     with torch.no_grad():
         for key, p in hf.state_dict().items():
@@ -56,23 +58,23 @@ def main():
     args = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
 
-    manager, names = eval_harness.find_tasks(args.tasks)
+    manager, names = harness.find_tasks(args.tasks)
     with Processes("auto") as processes, tempfile.TemporaryDirectory() as folder:
         model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
         save_as_hugging_face(model, Path(folder))
         theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size, dtype="float32")
         rows = [("the harness's adapter, fp32", theirs)]
-        rows += [(f"ours, {dtype}", eval_harness.adapter(model, tokenizer, processes, dtype=dtype)) for dtype in ("float32", "auto")]
+        rows += [(f"ours, {dtype}", harness.adapter(model, tokenizer, processes, dtype=dtype)) for dtype in ("float32", "auto")]
         want = None
         for name, lm in rows:
-            tasks = eval_harness.load_tasks(manager, names, args.data_dir)
+            tasks = harness.load_tasks(manager, names, args.data_dir)
             started = time.perf_counter()
-            results = eval_harness.evaluate(lm, manager, tasks, args.limit)["results"]
+            results = harness.evaluate(lm, tasks, args.limit)["results"]
             seconds = time.perf_counter() - started
             nats = [request.resps[0][0] for task in tasks for request in task.instances]
             want = want or nats
             apart = sorted(abs(a - b) for a, b in zip(nats, want, strict=True))
-            scores = ", ".join(f"{task} {results[task][key]:.4f}" for task, key in eval_harness.headlines({"results": results}).items())
+            scores = ", ".join(f"{task} {results[task][key]:.4f}" for task, key in harness.headlines({"results": results}).items())
             print(f"| {name} | {seconds:.1f} s | {scores} | {statistics.median(apart):.6f} | {apart[-1]:.6f} |", flush=True)
 
 

@@ -1,0 +1,427 @@
+"""lib/evals/harness.py against the harness's own Hugging Face adapter on the same weights and files:
+python -m pytest tests/lib/evals/test_harness.py"""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import reference, save_random_gpt2, sentences, task_items, tiny, write_lines
+
+from benchmarks import harness_parity
+from lib.cli import BadInput
+from lib.decoding import NonFinite
+from lib.devices import Processes
+from lib.evals import harness
+from lib.evals.harness import Prompts
+from lib.tokenizers import load_tokenizer
+from train_gpt2 import GPT
+
+WINDOW = 48
+TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq", "openbookqa", "sciq", "wikitext")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """What datasets stores of the files of these tests goes with them."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        write_lines(folder / f"{task}.jsonl", task_items(task))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manager():
+    """The harness's index, or the part of it that has these tasks."""
+    manager = harness.task_manager(TASKS)
+    assert len(manager.all_tasks) < 1000  # all of them take seconds
+    return manager
+
+
+@pytest.fixture(scope="module")
+def processes():
+    return Processes("cpu")
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    return save_random_gpt2(tmp_path_factory.mktemp("hf") / "random-gpt2")
+
+
+@pytest.fixture(scope="module")
+def model(hf_folder):
+    return GPT.from_pretrained(str(hf_folder)).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(model, hf_folder, processes):
+    """(ours, the harness's own) of the same weights."""
+    from lm_eval.models.huggingface import HFLM
+
+    return (harness.adapter(model, load_tokenizer("gpt2"), processes),
+            HFLM(pretrained=str(hf_folder), device="cpu", batch_size=3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against the harness's own adapter
+
+
+def test_what_the_benchmark_hands_to_transformers_is_the_model(model, tmp_path):
+    padded = GPT(dataclasses.replace(model.config, vocab_multiple=128))  # as training pads the vocabulary
+    harness_parity.save_as_hugging_face(padded, tmp_path)
+    idx = torch.randint(model.config.vocab_size, (2, 9))
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(idx), padded(idx))
+
+
+def run_both(adapters, manager, names, data):
+    """Both adapters on the tasks -> (results of both, requests of both), requests being (task, arguments, response)."""
+    results, requests = [], []
+    for lm in adapters:
+        tasks = harness.load_tasks(manager, names, data)
+        results.append(harness.evaluate(lm, tasks))
+        requests.append([(task.task_name, one.args, one.resps[0]) for task in tasks for one in task.instances])
+    return results, requests
+
+
+def test_parity_with_the_harness_s_own_adapter(adapters, manager, data):
+    (ours, theirs), (our_requests, their_requests) = run_both(adapters, manager, TASKS, data)
+    assert len(our_requests) == len(their_requests) == 6 * (5 * 4 + 3 * 2 + 2)
+    for (task, args, have), (_, same, want) in zip(our_requests, their_requests):
+        assert args == same
+        if task == "wikitext":
+            assert have == pytest.approx(want, abs=1e-3)
+        else:
+            assert have[0] == pytest.approx(want[0], abs=1e-3) and have[1] == want[1], (task, args)
+    lengths = [len(adapters[0].tok_encode("".join(args))) for _, args, _ in our_requests]
+    assert min(lengths) < WINDOW / 2 and sum(length > WINDOW + 1 for length in lengths) > 10  # both sides of the window's edge
+    assert ours["results"].keys() == set(TASKS)
+    for task in TASKS:
+        for key, value in theirs["results"][task].items():
+            exact = key.startswith("acc") or isinstance(value, str)  # a name, or the N/A of an error that is not computed
+            assert ours["results"][task][key] == (value if exact else pytest.approx(value, rel=1e-4)), (task, key)
+
+
+@pytest.mark.parametrize("kwargs", [{"until": [], "max_gen_toks": 12}, {"until": ["\n"]}, {"max_gen_toks": 5, "do_sample": False},
+                                    {"until": "e", "max_gen_toks": 20, "temperature": 0.0}, {"until": [], "max_gen_toks": 40}])
+def test_generation_parity(kwargs, adapters):
+    from lm_eval.api.instance import Instance
+
+    contexts = [*sentences(4), " ".join(sentences(20)), "A"]
+    kwargs = {"max_gen_toks": 20} | kwargs
+    ours, theirs = (lm.generate_until([Instance("generate_until", {}, (context, dict(kwargs)), 0) for context in contexts])
+                    for lm in adapters)
+    assert ours == theirs and len(set(ours)) > 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens at the join of context and continuation, and at the window's edge
+
+
+@pytest.mark.parametrize("context, continuation, want", [
+    ("A cat", " sat", ("A cat", " sat")),
+    ("A cat ", "sat", ("A cat", " sat")),          # the trailing space moves over, as words are encoded with theirs
+    ("A cat  ", "sat", ("A cat", "  sat")),
+    ("A cat\n", " sat", ("A cat", "\n sat")),      # the harness counts any white space
+    ("a", "b", ("a", "b")),                        # "ab" is one token: nothing would be left to score
+    ("  ", "sat", ("<|endoftext|>", "  sat")),     # all of the context moves over
+    ("<|endoftext|>", " sat", ("<|endoftext|>" + "as text", " sat")),
+])
+def test_boundaries(context, continuation, want, adapters):
+    lm, tokenizer = adapters[0], load_tokenizer("gpt2")
+    ids, targets = lm._encode_pair(context, continuation)
+    if want[0] == "<|endoftext|>":
+        assert ids == [tokenizer.eot]
+    elif want[0].endswith("as text"):
+        assert tokenizer.eot not in ids and tokenizer.decode(ids) == context
+    else:
+        assert tokenizer.decode(ids) == want[0]
+    assert tokenizer.decode(targets) == want[1] and targets
+
+
+def test_the_split_is_where_the_context_alone_would_end(adapters):
+    # encoded together, " m" + "at" is " mat": the harness splits at len(encode(context)), whatever stands there
+    tokenizer = load_tokenizer("gpt2")
+    context, continuation = "the cat on the m", "at and more"
+    ids, targets = adapters[0]._encode_pair(context, continuation)
+    assert ids == tokenizer.encode(context).tolist()
+    assert targets == tokenizer.encode(context + continuation).tolist()[len(ids):]
+    assert (ids, targets) == adapters[1]._encode_pair(context, continuation)
+
+
+def request(kind, *args):
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, args, 0)
+
+
+def test_without_context_the_end_of_text_stands_before(adapters, model):
+    lm, tokenizer = adapters[0], load_tokenizer("gpt2")
+    (have, _), = lm.loglikelihood([request("loglikelihood", "", "The cat sat")], disable_tqdm=True)
+    want = reference(model, [tokenizer.eot], tokenizer.encode("The cat sat").tolist())
+    assert have == pytest.approx(want, abs=1e-4)
+    rolling, empty = lm.loglikelihood_rolling([request("loglikelihood_rolling", text) for text in ("The cat sat", "")], disable_tqdm=True)
+    assert rolling == pytest.approx(want, abs=1e-4) and empty == 0
+
+
+def test_rolling_windows_are_the_harness_s(adapters):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    lm, tokenizer = adapters[0], load_tokenizer("gpt2")
+    for text in (" ".join(sentences(k)) for k in (1, 7, 20)):
+        windows = get_rolling_token_windows(tokenizer.encode(text).tolist(), tokenizer.eot, WINDOW, context_len=1)
+        want = sum(nats for nats, _ in lm.scores([make_disjoint_window(window) for window in windows]))
+        assert lm.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True) == [pytest.approx(want, abs=1e-3)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def test_temperature(adapters, model):
+    lm, tokenizer = adapters[0], load_tokenizer("gpt2")
+    texts = lm.write(Prompts([[3, 4]] * 400, 1, [], 0.02))
+    with torch.no_grad():
+        probs = (model(torch.tensor([[3, 4]]))[0, -1] / 0.02).softmax(dim=-1)
+    likeliest = tokenizer.decode([int(probs.argmax())])
+    share = sum(text == likeliest for text in texts) / 400
+    assert share == pytest.approx(probs.max().item(), abs=4 * math.sqrt(0.25 / 400)) and len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("settings, want", [({}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.7}, 0.7),
+                                            ({"do_sample": True, "temperature": 0.7}, 0.7), ({"do_sample": False, "temperature": 0.7}, 0.0)])
+def test_a_task_s_settings_decide_whether_it_samples(settings, want, adapters):
+    assert adapters[0].prompts([("a", {"until": ["."], **settings})]).temperature == want
+
+
+class Spelling(torch.nn.Module):
+    """A model that writes the given ids one after the other, then the last one for ever."""
+
+    def __init__(self, ids, vocab_size, block_size):
+        super().__init__()
+        self.config, self.ids, self.vocab_size = tiny(block_size=block_size), ids, vocab_size
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, idx, kv_cache, logits_at):
+        kv_cache.calls = getattr(kv_cache, "calls", -1) + 1
+        token = torch.tensor(self.ids[min(kv_cache.calls, len(self.ids) - 1)])
+        return torch.nn.functional.one_hot(token, self.vocab_size).float().expand(len(idx), -1)
+
+
+@pytest.mark.parametrize("until, max_gen_toks, want", [
+    ([], 99, "the cat sat on the mat."),       # ends at the end of text, which is not part of it
+    ([" on"], 99, "the cat sat"),
+    (["on th"], 99, "the cat sat "),           # across tokens
+    (["mat", "sat"], 99, "the cat "),          # the earliest
+    ("cat", 99, "the "),                       # a string by itself
+    (["", "dog"], 99, "the cat sat on the mat."),
+    (["the"], 99, ""),
+])
+def test_stop_strings(until, max_gen_toks, want, tokenizer, processes):
+    model = Spelling([*tokenizer.encode("the cat sat on the mat.").tolist(), tokenizer.eot], tokenizer.vocab_size, 200)
+    lm = harness.adapter(model, tokenizer, processes)
+    kwargs = {"until": until, "max_gen_toks": max_gen_toks}
+    assert lm.generate_until([request("generate_until", "a", kwargs)], disable_tqdm=True) == [want]
+    short, = lm.generate_until([request("generate_until", "a", {"until": [], "max_gen_toks": 3})], disable_tqdm=True)
+    assert short == tokenizer.decode(tokenizer.encode("the cat sat on the mat.")[:3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Local files
+
+
+def foundry(task, item):
+    """An item of the harness's columns as llm-foundry's files hold it."""
+    if task in ("arc_easy", "arc_challenge"):
+        return {"query": f"Question: {item['question']}", "choices": item["choices"]["text"], "gold": "ABCD".index(item["answerKey"])}
+    if task == "piqa":
+        return {"query": f"Question: {item['goal']}\n", "choices": [item["sol1"], item["sol2"]], "gold": item["label"]}
+    if task == "lambada_openai":
+        context, _, word = item["text"].rpartition(" ")
+        return {"context": context, "continuation": word}
+    return {"ctx": f"{item['ctx_a']} {item['ctx_b']}".strip(), "label": int(item["label"])} | {key: item[key] for key in ("activity_label", "endings")}
+
+
+def prompts(task):
+    task.build_all_requests(rank=0, world_size=1)
+    return [(one.args, one.doc_id, task.doc_to_target(one.doc)) for one in task.instances]
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "piqa", "lambada_openai", "hellaswag"])
+def test_both_kinds_of_files_give_the_harness_s_prompts(task, manager, tmp_path):
+    there = task_items(task)
+    if task == "hellaswag":
+        there[1] |= {"ctx_a": 'Fold the "egg whites". Bake.', "ctx_b": ""}  # as WikiHow's
+    (tmp_path / "own").mkdir()
+    write_lines(tmp_path / "own" / f"{task}.jsonl", there)
+    write_lines(tmp_path / f"{task}_val.jsonl", [foundry(task, item) for item in there])
+    own, other = (prompts(*harness.load_tasks(manager, [task], folder)) for folder in (tmp_path / "own", tmp_path))
+    assert own == other
+    (context, continuation), _, _ = own[0]
+    item = there[0]
+    assert (context, continuation) == {
+        "arc_easy": lambda: (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
+        "arc_challenge": lambda: (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
+        "piqa": lambda: (f"Question: {item['goal']}\nAnswer:", f" {item['sol1']}"),
+        "lambada_openai": lambda: (item["text"].rpartition(" ")[0], f" {item['text'].split(' ')[-1]}"),
+        "hellaswag": lambda: (f"Sitting: {item['ctx_a']} The fly", f" {item['endings'][0]}"),
+    }[task]()
+
+
+def test_the_configuration_is_the_harness_s(manager, data):
+    task, = harness.load_tasks(manager, ["arc_easy"], data)
+    theirs, ours = manager.task_index["arc_easy"].cfg, task.config.to_dict()
+    changed = {"dataset_path", "dataset_name", "dataset_kwargs", "test_split", "validation_split", "training_split", "fewshot_split"}
+    assert {key for key in theirs.keys() - {"tag", "metadata"} if theirs[key] != ours.get(key)} <= changed
+    assert task.config.dataset_path == "json" and len(task.eval_docs) == 6
+
+
+def test_few_shot_examples_come_from_the_train_file(manager, data, tmp_path):
+    shutil.copy(data / "piqa.jsonl", tmp_path)
+    write_lines(tmp_path / "piqa_train.jsonl", task_items("piqa", 20)[10:])
+    task, = harness.load_tasks(manager, ["piqa"], tmp_path)
+    assert len(task.eval_docs) == 6 and len(task.fewshot_docs()) == 10
+
+
+def test_few_shot_examples_are_no_items_of_the_test(tmp_path):
+    """Where a task shows examples, its own items would be among them, with their answers."""
+    from lm_eval import tasks
+
+    manager = tasks.TaskManager(include_defaults=False, include_path=Path(tasks.__file__).parent / "gsm8k")
+    for name, n in (("gsm8k", 9), ("gsm8k_train", 7)):
+        if name == "gsm8k_train":
+            with pytest.raises(BadInput, match=r"gsm8k shows 5 examples before each item: add gsm8k_train\.jsonl to"):
+                harness.load_tasks(manager, ["gsm8k"], tmp_path)
+        write_lines(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}", "answer": f"#### {i}"} for i in range(n)])
+    task, = harness.load_tasks(manager, ["gsm8k"], tmp_path)
+    task.set_fewshot_seed(0)
+    task.build_all_requests()
+    assert [one.args[0].count("gsm8k_train") for one in task.instances] == [5] * 9
+    write_lines(tmp_path / "gsm8k_cot.jsonl", [{"question": "a", "answer": "#### 1"}])
+    assert len(harness.load_tasks(manager, ["gsm8k_cot"], tmp_path)) == 1  # has examples of its own
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"query": "a"}\n', "arc_easy.jsonl, line 1: does not fit the task (KeyError: 'choices')"),
+    ('{"question": "a"}\n', "allenai/ai2_arc"),
+    ('{"question": "a\n', "arc_easy.jsonl, line 1"),
+    ("", "arc_easy.jsonl holds no items"),
+    ("[1]\n", "line 1: not an item"),
+    (None, "no arc_easy.jsonl in"),
+])
+def test_files_that_do_not_fit(text, says, manager, tmp_path):
+    write_lines(tmp_path / "other.jsonl", [{}])
+    if text is not None:
+        (tmp_path / "arc_easy.jsonl").write_text(text)
+    with pytest.raises(BadInput) as error:
+        harness.load_tasks(manager, ["arc_easy"], tmp_path)
+    assert says in str(error.value) and (text is not None or "other.jsonl" in str(error.value))
+
+
+def test_local_files_are_of_single_tasks(manager, data):
+    with pytest.raises(BadInput, match="ai2_arc is a set of them"):
+        harness.load_tasks(manager, ["ai2_arc"], data)
+
+
+def test_without_network_and_data_one_line_says_what_to_do(manager):
+    with pytest.raises(BadInput, match=r"cannot load the data of arc_easy \(\w+\): connect .* or .*--data_dir"):
+        harness.load_tasks(manager, ["arc_easy"])  # HF_HUB_OFFLINE here
+
+
+GOLD = {"query": "Question: a", "choices": ["b", "c"], "gold": 0}
+
+
+@pytest.mark.parametrize("task, row", [
+    *(("arc_easy", GOLD | {"gold": gold}) for gold in (-1, 2, "x", "0", 1.0, True, None)),
+    ("arc_easy", GOLD | {"choices": list("abcdefghi")}), ("arc_easy", GOLD | {"choices": ["b", 3]}), ("arc_easy", GOLD | {"query": 3}),
+    ("piqa", GOLD | {"choices": ["a", "b", "c"]}), ("lambada_openai", {"context": "a", "continuation": ["b"]}),
+    ("hellaswag", {"ctx": "a", "endings": ["b"] * 4, "label": -1, "activity_label": "c"}),
+    # in the harness's own columns
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}), ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}), ("piqa", {"goal": None, "sol1": "b", "sol2": "c", "label": 1}),
+    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d"] * 4, "label": "7"}),
+    ("winogrande", {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "3"}),
+])
+def test_a_row_without_a_right_answer_is_refused(task, row, manager, tmp_path):
+    good = foundry(task, task_items(task)[0]) if "gold" in row or "ctx" in row or "context" in row else task_items(task)[0]
+    write_lines(tmp_path / f"{task}.jsonl", [good, row])
+    with pytest.raises(BadInput, match=rf"{task}\.jsonl.*: give it the columns of"):
+        harness.load_tasks(manager, [task], tmp_path)
+
+
+def test_brackets_that_never_close_take_no_time(manager, tmp_path):
+    write_lines(tmp_path / "hellaswag.jsonl", [task_items("hellaswag")[0] | {"ctx_a": "[" * 300_000}])
+    assert len(harness.load_tasks(manager, ["hellaswag"], tmp_path)) == 1
+
+
+def test_names(manager, monkeypatch):
+    monkeypatch.setattr(harness, "task_manager", lambda names: manager)
+    assert harness.find_tasks("piqa, arc_eas*,piqa") == (manager, ["piqa", "arc_easy"])
+    for names, says in (("piqa,helaswag", "unknown task 'helaswag': did you mean hellaswag"), (" ,", "no task is named")):
+        with pytest.raises(BadInput, match=says):
+            harness.find_tasks(names)
+
+
+@pytest.mark.slow
+def test_all_of_the_harness_is_there():
+    """Also what is named almost like one of the folders that are searched first."""
+    assert harness.find_tasks("hellaswag_fr,arc_easy")[1] == ["hellaswag_fr", "arc_easy"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def test_too_little_memory_has_its_own_remedy(adapters, manager, data, monkeypatch):
+    def score(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(harness, "score", score)
+    results = harness.evaluate(adapters[0], harness.load_tasks(manager, ["piqa"], data))
+    assert results == {"failed": {"piqa": "out of memory: eval_harness.py with a smaller --batch_size takes less"}}
+
+
+def test_a_task_that_fails_loses_no_other_s_results(adapters, manager, data, tmp_path):
+    write_lines(tmp_path / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
+    shutil.copy(data / "piqa.jsonl", tmp_path)
+    results = harness.evaluate(adapters[0], harness.load_tasks(manager, ["wikitext", "piqa"], tmp_path))
+    assert results["results"].keys() == harness.headlines(results).keys() == {"piqa"}
+    assert results["failed"]["wikitext"].startswith("OverflowError")
+
+
+def test_a_model_that_diverged_has_no_results(model, manager, data, processes):
+    broken = GPT(model.config).eval()
+    broken.lm_head.weight.data.fill_(math.nan)
+    lm = harness.adapter(broken, load_tokenizer("gpt2"), processes)
+    with pytest.raises(NonFinite):
+        harness.evaluate(lm, harness.load_tasks(manager, ["piqa"], data))
+    with pytest.raises(NonFinite):
+        lm.generate_until([request("generate_until", "a", {"until": ["."]})])
+
+
+def test_once_stopped_no_forward_pass_is_made(model, manager, data, processes):
+    silent = SimpleNamespace(config=model.config)  # cannot be called
+    lm = harness.adapter(silent, load_tokenizer("gpt2"), processes, stopped=lambda: True)
+    assert harness.evaluate(lm, harness.load_tasks(manager, ["piqa"], data))["failed"] == {}
+    assert lm.generate_until([request("generate_until", "a", {"until": ["."]})]) == [""]
+
+
+def test_tasks_that_cannot_run(adapters, manager, data, monkeypatch):
+    tasks = harness.load_tasks(manager, ["piqa"], data)
+    several = SimpleNamespace(world_size=7)  # the harness's own adapter gives each process a share of the items
+    with pytest.raises(BadInput, match="piqa: 6 items for 7 processes: raise --limit"):
+        harness.evaluate(several, tasks)
+    monkeypatch.setattr(type(tasks[0]), "UNSAFE_CODE", True, raising=False)
+    with pytest.raises(BadInput, match="piqa runs code that a model wrote"):
+        harness.load_tasks(manager, ["piqa"], data)
