@@ -54,6 +54,7 @@ from lib.devices import (
 )
 from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
+from lib.huggingface import read_gpt2
 from lib.logger import SpikeDetector, serve_tensorboard
 from lib.run_folder import RunFolder, find_resume
 from lib.shards import Shards, check_ids, check_shards, read_shard
@@ -357,33 +358,10 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """A GPT with the weights of a Hugging Face GPT-2: "gpt2", ..., "gpt2-xl", or a folder save_pretrained made."""
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError as error:
-            raise BadInput("loading a Hugging Face model needs transformers: pip install -r requirements-dev.txt") from error
-        try:
-            hf, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"cannot load the Hugging Face GPT-2 {name}: {str(error).splitlines()[0]}") from error
-        c = hf.config
-        # another architecture's weights are left out with no more than a warning, and a variant computes otherwise
-        classic = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True,
-                       scale_attn_by_inverse_layer_idx=False, n_inner=c.n_inner and 4 * c.n_embd)
-        odd = sorted(report["missing_keys"]) or [key for key, value in classic.items() if getattr(c, key) != value]
-        if odd:
-            raise BadInput(f"{name} is no GPT-2 as OpenAI's: see its {', '.join(odd[:4])}")
-        # no padding: its rows would be untrained weights, and take part in the softmax of the loss
-        model = cls(GPTConfig(block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-                              vocab_size=c.vocab_size, vocab_multiple=1))
-        theirs, ours = hf.state_dict(), model.state_dict()
-        if theirs.keys() != ours.keys():
-            raise BadInput(f"{name} is no GPT-2: parameters {sorted(theirs.keys() ^ ours.keys())[:4]} do not match")
-        for key, value in theirs.items():
-            ours[key].copy_(value.t() if key.endswith(CONV1D) else value)
+        config, weights = read_gpt2(name)
+        model = cls(GPTConfig(**config))
+        model.load_state_dict(weights)
         return model
-
-
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's Conv1D holds the transpose of a Linear's weight
 
 
 @torch.no_grad()
@@ -640,7 +618,7 @@ def make_evaluations(cfg, shards, tokenizer, block_size, processes):
     bytes_per_token = tokenizer.token_bytes()[rows[1]].sum() / rows[1].size
     with processes.main_first():
         items = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
-        tasks = harness.prepare(cfg.eval_tasks, cfg.eval_tasks_dir, processes.world_size, cfg.eval_tasks_limit) if cfg.eval_tasks else None
+        tasks = harness.load_tasks(*harness.find_tasks(cfg.eval_tasks), cfg.eval_tasks_dir) if cfg.eval_tasks else []
     questions = hellaswag.render(items, tokenizer, block_size)
 
     def validation(model, compiled, stopped):
@@ -653,8 +631,11 @@ def make_evaluations(cfg, shards, tokenizer, block_size, processes):
         return {"eval/hellaswag": correct / n}
 
     def eval_tasks(model, compiled, stopped):
-        lm = harness.adapter(model, tokenizer, processes, progress=False, stopped=stopped)
-        return harness.scalars(harness.evaluate(lm, *tasks, cfg.eval_tasks_limit, bootstrap=0, progress=False))
+        lm = harness.adapter(model, tokenizer, processes, stopped=stopped)
+        results = harness.evaluate(lm, tasks, cfg.eval_tasks_limit, bootstrap=0)
+        tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}" for task in (*results.get("results", ()), *results["failed"])}
+        return ({tags[task]: results["results"][task][key] for task, key in harness.headlines(results).items()} |
+                {tags[task]: [f"no result: {reason}"] for task, reason in results["failed"].items()})
 
     def samples(model, compiled, stopped):
         return {"samples": sample(model, tokenizer, SampleConfig(prompt=cfg.sample_prompt))}
