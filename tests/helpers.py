@@ -121,7 +121,7 @@ def task_items(task, n=6):
 
 
 def save_random_gpt2(folder):
-    """A Hugging Face GPT-2 of two layers with random weights and opinions, and GPT-2's tokenizer, as save_pretrained writes them."""
+    """A random Hugging Face GPT-2 of two layers, with opinions, and GPT-2's tokenizer, as save_pretrained writes them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from benchmarks.harness_parity import save_gpt2_tokenizer

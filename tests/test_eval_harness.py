@@ -1,4 +1,4 @@
-"""eval_harness.py, launched for real, and tasks of lm-evaluation-harness in training: python -m pytest tests/test_eval_harness.py"""
+"""eval_harness.py, launched for real, and the harness in training: python -m pytest tests/test_eval_harness.py"""
 
 import json
 import math
@@ -75,13 +75,15 @@ def test_one_and_two_processes_give_the_same_results(launch, checkpoint, tasks, 
 @pytest.mark.parametrize("flags, says", [
     ([], "name either --checkpoint or --model"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--chart", "a.png"], "--chart is for --compare"),
-    (["--compare", "log/a", "--checkpoint", "log/a/ckpt_00020.pt", "--limit", "9"], "leave out --checkpoint and --limit, or evaluate first"),
+    (["--compare", "log/a", "--checkpoint", "log/a/ckpt_00020.pt", "--limit", "9"],
+     "leave out --checkpoint and --limit, or evaluate first"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--batch_size", "0"], "--batch_size must be at least 1"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json"], "there.json exists: name another --output"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "log"], "log exists: name another --output"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json/more.json"], "cannot write to there.json"),
     (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "x" * 300], "too long for the name of a file"),
-    (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "piqa", "--data_dir", "nowhere"], "no folder nowhere: it should hold <task>.jsonl"),
+    (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "piqa", "--data_dir", "nowhere"],
+     "no folder nowhere: it should hold <task>.jsonl"),
     (["--model", "gpt2", "--tasks", "piqa", "--data_dir", "tasks"], "cannot load the Hugging Face model gpt2"),  # offline here
     (["--model", "no_tokenizer", "--tasks", "piqa", "--data_dir", "tasks"], "no_tokenizer: it has no tokenizer. Give a folder"),
     (["--model", "torn", "--tasks", "piqa", "--data_dir", "tasks"], "cannot load the Hugging Face model torn: "),
@@ -101,7 +103,8 @@ def test_bad_flags(flags, says, checkpoint, tasks, tmp_path, monkeypatch):
     assert says in str(error.value) and not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("package, flags", [("lm_eval", ["--checkpoint", "log/a/ckpt_00020.pt"]), ("tabulate", ["--compare", "log/a"])])
+@pytest.mark.parametrize("package, flags", [("lm_eval", ["--checkpoint", "log/a/ckpt_00020.pt"]),
+                                            ("tabulate", ["--compare", "log/a"])])
 def test_missing_packages(package, flags, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
@@ -172,10 +175,12 @@ def test_a_run_is_its_newest_results(tmp_path):
     assert rows == [["t", "acc", "0.3000", ""], ["t", "exact_match (strict)", "", "0.5000 ± 0.1250"]]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"results": {}}', '{"results": 3, "n-samples": {}, "higher_is_better": {}}', "[" * 10**5,
-                                  '{"results": {"t": 3}, "n-samples": {}, "higher_is_better": {}}', "\xff", None, "folder", "pipe", "link"])
+@pytest.mark.parametrize("text", [
+    "{", "[]", "{}", '{"results": {}}', '{"results": 3, "n-samples": {}, "higher_is_better": {}}', "[" * 10**5, "\xff",
+    '{"results": {"t": 3}, "n-samples": {}, "higher_is_better": {}}', None, "folder", "pipe", "link"])
 def test_what_does_not_hold_results_is_bad_input(text, tmp_path):
-    path, odd = tmp_path / "eval_1.json", {"folder": os.mkdir, "pipe": os.mkfifo, "link": lambda path: os.symlink("nowhere", path)}
+    path = tmp_path / "eval_1.json"
+    odd = {"folder": os.mkdir, "pipe": os.mkfifo, "link": lambda path: os.symlink("nowhere", path)}
     if text is not None:
         odd.get(text, lambda path: path.write_text(text, encoding="latin-1"))(path)
     for name in (tmp_path, path):
@@ -186,7 +191,8 @@ def test_what_does_not_hold_results_is_bad_input(text, tmp_path):
 def test_odd_values_among_results_do_no_harm(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, value in (("a", "NaN"), ("b", "-1e30"), ("c", '"0.5"'), ("d", "[1]")):
-        path = results_file(tmp_path / name / "eval.json", **{"acc,none": 0.25, "acc_stderr,none": "ODD", "exact_match,none": "ODD"})
+        values = {"acc,none": 0.25, "acc_stderr,none": "ODD", "exact_match,none": "ODD"}
+        path = results_file(tmp_path / name / "eval.json", **values)
         path.write_text(path.read_text().replace('"ODD"', value))
     eval_harness.main(["--compare", "a", "b", "c", "d", "--chart", "a.svg"])
     assert "0.2500" in capsys.readouterr().out and "<svg" in Path("a.svg").read_text()
@@ -224,14 +230,16 @@ def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch
     shards = write_data(tmp_path / "shards", tokenizer)
     # lambada has a metric whose standard error the harness bootstraps in processes of its own, if it is asked to
     flags = ["--eval_tasks", "piqa,arc_easy,wikitext,lambada_openai", "--eval_tasks_dir", tasks, "--eval_tasks_limit", 4]
-    run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *flags, "--run", "r", "--device", "cpu",
+    run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *flags,
+                 "--run", "r", "--device", "cpu",
                  processes=processes)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
-    logged = {kind: [(int(step), float(value)) for step, k, value in lines if k == f"eval/{kind}"] for kind in ("piqa", "arc_easy", "wikitext", "lambada_openai")}
+    logged = {kind: [(int(step), float(value)) for step, k, value in lines if k == f"eval/{kind}"]
+              for kind in ("piqa", "arc_easy", "wikitext", "lambada_openai")}
     assert [[step for step, _ in values] for values in logged.values()] == [[0, 2, 3]] * 4
-    scored = launch("eval_harness.py", "--checkpoint", "log/r/ckpt_00003.pt", "--tasks", "piqa,arc_easy,wikitext", "--data_dir", tasks,
-                    "--limit", 4, "--device", "cpu")
+    scored = launch("eval_harness.py", "--checkpoint", "log/r/ckpt_00003.pt", "--tasks", "piqa,arc_easy,wikitext",
+                    "--data_dir", tasks, "--limit", 4, "--device", "cpu")
     assert scored.returncode == 0, scored.stderr
     results = json.loads((tmp_path / "log" / "r" / "eval_00003.json").read_text())["results"]
     for task, metric in (("piqa", "acc_norm,none"), ("arc_easy", "acc_norm,none"), ("wikitext", "bits_per_byte,none")):
@@ -247,8 +255,8 @@ def test_both_hellaswags_have_names_of_their_own(tokenizer, tmp_path, monkeypatc
     lines = [{"activity_label": "Sitting", "ctx": item["ctx_a"][:60], "endings": item["endings"], "label": int(item["label"])}
              for item in task_items("hellaswag", 9)]
     write_lines(tmp_path / "hellaswag.jsonl", lines)
-    train_gpt2.main([*TINY_FLAGS, "--data", str(write_data(tmp_path / "shards", tokenizer)), "--max_steps", "2", "--warmup_steps", "1", "--run", "r",
-                     "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
+    shards = str(write_data(tmp_path / "shards", tokenizer))
+    train_gpt2.main([*TINY_FLAGS, "--data", shards, "--max_steps", "2", "--warmup_steps", "1", "--run", "r", "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
                      "--eval_tasks", "hellaswag", "--eval_tasks_dir", ".", "--eval_tasks_every", "1"])
     events = EventAccumulator("log/r").Reload()
     lines = [line.split() for line in Path("log/r/log.txt").read_text().splitlines()]

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from helpers import hellaswag_items, tiny_checkpoint, write_lines
 
 import hellaswag
@@ -63,7 +62,7 @@ def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
 def test_a_damaged_model_is_one_line_and_no_accuracy(launch, checkpoint, tmp_path):
     path, _ = checkpoint
     state = checkpoints.read(path)
-    damaged = {name: torch.full_like(p, math.nan) if name.endswith("c_fc.weight") else p.clone() for name, p in state["model"].items()}
+    damaged = {name: p * (math.nan if name.endswith("c_fc.weight") else 1) for name, p in state["model"].items()}
     checkpoints.write(tmp_path / "nan.pt", state | {"model": damaged})
     result = launch("hellaswag.py", "--checkpoint", "nan.pt", "--file", write_lines(tmp_path / "h.jsonl", hellaswag_items(3)),
                     "--device", "cpu")

@@ -72,7 +72,8 @@ def test_a_model_that_diverged_is_said_in_one_line(value, tokenizer):
     assert model.training
 
 
-@pytest.mark.parametrize("setting", [dict(samples=10**9), dict(max_new_tokens=10**308), dict(temperature=math.nan), dict(seed=2**63)])
+@pytest.mark.parametrize("setting", [dict(samples=10**9), dict(max_new_tokens=10**308), dict(temperature=math.nan),
+                                     dict(seed=2**63)])
 def test_absurd_settings_are_out_of_bounds(setting):
     with pytest.raises(BadInput, match=f"--{next(iter(setting))} must be"):
         check(SampleConfig(**setting))

@@ -2,26 +2,28 @@
 python -m pytest tests/lib/evals/test_harness.py"""
 
 import dataclasses
+import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import reference, save_random_gpt2, sentences, task_items, tiny, write_lines
+from helpers import ROOT, reference, save_random_gpt2, sentences, task_items, tiny, write_lines
 
 from benchmarks import harness_parity
 from lib.cli import BadInput
 from lib.decoding import NonFinite
 from lib.devices import Processes
 from lib.evals import harness
-from lib.evals.harness import Prompts
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT
 
 WINDOW = 48
-TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq", "openbookqa", "sciq", "wikitext")
+TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq", "openbookqa", "sciq",
+         "wikitext")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -189,16 +191,6 @@ def test_rolling_windows_are_the_harness_s(adapters):
 # Generation
 
 
-def test_temperature(adapters, model):
-    lm, tokenizer = adapters[0], load_tokenizer("gpt2")
-    texts = lm.write(Prompts([[3, 4]] * 400, 1, [], 0.02))
-    with torch.no_grad():
-        probs = (model(torch.tensor([[3, 4]]))[0, -1] / 0.02).softmax(dim=-1)
-    likeliest = tokenizer.decode([int(probs.argmax())])
-    share = sum(text == likeliest for text in texts) / 400
-    assert share == pytest.approx(probs.max().item(), abs=4 * math.sqrt(0.25 / 400)) and len(set(texts)) > 1
-
-
 @pytest.mark.parametrize("settings, want", [({}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.7}, 0.7),
                                             ({"do_sample": True, "temperature": 0.7}, 0.7), ({"do_sample": False, "temperature": 0.7}, 0.0)])
 def test_a_task_s_settings_decide_whether_it_samples(settings, want, adapters):
@@ -235,6 +227,33 @@ def test_stop_strings(until, max_gen_toks, want, tokenizer, processes):
     assert lm.generate_until([request("generate_until", "a", kwargs)], disable_tqdm=True) == [want]
     short, = lm.generate_until([request("generate_until", "a", {"until": [], "max_gen_toks": 3})], disable_tqdm=True)
     assert short == tokenizer.decode(tokenizer.encode("the cat sat on the mat.")[:3])
+
+
+TOGETHER = """
+import json, sys
+from helpers import sentences
+from lib.devices import Processes
+from lib.evals import harness
+from lib.tokenizers import load_tokenizer
+from lm_eval.api.instance import Instance
+from train_gpt2 import GPT
+model, calls = GPT.from_pretrained(sys.argv[1]).eval(), []
+model.register_forward_hook(lambda *args: calls.append(1))
+with Processes("cpu") as processes:
+    lm = harness.adapter(model, load_tokenizer("gpt2"), processes, batch_size=2)
+    asked = [(text, {"until": ["e"], "max_gen_toks": 5 + i // 3, "temperature": i % 2 * 0.5}) for i, text in enumerate(sentences(9))]
+    texts = lm.generate_until([Instance("generate_until", {}, args, 0) for args in asked])
+    open(f"{processes.rank}_of_{processes.world_size}.json", "w").write(json.dumps([texts, len(calls)]))
+"""
+
+
+def test_generation_is_shared_out_and_the_same_for_two_processes(launch, hf_folder, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    for processes in (1, 2):
+        env = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+        assert launch(tmp_path / "together.py", hf_folder, processes=processes, env=env).returncode == 0
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0_of_1", "0_of_2", "1_of_2"))
+    assert first == second and first[0] == one[0] and len(set(one[0])) > 3 and first[1] < one[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,13 +304,6 @@ def test_the_configuration_is_the_harness_s(manager, data):
     changed = {"dataset_path", "dataset_name", "dataset_kwargs", "test_split", "validation_split", "training_split", "fewshot_split"}
     assert {key for key in theirs.keys() - {"tag", "metadata"} if theirs[key] != ours.get(key)} <= changed
     assert task.config.dataset_path == "json" and len(task.eval_docs) == 6
-
-
-def test_few_shot_examples_come_from_the_train_file(manager, data, tmp_path):
-    shutil.copy(data / "piqa.jsonl", tmp_path)
-    write_lines(tmp_path / "piqa_train.jsonl", task_items("piqa", 20)[10:])
-    task, = harness.load_tasks(manager, ["piqa"], tmp_path)
-    assert len(task.eval_docs) == 6 and len(task.fewshot_docs()) == 10
 
 
 def test_few_shot_examples_are_no_items_of_the_test(tmp_path):

@@ -1,4 +1,5 @@
-"""lib/evals/scoring.py against one row at a time, on one process and on several: python -m pytest tests/lib/evals/test_scoring.py"""
+"""lib/evals/scoring.py against one row at a time, on one and several processes:
+python -m pytest tests/lib/evals/test_scoring.py"""
 
 import math
 
