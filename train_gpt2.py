@@ -36,26 +36,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint
-from lib.budget import describe, steps_of
+from lib.budget import check_memory, describe, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy
 from lib.decoding import NonFinite, SampleConfig, sample
-from lib.devices import (
-    Processes,
-    RecompileMonitor,
-    autocast,
-    cast,
-    gradient_sync,
-    memory_bytes,
-    parallel,
-    peak_flops,
-    pick_micro_batch,
-    to_device,
-)
+from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
 from lib.huggingface import read_gpt2
-from lib.logger import SpikeDetector, serve_tensorboard
+from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
 from lib.run_folder import RunFolder, find_resume
 from lib.shards import Shards, check_ids, check_shards, read_shard
 from lib.signals import StopSignals
@@ -345,7 +334,7 @@ class GPT(nn.Module):
         return {"total": total, "embedding": outside, "layer": layer}
 
     def flops_per_token(self):
-        """Forward and backward matmul FLOPs a token: 6N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
+        """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
 
         N leaves out what is looked up rather than multiplied: learned positions, and the embedding of an untied head.
         """
@@ -635,7 +624,7 @@ def make_evaluations(cfg, shards, tokenizer, block_size, processes):
         results = harness.evaluate(lm, tasks, cfg.eval_tasks_limit, bootstrap=0)
         tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}" for task in (*results.get("results", ()), *results["failed"])}
         return ({tags[task]: results["results"][task][key] for task, key in harness.headlines(results).items()} |
-                {tags[task]: [f"no result: {reason}"] for task, reason in results["failed"].items()})
+                {tags[task]: [f"{task} has no result: {reason}"] for task, reason in results["failed"].items()})
 
     def samples(model, compiled, stopped):
         return {"samples": sample(model, tokenizer, SampleConfig(prompt=cfg.sample_prompt))}
@@ -845,11 +834,7 @@ def build_model(model_cfg, cfg, device):
     """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
     with torch.device("meta"):
         like = GPT(model_cfg)
-    needed = sum(t.numel() * t.element_size() for t in (*like.parameters(), *like.parameters(), *state_like(like)))
-    there = memory_bytes(device)
-    if there and needed > there:
-        raise BadInput(f"this model's weights, gradients and optimizer state need {needed / 1e9:,.0f} GB, and there are "
-                       f"{there / 1e9:,.0f}: lower --n_embd, --n_layer or --block_size")
+    check_memory((*like.parameters(), *like.parameters(), *state_like(like)), device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)

@@ -3,7 +3,7 @@
 import torch
 
 from lib.cli import BadInput
-from lib.devices import compute_dtype
+from lib.devices import compute_dtype, memory_bytes
 
 MOST_STEPS = 2**31
 
@@ -15,6 +15,14 @@ def steps_of(cfg, train_tokens):
         raise BadInput(f"{cfg.epochs:g} epochs of {train_tokens:,} tokens are {'no' if not steps else 'too many'} steps of "
                        f"{cfg.total_batch_size:,}: change --epochs or --total_batch_size")
     return steps
+
+
+def check_memory(tensors, device):
+    """Raises BadInput if `device` has not the memory for tensors like these: a model's weights, gradients and optimizer state."""
+    needed, there = sum(t.numel() * t.element_size() for t in tensors), memory_bytes(device)
+    if there and needed > there:
+        raise BadInput(f"this model's weights, gradients and optimizer state need {needed / 1e9:,.0f} GB, and there are "
+                       f"{there / 1e9:,.0f}: lower --n_embd, --n_layer or --block_size")
 
 
 def describe(cfg, model, shards, processes):

@@ -35,12 +35,17 @@ def path_of(folder, step):
     return Path(folder) / f"ckpt_{step:05d}.pt"
 
 
+def require(path):
+    """Raises BadInput where there is no file that could be a checkpoint."""
+    open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
+
+
 def read(path):
     """A checkpoint, its tensors memory-mapped on the CPU. Raises Torn if it is torn, damaged or foreign, else BadInput.
 
     Loaded with weights_only=True: nothing in a downloaded file can run.
     """
-    open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
+    require(path)
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()

@@ -158,24 +158,6 @@ class Processes:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
-class RecompileMonitor:
-    """`with monitor("training"):` reports a compilation in the block after the first: it takes as long as many steps."""
-
-    def __init__(self, say):
-        self.say, self.done, self.count = say, set(), 0
-
-    @contextlib.contextmanager
-    def __call__(self, what):
-        from torch._dynamo.utils import counters  # slow to import, but any optimizer imports it, too
-
-        before = counters["stats"]["unique_graphs"]
-        yield
-        if counters["stats"]["unique_graphs"] > before and what in self.done:
-            self.count += 1
-            self.say(f"{what} was recompiled, {self.count} times by now: TORCH_LOGS=recompiles tells why")
-        self.done.add(what)
-
-
 def pick_micro_batch(model, asked, rows, processes, reserved):
     """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process and step).
 

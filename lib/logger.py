@@ -152,6 +152,24 @@ class SpikeDetector:
         return f"spike: loss {loss:.4f}, median before {median:.4f}" if self.threshold and loss > median + self.threshold else None
 
 
+class RecompileMonitor:
+    """`with monitor("training"):` reports a compilation in the block after the first: it takes as long as many steps."""
+
+    def __init__(self, say):
+        self.say, self.done, self.count = say, set(), 0
+
+    @contextlib.contextmanager
+    def __call__(self, what):
+        from torch._dynamo.utils import counters  # slow to import, but any optimizer imports it, too
+
+        before = counters["stats"]["unique_graphs"]
+        yield
+        if counters["stats"]["unique_graphs"] > before and what in self.done:
+            self.count += 1
+            self.say(f"{what} was recompiled, {self.count} times by now: TORCH_LOGS=recompiles tells why")
+        self.done.add(what)
+
+
 def serve_tensorboard(log_dir, port):
     """Serve TensorBoard from a thread of this process, so that it ends with the run. Raises BadInput if the port is taken."""
     from tensorboard import program

@@ -231,7 +231,7 @@ def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch
     # lambada has a metric whose standard error the harness bootstraps in processes of its own, if it is asked to
     flags = ["--eval_tasks", "piqa,arc_easy,wikitext,lambada_openai", "--eval_tasks_dir", tasks, "--eval_tasks_limit", 4]
     run = launch("train_gpt2.py", *TINY_FLAGS, "--data", shards, "--max_steps", 3, "--eval_tasks_every", 2, *flags,
-                 "--run", "r", "--device", "cpu",
+                 "--run_name", "r", "--device", "cpu",
                  processes=processes)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
@@ -244,7 +244,7 @@ def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch
     results = json.loads((tmp_path / "log" / "r" / "eval_00003.json").read_text())["results"]
     for task, metric in (("piqa", "acc_norm,none"), ("arc_easy", "acc_norm,none"), ("wikitext", "bits_per_byte,none")):
         assert logged[task][-1][1] == pytest.approx(results[task][metric], rel=1e-4)
-        assert f"step 3 | {task} {metric.partition(',')[0]} " in run.stdout
+        assert f"eval/{task} {results[task][metric]:.4f}" in run.stdout
     events = EventAccumulator(str(tmp_path / "log" / "r"))
     events.Reload()
     assert [event.step for event in events.Scalars("eval/piqa")] == [0, 2, 3]
@@ -256,7 +256,7 @@ def test_both_hellaswags_have_names_of_their_own(tokenizer, tmp_path, monkeypatc
              for item in task_items("hellaswag", 9)]
     write_lines(tmp_path / "hellaswag.jsonl", lines)
     shards = str(write_data(tmp_path / "shards", tokenizer))
-    train_gpt2.main([*TINY_FLAGS, "--data", shards, "--max_steps", "2", "--warmup_steps", "1", "--run", "r", "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
+    train_gpt2.main([*TINY_FLAGS, "--data", shards, "--max_steps", "2", "--warmup_steps", "1", "--run_name", "r", "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
                      "--eval_tasks", "hellaswag", "--eval_tasks_dir", ".", "--eval_tasks_every", "1"])
     events = EventAccumulator("log/r").Reload()
     lines = [line.split() for line in Path("log/r/log.txt").read_text().splitlines()]
@@ -271,7 +271,7 @@ def test_training_survives_tasks_that_fail_and_stops_within_one(tokenizer, tasks
     (tmp_path / "tasks").mkdir()
     write_lines(tmp_path / "tasks" / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])
     shutil.copy(tasks / "piqa.jsonl", tmp_path / "tasks")
-    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", tokenizer), "--max_steps", 4, "--run", "r", "--device", "cpu",
+    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", tokenizer), "--max_steps", 4, "--run_name", "r", "--device", "cpu",
              "--eval_tasks", "wikitext,piqa", "--eval_tasks_dir", tmp_path / "tasks", "--eval_tasks_every", 2]
     score, calls = harness.score, []
 
@@ -286,9 +286,9 @@ def test_training_survives_tasks_that_fail_and_stops_within_one(tokenizer, tasks
     monkeypatch.setattr(harness, "score", stop_at_the_second)
     train_gpt2.main([str(flag) for flag in flags])
     out = capsys.readouterr().out
-    assert "step 0 | wikitext has no result: OverflowError" in out and "step 0 | piqa acc_norm" in out
-    assert "step 2 | piqa" not in out and "stopped at step 2 of 4" in out and calls == [False] * 4
+    assert "wikitext has no result: OverflowError" in out and "step 0 | eval/piqa " in out
+    assert "step 2 | eval/piqa" not in out and "stopped at step 2 of 4" in out and calls == [False] * 4
     train_gpt2.main([str(flag) for flag in flags])
-    assert "step 2 | piqa acc_norm" in capsys.readouterr().out
+    assert "step 2 | eval/piqa " in capsys.readouterr().out
     lines = [line.split()[:2] for line in (tmp_path / "log" / "r" / "log.txt").read_text().splitlines()]
     assert [step for step, kind in lines if kind == "eval/piqa"] == ["0", "2", "4"]

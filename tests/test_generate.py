@@ -35,7 +35,7 @@ def test_defaults_temperature_0_and_an_empty_prompt(checkpoint, capsys):
     assert one == two and end == ""
 
 
-@pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "at ."),
+@pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "cannot read . (a folder)"),
                                          (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be")])
 def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

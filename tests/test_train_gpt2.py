@@ -398,7 +398,7 @@ FAKE = SimpleNamespace(vocab_size=100, eot=EOT)
 
 
 def make_shards(folder, mid_document=False):
-    """Shards of 5, 1, 7 and 3 short documents -> (files, list of documents a shard)."""
+    """Shards of 5, 1, 7 and 3 short documents -> (files, list of documents per shard)."""
     rng = np.random.default_rng(0)
     contents = [[np.array([EOT, *rng.integers(1, 100, rng.integers(0, 9))], dtype=np.uint16) for _ in range(n)]
                 for n in (5, 1, 7, 3)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from lib import devices
+from lib import devices, logger
 from lib.cli import BadInput
 
 TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
@@ -154,7 +154,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import torch.distributed as dist
-from lib import devices
+from lib import devices, logger
 with devices.Processes("cpu") as processes:
     total = processes.sum([processes.rank + 1, 0.25, 2**53 - 2 if processes.main else 1])
     processes.barrier()
@@ -184,7 +184,7 @@ def test_two_processes_sum_and_exchange_gradients_with_the_last_micro_batch(laun
 def test_recompilations_are_counted_and_said():
     torch._dynamo.reset()
     lines = []
-    monitor = devices.RecompileMonitor(lines.append)
+    monitor = logger.RecompileMonitor(lines.append)
     compiled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
 
     def block(name, size):
