@@ -871,7 +871,7 @@ def main(argv):
             evaluations = make_evaluations(cfg, shards, tokenizer, T, processes)
             model = build_model(model_cfg, cfg, processes.device)
             optimizer, rows = make_optimizer(model, cfg), cfg.total_batch_size // T // processes.world_size
-            cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=checkpoint.n_bytes(state_like(model)))
+            cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(model))
             stream = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
                                  partial(micro_batches, block_size=T, micro_batch=cfg.sequences, processes=processes))
             position = {"step": 0, "skipped": 0, "consecutive_skips": 0}

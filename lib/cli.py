@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import difflib
 import errno
-import math
 import operator
 import os
 import re
@@ -148,7 +147,7 @@ def _check(field, value, hint):
             raise BadInput(f"{name} is not UTF-8 text: {ascii(text)[:80]}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = field.metadata["bounds"]
-        if (isinstance(value, float) and not math.isfinite(value)) or not all(BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
+        if not (abs(value) <= sys.float_info.max and all(BOUNDS[kind](value, bound) for kind, bound in bounds.items())):  # nan fails, too
             raise BadInput(f"{name} must be {_range(bounds) or 'finite'}, not {_short(value)}")
 
 

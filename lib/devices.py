@@ -161,8 +161,8 @@ class Processes:
 def pick_micro_batch(model, asked, rows, processes, reserved):
     """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process and step).
 
-    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and `reserved` bytes, for the
-    optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
+    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and room for tensors like those
+    `reserved`, the optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
     auto elsewhere: up to 8 sequences.
     """
     if asked != "auto":
@@ -181,7 +181,8 @@ def pick_micro_batch(model, asked, rows, processes, reserved):
         return torch.cuda.max_memory_allocated()
 
     free, total = torch.cuda.mem_get_info()
-    room = 0.9 * min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total) - reserved
+    free = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+    room = 0.9 * free - sum(t.numel() * t.element_size() for t in reserved)
     choice = 1
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         for n in divisors:

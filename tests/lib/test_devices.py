@@ -259,7 +259,7 @@ ON_CPU = SimpleNamespace(device=torch.device("cpu"), distributed=False)
 
 
 def pick(model, processes=ON_CUDA):
-    return devices.pick_micro_batch(model, "auto", 48, processes, reserved=2000)
+    return devices.pick_micro_batch(model, "auto", 48, processes, reserved=[torch.empty(500)])
 
 
 @pytest.mark.parametrize("cost, free, want", [  # of 48 rows; a tenth of `free` and the 2000 reserved stay free
@@ -306,8 +306,8 @@ def test_processes_on_cuda_agree_on_what_fits_all(theirs, want, monkeypatch):
 
 def test_auto_on_a_cpu_is_the_largest_divisor_up_to_8():
     for rows, want in ((1, 1), (2, 2), (8, 8), (9, 3), (11, 1), (12, 6), (64, 8), (35, 7)):
-        assert devices.pick_micro_batch(None, "auto", rows, ON_CPU, reserved=2000) == want
+        assert devices.pick_micro_batch(None, "auto", rows, ON_CPU, reserved=[]) == want
 
 
 def test_a_micro_batch_that_was_asked_for_is_taken_as_it_is():
-    assert devices.pick_micro_batch(None, 16, 48, ON_CUDA, reserved=2000) == 16  # nothing is tried out
+    assert devices.pick_micro_batch(None, 16, 48, ON_CUDA, reserved=[]) == 16  # nothing is tried out
