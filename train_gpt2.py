@@ -10,9 +10,12 @@
 Improvements over the baseline and their flags:
     SwiGLU or ReLU^2 MLP  --mlp            3x learning rate       --max_lr
     RMSNorm               --norm           4 epochs               --epochs
-    RoPE                  --pos            new shuffle each epoch --shuffle
-    post-embedding norm   --emb_norm       other schedules        --schedule
-    query-key norm        --qk_norm        Xavier, Kaiming init   --init
+    RoPE                  --pos            so many minutes        --minutes
+    post-embedding norm   --emb_norm       new shuffle each epoch --shuffle
+    query-key norm        --qk_norm        Muon                   --optimizer
+    value residual        --value_residual other schedules        --schedule, --cooldown
+    residual scalars      --residual_scalars
+    bounded logits        --softcap        weight initialization  --init
     no biases             --no-bias        dropout                --dropout
     untied head           --no-tie_embeddings
 
@@ -36,15 +39,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint
-from lib.budget import check_memory, describe, steps_of
+from lib.budget import StepTimer, check_memory, describe, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
-from lib.cross_entropy import linear_cross_entropy
+from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
 from lib.huggingface import read_gpt2
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
+from lib.muon import Muon
 from lib.run_folder import RunFolder, find_resume
 from lib.shards import Shards, check_ids, check_shards, read_shard
 from lib.signals import StopSignals
@@ -70,7 +74,10 @@ class GPTConfig:
     bias: bool = flag(True, "biases in linear layers and LayerNorm")
     tie_embeddings: bool = flag(True, "token embedding and output head share one matrix")
     dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation", at_least=0, below=1)
-    init: Literal["gpt2", "xavier", "kaiming"] = flag("gpt2", "weight initialization, see init_weights")
+    value_residual: bool = flag(False, "mix the first layer's values into those of every other")
+    residual_scalars: bool = flag(False, "learned scalars: what each block takes of the residual stream and of the embedding")
+    softcap: float = flag(0.0, "bound logits to -softcap..softcap; 0: no bound", at_least=0, at_most=1e4)
+    init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag("gpt2", "weight initialization, see init_weights")
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
     vocab_multiple: int = flag(128, None, above=0, at_most=2**16)  # the matrices are padded to a multiple, for tensor-core efficiency
@@ -82,7 +89,7 @@ class GPTConfig:
 
 @dataclass
 class TrainConfig:
-    preset: Literal["gpt2", "modern", "tiny"] = flag("modern", "starting point; every other flag overrides it")
+    preset: Literal["gpt2", "modern", "speedrun", "tiny"] = flag("modern", "starting point; every other flag overrides it")
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
     # data
@@ -92,14 +99,21 @@ class TrainConfig:
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
     max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs", above=0, below=2**31)
+    minutes: float | None = flag(None, "minutes of training steps (evaluations and compilation not counted); takes the place of --epochs",
+                                 above=0)
     total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
     micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     # optimizer
-    optimizer: Literal["adamw"] = flag("adamw", "optimizer")
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "optimizer; muon: of the matrices in blocks, AdamW for all else")
     max_lr: float = flag(6e-4, "peak learning rate", above=0, at_most=1e6)
+    embedding_lr: float | None = flag(None, "the same of the embeddings; without the flag, --max_lr", above=0, at_most=1e6)
+    head_lr: float | None = flag(None, "the same of an untied head; without the flag, --max_lr", above=0, at_most=1e6)
+    vector_lr: float | None = flag(None, "the same of norms, biases and scalars; without the flag, --max_lr", above=0, at_most=1e6)
     min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     warmup_steps: int | None = flag(None, "steps of linear warm-up; without the flag, 3.75% of the run", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
+    cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
+    momentum: float = flag(0.95, "of Muon; short runs like less", at_least=0, below=1)
     weight_decay: float = flag(0.1, "on matrices and embeddings; vectors are never decayed", at_least=0, at_most=1e6)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     # what happens along the way (0: never)
@@ -134,10 +148,15 @@ class TrainConfig:
 
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
+SPEEDRUN = dict(n_layer=11, n_head=4, n_embd=512, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False,
+                value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj", optimizer="muon", max_lr=0.03,
+                embedding_lr=0.01, head_lr=0.004, vector_lr=0.015, weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072,
+                schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
 PRESETS = {
-    "gpt2":   {},
-    "modern": MODERN,
-    "tiny":   MODERN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, data="docstrings", max_steps=900,
+    "gpt2":     {},
+    "modern":   MODERN,
+    "speedrun": SPEEDRUN,
+    "tiny":     MODERN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, data="docstrings", max_steps=900,
                             total_batch_size=2048, max_lr=3e-3, val_tokens=65_536, eval_every=300,
                             hellaswag_every=0, sample_every=450, sample_prompt="Return the", compile=False),
 }
@@ -204,8 +223,27 @@ class Rotary(nn.Module):
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
+class Mix(nn.Module):
+    """A learned weighted sum of two tensors: w[0] x + w[1] y."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.start, self.mix = start, nn.Parameter(torch.empty(2))
+
+    def forward(self, x, y):
+        w = self.mix.type_as(x)
+        return w[0] * x + w[1] * y
+
+
+class First(nn.Module):
+    """Stands where a Mix was not chosen: the first of two tensors."""
+
+    def forward(self, x, y):
+        return x
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         head_dim = config.n_embd // config.n_head
@@ -215,11 +253,15 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
         self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else NoPositions()
+        # value residual: Zhou et al. 2024, https://arxiv.org/abs/2410.17897
+        self.mix_values = Mix((0.5, 0.5)) if config.value_residual and layer > 0 else First()
 
-    def forward(self, x, start, kv_cache=None):
+    def forward(self, x, v_first, start, kv_cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
         q, k = self.rotary(self.q_norm(q), start), self.rotary(self.k_norm(k), start)
+        v_first = v if v_first is None else v_first                                     # those of the first layer
+        v = self.mix_values(v, v_first)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))                          # (B, H, T, D), nothing is moved
         if kv_cache is not None:
             k, v = kv_cache.update(self, k, v)                                          # (B, H, start + T, D)
@@ -227,7 +269,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # a decoding step attends to the whole cache, so no mask
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v_first
 
 
 class GeluMLP(nn.Module):
@@ -272,17 +314,20 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
+        self.mix_residual = Mix((1.0, 0.0)) if config.residual_scalars else First()
         self.ln_1 = NORMS[config.norm](config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = NORMS[config.norm](config.n_embd, config.bias)
         self.mlp = MLPS[config.mlp](config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, start, kv_cache=None):
-        x = x + self.drop(self.attn(self.ln_1(x), start, kv_cache))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x, x0, v_first, start, kv_cache=None):
+        x = self.mix_residual(x, x0)
+        y, v_first = self.attn(self.ln_1(x), v_first, start, kv_cache)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.ln_2(x))), v_first
 
 
 class GPT(nn.Module):
@@ -301,7 +346,7 @@ class GPT(nn.Module):
             wpe=LearnedPositions(config.block_size, config.n_embd) if learned else NoPositions(),
             emb_norm=NORMS[config.norm](config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config.n_embd, config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -318,13 +363,14 @@ class GPT(nn.Module):
         """
         start = 0 if kv_cache is None else kv_cache.length
         x = self.transformer.wpe(self.transformer.wte(idx), start)                      # (B, T, C)
-        x = self.transformer.drop(cast(self.transformer.emb_norm(x)))                   # from here on in autocast's type
+        x = x0 = self.transformer.drop(cast(self.transformer.emb_norm(x)))              # from here on in the autocast dtype
+        v_first = None
         for block in self.transformer.h:
-            x = block(x, start, kv_cache)
+            x, v_first = block(x, x0, v_first, start, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[logits_at])[..., :self.config.vocab_size]                    # (B, T, V), cut
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return soft_cap(self.lm_head(x[logits_at])[..., :self.config.vocab_size], self.config.softcap)  # (B, T, V), cut
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
 
     def parameter_counts(self):
         """dict of parameter counts: total, embedding (tokens, positions and an untied head), layer (one block)."""
@@ -353,35 +399,48 @@ class GPT(nn.Module):
         return model
 
 
+def row_blocks(config):
+    """How many matrices, one below the other, a fused weight holds: q, k, v; gate, value."""
+    return {"c_attn": 3, "c_fc": 2 if config.mlp == "swiglu" else 1, "c_proj": 1}
+
+
 @torch.no_grad()
 def init_weights(model):
     """Initialize every parameter, by config.init; fails on a parameter it does not know.
 
-    gpt2:    normal, std 0.02 (positions 0.01, as in OpenAI's code).
-    xavier:  normal, std sqrt(2 / (fan_in + fan_out))   (Glorot & Bengio 2010).
-    kaiming: normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1   (He et al. 2015).
-    In all three: the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as there are
-    2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head are normal with std 0.02,
-    norms start at 1, biases at 0. Fans are those of one matrix where several are fused (q, k, v; gate and value).
+    gpt2:      normal, std 0.02 (positions 0.01, as in OpenAI's code).
+    xavier:    normal, std sqrt(2 / (fan_in + fan_out))   (Glorot & Bengio 2010).
+    kaiming:   normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1   (He et al. 2015).
+    In these three: the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as there are
+    2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head are normal with std 0.02.
+    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0: every block starts as the identity; embeddings std 1.
+    A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a larger one the first logits would
+    favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where several are fused.
     """
     config, residual_scale = model.config, (2 * model.config.n_layer) ** -0.5
-    fused = {"c_attn": 3, "c_fc": 2 if config.mlp == "swiglu" else 1, "c_proj": 1}
+    zero_proj, tied_small = config.init == "zero_proj", config.tie_embeddings and config.emb_norm
+    fused = row_blocks(config)
     for name, p in model.named_parameters():
         module, kind = f".{name}".split(".")[-2:]
         if kind == "bias":
             p.zero_()
         elif module in ("ln_1", "ln_2", "ln_f", "emb_norm", "q_norm", "k_norm"):
             p.fill_(1.0)
+        elif kind == "mix":
+            p.copy_(torch.tensor(model.get_submodule(name.rpartition(".")[0]).start))
+        elif module == "lm_head" and zero_proj:
+            p.zero_()
         elif module in ("wte", "lm_head"):
-            p.normal_(std=0.02)
+            p.normal_(std=0.005 if tied_small else 1.0 if zero_proj and not config.tie_embeddings else 0.02)
         elif module == "wpe":
             p.normal_(std=0.01)
         elif module in fused:
             fan_out, fan_in = p.size(0) / fused[module], p.size(1)
             std = {"gpt2": 0.02,
                    "xavier": math.sqrt(2 / (fan_in + fan_out)),
-                   "kaiming": math.sqrt((2 if module == "c_fc" else 1) / fan_in)}[config.init]
-            p.normal_(std=std * (residual_scale if module == "c_proj" else 1.0))
+                   "kaiming": math.sqrt((2 if module == "c_fc" else 1) / fan_in),
+                   "zero_proj": math.sqrt(1 / 3 / fan_in)}[config.init]
+            p.normal_(std=std * ((0.0 if zero_proj else residual_scale) if module == "c_proj" else 1.0))
         else:
             raise ValueError(f"init_weights does not know the parameter {name}")
 
@@ -391,14 +450,18 @@ def init_weights(model):
 
 
 def make_optimizer(model, cfg):
-    """The optimizer --optimizer names, over all parameters of `model`; only matrices and embeddings are decayed.
+    """The optimizer --optimizer names, over all parameters of `model`.
 
     Each group keeps its peak learning rate as initial_lr; the schedule multiplies it.
     """
-    params = list(model.parameters())
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in params), "not each once"
+    kinds = {}
+    for name, p in model.named_parameters():
+        module = name.split(".")[-2]
+        kind = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}.get(module, "matrix") if p.dim() > 1 else "vector"
+        kinds.setdefault((kind, row_blocks(model.config).get(module, 1) if kind == "matrix" else 1), []).append(p)
+    rates = {"embedding": cfg.embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
+    groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr) for (kind, splits), params in kinds.items()]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters()), "not each once"
     optimizer = OPTIMIZERS[cfg.optimizer](groups, cfg)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -406,20 +469,29 @@ def make_optimizer(model, cfg):
 
 
 def adamw(groups, cfg):
-    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al. 2020, appendix B)."""
-    fused = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al. 2020, appendix B).
+
+    Matrices and embeddings are decayed, vectors are not.
+    """
+    groups = [g | dict(kind="adamw", weight_decay=0.0 if g["kind"] == "vector" else cfg.weight_decay) for g in groups]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=groups[0]["params"][0].is_cuda)
 
 
-OPTIMIZERS = {"adamw": adamw}
+def muon(groups, cfg):
+    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas for all else. See lib/muon.py."""
+    matrices = [g | dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay) for g in groups if g["kind"] == "matrix"]
+    others = [g | dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10) for g in groups if g["kind"] != "matrix"]
+    return Muon(matrices + others)
 
 
-def state_like(model):
-    """Tensors shaped as those an optimizer's state will hold after its first step: AdamW's two moments of every parameter."""
-    return [p for p in model.parameters() for _ in range(2)]
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
-WSD_DECAY = 0.2         # share of a wsd run that decays (Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
+def state_like(optimizer):
+    """Tensors shaped as those the optimizer's state will hold after its first step: AdamW's two moments, Muon's momentum."""
+    return [p for group in optimizer.param_groups for p in group["params"] for _ in range({"adamw": 2, "muon": 1}[group["kind"]])]
+
+
 WARMUP_SHARE = 0.0375   # of the run: 715 of build-nanogpt's 19,073 steps
 
 
@@ -429,8 +501,8 @@ def lr_multiplier(step, cfg):
     warmup = round(WARMUP_SHARE * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    # 2) how far the decay has come, 0 to 1; wsd (warm-up, stable, decay) begins it late
-    start = max(warmup, round(cfg.steps * (1 - WSD_DECAY))) if cfg.schedule == "wsd" else warmup
+    # 2) how far the decay has come, 0 to 1; wsd (warm-up, stable, decay: Haegele et al. 2024, https://arxiv.org/abs/2405.18392) begins it late
+    start = max(warmup, round(cfg.steps * (1 - cfg.cooldown))) if cfg.schedule == "wsd" else warmup
     progress = min(max((step - start) / max(cfg.steps - start, 1), 0.0), 1.0)
     # 3) from the peak down to min_lr_frac of it, along half a cosine or a line
     left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
@@ -648,6 +720,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     """
     device, world_size = processes.device, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
+    timer, seconds = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # evaluated; the plain model is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token() * cfg.total_batch_size, peak_flops(device)
@@ -655,7 +728,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False, "loader": stream.state_dict(),
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
+                "max_steps": cfg.steps, "timed": timer.timed, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
 
     save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
     stream.prefetch(cfg.total_batch_size)
@@ -705,13 +778,16 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                     loss_sum += loss.detach()
 
             # ---- one all-reduce: the loss, and whether anyone wants to stop or to save; then the one device sync of a step
-            shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in (stop.requested, bool(run.save_is_due(cfg.save_minutes))))])
+            told = stop.requested, bool(run.save_is_due(cfg.save_minutes)), seconds / world_size
+            shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in told)])
             if processes.distributed:
                 dist.all_reduce(shared)
             norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
             total_norm = norms.norm()
-            loss, stop_requests, save_due, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
+            loss, stop_requests, save_due, last_seconds, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
             stop.agree(stop_requests)
+            if step > first + 1:  # the first step compiles
+                run.set_length(timer.fit(step, last_seconds))
 
             # ---- clip and update, unless non-finite: the same decision on every process
             run.wait_copied()  # what is being saved must not change yet
@@ -796,8 +872,9 @@ def settings(argv):
         except Exception as error:  # another project's file, whatever it holds
             raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
                            "another --resume") from error
-    if "epochs" in explicit and "max_steps" not in explicit:
-        cfg.max_steps = None  # a preset's or the checkpoint's
+    for name in ("max_steps", "minutes"):  # a preset's or the checkpoint's give way
+        if name not in explicit and {"epochs", "max_steps", "minutes"} & explicit:
+            setattr(cfg, name, None)
     return cfg, model_cfg, explicit, resume
 
 
@@ -818,7 +895,7 @@ def check_run(cfg, c, explicit, world_size):
 
     need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(not {"epochs", "max_steps"} <= explicit, "--epochs and --max_steps both set the length: give one of them")
+    need(len({"epochs", "max_steps", "minutes"} & explicit) < 2, "--epochs, --max_steps and --minutes each set the length: give one of them")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = cfg.total_batch_size, c.block_size
     need(world_size <= B // T, f"--total_batch_size {B} is {B // T} sequences of --block_size {T}, fewer than {world_size} processes: "
@@ -834,7 +911,7 @@ def build_model(model_cfg, cfg, device):
     """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
     with torch.device("meta"):
         like = GPT(model_cfg)
-    check_memory((*like.parameters(), *like.parameters(), *state_like(like)), device)
+    check_memory((*like.parameters(), *like.parameters(), *state_like(make_optimizer(like, cfg))), device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
@@ -850,7 +927,7 @@ def main(argv):
     cfg, model_cfg, explicit, resume = settings(argv)
     processes = Processes(cfg.device)
     shards, T = Shards(cfg.data), model_cfg.block_size
-    before = resume and not {"data", "epochs", "max_steps", "total_batch_size"} & explicit
+    before = resume and not {"data", "epochs", "max_steps", "minutes", "total_batch_size"} & explicit
     cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"])
     check_model(model_cfg)
     check_run(cfg, model_cfg, explicit, processes.world_size)
@@ -871,7 +948,7 @@ def main(argv):
             evaluations = make_evaluations(cfg, shards, tokenizer, T, processes)
             model = build_model(model_cfg, cfg, processes.device)
             optimizer, rows = make_optimizer(model, cfg), cfg.total_batch_size // T // processes.world_size
-            cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(model))
+            cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
             stream = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
                                  partial(micro_batches, block_size=T, micro_batch=cfg.sequences, processes=processes))
             position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
@@ -880,7 +957,7 @@ def main(argv):
             if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
                 raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
             config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": shards.identity}
-            run.begin(config, describe(cfg, model, shards, processes), position["step"], resume, [*model.parameters(), *state_like(model)])
+            run.begin(config, describe(cfg, model, shards, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
             train(cfg, model, optimizer, stream, evaluations, run, processes, position)
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error

@@ -6,10 +6,13 @@ from lib.cli import BadInput
 from lib.devices import compute_dtype, memory_bytes
 
 MOST_STEPS = 2**31
+FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
 
 
 def steps_of(cfg, train_tokens):
     """Optimizer steps of a run: --max_steps, or --epochs passes over so many tokens. Raises BadInput if there is not one."""
+    if cfg.minutes:
+        return 1_000_000  # until StepTimer knows better
     steps = cfg.max_steps or int(min(cfg.epochs * train_tokens / cfg.total_batch_size, MOST_STEPS))
     if not 0 < steps < MOST_STEPS:
         raise BadInput(f"{cfg.epochs:g} epochs of {train_tokens:,} tokens are {'no' if not steps else 'too many'} steps of "
@@ -25,6 +28,21 @@ def check_memory(tensors, device):
                        f"{there / 1e9:,.0f}: lower --n_embd, --n_layer or --block_size")
 
 
+class StepTimer:
+    """Fits cfg.steps, the length of the run, to --minutes of training steps; without --minutes, leaves it. timed: steps, their seconds."""
+
+    def __init__(self, cfg, timed):
+        self.cfg, self.timed = cfg, tuple(timed)
+
+    def fit(self, step, seconds):
+        """`step` updates are behind, the last of which took `seconds` -> cfg.steps."""
+        self.timed = count, total = self.timed[0] + 1, self.timed[1] + seconds
+        limit = 60 * (self.cfg.minutes or 0)
+        if total < FIT_SHARE * limit:
+            self.cfg.steps = max(step + round((limit - total) * count / total), step + 1)
+        return self.cfg.steps
+
+
 def describe(cfg, model, shards, processes):
     """What is about to happen, in a few lines."""
     counts, c, device = model.parameter_counts(), model.config, processes.device
@@ -36,7 +54,7 @@ def describe(cfg, model, shards, processes):
         f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
         f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
         f"padded to {c.padded_vocab_size:,}",
-        f"length  {cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
+        f"length  {cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else f"length  {cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
         f"({tokens / shards.tokens['train']:.2f} epochs), {tokens * flops:.2e} FLOPs",
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
         f"{processes.world_size} processes",

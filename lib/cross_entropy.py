@@ -13,25 +13,37 @@ CHUNK = 8_192   # tokens whose logits exist at a time; the compiler may keep tho
 FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
-def linear_cross_entropy(x, weight, targets):
+def soft_cap(logits, cap):
+    """cap z / sqrt(z^2 + cap^2): logits bound to -cap..cap, near 0 as they were (modded-nanogpt's form of Gemma 2's,
+    https://arxiv.org/abs/2408.00118, section 2). 0: as they are."""
+    return logits * (logits.square() / cap**2 + 1).rsqrt() if cap else logits
+
+
+def linear_cross_entropy(x, weight, targets, cap=0.0):
     """Cross-entropy in nats of the logits x @ weight.T, summed over the targets: a scalar in fp32.
 
-    x: (N, C). weight: (V, C). targets: int64 (N,); those of -1 are not counted.
+    x: (N, C). weight: (V, C). targets: int64 (N,); those of -1 are not counted. cap: of `soft_cap`, 0: none.
     Under autocast, products are in its dtype and sums in fp32, as those of a linear layer and F.cross_entropy are.
     Where gradients are wanted, a logit more than FAR above the target's counts as if it were FAR above it.
     """
     counted = (targets >= 0).float()                                                    # (N,)
     function = _LinearCrossEntropy.apply if torch.is_grad_enabled() else _forward
-    return function(cast(x), cast(weight), targets.clamp(min=0), counted)
+    return function(cast(x), cast(weight), targets.clamp(min=0), counted, cap)
 
 
 def _chunks(*tensors):
     return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
 
 
-def _forward(x, weight, targets, counted):
-    return sum((F.cross_entropy((x_c @ weight.T).float(), target, reduction="none") * counted_c).sum()
+def _forward(x, weight, targets, counted, cap):
+    return sum((F.cross_entropy(soft_cap((x_c @ weight.T).float(), cap), target, reduction="none") * counted_c).sum()
                for x_c, target, counted_c in _chunks(x, targets, counted))
+
+
+def _slope(capped, cap):
+    """The derivative of `soft_cap`, from its result."""
+    t = 1 - (capped / cap).square()
+    return t * t.sqrt()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -42,14 +54,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, counted):
+    def forward(ctx, x, weight, targets, counted, cap):
         loss, dx, dweight = torch.zeros((), device=x.device), [], torch.zeros(weight.shape, device=x.device)
         for x_c, target, counted_c in _chunks(x, targets[:, None], counted[:, None]):
-            logits = (x_c @ weight.T).float()                                           # (n, V)
-            e = logits.sub_(logits.gather(1, target)).clamp_(max=FAR).exp_()
+            logits = soft_cap((x_c @ weight.T).float(), cap)                            # (n, V)
+            at_target = logits.gather(1, target)
+            e = (logits - at_target).clamp(max=FAR).exp()
             s = e.sum(dim=1, keepdim=True)
             loss = loss + (s.log() * counted_c).sum()
-            dlogits = e.to(x.dtype).scatter_(1, target, (1 - s).to(x.dtype))            # times s / counted
+            d, d_target = (e, 1 - s) if not cap else (e * _slope(logits, cap), (1 - s) * _slope(at_target, cap))
+            dlogits = d.to(x.dtype).scatter(1, target, d_target.to(x.dtype))            # times s / counted
             counted_c = counted_c / s
             dx.append((dlogits @ weight) * counted_c)
             dweight += dlogits.T @ (x_c * counted_c).to(x.dtype)                          # in fp32: each chunk adds to all of it
@@ -59,4 +73,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None, None
+        return dx * grad, dweight * grad, None, None, None

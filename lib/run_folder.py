@@ -87,7 +87,8 @@ class Resume:
             stream.load_state_dict(state["loader"])
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
-        position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0)}
+        position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
+                    "timed": state.get("timed", (0, 0.0))}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
 
@@ -100,8 +101,10 @@ def load_optimizer(optimizer, state, updates):
         group.update(own)
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
+        wanted = {p.shape: p for p in group["params"]}
+        wanted = {shape: _state_of(optimizer, group, p) if updates else {} for shape, p in wanted.items()}
         for p in group["params"]:
-            have, want = optimizer.state.get(p, {}), _state_of(optimizer, group, p) if updates else {}
+            have, want = optimizer.state.get(p, {}), wanted[p.shape]
             if {name: _shape(value) for name, value in have.items()} != {name: _shape(value) for name, value in want.items()}:
                 raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
 
@@ -319,6 +322,9 @@ class RunFolder:
                      f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, step)}`")
         else:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
+
+    def set_length(self, steps):
+        self.config["max_steps"] = self.log.max_steps = steps
 
     def say(self, line):
         self.log.say(line)

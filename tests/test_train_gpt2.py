@@ -46,6 +46,7 @@ from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, ShardLoader, TrainConfig
 TOGGLES = {"mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"), "pos": ("learned", "rope"),
            "emb_norm": (False, True), "qk_norm": (False, True), "bias": (True, False), "tie_embeddings": (True, False),
            "dropout": (0.0, 0.1)}
+RECIPE = {"value_residual": (False, True), "residual_scalars": (False, True), "softcap": (0.0, 15.0)}
 
 
 def combinations(*names):
@@ -220,10 +221,10 @@ def test_every_combination_runs_and_trains_every_parameter(mlp):
                     assert p.grad.any(), (toggles, name)
 
 
-@pytest.mark.parametrize("toggles", all_pairs(TOGGLES), ids=lambda t: "-".join(map(str, t.values())))
+@pytest.mark.parametrize("toggles", all_pairs(TOGGLES | RECIPE), ids=lambda t: "-".join(map(str, t.values())))
 def test_no_graph_breaks(toggles):
     torch._dynamo.reset()
-    model, idx = GPT(tiny(n_layer=1, **toggles)), torch.randint(61, (2, 9))
+    model, idx = GPT(tiny(**toggles)), torch.randint(61, (2, 9))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     compiled(idx[:, :-1], idx[:, 1:]).backward()
     torch.testing.assert_close(compiled.eval()(idx), model.eval()(idx))
@@ -232,7 +233,7 @@ def test_no_graph_breaks(toggles):
 @pytest.mark.parametrize("mlp", TOGGLES["mlp"])
 def test_causality(mlp):
     a = torch.randint(61, (1, 12))
-    for toggles in combinations("norm", "pos", "emb_norm", "qk_norm"):
+    for toggles in (*combinations("norm", "pos", "emb_norm", "qk_norm"), {name: on for name, (_, on) in RECIPE.items()}):
         model = GPT(tiny(mlp=mlp, init="xavier", **toggles)).eval()
         for t in (1, 6, 11):
             b = a.clone()
@@ -256,10 +257,79 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
 
 def hidden(model, idx):
     """The residual stream before the last norm, by the plain loop."""
-    x = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx), 0))
+    x = x0 = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx), 0))
+    v_first = None
     for block in model.transformer.h:
-        x = block(x, 0)
+        x, v_first = block(x, x0, v_first, 0)
     return x
+
+
+@torch.no_grad()
+def test_the_speedrun_model_against_a_plain_one():
+    """Written out once more with nothing shared but the weights, drawn at random so that no gain or scalar hides at its start."""
+    config = tiny(n_layer=3, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False, value_residual=True,
+                  residual_scalars=True, softcap=3.0, init="zero_proj")
+    model, idx = GPT(config).eval(), torch.randint(61, (2, 16))
+    for p in model.parameters():
+        p.normal_(std=0.3)
+    w = dict(model.named_parameters())
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
+
+    def rope(x):  # (B, T, H, D): complex numbers of dimension i and i + D/2
+        turn = torch.outer(torch.arange(16.0), 10_000 ** (-torch.arange(0, 16, 2) / 16))[:, None]
+        z = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(turn), turn)
+        return torch.cat((z.real, z.imag), -1)
+
+    x = x0 = norm(w["transformer.wte.weight"][idx], "transformer.emb_norm.weight")
+    for i in range(3):
+        b = f"transformer.h.{i}"
+        r = w[f"{b}.mix_residual.mix"]
+        x = r[0] * x + r[1] * x0
+        q, k, v = (norm(x, f"{b}.ln_1.weight") @ w[f"{b}.attn.c_attn.weight"].T).view(2, 16, 3, 2, 16).unbind(2)
+        q, k = rope(norm(q, f"{b}.attn.q_norm.weight")), rope(norm(k, f"{b}.attn.k_norm.weight"))
+        if i == 0:
+            v_first = v
+        else:
+            m = w[f"{b}.attn.mix_values.mix"]
+            v = m[0] * v + m[1] * v_first
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / 4
+        scores = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + torch.einsum("bhts,bshd->bthd", scores, v).reshape(2, 16, 32) @ w[f"{b}.attn.c_proj.weight"].T
+        h = norm(x, f"{b}.ln_2.weight") @ w[f"{b}.mlp.c_fc.weight"].T
+        x = x + h.clamp(min=0) ** 2 @ w[f"{b}.mlp.c_proj.weight"].T
+    z = norm(x, "transformer.ln_f.weight") @ w["transformer.wte.weight"].T
+    z = 3 * z / (z.square() + 9).sqrt()
+    torch.testing.assert_close(model(idx), z[..., :61], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(idx[:, :-1], idx[:, 1:]), F.cross_entropy(z[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="sum"))
+
+
+@pytest.mark.parametrize("preset", ["modern", "speedrun", "tiny"])
+def test_no_preset_begins_above_the_loss_of_a_guess(preset):
+    (_, config), _ = parse((TrainConfig, GPTConfig), ["--preset", preset], None, PRESETS)
+    torch.manual_seed(0)
+    idx = torch.randint(config.vocab_size, (4, 65))
+    with torch.no_grad():
+        config.n_layer = 2
+        loss = GPT(config)(idx[:, :-1], idx[:, 1:]) / 256
+    assert loss < math.log(config.vocab_size) + 0.1
+
+
+def test_the_blocks_of_zero_proj_begin_as_the_identity_and_learn():
+    model, idx = GPT(tiny(init="zero_proj", tie_embeddings=False, mlp="relu2", bias=False)), torch.randint(61, (2, 17))
+    x = model.transformer.wpe(model.transformer.wte(idx[:, 1:]), 0)
+    assert torch.equal(hidden(model, idx[:, 1:]), x) and model.transformer.wte.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert not model(idx[:, :-1]).any()  # the head is zero
+    for name, p in model.named_parameters():
+        if name.endswith("c_fc.weight"):
+            assert p.std().item() == pytest.approx((1 / 3 / p.size(1)) ** 0.5, rel=0.1)
+    optimizer = train_gpt2.make_optimizer(model, TrainConfig(optimizer="muon"))
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
@@ -271,7 +341,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(idx), plain(idx))
     attention, x = model.transformer.h[0].attn.train(), torch.randn(2, 16, 32)  # the scores are dropped out as well
-    assert not torch.equal(attention(x, 0), attention(x, 0))
+    assert not torch.equal(attention(x, None, 0)[0], attention(x, None, 0)[0])
 
 
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming"])
@@ -323,6 +393,21 @@ def test_optimizer_groups(toggles):
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if p.dim() == 1 else 0.3), name
     assert all(group["initial_lr"] == group["lr"] == 6e-4 for group in optimizer.param_groups)  # what the schedule multiplies
+
+
+@pytest.mark.parametrize("mlp, fc", [("relu2", 1), ("swiglu", 2)])
+def test_muon_takes_the_matrices_in_blocks_and_each_kind_its_rate(mlp, fc):
+    model = GPT(tiny(mlp=mlp, tie_embeddings=False, residual_scalars=True, pos="rope"))
+    cfg = TrainConfig(optimizer="muon", max_lr=0.02, embedding_lr=0.3, head_lr=0.004, vector_lr=0.015, momentum=0.9, weight_decay=0.1)
+    groups = {id(p): g for g in train_gpt2.make_optimizer(model, cfg).param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        g = groups[id(p)]
+        if p.dim() > 1 and ".h." in name:
+            splits = 3 if "c_attn" in name else fc if "c_fc" in name else 1
+            assert (g["kind"], g["lr"], g["splits"], g["momentum"], g["weight_decay"]) == ("muon", 0.02, splits, 0.9, 0.1)
+        else:
+            lr = 0.3 if "wte" in name else 0.004 if "lm_head" in name else 0.015
+            assert (g["kind"], g["lr"], g["weight_decay"]) == ("adamw", lr, 0.0)
 
 
 def test_one_step_of_adamw_by_hand():
@@ -682,6 +767,26 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
     assert states[0]["loader"] == states[2]["loader"] and states[0]["model"].keys() == states[2]["model"].keys()
 
 
+def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data, tmp_path):
+    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512, "--save_every", 3]
+    for run, processes in (("one", 1), ("two", 2), ("resumed", 1), ("resumed", 2)):
+        result = launch("train_gpt2.py", *flags, "--run_name", run, processes=processes)
+        assert result.returncode == 0, result.stderr
+        if run == "resumed" and processes == 1:  # as if it had ended after step 3
+            (tmp_path / "log" / run / "ckpt_00006.pt").unlink()
+    logs = {run: read_log(tmp_path / "log" / run) for run in ("one", "two", "resumed")}
+    assert logs["two"] == pytest.approx(logs["one"], rel=1e-4) and logs["resumed"] == pytest.approx(logs["one"], rel=1e-4)
+    assert logs["one"][5, "train"] < logs["one"][0, "train"] - 0.5
+
+
+def test_minutes_set_the_length(data, tmp_path):
+    flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
+    folder = tmp_path / "short"
+    train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "short", "--minutes", "0.02", "--eval_every", "0"])
+    state = torch.load(next(folder.glob("ckpt_*.pt")), weights_only=True)
+    assert state["finished"] and state["max_steps"] == state["step"] < 1000 and f"\n{state['step'] - 1} train " in (folder / "log.txt").read_text()
+
+
 def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_path, capsys):
     flags = ["--preset", "modern", "--max_steps", 5, "--qk_norm", "--dropout", 0.1, "--no-tie_embeddings", "--schedule", "wsd",
              "--grad_clip", 0, "--micro_batch", 2, "--eval_every", 0, "--save_every", 0]
@@ -704,7 +809,7 @@ BAD_FLAGS = [
     (["--vocab_size", "3"], "unknown flag --vocab_size"),  # set by the data, not by a flag
     (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""), (["--data", "{other}"], "another tokenizer"),
     (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
-    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs and --max_steps"),
+    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs, --max_steps and --minutes"),
     (["--eval_tasks_limit", "2"], "are for --eval_tasks"), (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),
     (["--val_tokens", "20"], "validation needs 33 tokens"), (["--device", "mps"], "--device mps"),
     (["--hellaswag_every", "2", "--hellaswag_file", "nowhere.jsonl"], "cannot read nowhere.jsonl"),

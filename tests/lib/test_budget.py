@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 from helpers import tiny
 
-from lib.budget import describe, steps_of
+from lib.budget import StepTimer, describe, steps_of
 from lib.cli import BadInput
 from train_gpt2 import GPT
 
 
 def length(tokens, batch=256, epochs=1.0, max_steps=None):
-    return steps_of(SimpleNamespace(max_steps=max_steps, epochs=epochs, total_batch_size=batch), tokens)
+    return steps_of(SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, total_batch_size=batch), tokens)
 
 
 def test_steps_are_given_or_follow_from_epochs():
@@ -31,7 +31,7 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     model = GPT(tiny(bias=False))
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     flops = 6 * weights + 12 * 2 * 32 * 16
-    cfg = SimpleNamespace(steps=10, total_batch_size=128, data="toy", val_tokens=100, sequences=2)
+    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, data="toy", val_tokens=100, sequences=2)
     shards = SimpleNamespace(train=["a", "b"], tokens={"train": 640, "val": 50})
     lines = describe(cfg, model, shards, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
     assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; {flops / 1e6:,.1f} MFLOPs per token"
@@ -39,3 +39,17 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     assert lines[2] == f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs), {1280 * flops:.2e} FLOPs"
     assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
     assert lines[4].startswith("device  cpu, ")
+
+
+def test_minutes_become_steps_at_the_measured_speed():
+    cfg = SimpleNamespace(minutes=1.0, steps=10**6)
+    timer, step, spent = StepTimer(cfg, (0, 0.0)), 1, 0.0
+    while step < cfg.steps:
+        seconds = 0.2 if step < 50 else 0.1  # it becomes faster while the length is still fitted
+        step, spent = step + 1, spent + seconds
+        timer.fit(step, seconds)
+        if step == 80:  # stopped and resumed: what was timed goes with the checkpoint
+            timer = StepTimer(cfg, timer.timed)
+    assert timer.timed == (step - 1, pytest.approx(spent)) and 45 < spent < 60  # the slow steps count in the mean
+    plain = SimpleNamespace(minutes=None, steps=7)
+    assert StepTimer(plain, (0, 0.0)).fit(3, 1.0) == 7

@@ -51,6 +51,22 @@ def chunk(monkeypatch):
 # Values
 
 
+@pytest.mark.parametrize("size", [5, 1000])
+@pytest.mark.parametrize("cap", [0.7, 15.0])
+def test_capped_logits_against_autograd(cap, size, chunk):
+    chunk(size)
+    x, weight, targets = problem()
+    targets[3] = -1
+
+    def plainly(x, weight, targets):
+        z = x @ weight.T
+        return F.cross_entropy(cap * z / (z.square() + cap**2).sqrt(), targets, ignore_index=-1, reduction="sum")
+
+    close(with_gradients(lambda *args: linear_cross_entropy(*args, cap), x, weight, targets), with_gradients(plainly, x, weight, targets))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, cap), plainly(x, weight, targets))
+
+
 @pytest.mark.parametrize("ignored", [0, 1, 12, 22])
 @pytest.mark.parametrize("size", [1, 2, 5, 22, 23, 24, 1000])  # 23 tokens
 def test_loss_and_gradients_against_torch(size, ignored, chunk):

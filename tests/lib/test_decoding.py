@@ -14,7 +14,7 @@ from train_gpt2 import GPT
 
 @pytest.mark.parametrize("toggles", [
     dict(), dict(pos="rope", n_head=4), dict(pos="rope", norm="rmsnorm", mlp="swiglu", emb_norm=True, qk_norm=True, bias=False),
-    dict(norm="rmsnorm", qk_norm=True)])
+    dict(norm="rmsnorm", qk_norm=True, value_residual=True, residual_scalars=True, softcap=3.0)])
 @pytest.mark.parametrize("prompt", [1, 5, 16, 30])  # block_size is 16
 def test_cached_logits_are_those_of_the_whole_text(toggles, prompt):
     torch.manual_seed(0)
