@@ -156,9 +156,9 @@ PRESETS = {
     "gpt2":     {},
     "modern":   MODERN,
     "speedrun": SPEEDRUN,
-    "tiny":     MODERN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, data="docstrings", max_steps=900,
-                            total_batch_size=2048, max_lr=3e-3, val_tokens=65_536, eval_every=300,
-                            hellaswag_every=0, sample_every=450, sample_prompt="Return the", compile=False),
+    "tiny":     SPEEDRUN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025,
+                                embedding_lr=0.5, data="docstrings", max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
+                                hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False),
 }
 SIZES = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
