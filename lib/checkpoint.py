@@ -56,6 +56,8 @@ def read(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
+        if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_complex() or t.is_quantized for t in tensors(state)):
+            raise TypeError("a tensor without data, sparse, complex or quantized")  # torch.load makes them, a model fails on them
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILE:

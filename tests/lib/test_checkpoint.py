@@ -118,6 +118,10 @@ def test_archives_of_something_else_are_refused(tmp_path):
     torch.save([torch.zeros(2)], path)
     with pytest.raises(Torn, match="TypeError: list"):
         checkpoint.read(path)
+    for odd in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta")):
+        torch.save({"model": {"weight": odd}}, path)
+        with pytest.raises(Torn, match="a tensor without data, sparse, complex or quantized"):
+            checkpoint.read(path)
 
 
 def test_zip_bombs_are_refused_unread(tmp_path, monkeypatch):
