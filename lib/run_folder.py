@@ -63,7 +63,8 @@ class Resume:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run_name")
         numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0), self.state.get("consecutive_skips", 0),
                    *(self.state["loader"][name] for name in ("epoch", "shard", "offset"))]
-        if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not isinstance(self.state["optimizer"], dict):
+        if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (
+                isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)):
             raise TypeError("no training state")
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
@@ -105,7 +106,7 @@ def load_optimizer(optimizer, state, updates):
         wanted = {shape: _state_of(optimizer, group, p) if updates else {} for shape, p in wanted.items()}
         for p in group["params"]:
             have, want = optimizer.state.get(p, {}), wanted[p.shape]
-            if {name: _shape(value) for name, value in have.items()} != {name: _shape(value) for name, value in want.items()}:
+            if {name: _kind(value) for name, value in have.items()} != {name: _kind(value) for name, value in want.items()}:
                 raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
 
 
@@ -118,8 +119,9 @@ def _state_of(optimizer, group, p):
     return other.state[like]
 
 
-def _shape(value):
-    return value.shape if isinstance(value, torch.Tensor) else None
+def _kind(value):
+    """What two values of an optimizer's state must have in common: the shape; a single number, a count of steps, that it is one."""
+    return (value.shape, value.dim() > 0 or value.item() >= 0) if isinstance(value, torch.Tensor) else None
 
 
 def find_resume(cfg, explicit):

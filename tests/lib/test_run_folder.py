@@ -273,6 +273,8 @@ TAMPERED = {
     "moments of another shape": lambda s: change_moments(s, lambda m: m | {"exp_avg": torch.zeros(3, 5)}),
     "one moment missing": lambda s: change_moments(s, lambda m: {k: v for k, v in m.items() if k != "exp_avg_sq"}),
     "moments as text": lambda s: change_moments(s, lambda m: m | {"exp_avg": "much"}),
+    "negative count of steps": lambda s: change_moments(s, lambda m: m | {"step": torch.tensor(-5.0)}),
+    "no tokenizer": lambda s: s.pop("tokenizer"),
     "weights of another shape": lambda s: s["model"].update({"transformer.ln_f.weight": torch.ones(31)}),
     "tokenizer": lambda s: s.update(tokenizer=7),
     "nothing known": lambda s: (s.clear(), s.update(other=1)),
