@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import re
+import socket
 
 import torch
 import torch.distributed as dist
@@ -121,6 +122,7 @@ class Processes:
             # torchrun keeps its store when it restarts the processes: without a prefix they would read dead addresses in it
             attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             try:
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # an unknown name would be looked up again for half an hour
                 store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world_size)
             except (RuntimeError, ValueError, OSError) as error:

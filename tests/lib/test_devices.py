@@ -123,6 +123,12 @@ def test_half_of_a_launcher_is_refused(env):
         devices.Processes("cpu")
 
 
+def test_an_address_that_nobody_knows_is_said_at_once(env):
+    env(**TORCHRUN | dict(MASTER_ADDR="no.such.host.invalid"))
+    with pytest.raises(BadInput, match="cannot meet at no.such.host.invalid:29500"), devices.Processes("cpu"):
+        pass
+
+
 def test_a_process_takes_the_gpu_of_its_place_on_its_own_host(env, monkeypatch):
     pretend(monkeypatch, count=4)
     second_host = TORCHRUN | dict(RANK=7, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4)
