@@ -140,8 +140,9 @@ def new_meta(cfg, tokenizer, given):
             words += [f"--{name}"] * value
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return Meta(tokenizer="tokenizer.json" if tokenizer.is_trained else tokenizer.spec, vocab_size=tokenizer.vocab_size,
-                eot=tokenizer.eot, dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+    return Meta(tokenizer="tokenizer.json" if tokenizer.is_trained else tokenizer.spec,
+                tokenizer_crc32=zlib.crc32(tokenizer.spec.encode()), vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
+                dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
                 splits={split: Split() for split in SPLITS}, command=shlex.join(words), settings=settings(cfg),
                 shards=[], complete=False, resume=Start())
 
@@ -175,6 +176,8 @@ def is_done(out, meta):
         Shards(out)
     elif missing_records(out, meta):
         return False
+    if meta.tokenizer.endswith(".json"):  # another would be on the network
+        check_tokenizer(meta, load_tokenizer(str(out / meta.tokenizer)))
     text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
     print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)")
     documents = sum(split.documents for split in meta.splits.values())
@@ -582,6 +585,9 @@ def write_shards(cfg, out, source, tokenizer, meta):
             bar.set_postfix_str(f"{documents:,} documents", refresh=False)
             if end is not None and end <= len(ids):
                 break
+        else:
+            if drop:
+                raise BadInput(f"{out}/ cannot be continued: the source has become shorter; put it back, or give another --out")
         writer.finish()
     print(f"{writer.written:,} tokens after {time.perf_counter() - started:.1f} s")
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shlex
+import zlib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -118,6 +119,7 @@ class Split:
 class Meta:
     """meta.json. Written by hand beside shards of another program, it needs nothing but the tokenizer."""
     tokenizer: str = flag(MISSING, None)  # tokenizer.json beside it, or a tiktoken name
+    tokenizer_crc32: int | None = flag(None, None, at_least=0, below=2**32)  # of the text of tokenizer.json
     vocab_size: int | None = flag(None, None, at_least=1, at_most=2**32)
     eot: int | None = flag(None, None, at_least=0, below=2**32)
     dtype: Literal["uint16", "uint32"] | None = flag(None, None)
@@ -302,8 +304,10 @@ def check_shards(shards, tokenizer):
 
 
 def check_tokenizer(meta, tokenizer):
-    """Raises BadInput if the numbers in meta.json (None: there is none) are not the tokenizer's."""
+    """Raises BadInput if what meta.json (None: there is none) says of the tokenizer is not so."""
     for name in ("vocab_size", "eot"):
         if meta and getattr(meta, name) not in (None, getattr(tokenizer, name)):
             raise BadInput(f"the shards' meta.json says {name} {getattr(meta, name):,}, but their tokenizer "
                            f"{tokenizer.name} has {getattr(tokenizer, name):,}: they are of another tokenizer; {OTHER}")
+    if meta and meta.tokenizer_crc32 not in (None, zlib.crc32(tokenizer.spec.encode())):
+        raise BadInput(f"the tokenizer.json beside the shards is not the one they were made with: put that back, or {OTHER}")

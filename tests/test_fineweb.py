@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from helpers import ROOT
+from helpers import ROOT, sentences
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
 from lib import cli, files
-from lib.tokenizers import EOT, load_tokenizer
+from lib.tokenizers import EOT, load_tokenizer, train_bpe
 
 EOT_ID = 50256
 
@@ -504,6 +504,27 @@ def test_a_source_whose_files_changed_is_not_continued(tmp_path, monkeypatch):
     make(folder, tmp_path / "out", "--shard_size", 100)
     documents = [text for name in "bcd" for text in make_documents(20, ord(name))]
     assert read_shards(tmp_path / "out") == cut(reference(documents), 100)
+
+
+def test_a_source_that_became_shorter_is_not_called_complete(tmp_path):
+    folder = write_source(tmp_path / "in", "jsonl", ["one two three " * 100] * 3).parent
+    (folder / "last.jsonl").write_text("{torn")
+    with pytest.raises(cli.BadInput, match="last.jsonl"):
+        make(folder, tmp_path / "out", "--shard_size", 100)
+    write_source(folder, "jsonl", ["one two three"])
+    (folder / "last.jsonl").write_text("")
+    with pytest.raises(cli.BadInput, match="cannot be continued: the source has become shorter"):
+        make(folder, tmp_path / "out", "--shard_size", 100)
+
+
+@pytest.mark.parametrize("change, message", [(Path.unlink, "cannot read .*tokenizer.json"), (None, "is not the one they were made with")])
+def test_shards_whose_tokenizer_is_gone_are_not_called_complete(change, message, tmp_path):
+    source = write_source(tmp_path / "in", "jsonl", sentences(60))
+    make(source, tmp_path / "out", "--tokenizer", "bpe:270")
+    change = change or train_bpe(sentences(60, seed=1), 270).save  # as many ids, of other text
+    change(tmp_path / "out" / "tokenizer.json")
+    with pytest.raises(cli.BadInput, match=message):
+        make(source, tmp_path / "out", "--tokenizer", "bpe:270")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
