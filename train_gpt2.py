@@ -961,6 +961,10 @@ def main(argv):
             train(cfg, model, optimizer, stream, evaluations, run, processes, position)
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
+    except RuntimeError as error:
+        if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
+            raise
+        raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): see to its compiler, or give --no-compile") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -1104,6 +1104,13 @@ def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_on
     assert len(plain) == 6 + 4 and read_log(tmp_path / "log" / "compiled") == pytest.approx(plain, rel=1e-4)
 
 
+def test_compile_without_a_compiler_is_one_line(launch, data, tmp_path):
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--eval_every", 0, "--compile", timeout=300,
+                    env={"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "torch.compile failed (InvalidCxxCompiler" in result.stderr and "or give --no-compile" in result.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_run_on_a_gpu_compiled_in_bf16_and_resumed(deterministic, launch, data, tmp_path):
