@@ -24,6 +24,8 @@ import types
 import typing
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
+             errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
 
 
 class BadInput(Exception):
@@ -76,9 +78,10 @@ def _run(main):
         print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         _leave(130)
     except OSError as error:
-        if "--debug" in sys.argv or not (error.errno == errno.ENOSPC or _is_broken(sys.stdout)):
+        if "--debug" in sys.argv or not (error.errno in EXHAUSTED or _is_broken(sys.stdout)):
             raise
-        print(f"{script}: error: cannot write the output ({error.strerror}): free some disk space", file=sys.stderr)
+        remedy = EXHAUSTED.get(error.errno, "see where the output goes")
+        print(f"{script}: error: cannot go on ({error.strerror}): {remedy}", file=sys.stderr)
         _leave(2)
 
 

@@ -270,6 +270,8 @@ def main(argv):
         raise RankError("only here")
     if cfg.how == "wait":
         time.sleep(60)
+    if cfg.how == "files":
+        raise OSError(24, "Too many open files")
     if cfg.how == "say":
         raise KeyboardInterrupt("half is done")
     if cfg.how == "bug":
@@ -299,15 +301,16 @@ def script(tmp_path):
     ("--how bad", WHOLE, 2, "started bad\n", ""),  # rank 0 says it
     ("--how rank", WHOLE, 2, "started rank\n", "script.py: error: only here\n"),
     ("--haw bad", {}, 2, "", "script.py: error: unknown flag --haw: did you mean --how?\n"),
+    ("--how files", {}, 2, "started files\n", "script.py: error: cannot go on (Too many open files): raise `ulimit -n`\n"),
     ("--how say", {}, 130, "started say\n", "\nhalf is done\n"),
     ("--how $(printf 'a\\377')", {}, 2, "", "script.py: error: --how is not UTF-8 text: 'a\\udcff'\n"),
     ("--how ü", {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, 0, "started \\xfc\n", ""),
     ("--how many | head -n 1", {}, 0, "started many\n", ""),  # a reader that has read enough
     ("--how fine >&-", {}, 0, "", ""),
     ("--how bad 2>&-", {}, 2, "started bad\n", ""),
-    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot write the output (No space left on device): free some disk space\n"),
-    ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot write the output (No space left on device): free some disk space\n"),
-    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", "script.py: error: cannot write the output (No space left on device): free some disk space\n"),
+    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot go on (No space left on device): free some disk space\n"),
+    ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot go on (No space left on device): free some disk space\n"),
+    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", "script.py: error: cannot go on (No space left on device): free some disk space\n"),
     ("--how bad > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: first second third\n"),
 ], ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "")
 def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, script):
