@@ -145,6 +145,8 @@ def _check(field, value, hint):
     name = f"--{field.name}" if field.metadata["help"] else field.name
     if not _is_a(value, hint):
         raise BadInput(f"{name} must be {_describe(hint)}, not {_short(value)}")
+    if value == "" and _is_a(None, hint):  # what can be left out says nothing when it is empty: an unset variable of a shell
+        raise BadInput(f"{name} is empty: name something, or leave it out")
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and not _is_utf8(text):
             raise BadInput(f"{name} is not UTF-8 text: {ascii(text)[:80]}")

@@ -97,6 +97,7 @@ def test_presets_are_overridden_by_flags():
     (["--n_layer", "4", "--preset"], "--preset: expected one argument"),
     (["--name", "a\udcff"], r"--name is not UTF-8 text: 'a\\udcff'"),
     (["--source", "a", "\udcff"], r"--source is not UTF-8 text"),
+    (["--name", ""], "--name is empty: name something, or leave it out"),
     (["--\udcff"], "unknown flag"),
 ])
 def test_bad_flags(argv, message):
