@@ -36,10 +36,11 @@ class StepTimer:
 
     def fit(self, step, seconds):
         """`step` updates are behind, the last of which took `seconds` -> cfg.steps."""
-        self.timed = count, total = self.timed[0] + 1, self.timed[1] + seconds
-        limit = 60 * (self.cfg.minutes or 0)
-        if total < FIT_SHARE * limit:
-            self.cfg.steps = max(step + round((limit - total) * count / total), step + 1)
+        if self.cfg.minutes:
+            self.timed = count, total = self.timed[0] + 1, self.timed[1] + seconds
+            limit = 60 * self.cfg.minutes
+            if total < FIT_SHARE * limit:
+                self.cfg.steps = max(step + round((limit - total) * count / total), step + 1)
         return self.cfg.steps
 
 
