@@ -39,7 +39,7 @@ class RankError(BadInput):
 def flag(default, help, **bounds):
     """A dataclass field that `parse` turns into the flag --<name of the field>; without a help text (None), a setting without a flag.
 
-    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides.
+    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any integer below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
@@ -152,6 +152,8 @@ def _check(field, value, hint):
             raise BadInput(f"{name} is not UTF-8 text: {ascii(text)[:80]}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = field.metadata["bounds"]
+        if isinstance(value, int) and value >= 2**63 and not {"below", "at_most"} & bounds.keys():
+            bounds = bounds | {"below": 2**63}  # beyond it, tensors and TensorBoard overflow
         if not (abs(value) <= sys.float_info.max and all(BOUNDS[kind](value, bound) for kind, bound in bounds.items())):  # nan fails, too
             raise BadInput(f"{name} must be {_range(bounds) or 'finite'}, not {_short(value)}")
 

@@ -107,7 +107,8 @@ def test_bad_flags(argv, message):
 
 BAD_VALUES = [("n_layer", 0, "above 0 and at most 1,000"), ("n_layer", 1001, "above 0 and at most 1,000"), ("n_layer", 10**5000, "above 0"),
               ("lr", 0.0, "above 0"), ("lr", float("nan"), "above 0"), ("lr", float("inf"), "above 0"), ("dropout", 1.0, "at least 0 and below 1"),
-              ("dropout", -1e-9, "at least 0 and below 1"), ("steps", 2**31, "above 0 and below 2,147,483,648"), ("micro_batch", 0, "above 0")]
+              ("dropout", -1e-9, "at least 0 and below 1"), ("steps", 2**31, "above 0 and below 2,147,483,648"), ("micro_batch", 0, "above 0"),
+              ("micro_batch", 2**63, "above 0 and below 9,223,372,036,854,775,808")]
 
 
 @pytest.mark.parametrize("name, value, bounds", BAD_VALUES, ids=lambda v: str(v)[:20] if not isinstance(v, int) else f"{v:.3e}" if v < 1e9 else "large")
