@@ -820,7 +820,7 @@ BAD_FLAGS = [
     (["--emb_norm"], "--emb_norm False -> True"), (["--no-tie_embeddings"], "--tie_embeddings True -> False"),
     (["--block_size", "16"], "--block_size 32 -> 16"), (["--preset", "modern"], "--mlp gelu -> swiglu"),
     # another run
-    (["--run_name", ".."], "is not the name of a folder"), (["--run_name", ""], "is not the name of a folder"),
+    (["--run_name", ".."], "is not the name of a folder"), (["--run_name", ""], "--run_name is empty"),
     (["--run_name", "taken"], "already holds a run"), *((["--run_name", "new", *flags], says) for flags, says in (
         (["--n_embd", "33"], "--n_embd 33 must be a multiple"), (["--pos", "rope", "--n_embd", "30"], "even head size, not 15"),
         (["--n_layer", "1000", "--n_embd", "65536"], "optimizer state need"), (["--max_lr", "1e300"], "--max_lr must be above 0"),

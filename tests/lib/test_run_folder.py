@@ -447,7 +447,7 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
         (place / "ckpt_00001.pt.tmp").write_text("x")
         (place / "thesis.tmp").write_text("x")
     before = [contents(place) for place in (tmp_path, folder)]
-    with pytest.raises(BadInput, match="is not a run folder, it holds no config.json" if name == "mine" else "is not the name of a folder"):
+    with pytest.raises(BadInput, match="is not a run folder, it holds no config.json" if name == "mine" else "is not the name of a folder|is empty"):
         train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", name])
     assert [contents(place) for place in (tmp_path, folder)] == before
 
