@@ -441,7 +441,7 @@ def encode(batch, tokenizer, dtype):
 
 
 def encoded(batches, tokenizer, dtype, workers):
-    """Stream of (Batch, its ids), in order; a bounded number of batches is in work at a time."""
+    """Stream of (Batch, its ids), in order; a bounded number of batches is in progress at a time."""
     executor, waiting, failure = ThreadPoolExecutor(workers), deque(), None
     try:
         while True:
@@ -481,7 +481,7 @@ class Writer:
 
     @property
     def shard(self):
-        """(split, tokens) of the shard in work: the first one is the validation shard."""
+        """(split, tokens) of the shard in progress: the first one is the validation shard."""
         is_val = self.val_size and not self.meta.splits["val"].shards
         return ("val", self.val_size) if is_val else ("train", self.shard_size)
 

@@ -76,7 +76,7 @@ class GPTConfig:
     dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation", at_least=0, below=1)
     value_residual: bool = flag(False, "mix the first layer's values into those of every other")
     residual_scalars: bool = flag(False, "learned scalars: what each block takes of the residual stream and of the embedding")
-    softcap: float = flag(0.0, "bound logits to -softcap..softcap; 0: no bound", at_least=0, at_most=1e4)
+    softcap: float = flag(0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
     init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag("gpt2", "weight initialization, see init_weights")
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
@@ -104,17 +104,17 @@ class TrainConfig:
     total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
     micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     # optimizer
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "optimizer; muon: of the matrices in blocks, AdamW for all else")
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "optimizer; muon: Muon for the matrices in blocks, AdamW for the rest")
     max_lr: float = flag(6e-4, "peak learning rate", above=0, at_most=1e6)
-    embedding_lr: float | None = flag(None, "the same of the embeddings; without the flag, --max_lr", above=0, at_most=1e6)
-    head_lr: float | None = flag(None, "the same of an untied head; without the flag, --max_lr", above=0, at_most=1e6)
-    vector_lr: float | None = flag(None, "the same of norms, biases and scalars; without the flag, --max_lr", above=0, at_most=1e6)
+    embedding_lr: float | None = flag(None, "peak learning rate of the embeddings; if unset, --max_lr", above=0, at_most=1e6)
+    head_lr: float | None = flag(None, "peak learning rate of an untied head; if unset, --max_lr", above=0, at_most=1e6)
+    vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars; if unset, --max_lr", above=0, at_most=1e6)
     min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     warmup_steps: int | None = flag(None, "steps of linear warm-up; without the flag, 3.75% of the run", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
     cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
-    momentum: float = flag(0.95, "of Muon; short runs like less", at_least=0, below=1)
-    weight_decay: float = flag(0.1, "on matrices and embeddings; vectors are never decayed", at_least=0, at_most=1e6)
+    momentum: float = flag(0.95, "Muon's momentum; a run of 130 steps did better with 0.9", at_least=0, below=1)
+    weight_decay: float = flag(0.1, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed", at_least=0, at_most=1e6)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     # what happens along the way (0: never)
     eval_every: int = flag(250, "steps between validations", at_least=0)
@@ -141,8 +141,8 @@ class TrainConfig:
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda only")
-    # set by the data, not by a flag
-    steps: int | None = None      # how long the run is, from --max_steps or --epochs
+    # derived, not flags
+    steps: int | None = None      # how long the run is, from --max_steps, --epochs or --minutes
     sequences: int | None = None  # per forward pass, from --micro_batch
 
 
@@ -169,7 +169,7 @@ SIZES = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded vocabulary.
-# A choice is a name in the config and a class in a dict; branches stand in constructors, never in forward.
+# A choice is a name in the config and a class in a dict; branches stand in constructors, not in forward.
 
 
 class LayerNorm(nn.LayerNorm):
@@ -412,8 +412,8 @@ def init_weights(model):
     xavier:    normal, std sqrt(2 / (fan_in + fan_out))   (Glorot & Bengio 2010).
     kaiming:   normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1   (He et al. 2015).
     In these three: the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as there are
-    2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head are normal with std 0.02.
-    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0: every block starts as the identity; embeddings std 1.
+    2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head have std 0.02, but for the tied table below.
+    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0: every block starts as the identity; an untied table has std 1.
     A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a larger one the first logits would
     favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where several are fused.
     """
@@ -498,7 +498,7 @@ WARMUP_SHARE = 0.0375   # of the run: 715 of build-nanogpt's 19,073 steps
 def lr_multiplier(step, cfg):
     """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
     # 1) linear warm-up, from the first step above zero
-    warmup = round(WARMUP_SHARE * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
+    warmup = round(WARMUP_SHARE * cfg.steps) if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup
     # 2) how far the decay has come, 0 to 1; wsd (warm-up, stable, decay: Haegele et al. 2024, https://arxiv.org/abs/2405.18392) begins it late
@@ -642,7 +642,7 @@ def read_validation(shards, cfg, block_size, tokenizer):
 class Evaluation(NamedTuple):
     """run: (model, compiled, stopped) -> {tag: number or list of texts}, called by every process. every: steps, 0: never.
 
-    model: the plain module, whose shapes may change freely; compiled: the same with one shape. stopped: whether to leave off, to be
+    model: the plain module, whose shapes may change freely; compiled: the same with one shape. stopped: whether to stop early, to be
     asked by every process equally often.
     """
     name: str
@@ -712,7 +712,7 @@ def make_evaluations(cfg, shards, tokenizer, block_size, processes):
 
 
 def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
-    """Train `model` from `position` (step, skipped, consecutive_skips) to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
+    """Train `model` from `position` (step, skipped, consecutive_skips, timed) to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
 
     stream: next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, as many on every process; targets of -1 are not
     counted. run: the RunFolder, null off rank 0. The loop ends after cfg.steps steps, or after the step in which a stop signal came;
@@ -807,7 +807,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             # ---- log
             seconds = time.perf_counter() - started
             run.log_step(step, {
-                "Loss/train": loss, "optim/lr": optimizer.param_groups[0]["initial_lr"] * multiplier, "optim/grad_norm": norm,
+                "Loss/train": loss, "optim/lr": cfg.max_lr * multiplier, "optim/grad_norm": norm,
                 "optim/skipped_steps": skipped, "perf/tok_per_sec": cfg.total_batch_size / seconds, "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3, "perf/mfu": flops / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
@@ -927,7 +927,9 @@ def main(argv):
     cfg, model_cfg, explicit, resume = settings(argv)
     processes = Processes(cfg.device)
     shards, T = Shards(cfg.data), model_cfg.block_size
-    before = resume and not {"data", "epochs", "max_steps", "minutes", "total_batch_size"} & explicit
+    lengths = {"data", "epochs", "max_steps", "minutes", "total_batch_size"} & explicit
+    fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"][n] for n in ("minutes", "total_batch_size"))
+    before = resume and (fitted or not lengths)
     cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"])
     check_model(model_cfg)
     check_run(cfg, model_cfg, explicit, processes.world_size)
@@ -960,7 +962,7 @@ def main(argv):
             run.begin(config, describe(cfg, model, shards, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
             train(cfg, model, optimizer, stream, evaluations, run, processes, position)
     except torch.cuda.OutOfMemoryError as error:
-        raise RankError(f"out of GPU memory with --micro_batch {cfg.micro_batch}: give a smaller one") from error
+        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: give a smaller one") from error
     except RuntimeError as error:
         if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
             raise

@@ -6,13 +6,15 @@ from lib.cli import BadInput
 from lib.devices import compute_dtype, memory_bytes
 
 MOST_STEPS = 2**31
+UNMEASURED = 1_000_000  # steps of a run of --minutes until its speed is known
 FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
 
 
 def steps_of(cfg, train_tokens):
-    """Optimizer steps of a run: --max_steps, or --epochs passes over so many tokens. Raises BadInput if there is not one."""
+    """Optimizer steps of a run: --max_steps, or --epochs passes over so many tokens; with --minutes UNMEASURED, until StepTimer
+    has fitted it. Raises BadInput if there is not one."""
     if cfg.minutes:
-        return 1_000_000  # until StepTimer knows better
+        return UNMEASURED
     steps = cfg.max_steps or int(min(cfg.epochs * train_tokens / cfg.total_batch_size, MOST_STEPS))
     if not 0 < steps < MOST_STEPS:
         raise BadInput(f"{cfg.epochs:g} epochs of {train_tokens:,} tokens are {'no' if not steps else 'too many'} steps of "
@@ -39,7 +41,7 @@ class StepTimer:
         if self.cfg.minutes:
             self.timed = count, total = self.timed[0] + 1, self.timed[1] + seconds
             limit = 60 * self.cfg.minutes
-            if total < FIT_SHARE * limit:
+            if total < FIT_SHARE * limit or self.cfg.steps == UNMEASURED:
                 self.cfg.steps = max(step + round((limit - total) * count / total), step + 1)
         return self.cfg.steps
 
@@ -49,14 +51,16 @@ def describe(cfg, model, shards, processes):
     counts, c, device = model.parameter_counts(), model.config, processes.device
     rows, tokens, flops = cfg.total_batch_size // c.block_size // processes.world_size, cfg.steps * cfg.total_batch_size, model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
+              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({tokens / shards.tokens['train']:.2f} epochs), "
+              f"{tokens * flops:.2e} FLOPs")
     return "\n".join([
         f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"{flops / 1e6:,.1f} MFLOPs per token",
         f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
         f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
         f"padded to {c.padded_vocab_size:,}",
-        f"length  {cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else f"length  {cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens "
-        f"({tokens / shards.tokens['train']:.2f} epochs), {tokens * flops:.2e} FLOPs",
+        f"length  {length}",
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
         f"{processes.world_size} processes",
         f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",

@@ -14,7 +14,7 @@ FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the la
 
 
 def soft_cap(logits, cap):
-    """cap z / sqrt(z^2 + cap^2): logits bound to -cap..cap, near 0 as they were (modded-nanogpt's form of Gemma 2's,
+    """cap z / sqrt(z^2 + cap^2): logits bounded to -cap..cap, near 0 as they were (modded-nanogpt's form of Gemma 2's,
     https://arxiv.org/abs/2408.00118, section 2). 0: as they are."""
     return logits * (logits.square() / cap**2 + 1).rsqrt() if cap else logits
 
@@ -42,7 +42,7 @@ def _forward(x, weight, targets, counted, cap):
 
 def _slope(capped, cap):
     """The derivative of `soft_cap`, from its result."""
-    t = 1 - (capped / cap).square()
+    t = (1 - (capped / cap).square()).clamp(min=0)  # rounding may put the result of a huge logit above the cap
     return t * t.sqrt()
 
 

@@ -69,7 +69,7 @@ def generate(model, idx, max_new_tokens, choose, done=lambda idx: False):
     block_size, kv_cache, new = model.config.block_size, KVCache(), idx
     with any_shape():
         for _ in range(max_new_tokens):
-            if idx.size(1) > block_size:  # the window moves on, and with it every token's position: the cache is of no use
+            if idx.size(1) > block_size:  # the window moves on, and with it every token's position: the cache is stale
                 kv_cache, new = KVCache(), idx[:, -block_size:]
             new = choose(model(new, kv_cache=kv_cache, logits_at=(slice(None), -1)).float())
             idx = torch.cat((idx, new), dim=1)

@@ -65,6 +65,11 @@ class Logger:
             for stream in (2, 1) if os.path.sameopenfile(1, 2) else (1,):  # errors are still said where they can be
                 os.dup2(nowhere, stream)
 
+    def set_length(self, steps):
+        self.max_steps = steps
+        if self.bar is not None:
+            self.bar.total = steps
+
     # -- a step, an evaluation --
 
     def log_step(self, step, scalars, seconds):

@@ -26,7 +26,6 @@ from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
-RENAMED = {"run": "run_name"}                                  # settings in older checkpoints
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,7 +49,6 @@ class Resume:
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
-            before = {RENAMED.get(name, name): value for name, value in before.items()}
             for name in (f.name for f in fields(config) if f.name in before and f.name not in OF_A_START):
                 own = getattr(config, name)
                 if name not in explicit:
@@ -64,11 +62,12 @@ class Resume:
         numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0), self.state.get("consecutive_skips", 0),
                    *(self.state["loader"][name] for name in ("epoch", "shard", "offset"))]
         if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (
-                isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)):
+                isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)) or not all(
+                isinstance(n, (int, float)) and 0 <= n < 2**62 for n in self.state.get("timed", ())):
             raise TypeError("no training state")
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
-        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips. Raises BadInput, with nothing written yet.
+        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed. Raises BadInput, with nothing written yet.
 
         tokenizer: the spec of the data's. identity: Shards.identity of the training data.
         """
@@ -97,6 +96,8 @@ class Resume:
 def load_optimizer(optimizer, state, updates):
     """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...) stay. Raises ValueError if it does not fit."""
     settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    if len(state["param_groups"]) != len(settings):
+        raise ValueError("its parameter groups are others: an older version wrote it")
     state = copy.deepcopy(state)  # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped
     for group, own in zip(state["param_groups"], settings, strict=True):  # before loading: a fused AdamW wants its step counts on the GPU
         group.update(own)
@@ -289,6 +290,7 @@ class RunFolder:
             self.open_locks.enter_context(locked(self.folder, "end that run first"))
             self._open(state["step"])
             self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
+        write_json(self.folder / "config.json", self.config)
         self.saved_at = time.monotonic()
         again = state["step"] == self.first < self.config["max_steps"] and checkpoint.path_of(self.folder, self.first).exists()
         if not again:
@@ -326,7 +328,9 @@ class RunFolder:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
 
     def set_length(self, steps):
-        self.config["max_steps"] = self.log.max_steps = steps
+        """The run has so many steps, as --minutes of them turn out to be."""
+        self.config["max_steps"] = steps  # written with the next checkpoint
+        self.log.set_length(steps)
 
     def say(self, line):
         self.log.say(line)

@@ -27,12 +27,12 @@ class StopSignals:
         self.received, self.agreed, self.taken, self.threads = None, False, threading.Event(), []
 
     def heard(self):
-        """The main thread is well; what it does from here on may take its time."""
+        """The main thread is alive; what it does from here on may take its time."""
         self.taken.set()
 
     @property
     def requested(self):
-        """Whether a signal came to this process. Asking shows that the main thread is well."""
+        """Whether a signal came to this process. Asking shows that the main thread is alive."""
         if self.received is not None:
             self.heard()
         return self.received is not None
