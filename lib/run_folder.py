@@ -121,8 +121,9 @@ def _state_of(optimizer, group, p):
 
 
 def _kind(value):
-    """What two values of an optimizer's state must have in common: the shape; a single number, a count of steps, that it is one."""
-    return (value.shape, value.dim() > 0 or value.item() >= 0) if isinstance(value, torch.Tensor) else None
+    """What two values of an optimizer's state must have in common: the shape, to be finite; a single number, a count of steps, not to be
+    negative."""
+    return (value.shape, bool(value.isfinite().all()), value.dim() > 0 or value.item() >= 0) if isinstance(value, torch.Tensor) else None
 
 
 def find_resume(cfg, explicit):

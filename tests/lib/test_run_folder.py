@@ -5,6 +5,7 @@ The slow test kills a real run twenty times: python -m pytest tests/lib/test_run
 
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -273,6 +274,7 @@ TAMPERED = {
     "moments of another shape": lambda s: change_moments(s, lambda m: m | {"exp_avg": torch.zeros(3, 5)}),
     "one moment missing": lambda s: change_moments(s, lambda m: {k: v for k, v in m.items() if k != "exp_avg_sq"}),
     "moments as text": lambda s: change_moments(s, lambda m: m | {"exp_avg": "much"}),
+    "moments not finite": lambda s: change_moments(s, lambda m: m | {"exp_avg": m["exp_avg"] * math.nan}),
     "negative count of steps": lambda s: change_moments(s, lambda m: m | {"step": torch.tensor(-5.0)}),
     "no tokenizer": lambda s: s.pop("tokenizer"),
     "weights of another shape": lambda s: s["model"].update({"transformer.ln_f.weight": torch.ones(31)}),
