@@ -70,3 +70,13 @@ def whole(data, tmp_path_factory):
             made[(kind, *flags)] = train(data, tmp_path_factory.mktemp(kind) / "whole", *KINDS.get(kind, ()), *flags)
         return made[(kind, *flags)]
     return folder
+
+
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory):
+    """What datasets stores of the files of these tests goes with them."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield

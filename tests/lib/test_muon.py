@@ -89,7 +89,6 @@ def test_batch_equals_loop(coefficients):
 
 # -- the optimizer --
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 @pytest.mark.parametrize("momentum", [0.95, 0.8])
 def test_muon_equals_torch(momentum, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch takes bf16 on any device, we fp32 on CPU
