@@ -1,13 +1,20 @@
 """Generate text with a checkpoint.
 
     python generate.py --checkpoint log/<run>/ckpt_<step>.pt --prompt "Once upon a time" --max_new_tokens 100
+    python generate.py --checkpoint PATH --prompt "One" "Another, longer" --samples 8      # all side by side
+    python generate.py --checkpoint PATH --prompt_file story.txt --samples 1               # one text appears as it is written
+
+A text may outgrow the model's context: its oldest half is then dropped, and what is left begins anew at position 0.
 """
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
+from lib import files
 from lib.cli import BadInput, flag, parse, run
 from lib.decoding import SampleConfig, sample
 from lib.devices import pick_device
@@ -17,20 +24,45 @@ from train_gpt2 import load_checkpoint
 @dataclass
 class Config:
     checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
+    prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
+    prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
+    strict: bool = flag(False, "refuse a prompt longer than the context; without the flag, its oldest tokens are dropped")
+    compile: bool = flag(False, "on cuda, compile the decoding step: takes half a minute, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 
+def read_prompts(cfg, given):
+    """The prompts, a tuple of str. Raises BadInput if the file cannot be read, or two kinds are given."""
+    if cfg.prompt_file is None:
+        return cfg.prompt
+    if "prompt" in given:
+        raise BadInput("--prompt and --prompt_file are both given: leave out one of them")
+    return (files.read_text(cfg.prompt_file, "name another --prompt_file").removesuffix("\n"),)
+
+
+def check_length(prompts, tokenizer, block_size, strict):
+    """Say which prompts are longer than the context, or raise BadInput."""
+    for prompt in prompts:
+        if (n := len(tokenizer.encode(prompt))) > block_size:
+            if strict:
+                raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: shorten it, or leave out --strict")
+            print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: the model does not see its oldest {n - block_size:,}", file=sys.stderr)
+
+
 def main(argv):
-    (cfg, sampling), _ = parse((Config, SampleConfig), argv, __doc__)
+    (cfg, sampling), given = parse((Config, SampleConfig), argv, __doc__)
     if cfg.checkpoint is None:
         raise BadInput("name a --checkpoint, for instance one under log/")
-    model, tokenizer, _ = load_checkpoint(cfg.checkpoint, pick_device(cfg.device))
+    prompts, device = read_prompts(cfg, given), pick_device(cfg.device)
+    model, tokenizer, _ = load_checkpoint(cfg.checkpoint, device)
+    check_length(prompts, tokenizer, model.config.block_size, cfg.strict)
+    one = len(prompts) == sampling.samples == 1
+    show = partial(print, end="", flush=True) if one else lambda piece: None
     try:
-        texts = sample(model, tokenizer, sampling)
+        texts = sample(model, tokenizer, prompts, sampling, show, graphs=True, compile=cfg.compile and device.type == "cuda")
     except torch.OutOfMemoryError as error:
-        raise BadInput("out of memory: lower --samples") from error
-    for text in texts:
-        print(f"{text}\n---")
+        raise BadInput("out of memory: lower --samples, or give fewer prompts") from error
+    print("" if one else "".join(f"{text}\n---\n" for text in texts), end="\n" if one else "")
 
 
 if __name__ == "__main__":

@@ -192,15 +192,15 @@ class RMSNorm(nn.RMSNorm):
 class NoPositions(nn.Module):
     """Stands where the kind of positions not chosen would: learned ones are added to embeddings, rotary ones turn q and k."""
 
-    def forward(self, x, start):
+    def forward(self, x, positions):
         return x
 
 
 class LearnedPositions(nn.Embedding):
-    """GPT-2's position embeddings, added to the embeddings (B, T, C) of tokens number `start` to `start` + T - 1."""
+    """GPT-2's position embeddings, added to the embeddings (B, T, C) of tokens at `positions`, a slice or int64 (B, T)."""
 
-    def forward(self, x, start):
-        return x + self.weight[start:start + x.size(1)]
+    def forward(self, x, positions):
+        return x + self.weight[positions]
 
 
 class Rotary(nn.Module):
@@ -217,8 +217,8 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x, start):
-        cos, sin = (table[start:start + x.size(1), None] for table in (self.cos, self.sin))
+    def forward(self, x, positions):
+        cos, sin = (table[positions].unsqueeze(-2) for table in (self.cos, self.sin))   # (T or B, T, 1, D/2)
         a, b = x.float().chunk(2, dim=-1)                                               # (B, T, H, D/2) each
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -256,19 +256,18 @@ class CausalSelfAttention(nn.Module):
         # value residual: Zhou et al. 2024, https://arxiv.org/abs/2410.17897
         self.mix_values = Mix((0.5, 0.5)) if config.value_residual and layer > 0 else First()
 
-    def forward(self, x, v_first, start, kv_cache=None):
+    def forward(self, x, v_first, positions, kv_cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
-        q, k = self.rotary(self.q_norm(q), start), self.rotary(self.k_norm(k), start)
+        q, k = self.rotary(self.q_norm(q), positions), self.rotary(self.k_norm(k), positions)
         v_first = v if v_first is None else v_first                                     # those of the first layer
         v = self.mix_values(v, v_first)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))                          # (B, H, T, D), nothing is moved
+        q, k, v, mask = *(part.transpose(1, 2) for part in (q, k, v)), None             # (B, H, T, D), nothing is moved
         if kv_cache is not None:
-            k, v = kv_cache.update(self, k, v)                                          # (B, H, start + T, D)
+            k, v, mask = kv_cache.update(self, k, v)                                    # (B, H, positions seen, D)
         # SDPA drops out whenever it is told to, also in evaluation
         dropout = self.dropout if self.training else 0.0
-        # a decoding step attends to the whole cache, so no mask
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v_first
 
 
@@ -323,9 +322,9 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, x0, v_first, start, kv_cache=None):
+    def forward(self, x, x0, v_first, positions, kv_cache=None):
         x = self.mix_residual(x, x0)
-        y, v_first = self.attn(self.ln_1(x), v_first, start, kv_cache)
+        y, v_first = self.attn(self.ln_1(x), v_first, positions, kv_cache)
         x = x + self.drop(y)
         return x + self.drop(self.mlp(self.ln_2(x))), v_first
 
@@ -355,18 +354,18 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
-        """idx: int64 (B, T), T at most block_size. With a KVCache, first any T, then one token at a time behind them.
+        """idx: int64 (B, T), T at most block_size. With a KVCache, tokens at the positions it was told.
 
         Without targets: logits (B, T, vocab_size), or only those at the positions `logits_at`, (rows, columns) -> (n, vocab_size).
         The padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
-        start = 0 if kv_cache is None else kv_cache.length
-        x = self.transformer.wpe(self.transformer.wte(idx), start)                      # (B, T, C)
+        positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
+        x = self.transformer.wpe(self.transformer.wte(idx), positions)                      # (B, T, C)
         x = x0 = self.transformer.drop(cast(self.transformer.emb_norm(x)))              # from here on in the autocast dtype
         v_first = None
         for block in self.transformer.h:
-            x, v_first = block(x, x0, v_first, start, kv_cache)
+            x, v_first = block(x, x0, v_first, positions, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
             return soft_cap(self.lm_head(x[logits_at])[..., :self.config.vocab_size], self.config.softcap)  # (B, T, V), cut
@@ -699,7 +698,7 @@ def make_evaluations(cfg, shards, tokenizer, block_size, processes):
                 {tags[task]: [f"{task} has no result: {reason}"] for task, reason in results["failed"].items()})
 
     def samples(model, compiled, stopped):
-        return {"samples": sample(model, tokenizer, SampleConfig(prompt=cfg.sample_prompt))}
+        return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SampleConfig())}
 
     return [Evaluation("validation", cfg.eval_every, validation),
             Evaluation("HellaSwag", cfg.hellaswag_every, run_hellaswag),

@@ -1,12 +1,26 @@
-"""Generating text with a model: the cache of keys and values, sampling the next token, the loop over tokens."""
+"""Generating text with a model: the cache of keys and values, the decoding step, sampling, and the loop over tokens.
 
+    decoder = Decoder(model, rows=2, length=64)                     # under autocast, if at all
+    for tokens in generate(decoder, [[5, 6, 7], [8]], 32, choose):  # a token per text and step
+        ...
+
+Texts of different lengths stand side by side: every row of the cache begins at its own position 0, is padded on the right, and
+sees no further than its own length.
+"""
+
+import codecs
+import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.cli import BadInput, flag
-from lib.devices import any_shape, autocast
+from lib.devices import any_shape, autocast, cast, to_host
+
+SPAN = 128  # a decoding step looks at a multiple of so many positions: few shapes, so that few CUDA graphs are captured
 
 
 class NonFinite(BadInput):
@@ -19,85 +33,258 @@ class NonFinite(BadInput):
 
 @dataclass
 class SampleConfig:
-    prompt: str = flag("Hello, I'm a language model,", "text to continue; empty: a document of its own")
-    samples: int = flag(4, "texts to generate", at_least=1, at_most=4096)
+    samples: int = flag(4, "texts to generate per prompt", at_least=1, at_most=4096)
     max_new_tokens: int = flag(32, "tokens per text, beyond the prompt", at_least=1, at_most=1_000_000)
     temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token", at_least=0, at_most=100)
     top_k: int = flag(50, "sample from the k likeliest tokens; 0: from all", at_least=0)
+    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability; 1: from all", above=0, at_most=1)
+    stop: tuple[str, ...] | None = flag(None, "strings that end a text and are not part of it")
     seed: int = flag(42, "seed of the samples", at_least=0, below=2**63)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoding step
+
+
 class KVCache:
-    """Keeps the keys and values of every layer, so that a new token costs one position, not all (Pope et al. 2022,
-    https://arxiv.org/abs/2211.05102, section 2)."""
+    """Keys and values of `rows` texts, room for `length` tokens each, so that a new token costs one position, not all (Pope et al.
+    2022, https://arxiv.org/abs/2211.05102, section 2).
 
-    def __init__(self):
-        self.layers = {}
+    Before a forward pass, `at` says which rows it continues and where. What a layer keeps is its own: `tensor` under any key.
+    """
 
-    @property
-    def length(self):
-        return next(iter(self.layers.values()))[0].size(2) if self.layers else 0
+    def __init__(self, rows, length):
+        self.shape, self.tensors = (rows, length), {}
+
+    def at(self, rows, positions, last, mask=None):
+        """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come; `last`, int64 (n,): the column of each row's last.
+        mask: (n, 1, T, span), 0 or -inf, what the tokens see of the cache; None: they begin a text, and see each other alone."""
+        self.rows, self.positions, self.last, self.mask = rows, positions, last, mask
+        return self
+
+    def tensor(self, key, shape, like):
+        """The tensor (rows, *shape) that `key` (a layer, or a layer and a name) keeps: zeros at first, of the dtype of `like`."""
+        if key not in self.tensors:
+            self.tensors[key] = like.new_zeros(self.shape[0], *shape)
+        return self.tensors[key]
 
     def update(self, layer, k, v):
-        """Keys and values of new tokens (B, H, T, D) -> those of all tokens so far, in this layer."""
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
-        self.layers[layer] = k, v
-        return k, v
+        """A layer's keys and values of new tokens, (n, H, T, D) -> those to attend to, (n, H, span, D), and the mask."""
+        H, D, seen = k.size(1), k.size(3), []
+        for name, new in (("k", k), ("v", v)):
+            new = cast(new)  # as attention does
+            kept = self.tensor((layer, name), (H, self.shape[1], D), new)
+            kept[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+            seen.append(new if self.mask is None else kept[:, :, :self.mask.size(-1)])
+        return *seen, self.mask
 
 
-def draw(logits, temperature, generator=None):
-    """Logits (B, n) -> indices sampled from softmax(logits / temperature), int64 (B, 1); temperature 0: the largest logit's.
+def cast_weights(model):
+    """The model for decoding: a copy that shares all parameters but those of matmuls, which are cast once to the autocast dtype.
 
-    Raises NonFinite.
+    Autocast would cast them in every step, which reads twice and writes half of what the step itself has to read. The logits are
+    the same, bit for bit: norms and embeddings stay as they are. Without autocast, the model itself.
     """
-    if not logits.isfinite().all():
-        raise NonFinite
-    if temperature < 1e-6:  # in fp32, dividing by less overflows or makes 0 / 0
-        return logits.argmax(dim=-1, keepdim=True)
-    probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)  # at most 0: no inf - inf
-    return torch.multinomial(probs, 1, generator=generator)
+    if not torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return model
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear) or p.dim() > 2:
+                setattr(module, name, nn.Parameter(cast(p.detach()), requires_grad=False))
+    return model
+
+
+class Decoder:
+    """A model that continues `rows` texts side by side, each of its own length, up to `length` tokens or the model's window.
+
+    `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain). The
+    caller sets eval mode and autocast, for making it, too.
+    graphs: on cuda, capture the step as a CUDA graph, once per SPAN positions: a step is some 500 small kernels, whose launches take
+    longer than they do. compile: have torch.compile fuse them besides, which takes it half a minute.
+    """
+
+    def __init__(self, model, rows, length, graphs=False, compile=False):
+        device = next(model.parameters()).device
+        self.model, self.length = cast_weights(model), min(length, model.config.block_size)
+        self.cache = KVCache(rows, -(-self.length // SPAN) * SPAN)
+        self.lengths = [0] * rows                                                       # of the texts, known without asking the GPU
+        self.every = torch.arange(rows, device=device)
+        self.slots = torch.arange(self.cache.shape[1], device=device)
+        self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
+        self.compiled = torch.compile(self._step, dynamic=False) if compile else None
+        self.graphs = {} if graphs and device.type == "cuda" else None                  # span -> (graph, its logits)
+
+    @torch.no_grad()
+    def fill(self, rows, prompts):
+        """Begin texts anew in `rows` (list of n int) with `prompts`, lists of 1 to `length` ids -> the logits behind them, fp32
+        (n, vocab_size)."""
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)        # padded on the right, where nobody looks
+        for row, ids in zip(tokens, prompts, strict=True):
+            row[:len(ids)] = torch.tensor(ids)
+        device = self.token.device
+        at, lengths, tokens = torch.tensor(rows, device=device), lengths.to(device), tokens.to(device)
+        cache = self.cache.at(at, torch.arange(tokens.size(1), device=device).expand_as(tokens), lengths - 1)
+        with any_shape():
+            logits = self.model(tokens, kv_cache=cache, logits_at=(self.every[:len(rows)], lengths - 1)).float()
+        self.position[at] = lengths.clamp(max=self.length - 1)
+        for row, ids in zip(rows, prompts, strict=True):
+            self.lengths[row] = len(ids)
+        return logits
+
+    @torch.no_grad()
+    def step(self, tokens):
+        """One more token per row, int64 (rows,) -> the logits behind them, fp32 (rows, vocab_size), valid until the next step.
+
+        A text that is `full` has no place for another: begin it anew by `fill`.
+        """
+        self.token.copy_(tokens)
+        span = self.cache.shape[1] if self.compiled else -(-min(max(self.lengths) + 1, self.length) // SPAN) * SPAN
+        with any_shape():
+            if self.graphs is None:
+                logits = (self.compiled or self._step)(span)
+            else:
+                if span not in self.graphs:
+                    self.graphs[span] = self._capture(span)
+                graph, logits = self.graphs[span]
+                graph.replay()
+        self.lengths = [min(n + 1, self.length) for n in self.lengths]
+        return logits
+
+    @property
+    def full(self):
+        """The rows whose texts fill the window."""
+        return [row for row, n in enumerate(self.lengths) if n == self.model.config.block_size]
+
+    def _step(self, span):
+        """The step's computation: reads and advances `position`, reads `token`; all its shapes follow from span."""
+        seen = self.slots[:span] <= self.position[:, None]                              # (rows, span)
+        mask = cast(torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf))
+        cache = self.cache.at(self.every, self.position[:, None], torch.zeros_like(self.every), mask[:, None, None])
+        logits = self.model(self.token[:, None], kv_cache=cache, logits_at=(slice(None), -1)).float()
+        self.position.add_(1).clamp_(max=self.length - 1)
+        return logits
+
+    def _capture(self, span):
+        """-> (CUDA graph of the step, the tensor in which each replay leaves its logits). Advances nothing."""
+        compute, position = self.compiled or self._step, self.position.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what a first run sets up, and the compiler, must not be captured
+            for _ in range(2):
+                compute(span)
+                self.position.copy_(position)
+        torch.cuda.current_stream().wait_stream(side)
+        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+            logits = compute(span)
+        return graph, logits
+
+
+def draw(logits, temperature, top_k=0, top_p=1.0, generator=None):
+    """Logits, fp32 (B, n) -> indices sampled from softmax(logits / temperature), int64 (B,).
+
+    Of the top_k likeliest (0: all), and of these the likeliest that together have probability top_p (nucleus sampling, Holtzman et
+    al. 2020, https://arxiv.org/abs/1904.09751). temperature and top_p: numbers, or (B, 1) with one per row. Drawn by the largest of
+    logits + temperature x Gumbel noise, which at temperature 0 is the largest logit. Any index where logits are not finite.
+    """
+    if isinstance(temperature, (int, float)) and temperature == 0:
+        return logits.argmax(dim=-1)
+    choices = None
+    if top_k or not isinstance(top_p, float) or top_p < 1:
+        logits, choices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # sorted
+        heat = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)      # dividing by less overflows
+        probs = F.softmax((logits - logits[:, :1]) / heat, dim=-1)
+        logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -torch.inf)  # those before it suffice
+    noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30).log_()
+    drawn = (logits - temperature * noise).argmax(dim=-1, keepdim=True)
+    return (drawn if choices is None else choices.gather(-1, drawn)).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop over tokens
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, choose, done=lambda idx: False):
-    """Continue idx, int64 (B, T), token by token -> (B, up to T + max_new_tokens).
+def generate(decoder, prompts, max_new_tokens, choose):
+    """Continue `prompts`, as many lists of token ids as the decoder has rows: yields each step's tokens, a list of int per step.
 
-    choose: logits, fp32 (B, vocab_size) -> the next tokens, int64 (B, 1). done: all tokens so far -> whether to end here.
-    The caller sets autocast and eval mode.
+    choose: logits, fp32 (rows, vocab_size) -> the next tokens, int64 (rows,). A token of -1: its row's logits were not finite.
+    Of a prompt longer than the window the newest part counts. When a text fills the window, its oldest half is dropped and the rest
+    begins anew at position 0: a pass over half a window, once per half a window of tokens.
+    On a GPU, step n runs while the caller looks at token n, so one step more is computed than is asked for.
     """
-    block_size, kv_cache, new = model.config.block_size, KVCache(), idx
-    with any_shape():
-        for _ in range(max_new_tokens):
-            if idx.size(1) > block_size:  # the window moves on, and with it every token's position: the cache is stale
-                kv_cache, new = KVCache(), idx[:, -block_size:]
-            new = choose(model(new, kv_cache=kv_cache, logits_at=(slice(None), -1)).float())
-            idx = torch.cat((idx, new), dim=1)
-            if done(idx):
-                break
-    return idx
+    texts = [list(ids) for ids in prompts]
+    logits = decoder.fill(range(len(texts)), [ids[-decoder.length:] for ids in texts])
+    for left in range(max_new_tokens, 0, -1):
+        tokens, full = choose(logits), decoder.full
+        arrived = to_host(torch.where(logits.isfinite().all(dim=-1), tokens, -1))
+        if left > 1:
+            logits = decoder.step(tokens)
+        new = arrived()
+        for ids, token in zip(texts, new, strict=True):
+            ids.append(token)
+        yield new
+        if full and left > 1:
+            keep = max(decoder.length // 2, 1)
+            logits[full] = decoder.fill(full, [texts[row][-keep:] for row in full])
 
 
-@torch.no_grad()
-def sample(model, tokenizer, cfg):
-    """Continue cfg.prompt cfg.samples times -> list of str, prompts included. Seeded; leaves all other random state alone.
+class Text:
+    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text), one of the strings `stop`, or `limit` tokens.
 
-    Of several processes each generates the same texts, in the same number of forward passes. Raises NonFinite.
+    text: what has come so far, without what ended it. ended: None, "stop", or "length".
+    """
+
+    def __init__(self, tokenizer, limit, stop=(), ends=None):
+        self.tokenizer, self.limit, self.stop = tokenizer, limit, [string for string in stop if string]
+        self.ends = {tokenizer.eot} if ends is None else set(ends)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+        self.text, self.held, self.count, self.ended = "", "", 0, None
+
+    def add(self, token):
+        """One more token -> the text that is certain by now; "" if the text has ended or a stop string may have begun."""
+        if self.ended:
+            return ""
+        self.count += 1
+        self.ended = "stop" if token in self.ends else "length" if self.count == self.limit else None
+        piece = b"" if token in self.ends else self.tokenizer.token(token)
+        self.held += self.decoder.decode(piece, final=bool(self.ended))
+        certain = len(self.held)
+        if found := [at for string in self.stop if (at := self.held.find(string)) >= 0]:
+            self.ended, certain = "stop", min(found)
+        elif not self.ended:
+            certain -= max((n for string in self.stop for n in range(1, len(string)) if self.held.endswith(string[:n])), default=0)
+        piece, self.held = self.held[:certain], self.held[certain:]
+        self.text += piece
+        return piece
+
+
+def sample(model, tokenizer, prompts, cfg, show=lambda piece: None, **how):
+    """Continue each of the prompts (str; empty: a document of its own) cfg.samples times -> list of str, prompts included.
+
+    show: called with the pieces of the first text as they come. how: graphs and compile, of Decoder. Seeded; leaves all other random
+    state alone. Of several processes each generates the same texts, in the same number of forward passes. Raises NonFinite.
     """
     training, device = model.training, next(model.parameters()).device
-    ids = tokenizer.encode(cfg.prompt).tolist() or [tokenizer.eot]
-    idx = torch.tensor(ids, device=device).repeat(cfg.samples, 1)                       # (samples, T)
-    generator = torch.Generator(device=device).manual_seed(cfg.seed)
-
-    def choose(logits):
-        top, choices = logits.topk(min(cfg.top_k or logits.size(-1), logits.size(-1)))
-        return choices.gather(-1, draw(top, cfg.temperature, generator))
-
+    prompts = [prompt for prompt in prompts for _ in range(cfg.samples)]
+    ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eot] for prompt in prompts]
+    texts = [Text(tokenizer, cfg.max_new_tokens, cfg.stop or ()) for _ in ids]
+    choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                     generator=torch.Generator(device=device).manual_seed(cfg.seed))
     model.eval()
     try:
         with autocast(device):
-            idx = generate(model, idx, cfg.max_new_tokens, choose)
+            decoder = Decoder(model, len(ids), max(map(len, ids)) + cfg.max_new_tokens, **how)
+            show(prompts[0])
+            for tokens in generate(decoder, ids, cfg.max_new_tokens, choose):
+                if -1 in tokens:
+                    raise NonFinite
+                pieces = [text.add(token) for text, token in zip(texts, tokens, strict=True)]
+                show(pieces[0])
+                if all(text.ended for text in texts):
+                    break
     finally:
         model.train(training)
-    rows = [row[0 if cfg.prompt else 1:] for row in idx.tolist()]  # an end-of-text token ends a sample
-    return [tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+    return [prompt + text.text for prompt, text in zip(prompts, texts, strict=True)]

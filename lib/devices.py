@@ -64,6 +64,21 @@ def to_device(array, device):
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def to_host(tensor):
+    """Begin to copy a tensor to the CPU -> a function that waits for the copy, not for what the GPU was given afterwards, and returns
+    it as nested lists."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copied, host = torch.cuda.Event(), tensor.to("cpu", non_blocking=True)  # into pinned memory
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return host.tolist()
+
+    return wait
+
+
 def pick_device(name, local_rank=0, local_world=1):
     """--device -> torch.device. Raises BadInput if this machine has no such device."""
     mps = torch.backends.mps.is_available()

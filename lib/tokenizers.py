@@ -59,6 +59,13 @@ class Tokenizer:
             sizes = self.token_bytes()
             return self.encoding.decode([i for i in ids if sizes[i] or i == self.eot], errors="replace")
 
+    def token(self, token):
+        """The bytes of one id; none for an unassigned id."""
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:  # a gap in the numbering
+            return b""
+
     def token_bytes(self):
         """int64 array (vocab_size,): UTF-8 bytes each id stands for; 0 for special and unassigned ids."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)

@@ -17,26 +17,46 @@ def checkpoint(tokenizer, tmp_path):
 
 def test_it_prints_what_sample_returns(launch, checkpoint, tokenizer):
     path, model = checkpoint
-    settings = dict(prompt="the cat", samples=3, max_new_tokens=40, temperature=0.8, top_k=20, seed=7)
+    settings = dict(samples=2, max_new_tokens=40, temperature=0.8, top_k=20, top_p=0.9, seed=7)
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    result = launch("generate.py", "--checkpoint", path, *flags, "--device", "cpu")
+    prompts = ["the cat", "a dog, and more of it"]
+    result = launch("generate.py", "--checkpoint", path, "--prompt", *prompts, *flags, "--device", "cpu")
     assert (result.returncode, result.stderr) == (0, "")
-    texts = sample(model, tokenizer, SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
-    assert result.stdout == "".join(f"{text}\n---\n" for text in texts)
-    assert len(set(texts)) == 3 and all(text.startswith("the cat") for text in texts)
+    texts = sample(model, tokenizer, prompts, SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
+    written = "".join(f"{text}\n---\n" for text in texts)
+    assert result.stdout == written.replace("\r\n", "\n").replace("\r", "\n")  # what reading as text makes of carriage returns
+    assert len(set(texts)) == 4 and [text.startswith("the cat") for text in texts] == [True, True, False, False]
 
 
-def test_defaults_temperature_0_and_an_empty_prompt(checkpoint, capsys):
+def test_defaults_temperature_0_stop_and_an_empty_prompt(checkpoint, capsys):
     path, _ = checkpoint
     generate.main(["--checkpoint", str(path)])
     assert capsys.readouterr().out.count("Hello, I'm a language model,") == SampleConfig().samples
-    generate.main(["--checkpoint", str(path), "--prompt", "", "--temperature", "0", "--samples", "2"])
+    flags = ["--checkpoint", str(path), "--prompt", "", "--temperature", "0"]
+    generate.main([*flags, "--samples", "2"])
     one, two, end = capsys.readouterr().out.split("\n---\n")
     assert one == two and end == ""
+    generate.main([*flags, "--samples", "1"])  # one text: as it comes, nothing around it
+    assert capsys.readouterr().out == one + "\n"
+    generate.main([*flags, "--samples", "1", "--stop", "nowhere", one[3:5]])
+    assert capsys.readouterr().out == one[:one.index(one[3:5])] + "\n"
+
+
+def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
+    path, _ = checkpoint
+    (tmp_path / "long.txt").write_text("the cat sat on the mat. " * 20 + "\n")
+    flags = ["--checkpoint", str(path), "--prompt_file", str(tmp_path / "long.txt"), "--samples", "1", "--max_new_tokens", "3"]
+    generate.main(flags)
+    out, err = capsys.readouterr()
+    assert out.startswith("the cat sat on the mat. " * 20) and "the model does not see its oldest" in err
+    with pytest.raises(BadInput, match="tokens and the context 32: shorten it"):
+        generate.main([*flags, "--strict"])
 
 
 @pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "cannot read . (a folder)"),
-                                         (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be")])
+                                         (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
+                                         (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
+                                         (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"], "leave out one of them")])
 def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput) as error:

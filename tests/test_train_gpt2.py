@@ -170,9 +170,9 @@ def test_rope_against_transformers_llama():
     cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(40)[None])
     rotary = train_gpt2.Rotary(16, 64)
     for x, want in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):  # theirs: (B, H, T, D)
-        torch.testing.assert_close(rotary(x.transpose(1, 2), 0), want.transpose(1, 2), rtol=0, atol=1e-5)
-        torch.testing.assert_close(rotary(x.transpose(1, 2)[:, 7:], 7), want.transpose(1, 2)[:, 7:], rtol=0, atol=1e-5)
-    assert rotary(q.bfloat16(), 0).dtype == torch.bfloat16
+        torch.testing.assert_close(rotary(x.transpose(1, 2), slice(40)), want.transpose(1, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(rotary(x.transpose(1, 2)[:, 7:], slice(7, 40)), want.transpose(1, 2)[:, 7:], rtol=0, atol=1e-5)
+    assert rotary(q.transpose(1, 2).bfloat16(), slice(40)).dtype == torch.bfloat16
     assert not rotary.state_dict()  # the tables follow from the config: not in checkpoints
 
 
@@ -690,7 +690,7 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     x, y = val[:320].reshape(10, 32), val[1:321].reshape(10, 32)  # whole rows of 330 tokens
     with torch.no_grad():
         assert model(torch.tensor(x), torch.tensor(y)).item() / 320 == pytest.approx(log[42, "val"], rel=1e-5)
-    assert sample(model, same, SampleConfig(prompt="the dog"))[0] in [ast.literal_eval(line[2:]) for line in result.stdout.splitlines() if line.startswith("> ")]
+    assert sample(model, same, ["the dog"], SampleConfig())[0] in [ast.literal_eval(line[2:]) for line in result.stdout.splitlines() if line.startswith("> ")]
 
     # TensorBoard, by its own reader
     events = EventAccumulator(str(folder)).Reload()

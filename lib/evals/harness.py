@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lib import files
 from lib.cli import BadInput, RankError
-from lib.decoding import NonFinite, draw, generate
+from lib.decoding import Decoder, NonFinite, Text, draw, generate
 from lib.devices import autocast
 from lib.evals.hellaswag import check_item, clean, split_context
 from lib.evals.scoring import failing_alone, score
@@ -50,10 +50,6 @@ class Prompts:
     limit: int
     until: list
     temperature: float
-
-    @property
-    def steps(self):
-        return max(map(len, self.ids)) - min(map(len, self.ids)) + self.limit
 
 
 def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progress=False, stopped=lambda: False):
@@ -116,7 +112,7 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
                     break
                 together = batches[first:first + processes.world_size]
                 mine = min(first + processes.rank, len(batches) - 1)
-                texts[mine] = self.write(batches[mine], max(batch.steps for batch in together), seed=FEWSHOT_SEED + mine)
+                texts[mine] = self.write(batches[mine], max(batch.limit for batch in together), FEWSHOT_SEED + mine)
                 bar.update(sum(len(batch.ids) for batch in together))
             bar.close()
             if processes.distributed:
@@ -135,44 +131,24 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
             temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
             return Prompts(ids, limit, [stop for stop in kwargs["until"] if stop], temperature)
 
-        def write(self, batch, steps=None, seed=FEWSHOT_SEED):
-            """Prompts -> their continuations (str), up to the end of text. steps: the most forward passes, on every process.
+        def write(self, batch, steps, seed):
+            """Prompts -> their continuations (str), up to the end of text. steps: the most tokens, on every process.
 
-            All begin together with what the shortest holds; a longer one is given its next token while it has one, instead
-            of the model's. So nothing is padded, and every position is the one it would have alone.
+            Every process makes as many forward passes, but for texts that outgrow the window, where a task asks for as much.
             """
-            prompts, shortest, texts, broken = batch.ids, min(map(len, batch.ids)), [None] * len(batch.ids), []
-            idx = torch.tensor([ids[:shortest] for ids in prompts], device=self.device)
-            given = torch.full((len(prompts), max(map(len, prompts)) - shortest), -1)
-            for row, ids in zip(given, prompts, strict=True):
-                row[:len(ids) - shortest] = torch.tensor(ids[shortest:])
-            given = iter(given.T[..., None].to(self.device))  # (B, 1) each
-            generator = torch.Generator(device=self.device).manual_seed(seed)
-
-            def choose(logits):
-                own = next(given, None)
-                try:
-                    new = draw(logits, batch.temperature, generator)
-                except NonFinite:  # perhaps on this process alone: `done` tells the others
-                    broken.append(True)
-                    new = idx.new_zeros(len(prompts), 1)
-                return new if own is None else torch.where(own < 0, new, own)
-
-            def done(idx):
-                for i, (row, prompt) in enumerate(zip(idx.tolist(), prompts, strict=True)):
-                    if texts[i] is None and (ids := row[len(prompt):]):
-                        ended = ids[-1] == self.eot_token_id
-                        text = tokenizer.decode(ids[:-1] if ended else ids)
-                        if ended or len(ids) == batch.limit or any(stop in text for stop in batch.until):
-                            texts[i] = text
-                unfinished, non_finite = processes.sum([None in texts, bool(broken)])
-                if non_finite:
-                    raise NonFinite
-                return not unfinished or stopped()
-
+            texts = [Text(tokenizer, batch.limit, batch.until) for _ in batch.ids]
+            choose = partial(draw, temperature=batch.temperature, generator=torch.Generator(device=self.device).manual_seed(seed))
             with self.precision(), failing_alone(processes):
-                generate(model, idx, steps or batch.steps, choose, done)
-            return [text or "" for text in texts]
+                decoder = Decoder(model, len(texts), max(map(len, batch.ids)) + steps)
+                for tokens in generate(decoder, batch.ids, steps, choose):
+                    for text, token in zip(texts, tokens, strict=True):
+                        text.add(max(token, 0))
+                    unfinished, non_finite = processes.sum([not all(text.ended for text in texts), -1 in tokens])
+                    if non_finite:  # perhaps on another process alone
+                        raise NonFinite
+                    if not unfinished or stopped():
+                        break
+            return [text.text for text in texts]
 
     return GPTLM()
 
