@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint
+from lib import checkpoint, huggingface
 from lib.budget import StepTimer, check_memory, describe, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
@@ -46,7 +46,6 @@ from lib.decoding import NonFinite, SampleConfig, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
-from lib.huggingface import read_gpt2
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
 from lib.muon import Muon
 from lib.run_folder import RunFolder, find_resume
@@ -391,11 +390,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT with the weights of a Hugging Face GPT-2: "gpt2", ..., "gpt2-xl", or a folder save_pretrained made."""
-        config, weights = read_gpt2(name)
-        model = cls(GPTConfig(**config))
-        model.load_state_dict(weights)
-        return model
+        """A GPT with the weights of a Hugging Face GPT-2, "gpt2", ..., "gpt2-xl", or of a folder that export_hf.py made."""
+        return huggingface.read(name, lambda **fields: cls(GPTConfig(**fields)))
 
 
 def row_blocks(config):

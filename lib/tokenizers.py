@@ -10,6 +10,7 @@ Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so th
 import contextlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -77,6 +78,26 @@ class Tokenizer:
                 except KeyError:  # a gap in the numbering, as in cl100k_base
                     pass
         return sizes
+
+    def to_json(self):
+        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers."""
+        if self.is_trained:
+            return self.spec
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as HFTokenizer
+
+        ranks, alphabet = self.encoding._mergeable_ranks, _byte_alphabet()
+        special = {text: self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
+        names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+        merges = [tuple(names[part] for part in parts) for token in sorted(ranks, key=ranks.get) if len(parts := _parts(token, ranks)) == 2]
+        bpe = HFTokenizer(models.BPE({names[token]: rank for token, rank in ranks.items()} | special, merges, ignore_merges=True))
+        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", self.encoding._pat_str)  # in their regex engine, {1,3}+ is not possessive but repeated
+        gpt2 = self.encoding._pat_str == _gpt2_rule()  # theirs, too, under a name of its own
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
+        bpe.pre_tokenizer = bytes_ if gpt2 else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_])
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens(sorted(special, key=special.get))
+        return bpe.to_str()
 
     def save(self, path):
         """Write a trained tokenizer's `tokenizer.json`, whole or not at all."""
@@ -166,8 +187,6 @@ def _from_json(text, origin):
     whose ids were given out in merge order, as `train_bpe` and GPT-2 do (compared in tests/lib/test_tokenizers.py).
     Whatever else would silently change the ids is refused: another order, a normalizer, dropout, another splitting rule.
     """
-    from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting rule
-
     to_byte = {char: byte for byte, char in _byte_alphabet().items()}
     try:
         data = json.loads(text)
@@ -191,9 +210,25 @@ def _from_json(text, origin):
     if not usable:
         raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule, {EOT}, ids in merge order, "
                        f"and nothing else that changes ids: {MAKE_ONE}")
-    encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special,
+    encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=_gpt2_rule(), mergeable_ranks=ranks, special_tokens=special,
                                  explicit_n_vocab=len(ids))
     return Tokenizer(encoding, text)
+
+
+def _gpt2_rule():
+    """GPT-2's splitting rule, a regular expression."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return r50k_pat_str
+
+
+def _parts(token, ranks):
+    """The two tokens that a byte-level BPE merges last into this one; a single byte is one part. token: bytes. ranks: {bytes: id}."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def _byte_alphabet():

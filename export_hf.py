@@ -1,0 +1,72 @@
+"""Write a checkpoint as a folder that stock transformers loads, without code of ours: weights, config.json, tokenizer.
+
+    python export_hf.py --checkpoint log/<run>/ckpt_<step>.pt --out exported
+    python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
+
+    model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # theirs
+    model = train_gpt2.GPT.from_pretrained("exported")                       # ours again
+
+Exact, by what the model was trained with:
+    GPT2LMHeadModel         --norm layernorm --pos learned --mlp gelu or relu2, --no-emb_norm
+    LlamaForCausalLM        --norm rmsnorm   --pos rope    --mlp swiglu
+    Qwen3ForCausalLM        --norm rmsnorm   --pos rope    --mlp swiglu --qk_norm --no-bias
+    ArceeForCausalLM        --norm rmsnorm   --pos rope    --mlp gelu or relu2
+    Starcoder2ForCausalLM   --norm layernorm --pos rope    --mlp gelu or relu2
+    StableLmForCausalLM     --norm layernorm --pos rope    --mlp swiglu --no-bias
+each with tied or untied embeddings, and with --pos rope also --emb_norm, which is worked into the embedding table. Every other
+combination is refused: --value_residual, --residual_scalars and --softcap have no counterpart there.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lib import huggingface
+from lib.cli import BadInput, flag, parse, run
+from train_gpt2 import load_checkpoint
+
+
+@dataclass
+class Config:
+    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
+    out: str | None = flag(None, "folder to write, new or empty")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights")
+    check: bool = flag(False, "load what was written and compare its logits and tokens with the checkpoint's")
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of logits, as a share of the largest, or of 1 if all are smaller
+
+
+@torch.no_grad()
+def check(model, tokenizer, cfg):
+    """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if logits or tokens differ."""
+    from transformers import AutoTokenizer
+
+    (theirs, _), their_tokenizer = huggingface.load(cfg.out), AutoTokenizer.from_pretrained(cfg.out)
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(tokenizer.vocab_size, (4, min(model.config.block_size, 256)), generator=generator)
+    logits = model(idx)
+    apart, largest = (logits - theirs(idx).logits).abs().max().item(), logits.abs().max().item()
+    texts = [tokenizer.decode(row[:20].tolist()) for row in torch.randint(tokenizer.vocab_size, (200, 20), generator=generator)]
+    same = sum(their_tokenizer(text)["input_ids"] == tokenizer.encode(text).tolist() for text in texts)
+    result = f"logits up to {largest:.2f} differ by {apart:.2e} at most; {same} of {len(texts)} texts have the same tokens"
+    if not apart <= TOLERANCE[cfg.dtype] * max(largest, 1) or same < len(texts):
+        raise BadInput(f"{cfg.out} is not what the checkpoint is ({result}): do not use it, and report this")
+    print(f"checked: {result}")
+
+
+def main(argv):
+    (cfg,), _ = parse((Config,), argv, __doc__)
+    for name in ("checkpoint", "out"):
+        if getattr(cfg, name) is None:
+            raise BadInput(f"name --{name}: --checkpoint is what to export, --out the folder to write")
+    model, tokenizer, _ = load_checkpoint(cfg.checkpoint)
+    huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype))
+    print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
+    if cfg.check:
+        check(model, tokenizer, cfg)
+
+
+if __name__ == "__main__":
+    run(main)
