@@ -50,33 +50,37 @@ class KVCache:
     """Keys and values of `rows` texts, room for `length` tokens each, so that a new token costs one position, not all (Pope et al.
     2022, https://arxiv.org/abs/2211.05102, section 2).
 
-    Before a forward pass, `at` says which rows it continues and where. What a layer keeps is its own: `tensor` under any key.
+    Before a forward pass, `at` says which rows it continues and where. Layers ask for what they need: `update`, `previous`.
     """
 
     def __init__(self, rows, length):
-        self.shape, self.tensors = (rows, length), {}
+        self.rows, self.length = rows, length
+        self.tensors, self.last = {}, {}                                                # by layer: (B, H, length, D); (B, C)
 
-    def at(self, rows, positions, last, mask=None):
-        """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come; `last`, int64 (n,): the column of each row's last.
+    def at(self, rows, positions, ends, mask=None):
+        """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come. ends: int64 (n,), the column of each row's last one.
         mask: (n, 1, T, span), 0 or -inf, what the tokens see of the cache; None: they begin a text, and see each other alone."""
-        self.rows, self.positions, self.last, self.mask = rows, positions, last, mask
+        self.order, self.positions, self.ends, self.mask = rows, positions, ends, mask
         return self
-
-    def tensor(self, key, shape, like):
-        """The tensor (rows, *shape) that `key` (a layer, or a layer and a name) keeps: zeros at first, of the dtype of `like`."""
-        if key not in self.tensors:
-            self.tensors[key] = like.new_zeros(self.shape[0], *shape)
-        return self.tensors[key]
 
     def update(self, layer, k, v):
         """A layer's keys and values of new tokens, (n, H, T, D) -> those to attend to, (n, H, span, D), and the mask."""
-        H, D, seen = k.size(1), k.size(3), []
-        for name, new in (("k", k), ("v", v)):
-            new = cast(new)  # as attention does
-            kept = self.tensor((layer, name), (H, self.shape[1], D), new)
-            kept[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
-            seen.append(new if self.mask is None else kept[:, :, :self.mask.size(-1)])
-        return *seen, self.mask
+        k, v = cast(k), cast(v)  # as attention does
+        if layer not in self.tensors:
+            self.tensors[layer] = tuple(new.new_zeros(self.rows, new.size(1), self.length, new.size(3)) for new in (k, v))
+        for kept, new in zip(self.tensors[layer], (k, v)):
+            kept[self.order[:, None], :, self.positions] = new.transpose(1, 2)
+        if self.mask is not None:
+            k, v = (kept[:, :, :self.mask.size(-1)] for kept in self.tensors[layer])
+        return k, v, self.mask
+
+    def previous(self, layer, x):
+        """What stood before the new tokens x (n, T, C) of a layer: (n, 1, C), zeros before the first token of a text."""
+        if layer not in self.last:
+            self.last[layer] = x.new_zeros(self.rows, x.size(2))
+        before = torch.zeros_like(x[:, :1]) if self.mask is None else self.last[layer][self.order, None]
+        self.last[layer][self.order] = x[torch.arange(len(x), device=x.device), self.ends]
+        return before
 
 
 def cast_weights(model):
@@ -110,7 +114,7 @@ class Decoder:
         self.cache = KVCache(rows, -(-self.length // SPAN) * SPAN)
         self.lengths = [0] * rows                                                       # of the texts, known without asking the GPU
         self.every = torch.arange(rows, device=device)
-        self.slots = torch.arange(self.cache.shape[1], device=device)
+        self.slots = torch.arange(self.cache.length, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
         self.compiled = torch.compile(self._step, dynamic=False) if compile else None
         self.graphs = {} if graphs and device.type == "cuda" else None                  # span -> (graph, its logits)
@@ -140,7 +144,7 @@ class Decoder:
         A text that is `full` has no place for another: begin it anew by `fill`.
         """
         self.token.copy_(tokens)
-        span = self.cache.shape[1] if self.compiled else -(-min(max(self.lengths) + 1, self.length) // SPAN) * SPAN
+        span = self.cache.length if self.compiled else -(-min(max(self.lengths) + 1, self.length) // SPAN) * SPAN
         with any_shape():
             if self.graphs is None:
                 logits = (self.compiled or self._step)(span)
@@ -168,13 +172,14 @@ class Decoder:
 
     def _capture(self, span):
         """-> (CUDA graph of the step, the tensor in which each replay leaves its logits). Advances nothing."""
-        compute, position = self.compiled or self._step, self.position.clone()
-        side = torch.cuda.Stream()
+        compute, advanced = self.compiled or self._step, (self.position, *self.cache.last.values())
+        before, side = [tensor.clone() for tensor in advanced], torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what a first run sets up, and the compiler, must not be captured
             for _ in range(2):
                 compute(span)
-                self.position.copy_(position)
+                for tensor, value in zip(advanced, before, strict=True):
+                    tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(side)
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile

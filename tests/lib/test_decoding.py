@@ -13,7 +13,7 @@ from train_gpt2 import GPT
 
 TOGGLES = [
     dict(), dict(pos="rope", n_head=4), dict(pos="rope", norm="rmsnorm", mlp="swiglu", emb_norm=True, qk_norm=True, bias=False),
-    dict(norm="rmsnorm", qk_norm=True, value_residual=True, residual_scalars=True, softcap=3.0)]
+    dict(norm="rmsnorm", qk_norm=True, value_residual=True, residual_scalars=True, token_shift=True, softcap=3.0)]
 
 
 def greedy(logits):
@@ -25,6 +25,8 @@ def test_cached_logits_are_those_of_the_whole_text(toggles):
     """Texts of different lengths side by side, each as if alone; past the window (16 tokens), with its newest half at position 0."""
     torch.manual_seed(0)
     model, seen = GPT(tiny(init="xavier", **toggles)).eval(), []
+    for p in model.parameters():  # some start at 0
+        p.data += 0.02 * torch.randn_like(p)
     prompts = [torch.randint(61, (n,)).tolist() for n in (5, 1, 16, 30, 12)]
     steps = list(generate(Decoder(model, 5, 60), prompts, 20, lambda logits: seen.append(logits.clone()) or greedy(logits)))
     assert len(steps) == len(seen) == 20
@@ -37,7 +39,9 @@ def test_cached_logits_are_those_of_the_whole_text(toggles):
 
 
 def test_a_row_is_begun_anew_while_others_go_on():
-    model = GPT(tiny(pos="rope", init="xavier")).eval()
+    model = GPT(tiny(pos="rope", init="xavier", token_shift=True)).eval()
+    for block in model.transformer.h:
+        block.token_shift.weight.data.normal_()
     decoder = Decoder(model, 3, 16)
     decoder.fill([0, 2], [[1, 2, 3], [4]])
     decoder.step(torch.tensor([5, 0, 6]))

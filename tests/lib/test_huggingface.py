@@ -86,7 +86,7 @@ def test_a_folder_is_loaded_by_transformers_and_by_us(toggles, dtype, tokenizer,
 
 
 @pytest.mark.parametrize("toggles, says", [
-    (dict(softcap=15.0), "--softcap 15.0"), (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
+    (dict(softcap=15.0), "--softcap 15.0"), (dict(token_shift=True), "--token_shift"), (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
     (dict(emb_norm=True), "GPT2LMHeadModel, lacks --emb_norm"), (dict(norm="rmsnorm"), "--norm rmsnorm"),
     (dict(norm="rmsnorm", pos="rope", mlp="relu2", qk_norm=True), "ArceeForCausalLM, lacks --qk_norm"),
     (dict(norm="rmsnorm", pos="rope", mlp="swiglu", qk_norm=True, bias=True), "--qk_norm")])
