@@ -34,6 +34,7 @@ from lib.cli import BadInput, flag, parse, run
 from lib.devices import Processes
 from lib.evals import harness
 from lib.huggingface import cache_only_without_network
+from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
 GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
@@ -201,7 +202,7 @@ def pick_output(cfg):
 
 
 def main(argv):
-    (cfg,), given = parse((Config,), argv, __doc__)
+    (cfg, context), given = parse((Config, ContextConfig), argv, __doc__)
     if cfg.compare:
         if others := sorted(given - {"compare", "chart"}):
             raise BadInput(f"--compare reads results that are there: leave out --{' and --'.join(others)}, or evaluate first")
@@ -210,6 +211,8 @@ def main(argv):
         raise BadInput("--chart is for --compare: leave it out")
     if (cfg.checkpoint is None) == (cfg.model is None):
         raise BadInput("name either --checkpoint or --model, or runs to --compare")
+    if cfg.model and {"context", "rope_scaling"} & given:
+        raise BadInput("--context and --rope_scaling are for a --checkpoint: leave them out")
     if cfg.checkpoint:
         checkpoint.require(cfg.checkpoint)
     output = pick_output(cfg)
@@ -217,6 +220,8 @@ def main(argv):
     with Processes(cfg.device) as processes:
         with processes.main_first():  # the first to load downloads, the others find
             model, tokenizer, _ = load_checkpoint(cfg.checkpoint) if cfg.checkpoint else (None, None, None)
+            if model:
+                extend(model, context)
             tasks = harness.load_tasks(manager, names, cfg.data_dir)
             lm = (harness.adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype, processes.main)
                   if cfg.checkpoint else load_hugging_face(cfg, processes))
@@ -224,11 +229,11 @@ def main(argv):
             seed(harness.FEWSHOT_SEED)
         results = harness.evaluate(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0, processes.main)
         if processes.main:
-            save(results, output, cfg)
+            save(results, output, dataclasses.asdict(cfg) | dataclasses.asdict(context))
     return None
 
 
-def save(results, output, cfg):
+def save(results, output, config):
     """Print the harness's table and write its results as JSON, whole or not at all. Raises BadInput where a task failed."""
     from importlib.metadata import version
 
@@ -237,7 +242,7 @@ def save(results, output, cfg):
     failed = results.pop("failed")
     if results:
         print(make_table(results))
-        results |= {"config": dataclasses.asdict(cfg), "lm_eval_version": version("lm_eval"),
+        results |= {"config": config, "lm_eval_version": version("lm_eval"),
                     "torch_version": torch.__version__, "date": datetime.datetime.now().isoformat(" ", "seconds")}
         text = json.dumps(results, indent=2, default=handle_non_serializable)
         try:

@@ -18,6 +18,7 @@ from lib import files
 from lib.cli import BadInput, flag, parse, run
 from lib.decoding import SampleConfig, sample
 from lib.devices import pick_device
+from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
 
@@ -50,11 +51,12 @@ def check_length(prompts, tokenizer, block_size, strict):
 
 
 def main(argv):
-    (cfg, sampling), given = parse((Config, SampleConfig), argv, __doc__)
+    (cfg, context, sampling), given = parse((Config, ContextConfig, SampleConfig), argv, __doc__)
     if cfg.checkpoint is None:
         raise BadInput("name a --checkpoint, for instance one under log/")
     prompts, device = read_prompts(cfg, given), pick_device(cfg.device)
     model, tokenizer, _ = load_checkpoint(cfg.checkpoint, device)
+    extend(model, context)
     check_length(prompts, tokenizer, model.config.block_size, cfg.strict)
     one = len(prompts) == sampling.samples == 1
     show = partial(print, end="", flush=True) if one else lambda piece: None

@@ -19,6 +19,7 @@ from typing import Literal
 from lib.cli import BadInput, flag, parse, run
 from lib.devices import Processes, autocast
 from lib.evals.hellaswag import evaluate, load, render
+from lib.rope import ContextConfig, extend
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, load_checkpoint
 
@@ -33,7 +34,7 @@ class Config:
 
 
 def main(argv):
-    (cfg,), _ = parse((Config,), argv, __doc__)
+    (cfg, context), _ = parse((Config, ContextConfig), argv, __doc__)
     if (cfg.checkpoint is None) == (cfg.model is None):
         raise BadInput("name either --checkpoint or --model")
     with Processes(cfg.device) as processes:
@@ -43,6 +44,7 @@ def main(argv):
                 model, tokenizer, _ = load_checkpoint(cfg.checkpoint, processes.device)
             else:
                 model, tokenizer = GPT.from_pretrained(cfg.model).to(processes.device).eval(), load_tokenizer("gpt2")
+        extend(model, context)
         started, results = time.perf_counter(), {}
         styles = {"completion": {"acc": 1, "acc_norm": 2}, "lm_eval": {"lm_eval_acc_norm": 3}}
         if not all("activity_label" in item for item in items):

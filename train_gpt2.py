@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint, huggingface
+from lib import checkpoint, huggingface, rope
 from lib.budget import StepTimer, batch_size, check_memory, describe, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
@@ -212,12 +212,10 @@ class Rotary(nn.Module):
     bf16 cannot tell position 1000 from 1001.
     """
 
-    def __init__(self, head_dim, block_size, base=10_000.0):
+    def __init__(self, head_dim, block_size):
         super().__init__()
-        freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angle = torch.outer(torch.arange(block_size, dtype=torch.float32), freq)        # (block_size, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        for name, table in zip(("cos", "sin"), rope.tables(*rope.frequencies(head_dim), block_size)):
+            self.register_buffer(name, table, persistent=False)                         # (block_size, D/2)
 
     def forward(self, x, positions):
         cos, sin = (table[positions].unsqueeze(-2) for table in (self.cos, self.sin))   # (T or B, T, 1, D/2)
