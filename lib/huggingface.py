@@ -33,9 +33,10 @@ class Family(NamedTuple):
 
 
 def _gpt2(c, hidden):
-    return dict(n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=hidden,
-                activation_function=ACTIVATIONS[c.mlp], layer_norm_epsilon=1e-5, scale_attn_weights=True, add_cross_attention=False,
-                scale_attn_by_inverse_layer_idx=False, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout))
+    return dict(n_positions=c.block_size, n_ctx=c.block_size,  # twice: llama.cpp's converter reads the name OpenAI's file has
+                n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=hidden, activation_function=ACTIVATIONS[c.mlp],
+                layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+                **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout))
 
 
 def _gpt2_modules(c):
@@ -220,7 +221,7 @@ def read(name, build):
         tie_embeddings=theirs.tie_word_embeddings, bias=any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())))
     # transformers only warns of another architecture's weights, and its variants compute something else
     want = family.config(model.config, model.transformer.h[0].mlp.c_proj.in_features)
-    odd = odd or [key for key, value in want.items() if not key.endswith("pdrop") and not _is(theirs, key, value)]
+    odd = odd or [key for key, value in want.items() if hasattr(theirs, key) and not key.endswith("pdrop") and not _is(theirs, key, value)]
     if odd:
         raise BadInput(f"{name} computes something else than this project's models: see its {', '.join(odd[:4])}")
     weights = model.state_dict()
