@@ -377,7 +377,7 @@ class GPT(nn.Module):
         With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
         positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
-        x = self.transformer.wpe(self.transformer.wte(idx), positions)                      # (B, T, C)
+        x = self.transformer.wpe(self.transformer.wte(idx), positions)                  # (B, T, C)
         x = x0 = self.transformer.drop(cast(self.transformer.emb_norm(x)))              # from here on in the autocast dtype
         v_first = None
         for block in self.transformer.h:

@@ -51,6 +51,8 @@ def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
     assert out.startswith("the cat sat on the mat. " * 20) and "the model does not see its oldest" in err
     with pytest.raises(BadInput, match="tokens and the context 32: shorten it"):
         generate.main([*flags, "--strict"])
+    generate.main([*flags, "--strict", "--context", "512", "--rope_scaling", "yarn"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "cannot read . (a folder)"),
