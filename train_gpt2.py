@@ -28,7 +28,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint
-from lib.budget import StepTimer, check_memory, describe, steps_of
+from lib.budget import LENGTHS, StepTimer, check_memory, describe, plan, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
@@ -101,8 +101,12 @@ class TrainConfig:
     max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs", above=0, below=2**31)
     minutes: float | None = flag(None, "minutes of training steps (evaluations and compilation not counted); takes the place of --epochs",
                                  above=0)
+    tokens_per_param: float | None = flag(None, "tokens per parameter, embeddings included; 20 is Chinchilla's; takes the place of --epochs", above=0)
     total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
     micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
+    plan: bool = flag(False, "print what --tokens_per_param of 8 to 40 take at every --size, and end")
+    tok_per_sec: float | None = flag(None, "for --plan: the speed measured with these flags, all GPUs together", above=0)
+    price_per_hour: float | None = flag(None, "dollars per hour of the machine; tells what a run will cost", above=0)
     # optimizer
     optimizer: Literal["adamw", "muon"] = flag("adamw", "optimizer; muon: Muon for the matrices in blocks, AdamW for the rest")
     max_lr: float = flag(6e-4, "peak learning rate", above=0, at_most=1e6)
@@ -836,8 +840,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         config = GPTConfig(**state["model_config"])
         check_model(config)
-        with torch.device("meta"):
-            GPT(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
+        on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
         model = GPT(config)
         model.load_state_dict(state["model"])
         tokenizer = load_tokenizer(state["tokenizer"])
@@ -865,15 +868,14 @@ def settings(argv):
             other_preset = "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]
             resume.adopt(cfg, model_cfg, explicit | (set().union(*PRESETS.values()) if other_preset else set()))
             check_model(model_cfg)
-            with torch.device("meta"):
-                GPT(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
+            on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
         except BadInput as error:
             raise BadInput(f"{resume.path}: {error}") from error
         except Exception as error:  # another project's file, whatever it holds
             raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
                            "another --resume") from error
-    for name in ("max_steps", "minutes"):  # a preset's or the checkpoint's give way
-        if name not in explicit and {"epochs", "max_steps", "minutes"} & explicit:
+    for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's give way
+        if explicit & set(LENGTHS):
             setattr(cfg, name, None)
     return cfg, model_cfg, explicit, resume
 
@@ -895,7 +897,7 @@ def check_run(cfg, c, explicit, world_size):
 
     need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(len({"epochs", "max_steps", "minutes"} & explicit) < 2, "--epochs, --max_steps and --minutes each set the length: give one of them")
+    need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = cfg.total_batch_size, c.block_size
     need(world_size <= B // T, f"--total_batch_size {B} is {B // T} sequences of --block_size {T}, fewer than {world_size} processes: "
@@ -907,10 +909,15 @@ def check_run(cfg, c, explicit, world_size):
          f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
 
 
+def on_meta(model_cfg):
+    """A GPT without weights, to be counted."""
+    with torch.device("meta"):
+        return GPT(model_cfg)
+
+
 def build_model(model_cfg, cfg, device):
     """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
-    with torch.device("meta"):
-        like = GPT(model_cfg)
+    like = on_meta(model_cfg)
     check_memory((*like.parameters(), *like.parameters(), *state_like(make_optimizer(like, cfg))), device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -925,13 +932,18 @@ def build_model(model_cfg, cfg, device):
 
 def main(argv):
     cfg, model_cfg, explicit, resume = settings(argv)
+    check_model(model_cfg)
+    if cfg.plan:
+        models, own = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}, cfg.size or cfg.preset
+        print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
+        return
     processes = Processes(cfg.device)
     shards, T = Shards(cfg.data), model_cfg.block_size
-    lengths = {"data", "epochs", "max_steps", "minutes", "total_batch_size"} & explicit
+    lengths = {"data", "total_batch_size", *LENGTHS} & explicit
     fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"][n] for n in ("minutes", "total_batch_size"))
     before = resume and (fitted or not lengths)
-    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"])
-    check_model(model_cfg)
+    parameters = shards.vocab_size and on_meta(replace(model_cfg, vocab_size=shards.vocab_size)).parameter_counts()["total"]
+    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"], parameters)
     check_run(cfg, model_cfg, explicit, processes.world_size)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
         if processes.main:

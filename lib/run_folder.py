@@ -275,7 +275,7 @@ class RunFolder:
     def _open(self, step):
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
-        self.log = Logger(self.folder, self.config["max_steps"], step)
+        self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"])
 
     def save_is_due(self, minutes):
         """Whether so many minutes (0: never) have passed since the last checkpoint."""

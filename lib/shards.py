@@ -244,6 +244,7 @@ class Shards:
         self._compare_splits(headers)
         spec = self.meta.tokenizer if self.meta else "gpt2"  # shards of build-nanogpt and llm.c have no meta.json
         self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
+        self.vocab_size = self.meta.vocab_size if self.meta else 50257  # None where meta.json, written by hand, does not say
 
     def _compare_names(self, folder, headers, command):
         listed = {record.name: record.tokens for record in self.meta.shards}
