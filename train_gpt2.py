@@ -48,9 +48,10 @@ from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
 from lib.huggingface import read_gpt2
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
+from lib.mixture import Corpus, Mixture, micro_batches
 from lib.muon import Muon
 from lib.run_folder import RunFolder, find_resume
-from lib.shards import Shards, check_ids, check_shards, read_shard
+from lib.shards import check_ids, read_shard
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
 
@@ -93,9 +94,13 @@ class TrainConfig:
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
     # data
-    data: str = flag("edu_fineweb10B", "folder of token shards")
+    data: tuple[str, ...] = flag(("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; a weight is a share of the tokens, without "
+                                 "weights they are mixed by size")
+    curriculum: str | None = flag(None, "folder of shards to begin with, simple text, which gives way to --data")
+    curriculum_steps: int | None = flag(None, "steps until it has given way", above=0, below=2**31)
+    curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "how it gives way: its share along half a cosine or a line, or at once")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
-    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards", above=0)
+    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
     max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs", above=0, below=2**31)
@@ -161,7 +166,7 @@ PRESETS = {
     "modern":   MODERN,
     "speedrun": SPEEDRUN,
     "tiny":     SPEEDRUN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025,
-                                embedding_lr=0.5, data="docstrings", max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
+                                embedding_lr=0.5, data=("docstrings",), max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
                                 hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False),
 }
 SIZES = {
@@ -582,6 +587,10 @@ class ShardLoader:
     def load_state_dict(self, state):
         self.epoch, self.shard, self.offset = state["epoch"], state["shard"], state["offset"]
 
+    def progress(self):
+        """How far the stream is, by tag for TensorBoard."""
+        return {"data/epoch": self.epoch}
+
     def _after(self, epoch, shard):
         return (epoch, shard + 1) if shard + 1 < len(self.files) else (epoch + 1, 0)
 
@@ -621,19 +630,11 @@ class ShardLoader:
         return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
 
 
-def micro_batches(tokens, block_size, micro_batch, processes):
-    """A global batch, int64 (n + 1,) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T) each."""
-    size = (len(tokens) - 1) // processes.world_size
-    tokens = to_device(tokens[processes.rank * size:][:size + 1], processes.device)
-    x, y = tokens[:-1].view(-1, block_size), tokens[1:].clone().view(-1, block_size)
-    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
-
-
 def read_validation(shards, cfg, block_size, tokenizer):
     """The first cfg.val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size)."""
     rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
     if rows < 1:
-        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {cfg.data}, and "
+        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
                        f"--val_tokens is {cfg.val_tokens}; lower --block_size or make a larger val split")
     tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).read_batch(rows * block_size, 0, 0, 0)
     return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
@@ -677,18 +678,19 @@ def evaluate(model, rows, micro_batch, processes):
     return nats / count
 
 
-def make_evaluations(cfg, shards, tokenizer, block_size, processes):
+def make_evaluations(cfg, corpus, tokenizer, block_size, processes):
     """The evaluations a run makes along the way. Raises BadInput if what they need is not there."""
-    rows = read_validation(shards, cfg, block_size, tokenizer)
-    bytes_per_token = tokenizer.token_bytes()[rows[1]].sum() / rows[1].size
+    rows, sizes = [read_validation(source.shards, cfg, block_size, tokenizer) for source in corpus.sources], tokenizer.token_bytes()
+    bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
     with processes.main_first():
         items = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
         tasks = harness.load_tasks(*harness.find_tasks(cfg.eval_tasks), cfg.eval_tasks_dir) if cfg.eval_tasks else []
     questions = hellaswag.render(items, tokenizer, block_size)
 
     def validation(model, compiled, stopped):
-        loss = evaluate(compiled, rows, cfg.sequences, processes)
-        return {"Loss/val": loss, "Loss/val_bpb": loss / math.log(2) / bytes_per_token}
+        losses = [evaluate(compiled, part, cfg.sequences, processes) for part in rows]
+        loss = float(corpus.weights @ losses)  # of a token drawn as in training, once a curriculum is over
+        return {"Loss/val": loss, "Loss/val_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags("Loss/val", losses)}
 
     def run_hellaswag(model, compiled, stopped):
         with autocast(processes.device):
@@ -815,7 +817,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "optim/skipped_steps": skipped, "perf/tok_per_sec": cfg.total_batch_size / seconds, "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3, "perf/mfu": flops / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
+                "perf/recompilations": monitor.count, **stream.progress(), **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
@@ -938,13 +940,14 @@ def main(argv):
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
         return
     processes = Processes(cfg.device)
-    shards, T = Shards(cfg.data), model_cfg.block_size
+    corpus, T = Corpus(cfg), model_cfg.block_size
     lengths = {"data", "total_batch_size", *LENGTHS} & explicit
     fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"][n] for n in ("minutes", "total_batch_size"))
     before = resume and (fitted or not lengths)
-    parameters = shards.vocab_size and on_meta(replace(model_cfg, vocab_size=shards.vocab_size)).parameter_counts()["total"]
-    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"], parameters)
+    parameters = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
+    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, corpus.tokens["train"], parameters)
     check_run(cfg, model_cfg, explicit, processes.world_size)
+    corpus.check_length(cfg)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
         if processes.main:
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")
@@ -956,22 +959,25 @@ def main(argv):
             if processes.main and cfg.tensorboard:
                 serve_tensorboard(cfg.log_dir, cfg.tensorboard)
             with processes.main_first():
-                tokenizer = load_tokenizer(shards.tokenizer)
-            check_shards(shards, tokenizer)
+                tokenizer = load_tokenizer(corpus.tokenizer)
+            corpus.check_shards(tokenizer)
             model_cfg.vocab_size = tokenizer.vocab_size
-            evaluations = make_evaluations(cfg, shards, tokenizer, T, processes)
+            evaluations = make_evaluations(cfg, corpus, tokenizer, T, processes)
             model = build_model(model_cfg, cfg, processes.device)
             optimizer, rows = make_optimizer(model, cfg), cfg.total_batch_size // T // processes.world_size
             cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
-            stream = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
-                                 partial(micro_batches, block_size=T, micro_batch=cfg.sequences, processes=processes))
+            batches = partial(micro_batches, block_size=T, stride=T + corpus.is_mixed, micro_batch=cfg.sequences, processes=processes)
+            stream, *_ = loaders = [ShardLoader(source.shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
+                                                None if corpus.is_mixed else batches) for source in corpus.sources]
+            if corpus.is_mixed:
+                stream = Mixture(corpus, loaders, T, batches)
             position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
             if resume:
-                position = resume.restore(model, optimizer, stream, tokenizer.spec, shards.identity)
+                position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
             if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
                 raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
-            config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": shards.identity}
-            run.begin(config, describe(cfg, model, shards, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
+            config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": corpus.identity}
+            run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
             train(cfg, model, optimizer, stream, evaluations, run, processes, position)
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: give a smaller one") from error

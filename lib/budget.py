@@ -92,23 +92,29 @@ class StepTimer:
         return self.cfg.steps
 
 
-def describe(cfg, model, shards, processes):
+def describe(cfg, model, corpus, processes):
     """What is about to happen, in a few lines."""
     counts, c, device = model.parameter_counts(), model.config, processes.device
     rows, tokens, flops = cfg.total_batch_size // c.block_size // processes.world_size, cfg.steps * cfg.total_batch_size, model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    epochs = tokens / shards.tokens["train"]
+    epochs = tokens / corpus.tokens["train"]
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
               f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs, "
               f"{tokens / counts['total']:.3g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     if epochs > MANY_EPOCHS and not cfg.minutes:
         length += f"\nwarning: more than {MANY_EPOCHS} epochs, beyond which repeated text teaches less and less: get more text, or train less"
+    val = [min(cfg.val_tokens, s.shards.tokens["val"] - 1) // c.block_size * c.block_size for s in corpus.sources]
+    data = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, validation on {n:,}"
+            for s, n in zip(corpus.sources, val)]
+    if corpus.is_mixed:
+        data = [f"{line}; {share:.1%} of the mixture" + ("" if cfg.minutes else f", {n:.2f} epochs")
+                for line, share, n in zip(data, corpus.weights, corpus.epochs(tokens))]
+    if corpus.is_mixed and cfg.curriculum:
+        data[-1] += f"; the curriculum of the first {cfg.curriculum_steps:,} steps, {cfg.curriculum_mix}"
     return "\n".join([
         f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
-        f"{flops / 1e6:,.1f} MFLOPs per token",
-        f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
-        f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
-        f"padded to {c.padded_vocab_size:,}",
+        f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",
+        *data,
         f"length  {length}",
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
         f"{processes.world_size} processes",

@@ -215,13 +215,13 @@ def find_shards(folder):
 
 
 class Shards:
-    """A folder of shards: `train` and `val` (sorted paths), `tokens` (dict split -> count), `tokenizer` (a spec), `meta`.
+    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count), `tokenizer` (a spec), `meta`.
 
     Reads every header and holds no file open. Raises BadInput unless the folder is whole, finished and of one tokenizer.
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.meta = read_meta(folder)
         command = self.meta and self.meta.command
         command = f"`{command} --out {shlex.quote(str(folder))}`" if command else "the fineweb.py command that made it"
