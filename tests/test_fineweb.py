@@ -475,11 +475,11 @@ def test_a_source_that_became_shorter_is_not_called_complete(tmp_path):
 @pytest.mark.parametrize("change, message", [(Path.unlink, "cannot read .*tokenizer.json"), (None, "is not the one they were made with")])
 def test_shards_whose_tokenizer_is_gone_are_not_called_complete(change, message, tmp_path):
     source = write_source(tmp_path / "in", "jsonl", sentences(60))
-    make(source, tmp_path / "out", "--tokenizer", "bpe:300")
-    change = change or train_bpe(sentences(60, seed=1), 300).save  # as many ids, of other text
+    make(source, tmp_path / "out", "--tokenizer", "bpe:285")
+    change = change or train_bpe(DOCUMENTS, 285).save  # as many ids, of other text
     change(tmp_path / "out" / "tokenizer.json")
     with pytest.raises(cli.BadInput, match=message):
-        make(source, tmp_path / "out", "--tokenizer", "bpe:300")
+        make(source, tmp_path / "out", "--tokenizer", "bpe:285")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
