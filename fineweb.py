@@ -1,7 +1,8 @@
 """Any text -> shards of token ids, FineWeb-edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557) by default.
 
     python fineweb.py                                              # 10B tokens of FineWeb-edu -> edu_fineweb10B/
-    python fineweb.py --name sample-100BT                          # 100B tokens -> edu_fineweb100B/
+    python fineweb.py --preset fineweb-edu-100BT                   # 100B tokens -> edu_fineweb100B/
+    python fineweb.py --preset wikipedia --name 20231101.de        # another language of a preset
     python fineweb.py --source a.parquet more/ "*.jsonl.zst" --out mine --tokenizer cl100k_base
     python fineweb.py --docstrings --tokenizer bpe:4096            # needs no download -> docstrings/
 
@@ -28,6 +29,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -35,10 +37,35 @@ from tqdm import tqdm
 from lib.cli import BadInput, flag, parse, run
 from lib.files import DISK_FULL, locked, make_folder, open_file, replace, write_json
 from lib.shards import SPLITS, Meta, Record, Shards, Split, Start, check_tokenizer, find_shards, missing_records, read_meta
-from lib.text import Source, builder_of, find_parts
+from lib.text import Seen, Source, builder_of, find_parts
 from lib.tokenizers import BPE_TEXT, MAX_BPE, load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
+
+class Hub(NamedTuple):
+    """A dataset of the hub; licence and tokens as its card says, not counted here (None: the card does not say). uint16 shards take 2 bytes per token."""
+    source: str
+    name: str | None
+    text_column: str
+    licence: str
+    tokens: float | None
+
+    def __str__(self):
+        size = f"about {self.tokens / 1e9:,.0f}B tokens, {2 * self.tokens / 1e9:,.0f} GB of shards with gpt2" if self.tokens else "size not known"
+        return f"{self.source}, {self.name or 'default'}: {size}; licence {self.licence}"
+
+
+HUB = {  # --name takes another language, as the card of the dataset lists them
+    "fineweb-edu-10BT":  Hub(FINEWEB_EDU, "sample-10BT", "text", "ODC-By 1.0", 10e9),
+    "fineweb-edu-100BT": Hub(FINEWEB_EDU, "sample-100BT", "text", "ODC-By 1.0", 100e9),
+    "fineweb-edu-350BT": Hub(FINEWEB_EDU, "sample-350BT", "text", "ODC-By 1.0", 350e9),
+    "fineweb-edu":       Hub(FINEWEB_EDU, "default", "text", "ODC-By 1.0", 1300e9),
+    "fineweb-2":         Hub("HuggingFaceFW/fineweb-2", "deu_Latn", "text", "ODC-By 1.0", None),
+    "wikipedia":         Hub("wikimedia/wikipedia", "20231101.en", "text", "CC BY-SA 3.0, GFDL", None),
+    "books":             Hub("sedthh/gutenberg_english", None, "TEXT", "MIT; the books are in the public domain of the US", None),
+    "climbmix":          Hub("karpathy/climbmix-400b-shuffle", None, "text", "CC BY-NC 4.0", 400e9),
+}
 DOCSTRINGS = "docstrings.jsonl"
 DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # the wordiest packages that requirements.txt installs
 LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
@@ -46,10 +73,12 @@ LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
 
 @dataclass
 class Config:
+    preset: Literal[tuple(HUB)] | None = flag(None, "a corpus of the hub: sets --source, --name and --text_column")
     source: tuple[str, ...] = flag((FINEWEB_EDU,), "a dataset id, or local files, folders and globs of "
                                    "parquet, jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
+    dedup: bool = flag(False, "leave out documents met before, told by a hash, in 1 GiB of memory; a .txt is read as it is")
     docstrings: bool = flag(False, "the documentation strings of this Python's packages, instead of a source")
     tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source")
     out: str | None = flag(None, "folder of the shards; without it, named after the source")
@@ -60,9 +89,16 @@ class Config:
     workers: int | None = flag(None, "encoding threads; without it, one per core", at_least=1, at_most=1024)
 
 
-def main(argv):
-    (cfg,), given = parse((Config,), argv, __doc__)
+def configured(argv):
+    """The command line -> a complete Config and the names given."""
+    presets = {name: dict(source=(hub.source,), name=hub.name, text_column=hub.text_column) for name, hub in HUB.items()}
+    (cfg,), given = parse((Config,), argv, __doc__, presets)
     complete_config(cfg, given)
+    return cfg, given
+
+
+def main(argv):
+    cfg, given = configured(argv)
     out = Path(cfg.out)
     if is_done(out, read_own_meta(out, cfg)):
         return
@@ -75,7 +111,7 @@ def main(argv):
             meta = read_own_meta(out, cfg)  # another process may have gone on in the meantime
             if cfg.docstrings:
                 extract_docstrings(out)
-            source = Source(cfg, parts)
+            source = Source(cfg, parts, Seen(out / "hashes.bin") if cfg.dedup else None)
             tokenizer = find_tokenizer(cfg, out, source, meta)
             meta = meta or new_meta(cfg, tokenizer, given)
             for record in missing_records(out, meta):
@@ -95,15 +131,17 @@ def main(argv):
 
 def complete_config(cfg, given):
     """Fill in what follows from other flags. Raises BadInput if they contradict each other."""
-    if cfg.docstrings and given & {"source", "name"}:
-        raise BadInput("--docstrings and --source (with its --name) both name the text: give one of them")
+    if len(given & {"docstrings", "source", "preset"}) > 1 or (cfg.docstrings and "name" in given):
+        raise BadInput("--preset, --docstrings and --source (with its --name) each name the text: give one of them")
     if cfg.tokenizer.startswith("bpe:") and not re.fullmatch("bpe:[0-9]{1,9}", cfg.tokenizer):
         raise BadInput(f"--tokenizer {cfg.tokenizer[:80]}: write bpe:<number of ids>, as in bpe:4096, at most {MAX_BPE:,}")
     if cfg.source == (FINEWEB_EDU,) and not cfg.docstrings:
         cfg.name = cfg.name or "sample-10BT"
-        cfg.out = cfg.out or f"edu_fineweb{cfg.name.removeprefix('sample-').removesuffix('T')}"
+        cfg.out = cfg.out or f"edu_fineweb{'' if cfg.name == 'default' else cfg.name.removeprefix('sample-').removesuffix('T')}"
     if cfg.docstrings:
         cfg.out = cfg.out or "docstrings"
+    if cfg.preset and not cfg.out:
+        cfg.out = "_".join(filter(None, (cfg.preset, cfg.name)))
     if not cfg.out:
         cfg.out = Path(cfg.source[0]).name.split(".")[0].replace("*", "") or "shards"
         cfg.out += "_shards" if os.path.isdir(cfg.out) and cfg.out in map(os.path.normpath, cfg.source) else ""
@@ -121,7 +159,7 @@ def settings(cfg):
     """What must be equal for a run to continue another's shards."""
     source = "docstrings" if cfg.docstrings else list(cfg.source)
     return {"source": source, "name": cfg.name, "text_column": cfg.text_column, "shard_size": cfg.shard_size,
-            "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer}
+            "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
 
 
 def new_meta(cfg, tokenizer, given):
@@ -150,9 +188,10 @@ def read_own_meta(out, cfg):
     if meta.settings is None:
         raise BadInput(f"{out}/ holds shards of another program, says its meta.json: give another --out")
     for key, value in settings(cfg).items():
-        if meta.settings.get(key) != value:
+        made = meta.settings.get(key, False if key == "dedup" else None)  # older folders do not say
+        if made != value:
             key_flag = "--tokenizer" if key == "tokenizer_flag" else f"--{key}"
-            raise BadInput(f"{out}/ holds shards made with {key_flag} {meta.settings.get(key)}, not {value}: "
+            raise BadInput(f"{out}/ holds shards made with {key_flag} {made}, not {value}: "
                            "give another --out")
     if meta.shards is None and not meta.complete:
         raise BadInput(f"{out}/ was begun by an older fineweb.py, whose meta.json does not say how to continue: "
@@ -171,7 +210,8 @@ def is_done(out, meta):
     if meta.tokenizer.endswith(".json"):  # another would be on the network
         check_tokenizer(meta, load_tokenizer(str(out / meta.tokenizer)))
     text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
-    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)")
+    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)"
+          + f"; {meta.duplicates:,} duplicates left out" * bool((meta.settings or {}).get("dedup")))
     documents = sum(split.documents for split in meta.splits.values())
     if documents < 3 and meta.splits["val"].shards:
         print(f"warning: the source has fewer than 3 documents ({documents}): validation says little about other text",
@@ -373,7 +413,10 @@ def write_shards(cfg, out, source, tokenizer, meta):
     before, drop = meta.resume.source, meta.resume.drop
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
-    known = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}.get(cfg.name)
+    hub = next((hub for hub in HUB.values() if (hub.source,) == cfg.source and hub.name == cfg.name), None)
+    if hub:
+        print(hub)
+    known = hub and hub.tokens
     total = min(filter(None, (cfg.max_tokens, known or source.guess_tokens())), default=None)
     documents, started = sum(split.documents for split in meta.splits.values()), time.perf_counter()
     with (contextlib.closing(encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)) as stream,
@@ -382,7 +425,7 @@ def write_shards(cfg, out, source, tokenizer, meta):
         for batch, ids in stream:
             used = min(drop, len(ids))  # the first of these ids are in shards already
             end = None if cfg.max_tokens is None else used + cfg.max_tokens - writer.written - writer.count
-            meta.skipped_rows = batch.after["skipped"]
+            meta.skipped_rows, meta.duplicates = batch.after["skipped"], batch.after.get("duplicates", 0)
             writer.add(ids[:end], used, before)
             before, drop = batch.after, drop - used
             documents += len(batch.texts) - batch.continues

@@ -125,6 +125,7 @@ class Meta:
     dtype: Literal["uint16", "uint32"] | None = flag(None, None)
     splits: dict | None = flag(None, None)        # split -> a Split
     skipped_rows: int = flag(0, None, at_least=0, at_most=2**53)
+    duplicates: int = flag(0, None, at_least=0, at_most=2**53)  # documents left out by --dedup
     command: str | None = flag(None, None)        # what made the folder, without --out
     settings: dict | None = flag(None, None)      # what fineweb.py compares before it continues
     shards: list | None = flag(None, None)        # of Record; None: by a fineweb.py that did not list them

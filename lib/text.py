@@ -6,12 +6,15 @@ A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. All 
 import contextlib
 import gc
 import glob
+import hashlib
 import json
 import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from lib import cli
 from lib.cli import BadInput, flag
@@ -32,6 +35,8 @@ class Place:
     path: str = flag("", None)
     state: dict | list | None = flag(None, None)
     skipped: int = flag(0, None, at_least=0, at_most=2**53)
+    duplicates: int = flag(0, None, at_least=0, at_most=2**53)
+    hashes: int = flag(0, None, at_least=0, at_most=2**53)
 
 
 @dataclass
@@ -45,11 +50,61 @@ class Batch:
     after: dict
 
 
-class Source:
-    """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch."""
+class Seen:
+    """The documents met so far, by a hash of 64 bits each: tells exact duplicates in bounded memory.
 
-    def __init__(self, cfg, parts):
-        self.column, self.name, self.parts, self.links = cfg.text_column, cfg.name, parts, None
+    1 GiB (of which the system hands out what is used) holds 134 million hashes in buckets of 8. A bucket that is full forgets one for each
+    that it takes, the first ones at about 60 million documents: a duplicate of a forgotten document stays, no other document is dropped.
+    All hashes are kept in a file, 8 bytes each, from which the state at any earlier place is restored.
+    """
+
+    BUCKETS, SLOTS = 2**24, 8
+
+    def __init__(self, path):
+        self.path = path
+
+    def rewind(self, count):
+        """Back to where `count` documents were new."""
+        mode = "r+b" if os.path.lexists(self.path) else "w+b"
+        self.file, self.count = open(self.path, mode), count  # noqa: SIM115 (open as long as it is read from)
+        self.table = np.zeros((self.BUCKETS, self.SLOTS), dtype=np.uint64)
+        hashes = np.fromfile(self.file, dtype=np.uint64, count=count)
+        if len(hashes) < count:
+            raise BadInput(f"{self.path} holds {len(hashes):,} hashes, not the {count:,} that meta.json says: give another --out")
+        for one in hashes.tolist():
+            self._add(one)
+        self.file.seek(8 * count)
+
+    def new(self, texts):
+        """Those of the documents that were not met before."""
+        kept, hashes = [], []
+        for text in texts:
+            one = int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little") or 1  # 0: an empty slot
+            if self._add(one):
+                kept.append(text)
+                hashes.append(one)
+        self.file.write(np.array(hashes, dtype=np.uint64).tobytes())
+        self.file.flush()  # before meta.json counts them
+        self.count += len(hashes)
+        return kept
+
+    def _add(self, one):
+        bucket = self.table[one % self.BUCKETS]
+        if (bucket == one).any():
+            return False
+        free = np.flatnonzero(bucket == 0)
+        bucket[free[0] if len(free) else (one >> 32) % self.SLOTS] = one
+        return True
+
+
+class Source:
+    """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch.
+
+    seen: a Seen, which drops documents met before; not the pieces of a .txt.
+    """
+
+    def __init__(self, cfg, parts, seen=None):
+        self.seen, self.column, self.name, self.parts, self.links = seen, cfg.text_column, cfg.name, parts, None
 
     def guess_tokens(self):
         """About how many tokens the local files hold; 0 where the source is a dataset of the hub."""
@@ -58,7 +113,9 @@ class Source:
 
     def batches(self, start=None):
         start = self._check(start) if start else Place(path=self.parts[0])
-        skipped = start.skipped
+        skipped, duplicates = start.skipped, start.duplicates
+        if self.seen:
+            self.seen.rewind(start.hashes)
         for index, part in enumerate(self.parts[start.part:], start.part):
             state = start.state if index == start.part else None
             is_txt = builder_of(part) == "text"
@@ -67,7 +124,12 @@ class Source:
                 for rows, after in (read_txt if is_txt else self._read_rows)(self._open(part), part, state):
                     texts = [row for row in rows if isinstance(row, str) and (continues or row.strip())]
                     skipped += len(rows) - len(texts)
-                    yield Batch(texts, continues, {"part": index, "path": part, "state": after, "skipped": skipped})
+                    place = {"part": index, "path": part, "state": after, "skipped": skipped}
+                    if self.seen:
+                        found, texts = len(texts), texts if is_txt else self.seen.new(texts)
+                        duplicates += found - len(texts)
+                        place |= {"duplicates": duplicates, "hashes": self.seen.count}
+                    yield Batch(texts, continues, place)
                     continues = is_txt
             except BadInput:
                 raise

@@ -327,7 +327,7 @@ def mixed_source(folder):
 
 @pytest.mark.parametrize("when, flags", [
     ("before", ()), ("after", ()), ("before", ("--val_tokens", 17)), ("after", ("--max_tokens", 30_011)),
-    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7))], ids=str)
+    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7)), ("before", ("--dedup",)), ("after", ("--dedup",))], ids=str)
 def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "TXT_LINES", 7)
     monkeypatch.setattr(text_files, "BATCH_ROWS", 40)
@@ -363,6 +363,35 @@ def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags
     check_meta(tmp_path / "dies", read_shards(tmp_path / "whole"), None if "--max_tokens" in flags else documents)
     if "--max_tokens" not in flags:
         assert [t for _, ids in read_shards(tmp_path / "dies") for t in ids] == reference(documents)
+
+
+def test_exact_duplicates_are_left_out_and_counted(tmp_path, capsys):
+    distinct = [text for i, text in enumerate(DOCUMENTS) if text not in DOCUMENTS[:i]]
+    twice = [*distinct[:90], *distinct[40:], distinct[0], distinct[0] + " ", *distinct]
+    source = write_source(tmp_path / "in", "jsonl", twice)
+    make(source, tmp_path / "out", "--shard_size", 2000, "--dedup")
+    assert read_shards(tmp_path / "out") == cut(reference([*distinct, distinct[0] + " "]), 2000)
+    assert f"{len(twice) - len(distinct) - 1:,} duplicates left out" in capsys.readouterr().out
+    before = read_shards(tmp_path / "out")
+    (tmp_path / "out" / "out_train_000003.npy").unlink()  # written again from its own place
+    make(source, tmp_path / "out", "--shard_size", 2000, "--dedup")
+    assert read_shards(tmp_path / "out") == before
+    with pytest.raises(cli.BadInput, match="holds shards made with --dedup True, not False"):
+        make(source, tmp_path / "out", "--shard_size", 2000)
+
+
+def test_presets_name_datasets_of_the_hub():
+    for flags, want in [
+            (["--preset", "fineweb-edu-100BT"], ((fineweb.FINEWEB_EDU,), "sample-100BT", "text", "edu_fineweb100B")),
+            (["--preset", "fineweb-edu"], ((fineweb.FINEWEB_EDU,), "default", "text", "edu_fineweb")),
+            (["--preset", "wikipedia", "--name", "20231101.de"], (("wikimedia/wikipedia",), "20231101.de", "text", "wikipedia_20231101.de")),
+            (["--preset", "books", "--out", "x"], (("sedthh/gutenberg_english",), None, "TEXT", "x")),
+            ([], ((fineweb.FINEWEB_EDU,), "sample-10BT", "text", "edu_fineweb10B"))]:
+        cfg, _ = fineweb.configured(flags)
+        assert (cfg.source, cfg.name, cfg.text_column, cfg.out) == want
+    for flags in (["--preset", "books", "--source", "a"], ["--preset", "books", "--docstrings"], ["--docstrings", "--name", "x"]):
+        with pytest.raises(cli.BadInput, match="each name the text: give one of them"):
+            fineweb.configured(flags)
 
 
 def start(tmp_path, *flags):
@@ -687,7 +716,7 @@ def test_no_documents(rows, form, tmp_path, fails):
     (["--source", "good", "links"], "cannot read links/dangling.txt (a link to nowhere, which does not exist)"),
     (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError)"),
     ([], "cannot reach the dataset HuggingFaceFW/fineweb-edu"),
-    (["--docstrings", "--source", "good/data.jsonl"], "both name the text"),
+    (["--docstrings", "--source", "good/data.jsonl"], "each name the text"),
     (["--source", "good/data.jsonl", "--name", "sample-10BT"], "--name is a configuration of a dataset of the hub"),
     (["--source", "good", "--out", "good/out"], "--out good/out is in the folder good"),
     (["--source", "good/data.jsonl", "--out", "notes.md"], "cannot write to notes.md"),

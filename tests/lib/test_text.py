@@ -8,6 +8,7 @@ import pytest
 import tiktoken
 
 from lib import text as texts
+from lib.cli import BadInput
 from lib.tokenizers import EOT, SPLIT
 
 EOT_ID = 50256
@@ -57,3 +58,17 @@ def test_a_txt_without_a_place_to_cut_is_read_in_bounded_pieces(tmp_path, monkey
     (tmp_path / "a.txt").write_text("-\n" * 1000)
     pieces = [piece for piece, _ in read_pieces(tmp_path / "a.txt")]
     assert "".join(pieces) == "-\n" * 1000 and max(map(len, pieces)) == 2 * 65 * 2
+
+
+def test_seen_forgets_only_when_full_and_is_restored_at_any_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts.Seen, "BUCKETS", 4)
+    seen, documents = texts.Seen(tmp_path / "hashes.bin"), [str(n % 20) for n in range(50)]
+    seen.rewind(0)
+    assert seen.new(documents) == documents[:20] and seen.count == 20  # 20 hashes in 32 slots
+    many = [f"document {n}" for n in range(500)]
+    assert seen.new(many) == many and len(seen.new(many)) > 400  # forgotten: they stay in, nothing new is lost
+    other = texts.Seen(tmp_path / "hashes.bin")
+    other.rewind(10)
+    assert other.new(documents) == documents[10:20]
+    with pytest.raises(BadInput, match="holds .* hashes, not the 9,999"):
+        other.rewind(9999)
