@@ -13,7 +13,8 @@ Improvements over the baseline and their flags:
     RoPE                  --pos            so many minutes        --minutes
     post-embedding norm   --emb_norm       new shuffle each epoch --shuffle
     query-key norm        --qk_norm        Muon                   --optimizer
-    value residual        --value_residual other schedules        --schedule, --cooldown
+    token shift           --token_shift    other schedules        --schedule, --cooldown
+    value residual        --value_residual small batches at first --batch_warmup
     residual scalars      --residual_scalars
     bounded logits        --softcap        weight initialization  --init
     no biases             --no-bias        dropout                --dropout
@@ -39,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint
-from lib.budget import LENGTHS, StepTimer, check_memory, describe, plan, steps_of
+from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, plan, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
@@ -75,6 +76,7 @@ class GPTConfig:
     bias: bool = flag(True, "biases in linear layers and LayerNorm")
     tie_embeddings: bool = flag(True, "token embedding and output head share one matrix")
     dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation", at_least=0, below=1)
+    token_shift: bool = flag(False, "add a learned share of the token before to what each attention layer reads")
     value_residual: bool = flag(False, "mix the first layer's values into those of every other")
     residual_scalars: bool = flag(False, "learned scalars: what each block takes of the residual stream and of the embedding")
     softcap: float = flag(0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
@@ -108,6 +110,7 @@ class TrainConfig:
                                  above=0)
     tokens_per_param: float | None = flag(None, "tokens per parameter, embeddings included; 20 is Chinchilla's; takes the place of --epochs", above=0)
     total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
+    batch_warmup: int = flag(0, "tokens at the beginning of the run that are trained on in steps of half --total_batch_size", at_least=0)
     micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     plan: bool = flag(False, "print what --tokens_per_param of 8 to 40 take at every --size, and end")
     tok_per_sec: float | None = flag(None, "for --plan: the speed measured with these flags, all GPUs together", above=0)
@@ -158,14 +161,14 @@ class TrainConfig:
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
 SPEEDRUN = dict(n_layer=11, n_head=4, n_embd=512, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False,
-                value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj", optimizer="muon", max_lr=0.03,
+                block_size=2048, token_shift=True, momentum=0.9, batch_warmup=12_000_000, value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj", optimizer="muon", max_lr=0.03,
                 embedding_lr=0.01, head_lr=0.004, vector_lr=0.015, weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072,
                 schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
 PRESETS = {
     "gpt2":     {},
     "modern":   MODERN,
     "speedrun": SPEEDRUN,
-    "tiny":     SPEEDRUN | dict(n_layer=4, n_head=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025,
+    "tiny":     SPEEDRUN | dict(batch_warmup=0, n_layer=4, n_head=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025,
                                 embedding_lr=0.5, data=("docstrings",), max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
                                 hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False),
 }
@@ -251,6 +254,21 @@ class First(nn.Module):
         return x
 
 
+class TokenShift(nn.Module):
+    """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two tokens (as after Primer's projections,
+    So et al. 2021, https://arxiv.org/abs/2109.08668). Keys then tell what came before them, which attention alone needs a layer more for."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x, kv_cache=None):
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]                                         # (B, T, C); nothing stands before the first token
+        if kv_cache is not None:
+            before = torch.cat((kv_cache.previous(self, x), x[:, :-1]), dim=1)
+        return x + self.weight.type_as(x) * before
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -327,6 +345,7 @@ class Block(nn.Module):
         super().__init__()
         self.mix_residual = Mix((1.0, 0.0)) if config.residual_scalars else First()
         self.ln_1 = NORMS[config.norm](config.n_embd, config.bias)
+        self.token_shift = TokenShift(config.n_embd) if config.token_shift else First()
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = NORMS[config.norm](config.n_embd, config.bias)
         self.mlp = MLPS[config.mlp](config)
@@ -334,7 +353,7 @@ class Block(nn.Module):
 
     def forward(self, x, x0, v_first, start, kv_cache=None):
         x = self.mix_residual(x, x0)
-        y, v_first = self.attn(self.ln_1(x), v_first, start, kv_cache)
+        y, v_first = self.attn(self.token_shift(self.ln_1(x), kv_cache), v_first, start, kv_cache)
         x = x + self.drop(y)
         return x + self.drop(self.mlp(self.ln_2(x))), v_first
 
@@ -431,7 +450,7 @@ def init_weights(model):
     fused = row_blocks(config)
     for name, p in model.named_parameters():
         module, kind = f".{name}".split(".")[-2:]
-        if kind == "bias":
+        if kind == "bias" or module == "token_shift":
             p.zero_()
         elif module in ("ln_1", "ln_2", "ln_f", "emb_norm", "q_norm", "k_norm"):
             p.fill_(1.0)
@@ -729,7 +748,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     timer, seconds = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # evaluated; the plain model is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
-    flops, peak = model.flops_per_token() * cfg.total_batch_size, peak_flops(device)
+    flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
 
     def snapshot(**changes):
@@ -737,7 +756,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "max_steps": cfg.steps, "timed": timer.timed, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
 
     save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
-    stream.prefetch(cfg.total_batch_size)
+    stream.prefetch(batch_size(step, cfg))
     with StopSignals(run.say, processes) as stop:
         while True:
             last = step == cfg.steps
@@ -767,7 +786,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             read_from = stream.state_dict()
             if not consecutive_skips:
                 last_good = {"step": step, "skipped": skipped, "loader": read_from}
-            batch = stream.next(cfg.total_batch_size)
+            tokens = batch_size(step, cfg)
+            batch = stream.next(tokens)
             waited = time.perf_counter() - started
 
             # ---- forward and backward; dropout follows from (seed, step, rank), so that there is no random state to save
@@ -814,8 +834,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             seconds = time.perf_counter() - started
             run.log_step(step, {
                 "Loss/train": loss, "optim/lr": cfg.max_lr * multiplier, "optim/grad_norm": norm,
-                "optim/skipped_steps": skipped, "perf/tok_per_sec": cfg.total_batch_size / seconds, "perf/step_ms": seconds * 1e3,
-                "perf/data_ms": waited * 1e3, "perf/mfu": flops / seconds / peak / world_size if peak else None,
+                "optim/skipped_steps": skipped, "perf/tok_per_sec": tokens / seconds, "perf/step_ms": seconds * 1e3,
+                "perf/data_ms": waited * 1e3, "perf/mfu": flops * tokens / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
                 "perf/recompilations": monitor.count, **stream.progress(), **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
             if line := is_spike(loss):
@@ -902,6 +922,9 @@ def check_run(cfg, c, explicit, world_size):
     need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = cfg.total_batch_size, c.block_size
+    if batch_size(0, cfg) < B:
+        need(B % 2 == 0, f"--batch_warmup halves the batch: --total_batch_size {B} must be even")
+        B //= 2
     need(world_size <= B // T, f"--total_batch_size {B} is {B // T} sequences of --block_size {T}, fewer than {world_size} processes: "
          "raise it, or lower --nproc_per_node")
     need(B % (T * world_size) == 0, f"--total_batch_size {B} must be a multiple of --block_size {T} x {world_size} processes; "
@@ -941,8 +964,8 @@ def main(argv):
         return
     processes = Processes(cfg.device)
     corpus, T = Corpus(cfg), model_cfg.block_size
-    lengths = {"data", "total_batch_size", *LENGTHS} & explicit
-    fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"][n] for n in ("minutes", "total_batch_size"))
+    lengths = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit
+    fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"].get(n) for n in ("minutes", "total_batch_size", "batch_warmup"))
     before = resume and (fitted or not lengths)
     parameters = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
     cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, corpus.tokens["train"], parameters)
@@ -964,7 +987,7 @@ def main(argv):
             model_cfg.vocab_size = tokenizer.vocab_size
             evaluations = make_evaluations(cfg, corpus, tokenizer, T, processes)
             model = build_model(model_cfg, cfg, processes.device)
-            optimizer, rows = make_optimizer(model, cfg), cfg.total_batch_size // T // processes.world_size
+            optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
             cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
             batches = partial(micro_batches, block_size=T, stride=T + corpus.is_mixed, micro_batch=cfg.sequences, processes=processes)
             stream, *_ = loaders = [ShardLoader(source.shards.train, tokenizer, cfg.seed if cfg.shuffle else None,

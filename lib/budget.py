@@ -18,6 +18,28 @@ RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
 MANY_EPOCHS = 4  # up to so many, repeated text is worth nearly as much as new one (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264)
 
 
+def batch_size(step, cfg):
+    """Tokens of update `step`: half of --total_batch_size within the first --batch_warmup tokens. Small steps learn more per token at
+    first, and the batch from which on they do not grows with training (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162)."""
+    return cfg.total_batch_size // 2 if step < _halved(cfg) else cfg.total_batch_size
+
+
+def _halved(cfg):
+    """How many steps of half the batch a run begins with."""
+    return cfg.batch_warmup // max(cfg.total_batch_size // 2, 1)
+
+
+def tokens_of(steps, cfg):
+    """Tokens in the first `steps` updates."""
+    return steps * cfg.total_batch_size - min(steps, _halved(cfg)) * (cfg.total_batch_size // 2)
+
+
+def steps_in(tokens, cfg):
+    """Whole updates that so many tokens are enough for: the inverse of `tokens_of`."""
+    halved, half = _halved(cfg), cfg.total_batch_size // 2
+    return int(tokens // half if tokens < halved * half else (tokens + halved * half) // cfg.total_batch_size)
+
+
 def steps_of(cfg, train_tokens, parameters):
     """Optimizer steps of a run: --max_steps, or --tokens_per_param for each of so many parameters (None: not known), or --epochs passes over
     so many tokens; with --minutes UNMEASURED, until StepTimer has fitted it. Raises BadInput if there is not one."""
@@ -27,7 +49,7 @@ def steps_of(cfg, train_tokens, parameters):
     if ratio and not parameters:
         raise BadInput("--tokens_per_param needs the number of parameters: write vocab_size into the meta.json of --data")
     tokens = ratio * parameters if ratio else cfg.epochs * train_tokens
-    steps = cfg.max_steps or int(min(tokens / cfg.total_batch_size, MOST_STEPS))
+    steps = cfg.max_steps or min(steps_in(tokens, cfg), MOST_STEPS)
     if not 0 < steps < MOST_STEPS:
         what = f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else f"{cfg.epochs:g} epochs of {train_tokens:,} tokens"
         raise BadInput(f"{what} are {'no' if not steps else 'too many'} steps of {cfg.total_batch_size:,}: change "
@@ -58,7 +80,7 @@ def plan(cfg, models, measured):
         for ratio in RATIOS:
             tokens = ratio * counts["total"]
             line = (f"{name:12} {counts['total']:14,} {counts['total'] - counts['embedding']:14,} {ratio:6} {tokens:16,} "
-                    f"{tokens // cfg.total_batch_size:17,} {tokens * flops:9.2e}")
+                    f"{steps_in(tokens, cfg):17,} {tokens * flops:9.2e}")
             if speed:
                 hours, mark = tokens * flops / speed / 3600, "" if name == measured else "~"
                 line += f" {f'{mark}{hours:,.1f}':>10}" + (f" {f'{mark}{hours * cfg.price_per_hour:,.2f}':>12}" if cfg.price_per_hour else "")
@@ -77,7 +99,7 @@ def check_memory(tensors, device):
 
 
 class StepTimer:
-    """Fits cfg.steps, the length of the run, to --minutes of training steps; without --minutes, leaves it. timed: steps, their seconds."""
+    """Fits cfg.steps, the length of the run, to --minutes of training steps; without --minutes, leaves it. timed: tokens, their seconds."""
 
     def __init__(self, cfg, timed):
         self.cfg, self.timed = cfg, tuple(timed)
@@ -85,17 +107,17 @@ class StepTimer:
     def fit(self, step, seconds):
         """`step` updates are behind, the last of which took `seconds` -> cfg.steps."""
         if self.cfg.minutes:
-            self.timed = count, total = self.timed[0] + 1, self.timed[1] + seconds
+            self.timed = tokens, total = self.timed[0] + batch_size(step - 1, self.cfg), self.timed[1] + seconds
             limit = 60 * self.cfg.minutes
             if total < FIT_SHARE * limit or self.cfg.steps == UNMEASURED:
-                self.cfg.steps = max(step + round((limit - total) * count / total), step + 1)
+                self.cfg.steps = max(steps_in(tokens_of(step, self.cfg) + (limit - total) * tokens / total, self.cfg), step + 1)
         return self.cfg.steps
 
 
 def describe(cfg, model, corpus, processes):
     """What is about to happen, in a few lines."""
-    counts, c, device = model.parameter_counts(), model.config, processes.device
-    rows, tokens, flops = cfg.total_batch_size // c.block_size // processes.world_size, cfg.steps * cfg.total_batch_size, model.flops_per_token()
+    counts, c, device, halved = model.parameter_counts(), model.config, processes.device, _halved(cfg)
+    rows, tokens, flops = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     epochs = tokens / corpus.tokens["train"]
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
@@ -117,6 +139,6 @@ def describe(cfg, model, corpus, processes):
         *data,
         f"length  {length}",
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
-        f"{processes.world_size} processes",
+        f"{processes.world_size} processes" + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),
         f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
     ])

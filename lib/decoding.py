@@ -32,7 +32,7 @@ class KVCache:
     https://arxiv.org/abs/2211.05102, section 2)."""
 
     def __init__(self):
-        self.layers = {}
+        self.layers, self.last = {}, {}
 
     @property
     def length(self):
@@ -44,6 +44,11 @@ class KVCache:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
         self.layers[layer] = k, v
         return k, v
+
+    def previous(self, layer, x):
+        """What stood before the new tokens x (B, T, C) of a layer: (B, 1, C), zeros before the first token."""
+        before, self.last[layer] = self.last.get(layer, torch.zeros_like(x[:, :1])), x[:, -1:]
+        return before
 
 
 def draw(logits, temperature, generator=None):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lib.budget import tokens_of
 from lib.cli import BadInput, RankError
 from lib.devices import to_device
 from lib.shards import Shards, check_shards
@@ -58,7 +59,7 @@ class Corpus:
         self.tokens = {split: sum(source.shards.tokens[split] for source in data) for split in ("train", "val")}
         self.weights = self._weigh([weight for _, weight in words], [source.shards.tokens["train"] for source in data])
         self.mix = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
-        self.stage = (cfg.curriculum_steps or 0) * cfg.total_batch_size  # tokens of the run until the curriculum is over
+        self.stage = tokens_of(cfg.curriculum_steps or 0, cfg)  # tokens of the run until the curriculum is over
         self._compare_tokenizers()
         first = self.sources[0].shards
         self.tokenizer, self.vocab_size, self.identity = first.tokenizer, first.vocab_size, first.identity
@@ -112,7 +113,7 @@ class Corpus:
         """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a source of several runs dry."""
         if (cfg.curriculum_steps or 0) > cfg.steps:
             raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it")
-        tokens = 0 if cfg.minutes else cfg.steps * cfg.total_batch_size
+        tokens = 0 if cfg.minutes else tokens_of(cfg.steps, cfg)
         for source, epochs in zip(self.sources, self.epochs(tokens)) if self.is_mixed else ():
             if epochs > MOST_EPOCHS:
                 raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens {epochs:,.0f} "

@@ -51,13 +51,13 @@ class Resume:
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
-            for name in (f.name for f in fields(config) if f.name in before and f.name not in OF_A_START):
-                own = getattr(config, name)
+            for name, was in ((f.name, before.get(f.name, f.default)) for f in fields(config) if f.name not in OF_A_START):
+                own = getattr(config, name)  # a setting younger than the checkpoint was off, whatever its preset says today
                 if name not in explicit:
-                    setattr(config, name, before[name])
-                elif own != before[name]:
+                    setattr(config, name, was)
+                elif own != was:
                     fits = name in free if config is model_cfg else name != "optimizer"
-                    (self.changed if fits else misfits).append(f"--{name} {words(before[name])} -> {words(own)}")
+                    (self.changed if fits else misfits).append(f"--{name} {words(was)} -> {words(own)}")
             check(config)
         if misfits:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run_name")

@@ -11,7 +11,7 @@ from train_gpt2 import GPT, GPTConfig
 
 
 def length(tokens, batch=256, epochs=1.0, max_steps=None, ratio=None, parameters=None):
-    cfg = SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, tokens_per_param=ratio, total_batch_size=batch)
+    cfg = SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, tokens_per_param=ratio, total_batch_size=batch, batch_warmup=0)
     return steps_of(cfg, tokens, parameters)
 
 
@@ -32,7 +32,7 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     model = GPT(tiny(bias=False))
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     flops = 6 * weights + 12 * 2 * 32 * 16
-    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, data="toy", val_tokens=100, sequences=2)
+    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy", val_tokens=100, sequences=2)
     shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
     corpus = SimpleNamespace(sources=[SimpleNamespace(shards=shards)], tokens=shards.tokens, is_mixed=False)
     lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
@@ -48,7 +48,7 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
 
 
 def test_minutes_become_steps_at_the_measured_speed():
-    cfg = SimpleNamespace(minutes=1.0, steps=10**6)
+    cfg = SimpleNamespace(minutes=1.0, steps=10**6, total_batch_size=100, batch_warmup=0)
     timer, step, spent = StepTimer(cfg, (0, 0.0)), 1, 0.0
     while step < cfg.steps:
         seconds = 0.2 if step < 50 else 0.1  # it becomes faster while the length is still fitted
@@ -56,7 +56,7 @@ def test_minutes_become_steps_at_the_measured_speed():
         timer.fit(step, seconds)
         if step == 80:  # stopped and resumed: what was timed goes with the checkpoint
             timer = StepTimer(cfg, timer.timed)
-    assert timer.timed == (step - 1, pytest.approx(spent)) and 45 < spent < 60  # the slow steps count in the mean
+    assert timer.timed == (100 * (step - 1), pytest.approx(spent)) and 45 < spent < 60  # the slow steps count in the mean
     plain = SimpleNamespace(minutes=None, steps=7)
     assert StepTimer(plain, (0, 0.0)).fit(3, 1.0) == 7
 
@@ -74,7 +74,7 @@ def test_tokens_per_parameter_count_the_embeddings():
 def test_the_plan_by_hand():
     """Rows of two models; hours only with a measurement, those of the other model at the same FLOP/s."""
     models = {"a": GPT(tiny()), "b": GPT(tiny(n_layer=4))}
-    cfg = SimpleNamespace(total_batch_size=1024, tok_per_sec=None, price_per_hour=2.0)
+    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=None, price_per_hour=2.0)
     assert "dollars" not in plan(cfg, models, "a").splitlines()[1]
     cfg.tok_per_sec = 50.0
     rows = [line.split() for line in plan(cfg, models, "a").splitlines()[2:-1]]

@@ -26,7 +26,7 @@ FAKE = SimpleNamespace(vocab_size=60_000, eot=0)
 
 def corpus_of(*data, **changes):
     return Corpus(SimpleNamespace(**dict(data=tuple(map(str, data)), curriculum=None, curriculum_steps=None, curriculum_mix="cosine",
-                                         total_batch_size=100 * T) | changes))
+                                         total_batch_size=100 * T, batch_warmup=0) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,8 @@ def test_a_curriculum_gives_way_as_its_formula_says(folders):
         shares = corpus.shares(np.array([0, 500 * T, 1000 * T, 5000 * T]))
         assert shares[:, 2].tolist() == pytest.approx(want) and shares.sum(axis=1).tolist() == pytest.approx([1.0] * 4)
         assert (shares[:, 0] == pytest.approx(3 * shares[:, 1])) and corpus.weights[2] == 0
+    ramped = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10, batch_warmup=200 * T)  # its first 4 steps are half as large
+    assert ramped.stage == 800 * T
     quarter = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10).shares(np.array([250 * T]))[0, 1]
     assert quarter == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     corpus = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10, curriculum_mix="linear")
@@ -146,7 +148,7 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
             ((toy, other), {}, "toy holds tokens of .*toy/tokenizer.json, and other of .*other/tokenizer.json")]:
         with pytest.raises(BadInput, match=says):
             corpus_of(*data, **changes)
-    run = dict(minutes=None, total_batch_size=1000, curriculum_steps=None)
+    run = dict(minutes=None, batch_warmup=0, total_batch_size=1000, curriculum_steps=None)
     corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=149, **run))  # 99 epochs of its 750 tokens
     with pytest.raises(BadInput, match=r"c runs dry: the run would pass over its 750 tokens 133 times, more than 100; lower its weight"):
         corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=200, **run))
