@@ -1,7 +1,8 @@
 """Any text -> shards of token ids, FineWeb-edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557) by default.
 
     python fineweb.py                                              # 10B tokens of FineWeb-edu -> edu_fineweb10B/
-    python fineweb.py --name sample-100BT                          # 100B tokens -> edu_fineweb100B/
+    python fineweb.py --preset fineweb-edu-100BT                   # 100B tokens -> edu_fineweb100B/
+    python fineweb.py --preset wikipedia --name 20231101.de        # another language of a preset
     python fineweb.py --source a.parquet more/ "*.jsonl.zst" --out mine --tokenizer cl100k_base
     python fineweb.py --docstrings --tokenizer bpe:4096            # needs no download -> docstrings/
 
@@ -14,7 +15,6 @@ command given again continues after the last whole shard of an interrupted run, 
 import ast
 import contextlib
 import gc
-import glob
 import importlib.util
 import json
 import os
@@ -22,7 +22,6 @@ import re
 import shlex
 import sys
 import sysconfig
-import tempfile
 import time
 import traceback
 import zlib
@@ -30,34 +29,56 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from lib import cli
 from lib.cli import BadInput, flag, parse, run
 from lib.files import DISK_FULL, locked, make_folder, open_file, replace, write_json
 from lib.shards import SPLITS, Meta, Record, Shards, Split, Start, check_tokenizer, find_shards, missing_records, read_meta
-from lib.tokenizers import MAX_BPE, is_reachable, load_tokenizer, train_bpe
+from lib.text import Seen, Source, builder_of, find_parts
+from lib.tokenizers import BPE_TEXT, MAX_BPE, load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
-FORMATS = (".parquet", *(f"{end}{packed}" for end in (".jsonl", ".json", ".txt") for packed in ("", ".gz", ".zst")))
+
+
+class Hub(NamedTuple):
+    """A dataset of the hub; licence and tokens as its card says, not counted here (None: the card does not say). uint16 shards take 2 bytes per token."""
+    source: str
+    name: str | None
+    text_column: str
+    licence: str
+    tokens: float | None
+
+    def __str__(self):
+        size = f"about {self.tokens / 1e9:,.0f}B tokens, {2 * self.tokens / 1e9:,.0f} GB of shards with gpt2" if self.tokens else "size not known"
+        return f"{self.source}, {self.name or 'default'}: {size}; licence {self.licence}"
+
+
+HUB = {  # --name takes another language, as the card of the dataset lists them
+    "fineweb-edu-10BT":  Hub(FINEWEB_EDU, "sample-10BT", "text", "ODC-By 1.0", 10e9),
+    "fineweb-edu-100BT": Hub(FINEWEB_EDU, "sample-100BT", "text", "ODC-By 1.0", 100e9),
+    "fineweb-edu-350BT": Hub(FINEWEB_EDU, "sample-350BT", "text", "ODC-By 1.0", 350e9),
+    "fineweb-edu":       Hub(FINEWEB_EDU, "default", "text", "ODC-By 1.0", 1300e9),
+    "fineweb-2":         Hub("HuggingFaceFW/fineweb-2", "deu_Latn", "text", "ODC-By 1.0", None),
+    "wikipedia":         Hub("wikimedia/wikipedia", "20231101.en", "text", "CC BY-SA 3.0, GFDL", None),
+    "books":             Hub("sedthh/gutenberg_english", None, "TEXT", "MIT; the books are in the public domain of the US", None),
+    "climbmix":          Hub("karpathy/climbmix-400b-shuffle", None, "text", "CC BY-NC 4.0", 400e9),
+}
 DOCSTRINGS = "docstrings.jsonl"
-BATCH_ROWS = 64              # documents per batch, the unit of work of a thread
-BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
-TXT_LINES = 4096             # lines of a .txt per batch
-BPE_TEXT = 100_000_000       # characters a BPE is trained on, at most
 DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # the wordiest packages that requirements.txt installs
 LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
 
 
 @dataclass
 class Config:
+    preset: Literal[tuple(HUB)] | None = flag(None, "a corpus of the hub: sets --source, --name and --text_column")
     source: tuple[str, ...] = flag((FINEWEB_EDU,), "a dataset id, or local files, folders and globs of "
                                    "parquet, jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
+    dedup: bool = flag(False, "leave out documents met before, told by a hash, in 1 GiB of memory; a .txt is read as it is")
     docstrings: bool = flag(False, "the documentation strings of this Python's packages, instead of a source")
     tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source")
     out: str | None = flag(None, "folder of the shards; without it, named after the source")
@@ -68,9 +89,16 @@ class Config:
     workers: int | None = flag(None, "encoding threads; without it, one per core", at_least=1, at_most=1024)
 
 
-def main(argv):
-    (cfg,), given = parse((Config,), argv, __doc__)
+def configured(argv):
+    """The command line -> a complete Config and the names given."""
+    presets = {name: dict(source=(hub.source,), name=hub.name, text_column=hub.text_column) for name, hub in HUB.items()}
+    (cfg,), given = parse((Config,), argv, __doc__, presets)
     complete_config(cfg, given)
+    return cfg, given
+
+
+def main(argv):
+    cfg, given = configured(argv)
     out = Path(cfg.out)
     if is_done(out, read_own_meta(out, cfg)):
         return
@@ -83,7 +111,7 @@ def main(argv):
             meta = read_own_meta(out, cfg)  # another process may have gone on in the meantime
             if cfg.docstrings:
                 extract_docstrings(out)
-            source = Source(cfg, parts)
+            source = Source(cfg, parts, Seen(out / "hashes.bin") if cfg.dedup else None)
             tokenizer = find_tokenizer(cfg, out, source, meta)
             meta = meta or new_meta(cfg, tokenizer, given)
             for record in missing_records(out, meta):
@@ -103,15 +131,17 @@ def main(argv):
 
 def complete_config(cfg, given):
     """Fill in what follows from other flags. Raises BadInput if they contradict each other."""
-    if cfg.docstrings and given & {"source", "name"}:
-        raise BadInput("--docstrings and --source (with its --name) both name the text: give one of them")
+    if len(given & {"docstrings", "source", "preset"}) > 1 or (cfg.docstrings and "name" in given):
+        raise BadInput("--preset, --docstrings and --source (with its --name) each name the text: give one of them")
     if cfg.tokenizer.startswith("bpe:") and not re.fullmatch("bpe:[0-9]{1,9}", cfg.tokenizer):
         raise BadInput(f"--tokenizer {cfg.tokenizer[:80]}: write bpe:<number of ids>, as in bpe:4096, at most {MAX_BPE:,}")
     if cfg.source == (FINEWEB_EDU,) and not cfg.docstrings:
         cfg.name = cfg.name or "sample-10BT"
-        cfg.out = cfg.out or f"edu_fineweb{cfg.name.removeprefix('sample-').removesuffix('T')}"
+        cfg.out = cfg.out or f"edu_fineweb{'' if cfg.name == 'default' else cfg.name.removeprefix('sample-').removesuffix('T')}"
     if cfg.docstrings:
         cfg.out = cfg.out or "docstrings"
+    if cfg.preset and not cfg.out:
+        cfg.out = "_".join(filter(None, (cfg.preset, cfg.name)))
     if not cfg.out:
         cfg.out = Path(cfg.source[0]).name.split(".")[0].replace("*", "") or "shards"
         cfg.out += "_shards" if os.path.isdir(cfg.out) and cfg.out in map(os.path.normpath, cfg.source) else ""
@@ -129,7 +159,7 @@ def settings(cfg):
     """What must be equal for a run to continue another's shards."""
     source = "docstrings" if cfg.docstrings else list(cfg.source)
     return {"source": source, "name": cfg.name, "text_column": cfg.text_column, "shard_size": cfg.shard_size,
-            "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer}
+            "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
 
 
 def new_meta(cfg, tokenizer, given):
@@ -158,9 +188,10 @@ def read_own_meta(out, cfg):
     if meta.settings is None:
         raise BadInput(f"{out}/ holds shards of another program, says its meta.json: give another --out")
     for key, value in settings(cfg).items():
-        if meta.settings.get(key) != value:
+        made = meta.settings.get(key, False if key == "dedup" else None)  # older folders do not say
+        if made != value:
             key_flag = "--tokenizer" if key == "tokenizer_flag" else f"--{key}"
-            raise BadInput(f"{out}/ holds shards made with {key_flag} {meta.settings.get(key)}, not {value}: "
+            raise BadInput(f"{out}/ holds shards made with {key_flag} {made}, not {value}: "
                            "give another --out")
     if meta.shards is None and not meta.complete:
         raise BadInput(f"{out}/ was begun by an older fineweb.py, whose meta.json does not say how to continue: "
@@ -179,7 +210,8 @@ def is_done(out, meta):
     if meta.tokenizer.endswith(".json"):  # another would be on the network
         check_tokenizer(meta, load_tokenizer(str(out / meta.tokenizer)))
     text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
-    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)")
+    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)"
+          + f"; {meta.duplicates:,} duplicates left out" * bool((meta.settings or {}).get("dedup")))
     documents = sum(split.documents for split in meta.splits.values())
     if documents < 3 and meta.splits["val"].shards:
         print(f"warning: the source has fewer than 3 documents ({documents}): validation says little about other text",
@@ -188,186 +220,7 @@ def is_done(out, meta):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-@dataclass
-class Place:
-    """Where a Source stands, as meta.json keeps it: after `state` (of `datasets`) in a part, `skipped` rows left out."""
-    part: int = flag(0, None, at_least=0)
-    path: str = flag("", None)
-    state: dict | list | None = flag(None, None)
-    skipped: int = flag(0, None, at_least=0, at_most=2**53)
-
-
-@dataclass
-class Batch:
-    """Documents in order, and where the source stands after them (a Place as a dict).
-
-    continues: the first is the rest of a document that began in an earlier batch.
-    """
-    texts: list
-    continues: bool
-    after: dict
-
-
-class Source:
-    """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch."""
-
-    def __init__(self, cfg, parts):
-        self.column, self.name, self.parts, self.links = cfg.text_column, cfg.name, parts, None
-
-    def guess_tokens(self):
-        """About how many tokens the local files hold; 0 where the source is a dataset of the hub."""
-        return sum(int(os.path.getsize(part) / BYTES_PER_TOKEN.get(Path(part).suffix, 4.3))
-                   for part in self.parts if os.path.exists(part))
-
-    def batches(self, start=None):
-        start = self._check(start) if start else Place(path=self.parts[0])
-        skipped = start.skipped
-        for index, part in enumerate(self.parts[start.part:], start.part):
-            state = start.state if index == start.part else None
-            is_txt = builder_of(part) == "text"
-            continues = is_txt and state is not None
-            try:
-                for rows, after in (read_txt if is_txt else self._read_rows)(self._open(part), part, state):
-                    texts = [row for row in rows if isinstance(row, str) and (continues or row.strip())]
-                    skipped += len(rows) - len(texts)
-                    yield Batch(texts, continues, {"part": index, "path": part, "state": after, "skipped": skipped})
-                    continues = is_txt
-            except BadInput:
-                raise
-            except StopIteration:  # what `datasets` makes of a JSON file without rows
-                continue
-            except Exception as error:  # pyarrow, pandas, gzip, fsspec and the hub each raise their own
-                cause = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise BadInput(f"cannot read {part} ({cause}): mend it and give the same command again; "
-                               "the shards already written stay") from error
-
-    def _check(self, start):
-        try:
-            place = Place(**start)
-            cli.check(place)
-        except (TypeError, BadInput) as error:
-            raise BadInput(f"meta.json is damaged (source: {error}): give another --out") from error
-        if place.path not in self.parts[place.part:place.part + 1]:
-            raise BadInput(f"the files of --source have changed: {place.path} stood at place {place.part + 1} "
-                           "among them; put them back, or give another --out")
-        return place
-
-    def _open(self, part):
-        """A local file, or a dataset of the hub, as a streaming dataset of arrow tables."""
-        builder = builder_of(part)
-        if not builder:
-            return self._open_hub(part)
-        if sys.version_info < (3, 14):
-            _register_zstd()
-        import datasets
-
-        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs is raised as well
-        options = {"parquet": {"batch_size": 16 * BATCH_ROWS}, "text": {"keep_linebreaks": True}}.get(builder, {})
-        files = [glob.escape(self._plain_path(part))]
-        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options).with_format("arrow")
-
-    def _open_hub(self, name):
-        import datasets
-        import huggingface_hub.constants
-
-        huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)
-        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-        url = huggingface_hub.constants.ENDPOINT
-        # without a network, `datasets` would try again for half a minute
-        answers = huggingface_hub.constants.HF_HUB_OFFLINE or is_reachable(url)
-        try:
-            if not answers:
-                raise ConnectionError(f"{url} does not answer")
-            return datasets.load_dataset(name, self.name, split="train", streaming=True).with_format("arrow")
-        except Exception as error:
-            raise BadInput(f"cannot reach the dataset {name} ({type(error).__name__}): it is not a local file or folder, and "
-                           "the hub does not answer or does not have it; check the name, or give local files") from error
-
-    def _plain_path(self, part):
-        """The path, or a link to it where the path holds "::", at which fsspec, below `datasets`, would split it."""
-        if "::" not in os.path.abspath(part):
-            return part
-        self.links = self.links or tempfile.TemporaryDirectory(prefix="fineweb_")
-        link = Path(self.links.name) / f"{self.parts.index(part)}{next(end for end in FORMATS if part.endswith(end))}"
-        if not link.is_symlink():
-            link.symlink_to(os.path.abspath(part))
-        return str(link)
-
-    def _read_rows(self, dataset, part, state):
-        """-> stream of (values of --text_column, state of `datasets` after them)."""
-        if state:
-            dataset.load_state_dict(state)
-        for table in dataset.iter(batch_size=BATCH_ROWS):
-            if self.column not in table.column_names:
-                raise BadInput(f"{part} has no column {self.column}: name one of {', '.join(table.column_names) or '(none)'} "
-                               "by --text_column")
-            values = table[self.column].to_pylist()
-            if str(table.schema.field(self.column).type) == "extension<arrow.json>":  # how rows of mixed types come
-                values = [json.loads(value) if value is not None else None for value in values]
-            yield values, dataset.state_dict()
-
-
-def read_txt(dataset, part, state):
-    """A text file, one document -> stream of ([its next piece], [state of `datasets`, lines after it]).
-
-    It is cut where a line begins with a letter or digit and the line above is not blank: every tiktoken encoding splits
-    there whatever stands further left and right, so the pieces give the ids of the whole.
-    """
-    before, skip = state or (None, 0)
-    if before:
-        dataset.load_state_dict(before)
-    kept = []  # lines after the last cut
-    for table in dataset.iter(batch_size=TXT_LINES):
-        lines = kept + table["text"].to_pylist()[skip:]
-        places = range(len(lines) - 1, len(kept), -1)
-        cut = next((i for i in places if lines[i][:1].isalnum() and lines[i - 1].rstrip("\r\n")[-1:].strip()), None)
-        if cut is None and len(lines) > 64 * TXT_LINES:
-            cut = len(lines)  # no such place: cut anyway rather than fill the memory
-        if cut is not None:
-            yield ["".join(lines[:cut])], [before, skip + cut - len(kept)]
-        kept = lines[cut or 0:]
-        before, skip = dataset.state_dict(), 0
-    if kept or not before:
-        yield ["".join(kept)], [before, 0]
-
-
-def builder_of(part):
-    """The loader of `datasets` for a local file; None for a dataset of the hub."""
-    return BUILDERS[Path(part.removesuffix(".gz").removesuffix(".zst")).suffix] if os.path.lexists(part) else None
-
-
-def find_parts(source):
-    """A --source word -> files to read, or the dataset id itself. Raises BadInput if a path holds nothing that can be read."""
-    if os.path.isdir(source):
-        files = sorted(str(path) for path in Path(source).rglob("*") if path.name.endswith(FORMATS))
-    elif os.path.lexists(source):
-        files = [source]
-    elif glob.has_magic(source):
-        files = sorted(path for path in glob.glob(source, recursive=True) if not os.path.isdir(path))
-    elif source.endswith(FORMATS):
-        files = []
-    else:
-        return [source]
-    if not files:
-        raise BadInput(f"no file {source}: --source takes parquet, jsonl(.gz|.zst) and txt")
-    for file in files:
-        if not file.endswith(FORMATS):
-            raise BadInput(f"cannot tell what {file} is: --source takes parquet, jsonl(.gz|.zst) and txt")
-        open_file(file, "mend it or leave the file out").close()
-    return files
-
-
-def _register_zstd():
-    """Let `datasets` read .zst with the codec that pyarrow brings, where Python itself has none (before 3.14)."""
-    import fsspec
-    import pyarrow
-
-    if "zstd" not in fsspec.available_compressions():
-        fsspec.compression.register_compression(
-            "zstd", lambda file, mode="rb", **_: pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"), "zst")
+# Documentation strings, for want of other text
 
 
 def extract_docstrings(out):
@@ -419,16 +272,8 @@ def find_tokenizer(cfg, out, source, meta):
             tokenizer.save(kept)
         return tokenizer
 
-    def texts(left=BPE_TEXT):
-        for batch in source.batches():
-            for text in batch.texts:
-                yield text
-                left -= len(text)
-                if left < 0:
-                    return
-
     print(f"training a BPE of {cfg.tokenizer[4:]} ids")
-    tokenizer = train_bpe(texts(), int(cfg.tokenizer[4:]))
+    tokenizer = train_bpe(source.texts(BPE_TEXT), int(cfg.tokenizer[4:]))
     tokenizer.save(kept)
     return tokenizer
 
@@ -568,7 +413,10 @@ def write_shards(cfg, out, source, tokenizer, meta):
     before, drop = meta.resume.source, meta.resume.drop
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
-    known = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}.get(cfg.name)
+    hub = next((hub for hub in HUB.values() if (hub.source,) == cfg.source and hub.name == cfg.name), None)
+    if hub:
+        print(hub)
+    known = hub and hub.tokens
     total = min(filter(None, (cfg.max_tokens, known or source.guess_tokens())), default=None)
     documents, started = sum(split.documents for split in meta.splits.values()), time.perf_counter()
     with (contextlib.closing(encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)) as stream,
@@ -577,7 +425,7 @@ def write_shards(cfg, out, source, tokenizer, meta):
         for batch, ids in stream:
             used = min(drop, len(ids))  # the first of these ids are in shards already
             end = None if cfg.max_tokens is None else used + cfg.max_tokens - writer.written - writer.count
-            meta.skipped_rows = batch.after["skipped"]
+            meta.skipped_rows, meta.duplicates = batch.after["skipped"], batch.after.get("duplicates", 0)
             writer.add(ids[:end], used, before)
             before, drop = batch.after, drop - used
             documents += len(batch.texts) - batch.continues

@@ -29,7 +29,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint, huggingface, rope
-from lib.budget import StepTimer, batch_size, check_memory, describe, steps_of
+from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, plan, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
@@ -48,9 +48,10 @@ from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak
 from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
+from lib.mixture import Corpus, Mixture, micro_batches
 from lib.muon import Muon
 from lib.run_folder import RunFolder, find_resume
-from lib.shards import Shards, check_ids, check_shards, read_shard
+from lib.shards import check_ids, read_shard
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
 
@@ -94,17 +95,25 @@ class TrainConfig:
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
     # data
-    data: str = flag("edu_fineweb10B", "folder of token shards")
+    data: tuple[str, ...] = flag(("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; a weight is a share of the tokens, without "
+                                 "weights they are mixed by size")
+    curriculum: str | None = flag(None, "folder of shards to begin with, simple text, which gives way to --data")
+    curriculum_steps: int | None = flag(None, "steps until it has given way", above=0, below=2**31)
+    curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "how it gives way: its share along half a cosine or a line, or at once")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
-    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards", above=0)
+    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
     max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs", above=0, below=2**31)
     minutes: float | None = flag(None, "minutes of training steps (evaluations and compilation not counted); takes the place of --epochs",
                                  above=0)
+    tokens_per_param: float | None = flag(None, "tokens per parameter, embeddings included; 20 is Chinchilla's; takes the place of --epochs", above=0)
     total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
     batch_warmup: int = flag(0, "tokens at the beginning of the run that are trained on in steps of half --total_batch_size", at_least=0)
     micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
+    plan: bool = flag(False, "print what --tokens_per_param of 8 to 40 take at every --size, and end")
+    tok_per_sec: float | None = flag(None, "for --plan: the speed measured with these flags, all GPUs together", above=0)
+    price_per_hour: float | None = flag(None, "dollars per hour of the machine; tells what a run will cost", above=0)
     # optimizer
     optimizer: Literal["adamw", "muon"] = flag("adamw", "optimizer; muon: Muon for the matrices in blocks, AdamW for the rest")
     max_lr: float = flag(6e-4, "peak learning rate", above=0, at_most=1e6)
@@ -159,7 +168,7 @@ PRESETS = {
     "modern":   MODERN,
     "speedrun": SPEEDRUN,
     "tiny":     SPEEDRUN | dict(batch_warmup=0, n_layer=4, n_head=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025,
-                                embedding_lr=0.5, data="docstrings", max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
+                                embedding_lr=0.5, data=("docstrings",), max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
                                 hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False),
 }
 SIZES = {
@@ -590,6 +599,10 @@ class ShardLoader:
     def load_state_dict(self, state):
         self.epoch, self.shard, self.offset = state["epoch"], state["shard"], state["offset"]
 
+    def progress(self):
+        """How far the stream is, by tag for TensorBoard."""
+        return {"data/epoch": self.epoch}
+
     def _after(self, epoch, shard):
         return (epoch, shard + 1) if shard + 1 < len(self.files) else (epoch + 1, 0)
 
@@ -629,19 +642,11 @@ class ShardLoader:
         return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
 
 
-def micro_batches(tokens, block_size, micro_batch, processes):
-    """A global batch, int64 (n + 1,) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T) each."""
-    size = (len(tokens) - 1) // processes.world_size
-    tokens = to_device(tokens[processes.rank * size:][:size + 1], processes.device)
-    x, y = tokens[:-1].view(-1, block_size), tokens[1:].clone().view(-1, block_size)
-    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
-
-
 def read_validation(shards, cfg, block_size, tokenizer):
     """The first cfg.val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size)."""
     rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
     if rows < 1:
-        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {cfg.data}, and "
+        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
                        f"--val_tokens is {cfg.val_tokens}; lower --block_size or make a larger val split")
     tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).read_batch(rows * block_size, 0, 0, 0)
     return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
@@ -685,18 +690,19 @@ def evaluate(model, rows, micro_batch, processes):
     return nats / count
 
 
-def make_evaluations(cfg, shards, tokenizer, block_size, processes):
+def make_evaluations(cfg, corpus, tokenizer, block_size, processes):
     """The evaluations a run makes along the way. Raises BadInput if what they need is not there."""
-    rows = read_validation(shards, cfg, block_size, tokenizer)
-    bytes_per_token = tokenizer.token_bytes()[rows[1]].sum() / rows[1].size
+    rows, sizes = [read_validation(source.shards, cfg, block_size, tokenizer) for source in corpus.sources], tokenizer.token_bytes()
+    bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
     with processes.main_first():
         items = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
         tasks = harness.load_tasks(*harness.find_tasks(cfg.eval_tasks), cfg.eval_tasks_dir) if cfg.eval_tasks else []
     questions = hellaswag.render(items, tokenizer, block_size)
 
     def validation(model, compiled, stopped):
-        loss = evaluate(compiled, rows, cfg.sequences, processes)
-        return {"Loss/val": loss, "Loss/val_bpb": loss / math.log(2) / bytes_per_token}
+        losses = [evaluate(compiled, part, cfg.sequences, processes) for part in rows]
+        loss = float(corpus.weights @ losses)  # of a token drawn as in training, once a curriculum is over
+        return {"Loss/val": loss, "Loss/val_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags("Loss/val", losses)}
 
     def run_hellaswag(model, compiled, stopped):
         with autocast(processes.device):
@@ -824,7 +830,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "optim/skipped_steps": skipped, "perf/tok_per_sec": tokens / seconds, "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3, "perf/mfu": flops * tokens / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
+                "perf/recompilations": monitor.count, **stream.progress(), **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
@@ -849,8 +855,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         config = GPTConfig(**state["model_config"])
         check_model(config)
-        with torch.device("meta"):
-            GPT(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
+        on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
         model = GPT(config)
         model.load_state_dict(state["model"])
         tokenizer = load_tokenizer(state["tokenizer"])
@@ -878,15 +883,14 @@ def settings(argv):
             other_preset = "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]
             resume.adopt(cfg, model_cfg, explicit | (set().union(*PRESETS.values()) if other_preset else set()))
             check_model(model_cfg)
-            with torch.device("meta"):
-                GPT(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
+            on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
         except BadInput as error:
             raise BadInput(f"{resume.path}: {error}") from error
         except Exception as error:  # another project's file, whatever it holds
             raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
                            "another --resume") from error
-    for name in ("max_steps", "minutes"):  # a preset's or the checkpoint's give way
-        if name not in explicit and {"epochs", "max_steps", "minutes"} & explicit:
+    for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's give way
+        if explicit & set(LENGTHS):
             setattr(cfg, name, None)
     return cfg, model_cfg, explicit, resume
 
@@ -908,7 +912,7 @@ def check_run(cfg, c, explicit, world_size):
 
     need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(len({"epochs", "max_steps", "minutes"} & explicit) < 2, "--epochs, --max_steps and --minutes each set the length: give one of them")
+    need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = cfg.total_batch_size, c.block_size
     if batch_size(0, cfg) < B:
@@ -923,10 +927,15 @@ def check_run(cfg, c, explicit, world_size):
          f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
 
 
+def on_meta(model_cfg):
+    """A GPT without weights, to be counted."""
+    with torch.device("meta"):
+        return GPT(model_cfg)
+
+
 def build_model(model_cfg, cfg, device):
     """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
-    with torch.device("meta"):
-        like = GPT(model_cfg)
+    like = on_meta(model_cfg)
     check_memory((*like.parameters(), *like.parameters(), *state_like(make_optimizer(like, cfg))), device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -941,14 +950,20 @@ def build_model(model_cfg, cfg, device):
 
 def main(argv):
     cfg, model_cfg, explicit, resume = settings(argv)
+    check_model(model_cfg)
+    if cfg.plan:
+        models, own = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}, cfg.size or cfg.preset
+        print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
+        return
     processes = Processes(cfg.device)
-    shards, T = Shards(cfg.data), model_cfg.block_size
-    lengths = {"data", "epochs", "max_steps", "minutes", "total_batch_size", "batch_warmup"} & explicit
+    corpus, T = Corpus(cfg), model_cfg.block_size
+    lengths = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit
     fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"].get(n) for n in ("minutes", "total_batch_size", "batch_warmup"))
     before = resume and (fitted or not lengths)
-    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, shards.tokens["train"])
-    check_model(model_cfg)
+    parameters = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
+    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, corpus.tokens["train"], parameters)
     check_run(cfg, model_cfg, explicit, processes.world_size)
+    corpus.check_length(cfg)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
         if processes.main:
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")
@@ -960,22 +975,25 @@ def main(argv):
             if processes.main and cfg.tensorboard:
                 serve_tensorboard(cfg.log_dir, cfg.tensorboard)
             with processes.main_first():
-                tokenizer = load_tokenizer(shards.tokenizer)
-            check_shards(shards, tokenizer)
+                tokenizer = load_tokenizer(corpus.tokenizer)
+            corpus.check_shards(tokenizer)
             model_cfg.vocab_size = tokenizer.vocab_size
-            evaluations = make_evaluations(cfg, shards, tokenizer, T, processes)
+            evaluations = make_evaluations(cfg, corpus, tokenizer, T, processes)
             model = build_model(model_cfg, cfg, processes.device)
             optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
             cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
-            stream = ShardLoader(shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
-                                 partial(micro_batches, block_size=T, micro_batch=cfg.sequences, processes=processes))
+            batches = partial(micro_batches, block_size=T, stride=T + corpus.is_mixed, micro_batch=cfg.sequences, processes=processes)
+            stream, *_ = loaders = [ShardLoader(source.shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
+                                                None if corpus.is_mixed else batches) for source in corpus.sources]
+            if corpus.is_mixed:
+                stream = Mixture(corpus, loaders, T, batches)
             position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
             if resume:
-                position = resume.restore(model, optimizer, stream, tokenizer.spec, shards.identity)
+                position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
             if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
                 raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
-            config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": shards.identity}
-            run.begin(config, describe(cfg, model, shards, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
+            config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": corpus.identity}
+            run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
             train(cfg, model, optimizer, stream, evaluations, run, processes, position)
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: give a smaller one") from error

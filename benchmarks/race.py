@@ -111,12 +111,13 @@ def read_row(folder, data):
     from train_gpt2 import GPT, GPTConfig
 
     config = json.loads((folder / "config.json").read_text())
-    settings, tokens = config["train"], val_split(config["train"]["data"])["tokens"]
+    settings, (folder,) = config["train"], config["train"]["data"]
+    tokens = val_split(folder)["tokens"]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
     with torch.device("meta"):
         parameters = GPT(GPTConfig(**config["model"])).parameter_counts()["total"]
-    same = settings["val_tokens"] == VAL_TOKENS and Path(settings["data"]) == data.resolve()
+    same = settings["val_tokens"] == VAL_TOKENS and Path(folder) == data.resolve()
     return Result("gpt2" if same else "other", parameters, f"{config['device']}, torch {config['torch']}",
                   bpb=events.Scalars(TAG_BPB)[-1].value, whole=settings["val_tokens"] >= tokens - 1,
                   steps=[event.value / 1e3 for event in events.Scalars(TAG_STEP_MS)],

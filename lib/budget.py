@@ -1,4 +1,9 @@
-"""How long a run is: steps, tokens, epochs, FLOPs."""
+"""How long a run is: steps, tokens, epochs, FLOPs, hours, dollars.
+
+Tokens per parameter count all parameters, embeddings included, as Hoffmann et al. 2022 do (Chinchilla, https://arxiv.org/abs/2203.15556,
+appendix F), whose rule of thumb is 20. Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, section 1.3) leave embeddings out, which is
+much of why the two disagree (Pearce & Song 2024, https://arxiv.org/abs/2406.12907). Tied matrices count once.
+"""
 
 import torch
 
@@ -8,6 +13,9 @@ from lib.devices import compute_dtype, memory_bytes
 MOST_STEPS = 2**31
 UNMEASURED = 1_000_000  # steps of a run of --minutes until its speed is known
 FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
+LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # the flags that set the length, of which a run has one
+RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
+MANY_EPOCHS = 4  # up to so many, repeated text is worth nearly as much as new one (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264)
 
 
 def batch_size(step, cfg):
@@ -32,16 +40,54 @@ def steps_in(tokens, cfg):
     return int(tokens // half if tokens < halved * half else (tokens + halved * half) // cfg.total_batch_size)
 
 
-def steps_of(cfg, train_tokens):
-    """Optimizer steps of a run: --max_steps, or --epochs passes over so many tokens; with --minutes UNMEASURED, until StepTimer
-    has fitted it. Raises BadInput if there is not one."""
+def steps_of(cfg, train_tokens, parameters):
+    """Optimizer steps of a run: --max_steps, or --tokens_per_param for each of so many parameters (None: not known), or --epochs passes over
+    so many tokens; with --minutes UNMEASURED, until StepTimer has fitted it. Raises BadInput if there is not one."""
     if cfg.minutes:
         return UNMEASURED
-    steps = cfg.max_steps or min(steps_in(cfg.epochs * train_tokens, cfg), MOST_STEPS)
+    ratio = cfg.tokens_per_param
+    if ratio and not parameters:
+        raise BadInput("--tokens_per_param needs the number of parameters: write vocab_size into the meta.json of --data")
+    tokens = ratio * parameters if ratio else cfg.epochs * train_tokens
+    steps = cfg.max_steps or min(steps_in(tokens, cfg), MOST_STEPS)
     if not 0 < steps < MOST_STEPS:
-        raise BadInput(f"{cfg.epochs:g} epochs of {train_tokens:,} tokens are {'no' if not steps else 'too many'} steps of "
-                       f"{cfg.total_batch_size:,}: change --epochs or --total_batch_size")
+        what = f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else f"{cfg.epochs:g} epochs of {train_tokens:,} tokens"
+        raise BadInput(f"{what} are {'no' if not steps else 'too many'} steps of {cfg.total_batch_size:,}: change "
+                       f"--{'tokens_per_param' if ratio else 'epochs'} or --total_batch_size")
     return steps
+
+
+def hours_and_dollars(seconds, price_per_hour):
+    """So many seconds as text, with what they cost where the machine's price per hour is known (None: it is not)."""
+    hours = seconds / 3600
+    text = f"{hours:,.2f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
+    return text + (f", ${hours * price_per_hour:,.2f} at ${price_per_hour:g} per hour" if price_per_hour else "")
+
+
+def plan(cfg, models, measured):
+    """The table of --plan: what RATIOS of tokens per parameter take, for models by name (on the meta device).
+
+    measured: the name of the model of which --tok_per_sec was measured. Its hours follow from that, the others' from the same FLOP/s;
+    without a measurement there are none.
+    """
+    speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
+    head = f"steps of {cfg.total_batch_size:,}"
+    lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); Kaplan et al. 2020 leave embeddings out",
+             f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} {head:>17} {'FLOPs':>9}"
+             + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
+    for name, model in models.items():
+        counts, flops = model.parameter_counts(), model.flops_per_token()
+        for ratio in RATIOS:
+            tokens = ratio * counts["total"]
+            line = (f"{name:12} {counts['total']:14,} {counts['total'] - counts['embedding']:14,} {ratio:6} {tokens:16,} "
+                    f"{steps_in(tokens, cfg):17,} {tokens * flops:9.2e}")
+            if speed:
+                hours, mark = tokens * flops / speed / 3600, "" if name == measured else "~"
+                line += f" {f'{mark}{hours:,.1f}':>10}" + (f" {f'{mark}{hours * cfg.price_per_hour:,.2f}':>12}" if cfg.price_per_hour else "")
+            lines.append(line)
+    lines.append(f"hours at the {cfg.tok_per_sec:,.0f} tok/s given for {measured}; ~: another size, at the same FLOP/s, not measured" if speed else
+                 "hours need a measurement: --tok_per_sec of this --preset and --size, as every line of a run shows it, and --price_per_hour for dollars")
+    return "\n".join(lines)
 
 
 def check_memory(tensors, device):
@@ -68,20 +114,29 @@ class StepTimer:
         return self.cfg.steps
 
 
-def describe(cfg, model, shards, processes):
+def describe(cfg, model, corpus, processes):
     """What is about to happen, in a few lines."""
     counts, c, device, halved = model.parameter_counts(), model.config, processes.device, _halved(cfg)
     rows, tokens, flops = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    epochs = tokens / corpus.tokens["train"]
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
-              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({tokens / shards.tokens['train']:.2f} epochs), "
-              f"{tokens * flops:.2e} FLOPs")
+              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs, "
+              f"{tokens / counts['total']:.3g} tokens per parameter), {tokens * flops:.2e} FLOPs")
+    if epochs > MANY_EPOCHS and not cfg.minutes:
+        length += f"\nwarning: more than {MANY_EPOCHS} epochs, beyond which repeated text teaches less and less: get more text, or train less"
+    val = [min(cfg.val_tokens, s.shards.tokens["val"] - 1) // c.block_size * c.block_size for s in corpus.sources]
+    data = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, validation on {n:,}"
+            for s, n in zip(corpus.sources, val)]
+    if corpus.is_mixed:
+        data = [f"{line}; {share:.1%} of the mixture" + ("" if cfg.minutes else f", {n:.2f} epochs")
+                for line, share, n in zip(data, corpus.weights, corpus.epochs(tokens))]
+    if corpus.is_mixed and cfg.curriculum:
+        data[-1] += f"; the curriculum of the first {cfg.curriculum_steps:,} steps, {cfg.curriculum_mix}"
     return "\n".join([
         f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
-        f"{flops / 1e6:,.1f} MFLOPs per token",
-        f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
-        f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "
-        f"padded to {c.padded_vocab_size:,}",
+        f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",
+        *data,
         f"length  {length}",
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
         f"{processes.world_size} processes" + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),

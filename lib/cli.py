@@ -233,6 +233,17 @@ def parse(classes, argv, doc=None, presets=None):
     return configs, set(given)
 
 
+def subcommand(argv, commands, doc):
+    """The function that the first word names, from `commands`, a dict name -> function, and the flags behind it. Raises BadInput if none."""
+    word, *flags = argv or [""]
+    if word in ("-h", "--help"):
+        print(doc)
+        sys.exit()
+    if word not in commands:
+        raise BadInput(f"say what to do first, {' or '.join(commands)}" + (f": {word} is neither" if word else ": see --help"))
+    return commands[word], flags
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized"):

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections import deque
 
+from lib.budget import hours_and_dollars
 from lib.cli import BadInput
 
 RECORDED = {"Loss/train": "train", "Loss/val": "val", "eval/hellaswag": "hella"}  # TensorBoard tag -> kind of line in log.txt
@@ -32,12 +33,13 @@ class Logger:
     sorts their groups by name with capitals first, shows Loss, eval, optim, perf, and the norms of parts (weights) last.
     """
 
-    def __init__(self, folder, max_steps, first_step):
+    def __init__(self, folder, max_steps, first_step, price_per_hour=None):
         from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
         from tensorboard.summary.writer.record_writer import RecordWriter
         from tqdm import tqdm
 
         self.protos, self.max_steps, self.first_step = (event_pb2, summary_pb2), max_steps, first_step
+        self.price_per_hour = price_per_hour
         self.recent = deque(maxlen=20)  # seconds of the latest steps, but for the first, which compiles
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         again = any(folder.glob("events*"))
@@ -89,7 +91,8 @@ class Logger:
                 self.bar.set_postfix_str(text, refresh=False)
                 self.bar.update(step + 1 - self.bar.n)
         if step + 1 - self.first_step == min(10, self.max_steps):
-            self.say(f"predicted: {typical * (self.max_steps - self.first_step) / 60:.1f} minutes of training steps")
+            left = hours_and_dollars(typical * (self.max_steps - self.first_step), self.price_per_hour)
+            self.say(f"predicted: {left} of training steps, at {scalars['perf/tok_per_sec'] * seconds / typical:,.0f} tok/s")
 
     def log_evaluation(self, step, results):
         """What an evaluation found: by tag, a number or a list of texts."""

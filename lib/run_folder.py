@@ -46,6 +46,8 @@ class Resume:
 
         Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds; notes the others that differ.
         """
+        folders = self.state["train_config"]["data"]  # older versions knew one
+        self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
@@ -55,12 +57,12 @@ class Resume:
                     setattr(config, name, was)
                 elif own != was:
                     fits = name in free if config is model_cfg else name != "optimizer"
-                    (self.changed if fits else misfits).append(f"--{name} {was} -> {own}")
+                    (self.changed if fits else misfits).append(f"--{name} {words(was)} -> {words(own)}")
             check(config)
         if misfits:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run_name")
         numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0), self.state.get("consecutive_skips", 0),
-                   *(self.state["loader"][name] for name in ("epoch", "shard", "offset"))]
+                   *numbers_of(self.state["loader"])]
         if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (
                 isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)) or not all(
                 isinstance(n, (int, float)) and 0 <= n < 2**62 for n in self.state.get("timed", ())):
@@ -82,15 +84,28 @@ class Resume:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit ({str(error).splitlines()[0][:100]}): name "
                            "another checkpoint, or begin another --run_name") from error
         if state.get("data", identity) == identity:
-            if state["loader"]["shard"] >= len(stream.files):
-                raise BadInput(f"{self.path} stands in shard {state['loader']['shard']:,} of {len(stream.files)}: name another checkpoint")
-            stream.load_state_dict(state["loader"])
+            try:
+                stream.where(state["loader"])  # which looks it up
+                stream.load_state_dict(state["loader"])
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                raise BadInput(f"{self.path} stands at a place that the data does not have: name another checkpoint") from error
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
         position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
                     "timed": state.get("timed", (0, 0.0))}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
+
+
+def words(value):
+    """A setting as text."""
+    return " ".join(value) if isinstance(value, tuple) else value
+
+
+def numbers_of(state):
+    """What stands in nested dicts and lists, in order."""
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else None
+    return [state] if parts is None else [number for part in parts for number in numbers_of(part)]
 
 
 def load_optimizer(optimizer, state, updates):
@@ -275,7 +290,7 @@ class RunFolder:
     def _open(self, step):
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
-        self.log = Logger(self.folder, self.config["max_steps"], step)
+        self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"])
 
     def save_is_due(self, minutes):
         """Whether so many minutes (0: never) have passed since the last checkpoint."""

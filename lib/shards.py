@@ -125,6 +125,7 @@ class Meta:
     dtype: Literal["uint16", "uint32"] | None = flag(None, None)
     splits: dict | None = flag(None, None)        # split -> a Split
     skipped_rows: int = flag(0, None, at_least=0, at_most=2**53)
+    duplicates: int = flag(0, None, at_least=0, at_most=2**53)  # documents left out by --dedup
     command: str | None = flag(None, None)        # what made the folder, without --out
     settings: dict | None = flag(None, None)      # what fineweb.py compares before it continues
     shards: list | None = flag(None, None)        # of Record; None: by a fineweb.py that did not list them
@@ -215,13 +216,13 @@ def find_shards(folder):
 
 
 class Shards:
-    """A folder of shards: `train` and `val` (sorted paths), `tokens` (dict split -> count), `tokenizer` (a spec), `meta`.
+    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count), `tokenizer` (a spec), `meta`.
 
     Reads every header and holds no file open. Raises BadInput unless the folder is whole, finished and of one tokenizer.
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.meta = read_meta(folder)
         command = self.meta and self.meta.command
         command = f"`{command} --out {shlex.quote(str(folder))}`" if command else "the fineweb.py command that made it"
@@ -244,6 +245,7 @@ class Shards:
         self._compare_splits(headers)
         spec = self.meta.tokenizer if self.meta else "gpt2"  # shards of build-nanogpt and llm.c have no meta.json
         self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
+        self.vocab_size = self.meta.vocab_size if self.meta else 50257  # None where meta.json, written by hand, does not say
 
     def _compare_names(self, folder, headers, command):
         listed = {record.name: record.tokens for record in self.meta.shards}

@@ -5,6 +5,10 @@ A tokenizer is named by a *spec*, a string that is one of
   - the path of a `tokenizer.json` (or of a folder that holds one), as `Tokenizer.save` and Hugging Face write it;
   - the text of such a file, which is how a checkpoint carries a trained tokenizer with it.
 Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
+
+The ids that chat needs (RESERVED) follow right behind those that text can have. They lie in the rows with which the embeddings are padded
+anyway, so a model has the same shape with or without them; pretraining cuts the logits off in front of them and can neither meet nor sample
+one. Text never encodes to them, whatever it says.
 """
 
 import contextlib
@@ -21,9 +25,14 @@ from lib.cli import BadInput
 from lib.files import read_text, replace
 
 EOT = "<|endoftext|>"  # separates documents; placed before each one
+RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # who speaks, and the end of a turn
 MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
+BPE_TEXT = 100_000_000  # characters to train one on, at most
+# the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that tiktoken's engine and that of tokenizers agree
+# on every character. Against GPT-2's: contractions in capitals, digits in threes, a leading sign joins its word, line ends stay together
+SPLIT = (r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CHANGES_IDS = ("normalizer", "truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-MAKE_ONE = "make one with fineweb.py --tokenizer bpe:4096"
+MAKE_ONE = "make one with tokenizer.py train"
 
 
 class Tokenizer:
@@ -31,12 +40,13 @@ class Tokenizer:
 
     spec: str, loads the same tokenizer again through `load_tokenizer`.
     name: str, short, for people: "gpt2", "bpe4096".
-    vocab_size: int, all ids are below it. eot: int, the id of the end-of-text token.
+    vocab_size: int, all ids of text are below it. eot: int, the id of the end-of-text token. reserved: dict token -> id, from vocab_size on.
     """
 
     def __init__(self, encoding, spec):
         self.encoding, self.spec = encoding, spec
         self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+        self.reserved = {token: self.vocab_size + i for i, token in enumerate(RESERVED)}
 
     @property
     def is_trained(self):
@@ -56,9 +66,9 @@ class Tokenizer:
         """Token ids -> str. Bytes that are not UTF-8 become U+FFFD; unassigned ids are left out."""
         try:
             return self.encoding.decode(ids, errors="replace")
-        except KeyError:  # gaps in the numbering, as in cl100k_base: an untrained model samples them, too
+        except KeyError:  # reserved ids; gaps in the numbering, as in cl100k_base: an untrained model samples them, too
             sizes = self.token_bytes()
-            return self.encoding.decode([i for i in ids if sizes[i] or i == self.eot], errors="replace")
+            return self.encoding.decode([i for i in ids if i < self.vocab_size and (sizes[i] or i == self.eot)], errors="replace")
 
     def token(self, token):
         """The bytes of one id; none for an unassigned id."""
@@ -158,22 +168,25 @@ def is_reachable(url, seconds=4):
 
 
 def train_bpe(texts, vocab_size):
-    """Train a byte-level BPE (Sennrich et al. 2016; GPT-2's splitting rule) on an iterable of str.
+    """Train a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; split by SPLIT) on an iterable of str.
 
-    Returns a Tokenizer of exactly `vocab_size` ids, the last of them end-of-text.
+    Returns a Tokenizer of exactly `vocab_size` ids, the last of them end-of-text and the reserved ones.
     Raises BadInput if vocab_size is out of bounds or the text is too small to fill it.
     """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if not 257 <= vocab_size <= MAX_BPE:
-        raise BadInput(f"a byte-level BPE has 257 (256 bytes and end-of-text) to {MAX_BPE:,} ids, not {vocab_size:,}")
+    special = [EOT, *RESERVED]
+    if not 256 + len(special) <= vocab_size <= MAX_BPE:
+        raise BadInput(f"a byte-level BPE has {256 + len(special)} (256 bytes, end-of-text and {len(RESERVED)} reserved ones) to {MAX_BPE:,} "
+                       f"ids, not {vocab_size:,}")
     bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=False,
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    bpe.add_special_tokens([EOT])
+    bpe.add_special_tokens(special)
     if bpe.get_vocab_size() != vocab_size:
         raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it gives {bpe.get_vocab_size()}): "
                        "ask for fewer ids or give more text")
@@ -190,15 +203,16 @@ def _from_json(text, origin):
     to_byte = {char: byte for byte, char in _byte_alphabet().items()}
     try:
         data = json.loads(text)
-        model, splitter = data["model"], data["pre_tokenizer"]
+        model, pattern = data["model"], _pattern_of(data["pre_tokenizer"])
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
         ranks = {bytes(to_byte[char] for char in token): rank
                  for token, rank in model["vocab"].items() if token not in special}
         ids = [*ranks.values(), *special.values()]
         # every token of several bytes is made by one merge, in the order of the ids
         merged = [model["vocab"]["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
-        usable = (model.get("type", "BPE") == "BPE" and splitter["type"] == "ByteLevel" and EOT in special
-                  and not splitter.get("add_prefix_space", True) and splitter.get("use_regex", True)
+        reserved = {token: special.pop(token) for token in RESERVED if token in special}
+        usable = (model.get("type", "BPE") == "BPE" and pattern and EOT in special
+                  and list(reserved.values()) in ([], list(range(len(ids) - len(RESERVED), len(ids))))
                   and all(token["special"] is True for token in data["added_tokens"])
                   and all(type(rank) is int for rank in ids) and sorted(ids) == list(range(len(ids)))
                   and all(bytes([byte]) in ranks for byte in range(256))
@@ -208,11 +222,20 @@ def _from_json(text, origin):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable:
-        raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule, {EOT}, ids in merge order, "
+        raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule or ours, {EOT}, ids in merge order, "
                        f"and nothing else that changes ids: {MAKE_ONE}")
-    encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=_gpt2_rule(), mergeable_ranks=ranks, special_tokens=special,
-                                 explicit_n_vocab=len(ids))
+    encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special,
+                                 explicit_n_vocab=len(ids) - len(reserved))
     return Tokenizer(encoding, text)
+
+
+def _pattern_of(splitter):
+    """The regular expression by which a tokenizer.json's pre_tokenizer splits text: GPT-2's, SPLIT, or None for any other."""
+    *before, last = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
+        return None
+    ours = [{"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}]
+    return {True: _gpt2_rule() if not before else None, False: SPLIT if before == ours else None}[last.get("use_regex", True)]
 
 
 def _gpt2_rule():

@@ -52,7 +52,7 @@ def launch(tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_bpe(sentences(200), 280)
+    return train_bpe(sentences(200), 284)  # 280 ids of text and the reserved ones
 
 
 @pytest.fixture(scope="session")

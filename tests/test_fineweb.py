@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import fineweb
 from lib import cli, files
+from lib import text as text_files
 from lib.tokenizers import EOT, load_tokenizer, train_bpe
 
 EOT_ID = 50256
@@ -184,52 +185,6 @@ def test_a_column_by_name_and_a_folder_named_after_the_source(tmp_path, monkeypa
     assert read_shards(tmp_path / "texts_shards") == cut(reference(DOCUMENTS), 900)
 
 
-def cl100k_rule(name):
-    """Another encoding's splitting rule over GPT-2's vocabulary, as its own files are not here."""
-    import tiktoken_ext.openai_public as public
-    gpt2, kept = tiktoken.get_encoding("gpt2"), public.load_tiktoken_bpe
-    public.load_tiktoken_bpe = lambda *_, **__: dict(gpt2._mergeable_ranks)
-    try:
-        rule = getattr(public, name)()["pat_str"]
-    finally:
-        public.load_tiktoken_bpe = kept
-    return tiktoken.Encoding(name + "-rule", pat_str=rule, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={EOT: EOT_ID})
-
-
-def read_pieces(path, state=None):
-    """A .txt as fineweb.py reads it -> list of (its text, the state behind it)."""
-    source = fineweb.Source(fineweb.Config(), [str(path)])
-    return [(rows[0], after) for rows, after in fineweb.read_txt(source._open(str(path)), str(path), state)]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_pieces_of_a_txt_encode_as_the_whole(name, newline, tmp_path, monkeypatch):
-    encoding = tiktoken.get_encoding("gpt2") if name == "gpt2" else cl100k_rule(name)
-    path = tmp_path / "a.txt"
-    for seed in range(4):
-        random.seed(seed)
-        bits = ["word", "Über", "a", " ", " ", "  ", newline, newline * 2,
-                "\t", "3", "45", "½", "!", "/", "。", "字", "'s", "e\u0301", "_", "🙂"]
-        text = "".join(random.choices(bits, k=3000))
-        path.write_bytes(text.encode())
-        text = text.replace("\r\n", "\n")  # `datasets` reads all line ends as \n
-        monkeypatch.setattr(fineweb, "TXT_LINES", random.choice([2, 7, 30]))
-        pieces = read_pieces(path)
-        assert len(pieces) > 5 and "".join(piece for piece, _ in pieces) == text
-        assert [t for piece, _ in pieces for t in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
-        for middle in (0, len(pieces) // 2, len(pieces) - 2):  # JSON, as in meta.json
-            rest = read_pieces(path, json.loads(json.dumps(pieces[middle][1])))
-            assert "".join(piece for piece, _ in rest) == "".join(piece for piece, _ in pieces[middle + 1:])
-
-
-def test_a_txt_without_a_place_to_cut_is_read_in_bounded_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "TXT_LINES", 2)
-    (tmp_path / "a.txt").write_text("-\n" * 1000)
-    pieces = [piece for piece, _ in read_pieces(tmp_path / "a.txt")]
-    assert "".join(pieces) == "-\n" * 1000 and max(map(len, pieces)) == 2 * 65 * 2
-
-
 def test_a_bounded_number_of_batches_is_in_work():
     pulled = 0
 
@@ -237,7 +192,7 @@ def test_a_bounded_number_of_batches_is_in_work():
         nonlocal pulled
         while True:
             pulled += 1
-            yield fineweb.Batch(["text"], False, {})
+            yield text_files.Batch(["text"], False, {})
 
     stream = fineweb.encoded(endless(), load_tokenizer("gpt2"), np.uint16, workers=2)
     for taken in range(1, 50):
@@ -295,8 +250,8 @@ def test_a_bpe_is_trained_once_kept_and_used_again(tmp_path, capsys):
     make(source, tmp_path / "out", "--tokenizer", "bpe:400", "--shard_size", 2000)
     tokenizer = load_tokenizer(str(tmp_path / "out"))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert (tokenizer.vocab_size, meta["tokenizer"], meta["vocab_size"], meta["eot"]) == (400, "tokenizer.json", 400, 399)
-    ids = [token for text in DOCUMENTS for token in (399, *tokenizer.encode(text).tolist())]
+    assert (tokenizer.vocab_size, meta["tokenizer"], meta["vocab_size"], meta["eot"]) == (396, "tokenizer.json", 396, 395)
+    ids = [token for text in DOCUMENTS for token in (395, *tokenizer.encode(text).tolist())]
     assert read_shards(tmp_path / "out")[0] == ("val", ids[:2000])
     assert [t for _, shard in read_shards(tmp_path / "out") for t in shard] == ids
     assert sum(s["bytes"] for s in meta["splits"].values()) == sum(len(text.encode()) for text in DOCUMENTS)
@@ -372,10 +327,10 @@ def mixed_source(folder):
 
 @pytest.mark.parametrize("when, flags", [
     ("before", ()), ("after", ()), ("before", ("--val_tokens", 17)), ("after", ("--max_tokens", 30_011)),
-    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7))], ids=str)
+    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7)), ("before", ("--dedup",)), ("after", ("--dedup",))], ids=str)
 def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "TXT_LINES", 7)
-    monkeypatch.setattr(fineweb, "BATCH_ROWS", 40)
+    monkeypatch.setattr(text_files, "TXT_LINES", 7)
+    monkeypatch.setattr(text_files, "BATCH_ROWS", 40)
     sources, documents = mixed_source(tmp_path / "in")
     flags = ["--shard_size", 9000, "--workers", 2, *flags]
     make(sources, tmp_path / "whole", *flags)
@@ -408,6 +363,35 @@ def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags
     check_meta(tmp_path / "dies", read_shards(tmp_path / "whole"), None if "--max_tokens" in flags else documents)
     if "--max_tokens" not in flags:
         assert [t for _, ids in read_shards(tmp_path / "dies") for t in ids] == reference(documents)
+
+
+def test_exact_duplicates_are_left_out_and_counted(tmp_path, capsys):
+    distinct = [text for i, text in enumerate(DOCUMENTS) if text not in DOCUMENTS[:i]]
+    twice = [*distinct[:90], *distinct[40:], distinct[0], distinct[0] + " ", *distinct]
+    source = write_source(tmp_path / "in", "jsonl", twice)
+    make(source, tmp_path / "out", "--shard_size", 2000, "--dedup")
+    assert read_shards(tmp_path / "out") == cut(reference([*distinct, distinct[0] + " "]), 2000)
+    assert f"{len(twice) - len(distinct) - 1:,} duplicates left out" in capsys.readouterr().out
+    before = read_shards(tmp_path / "out")
+    (tmp_path / "out" / "out_train_000003.npy").unlink()  # written again from its own place
+    make(source, tmp_path / "out", "--shard_size", 2000, "--dedup")
+    assert read_shards(tmp_path / "out") == before
+    with pytest.raises(cli.BadInput, match="holds shards made with --dedup True, not False"):
+        make(source, tmp_path / "out", "--shard_size", 2000)
+
+
+def test_presets_name_datasets_of_the_hub():
+    for flags, want in [
+            (["--preset", "fineweb-edu-100BT"], ((fineweb.FINEWEB_EDU,), "sample-100BT", "text", "edu_fineweb100B")),
+            (["--preset", "fineweb-edu"], ((fineweb.FINEWEB_EDU,), "default", "text", "edu_fineweb")),
+            (["--preset", "wikipedia", "--name", "20231101.de"], (("wikimedia/wikipedia",), "20231101.de", "text", "wikipedia_20231101.de")),
+            (["--preset", "books", "--out", "x"], (("sedthh/gutenberg_english",), None, "TEXT", "x")),
+            ([], ((fineweb.FINEWEB_EDU,), "sample-10BT", "text", "edu_fineweb10B"))]:
+        cfg, _ = fineweb.configured(flags)
+        assert (cfg.source, cfg.name, cfg.text_column, cfg.out) == want
+    for flags in (["--preset", "books", "--source", "a"], ["--preset", "books", "--docstrings"], ["--docstrings", "--name", "x"]):
+        with pytest.raises(cli.BadInput, match="each name the text: give one of them"):
+            fineweb.configured(flags)
 
 
 def start(tmp_path, *flags):
@@ -520,11 +504,11 @@ def test_a_source_that_became_shorter_is_not_called_complete(tmp_path):
 @pytest.mark.parametrize("change, message", [(Path.unlink, "cannot read .*tokenizer.json"), (None, "is not the one they were made with")])
 def test_shards_whose_tokenizer_is_gone_are_not_called_complete(change, message, tmp_path):
     source = write_source(tmp_path / "in", "jsonl", sentences(60))
-    make(source, tmp_path / "out", "--tokenizer", "bpe:270")
-    change = change or train_bpe(sentences(60, seed=1), 270).save  # as many ids, of other text
+    make(source, tmp_path / "out", "--tokenizer", "bpe:285")
+    change = change or train_bpe(DOCUMENTS, 285).save  # as many ids, of other text
     change(tmp_path / "out" / "tokenizer.json")
     with pytest.raises(cli.BadInput, match=message):
-        make(source, tmp_path / "out", "--tokenizer", "bpe:270")
+        make(source, tmp_path / "out", "--tokenizer", "bpe:285")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,7 +516,7 @@ def test_shards_whose_tokenizer_is_gone_are_not_called_complete(change, message,
 
 
 def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fineweb, "TXT_LINES", 7)
+    monkeypatch.setattr(text_files, "TXT_LINES", 7)
     sources, documents = mixed_source(tmp_path / "in")
     flags = ["--shard_size", 5000, "--workers", 2]
     out = tmp_path / "out"
@@ -585,7 +569,7 @@ def test_a_million_spaces_and_shards_before_a_text_that_cannot_be_encoded(tmp_pa
 
     whole, encode = reference(["good " * 300] * 3), fineweb.encode
     source = write_source(tmp_path / "in", "jsonl", ["good " * 300] * 3 + ["bad"])
-    monkeypatch.setattr(fineweb, "BATCH_ROWS", 1)
+    monkeypatch.setattr(text_files, "BATCH_ROWS", 1)
 
     def fails(batch, *rest):
         if batch.texts == ["bad"]:
@@ -732,7 +716,7 @@ def test_no_documents(rows, form, tmp_path, fails):
     (["--source", "good", "links"], "cannot read links/dangling.txt (a link to nowhere, which does not exist)"),
     (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError)"),
     ([], "cannot reach the dataset HuggingFaceFW/fineweb-edu"),
-    (["--docstrings", "--source", "good/data.jsonl"], "both name the text"),
+    (["--docstrings", "--source", "good/data.jsonl"], "each name the text"),
     (["--source", "good/data.jsonl", "--name", "sample-10BT"], "--name is a configuration of a dataset of the hub"),
     (["--source", "good", "--out", "good/out"], "--out good/out is in the folder good"),
     (["--source", "good/data.jsonl", "--out", "notes.md"], "cannot write to notes.md"),

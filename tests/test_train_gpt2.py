@@ -80,7 +80,7 @@ def go(data, folder, *flags):
 def configured(data, *argv):
     """TrainConfig with the length of the run, GPTConfig and the names given, as main reads them."""
     cfg, model_cfg, explicit, _ = train_gpt2.settings(["--data", str(data), *argv])
-    cfg.steps = steps_of(cfg, Shards(data).tokens["train"])
+    cfg.steps = steps_of(cfg, Shards(data).tokens["train"], 1000)
     return cfg, model_cfg, explicit
 
 
@@ -112,10 +112,29 @@ def test_length_of_a_run(data):
     tokens = Shards(data).tokens["train"]
     base = ["--block_size", "32", "--total_batch_size", "256"]
     for argv, want in [(["--epochs", "2.5"], int(2.5 * tokens / 256)), (["--max_steps", "7"], 7),
-                       (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], PRESETS["tiny"]["max_steps"])]:
+                       (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], PRESETS["tiny"]["max_steps"]),
+                       (["--preset", "tiny", "--tokens_per_param", "20"], 20 * 1000 // 256)]:
         assert configured(data, *base, *argv)[0].steps == want
     with pytest.raises(BadInput, match="change --epochs or --total_batch_size"):
         configured(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
+
+
+def test_a_plan_needs_no_data_and_trains_nothing(launch, tmp_path):
+    done = launch("train_gpt2.py", "--plan", "--preset", "gpt2", "--tok_per_sec", "1e6", "--price_per_hour", "16")
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    row = next(line for line in done.stdout.splitlines() if line.startswith("gpt2  ") and " 20 " in line)
+    assert row.split() == ["gpt2", "124,475,904", "85,056,000", "20", "2,489,518,080", "4,748", "2.13e+18", "0.7", "11.06"]
+
+
+def test_tokens_per_parameter_set_the_length_of_a_run_and_its_price_is_said(data, tmp_path, capsys):
+    flags = [word for word in TINY_FLAGS if word not in ("--max_steps", "6")]
+    folder = tmp_path / "a"
+    train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a", "--tokens_per_param", "0.2", "--price_per_hour", "3.6"])
+    parameters = sum(p.numel() for p in GPT(GPTConfig(**json.loads((folder / "config.json").read_text())["model"])).parameters())
+    steps, said = sum(kind == "train" for _, kind in read_log(folder)), capsys.readouterr().out
+    assert steps == int(0.2 * parameters) // 256
+    assert re.search(r"predicted: [0-9.]+ minutes, \$[0-9.]+ at \$3.6 per hour of training steps, at [0-9,]+ tok/s", said)
+    assert f"{steps * 256 / parameters:.3g} tokens per parameter" in said
 
 
 def test_every_number_has_its_bounds():
@@ -583,7 +602,7 @@ def test_shards_of_other_projects(tmp_path):
 def test_read_validation(tmp_path):
     files, contents = make_shards(tmp_path)
     stream = np.concatenate([d for documents in contents for d in documents])
-    shards = SimpleNamespace(val=files, tokens={"val": len(stream)})
+    shards = SimpleNamespace(folder="toy", val=files, tokens={"val": len(stream)})
     for limit, rows in ((10**9, (len(stream) - 1) // 8), (24, 3), (31, 3)):
         x, y = train_gpt2.read_validation(shards, TrainConfig(val_tokens=limit), 8, FAKE)
         assert x.shape == y.shape == (rows, 8)
@@ -807,9 +826,9 @@ LONG = "x" * 5000  # longer than any file system lets a name be
 BAD_FLAGS = [
     (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"), (["--preset", "modem"], "modern"),
     (["--vocab_size", "3"], "unknown flag --vocab_size"),  # set by the data, not by a flag
-    (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""), (["--data", "{other}"], "another tokenizer"),
+    (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""), (["--data", "{other}"], "their ids mean different text"),
     (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
-    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs, --max_steps and --minutes"),
+    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs, --max_steps, --minutes, --tokens_per_param each set"),
     (["--eval_tasks_limit", "2"], "are for --eval_tasks"), (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),
     (["--val_tokens", "20"], "validation needs 33 tokens"), (["--device", "mps"], "--device mps"),
     (["--hellaswag_every", "2", "--hellaswag_file", "nowhere.jsonl"], "cannot read nowhere.jsonl"),

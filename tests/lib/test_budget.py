@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 from helpers import tiny
 
-from lib.budget import StepTimer, describe, steps_of
+from lib.budget import StepTimer, describe, hours_and_dollars, plan, steps_of
 from lib.cli import BadInput
-from train_gpt2 import GPT
+from train_gpt2 import GPT, GPTConfig
 
 
-def length(tokens, batch=256, epochs=1.0, max_steps=None):
-    return steps_of(SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, total_batch_size=batch), tokens)
+def length(tokens, batch=256, epochs=1.0, max_steps=None, ratio=None, parameters=None):
+    cfg = SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, tokens_per_param=ratio, total_batch_size=batch, batch_warmup=0)
+    return steps_of(cfg, tokens, parameters)
 
 
 def test_steps_are_given_or_follow_from_epochs():
@@ -31,18 +32,23 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     model = GPT(tiny(bias=False))
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     flops = 6 * weights + 12 * 2 * 32 * 16
-    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, data="toy", val_tokens=100, sequences=2)
-    shards = SimpleNamespace(train=["a", "b"], tokens={"train": 640, "val": 50})
-    lines = describe(cfg, model, shards, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
-    assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; {flops / 1e6:,.1f} MFLOPs per token"
-    assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48; vocabulary 61, padded to 64"
-    assert lines[2] == f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs), {1280 * flops:.2e} FLOPs"
+    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy", val_tokens=100, sequences=2)
+    shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
+    corpus = SimpleNamespace(sources=[SimpleNamespace(shards=shards)], tokens=shards.tokens, is_mixed=False)
+    lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
+    assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token"
+    assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48"
+    ratio = 1280 / (weights + 16 * 32)
+    assert lines[2] == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs, {ratio:.3g} tokens per parameter), "
+                        f"{1280 * flops:.2e} FLOPs")
     assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
-    assert lines[4].startswith("device  cpu, ")
+    assert lines[4].startswith("device  cpu, ") and len(lines) == 5
+    cfg.steps = 21
+    assert "warning: more than 4 epochs" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
 
 
 def test_minutes_become_steps_at_the_measured_speed():
-    cfg = SimpleNamespace(minutes=1.0, steps=10**6)
+    cfg = SimpleNamespace(minutes=1.0, steps=10**6, total_batch_size=100, batch_warmup=0)
     timer, step, spent = StepTimer(cfg, (0, 0.0)), 1, 0.0
     while step < cfg.steps:
         seconds = 0.2 if step < 50 else 0.1  # it becomes faster while the length is still fitted
@@ -50,6 +56,36 @@ def test_minutes_become_steps_at_the_measured_speed():
         timer.fit(step, seconds)
         if step == 80:  # stopped and resumed: what was timed goes with the checkpoint
             timer = StepTimer(cfg, timer.timed)
-    assert timer.timed == (step - 1, pytest.approx(spent)) and 45 < spent < 60  # the slow steps count in the mean
+    assert timer.timed == (100 * (step - 1), pytest.approx(spent)) and 45 < spent < 60  # the slow steps count in the mean
     plain = SimpleNamespace(minutes=None, steps=7)
     assert StepTimer(plain, (0, 0.0)).fit(3, 1.0) == 7
+
+
+def test_tokens_per_parameter_count_the_embeddings():
+    """Chinchilla itself: 70B parameters on 1.4T tokens (Hoffmann et al. 2022, table 1). GPT-2: 124,475,904 with the padded embeddings."""
+    assert length(10**10, batch=2**20, ratio=20, parameters=70 * 10**9) == 1_400_000_000_000 // 2**20
+    assert length(10**10, batch=524_288, ratio=20, parameters=GPT(GPTConfig()).parameter_counts()["total"]) == 20 * 124_475_904 // 524_288
+    with pytest.raises(BadInput, match="0.001 tokens for each of 1,000 parameters are no steps of 256: change --tokens_per_param"):
+        length(10**10, ratio=0.001, parameters=1000)
+    with pytest.raises(BadInput, match="write vocab_size into the meta.json"):
+        length(10**10, ratio=20)
+
+
+def test_the_plan_by_hand():
+    """Rows of two models; hours only with a measurement, those of the other model at the same FLOP/s."""
+    models = {"a": GPT(tiny()), "b": GPT(tiny(n_layer=4))}
+    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=None, price_per_hour=2.0)
+    assert "dollars" not in plan(cfg, models, "a").splitlines()[1]
+    cfg.tok_per_sec = 50.0
+    rows = [line.split() for line in plan(cfg, models, "a").splitlines()[2:-1]]
+    assert [(row[0], row[3]) for row in rows] == [(name, ratio) for name in "ab" for ratio in ("8", "12", "20", "40")]
+    for name, *numbers in rows:
+        total, inner, ratio, tokens, steps = (int(number.replace(",", "")) for number in numbers[:5])
+        counts, flops = models[name].parameter_counts(), models[name].flops_per_token()
+        assert (total, inner, tokens, steps) == (counts["total"], total - counts["embedding"], ratio * total, ratio * total // 1024)
+        hours = tokens / 50 / 3600 * flops / models["a"].flops_per_token()
+        assert numbers[5:] == [f"{tokens * flops:.2e}", f"{'~' * (name == 'b')}{hours:,.1f}", f"{'~' * (name == 'b')}{2 * hours:,.2f}"]
+
+
+def test_hours_and_dollars():
+    assert hours_and_dollars(5400, None) == "90.0 minutes" and hours_and_dollars(9000, 2.5) == "2.50 hours, $6.25 at $2.5 per hour"

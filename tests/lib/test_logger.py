@@ -81,8 +81,8 @@ def test_tensorboard_shows_what_matters_first(data, tmp_path):
     items = write_lines(tmp_path / "hellaswag_val.jsonl", hellaswag_items(4))
     folder = train(data, tmp_path / "a", "--max_steps", "2", "--warmup_steps", "1", "--hellaswag_every", "2", "--hellaswag_file", items, "--sample_every", "2")
     tags = read(folder).Tags()
-    assert list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags["scalars"]))) == ["Loss", "eval", "optim", "perf", "weights"]
-    assert sorted(tags["scalars"])[:4] == ["Loss/train", "Loss/val", "Loss/val_bpb", "eval/hellaswag"]
+    assert list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags["scalars"]))) == ["Loss", "data", "eval", "optim", "perf", "weights"]
+    assert sorted(tags["scalars"])[:4] == ["Loss/train", "Loss/val", "Loss/val_bpb", "data/epoch"]
     assert {"hyperparameters/text_summary", "samples/text_summary"} <= set(tags["tensors"])
     assert re.fullmatch(r"0 val \S+\n0 hella \S+\n0 train \S+\n1 train \S+\n2 val \S+\n2 hella \S+\n", (folder / "log.txt").read_text())
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 
 from lib.cli import BadInput
-from lib.tokenizers import EOT, is_reachable, load_tokenizer, train_bpe
+from lib.tokenizers import EOT, RESERVED, SPLIT, is_reachable, load_tokenizer, train_bpe
 
 CORPUS = [f"The {a} {b} runs over {n:,} hills; it's the {b}'s {n}th day, {a}ly so." for n in range(40)
           for a in ("quick", "slow", "naïve", "überlong") for b in ("fox", "dog", "Straße", "日本語", "crème")]
@@ -34,13 +34,35 @@ def bpe():
     return train_bpe(CORPUS, 500)
 
 
+@pytest.fixture(scope="module")
+def as_transformers(bpe, tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+    path = tmp_path_factory.mktemp("transformers") / "tokenizer.json"
+    bpe.save(path)
+    return PreTrainedTokenizerFast(tokenizer_file=str(path))
+
+
+@pytest.fixture(scope="module")
+def classic():
+    """A BPE split by GPT-2's rule and without reserved ids, as versions before SPLIT trained them."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    hf = HFTokenizer(models.BPE())
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    hf.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=499, show_progress=False,
+                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    hf.add_special_tokens([EOT])
+    return load_tokenizer(hf.to_str())
+
+
 def random_texts(count):
     random.seed(0)
     alphabets = ["ab \n", "The quick fox's \t\n", "é日🙂 x1'", "".join(map(chr, range(0x20, 0x250))), "हिन्दी ا ب\u0301 \u3000"]
     return ["".join(random.choices(random.choice(alphabets), k=random.randrange(1, 80))) for _ in range(count)]
 
 
-def test_trained_bpe_encodes_as_hugging_face_does(bpe):
+@pytest.mark.parametrize("which", ["bpe", "classic"])
+def test_trained_bpe_encodes_as_hugging_face_does(which, bpe, classic):
+    bpe = bpe if which == "bpe" else classic
     reference = HFTokenizer.from_str(bpe.spec)
     for text in VARIED + random_texts(1500) + CORPUS[:50]:
         if EOT not in text:  # Hugging Face turns it into the special token, we keep it as the text that it is
@@ -49,11 +71,66 @@ def test_trained_bpe_encodes_as_hugging_face_does(bpe):
     assert bpe.eot not in bpe.encode(f"before {EOT} after")
 
 
-@pytest.mark.parametrize("size", [257, 258, 300, 511])
+ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(
+    ["'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂", "日本", "!!\n", " #x", "\u0130", "ſ", "ﬆ", "\x85", "\u180e"]))).map("".join)
+
+
+@settings(derandomize=True, deadline=None, max_examples=400)
+@given(ANY_TEXT)
+def test_any_text_has_the_ids_of_tiktoken_tokenizers_and_transformers_and_comes_back(bpe, as_transformers, text):
+    ids = bpe.encode(text).tolist()
+    assert ids == HFTokenizer.from_str(bpe.spec).encode(text).ids == as_transformers(text, add_special_tokens=False)["input_ids"]
+    assert bpe.decode(ids) == text == as_transformers.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(st.binary(max_size=60))
+def test_any_bytes_come_back(data):
+    for tokenizer in (train_bpe(CORPUS[:50], 300), load_tokenizer("gpt2")):
+        assert tokenizer.encoding.decode_bytes(tokenizer.encoding._encode_bytes(data)) == data
+
+
+def test_every_character_is_split_alike_by_both_engines():
+    """Letters, digits, spaces and signs are told apart alike: in each pair the first byte of a character joins what stands before it, or not."""
+    from tokenizers import Regex, pre_tokenizers
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {bytes([front, byte]): 256 + i for i, (front, byte) in enumerate((front, byte) for front in b"a1!" for byte in range(256))}
+    encoding = tiktoken.Encoding("joins", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    for code in (*range(0x80, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 7)):
+        for front in "a1!":
+            text = front + chr(code)
+            assert (encoding.encode_ordinary(text)[0] >= 256) == (len(split.pre_tokenize_str(text)) == 1), hex(code)
+
+
+def test_a_classic_bpe_loads_with_the_ids_it_had(classic):
+    assert (classic.vocab_size, classic.eot, classic.reserved["<|system|>"]) == (500, 499, 500)
+
+
+def test_reserved_ids_lie_in_the_padding_and_text_never_gives_one(bpe):
+    """So the model's shape is what it was, and what a user types is text, whatever it says."""
+    import torch
+
+    from train_gpt2 import GPT, GPTConfig
+    for tokenizer in (bpe, load_tokenizer("gpt2")):
+        config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=tokenizer.vocab_size)
+        assert config.padded_vocab_size > max(tokenizer.reserved.values()) == tokenizer.vocab_size + 3
+        assert GPT(config)(torch.zeros(1, 4, dtype=torch.long)).size(-1) == tokenizer.vocab_size == min(tokenizer.reserved.values())
+        for token in (*RESERVED, EOT):
+            ids = tokenizer.encode(f"a{token}b").tolist()
+            assert max(ids) < tokenizer.vocab_size and tokenizer.eot not in ids and tokenizer.decode(ids) == f"a{token}b"
+        ids = tokenizer.encode("text").tolist()
+        assert tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "text"
+    assert load_tokenizer("gpt2").reserved == {"<|system|>": 50257, "<|user|>": 50258, "<|assistant|>": 50259, "<|end|>": 50260}
+    assert HFTokenizer.from_str(bpe.spec).token_to_id("<|end|>") == bpe.reserved["<|end|>"] == 499
+
+
+@pytest.mark.parametrize("size", [261, 262, 300, 511])
 def test_vocabulary_has_exactly_the_size_asked_for(size):
     tokenizer = train_bpe(CORPUS, size)
-    assert tokenizer.vocab_size == size and tokenizer.eot == size - 1 and tokenizer.name == f"bpe{size}"
-    assert tokenizer.encode("quick fox").max() < size - 1 and train_bpe(iter(CORPUS), size).spec == tokenizer.spec
+    assert tokenizer.vocab_size == size - 4 and tokenizer.eot == size - 5 and tokenizer.name == f"bpe{size}"
+    assert list(tokenizer.reserved.values()) == list(range(size - 4, size))
+    assert tokenizer.encode("quick fox").max() < size - 5 and train_bpe(iter(CORPUS), size).spec == tokenizer.spec
     every_byte = "".join(map(chr, range(0x800)))  # the first bytes of UTF-8 and all continuations
     assert tokenizer.decode(tokenizer.encode(every_byte)) == every_byte
 
@@ -160,11 +237,16 @@ def damages():
         edit("post-processor", lambda d: d.update(post_processor={"type": "TemplateProcessing"})),
         edit("truncation", lambda d: d.update(truncation={"max_length": 8})),
         edit("normalizer", lambda d: d.update(normalizer={"type": "NFC"})),
-        edit("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
+        edit("prefix space", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
         edit("other splitting rule", lambda d: d.update(pre_tokenizer={"type": "Whitespace"})),
         edit("no splitting rule", lambda d: d.update(pre_tokenizer=None)),
         edit("Unigram", lambda d: d["model"].update(type="Unigram", vocab=[["a", 0.0]])),
         edit("no end-of-text", lambda d: d.update(added_tokens=[])),
+        edit("one reserved token missing", lambda d: d["added_tokens"].pop()),
+        edit("reserved tokens in another order", lambda d: [t.update(id=1000 - t["id"] - 4) for t in d["added_tokens"][1:]]),
+        edit("another pattern", lambda d: d["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x+")),
+        edit("pattern inverted", lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
+        edit("split twice", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True)),
         edit("added plain token", lambda d: d["added_tokens"].append({"id": 500, "content": "  ", "special": False})),
     ]
 
@@ -173,7 +255,7 @@ def damages():
 def test_a_tokenizer_json_that_would_give_other_ids_is_refused(damage, bpe, tmp_path):
     assert damage(bpe.spec) != bpe.spec
     (tmp_path / "tokenizer.json").write_text(damage(bpe.spec))
-    with pytest.raises(BadInput, match="tokenizer.json is damaged, or not a byte-level BPE.*bpe:4096"):
+    with pytest.raises(BadInput, match="tokenizer.json is damaged, or not a byte-level BPE.*tokenizer.py train"):
         load_tokenizer(str(tmp_path))
 
 
@@ -201,8 +283,8 @@ def test_no_network_is_found_out_in_seconds(monkeypatch, tmp_path):
 
 
 def test_training_says_what_it_cannot_do():
-    for size in (256, 10**12):
-        with pytest.raises(BadInput, match=f"257.* to 1,000,000 ids, not {size:,}"):
+    for size in (260, 10**12):
+        with pytest.raises(BadInput, match=f"261.* to 1,000,000 ids, not {size:,}"):
             train_bpe(CORPUS, size)
     for texts in (CORPUS[:100], []):
         with pytest.raises(BadInput, match=r"too small for a BPE of 5000 ids \(it gives \d+\)"):

@@ -1,0 +1,224 @@
+"""Several folders of token shards as one corpus and one stream of batches: mixed by weight, and with a curriculum before them.
+
+`Corpus` is what --data and --curriculum name, `Mixture` the stream that training reads where that is more than one folder.
+"""
+
+import hashlib
+import math
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib.budget import tokens_of
+from lib.cli import BadInput, RankError
+from lib.devices import to_device
+from lib.shards import Shards, check_shards
+from lib.tokenizers import load_tokenizer
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
+MOST_EPOCHS = 100  # passes over one source of several in a run: beyond, it has run dry
+CURRICULUM_MIX = {  # share of the curriculum, by how far its stage has come, 0 <= p < 1
+    "cosine": lambda p: (1 + np.cos(np.pi * p)) / 2,
+    "linear": lambda p: 1 - p,
+    "step": np.ones_like,
+}
+
+
+class Source(NamedTuple):
+    name: str  # for people and for TensorBoard
+    shards: Shards
+
+
+class Corpus:
+    """The folders that --data, DIR[:WEIGHT] each, and --curriculum name; the latter stands last among `sources`.
+
+    tokens: dict split -> count, of --data alone. weights: float64 (sources,), shares of the tokens once the curriculum is over, and of the
+    sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer, vocab_size: as of Shards, the same in every folder. identity: what a checkpoint remembers; that of
+    a single folder is its own. Raises BadInput, also for folders of different tokenizers, naming both.
+    """
+
+    def __init__(self, cfg):
+        if bool(cfg.curriculum) != bool(cfg.curriculum_steps):
+            raise BadInput("--curriculum and --curriculum_steps belong together: give the folder and the steps, or neither")
+        words = [split_weight(word) for word in cfg.data]
+        folders = [folder for folder, _ in words] + ([cfg.curriculum] if cfg.curriculum else [])
+        resolved = [os.path.realpath(folder) for folder in folders]
+        if twice := [folder for folder, path in zip(folders, resolved) if resolved.count(path) > 1]:
+            raise BadInput(f"{twice[0]} is named twice by --data and --curriculum: name it once, with the sum of the weights")
+        short = Counter(Path(path).name for path in resolved)
+        self.sources = [Source(Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_"), Shards(folder))
+                        for folder, path in zip(folders, resolved)]
+        if empty := [source.shards.folder for source in self.sources if not source.shards.tokens["train"]]:
+            raise BadInput(f"the train shards of {empty[0]} hold no tokens: make them again, or leave it out")
+        data = self.sources[:len(words)]
+        self.tokens = {split: sum(source.shards.tokens[split] for source in data) for split in ("train", "val")}
+        self.weights = self._weigh([weight for _, weight in words], [source.shards.tokens["train"] for source in data])
+        self.mix = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
+        self.stage = tokens_of(cfg.curriculum_steps or 0, cfg)  # tokens of the run until the curriculum is over
+        self._compare_tokenizers()
+        first = self.sources[0].shards
+        self.tokenizer, self.vocab_size, self.identity = first.tokenizer, first.vocab_size, first.identity
+        if self.is_mixed:
+            self.identity = hashlib.sha256(repr([source.shards.identity for source in self.sources]).encode()).hexdigest()
+
+    @property
+    def is_mixed(self):
+        return len(self.sources) > 1
+
+    def _weigh(self, weights, sizes):
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(weights):
+            raise BadInput("some of --data have a weight and some have none: give every one a weight, or none")
+        weights = np.array(given or sizes, dtype=np.float64)
+        if not 0 < weights.sum() < math.inf:
+            raise BadInput(f"the weights of --data add up to {weights.sum():g}: give at least one above 0")
+        return np.append(weights / weights.sum(), [0.0] * (len(self.sources) - len(weights)))
+
+    def _compare_tokenizers(self):
+        (name, first), *others = ((s.name, s.shards.tokenizer) for s in self.sources)
+        text = None
+        for other_name, other in others:  # a trained tokenizer is the same wherever its file lies
+            if other != first:
+                text = text or load_tokenizer(first).spec
+                if load_tokenizer(other).spec != text:
+                    raise BadInput(f"{name} holds tokens of {first}, and {other_name} of {other}: their ids mean different text; make "
+                                   f"one of them anew with fineweb.py --tokenizer")
+
+    def shares(self, tokens):
+        """How the batch after so many tokens of the run, int64 (n,), is shared out: float64 (n, sources), rows that add up to 1."""
+        shares = np.repeat(self.weights[None], len(tokens), axis=0)
+        if self.mix:
+            progress = tokens / self.stage
+            curriculum = np.where(progress < 1, self.mix(np.minimum(progress, 1.0)), 0.0)
+            shares *= 1 - curriculum[:, None]
+            shares[:, -1] = curriculum
+        return shares
+
+    def epochs(self, tokens):
+        """Passes over each source in a run of so many tokens, float64 (sources,)."""
+        sizes = np.array([source.shards.tokens["train"] for source in self.sources])
+        return self.shares((np.arange(10_000) + 0.5) / 10_000 * tokens).mean(axis=0) * tokens / sizes
+
+    def check_shards(self, tokenizer):
+        """Raises BadInput if a shard cannot be the tokenizer's."""
+        for source in self.sources:
+            check_shards(source.shards, tokenizer)
+
+    def check_length(self, cfg):
+        """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a source of several runs dry."""
+        if (cfg.curriculum_steps or 0) > cfg.steps:
+            raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it")
+        tokens = 0 if cfg.minutes else tokens_of(cfg.steps, cfg)
+        for source, epochs in zip(self.sources, self.epochs(tokens)) if self.is_mixed else ():
+            if epochs > MOST_EPOCHS:
+                raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens {epochs:,.0f} "
+                               f"times, more than {MOST_EPOCHS}; lower its weight, or give it more text")
+
+    def tags(self, prefix, values):
+        """{f"{prefix}_{name}": value} for the sources of a mixture; a single source has no tags of its own."""
+        return {f"{prefix}_{source.name}": value for source, value in zip(self.sources, values, strict=True)} if self.is_mixed else {}
+
+
+def split_weight(word):
+    """DIR[:WEIGHT] -> (folder, weight or None). Raises BadInput for a weight that is none."""
+    folder, colon, number = word.rpartition(":")
+    if not colon or os.path.isdir(word):
+        return word, None
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if 0 <= weight < math.inf:
+        return folder, weight
+    if os.path.isdir(folder):
+        raise BadInput(f"--data {word}: a weight is a number, 0 or greater")
+    return word, None  # C:\data, say
+
+
+def micro_batches(tokens, block_size, stride, micro_batch, processes):
+    """A global batch, int64 (n,) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T) each.
+
+    A row is block_size tokens and the last target, and begins `stride` tokens behind the one before: in a stream of tokens the last target
+    is the next row's first token too, the rows of a Mixture stand apart.
+    """
+    rows = len(tokens) // stride // processes.world_size
+    tokens = to_device(tokens[processes.rank * rows * stride:][:(rows - 1) * stride + block_size + 1], processes.device)
+    rows = tokens.unfold(0, block_size + 1, stride)                                     # (rows, T + 1), a view
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].clone(memory_format=torch.contiguous_format)
+    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
+
+
+class Mixture:
+    """An endless stream of batches whose rows come from several streams; the same for every process, any batch size and micro-batch.
+
+    A row is block_size tokens of one source and the target of the last. Row k of the run is the source's into whose share of [0, 1) the
+    point k / golden ratio mod 1 falls: an additive recurrence (Weyl 1916), whose points are spread so evenly that after n rows each source
+    had its share to within a few rows. So the state is a few integers: rows, and for each source its position and how many tokens it gave.
+    """
+
+    def __init__(self, corpus, streams, block_size, transform=None):
+        """streams: one for each of the corpus's sources, with `read_batch(n, *position)`, `state_dict` and `where` of their own.
+
+        transform: callable run in the prefetch thread, (rows x (block_size + 1),) tokens -> what `next` returns.
+        """
+        self.corpus, self.streams, self.block_size, self.transform = corpus, streams, block_size, transform or (lambda tokens: tokens)
+        self.rows, self.tokens = 0, (0,) * len(streams)
+        self.places = tuple(tuple(stream.state_dict().values()) for stream in streams)
+        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)  # the next batch, by its position and size
+
+    def next(self, n):
+        """The next n tokens, whole rows, each with its last target: int64 (n / block_size x (block_size + 1),), transformed. Advances by n."""
+        self.prefetch(n)
+        (future,) = self.ahead.values()
+        try:
+            batch, self.rows, self.tokens, self.places = future.result()
+        except BadInput as error:  # one process may meet it alone
+            raise RankError(str(error)) from error
+        self.prefetch(n)
+        return batch
+
+    def prefetch(self, n):
+        """Have the next n tokens made ready in the background."""
+        key = (n, self.rows, self.tokens, self.places)
+        if key not in self.ahead:
+            self.ahead = {key: self.cutter.submit(self.read_batch, *key)}
+
+    def read_batch(self, n, rows, tokens, places):
+        """-> (the batch of n tokens from a position on, transformed, and the position after it: rows, tokens, places)."""
+        T, chosen = self.block_size, self._choose(n // self.block_size, rows, sum(tokens))
+        counts = np.bincount(chosen, minlength=len(self.streams)) * T
+        batch, after = np.empty((len(chosen), T + 1), dtype=np.int64), list(places)
+        for i in np.flatnonzero(counts):
+            piece, *after[i] = self.streams[i].read_batch(int(counts[i]), *places[i])
+            batch[chosen == i] = np.lib.stride_tricks.sliding_window_view(piece, T + 1)[::T]
+        return (self.transform(batch.reshape(-1)), rows + len(chosen), tuple(a + int(b) for a, b in zip(tokens, counts)),
+                tuple(map(tuple, after)))
+
+    def _choose(self, n, first, tokens):
+        """The sources of n rows, from row number `first` on, before which the run saw so many tokens: int64 (n,)."""
+        points = (np.arange(first, first + n, dtype=np.uint64) * GOLDEN >> np.uint64(11)) * 2.0 ** -53  # k / golden ratio mod 1
+        ends = self.corpus.shares(tokens + self.block_size * np.arange(n)).cumsum(axis=1)
+        return (points[:, None] >= ends[:, :-1] / ends[:, -1:]).sum(axis=1)
+
+    def state_dict(self):
+        return {"rows": self.rows, "tokens": list(self.tokens), "places": [list(place) for place in self.places]}
+
+    def load_state_dict(self, state):
+        self.rows, self.tokens, self.places = state["rows"], tuple(state["tokens"]), tuple(tuple(place) for place in state["places"])
+
+    def where(self, state):
+        """A position as text: what to look at after a spike."""
+        names = self.streams[0].state_dict()
+        return "; ".join(f"{source.name} {stream.where(dict(zip(names, place, strict=True)))}" for source, stream, place in
+                         zip(self.corpus.sources, self.streams, state["places"], strict=True))
+
+    def progress(self):
+        """By tag, for TensorBoard: the tokens of each source so far, its epoch, its share of the next row."""
+        shares = self.corpus.shares(np.array([sum(self.tokens)]))[0]
+        return {**self.corpus.tags("data/tokens", self.tokens), **self.corpus.tags("data/epoch", [place[0] for place in self.places]),
+                **self.corpus.tags("data/share", shares.tolist())}

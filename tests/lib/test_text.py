@@ -1,0 +1,74 @@
+"""Text out of files and of a hub. Run: python -m pytest tests/lib/test_text.py"""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import tiktoken
+
+from lib import text as texts
+from lib.cli import BadInput
+from lib.tokenizers import EOT, SPLIT
+
+EOT_ID = 50256
+
+
+def other_rule(name):
+    """Another encoding's splitting rule over GPT-2's vocabulary, as its own files are not here."""
+    import tiktoken_ext.openai_public as public
+    gpt2, kept = tiktoken.get_encoding("gpt2"), public.load_tiktoken_bpe
+    public.load_tiktoken_bpe = lambda *_, **__: dict(gpt2._mergeable_ranks)
+    try:
+        rule = SPLIT if name == "ours" else getattr(public, name)()["pat_str"]
+    finally:
+        public.load_tiktoken_bpe = kept
+    return tiktoken.Encoding(name + "-rule", pat_str=rule, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={EOT: EOT_ID})
+
+
+def read_pieces(path, state=None):
+    """A .txt as fineweb.py reads it -> list of (its text, the state behind it)."""
+    source = texts.Source(SimpleNamespace(text_column="text", name=None), [str(path)])
+    return [(rows[0], after) for rows, after in texts.read_txt(source._open(str(path)), str(path), state)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base", "ours"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_pieces_of_a_txt_encode_as_the_whole(name, newline, tmp_path, monkeypatch):
+    encoding = tiktoken.get_encoding("gpt2") if name == "gpt2" else other_rule(name)
+    path = tmp_path / "a.txt"
+    for seed in range(4):
+        random.seed(seed)
+        bits = ["word", "Über", "a", " ", " ", "  ", newline, newline * 2,
+                "\t", "3", "45", "½", "!", "/", "。", "字", "'s", "e\u0301", "_", "🙂"]
+        text = "".join(random.choices(bits, k=3000))
+        path.write_bytes(text.encode())
+        text = text.replace("\r\n", "\n")  # `datasets` reads all line ends as \n
+        monkeypatch.setattr(texts, "TXT_LINES", random.choice([2, 7, 30]))
+        pieces = read_pieces(path)
+        assert len(pieces) > 5 and "".join(piece for piece, _ in pieces) == text
+        assert [t for piece, _ in pieces for t in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
+        for middle in (0, len(pieces) // 2, len(pieces) - 2):  # JSON, as in meta.json
+            rest = read_pieces(path, json.loads(json.dumps(pieces[middle][1])))
+            assert "".join(piece for piece, _ in rest) == "".join(piece for piece, _ in pieces[middle + 1:])
+
+
+def test_a_txt_without_a_place_to_cut_is_read_in_bounded_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "TXT_LINES", 2)
+    (tmp_path / "a.txt").write_text("-\n" * 1000)
+    pieces = [piece for piece, _ in read_pieces(tmp_path / "a.txt")]
+    assert "".join(pieces) == "-\n" * 1000 and max(map(len, pieces)) == 2 * 65 * 2
+
+
+def test_seen_forgets_only_when_full_and_is_restored_at_any_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts.Seen, "BUCKETS", 4)
+    seen, documents = texts.Seen(tmp_path / "hashes.bin"), [str(n % 20) for n in range(50)]
+    seen.rewind(0)
+    assert seen.new(documents) == documents[:20] and seen.count == 20  # 20 hashes in 32 slots
+    many = [f"document {n}" for n in range(500)]
+    assert seen.new(many) == many and len(seen.new(many)) > 400  # forgotten: they stay in, nothing new is lost
+    other = texts.Seen(tmp_path / "hashes.bin")
+    other.rewind(10)
+    assert other.new(documents) == documents[10:20]
+    with pytest.raises(BadInput, match="holds .* hashes, not the 9,999"):
+        other.rewind(9999)

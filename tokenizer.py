@@ -1,0 +1,95 @@
+"""Train a tokenizer on your own text, and compare tokenizers.
+
+    python tokenizer.py train --source a.parquet folder/ --vocab_size 32768 --out bpe32k
+    python tokenizer.py compare --source val.parquet --tokenizer gpt2 o200k_base bpe32k --width 768
+    python fineweb.py --source a.parquet folder/ --tokenizer bpe32k/tokenizer.json --out mine
+
+The folder holds what Hugging Face's libraries load, too: AutoTokenizer.from_pretrained("bpe32k") gives the same ids.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.cli import BadInput, flag, parse, run, subcommand
+from lib.files import make_folder, write_json
+from lib.text import Source, find_parts
+from lib.tokenizers import BPE_TEXT, EOT, MAX_BPE, RESERVED, load_tokenizer, train_bpe
+
+COMPARED = 20_000_000  # characters of --source that are encoded to compare
+PADDED = 128           # rows of the embedding are padded to a multiple, as in train_gpt2.py
+
+
+@dataclass
+class Text:
+    source: tuple[str, ...] = flag((), "local files, folders and globs of parquet, jsonl(.gz|.zst) or txt, or a dataset id of the hub")
+    name: str | None = flag(None, "configuration of the dataset")
+    text_column: str = flag("text", "column that holds the text")
+
+
+@dataclass
+class Train:
+    vocab_size: int = flag(32_768, f"ids: bytes, merges, end-of-text and {len(RESERVED)} reserved for chat", above=0, at_most=MAX_BPE)
+    out: str | None = flag(None, "folder of the tokenizer")
+
+
+@dataclass
+class Compare:
+    tokenizer: tuple[str, ...] = flag(("gpt2", "cl100k_base", "o200k_base"), "tiktoken names, and tokenizer.json files or folders that hold one")
+    width: int = flag(768, "n_embd of the model", above=0, at_most=65_536)
+
+
+def main(argv):
+    command, flags = subcommand(argv, {"train": train, "compare": compare}, __doc__)
+    command(flags)
+
+
+def read(cfg, characters):
+    """The documents of --source, until so many characters are read."""
+    if not cfg.source:
+        raise BadInput("name the text by --source")
+    return Source(cfg, [part for source in cfg.source for part in find_parts(source)]).texts(characters)
+
+
+def train(argv):
+    (text, cfg), _ = parse((Text, Train), argv, __doc__)
+    if cfg.out is None:
+        raise BadInput("name the folder of the tokenizer by --out")
+    out = Path(cfg.out)
+    if os.path.lexists(out / "tokenizer.json"):
+        raise BadInput(f"{out}/ holds a tokenizer.json already: give another --out")
+    texts = read(text, BPE_TEXT)
+    make_folder(out, "give another --out")
+    started = time.perf_counter()
+    tokenizer = train_bpe(texts, cfg.vocab_size)
+    write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
+    tokenizer.save(out / "tokenizer.json")
+    print(f"{out}/tokenizer.json: {cfg.vocab_size:,} ids after {time.perf_counter() - started:.1f} s, the last "
+          f"{1 + len(RESERVED)} are {EOT} {' '.join(RESERVED)}")
+
+
+def compare(argv):
+    (text, cfg), _ = parse((Text, Compare), argv, __doc__)
+    texts = list(read(text, COMPARED))
+    size = sum(len(one.encode(errors="replace")) for one in texts)
+    print(f"{size:,} bytes of {len(texts):,} documents, one thread\n"
+          f"{'tokenizer':28} {'ids':>9} {'bytes/token':>12} {'tokens/s':>12} {'MB/s':>7} {f'embedding parameters at {cfg.width}':>33}")
+    for spec in cfg.tokenizer:
+        try:
+            tokenizer = load_tokenizer(spec)
+        except BadInput as error:
+            if len(cfg.tokenizer) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        started = time.perf_counter()
+        tokens = sum(len(tokenizer.encode(one)) for one in texts)
+        seconds, rows = time.perf_counter() - started, -(-tokenizer.vocab_size // PADDED) * PADDED
+        print(f"{spec[-28:]:28} {tokenizer.vocab_size:9,} {size / max(tokens, 1):12.3f} {tokens / seconds:12,.0f} {size / seconds / 1e6:7.1f} "
+              f"{rows * cfg.width:33,}")
+
+
+if __name__ == "__main__":
+    run(main)
