@@ -51,11 +51,12 @@ def describe(cfg, model, shards, processes):
     counts, c, device = model.parameter_counts(), model.config, processes.device
     rows, tokens, flops = cfg.total_batch_size // c.block_size // processes.world_size, cfg.steps * cfg.total_batch_size, model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    active = f", {counts['active']:,} of them active per token" if counts["active"] < counts["total"] else ""
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
               f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({tokens / shards.tokens['train']:.2f} epochs), "
               f"{tokens * flops:.2e} FLOPs")
     return "\n".join([
-        f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
+        f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"{flops / 1e6:,.1f} MFLOPs per token",
         f"data    {cfg.data}: {shards.tokens['train']:,} train tokens in {len(shards.train)} shards, "
         f"validation on {min(cfg.val_tokens, shards.tokens['val'] - 1) // c.block_size * c.block_size:,}; vocabulary {c.vocab_size:,}, "

@@ -47,8 +47,9 @@ class Resume:
         Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds; notes the others that differ.
         """
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
-        free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
-        for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
+        free = {"dropout", "init", "balance", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
+        defaults = {f.name: f.default for f in fields(model_cfg)}  # what a checkpoint does not name is newer than it, and was off
+        for config, before in ((cfg, self.state["train_config"]), (model_cfg, defaults | self.state["model_config"])):
             for name in (f.name for f in fields(config) if f.name in before and f.name not in OF_A_START):
                 own = getattr(config, name)
                 if name not in explicit:
