@@ -62,34 +62,28 @@ def check_experts(config, hidden):
 # Products and permutations
 
 
-# an operator of our own around torch's: to torch.compile, that of torch 2.11 to 2.13 takes nothing but bf16
-@torch.library.custom_op("moe::grouped_mm", mutates_args=())
-def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Matrix products of groups; group e is number ends[e - 1] to ends[e] - 1 along the dimension n. ends: int32 (E,).
+# operators of our own around F.grouped_mm: torch 2.11 to 2.13 compile it for bf16 alone; and inside them, a transposed view is no copy
+@torch.library.custom_op("moe::grouped_linear", mutates_args=())
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows x (n, in), sorted by expert, each times its expert's matrix, weight (E, out, in) -> (n, out).
 
-    a (n, i), b (E, i, o) -> (n, o): the rows of each group times its matrix.
-    a (r, n), b (n, c) -> (E, r, c): columns times rows of each group, zero for an empty one.
+    ends: int32 (E,), where each expert's rows end; an expert may have none, and then its gradient is zero.
     """
-    return F.grouped_mm(a, b, offs=ends)
+    return F.grouped_mm(x, weight.mT, offs=ends)
 
 
-@grouped_mm.register_fake
-def _(a, b, ends):
-    return a.new_empty((a.size(0), b.size(2)) if b.dim() == 3 else (len(ends), a.size(0), b.size(1)))
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):
-    a, b, ends = ctx.saved_tensors
+@torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and weight from that of the output."""
     grad = grad.contiguous()  # an expanded one has strides that the kernel does not take
-    # columns of the gradient times rows of the input: the one layout in which the kernel takes groups of any size, also empty ones
-    return grouped_mm(grad, b.mT, ends), grouped_mm(grad.mT, a, ends).mT, None
+    # columns of grad times rows of x: the one layout in which it takes groups of any size along the dimension that is summed
+    return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.mT, x, offs=ends)
 
 
-grouped_mm.register_autograd(_backward, setup_context=_save)
+grouped_linear.register_fake(lambda x, weight, ends: x.new_empty(x.size(0), weight.size(1)))
+grouped_linear_backward.register_fake(lambda grad, x, weight, ends: (torch.empty_like(x), torch.empty_like(weight)))
+grouped_linear.register_autograd(lambda ctx, grad: (*grouped_linear_backward(grad, *ctx.saved_tensors), None),
+                                 setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class _Permute(torch.autograd.Function):
@@ -118,7 +112,7 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, n_out, n_in))
 
     def forward(self, x, ends):
-        return grouped_mm(cast(x), cast(self.weight).mT, ends)
+        return grouped_linear(cast(x), cast(self.weight), ends)
 
 
 class NoShared(nn.Module):

@@ -13,7 +13,7 @@ import train_gpt2
 from lib import checkpoint
 from lib.cli import BadInput
 from lib.decoding import SampleConfig, generate, sample
-from lib.moe import BALANCE_LOSS, BIAS_RATE, PATIENCE, LoadBalancer, MoE, grouped_mm
+from lib.moe import BALANCE_LOSS, BIAS_RATE, PATIENCE, LoadBalancer, MoE, grouped_linear
 from lib.muon import orthogonalize
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, MLPS, TrainConfig
@@ -98,11 +98,11 @@ def test_groups_of_any_size_and_empty_ones_in_bf16(device):
     w = torch.randn(len(sizes), 40, 64, device=device).bfloat16().requires_grad_()  # (out, in), as the layers keep them
     away = torch.randn(sum(sizes), 40, device=device).bfloat16()
     want = torch.cat([part @ matrix.T for part, matrix in zip(a.split(sizes), w, strict=True)])
-    have = grouped_mm(a, w.mT, ends)
+    have = grouped_linear(a, w, ends)
     torch.testing.assert_close(have, want, rtol=2e-2, atol=0.1)
     for mine, theirs in zip(torch.autograd.grad((have * away).sum(), (a, w)), torch.autograd.grad((want * away).sum(), (a, w)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0.5)
-    assert not torch.autograd.grad(grouped_mm(a, w.mT, ends).sum(), w)[0][0].any()  # zero, not missing; and a gradient without strides
+    assert not torch.autograd.grad(grouped_linear(a, w, ends).sum(), w)[0][0].any()  # zero, not missing; and a gradient without strides
 
 
 def test_the_router_is_in_fp32_under_autocast():
