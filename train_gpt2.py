@@ -807,7 +807,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             # ---- clip and update, unless non-finite: the same decision on every process
             run.wait_copied()  # what is being saved must not change yet
             multiplier, finite = lr_multiplier(step, cfg), math.isfinite(loss) and math.isfinite(norm)
-            routing = balance(finite)  # of experts
+            routing = balance(finite)  # of experts; the device has just been waited for, so reading it again costs nothing
             if finite:
                 if cfg.grad_clip:
                     torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
@@ -827,7 +827,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "optim/skipped_steps": skipped, "perf/tok_per_sec": cfg.total_batch_size / seconds, "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3, "perf/mfu": flops / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}, **routing}, seconds)
+                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)},
+                **routing}, seconds)
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
@@ -912,8 +913,8 @@ def check_run(cfg, c, explicit, world_size):
 
     need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(c.n_experts or not explicit & ExpertConfig.__annotations__.keys(),
-         f"{', '.join(f'--{name}' for name in ExpertConfig.__annotations__)} are for Mixture of Experts: give --n_experts, above 0")
+    of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
+    need(c.n_experts or not of_experts, f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
     need(len({"epochs", "max_steps", "minutes"} & explicit) < 2, "--epochs, --max_steps and --minutes each set the length: give one of them")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = cfg.total_batch_size, c.block_size

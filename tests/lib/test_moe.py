@@ -341,7 +341,7 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, da
 
 
 def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
-    folder = train(data, tmp_path / "dense", "--max_steps", 2, "--warmup_steps", 0)
+    folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps", 0)
     with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
     state = torch.load(folder / "ckpt_00002.pt", weights_only=True)
@@ -350,5 +350,5 @@ def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
     with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
     again(folder, "--max_steps", 4)
-    with pytest.raises(BadInput, match="--n_active.* are for Mixture of Experts: give --n_experts"):
-        train(data, tmp_path / "a", "--n_active", 2)
+    with pytest.raises(BadInput, match="--n_active, --router: for Mixture of Experts, give --n_experts above 0"):
+        train(data, tmp_path / "a", "--n_active", 2, "--router", "softmax")
