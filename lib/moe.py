@@ -163,7 +163,7 @@ class MoE(nn.Module):
     def forward(self, x):
         B, T, C = x.shape
         gates, picked, counts = self.route(x)
-        # 1) sort (token, pick) by expert; a sort of bytes takes the GPU a quarter of the passes
+        # 1) sort (token, pick) by expert; bytes sort in the fewest passes
         order = picked.flatten().to(torch.uint8).argsort(stable=True)                   # (B T K,)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         ends = counts.sum(dim=0).cumsum(0).to(torch.int32)                              # (E,)
