@@ -19,6 +19,7 @@ Improvements over the baseline and their flags:
     bounded logits        --softcap        weight initialization  --init
     no biases             --no-bias        dropout                --dropout
     untied head           --no-tie_embeddings
+    Mixture of Experts    --n_experts
 
 Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard events, ckpt_<step>.pt.
 """
@@ -49,6 +50,7 @@ from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
 from lib.mixture import Corpus, Mixture, micro_batches
+from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.run_folder import RunFolder, find_resume
 from lib.shards import check_ids, read_shard
@@ -60,7 +62,7 @@ from lib.tokenizers import load_tokenizer
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     # shape
     block_size: int = flag(1024, "context length, tokens", at_least=2, at_most=2**20)
     n_layer: int = flag(12, "transformer blocks", above=0, at_most=1000)
@@ -295,41 +297,51 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v_first
 
 
-class GeluMLP(nn.Module):
-    """GPT-2's: 4C hidden units, GELU in the tanh form (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+class MLP(nn.Module):
+    """Two linear layers around `act`, with `width` hidden units or those of the kind. Experts (lib/moe.py) are made of the same parts."""
 
-    def __init__(self, config):
+    fused, penalty = 1, 0.0  # matrices that c_fc holds; auxiliary losses, which only a MoE has
+
+    def __init__(self, config, width=None):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        width = width or self.width(config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, self.fused * width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.act(self.c_fc(x)))
+
+    @staticmethod
+    def width(n_embd):
+        return 4 * n_embd
 
 
-class ReLU2MLP(GeluMLP):
+class GeluMLP(MLP):
+    """GPT-2's: GELU in the tanh form (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+    act = staticmethod(partial(F.gelu, approximate="tanh"))
+
+
+class ReLU2MLP(MLP):
     """Squared ReLU (So et al. 2021, Primer, https://arxiv.org/abs/2109.08668)."""
-
-    def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+    act = staticmethod(lambda h: F.relu(h).square())
 
 
-class SwiGLUMLP(nn.Module):
-    """Shazeer 2020, https://arxiv.org/abs/2002.05202.
+class SwiGLUMLP(MLP):
+    """Shazeer 2020, https://arxiv.org/abs/2002.05202. Gate and value are one matrix.
 
     Three matrices instead of two, so 8/3 C hidden units instead of 4C keep the parameter count (2048 at C = 768);
-    rounded to a multiple of 16 for the tensor cores. Gate and value are one matrix.
+    rounded to a multiple of 16 for the tensor cores.
     """
+    fused = 2
 
-    def __init__(self, config):
-        super().__init__()
-        hidden = 16 * max(round(config.n_embd * 8 / 3 / 16), 1)
-        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+    @staticmethod
+    def width(n_embd):
+        return 16 * max(round(n_embd * 8 / 3 / 16), 1)
 
-    def forward(self, x):
-        gate, value = self.c_fc(x).chunk(2, dim=-1)
-        return self.c_proj(F.silu(gate) * value)
+    @staticmethod
+    def act(h):
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate) * value
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
@@ -344,7 +356,7 @@ class Block(nn.Module):
         self.token_shift = TokenShift(config.n_embd) if config.token_shift else First()
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = NORMS[config.norm](config.n_embd, config.bias)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = MoE(config, MLPS[config.mlp]) if config.n_experts else MLPS[config.mlp](config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, x0, v_first, positions, kv_cache=None):
@@ -394,24 +406,26 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return soft_cap(self.lm_head(x[logits_at])[..., :self.config.vocab_size], self.config.softcap)  # (B, T, V), cut
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
+        return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with the gradient of auxiliary losses
 
     def parameter_counts(self):
-        """dict of parameter counts: total, embedding (tokens, positions and an untied head), layer (one block)."""
+        """dict of parameter counts: total, active (used per token), embedding (tokens, positions and an untied head), layer (one block)."""
         total = sum(p.numel() for p in self.parameters())
         layer = sum(p.numel() for p in self.transformer.h[0].parameters())
         outside = sum(p.numel() for name, p in self.named_parameters() if name.split(".")[-2] in ("wte", "wpe", "lm_head"))
-        return {"total": total, "embedding": outside, "layer": layer}
+        idle = sum(p[0].numel() * (len(p) - self.config.n_active) for p in self.parameters() if p.dim() == 3)  # (experts, rows, columns)
+        return {"total": total, "active": total - idle, "embedding": outside, "layer": layer}
 
     def flops_per_token(self):
         """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
 
-        N leaves out what is looked up rather than multiplied: learned positions, and the embedding of an untied head.
+        N leaves out what is looked up rather than multiplied: learned positions, and the embedding of an untied head; and idle experts.
         """
         c = self.config
         looked_up = sum(p.numel() for name, p in self.named_parameters()
                         if name == "transformer.wpe.weight" or (name == "transformer.wte.weight" and not c.tie_embeddings))
-        n = self.parameter_counts()["total"] - looked_up
+        n = self.parameter_counts()["active"] - looked_up
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
@@ -422,7 +436,7 @@ class GPT(nn.Module):
 
 def row_blocks(config):
     """How many matrices, one below the other, a fused weight holds: q, k, v; gate, value."""
-    return {"c_attn": 3, "c_fc": 2 if config.mlp == "swiglu" else 1, "c_proj": 1}
+    return {"c_attn": 3, "c_fc": MLPS[config.mlp].fused, "c_proj": 1, "router": 1}
 
 
 @torch.no_grad()
@@ -436,7 +450,7 @@ def init_weights(model):
     2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head have std 0.02, but for the tied table below.
     zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0: every block starts as the identity; an untied table has std 1.
     A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a larger one the first logits would
-    favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where several are fused.
+    favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where several are fused, of one expert.
     """
     config, residual_scale = model.config, (2 * model.config.n_layer) ** -0.5
     zero_proj, tied_small = config.init == "zero_proj", config.tie_embeddings and config.emb_norm
@@ -456,7 +470,7 @@ def init_weights(model):
         elif module == "wpe":
             p.normal_(std=0.01)
         elif module in fused:
-            fan_out, fan_in = p.size(0) / fused[module], p.size(1)
+            fan_out, fan_in = p.size(-2) / fused[module], p.size(-1)
             std = {"gpt2": 0.02,
                    "xavier": math.sqrt(2 / (fan_in + fan_out)),
                    "kaiming": math.sqrt((2 if module == "c_fc" else 1) / fan_in),
@@ -743,6 +757,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
+    balance = LoadBalancer(model, processes, lambda line: run.say(f"step {step} | {line}"))
 
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False, "loader": stream.state_dict(),
@@ -810,8 +825,9 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
             # ---- clip and update, unless non-finite: the same decision on every process
             run.wait_copied()  # what is being saved must not change yet
-            multiplier = lr_multiplier(step, cfg)
-            if math.isfinite(loss) and math.isfinite(norm):
+            multiplier, finite = lr_multiplier(step, cfg), math.isfinite(loss) and math.isfinite(norm)
+            routing = balance(finite)  # of experts; the device has just been waited for, so reading it again costs nothing
+            if finite:
                 if cfg.grad_clip:
                     torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
                 for group in optimizer.param_groups:
@@ -830,7 +846,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 "optim/skipped_steps": skipped, "perf/tok_per_sec": tokens / seconds, "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3, "perf/mfu": flops * tokens / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-                "perf/recompilations": monitor.count, **stream.progress(), **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
+                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)},
+                **stream.progress(), **routing}, seconds)
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
@@ -902,6 +919,7 @@ def check_model(c):
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
     if c.pos == "rope" and c.n_embd // c.n_head % 2:
         raise BadInput(f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
+    check_experts(c, MLPS[c.mlp].width(c.n_embd))
 
 
 def check_run(cfg, c, explicit, world_size):
@@ -913,6 +931,8 @@ def check_run(cfg, c, explicit, world_size):
     need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
     need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
+    of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
+    need(c.n_experts or not of_experts, f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = cfg.total_batch_size, c.block_size
     if batch_size(0, cfg) < B:

@@ -52,7 +52,8 @@ def main():
     for path in args.checkpoint:
         model, tokenizer, state = load_checkpoint(path)
         trained, sizes, kind = model.config.block_size, tokenizer.token_bytes(), model.config.pos
-        shards = Shards(args.data or state["train_config"]["data"])
+        folder = args.data or split_weight(state["train_config"]["data"][0])[0]
+        shards = Shards(folder)
         longest = round(EDGES[-1] * trained)
         n = min(args.tokens, shards.tokens["val"] - 1) // longest * longest
         tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).read_batch(n, 0, 0, 0)

@@ -119,6 +119,7 @@ def describe(cfg, model, corpus, processes):
     counts, c, device, halved = model.parameter_counts(), model.config, processes.device, _halved(cfg)
     rows, tokens, flops = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    active = f", {counts['active']:,} of them active per token" if counts["active"] < counts["total"] else ""
     epochs = tokens / corpus.tokens["train"]
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
               f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs, "
@@ -134,7 +135,7 @@ def describe(cfg, model, corpus, processes):
     if corpus.is_mixed and cfg.curriculum:
         data[-1] += f"; the curriculum of the first {cfg.curriculum_steps:,} steps, {cfg.curriculum_mix}"
     return "\n".join([
-        f"model   {counts['total']:,} parameters: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
+        f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",
         *data,
         f"length  {length}",

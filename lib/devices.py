@@ -105,7 +105,7 @@ def parallel(model, processes):
     """The module to train: averages gradients over the processes (DDP), or `model` itself where there is one process."""
     if not processes.distributed:
         return model
-    # the only buffers are RoPE's constant tables; torch 2.13 renamed the option that leaves them alone
+    # buffers are constant tables, or what LoadBalancer keeps equal; torch 2.13 renamed the option that leaves them alone
     names = inspect.signature(DDP).parameters
     buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
     return DDP(model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None, gradient_as_bucket_view=True, **buffers)

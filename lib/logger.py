@@ -75,7 +75,7 @@ class Logger:
     # -- a step, an evaluation --
 
     def log_step(self, step, scalars, seconds):
-        """One training step: its scalars by tag (None: not known here) to TensorBoard and, the main ones, to log.txt and the console."""
+        """One training step: its scalars by tag (None: not known here; a list: a histogram's bars) to TensorBoard and, the main ones, to log.txt and the console."""
         if step > self.first_step:
             self.recent.append(seconds)
         typical = statistics.median(self.recent or [seconds])
@@ -106,13 +106,16 @@ class Logger:
                 self.text(step, tag, "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
     def scalars(self, step, scalars):
-        """Numbers by tag to TensorBoard, losses and evaluations also as lines `step kind value` of log.txt."""
+        """Numbers by tag to TensorBoard, losses and evaluations also as lines `step kind value` of log.txt; a list becomes a histogram."""
         _, summary = self.protos
-        scalars = {tag: value for tag, value in scalars.items() if value is not None}
+        bars = {tag: value for tag, value in scalars.items() if isinstance(value, list)}
+        scalars = {tag: value for tag, value in scalars.items() if value is not None and tag not in bars}
         for tag, value in scalars.items():
             if kind := RECORDED.get(tag, tag if tag.startswith("eval/") else None):
                 self.file.write(f"{step} {kind} {value:.6f}\n")
-        self._event(summary=summary.Summary(value=[summary.Summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]), step=step)
+        values = [summary.Summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
+        values += [summary.Summary.Value(tag=tag, histo=histogram(counts)) for tag, counts in bars.items()]
+        self._event(summary=summary.Summary(value=values), step=step)
 
     def text(self, step, tag, text):
         from torch.utils.tensorboard.summary import text as summary
@@ -144,6 +147,12 @@ class Logger:
         for file in (self.records, self.file):
             with contextlib.suppress(OSError):  # a full disk has been reported by now
                 file.close()
+
+
+def histogram(counts):
+    """The fields of TensorBoard's histogram in which the bar from i - 0.5 to i + 0.5 is counts[i]."""
+    return {"min": -0.5, "max": len(counts) - 0.5, "num": sum(counts), "sum": sum(i * n for i, n in enumerate(counts)),
+            "sum_squares": sum(i * i * n for i, n in enumerate(counts)), "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts}
 
 
 class SpikeDetector:

@@ -49,7 +49,7 @@ class Resume:
         folders = self.state["train_config"]["data"]  # older versions knew one
         self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
-        free = {"dropout", "init"} | ({"block_size"} if rope else set())  # do not shape the weights
+        free = {"dropout", "init", "balance", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
             for name, was in ((f.name, before.get(f.name, f.default)) for f in fields(config) if f.name not in OF_A_START):
                 own = getattr(config, name)  # a setting younger than the checkpoint was off, whatever its preset says today

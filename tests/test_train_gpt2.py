@@ -46,7 +46,7 @@ from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, ShardLoader, TrainConfig
 TOGGLES = {"mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"), "pos": ("learned", "rope"),
            "emb_norm": (False, True), "qk_norm": (False, True), "bias": (True, False), "tie_embeddings": (True, False),
            "dropout": (0.0, 0.1)}
-RECIPE = {"value_residual": (False, True), "residual_scalars": (False, True), "softcap": (0.0, 15.0)}
+RECIPE = {"value_residual": (False, True), "residual_scalars": (False, True), "softcap": (0.0, 15.0), "n_experts": (0, 4)}
 
 
 def combinations(*names):

@@ -1,0 +1,354 @@
+"""Mixture of Experts against a plain loop over experts, alone and in real runs: python -m pytest tests/lib/test_moe.py"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY_FLAGS, read_log, tiny
+from runs import again, assert_same_runs, cut, scalars, train
+
+import train_gpt2
+from lib import checkpoint
+from lib.cli import BadInput
+from lib.decoding import SampleConfig, generate, sample
+from lib.moe import BALANCE_LOSS, BIAS_RATE, PATIENCE, LoadBalancer, MoE, grouped_linear
+from lib.muon import orthogonalize
+from lib.tokenizers import load_tokenizer
+from train_gpt2 import GPT, MLPS, TrainConfig
+
+EXPERTS = ["--n_experts", 4, "--mlp", "swiglu", "--optimizer", "muon", "--max_lr", 0.02, "--vector_lr", 5e-3, "--embedding_lr", 5e-3]
+ALONE = SimpleNamespace(distributed=False)
+
+
+def layer_of(std=0.2, **settings):
+    """A MoE of width 32 with random weights and biases that change what is picked."""
+    torch.manual_seed(1)
+    config = tiny(**dict(n_experts=5, n_active=2) | settings)
+    layer = MoE(config, MLPS[config.mlp])
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=std)
+    torch.nn.init.normal_(layer.bias, std=0.1)
+    return config, layer
+
+
+def plain(config, layer, x):
+    """The same written out: token by token, expert by expert."""
+    out = []
+    for token in x.flatten(0, 1):
+        z = layer.router.weight @ token
+        scores = torch.sigmoid(z) if config.router == "sigmoid" else z.exp() / z.exp().sum()
+        picked = sorted(range(config.n_experts), key=lambda e: -(scores[e] + layer.bias[e]).item())[:config.n_active]
+        y = sum(scores[e] * (layer.c_proj.weight[e] @ activation(config.mlp, layer.c_fc.weight[e] @ token)) for e in picked)
+        y = y / sum(scores[e] for e in picked)
+        if config.n_shared:
+            y = y + layer.shared.c_proj.weight @ activation(config.mlp, layer.shared.c_fc.weight @ token)
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+def activation(mlp, h):
+    if mlp == "swiglu":
+        return F.silu(h[:len(h) // 2]) * h[len(h) // 2:]
+    return h.clamp(min=0) ** 2 if mlp == "relu2" else F.gelu(h, approximate="tanh")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+@pytest.mark.parametrize("mlp", MLPS)
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("n_shared", [0, 1])
+def test_equals_a_plain_loop_over_experts(mlp, router, n_shared):
+    config, layer = layer_of(mlp=mlp, router=router, n_shared=n_shared, bias=False)
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    wrt, away = [x, *layer.parameters()], torch.randn(2, 7, 32)
+    want, have = plain(config, layer, x), layer(x)
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad((have * away).sum(), wrt), torch.autograd.grad((want * away).sum(), wrt), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert a.any()
+
+
+@pytest.mark.parametrize("mlp", MLPS)
+def test_one_expert_is_the_dense_mlp(mlp):
+    config, layer = layer_of(mlp=mlp, n_experts=1, n_active=1, bias=False)
+    dense = MLPS[mlp](config)
+    assert layer.c_fc.weight.shape[1:] == dense.c_fc.weight.shape and layer.c_proj.weight.shape[1:] == dense.c_proj.weight.shape
+    for module in ("c_fc", "c_proj"):
+        getattr(dense, module).weight.data = getattr(layer, module).weight[0].data
+    x, y = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32, requires_grad=True)
+    y.data = x.data
+    layer(x).square().sum().backward()
+    dense(y).square().sum().backward()
+    torch.testing.assert_close(layer(x), dense(y), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    for module in ("c_fc", "c_proj"):
+        torch.testing.assert_close(getattr(layer, module).weight.grad[0], getattr(dense, module).weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_groups_of_any_size_and_empty_ones_in_bf16(device):
+    torch.manual_seed(0)
+    sizes = [0, 1, 7, 0, 300, 13, 0]
+    ends = torch.tensor(sizes, device=device).cumsum(0).int()
+    a = torch.randn(sum(sizes), 64, device=device).bfloat16().requires_grad_()
+    w = torch.randn(len(sizes), 40, 64, device=device).bfloat16().requires_grad_()  # (out, in), as the layers keep them
+    away = torch.randn(sum(sizes), 40, device=device).bfloat16()
+    want = torch.cat([part @ matrix.T for part, matrix in zip(a.split(sizes), w, strict=True)])
+    have = grouped_linear(a, w, ends)
+    torch.testing.assert_close(have, want, rtol=2e-2, atol=0.1)
+    for mine, theirs in zip(torch.autograd.grad((have * away).sum(), (a, w)), torch.autograd.grad((want * away).sum(), (a, w)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0.5)
+    assert not torch.autograd.grad(grouped_linear(a, w, ends).sum(), w)[0][0].any()  # zero, not missing; and a gradient without strides
+
+
+def test_the_router_is_in_fp32_under_autocast():
+    config, layer = layer_of(bias=False)
+    x = torch.randn(2, 64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, gates = layer(x), layer.route(x)[0]
+    assert low.dtype == torch.bfloat16 and torch.equal(gates, layer.route(x)[0])
+    torch.testing.assert_close(low.float(), layer(x), rtol=0.05, atol=0.1)
+
+
+def test_the_bias_picks_and_does_not_weigh():
+    _, layer = layer_of()
+    x = torch.randn(1, 50, 32)
+    layer.bias.zero_()
+    gates, picked, _ = layer.route(x)
+    layer.bias += torch.tensor([0, 0, 0, 9.0, 0])
+    forced_gates, forced, counts = layer.route(x)
+    assert (forced == 3).any(-1).all() and counts[0, 3] == 50 and not (picked == 3).any(-1).all()
+    scores = torch.sigmoid(x @ layer.router.weight.T).gather(-1, forced)
+    torch.testing.assert_close(forced_gates, scores / scores.sum(-1, keepdim=True))
+    same = (forced == picked).all(-1)
+    assert same.any() and torch.equal(gates[same], forced_gates[same])
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
+    settings = dict(router=router, bias=False, n_experts=5, mlp="relu2")
+    config = tiny(balance="loss", router_z_loss=0.3, **settings)
+    model, without = GPT(config), GPT(tiny(**settings))
+    without.load_state_dict(model.state_dict())
+    idx = torch.randint(61, (3, 17))
+    inputs = {}
+    for i, block in enumerate(model.transformer.h):
+        block.mlp.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0]))
+    loss, loss_without = (m(idx[:, :-1], idx[:, 1:]) for m in (model, without))
+    assert torch.equal(loss, loss_without)
+
+    T, E, K, written_out = 16, 5, 2, loss_without.new_zeros(())
+    for i, block in enumerate(model.transformer.h):
+        for row in inputs[i]:
+            z = row @ block.mlp.router.weight.T                                         # (T, E)
+            p = z.softmax(-1) if router == "softmax" else z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+            f = torch.zeros(E)
+            for t in range(T):
+                f[p[t].topk(K).indices] += 1 / (T * K)
+            written_out = written_out + T * BALANCE_LOSS * E * (f * p.mean(0)).sum() + 0.3 * z.exp().sum(-1).log().square().sum()
+    parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
+    want = [b + (0 if a is None else a) for a, b in zip(torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True),
+                                                        torch.autograd.grad(loss_without, list(without.parameters())), strict=True)]
+    for name, a, b in zip(names, torch.autograd.grad(loss, parameters), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
+    idx = torch.randint(61, (2, 17))
+    for settings in (dict(), dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1, mlp="swiglu")):
+        torch._dynamo.reset()
+        model = GPT(tiny(n_experts=4, **settings))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+        loss = model(idx[:, :-1], idx[:, 1:])
+        want = torch.autograd.grad(loss, list(model.parameters()))
+        seen = [block.mlp.seen.clone() for block in model.transformer.h]
+        for n in (2, 3):
+            have = compiled(idx[:, :-1], idx[:, 1:])
+            torch.testing.assert_close(have, loss)
+            torch.testing.assert_close(torch.autograd.grad(have, list(model.parameters())), want)
+            torch.testing.assert_close([block.mlp.seen for block in model.transformer.h], [n * s for s in seen])
+        compiled.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(idx[:, 1:]), model(idx[:, 1:]))
+        torch.testing.assert_close([block.mlp.seen for block in model.transformer.h], [3 * s for s in seen])
+        assert not [name for name in model.state_dict() if "seen" in name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Balance
+
+
+def test_biases_are_nudged_by_hand():
+    model, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2)), []
+    first, second = (block.mlp for block in model.transformer.h)
+    first.seen += 99  # of passes before, such as a probe of the memory
+    balance = LoadBalancer(model, ALONE, lines.append)
+    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0, 12.0])  # 12 picks of 6 tokens: 3 for each expert would be even
+    second.seen += torch.tensor([3.0, 3.0, 3.0, 3.0, 6.0, 6.0])
+    told = balance(True)
+    assert first.bias.tolist() == pytest.approx([-BIAS_RATE, BIAS_RATE, BIAS_RATE, -BIAS_RATE]) and not second.bias.any()
+    assert told["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3]) and told["moe/load_01"] == [1, 1, 1, 1]
+    assert [told[f"moe/{name}_00"] for name in ("max_load", "dead", "logit_norm", "entropy")] == pytest.approx([2, 1, 5, 2])
+    before = first.bias.clone()
+    first.seen += torch.tensor([9.0, 1.0, 1.0, 1.0, math.nan, 0.0])
+    second.seen += torch.ones(6)
+    balance(False)  # a step that is skipped
+    assert torch.equal(first.bias, before) and not first.seen.any() and lines == []
+    assert LoadBalancer(GPT(tiny()), ALONE, lines.append)(True) == {}
+
+
+def test_what_is_measured_in_a_pass():
+    model, idx = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax", bias=False)), torch.randint(61, (3, 16))
+    layer, inputs = model.transformer.h[0].mlp, []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    balance = LoadBalancer(model, ALONE, print)
+    for _ in range(2):  # two micro-batches
+        model(idx)
+    told, z = balance(True), torch.cat(inputs) @ layer.router.weight.detach().T
+    picked = z.topk(2).indices.flatten().bincount(minlength=4)
+    assert told["moe/load_00"] == pytest.approx((picked / picked.float().mean()).tolist())
+    assert told["moe/logit_norm_00"] == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-5)
+    assert told["moe/entropy_00"] == pytest.approx(torch.distributions.Categorical(logits=z).entropy().mean().item(), rel=1e-5)
+
+
+def test_a_collapsed_router_is_reported_and_evened_out():
+    torch.manual_seed(0)
+    model, idx, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2, emb_norm=True)), torch.randint(61, (4, 16)), []
+    collapsed, balance = model.transformer.h[1].mlp, LoadBalancer(model, ALONE, lines.append)
+    collapsed.bias[:2] = 1.0  # no sigmoid makes up for it
+    for step in range(PATIENCE + 5):
+        assert len(lines) == (step > PATIENCE - 1)
+        model(idx)
+        told = balance(True)
+        assert (told["moe/dead_00"], told["moe/dead_01"], told["moe/max_load_01"]) == (0, 2, 2.0)
+    assert lines == [f"experts without a token in {PATIENCE} steps: layer 1 2 of 4, its router has collapsed"]
+    for _ in range(round(1.1 / BIAS_RATE / 2)):
+        model(idx)
+        told = balance(True)
+    assert told["moe/dead_01"] == 0 and told["moe/max_load_01"] < 1.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the model
+
+
+def test_parameters_and_flops_by_hand():
+    with torch.device("meta"):
+        dense, model = (GPT(tiny(pos="rope", bias=False, **moe)) for moe in ({}, dict(n_experts=8, n_active=2)))
+    expert = 2 * 32 * 64                                                                # half as wide as the dense MLP's 128
+    assert dense.parameter_counts()["active"] == dense.parameter_counts()["total"]
+    assert model.parameter_counts()["total"] == dense.parameter_counts()["total"] + 2 * (6 * expert + 8 * 32)
+    assert model.parameter_counts()["active"] == dense.parameter_counts()["total"] + 2 * 8 * 32
+    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * 8 * 32          # the router's
+
+
+@pytest.mark.parametrize("settings, width", [(dict(), 64), (dict(n_shared=1), 40), (dict(mlp="swiglu", n_active=4), 16), (dict(expert_width=24), 24)])
+def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width):
+    with torch.device("meta"):
+        mlp = GPT(tiny(n_experts=6, **settings)).transformer.h[0].mlp
+    fused = 2 if settings.get("mlp") == "swiglu" else 1
+    assert mlp.c_fc.weight.shape == (6, fused * width, 32) and mlp.c_proj.weight.shape == (6, 32, width)
+    if "n_shared" in settings:
+        assert mlp.shared.c_proj.weight.shape == (32, width)
+
+
+@pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming", "zero_proj"])
+def test_each_expert_is_initialized_as_a_matrix_of_its_own(init):
+    torch.manual_seed(0)
+    for name, p in GPT(tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1, expert_width=256)).named_parameters():
+        if p.dim() == 3:
+            fc = "c_fc" in name
+            fan_in, fan_out = (128, 256) if fc else (256, 128)
+            std = {"gpt2": 0.02, "xavier": (2 / (fan_in + fan_out)) ** 0.5, "kaiming": ((2 if fc else 1) / fan_in) ** 0.5,
+                   "zero_proj": (1 / 3 / fan_in) ** 0.5 if fc else 0}[init] * (1 if fc else 2 ** -0.5)
+            assert p.flatten(1).std(dim=1).tolist() == pytest.approx([std] * 4, rel=0.03), name
+            assert init == "zero_proj" or not torch.equal(p[0], p[1])
+
+
+def test_muon_orthogonalizes_each_expert_alone():
+    model = GPT(tiny(n_experts=3, mlp="swiglu", bias=False))
+    optimizer = train_gpt2.make_optimizer(model, TrainConfig(optimizer="muon", max_lr=0.1, weight_decay=0.0, momentum=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    tried = 0
+    for name, p in model.named_parameters():
+        if p.dim() == 3:
+            for e in range(3):
+                for part, old, grad in zip(*(t[e].split(p.size(1) // (2 if "c_fc" in name else 1)) for t in (p, before[name], p.grad)), strict=True):
+                    rows, cols = part.shape
+                    want = old - 0.1 * max(1, rows / cols) ** 0.5 * orthogonalize(grad[None])[0]
+                    torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-5)
+                    tried += 1
+    assert tried == 2 * 3 * 3
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(n_active=5), "--n_active 5 is above --n_experts 4"), (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.*: 16 or 24 is"),
+    (dict(expert_width=3), "multiple of 8.*: 8 is"), (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.*: 32 or 40 is"),
+    (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
+def test_experts_that_cannot_be_are_refused(settings, says):
+    with pytest.raises(BadInput, match=says):
+        train_gpt2.check_model(tiny(**dict(n_experts=4) | settings))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real runs
+
+
+def test_cached_generation_equals_whole_passes():
+    torch.manual_seed(0)
+    model, idx = GPT(tiny(n_experts=4, init="xavier", pos="rope")).eval(), torch.randint(61, (3, 4))
+    cached = generate(model, idx, 10, lambda logits: logits.argmax(-1, keepdim=True))
+    with torch.no_grad():
+        for _ in range(10):
+            idx = torch.cat((idx, model(idx)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(cached, idx)
+
+
+def test_a_run_with_experts_learns_is_balanced_and_resumes_exactly(data, tmp_path, capsys):
+    whole = train(data, tmp_path / "whole", *EXPERTS, "--max_steps", 24, "--sample_every", 12)
+    assert "active per token" in capsys.readouterr().out
+    log, shown = read_log(whole), scalars(whole)
+    assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "val"] - 1
+    assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24 for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
+    state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
+    assert state["transformer.h.1.mlp.bias"].any() and not [name for name in state if "seen" in name]
+    half = cut(whole, tmp_path / "half", 8)
+    assert_same_runs(again(half), whole)
+    model, tokenizer, _ = train_gpt2.load_checkpoint(whole / "ckpt_00024.pt")
+    assert sample(model, tokenizer, SampleConfig(max_new_tokens=5)) and load_tokenizer(tokenizer.spec).vocab_size == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("flags", [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]], ids=["bias", "loss"])
+def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", data, *EXPERTS, *flags, "--max_steps", 12]
+    for name, processes, micro_batch in (("one", 1, 8), ("accumulated", 1, 2), ("two", 2, 2)):
+        done = launch("train_gpt2.py", *flags, "--run_name", name, "--micro_batch", micro_batch, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.read(tmp_path / "log" / name / "ckpt_00012.pt")["model"] for name in ("one", "two"))
+    for name in ("accumulated", "two"):
+        assert read_log(tmp_path / "log" / name) == pytest.approx(read_log(tmp_path / "log" / "one"), rel=1e-5)
+    assert all(torch.equal(one[name], two[name]) for name in one if name.endswith("mlp.bias"))
+    for i in (0, 1):
+        loads = [scalars(tmp_path / "log" / name)[f"moe/max_load_{i:02d}"] for name in ("one", "accumulated", "two")]
+        assert loads[0] == loads[1] == loads[2]
+
+
+def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
+    folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps", 0)
+    with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
+        again(folder, "--n_experts", 4, "--max_steps", 4)
+    state = torch.load(folder / "ckpt_00002.pt", weights_only=True)
+    state["model_config"] = {name: value for name, value in state["model_config"].items() if "expert" not in name}
+    checkpoint.write(folder / "ckpt_00002.pt", state)  # as one from before there were experts
+    with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
+        again(folder, "--n_experts", 4, "--max_steps", 4)
+    again(folder, "--max_steps", 4)
+    with pytest.raises(BadInput, match="--n_active, --router: for Mixture of Experts, give --n_experts above 0"):
+        train(data, tmp_path / "a", "--n_active", 2, "--router", "softmax")
