@@ -49,11 +49,11 @@ from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak
 from lib.evals import harness, hellaswag
 from lib.files import DISK_FULL
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
-from lib.mixture import Corpus, Mixture, micro_batches
+from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.run_folder import RunFolder, find_resume
-from lib.shards import check_ids, read_shard
+from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
 
@@ -561,7 +561,7 @@ def gradient_groups(model):
 # Data: the global token stream
 
 
-class ShardLoader:
+class ShardLoader(Stream):
     """One endless stream of tokens, the same for every process, that depends on (files, seed) alone.
 
     Every epoch passes over all shards; with a seed, the order of the shards and of the documents inside each is drawn
@@ -570,32 +570,16 @@ class ShardLoader:
     Background threads read and permute the next shard while the current one is used, and have the next batch ready.
     """
 
+    names = "epoch", "shard", "offset"
+
     def __init__(self, files, tokenizer, seed, transform=None):
         """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns; without it, the tokens."""
         self.files, self.tokenizer, self.seed, self.transform = files, tokenizer, seed, transform or (lambda tokens: tokens)
-        self.epoch, self.shard, self.offset = 0, 0, 0
         self.loaded, self.reader = {}, ThreadPoolExecutor(max_workers=1)  # shards, by epoch and shard
-        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)   # the next batch, by its position and size
-
-    def next(self, n):
-        """The stream's next n tokens and one more, the last target: int64 (n + 1,), transformed. Advances by n."""
-        self.prefetch(n)
-        (future,) = self.ahead.values()
-        try:
-            batch, self.epoch, self.shard, self.offset = future.result()
-        except BadInput as error:  # one process may meet it alone
-            raise RankError(str(error)) from error
-        self.prefetch(n)
-        return batch
-
-    def prefetch(self, n):
-        """Have the next n tokens made ready in the background."""
-        key = (n, self.epoch, self.shard, self.offset)
-        if key not in self.ahead:
-            self.ahead = {key: self.cutter.submit(self.read_batch, *key)}
+        super().__init__(0, 0, 0)
 
     def read_batch(self, n, epoch, shard, offset):
-        """-> (the n + 1 tokens from a position on, transformed, and the position n tokens later: epoch, shard, offset)."""
+        """-> (n tokens from a position on and one more, the last target: int64 (n + 1,), transformed; the position n tokens later)."""
         pieces, missing = [], n + 1
         while missing:
             piece = self._tokens(epoch, shard)[offset:offset + missing]
@@ -607,15 +591,9 @@ class ShardLoader:
         self._read_ahead(*self._after(epoch, shard))
         return self.transform(np.concatenate(pieces).astype(np.int64)), epoch, shard, offset - 1  # the extra token comes again
 
-    def state_dict(self):
-        return {"epoch": self.epoch, "shard": self.shard, "offset": self.offset}
-
-    def load_state_dict(self, state):
-        self.epoch, self.shard, self.offset = state["epoch"], state["shard"], state["offset"]
-
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
-        return {"data/epoch": self.epoch}
+        return {"data/epoch": self.position[0]}
 
     def _after(self, epoch, shard):
         return (epoch, shard + 1) if shard + 1 < len(self.files) else (epoch + 1, 0)
@@ -654,16 +632,6 @@ class ShardLoader:
         ends = np.append(starts[1:], len(tokens))
         documents = np.random.default_rng((self.seed, epoch, index)).permutation(len(starts))
         return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
-
-
-def read_validation(shards, cfg, block_size, tokenizer):
-    """The first cfg.val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size)."""
-    rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
-    if rows < 1:
-        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
-                       f"--val_tokens is {cfg.val_tokens}; lower --block_size or make a larger val split")
-    tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).read_batch(rows * block_size, 0, 0, 0)
-    return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -706,7 +674,7 @@ def evaluate(model, rows, micro_batch, processes):
 
 def make_evaluations(cfg, corpus, tokenizer, block_size, processes):
     """The evaluations a run makes along the way. Raises BadInput if what they need is not there."""
-    rows, sizes = [read_validation(source.shards, cfg, block_size, tokenizer) for source in corpus.sources], tokenizer.token_bytes()
+    rows, sizes = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer) for source in corpus.sources], tokenizer.token_bytes()
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
     with processes.main_first():
         items = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []

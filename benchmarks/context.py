@@ -19,9 +19,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.devices import autocast, pick_device, to_device
+from lib.mixture import split_weight
 from lib.rope import ContextConfig, extend
-from lib.shards import Shards
-from train_gpt2 import ShardLoader, load_checkpoint
+from lib.shards import Shards, read_validation
+from train_gpt2 import load_checkpoint
 
 EDGES = (0, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3, 4)  # of the columns, in training lengths
 
@@ -52,11 +53,8 @@ def main():
     for path in args.checkpoint:
         model, tokenizer, state = load_checkpoint(path)
         trained, sizes, kind = model.config.block_size, tokenizer.token_bytes(), model.config.pos
-        folder = args.data or split_weight(state["train_config"]["data"][0])[0]
-        shards = Shards(folder)
-        longest = round(EDGES[-1] * trained)
-        n = min(args.tokens, shards.tokens["val"] - 1) // longest * longest
-        tokens, *_ = ShardLoader(shards.val, tokenizer, seed=None).read_batch(n, 0, 0, 0)
+        shards = Shards(args.data or split_weight(state["train_config"]["data"][0])[0])
+        rows = read_validation(shards, args.tokens, round(EDGES[-1] * trained), tokenizer)
         for factor, scaling in [(1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
             name = f"{kind}, {scaling}" if factor > 1 and kind == "rope" else kind
             start = f"| {Path(path).parent.name} | {name} | {factor}x{trained:,} "
@@ -64,7 +62,7 @@ def main():
                 print(start + "| n/a " * (len(columns) + 1) + "|", flush=True)
                 continue
             model = extend(load_checkpoint(path, device)[0], ContextConfig(factor * trained, scaling))
-            x, y = tokens[:-1].reshape(-1, factor * trained), tokens[1:].reshape(-1, factor * trained)
+            x, y = (part.reshape(-1, factor * trained) for part in rows)
             nats, n_bytes = nats_by_position(model, x, y, device), sizes[y]
 
             def bits(a, b):

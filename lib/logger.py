@@ -33,14 +33,16 @@ class Logger:
     sorts their groups by name with capitals first, shows Loss, eval, optim, perf, and the norms of parts (weights) last.
     """
 
-    def __init__(self, folder, max_steps, first_step, price_per_hour=None):
+    def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps):
+        """work: what the first so many steps amount to, by which the time left is predicted; steps may grow, as with --batch_warmup."""
+        self.work = work
         from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
         from tensorboard.summary.writer.record_writer import RecordWriter
         from tqdm import tqdm
 
         self.protos, self.max_steps, self.first_step = (event_pb2, summary_pb2), max_steps, first_step
         self.price_per_hour = price_per_hour
-        self.recent = deque(maxlen=20)  # seconds of the latest steps, but for the first, which compiles
+        self.recent = deque(maxlen=20)  # seconds per unit of work in the latest steps, but for the first, which compiles
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         again = any(folder.glob("events*"))
         # written here and not by SummaryWriter, whose thread meets a full disk or a folder that is gone with a traceback
@@ -76,14 +78,19 @@ class Logger:
 
     def log_step(self, step, scalars, seconds):
         """One training step: its scalars by tag (None: not known here; a list: a histogram's bars) to TensorBoard and, the main ones, to log.txt and the console."""
+        pace = seconds / (self.work(step + 1) - self.work(step))
         if step > self.first_step:
-            self.recent.append(seconds)
-        typical = statistics.median(self.recent or [seconds])
+            self.recent.append(pace)
+        typical = statistics.median(self.recent or [pace])
+
+        def ahead(first):
+            return typical * (self.work(self.max_steps) - self.work(first))
+
         self.scalars(step, scalars)
         mfu, memory, rate = (scalars.get(f"perf/{name}") for name in ("mfu", "memory_gb", "tok_per_sec"))
         text = (f"loss {scalars['Loss/train']:.4f} | lr {scalars['optim/lr']:.2e} | norm {scalars['optim/grad_norm']:.3f} | "
                 f"{seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | "
-                f"{f'{memory:.1f} GB | ' if memory else ''}ETA {datetime.timedelta(seconds=round(typical * (self.max_steps - step - 1)))}")
+                f"{f'{memory:.1f} GB | ' if memory else ''}ETA {datetime.timedelta(seconds=round(ahead(step + 1)))}")
         if self.bar is None:
             self.say(f"step {step} | {text}")
         else:
@@ -91,8 +98,8 @@ class Logger:
                 self.bar.set_postfix_str(text, refresh=False)
                 self.bar.update(step + 1 - self.bar.n)
         if step + 1 - self.first_step == min(10, self.max_steps):
-            left = hours_and_dollars(typical * (self.max_steps - self.first_step), self.price_per_hour)
-            self.say(f"predicted: {left} of training steps, at {scalars['perf/tok_per_sec'] * seconds / typical:,.0f} tok/s")
+            left = hours_and_dollars(ahead(self.first_step), self.price_per_hour)
+            self.say(f"predicted: {left} of training steps, at {rate * pace / typical:,.0f} tok/s")
 
     def log_evaluation(self, step, results):
         """What an evaluation found: by tag, a number or a list of texts."""

@@ -153,7 +153,47 @@ def micro_batches(tokens, block_size, stride, micro_batch, processes):
     return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
 
 
-class Mixture:
+class Stream:
+    """An endless stream of batches, read ahead in a background thread. A subclass has `read_batch`: n and a position, a tuple of what `names`
+    names -> the batch of n tokens from there on, and the position after it, item by item."""
+
+    names = ()
+
+    def __init__(self, *position):
+        self.position = position
+        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)  # the next batch, by its size and position
+
+    def next(self, n):
+        """The stream's next batch, of n tokens. Advances by n."""
+        self.prefetch(n)
+        (future,) = self.ahead.values()
+        try:
+            batch, *position = future.result()
+        except BadInput as error:  # one process may meet it alone
+            raise RankError(str(error)) from error
+        self.position = tuple(position)
+        self.prefetch(n)
+        return batch
+
+    def prefetch(self, n):
+        """Have the next n tokens made ready in the background."""
+        key = n, *self.position
+        if key not in self.ahead:
+            self.ahead = {key: self.cutter.submit(self.read_batch, *key)}
+
+    def state_dict(self):
+        return dict(zip(self.names, self.position, strict=True))
+
+    def load_state_dict(self, state):
+        self.position = tuple(_frozen(state[name]) for name in self.names)
+
+
+def _frozen(value):
+    """A number, or nested lists of them as tuples, which a dict can look up."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Mixture(Stream):
     """An endless stream of batches whose rows come from several streams; the same for every process, any batch size and micro-batch.
 
     A row is block_size tokens of one source and the target of the last. Row k of the run is the source's into whose share of [0, 1) the
@@ -161,35 +201,19 @@ class Mixture:
     had its share to within a few rows. So the state is a few integers: rows, and for each source its position and how many tokens it gave.
     """
 
+    names = "rows", "tokens", "places"
+
     def __init__(self, corpus, streams, block_size, transform=None):
         """streams: one for each of the corpus's sources, with `read_batch(n, *position)`, `state_dict` and `where` of their own.
 
         transform: callable run in the prefetch thread, (rows x (block_size + 1),) tokens -> what `next` returns.
         """
         self.corpus, self.streams, self.block_size, self.transform = corpus, streams, block_size, transform or (lambda tokens: tokens)
-        self.rows, self.tokens = 0, (0,) * len(streams)
-        self.places = tuple(tuple(stream.state_dict().values()) for stream in streams)
-        self.ahead, self.cutter = {}, ThreadPoolExecutor(max_workers=1)  # the next batch, by its position and size
-
-    def next(self, n):
-        """The next n tokens, whole rows, each with its last target: int64 (n / block_size x (block_size + 1),), transformed. Advances by n."""
-        self.prefetch(n)
-        (future,) = self.ahead.values()
-        try:
-            batch, self.rows, self.tokens, self.places = future.result()
-        except BadInput as error:  # one process may meet it alone
-            raise RankError(str(error)) from error
-        self.prefetch(n)
-        return batch
-
-    def prefetch(self, n):
-        """Have the next n tokens made ready in the background."""
-        key = (n, self.rows, self.tokens, self.places)
-        if key not in self.ahead:
-            self.ahead = {key: self.cutter.submit(self.read_batch, *key)}
+        super().__init__(0, (0,) * len(streams), tuple(stream.position for stream in streams))
 
     def read_batch(self, n, rows, tokens, places):
-        """-> (the batch of n tokens from a position on, transformed, and the position after it: rows, tokens, places)."""
+        """-> (n tokens from a position on, whole rows, each with its last target: int64 (n / block_size x (block_size + 1),), transformed;
+        the position after it: rows, tokens, places)."""
         T, chosen = self.block_size, self._choose(n // self.block_size, rows, sum(tokens))
         counts = np.bincount(chosen, minlength=len(self.streams)) * T
         batch, after = np.empty((len(chosen), T + 1), dtype=np.int64), list(places)
@@ -205,20 +229,14 @@ class Mixture:
         ends = self.corpus.shares(tokens + self.block_size * np.arange(n)).cumsum(axis=1)
         return (points[:, None] >= ends[:, :-1] / ends[:, -1:]).sum(axis=1)
 
-    def state_dict(self):
-        return {"rows": self.rows, "tokens": list(self.tokens), "places": [list(place) for place in self.places]}
-
-    def load_state_dict(self, state):
-        self.rows, self.tokens, self.places = state["rows"], tuple(state["tokens"]), tuple(tuple(place) for place in state["places"])
-
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        names = self.streams[0].state_dict()
-        return "; ".join(f"{source.name} {stream.where(dict(zip(names, place, strict=True)))}" for source, stream, place in
+        return "; ".join(f"{source.name} {stream.where(dict(zip(stream.names, place, strict=True)))}" for source, stream, place in
                          zip(self.corpus.sources, self.streams, state["places"], strict=True))
 
     def progress(self):
         """By tag, for TensorBoard: the tokens of each source so far, its epoch, its share of the next row."""
-        shares = self.corpus.shares(np.array([sum(self.tokens)]))[0]
-        return {**self.corpus.tags("data/tokens", self.tokens), **self.corpus.tags("data/epoch", [place[0] for place in self.places]),
+        _, tokens, places = self.position
+        shares = self.corpus.shares(np.array([sum(tokens)]))[0]
+        return {**self.corpus.tags("data/tokens", tokens), **self.corpus.tags("data/epoch", [place[0] for place in places]),
                 **self.corpus.tags("data/share", shares.tolist())}

@@ -15,11 +15,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lib import checkpoint
+from lib.budget import tokens_of
 from lib.cli import BadInput, RankError, check, is_main_process, launched
 from lib.files import check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
@@ -235,7 +237,8 @@ class RunFolder:
     def __init__(self, cfg, resume):
         """Create the folder, or take up that of an interrupted run. Raises BadInput if it holds something else."""
         self.folder = Path(cfg.log_dir) / (cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
-        self.keep, self.log, self.writer, self.open_locks = cfg.keep, Null(), Null(), contextlib.ExitStack()
+        self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
+        self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
         check_name(self.folder.name)
         make_folder(self.folder, "give another --log_dir")
         self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
@@ -290,7 +293,7 @@ class RunFolder:
     def _open(self, step):
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
-        self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"])
+        self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"], self.work)
 
     def save_is_due(self, minutes):
         """Whether so many minutes (0: never) have passed since the last checkpoint."""

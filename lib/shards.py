@@ -284,6 +284,21 @@ class Shards:
                                "text; move one of them to another folder")
 
 
+def read_validation(shards, val_tokens, block_size, tokenizer):
+    """The first val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size). Raises BadInput if there is no row."""
+    rows = min(val_tokens, shards.tokens["val"] - 1) // block_size
+    if rows < 1:
+        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
+                       f"--val_tokens is {val_tokens}; lower --block_size or make a larger val split")
+    pieces, missing = [], rows * block_size + 1
+    for path in shards.val:
+        pieces.append(read_shard(path)[:missing])
+        check_ids(pieces[-1], tokenizer.vocab_size, path)
+        missing -= len(pieces[-1])
+    tokens = np.concatenate(pieces).astype(np.int64)
+    return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
+
+
 def check_ids(tokens, vocab_size, path):
     """Raises BadInput if a shard holds an id beyond its vocabulary."""
     if len(tokens) and int(tokens.max()) >= vocab_size:

@@ -39,7 +39,7 @@ from lib.budget import steps_of
 from lib.cli import BadInput, parse
 from lib.decoding import SampleConfig, sample
 from lib.logger import SpikeDetector
-from lib.shards import Shards
+from lib.shards import Shards, read_validation
 from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, ShardLoader, TrainConfig
 
@@ -604,11 +604,11 @@ def test_read_validation(tmp_path):
     stream = np.concatenate([d for documents in contents for d in documents])
     shards = SimpleNamespace(folder="toy", val=files, tokens={"val": len(stream)})
     for limit, rows in ((10**9, (len(stream) - 1) // 8), (24, 3), (31, 3)):
-        x, y = train_gpt2.read_validation(shards, TrainConfig(val_tokens=limit), 8, FAKE)
+        x, y = read_validation(shards, limit, 8, FAKE)
         assert x.shape == y.shape == (rows, 8)
         assert np.array_equal(x.ravel(), stream[:8 * rows]) and np.array_equal(y.ravel(), stream[1:8 * rows + 1])
     with pytest.raises(BadInput, match="validation needs"):
-        train_gpt2.read_validation(shards, TrainConfig(val_tokens=7), 8, FAKE)
+        read_validation(shards, 7, 8, FAKE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_the_stream_against_a_plain_loop_from_any_point_in_any_batches(folders, 
     for count in counts:
         states.append(json.loads(json.dumps(mixture.state_dict())))
         got.append(mixture.next(count * T).reshape(-1, T + 1))
-    assert (np.concatenate(got) == want).all() and list(mixture.tokens) == [int((chosen == i).sum()) * T for i in range(len(corpus.sources))]
+    assert (np.concatenate(got) == want).all() and list(mixture.state_dict()["tokens"]) == [int((chosen == i).sum()) * T for i in range(len(corpus.sources))]
     resumed = mixture_of(corpus, seed)
     resumed.load_state_dict(states[-1])
     assert (resumed.next(counts[-1] * T).reshape(-1, T + 1) == got[-1]).all() and resumed.state_dict() == mixture.state_dict()
@@ -96,7 +96,7 @@ def test_without_weights_a_source_has_its_size_and_no_weight_means_never(folders
     corpus = corpus_of(f"{folders[0]}:1", f"{folders[1]}:0")
     mixture = mixture_of(corpus, None)
     mixture.next(5000 * T)
-    assert mixture.tokens == (5000 * T, 0) and mixture.progress()["data/epoch_a"] == 5000 * T // 4500
+    assert mixture.state_dict()["tokens"] == (5000 * T, 0) and mixture.progress()["data/epoch_a"] == 5000 * T // 4500
     assert corpus.epochs(9000).tolist() == [2.0, 0.0]
 
 
