@@ -126,7 +126,7 @@ class TrainConfig:
     warmup_steps: int | None = flag(None, "steps of linear warm-up; without the flag, 3.75% of the run", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
     cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
-    momentum: float = flag(0.95, "Muon's momentum; a run of 130 steps did better with 0.9", at_least=0, below=1)
+    momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
     weight_decay: float = flag(0.1, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed", at_least=0, at_most=1e6)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     # what happens along the way (0: never)

@@ -382,8 +382,8 @@ def rewind(folder, step):
     (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside. TensorBoard is rewound by the log.
     """
     folder = Path(folder)
-    for partial in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
-        partial.unlink()
+    for unfinished in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
+        unfinished.unlink()
     for later, path in checkpoint.found(folder):
         if later > step:
             os.replace(path, path.with_suffix(".pt.aside"))
