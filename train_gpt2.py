@@ -161,10 +161,11 @@ class TrainConfig:
 
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
-SPEEDRUN = dict(n_layer=11, n_head=4, n_embd=512, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False,
-                block_size=2048, token_shift=True, momentum=0.9, batch_warmup=12_000_000, value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj", optimizer="muon", max_lr=0.03,
-                embedding_lr=0.01, head_lr=0.004, vector_lr=0.015, weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072,
-                schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
+SPEEDRUN = dict(n_layer=11, n_head=4, n_embd=512, block_size=2048, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True,
+                bias=False, token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj",
+                optimizer="muon", momentum=0.9, max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015, weight_decay=0.1,
+                grad_clip=0.0, total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7, warmup_steps=0,
+                min_lr_frac=0.0, epochs=4.0, shuffle=True)
 PRESETS = {
     "gpt2":     {},
     "modern":   MODERN,
