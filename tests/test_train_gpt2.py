@@ -276,10 +276,11 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
 
 def hidden(model, idx):
     """The residual stream before the last norm, by the plain loop."""
-    x = x0 = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx), 0))
+    positions = slice(idx.size(1))
+    x = x0 = model.transformer.emb_norm(model.transformer.wpe(model.transformer.wte(idx), positions))
     v_first = None
     for block in model.transformer.h:
-        x, v_first = block(x, x0, v_first, 0)
+        x, v_first = block(x, x0, v_first, positions)
     return x
 
 
