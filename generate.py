@@ -28,6 +28,7 @@ class Config:
     prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
     prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
     strict: bool = flag(False, "refuse a prompt longer than the context; without the flag, its oldest tokens are dropped")
+    graphs: bool = flag(False, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
     compile: bool = flag(False, "on cuda, compile the decoding step: takes half a minute, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
@@ -61,7 +62,7 @@ def main(argv):
     one = len(prompts) == sampling.samples == 1
     show = partial(print, end="", flush=True) if one else lambda piece: None
     try:
-        texts = sample(model, tokenizer, prompts, sampling, show, graphs=True, compile=cfg.compile and device.type == "cuda")
+        texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
     except torch.OutOfMemoryError as error:
         raise BadInput("out of memory: lower --samples, or give fewer prompts") from error
     print("" if one else "".join(f"{text}\n---\n" for text in texts), end="\n" if one else "")
