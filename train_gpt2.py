@@ -903,14 +903,12 @@ def check_run(cfg, c, explicit, world_size):
     of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
     need(c.n_experts or not of_experts, f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
     need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
-    B, T = cfg.total_batch_size, c.block_size
-    if batch_size(0, cfg) < B:
-        need(B % 2 == 0, f"--batch_warmup halves the batch: --total_batch_size {B} must be even")
-        B //= 2
-    need(world_size <= B // T, f"--total_batch_size {B} is {B // T} sequences of --block_size {T}, fewer than {world_size} processes: "
-         "raise it, or lower --nproc_per_node")
-    need(B % (T * world_size) == 0, f"--total_batch_size {B} must be a multiple of --block_size {T} x {world_size} processes; "
-         f"{-(-B // (T * world_size)) * T * world_size} is")
+    B, T = batch_size(0, cfg), c.block_size
+    halves, at_first = (2, ", which --batch_warmup halves,") if cfg.total_batch_size > B else (1, "")
+    need(world_size <= B // T, f"--total_batch_size {cfg.total_batch_size}{at_first} is {B // T} sequences of --block_size {T}, fewer than "
+         f"{world_size} processes: raise it, or lower --nproc_per_node")
+    need(B * halves == cfg.total_batch_size and B % (T * world_size) == 0, f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple "
+         f"of {f'{halves} x ' * (halves - 1)}--block_size {T} x {world_size} processes; {-(-B // (T * world_size)) * T * world_size * halves} is")
     rows = B // T // world_size
     need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0, f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per "
          f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
@@ -947,7 +945,7 @@ def main(argv):
     processes = Processes(cfg.device)
     corpus, T = Corpus(cfg), model_cfg.block_size
     lengths = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit
-    fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"].get(n) for n in ("minutes", "total_batch_size", "batch_warmup"))
+    fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"].get(n, 0) for n in ("minutes", "total_batch_size", "batch_warmup"))
     before = resume and (fitted or not lengths)
     parameters = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
     cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, corpus.tokens["train"], parameters)

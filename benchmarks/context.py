@@ -53,7 +53,8 @@ def main():
     for path in args.checkpoint:
         model, tokenizer, state = load_checkpoint(path)
         trained, sizes, kind = model.config.block_size, tokenizer.token_bytes(), model.config.pos
-        shards = Shards(args.data or split_weight(state["train_config"]["data"][0])[0])
+        data = state["train_config"]["data"]
+        shards = Shards(args.data or split_weight(data if isinstance(data, str) else data[0])[0])
         rows = read_validation(shards, args.tokens, round(EDGES[-1] * trained), tokenizer)
         for factor, scaling in [(1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
             name = f"{kind}, {scaling}" if factor > 1 and kind == "rope" else kind

@@ -9,8 +9,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.budget import tokens_of  # noqa: E402
 from lib.cli import BadInput, flag, parse, run  # noqa: E402
 
 
@@ -24,7 +26,7 @@ class Config:
 
 
 def read_run(folder):
-    """-> (tokens per step, dict kind -> (list of steps, list of values)) of a run folder."""
+    """-> (function of steps, millions of tokens before each; dict kind -> (list of steps, list of values)) of a run folder."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         rows = [line.split() for line in (Path(folder) / "log.txt").read_text().splitlines()]
@@ -35,7 +37,8 @@ def read_run(folder):
         steps, values = curves.setdefault(kind, ([], []))
         steps.append(int(step))
         values.append(float(value))
-    return config["train"]["total_batch_size"], curves
+    settings = SimpleNamespace(**{"batch_warmup": 0} | config["train"])
+    return lambda steps: [tokens_of(s, settings) / 1e6 for s in steps], curves
 
 
 def running_mean(values, window):
@@ -52,12 +55,12 @@ def main(argv):
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for i, folder in enumerate(cfg.runs):
-        step_tokens, curves = read_run(folder)
+        millions, curves = read_run(folder)
         steps, values = curves["train"]
         style = ("-", "--", ":")[i % 3]  # equal curves stay visible
-        axes.plot([s * step_tokens / 1e6 for s in steps], running_mean(values, cfg.window), style, color=f"C{i}", alpha=0.5, lw=1)
+        axes.plot(millions(steps), running_mean(values, cfg.window), style, color=f"C{i}", alpha=0.5, lw=1)
         steps, values = curves["val"]
-        axes.plot([s * step_tokens / 1e6 for s in steps], values, style, color=f"C{i}", marker="o", ms=4,
+        axes.plot(millions(steps), values, style, color=f"C{i}", marker="o", ms=4,
                   label=f"{Path(folder).name}: val {values[-1]:.3f}")
     axes.set(xlabel="million tokens", ylabel="loss (nats per token); faint: train", title=cfg.title)
     axes.set_ylim(top=cfg.top)

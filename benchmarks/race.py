@@ -111,14 +111,15 @@ def read_row(folder, data):
     from train_gpt2 import GPT, GPTConfig
 
     config = json.loads((folder / "config.json").read_text())
-    settings, (folder,) = config["train"], config["train"]["data"]
-    tokens = val_split(folder)["tokens"]
+    settings, (trained_on,) = config["train"], config["train"]["data"]
+    tokens = val_split(trained_on)["tokens"]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
+    device = re.search(r"^device  (.*), torch", (folder.parent / "console.txt").read_text(), re.M)[1]
     with torch.device("meta"):
         parameters = GPT(GPTConfig(**config["model"])).parameter_counts()["total"]
-    same = settings["val_tokens"] == VAL_TOKENS and Path(folder) == data.resolve()
-    return Result("gpt2" if same else "other", parameters, f"{config['device']}, torch {config['torch']}",
+    same = settings["val_tokens"] == VAL_TOKENS and Path(trained_on) == data.resolve()
+    return Result("gpt2" if same else "other", parameters, f"{device}, torch {config['torch']}",
                   bpb=events.Scalars(TAG_BPB)[-1].value, whole=settings["val_tokens"] >= tokens - 1,
                   steps=[event.value / 1e3 for event in events.Scalars(TAG_STEP_MS)],
                   val=[(int(step), float(loss)) for step, kind, loss in lines if kind == VAL])

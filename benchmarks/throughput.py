@@ -72,7 +72,7 @@ def settings(flags, steps, args):
     """Flags of train_gpt2.py: so many training steps and nothing else, then a row's own."""
     never = [f"--{name}=0" for name in ("eval_every", "hellaswag_every", "sample_every", "save_every", "save_minutes", "spike")]
     return ["--data=edu_fineweb10B", f"--max_steps={steps}", "--warmup_steps=1", *never, f"--block_size={args.T}", f"--micro_batch={args.B}",
-            f"--total_batch_size={args.total}", *shlex.split(flags)]
+            f"--total_batch_size={args.total}", "--batch_warmup=0", *shlex.split(flags)]
 
 
 def ours(flags, folder, args):

@@ -49,7 +49,7 @@ def steps_of(cfg, train_tokens, parameters):
     if ratio and not parameters:
         raise BadInput("--tokens_per_param needs the number of parameters: write vocab_size into the meta.json of --data")
     tokens = ratio * parameters if ratio else cfg.epochs * train_tokens
-    steps = cfg.max_steps or min(steps_in(tokens, cfg), MOST_STEPS)
+    steps = cfg.max_steps or steps_in(min(tokens, MOST_STEPS * cfg.total_batch_size), cfg)
     if not 0 < steps < MOST_STEPS:
         what = f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else f"{cfg.epochs:g} epochs of {train_tokens:,} tokens"
         raise BadInput(f"{what} are {'no' if not steps else 'too many'} steps of {cfg.total_batch_size:,}: change "

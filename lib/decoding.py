@@ -94,7 +94,7 @@ def cast_weights(model):
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear) or p.dim() > 2:
+            if type(module) is nn.Linear or p.dim() > 2:  # a subclass has a dtype of its own, as a router of experts has
                 setattr(module, name, nn.Parameter(cast(p.detach()), requires_grad=False))
     return model
 

@@ -115,6 +115,14 @@ class ExpertLinear(nn.Module):
         return grouped_linear(cast(x), cast(self.weight), ends)
 
 
+class Router(nn.Linear):
+    """The linear layer that scores experts, in fp32 whatever the others compute in."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class NoShared(nn.Module):
     """Stands where there is no shared expert."""
 
@@ -150,7 +158,7 @@ class MoE(nn.Module):
         super().__init__()
         E, C, width = config.n_experts, config.n_embd, expert_width(config, mlp.width(config.n_embd))
         self.n_active, self.score, self.act = config.n_active, SCORES[config.router], mlp.act
-        self.router = nn.Linear(C, E, bias=False)
+        self.router = Router(C, E, bias=False)
         self.c_fc, self.c_proj = ExpertLinear(E, C, mlp.fused * width), ExpertLinear(E, width, C)
         self.shared = mlp(config, config.n_shared * width) if config.n_shared else NoShared()
         self.bias_rate = BIAS_RATE if config.balance == "bias" else 0.0
@@ -178,7 +186,7 @@ class MoE(nn.Module):
     def route(self, x):
         """-> gates (B, T, K), which add up to 1 for each token; the experts picked (B, T, K); tokens per sequence and expert (B, E)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.router(x.float())                                             # (B, T, E), in fp32
+            logits = self.router(x)                                                     # (B, T, E), in fp32
             scores = self.score(logits)
             picked = (scores.detach() + self.bias).topk(self.n_active).indices          # the bias picks, and does not weigh
             chosen = picked[..., None] == torch.arange(len(self.bias), device=x.device) # (B, T, K, E)
@@ -205,8 +213,12 @@ class LoadBalancer:
         self.layers, self.distributed, self.say = [m for m in model.modules() if isinstance(m, MoE)], processes.distributed, say
         self.idle = [[0] * len(layer.bias) for layer in self.layers]  # steps in a row without a token
         self.told = ""
+        self._forget()
+
+    def _forget(self):
         for layer in self.layers:
             layer.seen.zero_()
+            layer.penalty = 0.0  # a tensor of the graph of a pass, which could not be copied
 
     @torch.no_grad()
     def __call__(self, finite):
@@ -219,8 +231,8 @@ class LoadBalancer:
         seen = torch.stack([layer.seen for layer in self.layers])                       # (layers, E + 2)
         if self.distributed:
             dist.all_reduce(seen)  # every process sees the same, and its biases stay the others'
+        self._forget()
         for layer, counts in zip(self.layers, seen[:, :-2], strict=True):
-            layer.seen.zero_()
             if finite:
                 layer.bias += layer.bias_rate * (counts.mean() - counts).sign()
         report = {}

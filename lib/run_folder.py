@@ -50,6 +50,9 @@ class Resume:
         """
         folders = self.state["train_config"]["data"]  # older versions knew one
         self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
+        if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
+            steps, seconds = self.state["timed"]
+            self.state["timed"] = steps * self.state["train_config"]["total_batch_size"], seconds
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init", "balance", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):

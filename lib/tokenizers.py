@@ -90,9 +90,11 @@ class Tokenizer:
         return sizes
 
     def to_json(self):
-        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers."""
+        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers; without the reserved ones, which have no logits."""
         if self.is_trained:
-            return self.spec
+            data = json.loads(self.spec)
+            data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in RESERVED]
+            return json.dumps(data, ensure_ascii=False)
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as HFTokenizer
 

@@ -287,8 +287,8 @@ def hidden(model, idx):
 @torch.no_grad()
 def test_the_speedrun_model_against_a_plain_one():
     """Written out once more with nothing shared but the weights, drawn at random so that no gain or scalar hides at its start."""
-    config = tiny(n_layer=3, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False, value_residual=True,
-                  residual_scalars=True, softcap=3.0, init="zero_proj")
+    config = tiny(n_layer=3, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False, token_shift=True,
+                  value_residual=True, residual_scalars=True, softcap=3.0, init="zero_proj")
     model, idx = GPT(config).eval(), torch.randint(61, (2, 16))
     for p in model.parameters():
         p.normal_(std=0.3)
@@ -307,7 +307,9 @@ def test_the_speedrun_model_against_a_plain_one():
         b = f"transformer.h.{i}"
         r = w[f"{b}.mix_residual.mix"]
         x = r[0] * x + r[1] * x0
-        q, k, v = (norm(x, f"{b}.ln_1.weight") @ w[f"{b}.attn.c_attn.weight"].T).view(2, 16, 3, 2, 16).unbind(2)
+        y = norm(x, f"{b}.ln_1.weight")
+        y[:, 1:] = y[:, 1:] + w[f"{b}.token_shift.weight"] * y[:, :-1]
+        q, k, v = (y @ w[f"{b}.attn.c_attn.weight"].T).view(2, 16, 3, 2, 16).unbind(2)
         q, k = rope(norm(q, f"{b}.attn.q_norm.weight")), rope(norm(k, f"{b}.attn.k_norm.weight"))
         if i == 0:
             v_first = v
@@ -338,7 +340,7 @@ def test_no_preset_begins_above_the_loss_of_a_guess(preset):
 
 def test_the_blocks_of_zero_proj_begin_as_the_identity_and_learn():
     model, idx = GPT(tiny(init="zero_proj", tie_embeddings=False, mlp="relu2", bias=False)), torch.randint(61, (2, 17))
-    x = model.transformer.wpe(model.transformer.wte(idx[:, 1:]), 0)
+    x = model.transformer.wpe(model.transformer.wte(idx[:, 1:]), slice(16))
     assert torch.equal(hidden(model, idx[:, 1:]), x) and model.transformer.wte.weight.std().item() == pytest.approx(1, rel=0.1)
     assert not model(idx[:, :-1]).any()  # the head is zero
     for name, p in model.named_parameters():
@@ -788,7 +790,7 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
 
 
 def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data, tmp_path):
-    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512, "--save_every", 3]
+    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512, "--batch_warmup", 600, "--save_every", 3]
     for run, processes in (("one", 1), ("two", 2), ("resumed", 1), ("resumed", 2)):
         result = launch("train_gpt2.py", *flags, "--run_name", run, processes=processes)
         assert result.returncode == 0, result.stderr
@@ -828,6 +830,7 @@ BAD_FLAGS = [
     (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"), (["--preset", "modem"], "modern"),
     (["--vocab_size", "3"], "unknown flag --vocab_size"),  # set by the data, not by a flag
     (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""), (["--data", "{other}"], "their ids mean different text"),
+    (["--total_batch_size", "352", "--batch_warmup", "1000"], "352, which --batch_warmup halves, must be a multiple of 2 x --block_size 32 x 1 processes; 384 is"),
     (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
     (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs, --max_steps, --minutes, --tokens_per_param each set"),
     (["--eval_tasks_limit", "2"], "are for --eval_tasks"), (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),

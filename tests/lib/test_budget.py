@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import tiny
 
-from lib.budget import StepTimer, describe, hours_and_dollars, plan, steps_of
+from lib.budget import StepTimer, batch_size, describe, hours_and_dollars, plan, steps_in, steps_of, tokens_of
 from lib.cli import BadInput
 from train_gpt2 import GPT, GPTConfig
 
@@ -18,6 +18,15 @@ def length(tokens, batch=256, epochs=1.0, max_steps=None, ratio=None, parameters
 def test_steps_are_given_or_follow_from_epochs():
     assert length(10_000_000_000, 524_288) == 19_073  # build-nanogpt's
     assert (length(2560), length(2559), length(2560, epochs=2.5), length(2560, max_steps=7)) == (10, 9, 25, 7)
+
+
+def test_a_run_may_begin_with_half_batches():
+    cfg = SimpleNamespace(total_batch_size=256, batch_warmup=1000, minutes=1.0, steps=1_000_000)
+    assert [batch_size(step, cfg) for step in (0, 6, 7, 99)] == [128, 128, 256, 256]    # 7 halves are 896 of the 1,000 tokens
+    assert [tokens_of(steps, cfg) for steps in (0, 6, 7, 10)] == [0, 768, 896, 1664]
+    assert [steps_in(tokens, cfg) for tokens in (0, 767, 768, 896, 1151, 1152, 1664)] == [0, 5, 6, 7, 7, 8, 10]
+    timer = StepTimer(cfg, (0, 0.0))
+    assert timer.fit(2, 1.0) == 2 + 5 + (59 * 128 - 5 * 128) // 256                     # 128 tokens per second, 59 s to go
 
 
 @pytest.mark.parametrize("tokens, epochs, says", [(255, 1.0, "no steps"), (2560, 0.01, "no steps"), (2560, 1e300, "too many steps"),

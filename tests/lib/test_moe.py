@@ -311,6 +311,19 @@ def test_cached_generation_equals_whole_passes():
     assert cached == idx[:, -10:].T.tolist()
 
 
+@pytest.mark.parametrize("balance", ["bias", "loss"])
+def test_samples_in_bf16_between_training_steps(balance):
+    torch.manual_seed(0)
+    model, idx = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier", pos="rope")), torch.randint(61, (3, 8))
+    balance = LoadBalancer(model, SimpleNamespace(distributed=False), print)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(idx, idx).backward()
+        balance(True)
+        decoder = Decoder(model.eval(), 3, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()), model(idx)[:, -1].float(), atol=0.02, rtol=0.02)
+
+
 def test_a_run_with_experts_learns_is_balanced_and_resumes_exactly(data, tmp_path, capsys):
     whole = train(data, tmp_path / "whole", *EXPERTS, "--max_steps", 24, "--sample_every", 12)
     assert "active per token" in capsys.readouterr().out

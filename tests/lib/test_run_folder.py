@@ -46,7 +46,7 @@ from lib.files import locked
 from lib.run_folder import Writer, check_name, rewind
 from lib.shards import Shards
 from lib.tokenizers import train_bpe
-from train_gpt2 import ShardLoader
+from train_gpt2 import GPTConfig, ShardLoader, TrainConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming
@@ -60,6 +60,17 @@ def test_the_same_command_goes_on_exactly(kind, step, whole, data, tmp_path, cap
     train(data, folder, *KINDS[kind])
     assert f"resume  {folder / f'ckpt_{step:05d}.pt'}, step {step}; as before\n" in capsys.readouterr().out
     assert_same_runs(folder, whole(kind))
+
+
+def test_settings_younger_than_a_checkpoint_stay_off(whole):
+    state = checkpoint.read(next(whole("gpt2").glob("ckpt_*.pt")))
+    batch = state["train_config"]["total_batch_size"]
+    state |= {"timed": (3, 2.0)}  # steps and their seconds, when steps were all alike
+    state["train_config"] = {name: v for name, v in state["train_config"].items() if name not in ("batch_warmup", "curriculum")} | {"data": "one"}
+    state["model_config"] = {name: v for name, v in state["model_config"].items() if name not in ("token_shift", "n_experts")}
+    cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(token_shift=True)  # as today's preset may say
+    run_folder.Resume("old", state, set()).adopt(cfg, model_cfg, set())
+    assert (cfg.batch_warmup, cfg.data, model_cfg.token_shift) == (0, ("one",), False) and state["timed"] == (3 * batch, 2.0)
 
 
 def test_relative_paths_and_going_back_in_the_same_folder(whole, tmp_path, monkeypatch):
