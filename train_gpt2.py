@@ -715,7 +715,7 @@ def make_evaluations(cfg, corpus, tokenizer, block_size, processes):
 def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     """Train `model` from `position` (step, skipped, consecutive_skips, timed) to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
 
-    stream: next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, as many on every process; targets of -1 are not
+    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, as many on every process; targets of -1 are not
     counted. run: the RunFolder, null off rank 0. The loop ends after cfg.steps steps, or after the step in which a stop signal came;
     either way with a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
     """

@@ -1,6 +1,7 @@
 """Several folders of token shards as one corpus and one stream of batches: mixed by weight, and with a curriculum before them.
 
-`Corpus` is what --data and --curriculum name, `Mixture` the stream that training reads where that is more than one folder.
+`Corpus` is what --data and --curriculum name, `Stream` the base of what training reads, with the next batch made ready in the background, and
+`Mixture` the stream of more than one folder.
 """
 
 import hashlib
