@@ -1,0 +1,48 @@
+"""The chat template: how a conversation becomes token ids, in post-training, in chat.py and, as Jinja, in exported tokenizers.
+
+    <|endoftext|> <|user|>Hi<|end|> <|assistant|>Hello!<|end|>          without the spaces
+
+A conversation is a list of messages, {"role": "system", "user" or "assistant", "content": str}: a system message may stand first, then
+user and assistant take turns. The control tokens are ids that text never encodes to (lib/tokenizers.py), so nothing that a user types or
+that stands in data is taken for one.
+"""
+
+from lib.cli import BadInput
+from lib.tokenizers import EOT
+
+ROLES = ("system", "user", "assistant")
+END = "<|end|>"
+# the same for transformers' apply_chat_template; a checkpoint that can chat holds it as "chat_template"
+JINJA = ("{{ '" + EOT + "' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+def check_messages(messages):
+    """Raises BadInput, without a remedy, unless `messages` is a conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise BadInput("no messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise BadInput("a message without a role and a content, both text")
+        if message["role"] not in ROLES:
+            raise BadInput(f"the unknown role {message['role'][:40]!r}")
+    turns = [message["role"] for message in messages[messages[0]["role"] == "system":]]
+    if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
+        raise BadInput(f"roles out of order ({', '.join(message['role'] for message in messages[:6])}): a system message may stand first, "
+                       "then user and assistant take turns, the user first")
+
+
+def render(messages, tokenizer, reply=False):
+    """A conversation -> ids, list of int, and which of them are to be learned, list of bool: what the assistant says, and its <|end|>.
+
+    reply: end with <|assistant|>, for the model to go on.
+    """
+    ids, learned = [tokenizer.eot], [False]
+    for message in messages:
+        text = tokenizer.encode(message["content"]).tolist()
+        ids += [tokenizer.reserved[f"<|{message['role']}|>"], *text, tokenizer.reserved[END]]
+        learned += [False, *[message["role"] == "assistant"] * (len(text) + 1)]
+    if reply:
+        ids.append(tokenizer.reserved["<|assistant|>"])
+        learned.append(False)
+    return ids, learned
