@@ -59,7 +59,8 @@ class KVCache:
 
     def at(self, rows, positions, ends, mask=None):
         """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come. ends: int64 (n,), the column of each row's last one.
-        mask: (n, 1, T, span), 0 or -inf, what the tokens see of the cache; None: they begin a text, and see each other alone."""
+        mask: (n, 1, T, span), 0 or -inf, what the tokens see of the cache, of its first n rows; None: they begin a text, and see each
+        other alone."""
         self.order, self.positions, self.ends, self.mask = rows, positions, ends, mask
         return self
 
@@ -71,7 +72,7 @@ class KVCache:
         for kept, new in zip(self.tensors[layer], (k, v)):
             kept[self.order[:, None], :, self.positions] = new.transpose(1, 2)
         if self.mask is not None:
-            k, v = (kept[:, :, :self.mask.size(-1)] for kept in self.tensors[layer])
+            k, v = (kept[:len(k), :, :self.mask.size(-1)] for kept in self.tensors[layer])
         return k, v, self.mask
 
     def previous(self, layer, x):
@@ -102,10 +103,10 @@ def cast_weights(model):
 class Decoder:
     """A model that continues `rows` texts side by side, each of its own length, up to `length` tokens or the model's window.
 
-    `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain). The
-    caller sets eval mode and autocast, for making it, too.
-    graphs: on cuda, capture the step as a CUDA graph, once per SPAN positions: a step is some 500 small kernels, whose launches take
-    longer than they do. compile: have torch.compile fuse them besides, which takes it half a minute.
+    `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain) or to the
+    first ones; `move` has a text go on in another row. The caller sets eval mode and autocast, for making it, too.
+    graphs: on cuda, capture the step as a CUDA graph, once per SPAN positions and number of rows: a step is some 500 small kernels, whose
+    launches take longer than they do. compile: have torch.compile fuse them besides, which takes it half a minute.
     """
 
     def __init__(self, model, rows, length, graphs=False, compile=False):
@@ -117,7 +118,7 @@ class Decoder:
         self.slots = torch.arange(self.cache.length, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
         self.compiled = torch.compile(self._step, dynamic=False) if compile else None
-        self.graphs = {} if graphs and device.type == "cuda" else None                  # span -> (graph, its logits)
+        self.graphs = {} if graphs and device.type == "cuda" else None                  # (rows, span) -> (graph, its logits)
 
     @torch.no_grad()
     def fill(self, rows, prompts):
@@ -141,49 +142,61 @@ class Decoder:
     def step(self, tokens):
         """One more token per row, int64 (rows,) -> the logits behind them, fp32 (rows, vocab_size), valid until the next step.
 
-        A text that is `full` has no place for another: begin it anew by `fill`.
+        Fewer tokens, int64 (n,): the first n rows alone, where no other holds a text. A text that is `full` has no place for another
+        token: begin it anew by `fill`.
         """
-        self.token.copy_(tokens)
-        span = self.cache.length if self.compiled else -(-min(max(self.lengths) + 1, self.length) // SPAN) * SPAN
+        n = len(tokens)
+        self.token[:n].copy_(tokens)
+        span = self.cache.length if self.compiled else -(-min(max(self.lengths[:n]) + 1, self.length) // SPAN) * SPAN
+        # what is captured or compiled is so for powers of two
+        rows = min(1 << (n - 1).bit_length(), self.cache.rows) if self.compiled or self.graphs is not None else n
         with any_shape():
             if self.graphs is None:
-                logits = (self.compiled or self._step)(span)
+                logits = (self.compiled or self._step)(rows, span)
             else:
-                if span not in self.graphs:
-                    self.graphs[span] = self._capture(span)
-                graph, logits = self.graphs[span]
+                if (rows, span) not in self.graphs:
+                    self.graphs[rows, span] = self._capture(rows, span)
+                graph, logits = self.graphs[rows, span]
                 graph.replay()
-        self.lengths = [min(n + 1, self.length) for n in self.lengths]
-        return logits
+        self.lengths[:n] = [min(length + 1, self.length) for length in self.lengths[:n]]
+        return logits[:n]
+
+    @torch.no_grad()
+    def move(self, row, to):
+        """Have the text in `row` go on in row `to`, whose own is lost."""
+        for tensor in (self.position, *self.cache.last.values(), *(kept for pair in self.cache.tensors.values() for kept in pair)):
+            tensor[to] = tensor[row]
+        self.lengths[to] = self.lengths[row]
 
     @property
     def full(self):
         """The rows whose texts fill the window."""
         return [row for row, n in enumerate(self.lengths) if n == self.model.config.block_size]
 
-    def _step(self, span):
-        """The step's computation: reads and advances `position`, reads `token`; all its shapes follow from span."""
-        seen = self.slots[:span] <= self.position[:, None]                              # (rows, span)
+    def _step(self, rows, span):
+        """The step's computation: reads and advances `position`, reads `token`; all its shapes follow from rows and span."""
+        every, token, position = self.every[:rows], self.token[:rows], self.position[:rows]
+        seen = self.slots[:span] <= position[:, None]                                   # (rows, span)
         mask = cast(torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf))
-        cache = self.cache.at(self.every, self.position[:, None], torch.zeros_like(self.every), mask[:, None, None])
-        logits = self.model(self.token[:, None], kv_cache=cache, logits_at=(slice(None), -1)).float()
-        self.position.add_(1).clamp_(max=self.length - 1)
+        cache = self.cache.at(every, position[:, None], torch.zeros_like(every), mask[:, None, None])
+        logits = self.model(token[:, None], kv_cache=cache, logits_at=(slice(None), -1)).float()
+        position.add_(1).clamp_(max=self.length - 1)
         return logits
 
-    def _capture(self, span):
+    def _capture(self, rows, span):
         """-> (CUDA graph of the step, the tensor in which each replay leaves its logits). Advances nothing."""
         compute, advanced = self.compiled or self._step, (self.position, *self.cache.last.values())
         before, side = [tensor.clone() for tensor in advanced], torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what a first run sets up, and the compiler, must not be captured
             for _ in range(2):
-                compute(span)
+                compute(rows, span)
                 for tensor, value in zip(advanced, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(side)
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
-            logits = compute(span)
+            logits = compute(rows, span)
         return graph, logits
 
 

@@ -51,6 +51,24 @@ def test_a_row_is_begun_anew_while_others_go_on():
         torch.testing.assert_close(logits[row], model(torch.tensor([ids]))[0, -1])
 
 
+def test_the_first_rows_alone_and_a_text_that_moves_into_them():
+    torch.manual_seed(0)
+    model, widths = GPT(tiny(pos="rope", init="xavier", token_shift=True)).eval(), []
+    for block in model.transformer.h:
+        block.token_shift.weight.data.normal_()
+    model.transformer.wte.register_forward_hook(lambda module, args, out: widths.append(out.size(0)))
+    decoder = Decoder(model, 4, 16)
+    decoder.fill([0, 1, 2], [[1, 2, 3], [4], [5, 6]])
+    decoder.step(torch.tensor([7, 8, 9]))
+    decoder.move(2, 0)
+    logits = decoder.step(torch.tensor([10, 11]))
+    assert widths == [3, 3, 2]
+    for row, ids in enumerate(([5, 6, 9, 10], [4, 8, 11])):
+        torch.testing.assert_close(logits[row], model(torch.tensor([ids]))[0, -1])
+    torch.testing.assert_close(decoder.fill([2], [[12]])[0], model(torch.tensor([[12]]))[0, -1])
+    torch.testing.assert_close(decoder.step(torch.tensor([1, 2, 3]))[2], model(torch.tensor([[12, 3]]))[0, -1])
+
+
 def test_a_new_token_costs_one_position():
     model, widths = GPT(tiny()).eval(), []
     model.transformer.wte.register_forward_hook(lambda module, args, out: widths.append(out.size(1)))
@@ -90,6 +108,12 @@ def test_graphs_give_what_eager_steps_give(compile):
     texts = [list(generate(Decoder(model, 2, 400, **how), prompts, 300, greedy))  # past a span and the window
              for how in (dict(), dict(graphs=True, compile=compile))]
     assert texts[0] == texts[1]
+    for rows in (3, 5):  # captured for 4 rows, and for the 5 there are
+        eager, graphs = (Decoder(model, 5, 64, **how) for how in (dict(), dict(graphs=True, compile=compile)))
+        torch.testing.assert_close(*(decoder.fill(range(rows), [[1, 2]] * rows) for decoder in (eager, graphs)))
+        for token in range(3):
+            tokens = torch.arange(rows, device="cuda") + token
+            torch.testing.assert_close(graphs.step(tokens), eager.step(tokens), rtol=0, atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
