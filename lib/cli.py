@@ -36,13 +36,14 @@ class RankError(BadInput):
     """A BadInput that one process of several may meet alone: said by whichever meets it."""
 
 
-def flag(default, help, **bounds):
+def flag(default, help, short=None, **bounds):
     """A dataclass field that `parse` turns into the flag --<name of the field>; without a help text (None), a setting without a flag.
 
+    short: a letter, for the same flag as -<letter>.
     bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any integer below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+    return dataclasses.field(default=default, metadata={"help": help, "short": short, "bounds": bounds})
 
 
 def run(main):
@@ -218,7 +219,8 @@ def parse(classes, argv, doc=None, presets=None):
             if field.metadata.get("help"):
                 default, bounds = overrides.get(field.name, field.default), field.metadata["bounds"]
                 shown = field.metadata["help"] + (f"; {_range(bounds)}" if bounds else "") + ("" if default is None else f" [{_show(default)}]")
-                group.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **_argument(hints[field.name]))
+                short = [f"-{field.metadata['short']}"] if field.metadata["short"] else []
+                group.add_argument(*short, f"--{field.name}", help=shown.replace("%", "%%"), **_argument(hints[field.name]))
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     given = vars(parser.parse_args(argv))
     given.pop("debug", None)  # read by run()
