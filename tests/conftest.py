@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, sentences, write_data
+from helpers import ROOT, chat_checkpoint, sentences, write_data
 from runs import KINDS, train
 
 from lib.tokenizers import train_bpe
@@ -58,6 +58,13 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def data(tokenizer, tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "toy", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def chatty(tokenizer, tmp_path_factory):
+    """(path, model) of a checkpoint that knows helpers.py's CHATS by heart."""
+    path = tmp_path_factory.mktemp("chatty") / "ckpt_00001.pt"
+    return path, chat_checkpoint(path, tokenizer)
 
 
 @pytest.fixture(scope="session")

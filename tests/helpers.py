@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lib import checkpoint
+from lib.chat_template import JINJA, render
 from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,34 @@ def tiny_checkpoint(path, tokenizer, **changes):
     checkpoint.write(path, {"step": 1, "model": model.state_dict(), "model_config": asdict(config),
                                       "train_config": asdict(TrainConfig()), "tokenizer": tokenizer.spec})
     return model
+
+
+CHATS = [("the cat", "sat on the mat."), ("the dog", "slept on the roof."), ("the bird", "stood on the table, and the cat sat on the roof.")]
+
+
+def chat_checkpoint(path, tokenizer):
+    """Save a tiny model that has learned CHATS by heart, each as a first and as a later turn, as posttrain.py would; returns the model."""
+    torch.manual_seed(3)
+    config = tiny(vocab_size=tokenizer.vocab_size + len(tokenizer.reserved), vocab_multiple=128, block_size=128, pos="rope")
+    model, rng, rows = GPT(config), random.Random(0), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(24):
+        chat = [{"role": role, "content": text} for turn in rng.sample(CHATS, 3) for role, text in zip(("user", "assistant"), turn)]
+        rows.append(render([{"role": "system", "content": "Be brief."}] * rng.randrange(2) + chat, tokenizer)[0])
+    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    targets = torch.full_like(idx, -1)
+    for row, ids in enumerate(rows):
+        idx[row, :len(ids)] = torch.tensor(ids)
+        targets[row, :len(ids) - 1] = torch.tensor(ids[1:])
+    for step in range(120):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 120)
+        loss = model(idx, targets) / (targets >= 0).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpoint.write(path, {"step": 1, "model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(TrainConfig()),
+                            "tokenizer": tokenizer.spec, "chat_template": JINJA})
+    return model.eval()
 
 
 def read_log(folder):

@@ -1,0 +1,232 @@
+"""Chat with a post-trained checkpoint: in the terminal, in a browser, through an OpenAI-style API.
+
+    python chat.py --checkpoint log/<run>/ckpt_<step>.pt                 # /reset  /temp X  /save FILE  /quit
+    python chat.py --checkpoint PATH -p "What is a cat?"                 # one answer
+    python chat.py --checkpoint PATH --serve --port 8000                 # http://127.0.0.1:8000, and /v1/chat/completions
+
+A conversation that outgrows the model's context loses its oldest turns. Ctrl-C ends a reply, Ctrl-D the chat.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lib import chat_template, files
+from lib.cli import BadInput, check, flag, parse, run
+from lib.decoding import Decoder, NonFinite, SampleConfig, Text, draw, generate
+from lib.devices import autocast, pick_device
+from lib.rope import ContextConfig, extend
+from lib.server import Api, Server, is_loopback
+from lib.serving import Engine
+from train_gpt2 import load_checkpoint
+
+COMMANDS = "/reset, /temp X, /save FILE, /quit"
+
+
+@dataclass
+class Config:
+    checkpoint: str | None = flag(None, "a ckpt_<step>.pt that posttrain.py made")
+    prompt: str | None = flag(None, "answer this alone, and end", short="p")
+    system: str | None = flag(None, "a system message to begin with")
+    serve: bool = flag(False, "serve the chat to a browser and to OpenAI's clients")
+    graphs: bool = flag(False, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
+    device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+
+
+@dataclass
+class ServeConfig:
+    host: str = flag("127.0.0.1", "address to listen at; beyond this machine, give --api_key, too")
+    port: int = flag(8000, "port to listen at; 0: any free one", at_least=0, below=2**16)
+    api_key: str | None = flag(None, "what clients have to give as their API key")
+    slots: int | None = flag(None, "texts written at once; without the flag, 64 on cuda, else 16", above=0, at_most=4096)
+    waiting: int = flag(256, "requests that may wait for one of them", at_least=1, at_most=100_000)
+
+
+@dataclass
+class ChatSampling(SampleConfig):
+    samples: int = flag(1, None)
+    max_new_tokens: int = flag(1024, "tokens per reply", at_least=1, at_most=1_000_000)
+
+
+def load_chat(path, device):
+    """-> (model, tokenizer) of a checkpoint that can chat. Raises BadInput."""
+    model, tokenizer, state = load_checkpoint(path, device)
+    if "chat_template" not in state:
+        raise BadInput(f"{path} has not learned to chat, it holds no chat template: make one that has with posttrain.py")
+    if state["chat_template"] != chat_template.JINJA:
+        raise BadInput(f"{path} has learned another chat template than lib/chat_template.py's: make one anew with posttrain.py")
+    if model.config.vocab_size != (needed := tokenizer.vocab_size + len(tokenizer.reserved)):
+        raise BadInput(f"{path}: its model has {model.config.vocab_size:,} ids and its tokenizer with those of chat {needed:,}: make one anew with posttrain.py")
+    return model, tokenizer
+
+
+class Chat:
+    """A conversation in the terminal. messages: what has been said. dropped: how many of the oldest no longer fit the context."""
+
+    def __init__(self, model, tokenizer, sampling, system=None, graphs=False):
+        self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system
+        self.device, self.window = next(model.parameters()).device, model.config.block_size
+        self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        with autocast(self.device):
+            self.decoder = Decoder(model, 1, self.window, graphs=graphs)
+        self.reset()
+
+    def reset(self):
+        self.messages, self.dropped = [] if self.system is None else [{"role": "system", "content": self.system}], 0
+
+    def reply(self, content, show):
+        """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by Ctrl-C. show: called with its pieces.
+        Raises BadInput, before anything is said, if the message does not fit the context."""
+        sampling, messages = self.sampling, [*self.messages, {"role": "user", "content": content}]
+        room = min(sampling.max_new_tokens, max(self.window // 4, 1))  # for the reply, at least
+        kept, ids = chat_template.fit(messages, self.tokenizer, self.window - room)
+        self.messages, self.dropped = kept, self.dropped + len(messages) - len(kept)
+        text = Text(self.tokenizer, min(sampling.max_new_tokens, self.window - len(ids)), sampling.stop or (),
+                    {self.tokenizer.eot, *self.tokenizer.reserved.values()})  # the model may go on as the user, which ends its turn, too
+        choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, generator=self.generator)
+        ended = None
+        try:
+            with autocast(self.device):
+                for (token,) in generate(self.decoder, [ids], text.limit, choose):
+                    if token == -1:
+                        raise NonFinite
+                    show(text.add(token))
+                    if text.ended:
+                        break
+            ended = text.ended
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        self.messages.append({"role": "assistant", "content": text.text})
+        return ended
+
+
+def say(note):
+    print(f"[{note}]", file=sys.stderr, flush=True)
+
+
+def lines(prompt):
+    """What the user types, line by line, to the end of the input."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (gives input() a history)
+    else:
+        prompt = ""
+    sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
+
+
+def talk(chat):
+    """The chat in the terminal, to /quit or the end of the input."""
+    say(f"{COMMANDS}; Ctrl-C ends a reply")
+    for line in lines("> "):
+        command, _, argument = line.strip().partition(" ")
+        if command == "/quit":
+            break
+        try:
+            if command == "/reset":
+                chat.reset()
+                say("a new conversation")
+            elif command == "/temp":
+                chat.sampling = heated(chat.sampling, argument)
+            elif command == "/save":
+                save(chat.messages, argument.strip())
+            elif command.startswith("/"):
+                say(f"unknown command {command[:40]}: {COMMANDS}; a message does not begin with a slash")
+            elif line.strip():
+                before = chat.dropped
+                ended = chat.reply(line.strip(), partial(print, end="", flush=True))
+                print()
+                if chat.dropped > before:
+                    say(f"the context was full: the model no longer sees the {chat.dropped} oldest messages")
+                if ended != "stop":
+                    say({"length": "the reply ended at its longest", "interrupted": "stopped"}[ended])
+        except NonFinite:
+            raise
+        except BadInput as error:
+            say(str(error))
+
+
+def heated(sampling, word):
+    """The settings with the temperature of /temp. Raises BadInput."""
+    try:
+        changed = replace(sampling, temperature=float(word))
+    except ValueError:
+        raise BadInput(f"/temp takes a number: it is {sampling.temperature:g}") from None
+    check(changed)
+    say(f"temperature {changed.temperature:g}")
+    return changed
+
+
+def save(messages, path):
+    """Write a conversation as a line of JSON, as posttrain.py reads them. Raises BadInput; overwrites nothing."""
+    if not path:
+        raise BadInput("/save takes the name of a file")
+    if Path(path).exists():
+        raise BadInput(f"{path} exists: name another file")
+    try:
+        files.replace(path, lambda file: file.write((json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode("utf-8", "replace")))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write {path} ({getattr(error, 'strerror', None) or error}): name another file") from error
+    say(f"{len(messages)} messages saved to {path}")
+
+
+def serve(cfg, serving, sampling, load):
+    """Answer HTTP until SIGINT or SIGTERM. load: () -> model, tokenizer; the port is taken before that takes its time."""
+    if not is_loopback(serving.host) and serving.api_key is None:
+        raise BadInput(f"--host {serving.host} lets other machines in: give an --api_key, or leave --host out")
+    with Server(serving.host, serving.port) as server:
+        model, tokenizer = load()
+        slots = serving.slots or (64 if next(model.parameters()).device.type == "cuda" else 16)
+        engine = Engine(model, tokenizer, slots, serving.waiting, sampling.top_k, sampling.seed, cfg.graphs)
+        path = Path(cfg.checkpoint).resolve()
+        stop = threading.Event()
+
+        def ask_to_stop(number, _):
+            stop.set()
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
+        with server.serving(Api(engine, path.parent.name or path.stem, sampling, serving.api_key)), engine:
+            print(f"chat at {server.url}, API at {server.url}/v1, up to {slots} texts at once; Ctrl-C ends it", flush=True)
+            stop.wait()
+
+
+def main(argv):
+    (cfg, serving, context, sampling), given = parse((Config, ServeConfig, ContextConfig, ChatSampling), argv, __doc__)
+    if cfg.checkpoint is None:
+        raise BadInput("name a --checkpoint, one that posttrain.py made")
+    if wrong := sorted(given & ({"prompt", "system"} if cfg.serve else {field.name for field in fields(ServeConfig)})):
+        raise BadInput(f"--{wrong[0]} is for the terminal: leave out it or --serve" if cfg.serve else f"--{wrong[0]} is for --serve: give that, too")
+    device = pick_device(cfg.device)
+
+    def load():
+        model, tokenizer = load_chat(cfg.checkpoint, device)
+        return extend(model, context), tokenizer
+
+    if cfg.serve:
+        serve(cfg, serving, sampling, load)
+        return
+    chat = Chat(*load(), sampling, cfg.system, cfg.graphs)
+    if cfg.prompt is None:
+        talk(chat)
+    elif chat.reply(cfg.prompt, partial(print, end="", flush=True)) == "interrupted":
+        raise KeyboardInterrupt
+    else:
+        print()
+
+
+if __name__ == "__main__":
+    run(main)
