@@ -1,0 +1,229 @@
+"""lib/server.py over real connections: python -m pytest tests/lib/test_server.py"""
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import CHATS
+
+from lib.cli import BadInput
+from lib.decoding import SampleConfig
+from lib.server import BODY_LIMIT, Api, Server, is_loopback
+from lib.serving import Engine
+from train_gpt2 import load_checkpoint
+
+
+class Gate:
+    """Forward passes wait while it is shut."""
+
+    def __init__(self, model):
+        self.opened = threading.Event()
+        self.opened.set()
+        model.transformer.wte.register_forward_pre_hook(lambda module, args: self.opened.wait(60) and None)
+
+
+@contextlib.contextmanager
+def started(path, slots=4, waiting=100, api_key=None):
+    """A server in this process -> (port, engine, Gate, the replies asked of it)."""
+    model, tokenizer, _ = load_checkpoint(path)
+    gate = Gate(model)
+    with Server("127.0.0.1", 0) as server:
+        engine, replies = Engine(model, tokenizer, slots, waiting), []
+        submit = engine.submit
+        engine.submit = lambda request: replies.append(submit(request)) or replies[-1]
+        with server.serving(Api(engine, "toy", SampleConfig(max_new_tokens=60, temperature=0.0), api_key)), engine:
+            yield server.server_port, engine, gate, replies
+
+
+@pytest.fixture(scope="module")
+def server(chatty):
+    with started(chatty[0]) as server:
+        yield server
+
+
+def connect(port):
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+
+def ask(port, path="/v1/chat/completions", method="POST", body=None, headers=None):
+    """-> (status, the body's JSON or text, headers)."""
+    with contextlib.closing(connect(port)) as connection:
+        body = json.dumps(body) if isinstance(body, (dict, list)) else body
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        text = response.read().decode()
+        return response.status, json.loads(text) if response.headers["Content-Type"] == "application/json" else text, response.headers
+
+
+def chat(content="the cat", **fields):
+    return {"model": "toy", "messages": [{"role": "user", "content": content}], **fields}
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_more_clients_than_slots_all_get_their_own_answers(server):
+    def one(i):
+        content, want = CHATS[i % 3]
+        status, answer, _ = ask(server[0], body=chat(content, stream=i % 2 == 0))
+        if i % 2:
+            return answer["choices"][0]["message"]["content"] == want and answer["choices"][0]["finish_reason"] == "stop"
+        events = [line.removeprefix("data: ") for line in answer.split("\n\n")]
+        return events[-2:] == ["[DONE]", ""] and "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-2]) == want
+
+    with ThreadPoolExecutor(64) as pool:
+        assert all(pool.map(one, range(64)))
+
+
+def test_a_connection_is_kept_and_the_page_is_served(server):
+    with contextlib.closing(connect(server[0])) as connection:
+        connection.connect()
+        first = connection.sock
+        for _ in range(2):
+            connection.request("POST", "/v1/chat/completions", json.dumps(chat()))
+            assert json.loads(connection.getresponse().read())["usage"]["completion_tokens"] > 3
+            connection.request("GET", "/")
+            response = connection.getresponse()
+            page = response.read().decode()
+            assert connection.sock is first
+    assert response.headers["Content-Type"].startswith("text/html") and "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert "http://" not in page and "https://" not in page  # nothing to download
+    assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.parametrize("fields, param, says", [
+    (dict(n=2), "n", "n is not supported here, other than 1"), (dict(n="1"), "n", "not supported"), (dict(tools=[{}]), "tools", "not supported"),
+    (dict(logprobs=True), "logprobs", "not supported"), (dict(frobnicate=1), "frobnicate", "Unrecognized request argument supplied: frobnicate"),
+    (dict(temperature="hot"), "temperature", "must be a number"), (dict(temperature=True), "temperature", "must be a number"),
+    (dict(temperature=2.1), "temperature", "between 0 and 2"), (dict(top_p=0), "top_p", "between"), (dict(temperature=float("nan")), "temperature", "between"),
+    (dict(max_tokens=0), "max_tokens", "between 1"), (dict(max_completion_tokens=1.5), "max_completion_tokens", "an integer"),
+    (dict(stop=3), "stop", "text or a list"), (dict(stop=[""]), "stop", "at most 16"), (dict(stop=["x"] * 17), "stop", "at most 16"),
+    (dict(stream="yes"), "stream", "true or false"), (dict(seed="x"), "seed", "an integer"), (dict(stream_options={"include_usage": True}), "stream_options", "stream: true"),
+    (dict(model=None), "model", "name a model: here it is toy"), (dict(model=3), "model", "must be text"),
+    (dict(messages="hi"), "messages", "no messages"), (dict(messages=[]), "messages", "no messages"), (dict(messages=[3]), "messages", "without a role"),
+    (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages", "only parts of type text"),
+    (dict(messages=[{"role": "assistant", "content": "x"}]), "messages", "out of order"),
+    (dict(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]), "messages", "the last one must be the user's"),
+    (dict(messages=[{"role": "user", "content": "the cat " * 100}]), "messages", "tokens, and the context of 128 has room for 127"),
+])
+def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says, server):
+    status, answer, _ = ask(server[0], body={**chat(), **fields})
+    error = answer["error"]
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param) and says in error["message"] and error["code"], answer
+
+
+@pytest.mark.parametrize("fields", [
+    dict(n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], user="me", metadata={}, response_format={"type": "text"}),
+    dict(temperature=None, top_p=None, stop=None, seed=None, max_tokens=None, stream=None, n=None), dict(temperature=0, seed=-1, top_p=0.5, stop=[]),
+    dict(messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}])])
+def test_what_asks_for_nothing_special_is_taken(fields, server):
+    status, answer, _ = ask(server[0], body={**chat(), **fields})
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, "sat on the mat."), answer
+
+
+def test_limits_and_stops(server):
+    _, answer, _ = ask(server[0], body=chat(max_tokens=2))
+    assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 2)
+    _, answer, _ = ask(server[0], body=chat(stop=" on"))
+    assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == ("sat", "stop")
+    _, answer, _ = ask(server[0], "/v1/completions", body={"model": "toy", "prompt": ["the cat"], "temperature": 2, "max_tokens": 10**6, "seed": 4})
+    assert answer["object"] == "text_completion" and answer["usage"]["total_tokens"] <= 128
+
+
+@pytest.mark.parametrize("request_, status, code", [
+    (dict(path="/nowhere", method="GET"), 404, "unknown_url"), (dict(path="/v1/models/other", method="GET"), 404, "model_not_found"),
+    (dict(body={**chat(), "model": "gpt-4"}), 404, "model_not_found"), (dict(method="GET"), 405, "method_not_supported"),
+    (dict(path="/", method="DELETE"), 405, "method_not_supported"), (dict(method="OPTIONS"), 405, "method_not_supported"),
+    (dict(body="{"), 400, "invalid_json"), (dict(body="[" * 100_000), 400, "invalid_json"), (dict(body=b"\xff"), 400, "invalid_json"), (dict(body=[1]), 400, "invalid_type"),
+    (dict(body="x" * (BODY_LIMIT + 1)), 413, "request_too_large"), (dict(body=b"x", headers={"Content-Length": "9" * 30}), 413, "request_too_large"),
+    (dict(body=b"", headers={"Content-Length": "-1"}), 411, "length_required"),
+    (dict(body=chat(), headers={"Host": "evil.example"}), 403, "invalid_host"), (dict(body=chat(), headers={"Host": "["}), 403, "invalid_host"),
+    (dict(body=chat(), headers={"Origin": "http://evil.example"}), 403, "invalid_origin"), (dict(body=chat(), headers={"Origin": "null"}), 403, "invalid_origin")])
+def test_what_is_not_a_request_is_told_by_its_status(request_, status, code, server):
+    got, answer, headers = ask(server[0], **request_)
+    assert (got, answer["error"]["code"]) == (status, code) and answer["error"]["message"]
+    assert ("Allow" in headers) == (status == 405)
+    assert ask(server[0], "/v1/models", "GET", headers={"Host": "localhost:99"})[1]["data"][0]["id"] == "toy"  # and goes on
+
+
+def test_bytes_that_are_not_http(server):
+    for junk in (b"\x16\x03\x01\x02\x00\n\n", b"GET / HTTP/9.9\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc"):
+        with contextlib.closing(connect(server[0])) as connection:
+            connection.connect()
+            connection.sock.sendall(junk)
+            connection.sock.shutdown(1)
+            connection.sock.recv(4096)
+    assert ask(server[0], "/", "GET")[0] == 200
+
+
+def test_an_api_key(chatty):
+    with started(chatty[0], api_key="sesame") as (port, *_):
+        for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"}, {"Authorization": "Bearer s\xe9same"}):
+            status, answer, _ = ask(port, body=chat(), headers=headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        assert ask(port, body=chat(), headers={"Authorization": "Bearer sesame"})[0] == 200
+        assert ask(port, "/", "GET")[0] == 200  # the page asks for it
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot(stream, chatty):
+    with started(chatty[0], slots=1) as (port, engine, gate, replies):
+        gate.opened.clear()
+        with contextlib.closing(connect(port)) as connection:
+            connection.request("POST", "/v1/chat/completions", json.dumps(chat(stream=stream)))
+            until(lambda: replies and not engine.queue)
+        until(lambda: replies[0].cancelled)
+        gate.opened.set()
+        assert ask(port, body=chat("the dog"))[1]["choices"][0]["message"]["content"] == CHATS[1][1]
+        assert replies[0].count <= 1
+
+
+def test_a_full_queue_is_a_429(chatty):
+    with started(chatty[0], slots=1, waiting=1) as (port, engine, gate, replies), ThreadPoolExecutor(2) as pool:
+        gate.opened.clear()
+        first = pool.submit(ask, port, body=chat())
+        until(lambda: replies and not engine.queue)
+        second = pool.submit(ask, port, body=chat("the dog"))
+        until(lambda: engine.queue)
+        status, answer, headers = ask(port, body=chat())
+        assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "rate_limit_exceeded", "1")
+        gate.opened.set()
+        assert [future.result()[0] for future in (first, second)] == [200, 200]
+
+
+def test_the_end_of_the_server_ends_what_is_under_way(chatty):
+    with ThreadPoolExecutor(2) as pool, contextlib.closing(connect(1)) as idle:
+        with started(chatty[0], slots=1) as (port, engine, gate, replies):
+            idle.port = port
+            idle.request("GET", "/v1/models")
+            idle.getresponse().read()  # and the connection stays
+            gate.opened.clear()
+            stream = pool.submit(ask, port, body=chat(stream=True))
+            until(lambda: replies and not engine.queue)
+            whole = pool.submit(ask, port, body=chat())
+            until(lambda: engine.queue)
+            threading.Timer(0.05, gate.opened.set).start()
+        status, answer, _ = whole.result()
+        assert (status, answer["error"]["code"]) == (503, "server_stopping")
+        events = stream.result()[1].strip().split("\n\n")
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "server_stopping"
+        assert idle.sock.recv(1) == b""
+
+
+def test_a_port_in_use_and_a_host_that_is_not_here_are_one_line(server):
+    for host, port in (("127.0.0.1", server[0]), ("192.0.2.1", 0), ("no such host", 0)):
+        with pytest.raises(BadInput, match=f"cannot listen at {host}, port {port} .*: give another --port"):
+            Server(host, port)
+
+
+def test_loopback():
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.0.1", "localhost", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "localhost.example", "127.0.0.1.example", "")))
