@@ -141,7 +141,8 @@ class Api:
         self.created = int(time.time())
 
     def model(self):
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local", "temperature": self.defaults.temperature}
+        own = {"context_length": self.engine.window, "temperature": self.defaults.temperature}  # not OpenAI's: for our page
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local", **own}
 
     def read(self, body, kind):
         """A request's body, "chat" or "text" -> Request, and whether a stream ends with its usage. Raises ApiError."""
