@@ -15,6 +15,7 @@ import contextlib
 import queue
 import sys
 import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +64,9 @@ class Reply:
     count = property(lambda self: self.written.count)
     ended = property(lambda self: "cancelled" if self.cancelled else self.written.ended)
 
-    def pieces(self, patience=None):
-        """Yields the text as it comes (with Request.stream; else nothing before the end), and "" after each `patience` seconds without any.
-        Ends with the text, or with `error`."""
+    def pieces(self, patience=None, every=0.0):
+        """Yields the text as it comes (with Request.stream; else nothing before the end), at most once in `every` seconds, and "" after each
+        `patience` seconds without any. Ends with the text, or with `error`."""
         done = False
         while not done:
             try:
@@ -78,6 +79,8 @@ class Reply:
             done = new[-1] is None
             if piece := "".join(new[:-1] if done else new):
                 yield piece
+                if every and not done:
+                    time.sleep(every)
 
     def cancel(self):
         """Nobody wants the rest: its row becomes free. Does nothing to a text that has ended."""
