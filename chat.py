@@ -114,6 +114,8 @@ def say(note):
 
 def lines(prompt):
     """What the user types, line by line, to the end of the input."""
+    if sys.stdin is None:  # started with `<&-`
+        return
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives input() a history)

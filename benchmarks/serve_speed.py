@@ -97,7 +97,7 @@ def main():
     ends = [token for token in (tokenizer.eot, *tokenizer.reserved.values()) if token < model.config.vocab_size]
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(ends, device=logits.device), -1e4))
 
-    words = "the cat sat on a mat and looked at what was left of its dinner while it rained".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "what", "was", "left", "of", "its", "dinner", "while", "it", "rained"]
     texts = [" ".join(words[(i + j) % len(words)] for j in range(args.prompt_words)) for i in range(max(args.clients))]
     ids = [tokenizer.encode(text).tolist() for text in texts]
     length = min(map(len, ids))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.chat_template import check_messages, render
+from lib.chat_template import check_messages, fit, render
 from lib.cli import BadInput
 from lib.tokenizers import load_tokenizer
 
@@ -27,3 +27,14 @@ def test_what_is_no_conversation(messages, told):
     with pytest.raises(BadInput, match=told):
         check_messages(messages)
     check_messages(CHAT)
+
+
+def test_the_oldest_turns_give_way():
+    tokenizer = load_tokenizer("gpt2")
+    turns = [{"role": role, "content": f"turn {i}"} for i in range(3) for role in ("user", "assistant")][:-1]  # each: its role, 2 tokens of text, its end
+    for system in ([], CHAT[:1]):
+        whole = 2 + len(system) * 5 + 4 * len(turns)  # end-of-text, <|assistant|>, "Be brief." is 3 tokens
+        for limit, kept in ((whole, turns), (whole - 1, turns[2:]), (whole - 8, turns[2:]), (whole - 9, turns[4:])):
+            assert fit(system + turns, tokenizer, limit) == (system + kept, render(system + kept, tokenizer, reply=True)[0])
+        with pytest.raises(BadInput, match=f"have {whole - 16} tokens, and the context has room for {whole - 17}: shorten it"):
+            fit(system + turns, tokenizer, whole - 17)

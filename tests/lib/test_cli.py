@@ -34,7 +34,7 @@ class Train:
     micro_batch: int | Literal["auto"] = flag("auto", "rows", above=0)
     source: tuple[str, ...] = flag(("a",), "files")
     sizes: tuple[int, ...] = flag((1,), "sizes")
-    name: str | None = flag(None, "name")
+    name: str | None = flag(None, "name", short="n")
     compile: bool | None = flag(None, "compile")
     started: float = 0.0  # neither flag nor checked
 
@@ -66,6 +66,12 @@ def test_defaults_and_types():
 def test_integers_may_be_written_as_people_do(text, value):
     _, train, _ = read("--steps", text)
     assert train.steps == value and type(train.steps) is int
+
+
+def test_a_short_form_is_the_same_flag():
+    for words in (("-n", "x"), ("-nx",), ("--name", "x")):
+        _, train, explicit = read(*words)
+        assert (train.name, explicit) == ("x", {"name"})
 
 
 def test_presets_are_overridden_by_flags():
