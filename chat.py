@@ -64,12 +64,13 @@ def load_chat(path, device):
     if state["chat_template"] != chat_template.JINJA:
         raise BadInput(f"{path} has learned another chat template than lib/chat_template.py's: make one anew with posttrain.py")
     if model.config.vocab_size != (needed := tokenizer.vocab_size + len(tokenizer.reserved)):
-        raise BadInput(f"{path}: its model has {model.config.vocab_size:,} ids and its tokenizer with those of chat {needed:,}: make one anew with posttrain.py")
+        raise BadInput(f"{path}: its model has {model.config.vocab_size:,} ids and its tokenizer with those of chat {needed:,}"
+                       ": make one anew with posttrain.py")
     return model, tokenizer
 
 
 class Chat:
-    """A conversation in the terminal. messages: what has been said. dropped: how many of the oldest no longer fit the context."""
+    """A conversation in the terminal. messages: what has been said. dropped: how many of the oldest have left the context."""
 
     def __init__(self, model, tokenizer, sampling, system=None, graphs=False):
         self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system
@@ -83,19 +84,20 @@ class Chat:
         self.messages, self.dropped = [] if self.system is None else [{"role": "system", "content": self.system}], 0
 
     def reply(self, content, show):
-        """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by Ctrl-C. show: called with its pieces.
-        Raises BadInput, before anything is said, if the message does not fit the context."""
+        """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by Ctrl-C. show: called with its
+        pieces. Raises BadInput, before anything is said, if the message does not fit the context."""
         sampling, messages = self.sampling, [*self.messages, {"role": "user", "content": content}]
         room = min(sampling.max_new_tokens, max(self.window // 4, 1))  # for the reply, at least
         kept, ids = chat_template.fit(messages, self.tokenizer, self.window - room)
         self.messages, self.dropped = kept, self.dropped + len(messages) - len(kept)
-        text = Text(self.tokenizer, min(sampling.max_new_tokens, self.window - len(ids)), sampling.stop or (),
-                    {self.tokenizer.eot, *self.tokenizer.reserved.values()})  # the model may go on as the user, which ends its turn, too
-        choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, generator=self.generator)
+        limit = min(sampling.max_new_tokens, self.window - len(ids))
+        text = Text(self.tokenizer, limit, sampling.stop or (), self.tokenizer.control)  # going on as the user ends it, too
+        choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+                         generator=self.generator)
         ended = None
         try:
             with autocast(self.device):
-                for (token,) in generate(self.decoder, [ids], text.limit, choose):
+                for (token,) in generate(self.decoder, [ids], limit, choose):
                     if token == -1:
                         raise NonFinite
                     show(text.add(token))
@@ -172,13 +174,14 @@ def heated(sampling, word):
 
 
 def save(messages, path):
-    """Write a conversation as a line of JSON, as posttrain.py reads them. Raises BadInput; overwrites nothing."""
+    """Write a conversation as a line of JSON, {"messages": [...]}. Raises BadInput; overwrites nothing."""
     if not path:
         raise BadInput("/save takes the name of a file")
     if Path(path).exists():
         raise BadInput(f"{path} exists: name another file")
+    line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
-        files.replace(path, lambda file: file.write((json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode("utf-8", "replace")))
+        files.replace(path, lambda file: file.write(line.encode("utf-8", "replace")))
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot write {path} ({getattr(error, 'strerror', None) or error}): name another file") from error
     say(f"{len(messages)} messages saved to {path}")
@@ -211,7 +214,8 @@ def main(argv):
     if cfg.checkpoint is None:
         raise BadInput("name a --checkpoint, one that posttrain.py made")
     if wrong := sorted(given & ({"prompt", "system"} if cfg.serve else {field.name for field in fields(ServeConfig)})):
-        raise BadInput(f"--{wrong[0]} is for the terminal: leave out it or --serve" if cfg.serve else f"--{wrong[0]} is for --serve: give that, too")
+        where = "the terminal: leave out it or --serve" if cfg.serve else "--serve: give that, too"
+        raise BadInput(f"--{wrong[0]} is for {where}")
     device = pick_device(cfg.device)
 
     def load():

@@ -3,10 +3,10 @@
     python benchmarks/serve_speed.py                                      # 124M, random weights of modern
     python benchmarks/serve_speed.py --checkpoint log/<run>/ckpt_<step>.pt --clients 1 8 64 --new_tokens 256 --graphs
 
-"loop": lib/decoding.py's generate with as many texts side by side. "server": so many connections (in a process of their own), each asking
-for one completion after the other over HTTP, whole or streamed; tokens are those that the server counts. Sampled at temperature 1, top-k 50,
-and the end-of-text token is made unlikely, so that texts are of one length. Medians over --rounds; one round before does not count. "first": median
-milliseconds from a streamed request to its first piece, while all clients ask.
+"loop": lib/decoding.py's generate with as many texts side by side. "server": so many clients (in a process of their own), each
+asking for one completion after the other over HTTP, whole or streamed; tokens are those that the server counts. Sampled at
+temperature 1, top-k 50; control tokens are made unlikely, so that texts are of one length. Medians over --rounds, after one more.
+"first": median milliseconds from a streamed request to its first piece, while all clients ask.
 """
 
 import argparse
@@ -94,18 +94,20 @@ def main():
         tokenizer = load_tokenizer("gpt2")
         fields = {name: value for name, value in PRESETS[args.preset].items() if hasattr(GPTConfig, name)}
         model = GPT(GPTConfig(**fields)).to(device).eval()
-    ends = [token for token in (tokenizer.eot, *tokenizer.reserved.values()) if token < model.config.vocab_size]
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(ends, device=logits.device), -1e4))
+    ends = [token for token in tokenizer.control if token < model.config.vocab_size]
+    ends = torch.tensor(ends, device=device)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, ends, -1e4))
 
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "what", "was", "left", "of", "its", "dinner", "while", "it", "rained"]
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "what", "was", "left", "of", "its", "dinner"]
     texts = [" ".join(words[(i + j) % len(words)] for j in range(args.prompt_words)) for i in range(max(args.clients))]
     ids = [tokenizer.encode(text).tolist() for text in texts]
     length = min(map(len, ids))
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {compute_dtype(device)}, "
-          f"{length} + {n} tokens, {args.slots or max(args.clients)} slots\n\n"
-          "| clients | loop, tok/s | server, tok/s | of the loop | streamed, tok/s | of the loop | first, ms |\n|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    with (Server("127.0.0.1", 0) as server, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as outside):
-        engine = Engine(model, tokenizer, args.slots or max(args.clients), top_k=50, graphs=args.graphs)
+    slots, machine = args.slots or max(args.clients), torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{machine}, torch {torch.__version__}, {compute_dtype(device)}, {length} + {n} tokens, {slots} slots\n\n"
+          "| clients | loop, tok/s | server, tok/s | of the loop | streamed, tok/s | of the loop | first, ms |\n"
+          "|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    with Server("127.0.0.1", 0) as server, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as outside:
+        engine = Engine(model, tokenizer, slots, top_k=50, graphs=args.graphs)
         with server.serving(Api(engine, "bench", SampleConfig())), engine:
             for count in args.clients:
                 bodies = [dict(model="bench", prompt=text, max_tokens=n, temperature=1.0) for text in texts[:count]]
@@ -116,15 +118,16 @@ def main():
                     tokens = run()
                     measured = [("loop", tokens / (time.perf_counter() - started))]
                     for stream in (False, True):
-                        asked = [{**body, "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})} for body in bodies]
+                        options = dict(stream_options={"include_usage": True}) if stream else {}
+                        asked = [{**body, "stream": stream, **options} for body in bodies]
                         seconds, tokens, first = outside.submit(clients, server.server_port, asked, args.each).result()
                         measured.append((stream, tokens / seconds))
                         firsts += first if i else []
                     for name, speed in measured if i else ():
                         speeds[name].append(speed)
                 base, whole, streamed = (statistics.median(values) for values in speeds.values())
-                print(f"| {count} | {base:,.0f} | {whole:,.0f} | {whole / base:.2f} | {streamed:,.0f} | {streamed / base:.2f} | "
-                      f"{1000 * statistics.median(firsts):,.0f} |", flush=True)
+                print(f"| {count} | {base:,.0f} | {whole:,.0f} | {whole / base:.2f} | {streamed:,.0f} | {streamed / base:.2f} "
+                      f"| {1000 * statistics.median(firsts):,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

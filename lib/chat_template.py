@@ -49,13 +49,14 @@ def render(messages, tokenizer, reply=False):
 
 
 def fit(messages, tokenizer, limit):
-    """The part of a conversation, its last message the user's, whose prompt has at most `limit` tokens -> (messages, ids): the system
-    message and the newest turns; the oldest ones are left out, in pairs. Raises BadInput if the last message alone is too long."""
+    """The part of a conversation, its last message the user's, whose prompt has at most `limit` tokens -> (messages, ids): the
+    system message and the newest turns; the oldest are left out, in pairs. Raises BadInput if the last message alone is too long."""
     system, turns = messages[:messages[0]["role"] == "system"], messages[messages[0]["role"] == "system":]
     while True:
         ids, _ = render([*system, *turns], tokenizer, reply=True)
         if len(ids) <= limit:
             return [*system, *turns], ids
         if len(turns) < 3:
-            raise BadInput(f"the message and what stands around it have {len(ids):,} tokens, and the context has room for {limit:,}: shorten it")
+            raise BadInput(f"the message and what stands around it have {len(ids):,} tokens, and the context has room for {limit:,}: "
+                           "shorten it")
         turns = turns[2:]

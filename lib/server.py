@@ -1,7 +1,7 @@
 """An engine (lib/serving.py) behind HTTP: OpenAI's chat completions, completions and models, and a page to chat in a browser.
 
-The wire format is that of https://platform.openai.com/docs/api-reference, as far as it concerns text; what a request asks for and
-this server cannot do is refused, not left out. Errors are {"error": {"message", "type", "param", "code"}}.
+The wire format is that of https://platform.openai.com/docs/api-reference, as far as it concerns text; what a request asks for
+and this server cannot do is refused, not left out. Errors are {"error": {"message", "type", "param", "code"}}.
 """
 
 import contextlib
@@ -27,20 +27,22 @@ from lib.serving import Busy, Closed, Engine, Request
 
 BODY_LIMIT = 2**20   # bytes of a request
 PATIENCE = 0.25      # seconds between looks whether the client is still there
-EVERY = 0.02         # seconds between the pieces of a stream: with many streams, Python spends less on each token than the model does
+EVERY = 0.02         # seconds between the pieces of a stream: else Python would spend more on 64 streams than the model does
 SILENCE = 60         # seconds until a connection that says nothing, or takes nothing, is closed
 FAREWELL = 3.0       # seconds that answers have for their last words when the server ends
 PAGE = Path(__file__).with_name("chat_page.html")
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'"
+PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+               "frame-ancestors 'none'")
 
 # fields of a request; all others are unknown, and refused as OpenAI does
 USED = {"model", "max_tokens", "temperature", "top_p", "stop", "stream", "stream_options", "seed"}
 OWN = {"chat": USED | {"messages", "max_completion_tokens"}, "text": USED | {"prompt"}}
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "tool_choice"}
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+            "tool_choice"}
 ONLY = {  # accepted with these values, which ask for nothing
-    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},),
-    "modalities": (["text"],)}
+    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
+    "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "tools": ([],), "functions": ([],),
+    "response_format": ({"type": "text"},), "modalities": (["text"],)}
 
 
 class ApiError(Exception):
@@ -59,10 +61,12 @@ class ApiError(Exception):
 def as_api_error(error):
     """What an engine's error is to a client."""
     if isinstance(error, Busy):
-        return ApiError(429, "as many requests are waiting as may: try again in a moment", code="rate_limit_exceeded", headers={"Retry-After": "1"})
+        return ApiError(429, "as many requests are waiting as may: try again in a moment", code="rate_limit_exceeded",
+                        headers={"Retry-After": "1"})
     if isinstance(error, Closed):
         return ApiError(503, "the server is stopping", code="server_stopping")
-    return ApiError(500, str(error) if isinstance(error, NonFinite) else f"the model failed ({type(error).__name__})", code="model_error")
+    told = str(error) if isinstance(error, NonFinite) else f"the model failed ({type(error).__name__})"
+    return ApiError(500, told, code="model_error")
 
 
 def is_loopback(host):
@@ -107,9 +111,10 @@ def messages_of(body):
         if isinstance(message, dict):
             content, role = message.get("content"), message.get("role")
             if isinstance(content, list):
-                if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
-                    raise ApiError(400, "only parts of type text are supported in a message's content", "messages", "unsupported_value")
-                content = "".join(part["text"] for part in content)
+                texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+                if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+                    raise ApiError(400, "only parts of type text are supported in a content", "messages", "unsupported_value")
+                content = "".join(texts)
             message = {"role": "system" if role == "developer" else role, "content": content}
         plain.append(message)
     try:
@@ -132,7 +137,7 @@ def prompt_of(body):
 
 @dataclass
 class Api:
-    """What the server answers with. name: the model's. defaults: where a request says nothing. api_key: None: everybody may ask."""
+    """What the server answers with. name: the model's. defaults: where a request says nothing. api_key: None: none needed."""
     engine: Engine
     name: str
     defaults: SampleConfig
@@ -152,8 +157,9 @@ class Api:
         for name in body:
             if name not in OWN[kind] | HARMLESS | ONLY.keys():
                 raise ApiError(400, f"Unrecognized request argument supplied: {name[:60]}", name[:60], "unknown_parameter")
-            if name in ONLY and body[name] is not None and not any(body[name] == only and type(body[name]) is type(only) for only in ONLY[name]):
-                raise ApiError(400, f"{name} is not supported here, other than {ONLY[name][0]!r}", name, "unsupported_value")
+            value, only = body[name], ONLY.get(name, ())
+            if only and value is not None and not any(value == one and type(value) is type(one) for one in only):
+                raise ApiError(400, f"{name} is not supported here, other than {only[0]!r}", name, "unsupported_value")
         model = value_of(body, "model", None, str)
         if model is None:
             raise ApiError(400, f"name a model: here it is {self.name}", "model", "missing_required_parameter")
@@ -171,8 +177,8 @@ class Api:
         else:
             ids, limit = tokenizer.encode(prompt_of(body)).tolist() or [tokenizer.eot], 16  # OpenAI's default
         if len(ids) >= window:
-            raise ApiError(400, f"the prompt has {len(ids):,} tokens, and the context of {window:,} has room for {window - 1:,}: shorten it",
-                           "messages" if kind == "chat" else "prompt", "context_length_exceeded")
+            raise ApiError(400, f"the prompt has {len(ids):,} tokens, and the context of {window:,} has room for {window - 1:,}"
+                           ": shorten it", "messages" if kind == "chat" else "prompt", "context_length_exceeded")
         for name in ("max_tokens", "max_completion_tokens"):
             limit = value_of(body, name, limit, int, 1, 2**31)
         seed = value_of(body, "seed", None, int, -2**63, 2**63 - 1)
@@ -289,10 +295,11 @@ class Handler(BaseHTTPRequestHandler):
         if path not in methods:
             raise ApiError(404, f"nothing at {path[:80]}: there are {', '.join(sorted(methods))}", code="unknown_url")
         if self.command != methods[path]:
-            raise ApiError(405, f"{path} takes {methods[path]}, not {self.command}", code="method_not_supported", headers={"Allow": methods[path]})
+            raise ApiError(405, f"{path} takes {methods[path]}, not {self.command}", code="method_not_supported",
+                           headers={"Allow": methods[path]})
         if path == "/":
-            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8",
-                      {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"})
+            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8", {"Content-Security-Policy": PAGE_POLICY,
+                      "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"})
         elif path == "/v1/models":
             self.send_json(200, {"object": "list", "data": [api.model()]})
         elif self.command == "GET":
@@ -301,8 +308,8 @@ class Handler(BaseHTTPRequestHandler):
             self.complete(body, "chat" if "chat" in path else "text")
 
     def check_origin(self):
-        """A web page elsewhere must not reach a server on this machine: neither under a name of its own that it lets point here (DNS
-        rebinding) nor as itself."""
+        """A web page elsewhere must not reach a server on this machine: neither under a name of its own that it lets point here
+        (DNS rebinding) nor as itself."""
         host, origin = self.headers.get("Host", "localhost"), self.headers.get("Origin")  # browsers send a Host
         try:
             name = urllib.parse.urlsplit(f"//{host}").hostname or ""
@@ -342,7 +349,8 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(400, f"the body is not JSON ({str(error)[:80]})", code="invalid_json") from error
         request, usage = api.read(body, kind)
         reply = api.submit(request)
-        head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": api.name}
+        prefix, name = {"chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion")}[kind]
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": name, "created": int(time.time()), "model": api.name}
         try:
             (self.stream if request.stream else self.whole)(reply, head, kind, usage)
         finally:
@@ -353,13 +361,14 @@ class Handler(BaseHTTPRequestHandler):
             self.check_connection()
         if reply.error:
             raise as_api_error(reply.error)
-        choice = {"message": {"role": "assistant", "content": reply.text, "refusal": None}} if kind == "chat" else {"text": reply.text}
-        choice = {"index": 0, **choice, "logprobs": None, "finish_reason": reply.ended}
-        self.send_json(200, {**head, "object": "chat.completion" if kind == "chat" else "text_completion", "choices": [choice], "usage": usage_of(reply)})
+        message = {"role": "assistant", "content": reply.text, "refusal": None}
+        content = {"message": message} if kind == "chat" else {"text": reply.text}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reply.ended}
+        self.send_json(200, {**head, "choices": [choice], "usage": usage_of(reply)})
 
     def stream(self, reply, head, kind, usage):
         """Server-sent events. The end of the connection ends the body, so that HTTP/1.0 reads it, too."""
-        head |= {"object": "chat.completion.chunk" if kind == "chat" else "text_completion"} | ({"usage": None} if usage else {})
+        head |= ({"object": "chat.completion.chunk"} if kind == "chat" else {}) | ({"usage": None} if usage else {})
 
         def send(event):
             self.wfile.write(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
@@ -400,7 +409,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(value).encode(), "application/json", dict(headers))
 
     def send(self, status, content, kind, headers):
-        self.send_head(status, {"Content-Type": kind, "Content-Length": str(len(content)), **headers, **({"Connection": "close"} if self.close_connection else {})})
+        last = {"Connection": "close"} if self.close_connection else {}
+        self.send_head(status, {"Content-Type": kind, "Content-Length": str(len(content)), **headers, **last})
         if self.command != "HEAD":
             self.wfile.write(content)
 

@@ -37,8 +37,8 @@ class Closed(Exception):
 
 @dataclass
 class Request:
-    """ids: the prompt, 1 to Engine.window - 1 of them. limit: new tokens at most. top_p: as in lib/decoding.py's draw. seed: draws that
-    do not depend on the other texts; None: those of the engine. stream: whether pieces are wanted before the end."""
+    """ids: the prompt, 1 to Engine.window - 1 of them. limit: new tokens at most. top_p: as in lib/decoding.py's draw. seed:
+    draws that do not depend on the other texts; None: those of the engine. stream: whether pieces are wanted before the end."""
     ids: list
     limit: int
     temperature: float = 1.0
@@ -51,13 +51,13 @@ class Request:
 class Reply:
     """The text of one request, as the engine writes it.
 
-    text: str so far. count: tokens so far. ended: None, "stop", "length" or "cancelled". error: what ended it otherwise, an Exception.
+    text: str so far. count: tokens so far. ended: None, "stop", "length" or "cancelled". error: an Exception, else.
     """
 
     def __init__(self, request, tokenizer, window):
         self.request, self.error, self.cancelled = request, None, False
-        # any control token ends a turn: the model may go on as the user, too
-        self.written = Text(tokenizer, min(request.limit, window - len(request.ids)), request.stop, {tokenizer.eot, *tokenizer.reserved.values()})
+        # any control token ends it: to go on as the user is the end of a turn, too
+        self.written = Text(tokenizer, min(request.limit, window - len(request.ids)), request.stop, tokenizer.control)
         self.arrived, self.generator = queue.SimpleQueue(), None
 
     text = property(lambda self: self.written.text)
@@ -65,8 +65,8 @@ class Reply:
     ended = property(lambda self: "cancelled" if self.cancelled else self.written.ended)
 
     def pieces(self, patience=None, every=0.0):
-        """Yields the text as it comes (with Request.stream; else nothing before the end), at most once in `every` seconds, and "" after each
-        `patience` seconds without any. Ends with the text, or with `error`."""
+        """Yields the text as it comes (with Request.stream; else nothing before the end), at most once in `every` seconds, and
+        "" after each `patience` seconds without any. Ends with the text, or with `error`."""
         done = False
         while not done:
             try:
@@ -107,16 +107,17 @@ class Engine:
     """A model that writes up to `slots` texts at once, in a thread of its own, from `with` to its end.
 
     waiting: requests that may wait for a row; beyond, `submit` raises Busy. top_k: for all texts, as in lib/decoding.py's draw.
-    seed: of all draws but those of requests with a seed. graphs: of Decoder. Raises BadInput if the memory does not hold the cache.
+    seed: of all draws but those of requests with a seed. graphs: of Decoder. Raises BadInput if memory does not hold the cache.
     """
 
     def __init__(self, model, tokenizer, slots, waiting=256, top_k=0, seed=0, graphs=False):
-        self.device, self.tokenizer, self.slots, self.most_waiting, self.top_k = next(model.parameters()).device, tokenizer, slots, waiting, top_k
-        self.window = model.config.block_size
+        self.tokenizer, self.slots, self.most_waiting, self.top_k = tokenizer, slots, waiting, top_k
+        self.device, self.window = next(model.parameters()).device, model.config.block_size
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        config, there = model.config, memory_bytes(self.device)
-        needed = 2 * config.n_layer * config.n_embd * self.window * slots * compute_dtype(self.device).itemsize  # keys and values
-        no_memory = f"no memory for {slots:,} texts of {self.window:,} tokens, {needed / 1e9:,.1f} GB of keys and values: lower --slots"
+        per_token = 2 * model.config.n_layer * model.config.n_embd * compute_dtype(self.device).itemsize
+        needed, there = slots * self.window * per_token, memory_bytes(self.device)
+        no_memory = (f"no memory for {slots:,} texts of {self.window:,} tokens, {needed / 1e9:,.1f} GB of keys and values: "
+                     "lower --slots")
         if there and needed > there:
             raise BadInput(no_memory)
         try:
@@ -126,7 +127,8 @@ class Engine:
                 self.decoder.step(torch.zeros(slots, dtype=torch.long, device=self.device))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise BadInput(no_memory) from error
-        self.replies, self.logits, self.sampling = [], None, None  # of the texts under way: row by row; (n, vocab_size); see _choose
+        # of the texts under way, row by row: replies; logits, fp32 (n, vocab_size); temperatures and top_p, see _choose
+        self.replies, self.logits, self.sampling = [], None, None
         self.queue, self.closed, self.changed = collections.deque(), False, threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -212,13 +214,15 @@ class Engine:
     def _choose(self):
         """The next token of every row, int64 (n,)."""
         if self.sampling is None:  # the same until a text begins or ends
-            heat, share = torch.tensor([[reply.request.temperature, reply.request.top_p] for reply in self.replies]).unsqueeze(-1).unbind(1)
+            heat = torch.tensor([[reply.request.temperature] for reply in self.replies])
+            share = torch.tensor([[reply.request.top_p] for reply in self.replies])
             self.sampling = (heat.to(self.device) if heat.any() else 0, share.to(self.device) if (share < 1).any() else 1.0)
         heat, share = self.sampling
         tokens = draw(self.logits, heat, self.top_k, share, self.generator)
         for row, reply in enumerate(self.replies):
-            if reply.generator and reply.request.temperature:
-                tokens[row] = draw(self.logits[row:row + 1], reply.request.temperature, self.top_k, reply.request.top_p, reply.generator)
+            if reply.generator:
+                heat, share = reply.request.temperature, reply.request.top_p
+                tokens[row] = draw(self.logits[row:row + 1], heat, self.top_k, share, reply.generator)
         return tokens
 
     @contextlib.contextmanager
@@ -227,7 +231,8 @@ class Engine:
         try:
             yield
         except Exception as error:
-            print(f"{len(replies)} texts ended by {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr, flush=True)
+            said = (str(error).splitlines() or [""])[0]
+            print(f"{len(replies)} texts ended by {type(error).__name__}: {said}", file=sys.stderr, flush=True)
             for reply in replies:
                 reply.fail(error)
             if replies is self.replies:

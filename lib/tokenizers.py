@@ -41,12 +41,14 @@ class Tokenizer:
     spec: str, loads the same tokenizer again through `load_tokenizer`.
     name: str, short, for people: "gpt2", "bpe4096".
     vocab_size: int, all ids of text are below it. eot: int, the id of the end-of-text token. reserved: dict token -> id, from vocab_size on.
+    control: set of int, the ids that end a turn in a chat: all of these.
     """
 
     def __init__(self, encoding, spec):
         self.encoding, self.spec = encoding, spec
         self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
         self.reserved = {token: self.vocab_size + i for i, token in enumerate(RESERVED)}
+        self.control = {self.eot, *self.reserved.values()}
 
     @property
     def is_trained(self):

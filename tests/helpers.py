@@ -69,17 +69,19 @@ def tiny_checkpoint(path, tokenizer, **changes):
     return model
 
 
-CHATS = [("the cat", "sat on the mat."), ("the dog", "slept on the roof."), ("the bird", "stood on the table, and the cat sat on the roof.")]
+CHATS = [("the cat", "sat on the mat."), ("the dog", "slept on the roof."),
+         ("the bird", "stood on the table, and the cat sat on the roof.")]
 
 
 def chat_checkpoint(path, tokenizer):
-    """Save a tiny model that has learned CHATS by heart, each as a first and as a later turn, as posttrain.py would; returns the model."""
+    """Save a tiny model that has learned CHATS by heart, as first and as later turns, as posttrain.py would; returns the model."""
     torch.manual_seed(3)
     config = tiny(vocab_size=tokenizer.vocab_size + len(tokenizer.reserved), vocab_multiple=128, block_size=128, pos="rope")
     model, rng, rows = GPT(config), random.Random(0), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(24):
-        chat = [{"role": role, "content": text} for turn in rng.sample(CHATS, 3) for role, text in zip(("user", "assistant"), turn)]
+        turns = [text for turn in rng.sample(CHATS, 3) for text in turn]
+        chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
         rows.append(render([{"role": "system", "content": "Be brief."}] * rng.randrange(2) + chat, tokenizer)[0])
     idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     targets = torch.full_like(idx, -1)
@@ -92,8 +94,8 @@ def chat_checkpoint(path, tokenizer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    checkpoint.write(path, {"step": 1, "model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(TrainConfig()),
-                            "tokenizer": tokenizer.spec, "chat_template": JINJA})
+    checkpoint.write(path, {"step": 1, "model": model.state_dict(), "model_config": asdict(config), "chat_template": JINJA,
+                            "train_config": asdict(TrainConfig()), "tokenizer": tokenizer.spec})
     return model.eval()
 
 
