@@ -102,9 +102,10 @@ class Config:
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
     dedup: bool = flag(False, "leave out documents met before, told by a hash, in 1 GiB of memory; a .txt is read as it is")
-    pretokenized: str | None = flag(None, f"download shards instead of making them: {', '.join(PRETOKENIZED)}, or a dataset of the hub "
-                                    "that holds .npy or .bin shards, as id or id:folder or id:pattern")
-    shards: int | None = flag(None, "train shards that --pretokenized downloads; without it, all, or enough for --max_tokens", at_least=1)
+    pretokenized: str | None = flag(None, f"download shards instead of making them: {', '.join(PRETOKENIZED)}, or a dataset of "
+                                    "the hub that holds .npy or .bin shards, as id or id:folder or id:pattern")
+    shards: int | None = flag(None, "train shards that --pretokenized downloads; without it, all, or enough for --max_tokens",
+                              at_least=1)
     docstrings: bool = flag(False, "the documentation strings of this Python's packages, instead of a source")
     tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source; "
                           "of --pretokenized shards, theirs, where they bring no meta.json")
@@ -112,7 +113,8 @@ class Config:
     shard_size: int = flag(100_000_000, "tokens per shard", at_least=1, at_most=LARGEST)
     val_tokens: int | None = flag(None, "tokens of the validation shard, the first; without it, one shard, or a tenth of a "
                                   "source that is smaller", at_least=0, at_most=LARGEST)
-    max_tokens: int | None = flag(None, "stop after this many tokens; --pretokenized: after the shard that reaches them", at_least=2)
+    max_tokens: int | None = flag(None, "stop after this many tokens; --pretokenized: after the shard that reaches them",
+                                  at_least=2)
     workers: int | None = flag(None, "encoding threads; without it, one per core", at_least=1, at_most=1024)
 
 
@@ -130,7 +132,8 @@ def main(argv):
     meta = read_own_meta(out, cfg)
     if is_enough(cfg, meta) and is_done(out, meta):
         return
-    parts = [] if cfg.pretokenized else [str(out / DOCSTRINGS)] if cfg.docstrings else [part for source in cfg.source for part in find_parts(source)]
+    sources = () if cfg.pretokenized or cfg.docstrings else cfg.source
+    parts = [str(out / DOCSTRINGS)] if cfg.docstrings else [part for source in sources for part in find_parts(source)]
     if "name" in given and any(map(builder_of, parts)):
         raise BadInput("--name is a configuration of a dataset of the hub: leave it out with local files")
     with writing(out):
@@ -211,7 +214,8 @@ def complete_pretokenized(cfg, given):
         raise BadInput("--pretokenized shards have a tokenizer already: name it by --tokenizer, or leave that out")
     cfg.pretokenized = PRETOKENIZED.get(cfg.pretokenized, cfg.pretokenized)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", cfg.pretokenized):
-        raise BadInput(f"--pretokenized {cfg.pretokenized[:80]}: name one of {', '.join(PRETOKENIZED)}, or a dataset of the hub as owner/name")
+        raise BadInput(f"--pretokenized {cfg.pretokenized[:80]}: name one of {', '.join(PRETOKENIZED)}, or a dataset of the hub "
+                       "as owner/name")
     cfg.out = cfg.out or cfg.pretokenized.partition(":")[0].partition("/")[2]
 
 
@@ -224,8 +228,8 @@ def settings(cfg):
     if cfg.pretokenized:
         return {"pretokenized": cfg.pretokenized}
     source = "docstrings" if cfg.docstrings else list(cfg.source)
-    return {"pretokenized": None, "source": source, "name": cfg.name, "text_column": cfg.text_column, "shard_size": cfg.shard_size,
-            "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
+    return {"pretokenized": None, "source": source, "name": cfg.name, "text_column": cfg.text_column,
+            "shard_size": cfg.shard_size, "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
 
 
 def new_meta(cfg, tokenizer, given):
@@ -308,7 +312,7 @@ def is_enough(cfg, meta):
 
 
 def download_shards(cfg, out, meta, given):
-    """Shards of the hub -> the folder, each of them checked before it gets its name, and counted in meta.json. Returns the Meta.
+    """Shards of the hub -> the folder, each checked before it gets its name, and counted in meta.json. Returns the Meta.
 
     A folder begun earlier, also with fewer shards, is continued from the same commit of the dataset.
     """
@@ -329,7 +333,8 @@ def download_shards(cfg, out, meta, given):
     count = max(len(val) + 1, int(np.searchsorted(ends, cfg.max_tokens)) + 1) if cfg.max_tokens else len(files)
     needed = [file.size for file in files[:count] if file.name not in there]
     print(f"{name} at commit {dataset.commit[:7]}: {len(needed):,} shards to download, {sum(needed) / 1e9:.1f} GB")
-    check_room(out, sum(needed) + 2**20, f"downloading {len(needed):,} shards", "free some space, ask for fewer by --shards, or give another --out")
+    check_room(out, sum(needed) + 2**20, f"downloading {len(needed):,} shards",
+               "free some space, ask for fewer by --shards, or give another --out")
 
     sizes = tokenizer.token_bytes()
     for file in tqdm(files, total=count, desc=name, unit="shard", disable=None):
@@ -342,7 +347,7 @@ def download_shards(cfg, out, meta, given):
 
 
 def find_their_tokenizer(cfg, out, dataset, meta, given):
-    """(The Meta beside the shards on the hub, or None; the tokenizer of the shards, kept in the folder if it is no tiktoken name)."""
+    """(The Meta beside the shards on the hub, or None; their tokenizer, kept in the folder if it is not a tiktoken name)."""
     odd, theirs = f"{dataset.id} cannot be used as it is: name another dataset, or tokenize text with --source", None
     if "meta.json" in dataset.beside:
         theirs = read_meta(hub.download(dataset, dataset.beside["meta.json"], out).parent, odd)
@@ -356,7 +361,8 @@ def find_their_tokenizer(cfg, out, dataset, meta, given):
     else:
         tokenizer = load_tokenizer(spec)
     if "tokenizer" in given and load_tokenizer(cfg.tokenizer).spec != tokenizer.spec:
-        raise BadInput(f"the meta.json of {dataset.id} says that its tokenizer is {spec}, not {cfg.tokenizer}: leave --tokenizer out")
+        raise BadInput(f"the meta.json of {dataset.id} says that its tokenizer is {spec}, not {cfg.tokenizer}: "
+                       "leave --tokenizer out")
     check_tokenizer(theirs, tokenizer, odd)
     check_tokenizer(meta, tokenizer)
     if tokenizer.is_trained:
@@ -376,8 +382,8 @@ def take_shard(out, dataset, file, meta, known):
     if not meta.shards:
         meta.dtype = ids.dtype.name
     if ids.dtype != meta.dtype:
-        raise BadInput(f"{file.path} of {dataset.id} holds {ids.dtype}, others hold {meta.dtype}: they are of different tokenizers; choose a "
-                       f"folder, as in {dataset.id}:folder")
+        raise BadInput(f"{file.path} of {dataset.id} holds {ids.dtype}, others hold {meta.dtype}: they are of different tokenizers; "
+                       f"choose a folder, as in {dataset.id}:folder")
     record = Record(file.name, len(ids), zlib.crc32(ids), Start())
     listed = {told.name: told for told in [*(theirs and theirs.shards or ()), *meta.shards]}
     told = listed.get(file.name, record)

@@ -1,6 +1,7 @@
 """The Hugging Face hub: whether it answers, which token shards a dataset holds, and whole files from it.
 
-`huggingface_hub` does the talking, imported where it is used: importing it is slow. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are its own.
+`huggingface_hub` does the talking, imported where it is used: importing it is slow. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+mean what they mean to it.
 """
 
 import fnmatch
@@ -34,7 +35,7 @@ class File(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A dataset at one commit: `shards` (dict split -> its Files, by name), and `beside`, the other files of their folder, by name."""
+    """A dataset at one commit: `shards`, dict split -> its Files in order of names; `beside`, dict name -> File, of their folder."""
     id: str
     commit: str
     shards: dict
@@ -65,17 +66,18 @@ def check_answers(name):
 
 
 def explain(error, name, remedy=f"{AGAIN}, or name another dataset"):
-    """The BadInput for an error of the client: what does not exist, may not be read, cannot be reached; or the error's own first words."""
+    """The BadInput for an error of the client: it does not exist, may not be read, cannot be reached; or the error's first words."""
     from huggingface_hub import errors
 
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, errors.GatedRepoError):
         return BadInput(f"the dataset {name} is gated: ask for access on its page and set HF_TOKEN, or name another")
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)) or status_of(error) == 401:  # 401: not there, or not logged in
-        return BadInput(f"the hub has no dataset {name}, or it is private: check the name, or set HF_TOKEN; it is not a local file or folder")
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)) or status_of(error) == 401:  # not logged in
+        return BadInput(f"the hub has no dataset {name}, or it is private: check the name, or set HF_TOKEN; it is not a local "
+                        "file or folder")
     if isinstance(error, ConnectionError):
-        return BadInput(f"cannot reach the dataset {name} ({cause}): it is not a local file or folder, so check the name and the network, "
-                        "or give local files")
+        return BadInput(f"cannot reach the dataset {name} ({cause}): it is not a local file or folder, so check the name and the "
+                        "network, or give local files")
     return BadInput(f"cannot read the dataset {name} ({cause}): {remedy}")
 
 
@@ -96,7 +98,8 @@ def find_dataset(name, pattern, commit=None):
         tree = list(api.list_repo_tree(name, repo_type="dataset", revision=commit, recursive=True))
     except Exception as error:  # each version of the client raises its own
         raise explain(error, name) from error
-    files = [File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in tree if hasattr(entry, "blob_id")]
+    found = [entry for entry in tree if hasattr(entry, "blob_id")]  # not a folder
+    files = [File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in found]
     files = sorted((file for file in files if ".." not in file.path.split("/")), key=lambda file: (file.name, file.path))
     found = [file for file in files if split_of(file.name) and (
         not pattern or fnmatch.fnmatchcase(file.path, pattern) or file.path.startswith(pattern.rstrip("/") + "/"))]
@@ -105,10 +108,11 @@ def find_dataset(name, pattern, commit=None):
     for split in ("train", "val"):
         if not shards[split]:
             others = ", ".join(file.path for file in files[:3]) or "nothing"
-            raise BadInput(f"{where} holds no {split} shards, files that end in _{split}_<index>.npy or .bin (it holds {others}, ...): name "
-                           "another, or tokenize its text with --source")
+            raise BadInput(f"{where} holds no {split} shards, files that end in _{split}_<index>.npy or .bin (it holds {others}, ...): "
+                           "name another, or tokenize its text with --source")
     if twins := next(((a.path, b.path) for a, b in zip(found, found[1:]) if a.name == b.name), None):
-        raise BadInput(f"{where} holds {' and '.join(twins)}: choose one folder, as in {name}:{posixpath.dirname(twins[0]) or '*.bin'}")
+        raise BadInput(f"{where} holds {' and '.join(twins)}: choose one folder, as in "
+                       f"{name}:{posixpath.dirname(twins[0]) or posixpath.dirname(twins[1])}")
     folder = posixpath.dirname(shards["train"][0].path)
     return Dataset(name, commit, shards, {file.name: file for file in files if posixpath.dirname(file.path) == folder})
 

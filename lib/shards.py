@@ -44,7 +44,8 @@ class Header(NamedTuple):
 def read_header(path, remedy=REPAIR):
     """What a shard says about itself, compared with the size of its file.
 
-    Raises Damaged, ending in `remedy`, if it is not a whole shard, Unreadable if it could not be read, which says nothing about the ids in it.
+    Raises Damaged, ending in `remedy`, if it is not a whole shard, Unreadable if it could not be read, which says nothing about
+    the ids in it.
     """
     with open_file(path, UNREADABLE) as file:
         return _read_header(file, Path(path), remedy)

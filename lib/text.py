@@ -139,7 +139,8 @@ class Source:
             except Exception as error:  # pyarrow, pandas, gzip, fsspec and the hub each raise their own
                 cause = f"{type(error).__name__}: {error}".splitlines()[0]
                 mend = "mend it and give" if builder_of(part) else "give"
-                raise BadInput(f"cannot read {part} ({cause}): {mend} the same command again; the shards already written stay") from error
+                raise BadInput(f"cannot read {part} ({cause}): {mend} the same command again; "
+                               "the shards already written stay") from error
 
     def texts(self, characters):
         """Its documents, until so many characters are read."""
@@ -182,7 +183,8 @@ class Source:
         try:
             if name not in self.commits and not hub.is_offline():
                 self.commits[name] = hub.client().HfApi().dataset_info(name).sha
-            return datasets.load_dataset(name, self.name, revision=self.commits.get(name), split="train", streaming=True).with_format("arrow")
+            commit = self.commits.get(name)
+            return datasets.load_dataset(name, self.name, revision=commit, split="train", streaming=True).with_format("arrow")
         except Exception as error:  # of the client, of `datasets`, of the readers that look at the first file
             raise hub.explain(error, name, "check --source and --name, or give local files") from error
 

@@ -4,7 +4,8 @@
         hub.break_off("a.parquet", after=1000, times=2)      # the next two answers with that file end after 1,000 bytes
         subprocess.run(command, env=os.environ | hub.env(tmp_path))
 
-Endpoints and headers are those that the clients were seen to ask for and to read. As on the hub, a file of more than LFS bytes has a SHA-256.
+Endpoints and headers are those that the clients were seen to ask for and to read. As on the hub, a large file, here of more than
+LFS bytes, has a SHA-256.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             name, kind, revision, rest = match.groups()
             commits = self.hub.commits.get(name)
             if not commits:  # as the hub tells those who are not logged in
-                return self.send(401, {"error": "Invalid username or password."}, {"X-Error-Message": "Invalid username or password."})
+                return self.send(401, {}, {"X-Error-Message": "Invalid username or password."})
             commit = list(commits)[-1] if revision in (None, "main") else revision
             if commit not in commits:
                 return self.send(404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})
@@ -109,9 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
                 wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", ())
                 self.send(200, [describe(file, path) for file, path in files.items() if file in wanted])
             else:
-                self.send(200, {"_id": "0", "id": name, "sha": commit, "private": False, "gated": False, "disabled": False, "tags": [],
-                                "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z",
-                                "siblings": [{"rfilename": file} for file in files]})
+                self.send(200, {"id": name, "sha": commit, "private": False, "gated": False, "disabled": False, "tags": [],
+                                "downloads": 0, "likes": 0, "siblings": [{"rfilename": file} for file in files]})
         return None
 
     do_HEAD = do_POST = do_GET
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
 def etag(path):
     """As on the hub: the SHA-256 of a large file, the git id of another."""
     content = path.read_bytes()
-    return hashlib.sha256(content).hexdigest() if len(content) > LFS else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return (hashlib.sha256(content) if len(content) > LFS else hashlib.sha1(b"blob %d\0" % len(content) + content)).hexdigest()
 
 
 def describe(file, path):

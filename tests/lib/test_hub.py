@@ -1,4 +1,4 @@
-"""fineweb.py against a hub on this machine, with the real clients: `datasets` and `huggingface_hub`. Run: python -m pytest tests/lib/test_hub.py"""
+"""fineweb.py, `datasets` and `huggingface_hub` against a hub on this machine. Run: python -m pytest tests/lib/test_hub.py"""
 
 import json
 import os
@@ -99,9 +99,10 @@ def test_streamed_text_gives_the_ids_of_the_files_whatever_the_network_does(writ
         done = script(hub, "--source", "some/corpus", "--out", "out", "--shard_size", 1000)
         assert (done.returncode, done.stderr) == (0, "") and not any(fault["times"] for fault in hub.faults)
     assert ids_in(tmp_path / "out") == encode(DOCUMENTS[0] + DOCUMENTS[1])
-    fineweb.main(["--source", str(folder), "--out", str(tmp_path / "local"), "--shard_size", "1000"])
-    made = [{path.name.partition("_")[2]: path.read_bytes() for path in (tmp_path / out).glob("*.npy")} for out in ("out", "local")]
-    assert made[0] == made[1] and len(made[0]) > 10
+    if not faults:  # the files themselves give the same shards
+        fineweb.main(["--source", str(folder), "--out", str(tmp_path / "local"), "--shard_size", "1000"])
+        local = {path.name.replace("local", "out"): path.read_bytes() for path in (tmp_path / "local").glob("*.npy")}
+        assert local == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.npy")} and len(local) > 10
 
 
 def test_a_killed_run_goes_on_in_the_middle_of_a_file_of_the_commit_it_began_with(tmp_path, script):
@@ -178,7 +179,8 @@ def test_shards_of_others_arrive_whole_and_only_once(form, tmp_path, script):
             assert (shards.tokenizer, len(shards.train)) == ("gpt2", count - 1)
         assert not any(fault["times"] for fault in hub.faults)
         assert [hub.downloads(f"{i:06d}.{form}") for i in range(4)] == [3, 3, 2, 1]
-        assert shards.meta.settings["pretokenized"] == "some/shards" and shards.meta.command == "python fineweb.py --pretokenized some/shards"
+        assert shards.meta.settings["pretokenized"] == "some/shards"
+        assert shards.meta.command == "python fineweb.py --pretokenized some/shards"
 
         for path in shards.train[:2]:  # missing, damaged
             path.unlink() if path == shards.train[0] else path.write_bytes(path.read_bytes()[:-2])
@@ -196,7 +198,8 @@ def test_shards_of_this_project_bring_their_tokenizer(tmp_path, script, tokenize
                   "--tokenizer", str(tmp_path / "tokenizer.json")])
     shutil.copytree(tmp_path / "repo" / "v1", tmp_path / "repo" / "v2")
     with Hub({"some/shards": tmp_path / "repo"}) as hub:
-        assert "holds v1/v1_train_000001.npy and v2/v1_train_000001.npy: choose one folder" in one_line(script(hub, "--pretokenized", "some/shards"))
+        line = one_line(script(hub, "--pretokenized", "some/shards"))
+        assert "holds v1/v1_train_000001.npy and v2/v1_train_000001.npy: choose one folder, as in some/shards:v1" in line
         done = script(hub, "--pretokenized", "some/shards:v1", "--out", "out")
         assert (done.returncode, done.stderr) == (0, "")
         shards = check_copied(tmp_path / "out", tmp_path / "repo" / "v1", 800)
@@ -231,7 +234,7 @@ def test_a_killed_download_goes_on(tmp_path, script):
 
 def test_what_cannot_be_downloaded_is_one_line(tmp_path, script):
     web = write_foreign(tmp_path / "repo" / "web")
-    write_bin(web / "beyond_train_000001.bin", np.array([1, 60_000], dtype=np.uint16), 20240520, 1)
+    write_bin(web / "beyond_train_000001.bin", np.append(shard_ids(9, 10**6), np.uint16(60_000)), 20240520, 1)
     write_bin(web / "other_train_000001.bin", np.full(10**6, 7, dtype=np.uint16), 20240520, 1)
     (web / "torn_train_000001.bin").write_bytes(b"not a shard")
     full = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 8, 1)\n"
@@ -253,7 +256,8 @@ def test_what_cannot_be_downloaded_is_one_line(tmp_path, script):
                  {"HF_ENDPOINT": "http://127.0.0.1:9"}))):
             line = one_line(script(hub, "--pretokenized", f"some/shards{wanted}", "--out", f"out{i}", **more))
             assert says in line, (wanted, line)
-        assert (tmp_path / "out1" / "web_train_000001.bin").read_bytes() == (web / "web_train_000001.bin").read_bytes()  # what came before stays
+        stays = [(folder / "web_train_000001.bin").read_bytes() for folder in (tmp_path / "out1", web)]  # it came before the error
+        assert stays[0] == stays[1]
         assert not list(tmp_path.glob("out*/[bot]*"))  # what is not right gets no name
 
 
