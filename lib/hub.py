@@ -4,6 +4,7 @@
 mean what they mean to it.
 """
 
+import asyncio
 import fnmatch
 import hashlib
 import posixpath
@@ -63,6 +64,26 @@ def check_answers(name):
     url = client().constants.ENDPOINT
     if not is_offline() and not is_reachable(url):
         raise explain(ConnectionError(f"{url} does not answer"), name)
+
+
+def demand_whole_answers():
+    """Let a part of a file that comes shorter than asked count as a broken connection, after which `datasets` tries again.
+
+    Where no Content-Length tells, the client takes the end of the answer for the end of the file: the corpus would end there.
+    """
+    from huggingface_hub.hf_file_system import HfFileSystemFile
+
+    fetch = HfFileSystemFile._fetch_range  # what fsspec calls for the bytes from `start` to before `end`
+    if fetch.__module__ == __name__:
+        return
+
+    def fetch_whole(self, start, end):
+        data, size = fetch(self, start, end), min(end, self.size) - start
+        if len(data) != size:
+            raise asyncio.TimeoutError(f"{len(data):,} bytes came of {size:,}")  # one of the errors that `datasets` tries again after
+        return data
+
+    HfFileSystemFile._fetch_range = fetch_whole
 
 
 def explain(error, name, remedy=f"{AGAIN}, or name another dataset"):

@@ -183,6 +183,7 @@ class Source:
         try:
             if name not in self.commits and not hub.is_offline():
                 self.commits[name] = hub.client().HfApi().dataset_info(name).sha
+            hub.demand_whole_answers()
             commit = self.commits.get(name)
             return datasets.load_dataset(name, self.name, revision=commit, split="train", streaming=True).with_format("arrow")
         except Exception as error:  # of the client, of `datasets`, of the readers that look at the first file

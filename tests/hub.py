@@ -61,7 +61,8 @@ class Hub:
     def break_off(self, name, after, times=1, how="close"):
         """Break off the next `times` answers that would bring more than `after` bytes of a file.
 
-        how: close; reset, as a router does; stall; garble, all bytes but wrong ones; or an HTTP status instead of the file.
+        how: close; short, a close without a Content-Length that would tell; reset, as a router does; stall; garble, all bytes but
+        wrong ones; or an HTTP status instead of the file.
         """
         self.faults.append({"name": name, "after": after, "times": times, "how": how})
 
@@ -141,14 +142,16 @@ class _Handler(BaseHTTPRequestHandler):
         how = fault and fault["how"]
         if isinstance(how, int):
             return self.send(how, {"error": "out of order"})
+        if how == "short":
+            del headers["Content-Length"]
         self.begin(status, headers)
         if self.command == "GET":
             content = bytes(len(content)) if how == "garble" else content
-            self.wfile.write(content[:fault["after"]] if how in ("close", "reset", "stall") else content)
+            self.wfile.write(content[:fault["after"]] if how in ("close", "short", "reset", "stall") else content)
             self.wfile.flush()
         if how == "stall":
             time.sleep(60)
-        if how in ("close", "reset", "stall"):
+        if how in ("close", "short", "reset", "stall"):
             self.close_connection = True
             if how == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

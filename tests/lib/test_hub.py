@@ -24,6 +24,7 @@ from lib.tokenizers import load_tokenizer
 
 EOT_ID = 50256
 DOCUMENTS = [[f"{part} {i}: {text}" for i, text in enumerate(sentences(400, seed=part))] for part in range(2)]
+JSONL = ["train-0.jsonl.zst", "train-1.jsonl"]
 PARTS = [f"train-0000{part}-of-00002.parquet" for part in range(2)]
 
 
@@ -44,7 +45,8 @@ def write_jsonl(folder):
     folder.mkdir()
     for i, part in enumerate(DOCUMENTS):
         data = "".join(json.dumps({"text": text}) + "\n" for text in part).encode()
-        (folder / f"train-{i}.jsonl.zst").write_bytes(pa.Codec("zstd").compress(data, asbytes=True))
+        data = pa.Codec("zstd").compress(data, asbytes=True) if i == 0 else data
+        (folder / JSONL[i]).write_bytes(data)
     return folder
 
 
@@ -84,14 +86,14 @@ def kill_at(hub, tmp_path, name, *flags):
 # Text, streamed by `datasets`
 
 
-FAULTS = [dict(after=900, how="close"), dict(after=2000, how="close"), dict(after=500, how="reset"), dict(after=0, how=503),
-          dict(after=0, how="close"), dict(after=0, how=429), dict(after=700, how="stall")]
+FAULTS = [dict(after=900, how="close"), dict(after=0, how="short"), dict(after=2000, how="close"), dict(after=500, how="reset"), dict(after=0, how=503),
+          dict(after=0, how="close"), dict(after=800, how="short"), dict(after=0, how=429), dict(after=700, how="stall")]
 
 
 @pytest.mark.parametrize("write, faults", [(write_parquet, []), (write_parquet, FAULTS), (write_jsonl, FAULTS)],
-                         ids=["undisturbed", "disturbed parquet", "disturbed jsonl.zst"])
+                         ids=["undisturbed", "disturbed parquet", "disturbed jsonl"])
 def test_streamed_text_gives_the_ids_of_the_files_whatever_the_network_does(write, faults, tmp_path, script):
-    folder, broken = write(tmp_path / "repo"), PARTS if write is write_parquet else ["train-0.jsonl.zst", "train-1.jsonl.zst"]
+    folder, broken = write(tmp_path / "repo"), PARTS if write is write_parquet else JSONL
     with Hub({"some/corpus": folder}) as hub:
         for name in broken:
             for fault in faults:
