@@ -5,6 +5,7 @@
     python fineweb.py --preset wikipedia --name 20231101.de        # another language of a preset
     python fineweb.py --source a.parquet more/ "*.jsonl.zst" --out mine --tokenizer cl100k_base
     python fineweb.py --docstrings --tokenizer bpe:4096            # needs no download -> docstrings/
+    python fineweb.py --pretokenized fineweb-10BT --shards 8       # shards that others have made -> fineweb10B-gpt2/
 
 A shard is a one-dimensional .npy of uint16 ids (uint32 when the vocabulary needs it), the end-of-text id before each
 document, named <prefix>_{val|train}_<index>.npy; meta.json beside the shards says what made them. Text is read as a
@@ -34,9 +35,25 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from lib import hub
 from lib.cli import BadInput, flag, parse, run
-from lib.files import DISK_FULL, locked, make_folder, open_file, replace, write_json
-from lib.shards import SPLITS, Meta, Record, Shards, Split, Start, check_tokenizer, find_shards, missing_records, read_meta
+from lib.files import DISK_FULL, check_room, locked, make_folder, move, open_file, replace, write_json
+from lib.shards import (
+    SPLITS,
+    Meta,
+    Record,
+    Shards,
+    Split,
+    Start,
+    check_eot,
+    check_ids,
+    check_tokenizer,
+    find_shards,
+    missing_records,
+    read_meta,
+    read_shard,
+    split_of,
+)
 from lib.text import Seen, Source, builder_of, find_parts
 from lib.tokenizers import BPE_TEXT, MAX_BPE, load_tokenizer, train_bpe
 
@@ -66,6 +83,12 @@ HUB = {  # --name takes another language, as the card of the dataset lists them
     "books":             Hub("sedthh/gutenberg_english", None, "TEXT", "MIT; the books are in the public domain of the US", None),
     "climbmix":          Hub("karpathy/climbmix-400b-shuffle", None, "text", "CC BY-NC 4.0", 400e9),
 }
+PRETOKENIZED = {  # datasets of .bin shards of gpt2, one to validate and 100M tokens in each
+    "fineweb-10BT":      "kjj0/fineweb10B-gpt2",
+    "fineweb-100BT":     "kjj0/fineweb100B-gpt2",
+    "fineweb-edu-10BT":  "kjj0/finewebedu10B-gpt2",
+    "fineweb-edu-100BT": "karpathy/fineweb-edu-100B-gpt2-token-shards",
+}
 DOCSTRINGS = "docstrings.jsonl"
 DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # the wordiest packages that requirements.txt installs
 LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
@@ -79,13 +102,19 @@ class Config:
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
     dedup: bool = flag(False, "leave out documents met before, told by a hash, in 1 GiB of memory; a .txt is read as it is")
+    pretokenized: str | None = flag(None, f"download shards instead of making them: {', '.join(PRETOKENIZED)}, or a dataset of "
+                                    "the hub that holds .npy or .bin shards, as id or id:folder or id:pattern")
+    shards: int | None = flag(None, "train shards that --pretokenized downloads; without it, all, or enough for --max_tokens",
+                              at_least=1)
     docstrings: bool = flag(False, "the documentation strings of this Python's packages, instead of a source")
-    tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source")
+    tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source; "
+                          "of --pretokenized shards, theirs, where they bring no meta.json")
     out: str | None = flag(None, "folder of the shards; without it, named after the source")
     shard_size: int = flag(100_000_000, "tokens per shard", at_least=1, at_most=LARGEST)
     val_tokens: int | None = flag(None, "tokens of the validation shard, the first; without it, one shard, or a tenth of a "
                                   "source that is smaller", at_least=0, at_most=LARGEST)
-    max_tokens: int | None = flag(None, "stop after this many tokens", at_least=2)
+    max_tokens: int | None = flag(None, "stop after this many tokens; --pretokenized: after the shard that reaches them",
+                                  at_least=2)
     workers: int | None = flag(None, "encoding threads; without it, one per core", at_least=1, at_most=1024)
 
 
@@ -100,25 +129,45 @@ def configured(argv):
 def main(argv):
     cfg, given = configured(argv)
     out = Path(cfg.out)
-    if is_done(out, read_own_meta(out, cfg)):
+    meta = read_own_meta(out, cfg)
+    if is_enough(cfg, meta) and is_done(out, meta):
         return
-    parts = [str(out / DOCSTRINGS)] if cfg.docstrings else [part for source in cfg.source for part in find_parts(source)]
+    sources = () if cfg.pretokenized or cfg.docstrings else cfg.source
+    parts = [str(out / DOCSTRINGS)] if cfg.docstrings else [part for source in sources for part in find_parts(source)]
     if "name" in given and any(map(builder_of, parts)):
         raise BadInput("--name is a configuration of a dataset of the hub: leave it out with local files")
+    with writing(out):
+        meta = read_own_meta(out, cfg)  # another process may have gone on in the meantime
+        if cfg.pretokenized:
+            meta = download_shards(cfg, out, meta, given)
+        else:
+            meta = make_shards(cfg, out, parts, meta, given)
+        is_done(out, meta)
+
+
+def make_shards(cfg, out, parts, meta, given):
+    """Text -> shards; `meta` says how far an earlier run came. Returns the Meta of the whole folder."""
+    if cfg.docstrings:
+        extract_docstrings(out)
+    source = Source(cfg, parts, Seen(out / "hashes.bin") if cfg.dedup else None)
+    tokenizer = find_tokenizer(cfg, out, source, meta)
+    meta = meta or new_meta(cfg, tokenizer, given)
+    if not all(map(builder_of, parts)):  # a run goes on in the text that it began with
+        source.commits = meta.settings["commits"] = source.commits | meta.settings.get("commits", {})
+    for record in missing_records(out, meta):
+        write_again(out, source, tokenizer, meta, record, cfg.workers)
+    if not meta.complete:
+        write_shards(cfg, out, source, tokenizer, meta)
+    return meta
+
+
+@contextlib.contextmanager
+def writing(out):
+    """Hold the folder while its shards are made. What ends that early says how to go on."""
     try:
         make_folder(out, "give another --out")
         with locked(out, "wait until it is done, or give another --out"):
-            meta = read_own_meta(out, cfg)  # another process may have gone on in the meantime
-            if cfg.docstrings:
-                extract_docstrings(out)
-            source = Source(cfg, parts, Seen(out / "hashes.bin") if cfg.dedup else None)
-            tokenizer = find_tokenizer(cfg, out, source, meta)
-            meta = meta or new_meta(cfg, tokenizer, given)
-            for record in missing_records(out, meta):
-                write_again(out, source, tokenizer, meta, record, cfg.workers)
-            if not meta.complete:
-                write_shards(cfg, out, source, tokenizer, meta)
-            is_done(out, meta)
+            yield
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
         raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; the same command continues after them") from None
@@ -131,6 +180,10 @@ def main(argv):
 
 def complete_config(cfg, given):
     """Fill in what follows from other flags. Raises BadInput if they contradict each other."""
+    if cfg.pretokenized:
+        complete_pretokenized(cfg, given)
+    elif cfg.shards:
+        raise BadInput("--shards counts the shards that --pretokenized downloads: give both, or --max_tokens")
     if len(given & {"docstrings", "source", "preset"}) > 1 or (cfg.docstrings and "name" in given):
         raise BadInput("--preset, --docstrings and --source (with its --name) each name the text: give one of them")
     if cfg.tokenizer.startswith("bpe:") and not re.fullmatch("bpe:[0-9]{1,9}", cfg.tokenizer):
@@ -151,18 +204,44 @@ def complete_config(cfg, given):
     cfg.workers = cfg.workers or min(os.cpu_count(), 1024)
 
 
+def complete_pretokenized(cfg, given):
+    allowed = {"pretokenized", "shards", "max_tokens", "tokenizer", "out"}
+    if odd := [field.name for field in fields(cfg) if field.name in given - allowed]:
+        raise BadInput(f"--pretokenized downloads shards as they are: leave out --{odd[0]}")
+    if len(given & {"shards", "max_tokens"}) > 1:
+        raise BadInput("--shards and --max_tokens both say how much to download: give one of them")
+    if cfg.tokenizer.startswith("bpe:"):
+        raise BadInput("--pretokenized shards have a tokenizer already: name it by --tokenizer, or leave that out")
+    cfg.pretokenized = PRETOKENIZED.get(cfg.pretokenized, cfg.pretokenized)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", cfg.pretokenized):
+        raise BadInput(f"--pretokenized {cfg.pretokenized[:80]}: name one of {', '.join(PRETOKENIZED)}, or a dataset of the hub "
+                       "as owner/name")
+    cfg.out = cfg.out or cfg.pretokenized.partition(":")[0].partition("/")[2]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # meta.json: what made the shards, how far it came
 
 
 def settings(cfg):
     """What must be equal for a run to continue another's shards."""
+    if cfg.pretokenized:
+        return {"pretokenized": cfg.pretokenized}
     source = "docstrings" if cfg.docstrings else list(cfg.source)
-    return {"source": source, "name": cfg.name, "text_column": cfg.text_column, "shard_size": cfg.shard_size,
-            "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
+    return {"pretokenized": None, "source": source, "name": cfg.name, "text_column": cfg.text_column,
+            "shard_size": cfg.shard_size, "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
 
 
 def new_meta(cfg, tokenizer, given):
+    return Meta(tokenizer="tokenizer.json" if tokenizer.is_trained else tokenizer.spec,
+                tokenizer_crc32=zlib.crc32(tokenizer.spec.encode()), vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
+                dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+                splits={split: Split() for split in SPLITS}, command=command_of(cfg, given), settings=settings(cfg),
+                shards=[], complete=False, resume=Start())
+
+
+def command_of(cfg, given):
+    """The command line that makes the same shards, without --out."""
     words = ["python", "fineweb.py"]
     for name in [field.name for field in fields(cfg) if field.name in given - {"out", "workers"}]:
         value = getattr(cfg, name)
@@ -170,11 +249,7 @@ def new_meta(cfg, tokenizer, given):
             words += [f"--{name}"] * value
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return Meta(tokenizer="tokenizer.json" if tokenizer.is_trained else tokenizer.spec,
-                tokenizer_crc32=zlib.crc32(tokenizer.spec.encode()), vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
-                dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-                splits={split: Split() for split in SPLITS}, command=shlex.join(words), settings=settings(cfg),
-                shards=[], complete=False, resume=Start())
+    return shlex.join(words)
 
 
 def read_own_meta(out, cfg):
@@ -210,13 +285,124 @@ def is_done(out, meta):
     if meta.tokenizer.endswith(".json"):  # another would be on the network
         check_tokenizer(meta, load_tokenizer(str(out / meta.tokenizer)))
     text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
-    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}; {meta.skipped_rows:,} rows skipped (empty or not text)"
-          + f"; {meta.duplicates:,} duplicates left out" * bool((meta.settings or {}).get("dedup")))
+    settings = meta.settings or {}
+    print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}"
+          + f"; {meta.skipped_rows:,} rows skipped (empty or not text)" * (not settings.get("pretokenized"))
+          + f"; {meta.duplicates:,} duplicates left out" * bool(settings.get("dedup")))
     documents = sum(split.documents for split in meta.splits.values())
     if documents < 3 and meta.splits["val"].shards:
         print(f"warning: the source has fewer than 3 documents ({documents}): validation says little about other text",
               file=sys.stderr)
     return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards that others have made
+
+
+def is_enough(cfg, meta):
+    """Whether meta.json counts what the flags ask for; shards beyond that stay."""
+    if not meta or not cfg.pretokenized:
+        return True
+    train = meta.splits["train"].shards
+    if cfg.shards:
+        return train >= cfg.shards
+    written = sum(split.tokens for split in meta.splits.values())
+    return train == meta.settings.get("train_shards") or bool(cfg.max_tokens and train and written >= cfg.max_tokens)
+
+
+def download_shards(cfg, out, meta, given):
+    """Shards of the hub -> the folder, each checked before it gets its name, and counted in meta.json. Returns the Meta.
+
+    A folder begun earlier, also with fewer shards, is continued from the same commit of the dataset.
+    """
+    name, _, pattern = cfg.pretokenized.partition(":")
+    dataset = hub.find_dataset(name, pattern, meta and meta.settings.get("commit"))
+    val, train = dataset.shards["val"], dataset.shards["train"]
+    if cfg.shards and cfg.shards > len(train):
+        raise BadInput(f"{cfg.pretokenized} holds {len(train):,} train shards: lower --shards {cfg.shards:,}")
+    theirs, tokenizer = find_their_tokenizer(cfg, out, dataset, meta, given)
+    meta = meta or new_meta(cfg, tokenizer, given)
+    meta.settings |= {"commit": dataset.commit, "train_shards": len(train)}
+    meta.command = command_of(cfg, given)
+
+    missing = {record.name for record in missing_records(out, meta)}
+    there = {record.name for record in meta.shards} - missing
+    files = val + [file for i, file in enumerate(train) if cfg.shards is None or i < cfg.shards or file.name in missing]
+    ends = np.cumsum([file.size // 2 for file in files])  # in tokens: about, and never too few
+    count = max(len(val) + 1, int(np.searchsorted(ends, cfg.max_tokens)) + 1) if cfg.max_tokens else len(files)
+    needed = [file.size for file in files[:count] if file.name not in there]
+    print(f"{name} at commit {dataset.commit[:7]}: {len(needed):,} shards to download, {sum(needed) / 1e9:.1f} GB")
+    check_room(out, sum(needed) + 2**20, f"downloading {len(needed):,} shards",
+               "free some space, ask for fewer by --shards, or give another --out")
+
+    sizes = tokenizer.token_bytes()
+    for file in tqdm(files, total=count, desc=name, unit="shard", disable=None):
+        if file.name in missing or (file.name not in there and not is_enough(cfg, meta)):
+            take_shard(out, dataset, file, meta, (tokenizer, sizes, theirs))
+    meta.complete, meta.resume = True, None
+    write_json(out / "meta.json", asdict(meta))
+    hub.forget(out)
+    return meta
+
+
+def find_their_tokenizer(cfg, out, dataset, meta, given):
+    """(The Meta beside the shards on the hub, or None; their tokenizer, kept in the folder if it is not a tiktoken name)."""
+    odd, theirs = f"{dataset.id} cannot be used as it is: name another dataset, or tokenize text with --source", None
+    if "meta.json" in dataset.beside:
+        theirs = read_meta(hub.download(dataset, dataset.beside["meta.json"], out).parent, odd)
+    spec = theirs.tokenizer if theirs else cfg.tokenizer
+    if theirs and spec == "tokenizer.json" and spec in dataset.beside:
+        tokenizer = load_tokenizer(str(hub.download(dataset, dataset.beside[spec], out)))
+    elif theirs and not re.fullmatch(r"[\w-]+", spec):  # a path would be one of this machine
+        raise BadInput(f"the meta.json of {dataset.id} names the tokenizer {spec[:80]}, which does not lie beside it: {odd}")
+    elif meta and "tokenizer" not in given:
+        tokenizer = load_tokenizer(str(out / meta.tokenizer) if meta.tokenizer == "tokenizer.json" else meta.tokenizer)
+    else:
+        tokenizer = load_tokenizer(spec)
+    if "tokenizer" in given and load_tokenizer(cfg.tokenizer).spec != tokenizer.spec:
+        raise BadInput(f"the meta.json of {dataset.id} says that its tokenizer is {spec}, not {cfg.tokenizer}: "
+                       "leave --tokenizer out")
+    check_tokenizer(theirs, tokenizer, odd)
+    check_tokenizer(meta, tokenizer)
+    if tokenizer.is_trained:
+        tokenizer.save(out / "tokenizer.json")
+    return theirs, tokenizer
+
+
+def take_shard(out, dataset, file, meta, known):
+    """Bring one file of the hub here, check every id of it, then give it its name and a place in `meta`."""
+    (tokenizer, sizes, theirs), path = known, out / file.name
+    if not (path.is_file() and hub.is_whole(path, file)):  # else a run was killed before it could note it
+        path = hub.download(dataset, file, out)
+    odd = f"name the tokenizer of {dataset.id} by --tokenizer, or name another dataset"
+    ids = read_shard(path, odd)
+    check_ids(ids, tokenizer.vocab_size, path, odd)
+    check_eot(ids, tokenizer, path, odd)
+    if not meta.shards:
+        meta.dtype = ids.dtype.name
+    if ids.dtype != meta.dtype:
+        raise BadInput(f"{file.path} of {dataset.id} holds {ids.dtype}, others hold {meta.dtype}: they are of different tokenizers; "
+                       f"choose a folder, as in {dataset.id}:folder")
+    record = Record(file.name, len(ids), zlib.crc32(ids), Start())
+    listed = {told.name: told for told in [*(theirs and theirs.shards or ()), *meta.shards]}
+    told = listed.get(file.name, record)
+    if (told.tokens, told.crc32) != (record.tokens, record.crc32):
+        raise BadInput(f"{file.path} of {dataset.id} is not the shard that meta.json lists: name another dataset")
+
+    if file.name in {listed.name for listed in meta.shards}:  # it was missing or damaged
+        move(path, out / file.name)
+    else:
+        counts = sum(np.bincount(ids[i:i + 2**20], minlength=len(sizes)) for i in range(0, len(ids), 2**20))
+        meta.complete, meta.resume = False, Start()
+        write_json(out / "meta.json", asdict(meta))  # a run killed right after its first shard must find whose it is
+        move(path, out / file.name)
+        stats = meta.splits[split_of(file.name)]
+        stats.shards, stats.tokens = stats.shards + 1, stats.tokens + len(ids)
+        stats.documents, stats.bytes = stats.documents + int(counts[tokenizer.eot]), stats.bytes + int(counts @ sizes)
+        meta.shards.append(record)
+        write_json(out / "meta.json", asdict(meta))
+    tqdm.write(f"{file.name}: {sum(split.tokens for split in meta.splits.values()):,} tokens so far")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

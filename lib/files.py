@@ -83,14 +83,25 @@ def replace(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":  # the new name itself is on the disk once its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        _rename(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def move(source, path):
+    """Give a whole file of the same disk another name, flushed to the disk first."""
+    with open(source, "r+b") as file:
+        os.fsync(file.fileno())
+    _rename(source, Path(path))
+
+
+def _rename(source, path):
+    os.replace(source, path)
+    if os.name == "posix":  # the new name itself is on the disk once its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_json(path, value):

@@ -41,26 +41,27 @@ class Header(NamedTuple):
     offset: int  # bytes in front of the ids
 
 
-def read_header(path):
+def read_header(path, remedy=REPAIR):
     """What a shard says about itself, compared with the size of its file.
 
-    Raises Damaged if it is not a whole shard, Unreadable if it could not be read, which says nothing about the ids in it.
+    Raises Damaged, ending in `remedy`, if it is not a whole shard, Unreadable if it could not be read, which says nothing about
+    the ids in it.
     """
     with open_file(path, UNREADABLE) as file:
-        return _read_header(file, Path(path))
+        return _read_header(file, Path(path), remedy)
 
 
-def read_shard(path):
+def read_shard(path, remedy=REPAIR):
     """A shard -> read-only memory-mapped token ids (n,), uint16 or uint32. Raises Damaged and Unreadable as `read_header`."""
     with open_file(path, UNREADABLE) as file:
-        dtype, tokens, offset = _read_header(file, Path(path))
+        dtype, tokens, offset = _read_header(file, Path(path), remedy)
         try:
             return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,)))
         except OSError as error:
             raise Unreadable(f"cannot read {path} ({error.strerror}): {UNREADABLE}") from error
 
 
-def _read_header(file, path):
+def _read_header(file, path, remedy):
     """Of .npy, and of .bin: 256 int32 (magic, version, tokens), then the ids."""
     try:
         if path.suffix == ".npy":
@@ -77,12 +78,12 @@ def _read_header(file, path):
     except OSError as error:
         raise Unreadable(f"cannot read {path} ({error.strerror}): {UNREADABLE}") from error
     except Exception as error:  # numpy's parser of headers raises many kinds
-        raise Damaged(f"{path} is damaged, or not a shard ({type(error).__name__}: {str(error)[:200]}): {REPAIR}") from error
+        raise Damaged(f"{path} is damaged, or not a shard ({type(error).__name__}: {str(error)[:200]}): {remedy}") from error
     if dtype not in (np.uint16, np.uint32) or len(shape) != 1:
         raise Damaged(f"{path} is not a shard: it holds a {len(shape)}-dimensional array of {dtype}, not token ids in one "
-                      f"dimension, uint16 or uint32: {REPAIR}")
+                      f"dimension, uint16 or uint32: {remedy}")
     if size != offset + shape[0] * dtype.itemsize:
-        raise Damaged(f"{path} is damaged (its header does not fit its {size:,} bytes): {REPAIR}")
+        raise Damaged(f"{path} is damaged (its header does not fit its {size:,} bytes): {remedy}")
     return Header(dtype, shape[0], offset)
 
 
@@ -128,17 +129,17 @@ class Meta:
     duplicates: int = flag(0, None, at_least=0, at_most=2**53)  # documents left out by --dedup
     command: str | None = flag(None, None)        # what made the folder, without --out
     settings: dict | None = flag(None, None)      # what fineweb.py compares before it continues
-    shards: list | None = flag(None, None)        # of Record; None: by a fineweb.py that did not list them
+    shards: list | None = flag(None, None)        # of Record; None: it does not list them, as by an older fineweb.py
     complete: bool = flag(True, None)
     resume: dict | None = flag(None, None)        # the Start of the shard after the last one listed
 
 
-def read_meta(folder):
-    """The Meta of a folder, None without a meta.json. Raises BadInput, one line, whatever else stands in the file."""
+def read_meta(folder, remedy=OTHER):
+    """The Meta of a folder, None without a meta.json. Raises BadInput, ending in `remedy`, whatever else stands in the file."""
     path = Path(folder) / "meta.json"
     if not os.path.lexists(path):
         return None
-    values = read_json(path, OTHER)
+    values = read_json(path, remedy)
     try:
         meta = _typed(Meta, values)
         if meta.splits is not None:
@@ -150,7 +151,7 @@ def read_meta(folder):
             meta.resume = meta.resume and _typed(Start, meta.resume)
             _check_records(meta)
     except BadInput as error:
-        raise BadInput(f"{path} is damaged ({error}): {OTHER}") from error
+        raise BadInput(f"{path} is damaged ({error}): {remedy}") from error
     return meta
 
 
@@ -168,7 +169,7 @@ def _typed(cls, values):
 
 def _check_records(meta):
     names = [record.name for record in meta.shards]
-    plain = all(split_of(name) and name.endswith(".npy") and not {"/", "\\", "\0"} & set(name) for name in names)
+    plain = all(split_of(name) and not {"/", "\\", "\0"} & set(name) for name in names)
     if not plain or len(set(names)) < len(names):
         raise BadInput("its list of shards does not name shards")
     if None in (meta.splits, meta.settings, meta.dtype, meta.vocab_size, meta.eot) or (meta.resume is None) != meta.complete:
@@ -299,11 +300,16 @@ def read_validation(shards, val_tokens, block_size, tokenizer):
     return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
 
 
-def check_ids(tokens, vocab_size, path):
+def check_ids(tokens, vocab_size, path, remedy=f"the folder mixes tokenizers; {OTHER}"):
     """Raises BadInput if a shard holds an id beyond its vocabulary."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise BadInput(f"{path} holds the id {int(tokens.max())}, but its tokenizer ends at {vocab_size - 1}: "
-                       f"the folder mixes tokenizers; {OTHER}")
+        raise BadInput(f"{path} holds the id {int(tokens.max())}, but its tokenizer ends at {vocab_size - 1}: {remedy}")
+
+
+def check_eot(tokens, tokenizer, path, remedy=f"it is of another tokenizer; {OTHER}"):
+    """Raises BadInput if the first million ids of a shard hold no end of text: they are of another tokenizer."""
+    if len(tokens) >= 1_000_000 and not (tokens[:1_000_000] == tokenizer.eot).any():
+        raise BadInput(f"{path} begins with a million tokens without {tokenizer.name}'s end of text, {tokenizer.eot}: {remedy}")
 
 
 def check_shards(shards, tokenizer):
@@ -315,16 +321,14 @@ def check_shards(shards, tokenizer):
     for path in shards.train + shards.val:
         tokens = read_shard(path)[:1_000_000]
         check_ids(tokens, tokenizer.vocab_size, path)
-        if len(tokens) == 1_000_000 and not (tokens == tokenizer.eot).any():
-            raise BadInput(f"{path} begins with a million tokens without {tokenizer.name}'s end of text, {tokenizer.eot}: "
-                           f"it is of another tokenizer; {OTHER}")
+        check_eot(tokens, tokenizer, path)
 
 
-def check_tokenizer(meta, tokenizer):
+def check_tokenizer(meta, tokenizer, remedy=OTHER):
     """Raises BadInput if what meta.json (None: there is none) says of the tokenizer is not so."""
     for name in ("vocab_size", "eot"):
         if meta and getattr(meta, name) not in (None, getattr(tokenizer, name)):
             raise BadInput(f"the shards' meta.json says {name} {getattr(meta, name):,}, but their tokenizer "
-                           f"{tokenizer.name} has {getattr(tokenizer, name):,}: they are of another tokenizer; {OTHER}")
+                           f"{tokenizer.name} has {getattr(tokenizer, name):,}: they are of another tokenizer; {remedy}")
     if meta and meta.tokenizer_crc32 not in (None, zlib.crc32(tokenizer.spec.encode())):
-        raise BadInput(f"the tokenizer.json beside the shards is not the one they were made with: put that back, or {OTHER}")
+        raise BadInput(f"the tokenizer.json beside the shards is not the one they were made with: put that back, or {remedy}")

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import cli
+from lib import cli, hub
 from lib.cli import BadInput, flag
 from lib.files import open_file
-from lib.tokenizers import is_reachable
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
 FORMATS = (".parquet", *(f"{end}{packed}" for end in (".jsonl", ".json", ".txt") for packed in ("", ".gz", ".zst")))
@@ -101,10 +100,12 @@ class Source:
     """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch.
 
     seen: a Seen, which drops documents met before; not the pieces of a .txt.
+    commits: dict from a dataset of the hub to its commit, filled in as it is opened; one that stands there is read again.
     """
 
     def __init__(self, cfg, parts, seen=None):
         self.seen, self.column, self.name, self.parts, self.links = seen, cfg.text_column, cfg.name, parts, None
+        self.commits = {}
 
     def guess_tokens(self):
         """About how many tokens the local files hold; 0 where the source is a dataset of the hub."""
@@ -137,7 +138,8 @@ class Source:
                 continue
             except Exception as error:  # pyarrow, pandas, gzip, fsspec and the hub each raise their own
                 cause = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise BadInput(f"cannot read {part} ({cause}): mend it and give the same command again; "
+                mend = "mend it and give" if builder_of(part) else "give"
+                raise BadInput(f"cannot read {part} ({cause}): {mend} the same command again; "
                                "the shards already written stay") from error
 
     def texts(self, characters):
@@ -165,32 +167,27 @@ class Source:
         """A local file, or a dataset of the hub, as a streaming dataset of arrow tables."""
         builder = builder_of(part)
         if not builder:
-            return self._open_hub(part)
-        if sys.version_info < (3, 14):
-            _register_zstd()
+            hub.check_answers(part)  # before the slow import
         import datasets
 
+        if sys.version_info < (3, 14):
+            _register_zstd()
         datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs is raised as well
+        if not builder:
+            return self._open_hub(part, datasets)
         options = {"parquet": {"batch_size": 16 * BATCH_ROWS}, "text": {"keep_linebreaks": True}}.get(builder, {})
         files = [glob.escape(self._plain_path(part))]
         return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options).with_format("arrow")
 
-    def _open_hub(self, name):
-        import datasets
-        import huggingface_hub.constants
-
-        huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)
-        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-        url = huggingface_hub.constants.ENDPOINT
-        # without a network, `datasets` would try again for half a minute
-        answers = huggingface_hub.constants.HF_HUB_OFFLINE or is_reachable(url)
+    def _open_hub(self, name, datasets):
         try:
-            if not answers:
-                raise ConnectionError(f"{url} does not answer")
-            return datasets.load_dataset(name, self.name, split="train", streaming=True).with_format("arrow")
-        except Exception as error:
-            raise BadInput(f"cannot reach the dataset {name} ({type(error).__name__}): it is not a local file or folder, and "
-                           "the hub does not answer or does not have it; check the name, or give local files") from error
+            if name not in self.commits and not hub.is_offline():
+                self.commits[name] = hub.client().HfApi().dataset_info(name).sha
+            hub.demand_whole_answers()
+            commit = self.commits.get(name)
+            return datasets.load_dataset(name, self.name, revision=commit, split="train", streaming=True).with_format("arrow")
+        except Exception as error:  # of the client, of `datasets`, of the readers that look at the first file
+            raise hub.explain(error, name, "check --source and --name, or give local files") from error
 
     def _plain_path(self, part):
         """The path, or a link to it where the path holds "::", at which fsspec, below `datasets`, would split it."""

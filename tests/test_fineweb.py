@@ -714,7 +714,7 @@ def test_no_documents(rows, form, tmp_path, fails):
     (["--source", "empty_folder"], "no file empty_folder"), (["--source", "notes.*"], "cannot tell what notes.md is"),
     (["--source", "pipe.jsonl"], "cannot read pipe.jsonl (not a regular file)"),
     (["--source", "good", "links"], "cannot read links/dangling.txt (a link to nowhere, which does not exist)"),
-    (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError)"),
+    (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError: "),
     ([], "cannot reach the dataset HuggingFaceFW/fineweb-edu"),
     (["--docstrings", "--source", "good/data.jsonl"], "each name the text"),
     (["--source", "good/data.jsonl", "--name", "sample-10BT"], "--name is a configuration of a dataset of the hub"),
