@@ -25,7 +25,8 @@ from lib.cli import BadInput
 from lib.files import read_text, replace
 
 EOT = "<|endoftext|>"  # separates documents; placed before each one
-RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # who speaks, and the end of a turn
+END = "<|end|>"        # the end of a turn
+RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", END)  # and who speaks
 MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
 BPE_TEXT = 100_000_000  # characters to train one on, at most
 # the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that tiktoken's engine and that of tokenizers agree
