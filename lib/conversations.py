@@ -1,0 +1,209 @@
+"""Conversations and texts out of data files, for post-training: several layouts, told apart by the names that a row has.
+
+    messages        {"messages": [{"role": "user", "content": ...}, ...]}
+    ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
+    alpaca          {"instruction": ..., "input": ..., "output": ...}
+    dolly           {"instruction": ..., "context": ..., "response": ...}
+    prompt          {"prompt": ..., "completion": ...}, or "response"; of alpaca's "### Instruction:" around a prompt only what it asks is kept
+    text            {"text": ...}; a .txt is one text
+
+A pair is a conversation of two messages. An example is a conversation, a list of messages as lib/chat_template.py has it, or a text, a str.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from lib.chat_template import END, check_messages, render
+from lib.cli import BadInput
+from lib.files import open_file, read_text
+
+ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
+SHOWN = 3  # malformed rows that are shown
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layouts: a row -> an example. A ValueError says what is wrong with the row
+
+
+def _turns(key):
+    def convert(row):
+        if not isinstance(row[key], list) or not all(isinstance(turn, dict) for turn in row[key]):
+            raise ValueError(f"{key} is not a list of messages")
+        roles, contents = ([turn.get(ours, turn.get(theirs)) for turn in row[key]] for ours, theirs in (("role", "from"), ("content", "value")))
+        return [{"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} for role, content in zip(roles, contents)]
+    return convert
+
+
+def _pair(question, answer, context=None):
+    def convert(row):
+        asked, told, more = (row.get(key) or "" for key in (question, answer, context))
+        if not all(isinstance(text, str) for text in (asked, told, more)):
+            raise ValueError(f"{question}, {answer} and {context} must be text" if context else f"{question} and {answer} must be text")
+        if wrapped := WRAPPED.fullmatch(asked):
+            asked, more = wrapped[1], wrapped[2] or ""
+        if not asked.strip() or not told.strip():
+            raise ValueError(f"{question if told.strip() else answer} is empty")
+        asked = f"{asked.strip()}\n\n{more.strip()}".rstrip()
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": told.strip()}]
+    return convert
+
+
+def _text(row):
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise ValueError("text is empty, or not text")
+    return row["text"]
+
+
+LAYOUTS = [  # name, the keys by which it is known, how a row is read; the first that fits counts
+    ("messages", {"messages"}, _turns("messages")),
+    ("ShareGPT", {"conversations"}, _turns("conversations")),
+    ("alpaca", {"instruction", "output"}, _pair("instruction", "output", "input")),
+    ("dolly", {"instruction", "response"}, _pair("instruction", "response", "context")),
+    ("prompt/completion", {"prompt", "completion"}, _pair("prompt", "completion")),
+    ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
+    ("text", {"text"}, _text),
+]
+KNOWN = ("messages, conversations, instruction and output, instruction and response, prompt and completion, prompt and response, or text: "
+         "name the columns so")
+
+
+def _check(example):
+    """Raises ValueError for what nothing can be learned from."""
+    if isinstance(example, str):
+        return example
+    try:
+        check_messages(example)
+    except BadInput as error:
+        raise ValueError(str(error)) from error
+    answers = [message["content"] for message in example if message["role"] == "assistant"]
+    if not answers or not all(answer.strip() for answer in answers):
+        raise ValueError("an empty answer of the assistant" if answers else "no answer of the assistant")
+    return example
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def find_files(words):
+    """Files and folders -> files. Raises BadInput for what is missing or of another kind."""
+    files = []
+    for word in words:
+        found = sorted(str(path) for path in Path(word).rglob("*") if path.name.endswith(ENDINGS)) if os.path.isdir(word) else [word]
+        if not found:
+            raise BadInput(f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one")
+        files += found
+    for file in files:
+        if not file.endswith(ENDINGS):
+            raise BadInput(f"cannot tell what {file} is: data are {', '.join(ENDINGS)} files, or folders of them or of token shards")
+        open_file(file, "name another one").close()
+    return files
+
+
+def read(path, strict=False):
+    """A data file -> (its examples, a line about them). A row that is malformed is left out and told, or with `strict` an error.
+
+    Raises BadInput where no layout fits or no row is usable.
+    """
+    examples, problems, layout = [], [], None
+    for place, row in _rows(path):
+        if isinstance(row, dict) and layout is None:
+            layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
+            keys = ", ".join(map(str, row))[:200]
+            if layout is None:
+                raise BadInput(f"{path}, {place}: no layout is known of a row with {keys or 'nothing in it'}; known are {KNOWN}")
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            if not layout[1] <= row.keys():
+                raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}")
+            examples.append(_check(layout[2](row)))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            if strict:
+                raise BadInput(f"{path}, {problems[0]}: mend it, or leave out --strict") from error
+    if not examples:
+        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what it holds, or name another file")
+    name = "text" if layout[0] == "text" else f"conversation, layout {layout[0]}" if len(examples) == 1 else f"conversations, layout {layout[0]}"
+    line = f"{path}: {len(examples):,} {name}{'s' if layout[0] == 'text' and len(examples) > 1 else ''}"
+    if problems:
+        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}{'; ...' if len(problems) > SHOWN else ''}"
+    return examples, line
+
+
+def _rows(path):
+    """A file -> its rows, (place for people, row or a ValueError) each."""
+    remedy = "mend it, or name another file"
+    if path.endswith(".txt"):
+        yield "its text", {"text": read_text(path, remedy, limit=2**33)}
+    elif path.endswith(".parquet"):
+        yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
+    elif path.endswith(".json") and isinstance(rows := _whole(path, remedy), list):
+        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+    else:  # a .json may hold lines, too
+        with open_file(path, remedy) as file:
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"line {i}", json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        yield f"line {i}", ValueError(f"not JSON ({str(error)[:60]})")
+
+
+def _whole(path, remedy):
+    try:
+        return json.loads(read_text(path, remedy, limit=2**33))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parquet(path, remedy):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInput(f"cannot read {path} ({str(error).splitlines()[0][:100]}): {remedy}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is learned, what is held out
+
+
+def fit(messages, tokenizer, room):
+    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated" on the
+    right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer goes."""
+    ids, learned = render(messages, tokenizer)
+    end = tokenizer.reserved[END]
+    ends = [i + 1 for i, (token, yes) in enumerate(zip(ids, learned, strict=True)) if yes and token == end]
+    fits = [n for n in ends if n <= room]
+    n = fits[-1] if fits else room
+    if not any(learned[:n]):
+        return None, None, "dropped"
+    return ids[:n], learned[:n], "whole" if n == ends[-1] else "cut" if fits else "truncated"
+
+
+def hold_out(examples, share, seed):
+    """Examples -> (those for training, those for validation): by a hash of the content and the seed, so that equal ones are on one side,
+    and at least one for validation. Of texts too few to spare one, the end of each. Raises BadInput if nothing is left for training."""
+    if not share:
+        return examples, []
+    if all(isinstance(example, str) for example in examples) and len(examples) * share < 1:
+        ends = [max(int(len(text) * (1 - share)), 1) for text in examples]
+        return [text[:n] for text, n in zip(examples, ends)], [text[n:] for text, n in zip(examples, ends) if text[n:].strip()]
+    marks = [hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest() for example in examples]
+    limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
+    train = [example for example, mark in zip(examples, marks) if mark > limit]
+    if not train:
+        raise BadInput("all rows are alike or there is but one, so that none can be held out for validation: give more, --val_data, or --val_share 0")
+    return train, [example for example, mark in zip(examples, marks) if mark <= limit]
