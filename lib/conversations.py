@@ -110,13 +110,15 @@ def read(path, strict=False):
 
     Raises BadInput where no layout fits or no row is usable.
     """
-    examples, problems, layout = [], [], None
+    examples, problems, layout, name = [], [], None, None
     for place, row in _rows(path):
         if isinstance(row, dict) and layout is None:
             layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
             keys = ", ".join(map(str, row))[:200]
             if layout is None:
                 raise BadInput(f"{path}, {place}: no layout is known of a row with {keys or 'nothing in it'}; known are {KNOWN}")
+            wrapped = isinstance(row.get("prompt"), str) and WRAPPED.fullmatch(row["prompt"])
+            name = layout[0] + (", without the frame around what is asked" if wrapped else "")
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -131,8 +133,7 @@ def read(path, strict=False):
                 raise BadInput(f"{path}, {problems[0]}: mend it, or leave out --strict") from error
     if not examples:
         raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what it holds, or name another file")
-    name = "text" if layout[0] == "text" else f"conversation, layout {layout[0]}" if len(examples) == 1 else f"conversations, layout {layout[0]}"
-    line = f"{path}: {len(examples):,} {name}{'s' if layout[0] == 'text' and len(examples) > 1 else ''}"
+    line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
     if problems:
         line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}{'; ...' if len(problems) > SHOWN else ''}"
     return examples, line
