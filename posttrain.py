@@ -301,10 +301,13 @@ class PostTraining(Pretraining):
         return packing.Rows(self.corpus.source, replay if cfg.replay else None, cfg.replay, batches)
 
     def conclude(self, run):
-        losses = run.recorded("val_pretraining") or {}
+        new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
         if len(losses) > 1:
-            before, after = losses[min(losses)], losses[max(losses)]
-            run.say(f"forgetting: pretraining validation loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per token)")
+            first, last = min(losses), max(losses)
+            best = min((step for step in new if step), key=new.get, default=last)
+            told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
+            at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
+            run.say(f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
 
 
 def settle(cfg, before, explicit):
