@@ -1,13 +1,13 @@
 """Post-train a checkpoint on your own data: instructions, conversations, or more text.
 
     python posttrain.py --checkpoint log/<run>/ckpt_<step>.pt --data instructions.jsonl
-    python posttrain.py --checkpoint PATH --data chats.parquet more/ --replay 0.1             # a tenth of the rows is pretraining text
-    python posttrain.py --checkpoint PATH --data book.txt --epochs 1                          # continued pretraining
+    python posttrain.py --checkpoint PATH --data chats.parquet more/ --replay 0.1      # a tenth of the rows is pretraining text
+    python posttrain.py --checkpoint PATH --data book.txt --epochs 1                   # continued pretraining
     torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint PATH --data chats.json
 
-Layouts of .json, .jsonl and .parquet files are told apart by themselves: messages, ShareGPT, alpaca, dolly, prompt/completion, text (.txt, too).
-Of conversations only what the assistant says is learned; they are packed into rows without seeing each other, and the model becomes one
-that chat.py talks to. It begins with the checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
+The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its columns: lib/conversations.py. Of
+conversations only what the assistant says is learned; they are packed into rows without seeing each other, and the model becomes one
+that can chat. A run begins with the checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
 
 Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
 """
@@ -24,7 +24,7 @@ from lib import conversations, packing
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput, check, flag, parse, run
 from lib.decoding import SampleConfig, continuations
-from lib.mixture import Corpus
+from lib.mixture import Corpus, split_weight
 from lib.run_folder import find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import RESERVED, load_tokenizer
@@ -39,34 +39,37 @@ class Config(TrainConfig):
     """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
     # data
     data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
-    val_tokens: int = flag(1_048_576, "validation tokens of pretraining data and of token shards, from the start of the val shards", above=0)
+    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of the val shards, of each folder", above=0)
     # length and batch: small steps, for there is little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
-    total_batch_size: int = flag(16_384, "tokens per optimizer step, padding included, over all processes and accumulation", above=0, at_most=2**28)
+    total_batch_size: int = flag(16_384, "tokens per optimizer step, over all processes and accumulation, padding included", above=0,
+                                 at_most=2**28)
     # optimizer: a lower rate than pretraining's, with a short warm-up, down to 0
     optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
-    max_lr: float | None = flag(None, "peak learning rate; if unset, the checkpoint's times --lr_scale, as with the next three", above=0, at_most=1e6)
+    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale", above=0,
+                                at_most=1e6)
     embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0, at_most=1e6)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
     vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0, at_most=1e6)
     schedule: Literal["cosine", "wsd", "linear"] = flag("linear", "learning rate after the warm-up, see lr_multiplier")
     min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0, below=1)
-    weight_decay: float = flag(0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed", at_least=0, at_most=1e6)
+    weight_decay: float = flag(0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed", at_least=0,
+                               at_most=1e6)
     # what happens along the way
-    eval_every: int | None = flag(None, f"steps between validations, 0: never; without the flag, {MOMENTS} times in the run", at_least=0)
+    eval_every: int | None = flag(None, f"steps between validations, 0: never; if unset, {MOMENTS} times in the run", at_least=0)
     hellaswag_every: int = flag(0, "steps between HellaSwag evaluations", at_least=0)
-    sample_every: int | None = flag(None, "steps between printed samples, 0: never; without the flag, as --eval_every", at_least=0)
-    sample_prompt: str | None = flag(None, "what a user says, or a text begins with, in the samples; if unset, the first held-out question")
+    sample_every: int | None = flag(None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
+    sample_prompt: str | None = flag(None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
     keep_best: bool = flag(True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
     # its own
     checkpoint: str | None = flag(None, "a ckpt_<step>.pt of train_gpt2.py or of this script, to begin with")
     val_share: float = flag(0.05, "share of the rows held out for validation, at least one; 0: none", at_least=0, below=1)
     val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
-    strict: bool = flag(False, "end at the first malformed row or conversation that does not fit, instead of leaving out or cutting it")
+    strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
     replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
-    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards for --replay and the validation of what is forgotten, DIR[:WEIGHT] "
-                                               "each; if unset, those the checkpoint was trained on")
+    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure what is "
+                                               "forgotten; if unset, those the checkpoint was trained on")
     lr_scale: float = flag(0.1, "of the checkpoint's peak learning rates, if it comes from pretraining", above=0, at_most=1e3)
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
     # what only pretraining has, no flags here
@@ -90,8 +93,8 @@ class Config(TrainConfig):
 class Data:
     """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
 
-    chat: whether it is conversations. packed: whether rows hold several texts, as they do if any of them is a conversation.
-    source, val: a lib.packing.Cut each, val None where nothing is held out.
+    chat: whether conversations are among them; then rows are packed. question: a conversation to ask for samples.
+    source, val: a lib.packing.Cut each, val None where nothing is held out. lines: what to say of them.
     """
 
     vocab_size, val = None, None
@@ -103,15 +106,14 @@ class Data:
         self.lines += [f"validation on {line}" for line in lines]
         if not cfg.val_data:
             train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
-        self.chat = any(not isinstance(example, str) for example in train)
-        self.question = next((example for example in val or train if not isinstance(example, str)), None)
-        self.packed = any(not isinstance(example, str) for example in train + val)
+        self.question = next((example for example in val + train if not isinstance(example, str)), None)
+        self.chat = self.question is not None
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
+        if not len(self.source) or val and not len(self.val):
+            raise BadInput(f"nothing of {'--val_data or ' * bool(val)}--data can be learned, it is empty or too long: see what it holds, or give more")
         self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
         self.identity = self._hash(self.source)
-        if not len(self.source):
-            raise BadInput("--data holds nothing that can be learned: see what it holds, or give more")
 
     def _read(self, words):
         examples, lines = [], []
@@ -123,30 +125,32 @@ class Data:
 
     def _cut(self, examples, seed, what):
         """Examples -> rows of training or validation."""
-        if not self.packed:
-            return packing.Joined([[self.tokenizer.eot, *self.tokenizer.encode(text).tolist()] for text in examples], self.T, seed, self.tokenizer.eot)
+        if not self.chat:
+            return packing.Joined([self._ids(text) for text in examples], self.T, seed, self.tokenizer.eot)
         items, counts = [], dict.fromkeys(("whole", "cut", "truncated", "dropped"), 0)
         for example in examples:
-            if isinstance(example, str):
-                items += self._windows(example)
+            if isinstance(example, str):  # a text among conversations: pieces of a row each, all learned
+                ids = self._ids(example)
+                pieces = [ids[at:at + self.T + 1] for at in range(0, len(ids) - 1, self.T)]
+                items += [(piece, [True] * len(piece)) for piece in pieces]
                 continue
             ids, learned, how = conversations.fit(example, self.tokenizer, self.T + 1)
             counts[how] += 1
             items += [(ids, learned)] if ids else []
             if self.strict and how != "whole":
-                raise BadInput(f"a conversation is longer than the context of {self.T} tokens: {example[0]['content'][:60]!r}...: shorten it, or leave out --strict")
+                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, {example[0]['content'][:60]!r}...: shorten it, or "
+                               "leave out --strict")
         rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
         ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned)) for _, learned in items)
-        told = f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {ids / max(len(rows) * self.T, 1):.0%}; {learned:,} tokens of {ids:,} are learned"
+        told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {ids / max(len(rows) * self.T, 1):.0%}; of {ids:,} tokens "
+                f"{learned:,} are learned")
         odd = {"cut": "cut at the end of an answer", "truncated": "truncated on the right", "dropped": "left out, no answer fits"}
         told += "".join(f"; {counts[how]:,} too long, {words}" for how, words in odd.items() if counts[how])
         self.lines.append(told)
         return rows
 
-    def _windows(self, text):
-        """A text among conversations: pieces of a row each, all learned."""
-        ids = [self.tokenizer.eot, *self.tokenizer.encode(text).tolist()]
-        return [(piece, [True] * len(piece)) for at in range(0, len(ids) - 1, self.T) if len(piece := ids[at:at + self.T + 1]) > 1]
+    def _ids(self, text):
+        return [self.tokenizer.eot, *self.tokenizer.encode(text).tolist()]
 
     @staticmethod
     def _hash(source):
@@ -158,7 +162,7 @@ class Data:
 
     def rows(self):
         """The validation rows as `evaluate` takes them."""
-        return self.val.all()[:3 if self.packed else 2]
+        return self.val.all()[:3 if self.chat else 2]
 
     def check_length(self, cfg):
         """A run may pass over it as often as it is told to."""
@@ -170,12 +174,12 @@ class Data:
 class ShardData(Corpus):
     """--data that is folders of token shards, of the checkpoint's tokenizer, with a val split of their own."""
 
-    chat, packed, question = False, False, None
+    chat = False
 
     def __init__(self, cfg, tokenizer, block_size):
         super().__init__(replace(TrainConfig(), data=cfg.data))
         check_tokenizer(self, tokenizer)
-        self.source = packing.Tokens(token_stream(self, tokenizer, cfg.seed, block_size), block_size, block_size + self.is_mixed)
+        self.source = token_rows(self, tokenizer, cfg.seed, block_size)
         self.tokens = self.tokens | {"train": int(self.tokens["train"] / (1 - cfg.replay))}
         self.lines = []
 
@@ -183,16 +187,22 @@ class ShardData(Corpus):
         return super().describe(cfg, block_size) + Data.describe(self, cfg, block_size)
 
 
+def token_rows(corpus, tokenizer, seed, block_size):
+    """The training tokens of a Corpus as a source of rows."""
+    return packing.Tokens(token_stream(corpus, tokenizer, seed, block_size), block_size, block_size + corpus.is_mixed)
+
+
 def check_tokenizer(corpus, tokenizer):
     """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
     if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
-        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: make the "
-                       "shards anew with fineweb.py --tokenizer, or name the text itself")
+        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: make "
+                       "the shards anew with fineweb.py --tokenizer, or name the text itself")
     corpus.check_shards(tokenizer)
 
 
 def read_data(cfg, tokenizer, block_size):
-    shards = [word for word in cfg.data if any(find_shards(word.rpartition(":")[0] or word)[0].values()) or any(find_shards(word)[0].values())]
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, or is a mixture of both."""
+    shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
     if shards and (len(shards) < len(cfg.data) or cfg.val_data):
         raise BadInput(f"{shards[0]} is a folder of token shards, which are not mixed with other data and have a val split: give it alone")
     return (ShardData if shards else Data)(cfg, tokenizer, block_size)
@@ -223,8 +233,8 @@ def pretraining_corpus(cfg, explicit, tokenizer, block_size):
 def grow(model, tokenizer):
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
-    These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the mean of the
-    rows of text; so does what pads the tables, where it has no room for them and they grow.
+    These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the mean of
+    the rows of text; so does what pads the tables where these have no room and grow.
     """
     config, state = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
     if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
@@ -244,7 +254,7 @@ class PostTraining(Pretraining):
     """What `launch` trains on and measures here. forgotten: the Corpus of pretraining, or None."""
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
-        """state: the checkpoint that is post-trained or resumed. model: its GPT, None where a run is resumed. Sets model_cfg.vocab_size."""
+        """state: the checkpoint that is post-trained or resumed. model: its GPT, None for a resumed one. Sets model_cfg.vocab_size."""
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
         self.corpus = read_data(cfg, tokenizer, model_cfg.block_size)
         self.forgotten, line = pretraining_corpus(cfg, explicit, tokenizer, model_cfg.block_size)
@@ -256,7 +266,7 @@ class PostTraining(Pretraining):
             if self.corpus.chat:
                 model_cfg.vocab_size, self.weights = grow(model, tokenizer)
         elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
-            raise BadInput("the run that goes on has learned plain text, and has no ids for the conversations of --data: begin another --run_name")
+            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name with them")
         template = JINJA if self.corpus.chat else state.get("chat_template")
         self.extra = {"chat_template": template} if template else {}
 
@@ -285,7 +295,9 @@ class PostTraining(Pretraining):
         if not self.corpus.chat:
             cfg.sample_prompt = cfg.sample_prompt or TrainConfig.sample_prompt
             return super().samples(cfg, tokenizer)
-        question = [{"role": "user", "content": cfg.sample_prompt}] if cfg.sample_prompt else self.corpus.question[:1 + (self.corpus.question[0]["role"] == "system")]
+        question = self.corpus.question[:1 + (self.corpus.question[0]["role"] == "system")]
+        if cfg.sample_prompt:
+            question = [{"role": "user", "content": cfg.sample_prompt}]
         ids, settings = render(question, tokenizer, reply=True)[0], SampleConfig(max_new_tokens=64, samples=2)
 
         def run(model, compiled, stopped):
@@ -295,10 +307,9 @@ class PostTraining(Pretraining):
         return run
 
     def stream(self, cfg, tokenizer, block_size, processes):
-        replay = self.forgotten and packing.Tokens(token_stream(self.forgotten, tokenizer, cfg.seed, block_size), block_size,
-                                                   block_size + self.forgotten.is_mixed)
-        batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.packed)
-        return packing.Rows(self.corpus.source, replay if cfg.replay else None, cfg.replay, batches)
+        replay = token_rows(self.forgotten, tokenizer, cfg.seed, block_size) if cfg.replay else None
+        batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.chat)
+        return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
 
     def conclude(self, run):
         new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
@@ -311,10 +322,10 @@ class PostTraining(Pretraining):
 
 
 def settle(cfg, before, explicit):
-    """Fill in what the checkpoint decides; before: its train_config, {} if it has none. Raises BadInput if that does not give a rate."""
+    """Fill in what the checkpoint decides. before: its train_config, {} if it has none. Raises BadInput if that gives no rate."""
     again = "checkpoint" in before  # its rates are those of post-training
     if cfg.optimizer not in (None, before.get("optimizer", "adamw")) and cfg.max_lr is None:
-        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates say nothing of it: give --max_lr, too")
+        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates say nothing about it: give --max_lr, too")
     if cfg.optimizer in (None, before.get("optimizer", "adamw")):
         scale = cfg.lr_scale if "lr_scale" in explicit or not again else 1.0
         for name in RATES:
@@ -332,9 +343,11 @@ def begun(resume, cfg, explicit):
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and of the --checkpoint given."""
     before, config = resume.state.get("train_config"), resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
-        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: give it as --checkpoint, to begin with, and another --run_name")
+        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give another "
+                       "--run_name")
     if "checkpoint" in explicit and cfg.checkpoint != before["checkpoint"]:
-        raise BadInput(f"{resume.path} is of a run that began with {before['checkpoint']}: leave out --checkpoint, or give another --run_name")
+        raise BadInput(f"{resume.path} is of a run that began with {before['checkpoint']}: leave out --checkpoint, or give another "
+                       "--run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:

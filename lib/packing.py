@@ -1,7 +1,7 @@
 """Several texts in one row: which go together, and what a model needs to keep them apart.
 
-`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with others in between (replay). A
-row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of the text that each position belongs to.
+`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with others in between (replay).
+A row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of the text that a position belongs to.
 """
 
 import numpy as np
@@ -38,9 +38,8 @@ class Packed:
 
 
 def first_fit(lengths, room):
-    """Things of these lengths, none above `room`, each put into the first row that has room for it -> lists of their indices."""
-    rows, left = [], np.empty(0, dtype=np.int64)
-    left = np.full(len(lengths), room)
+    """Lengths, none above `room`, each put into the first row that still has room for it -> lists of their indices."""
+    rows, left = [], np.full(len(lengths), room)
     for i, n in enumerate(lengths):
         begin = max(len(rows) - OPEN, 0)
         fits = left[begin:len(rows)] >= n
@@ -102,7 +101,7 @@ class Cut:
 class Packing(Cut):
     """Conversations packed into rows, whole, by first-fit in the epoch's order.
 
-    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids. A last id is a target alone.
+    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids: the last is but a target.
     """
 
     def __init__(self, items, block_size, seed, eot):
@@ -112,7 +111,7 @@ class Packing(Cut):
     def arrange(self, epoch):
         order = self.order(epoch, len(self.items))
         rows = first_fit([len(self.items[i][0]) - 1 for i in order], self.block_size)
-        return [order[rows[i]] for i in self.order(epoch, len(rows), salt=1)], len(rows)  # shuffled: first-fit fills the early rows best
+        return [order[rows[i]] for i in self.order(epoch, len(rows), salt=1)], len(rows)  # first-fit leaves the last rows emptier
 
     def row(self, rows, number):
         row, at = np.zeros((3, self.block_size), dtype=np.int64), 0
@@ -158,15 +157,15 @@ class Tokens:
 
 
 class Rows(Stream):
-    """An endless stream of batches of rows: those of `data`, and of `replay` so many among them that these are a constant share of any span.
+    """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a constant `share` of any span.
 
-    The same for every process, micro-batch and batch size. The state: how many rows have gone by, and the positions of both sources.
+    The same for every process, micro-batch and batch size. The state: how many rows there were, and the positions of both sources.
     """
 
     names = "rows", "data", "replay"
 
     def __init__(self, data, replay=None, share=0.0, transform=None):
-        """data, replay: with `block_size`, `names`, `position`, `read_batch`, `where`. transform: what `next` returns of rows (n, 3, T)."""
+        """data, replay: with block_size, names, position, read_batch and where. transform: rows (n, 3, T) -> what `next` returns."""
         self.sources, self.share, self.transform = (data, replay), share if replay else 0.0, transform or (lambda rows: rows)
         super().__init__(0, data.position, replay.position if replay else ())
 
@@ -183,8 +182,8 @@ class Rows(Stream):
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        told = [source.where(dict(zip(source.names, state[name], strict=True))) for source, name in zip(self.sources, self.names[1:]) if source]
-        return "; replay ".join(told)
+        places = zip(self.sources, (state["data"], state["replay"]))
+        return "; replay ".join(source.where(dict(zip(source.names, place, strict=True))) for source, place in places if source)
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
