@@ -5,9 +5,9 @@
     python posttrain.py --checkpoint PATH --data book.txt --epochs 1                   # continued pretraining
     torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint PATH --data chats.json
 
-The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its columns: lib/conversations.py. Of
-conversations only what the assistant says is learned; they are packed into rows without seeing each other, and the model becomes one
-that can chat. A run begins with the checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
+The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its columns: lib/conversations.py.
+Of conversations only what the assistant says is learned; they are packed into rows without seeing each other, and the model can
+chat afterwards. A run begins with the checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
 
 Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
 """
@@ -39,25 +39,25 @@ class Config(TrainConfig):
     """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
     # data
     data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
-    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of the val shards, of each folder", above=0)
+    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split", above=0)
     # length and batch: small steps, for there is little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
-    total_batch_size: int = flag(16_384, "tokens per optimizer step, over all processes and accumulation, padding included", above=0,
-                                 at_most=2**28)
+    total_batch_size: int = flag(16_384, "tokens per optimizer step, padding included, over all processes and accumulation",
+                                 above=0, at_most=2**28)
     # optimizer: a lower rate than pretraining's, with a short warm-up, down to 0
     optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
-    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale", above=0,
-                                at_most=1e6)
+    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale",
+                                above=0, at_most=1e6)
     embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0, at_most=1e6)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
     vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0, at_most=1e6)
     schedule: Literal["cosine", "wsd", "linear"] = flag("linear", "learning rate after the warm-up, see lr_multiplier")
     min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0, below=1)
-    weight_decay: float = flag(0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed", at_least=0,
-                               at_most=1e6)
+    weight_decay: float = flag(0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed",
+                               at_least=0, at_most=1e6)
     # what happens along the way
-    eval_every: int | None = flag(None, f"steps between validations, 0: never; if unset, {MOMENTS} times in the run", at_least=0)
+    eval_every: int | None = flag(None, f"steps between validations, 0: never; if unset, {MOMENTS} times in all", at_least=0)
     hellaswag_every: int = flag(0, "steps between HellaSwag evaluations", at_least=0)
     sample_every: int | None = flag(None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
     sample_prompt: str | None = flag(None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
@@ -68,8 +68,8 @@ class Config(TrainConfig):
     val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
     strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
     replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
-    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure what is "
-                                               "forgotten; if unset, those the checkpoint was trained on")
+    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
+                                               "what is forgotten; if unset, those the checkpoint was trained on")
     lr_scale: float = flag(0.1, "of the checkpoint's peak learning rates, if it comes from pretraining", above=0, at_most=1e3)
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
     # what only pretraining has, no flags here
@@ -111,7 +111,7 @@ class Data:
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
         if not len(self.source) or val and not len(self.val):
-            raise BadInput(f"nothing of {'--val_data or ' * bool(val)}--data can be learned, it is empty or too long: see what it holds, or give more")
+            raise BadInput("nothing of --data or of what is held out can be learned, it is empty or too long: see what it holds, or give more")
         self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
         self.identity = self._hash(self.source)
 
@@ -138,13 +138,14 @@ class Data:
             counts[how] += 1
             items += [(ids, learned)] if ids else []
             if self.strict and how != "whole":
-                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, {example[0]['content'][:60]!r}...: shorten it, or "
-                               "leave out --strict")
+                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, {example[0]['content'][:60]!r}...: shorten "
+                               "it, or leave out --strict")
         rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
         ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned)) for _, learned in items)
-        told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {ids / max(len(rows) * self.T, 1):.0%}; of {ids:,} tokens "
+        filled = ids / max(len(rows) * self.T, 1)
+        told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {filled:.0%}; of {ids:,} tokens "
                 f"{learned:,} are learned")
-        odd = {"cut": "cut at the end of an answer", "truncated": "truncated on the right", "dropped": "left out, no answer fits"}
+        odd = {"cut": "cut after an answer", "truncated": "truncated on the right", "dropped": "left out, as no answer fits"}
         told += "".join(f"; {counts[how]:,} too long, {words}" for how, words in odd.items() if counts[how])
         self.lines.append(told)
         return rows
@@ -195,8 +196,8 @@ def token_rows(corpus, tokenizer, seed, block_size):
 def check_tokenizer(corpus, tokenizer):
     """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
     if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
-        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: make "
-                       "the shards anew with fineweb.py --tokenizer, or name the text itself")
+        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: "
+                       "make the shards anew with fineweb.py --tokenizer, or name the text itself")
     corpus.check_shards(tokenizer)
 
 
@@ -204,7 +205,7 @@ def read_data(cfg, tokenizer, block_size):
     """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, or is a mixture of both."""
     shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
     if shards and (len(shards) < len(cfg.data) or cfg.val_data):
-        raise BadInput(f"{shards[0]} is a folder of token shards, which are not mixed with other data and have a val split: give it alone")
+        raise BadInput(f"{shards[0]} is a folder of token shards, which has its own val split and is not mixed with files: give it alone")
     return (ShardData if shards else Data)(cfg, tokenizer, block_size)
 
 
@@ -233,8 +234,8 @@ def pretraining_corpus(cfg, explicit, tokenizer, block_size):
 def grow(model, tokenizer):
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
-    These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the mean of
-    the rows of text; so does what pads the tables where these have no room and grow.
+    These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the
+    mean of the rows of text; so does what pads the tables where these have no room and grow.
     """
     config, state = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
     if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
@@ -254,7 +255,7 @@ class PostTraining(Pretraining):
     """What `launch` trains on and measures here. forgotten: the Corpus of pretraining, or None."""
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
-        """state: the checkpoint that is post-trained or resumed. model: its GPT, None for a resumed one. Sets model_cfg.vocab_size."""
+        """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
         self.corpus = read_data(cfg, tokenizer, model_cfg.block_size)
         self.forgotten, line = pretraining_corpus(cfg, explicit, tokenizer, model_cfg.block_size)
@@ -266,7 +267,7 @@ class PostTraining(Pretraining):
             if self.corpus.chat:
                 model_cfg.vocab_size, self.weights = grow(model, tokenizer)
         elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
-            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name with them")
+            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name")
         template = JINJA if self.corpus.chat else state.get("chat_template")
         self.extra = {"chat_template": template} if template else {}
 
@@ -322,10 +323,10 @@ class PostTraining(Pretraining):
 
 
 def settle(cfg, before, explicit):
-    """Fill in what the checkpoint decides. before: its train_config, {} if it has none. Raises BadInput if that gives no rate."""
+    """Fill in what the checkpoint decides. before: its train_config, or {}. Raises BadInput if that gives no rate."""
     again = "checkpoint" in before  # its rates are those of post-training
     if cfg.optimizer not in (None, before.get("optimizer", "adamw")) and cfg.max_lr is None:
-        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates say nothing about it: give --max_lr, too")
+        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not fit it: give --max_lr, too")
     if cfg.optimizer in (None, before.get("optimizer", "adamw")):
         scale = cfg.lr_scale if "lr_scale" in explicit or not again else 1.0
         for name in RATES:
@@ -343,11 +344,11 @@ def begun(resume, cfg, explicit):
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and of the --checkpoint given."""
     before, config = resume.state.get("train_config"), resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
-        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give another "
-                       "--run_name")
+        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give "
+                       "another --run_name")
     if "checkpoint" in explicit and cfg.checkpoint != before["checkpoint"]:
-        raise BadInput(f"{resume.path} is of a run that began with {before['checkpoint']}: leave out --checkpoint, or give another "
-                       "--run_name")
+        raise BadInput(f"{resume.path} is of a run that began with {before['checkpoint']}: leave out --checkpoint, or give "
+                       "another --run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:

@@ -4,10 +4,11 @@
     ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
     alpaca          {"instruction": ..., "input": ..., "output": ...}
     dolly           {"instruction": ..., "context": ..., "response": ...}
-    prompt          {"prompt": ..., "completion": ...}, or "response"; of alpaca's "### Instruction:" around a prompt only what it asks is kept
+    prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:" around a prompt is taken off
     text            {"text": ...}; a .txt is one text
 
-A pair is a conversation of two messages. An example is a conversation, a list of messages as lib/chat_template.py has it, or a text, a str.
+A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py, or a text,
+a str.
 """
 
 import hashlib
@@ -34,8 +35,9 @@ def _turns(key):
     def convert(row):
         if not isinstance(row[key], list) or not all(isinstance(turn, dict) for turn in row[key]):
             raise ValueError(f"{key} is not a list of messages")
-        roles, contents = ([turn.get(ours, turn.get(theirs)) for turn in row[key]] for ours, theirs in (("role", "from"), ("content", "value")))
-        return [{"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} for role, content in zip(roles, contents)]
+        roles = [turn.get("role", turn.get("from")) for turn in row[key]]
+        contents = [turn.get("content", turn.get("value")) for turn in row[key]]
+        return [{"role": ROLES.get(str(role), role), "content": content} for role, content in zip(roles, contents)]
     return convert
 
 
@@ -43,7 +45,7 @@ def _pair(question, answer, context=None):
     def convert(row):
         asked, told, more = (row.get(key) or "" for key in (question, answer, context))
         if not all(isinstance(text, str) for text in (asked, told, more)):
-            raise ValueError(f"{question}, {answer} and {context} must be text" if context else f"{question} and {answer} must be text")
+            raise ValueError(f"{' and '.join(key for key in (question, answer, context) if key)} must be text")
         if wrapped := WRAPPED.fullmatch(asked):
             asked, more = wrapped[1], wrapped[2] or ""
         if not asked.strip() or not told.strip():
@@ -68,8 +70,7 @@ LAYOUTS = [  # name, the keys by which it is known, how a row is read; the first
     ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
     ("text", {"text"}, _text),
 ]
-KNOWN = ("messages, conversations, instruction and output, instruction and response, prompt and completion, prompt and response, or text: "
-         "name the columns so")
+KNOWN = ", ".join(" and ".join(sorted(keys)) for _, keys, _ in LAYOUTS)
 
 
 def _check(example):
@@ -94,19 +95,20 @@ def find_files(words):
     """Files and folders -> files. Raises BadInput for what is missing or of another kind."""
     files = []
     for word in words:
-        found = sorted(str(path) for path in Path(word).rglob("*") if path.name.endswith(ENDINGS)) if os.path.isdir(word) else [word]
+        inside = (str(path) for path in Path(word).rglob("*") if path.name.endswith(ENDINGS))
+        found = sorted(inside) if os.path.isdir(word) else [word]
         if not found:
             raise BadInput(f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one")
         files += found
     for file in files:
         if not file.endswith(ENDINGS):
-            raise BadInput(f"cannot tell what {file} is: data are {', '.join(ENDINGS)} files, or folders of them or of token shards")
+            raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, or folders of them or of token shards")
         open_file(file, "name another one").close()
     return files
 
 
 def read(path, strict=False):
-    """A data file -> (its examples, a line about them). A row that is malformed is left out and told, or with `strict` an error.
+    """A data file -> (its examples, a line about them). Malformed rows are left out and told, or with `strict` an error.
 
     Raises BadInput where no layout fits or no row is usable.
     """
@@ -114,9 +116,9 @@ def read(path, strict=False):
     for place, row in _rows(path):
         if isinstance(row, dict) and layout is None:
             layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
-            keys = ", ".join(map(str, row))[:200]
             if layout is None:
-                raise BadInput(f"{path}, {place}: no layout is known of a row with {keys or 'nothing in it'}; known are {KNOWN}")
+                raise BadInput(f"{path}, {place}: no layout is known of a row with {', '.join(row)[:200] or 'nothing in it'}: rename its "
+                               f"columns; known are {KNOWN}")
             wrapped = isinstance(row.get("prompt"), str) and WRAPPED.fullmatch(row["prompt"])
             name = layout[0] + (", without the frame around what is asked" if wrapped else "")
         try:
@@ -132,10 +134,10 @@ def read(path, strict=False):
             if strict:
                 raise BadInput(f"{path}, {problems[0]}: mend it, or leave out --strict") from error
     if not examples:
-        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what it holds, or name another file")
+        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what is in it, or name another")
     line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
     if problems:
-        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}{'; ...' if len(problems) > SHOWN else ''}"
+        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (len(problems) > SHOWN)
     return examples, line
 
 
@@ -182,8 +184,8 @@ def _parquet(path, remedy):
 
 
 def fit(messages, tokenizer, room):
-    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated" on the
-    right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer goes."""
+    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated"
+    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer goes."""
     ids, learned = render(messages, tokenizer)
     end = tokenizer.reserved[END]
     ends = [i + 1 for i, (token, yes) in enumerate(zip(ids, learned, strict=True)) if yes and token == end]
@@ -195,8 +197,8 @@ def fit(messages, tokenizer, room):
 
 
 def hold_out(examples, share, seed):
-    """Examples -> (those for training, those for validation): by a hash of the content and the seed, so that equal ones are on one side,
-    and at least one for validation. Of texts too few to spare one, the end of each. Raises BadInput if nothing is left for training."""
+    """Examples -> (those for training, those for validation), at least one: by a hash of content and seed, so that equal ones are on
+    one side. Of texts too few to spare one, the end of each. Raises BadInput if nothing is left for training."""
     if not share:
         return examples, []
     if all(isinstance(example, str) for example in examples) and len(examples) * share < 1:
@@ -206,5 +208,6 @@ def hold_out(examples, share, seed):
     limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
     train = [example for example, mark in zip(examples, marks) if mark > limit]
     if not train:
-        raise BadInput("all rows are alike or there is but one, so that none can be held out for validation: give more, --val_data, or --val_share 0")
+        raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: give more, --val_data, or "
+                       "--val_share 0")
     return train, [example for example, mark in zip(examples, marks) if mark <= limit]

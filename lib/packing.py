@@ -1,7 +1,7 @@
 """Several texts in one row: which go together, and what a model needs to keep them apart.
 
-`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with others in between (replay).
-A row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of the text that a position belongs to.
+`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with replay among them.
+A row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of each position's text.
 """
 
 import numpy as np
@@ -101,7 +101,8 @@ class Cut:
 class Packing(Cut):
     """Conversations packed into rows, whole, by first-fit in the epoch's order.
 
-    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids: the last is but a target.
+    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids, since the last is
+    only a target.
     """
 
     def __init__(self, items, block_size, seed, eot):
@@ -111,7 +112,8 @@ class Packing(Cut):
     def arrange(self, epoch):
         order = self.order(epoch, len(self.items))
         rows = first_fit([len(self.items[i][0]) - 1 for i in order], self.block_size)
-        return [order[rows[i]] for i in self.order(epoch, len(rows), salt=1)], len(rows)  # first-fit leaves the last rows emptier
+        mixed = self.order(epoch, len(rows), salt=1)  # first-fit leaves the last rows emptier than the others
+        return [order[rows[i]] for i in mixed], len(rows)
 
     def row(self, rows, number):
         row, at = np.zeros((3, self.block_size), dtype=np.int64), 0
@@ -125,7 +127,7 @@ class Packing(Cut):
 
 
 class Joined(Cut):
-    """Plain text as pretraining reads it: documents, lists of ids, one behind the other in the epoch's order, cut where a row ends."""
+    """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and cut where rows end."""
 
     def __init__(self, documents, block_size, seed, eot):
         super().__init__(block_size, seed, eot)
@@ -159,13 +161,13 @@ class Tokens:
 class Rows(Stream):
     """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a constant `share` of any span.
 
-    The same for every process, micro-batch and batch size. The state: how many rows there were, and the positions of both sources.
+    The same for any processes, micro-batch and batch size. The state: how many rows there were, and both sources' positions.
     """
 
     names = "rows", "data", "replay"
 
     def __init__(self, data, replay=None, share=0.0, transform=None):
-        """data, replay: with block_size, names, position, read_batch and where. transform: rows (n, 3, T) -> what `next` returns."""
+        """data, replay: a Cut or Tokens each. transform: callable run in the prefetch thread, rows (n, 3, T) -> what `next` returns."""
         self.sources, self.share, self.transform = (data, replay), share if replay else 0.0, transform or (lambda rows: rows)
         super().__init__(0, data.position, replay.position if replay else ())
 
@@ -191,8 +193,9 @@ class Rows(Stream):
 
 
 def micro_batches(rows, micro_batch, processes, packed):
-    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T) each, and
-    where they are packed a Packed."""
+    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T)
+    each, and where they are packed a Packed."""
     n = len(rows) // processes.world_size
-    mine = to_device(np.ascontiguousarray(rows[processes.rank * n:(processes.rank + 1) * n].transpose(1, 0, 2)), processes.device)
-    return [(idx, targets, *((Packed(documents),) if packed else ())) for idx, targets, documents in mine.split(micro_batch, dim=1)]
+    mine = rows[processes.rank * n:(processes.rank + 1) * n].transpose(1, 0, 2)
+    parts = to_device(np.ascontiguousarray(mine), processes.device).split(micro_batch, dim=1)
+    return [(idx, targets, Packed(documents)) if packed else (idx, targets) for idx, targets, documents in parts]
