@@ -341,14 +341,14 @@ def settle(cfg, before, explicit):
 
 
 def begun(resume, cfg, explicit):
-    """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and of the --checkpoint given."""
+    """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and began as the flags say."""
     before, config = resume.state.get("train_config"), resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
         raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give "
                        "another --run_name")
-    if "checkpoint" in explicit and cfg.checkpoint != before["checkpoint"]:
-        raise BadInput(f"{resume.path} is of a run that began with {before['checkpoint']}: leave out --checkpoint, or give "
-                       "another --run_name")
+    for name in {"checkpoint", "lr_scale"} & explicit:  # what a run began with
+        if getattr(cfg, name) != before[name]:
+            raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: leave it out, or give another --run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:

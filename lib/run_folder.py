@@ -48,6 +48,8 @@ class Resume:
 
         Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds; notes the others that differ.
         """
+        if "checkpoint" in self.state["train_config"] and not hasattr(cfg, "checkpoint"):
+            raise BadInput("is of a post-training run: go on with posttrain.py, or begin another --run_name")
         folders = self.state["train_config"]["data"]  # older versions knew one
         self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
         if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens

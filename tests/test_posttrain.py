@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_FLAGS, read_log, sentences, tiny_checkpoint, write_data, write_lines
+from helpers import TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
 from runs import assert_same_runs, cut, lines, scalars, steps_saved
 
 import posttrain
@@ -227,7 +227,8 @@ def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data
     assert checkpoint.read(text)["chat_template"] == JINJA and load_checkpoint(text)[0].config.vocab_size == 284
     result = launch("generate.py", "--checkpoint", second, "--prompt", "the cat", "--max_new_tokens", "40", "--device", "cpu", "--top_k", "0", "--temperature", "3")
     assert result.returncode == 0 and "<|" not in result.stdout, result.stderr
-    result = launch("hellaswag.py", "--checkpoint", second, "--file", write_lines(tmp_path / "h.jsonl", __import__("helpers").hellaswag_items(4)), "--device", "cpu")
+    items = write_lines(tmp_path / "h.jsonl", hellaswag_items(4))
+    result = launch("hellaswag.py", "--checkpoint", second, "--file", items, "--device", "cpu")
     assert result.returncode == 0 and "acc_norm" in result.stdout, result.stderr
 
 
@@ -268,7 +269,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", other), "another tokenizer"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
-        ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with other data"),
+        ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
         (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
     ]
     for words, says in cases:
@@ -281,8 +282,11 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
 
 def test_a_run_goes_on_from_its_own_checkpoint_alone(base, chat_file, tmp_path):
     folder = post(base(), chat_file, tmp_path / "log" / "post")
-    with pytest.raises(BadInput, match="began with"):
-        post(newest(folder), chat_file, folder)
+    for words in ((newest(folder), chat_file, folder), (base(), chat_file, folder, "--lr_scale", "0.5")):
+        with pytest.raises(BadInput, match="began with"):
+            post(*words)
+    with pytest.raises(BadInput, match="go on with posttrain.py"):
+        train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", "post"])
     posttrain.main(["--log_dir", str(folder.parent), "--run_name", "post", "--max_steps", "14"])
     assert (13, "train") in read_log_with_pretraining(folder)
 
