@@ -330,7 +330,7 @@ def settle(cfg, before, explicit):
     if cfg.optimizer in (None, before.get("optimizer", "adamw")):
         scale = cfg.lr_scale if "lr_scale" in explicit or not again else 1.0
         for name in RATES:
-            if getattr(cfg, name) is None and before.get(name):
+            if getattr(cfg, name) is None and isinstance(before.get(name), float):
                 setattr(cfg, name, before[name] * scale)
     if cfg.max_lr is None:
         raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
@@ -366,7 +366,8 @@ def main(argv):
                 raise BadInput(f"name --{name}, {what}")
         model, _, state = load_checkpoint(cfg.checkpoint)
         model_cfg = model.config
-        settle(cfg, state.get("train_config", {}), explicit)
+        before = state.get("train_config")
+        settle(cfg, before if isinstance(before, dict) else {}, explicit)
     model_cfg.dropout = model_cfg.dropout if cfg.dropout is None else cfg.dropout
     adopt(resume, cfg, model_cfg, explicit)
     check(cfg)
