@@ -15,6 +15,9 @@ Exact, by what the model was trained with:
     StableLmForCausalLM     --norm layernorm --pos rope    --mlp swiglu --no-bias
 each with tied or untied embeddings, and with --pos rope also --emb_norm, which is worked into the embedding table. Every other
 combination is refused: --value_residual, --residual_scalars and --softcap have no counterpart there.
+
+A chat model's folder has its chat template: tokenizer.apply_chat_template(messages, add_generation_prompt=True), with
+sanitize_control_tokens=True where users may type <|end|> or the like.
 """
 
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from typing import Literal
 import torch
 
 from lib import huggingface
+from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, run
 from train_gpt2 import load_checkpoint
 
@@ -39,7 +43,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of logits, as a share of the 
 
 
 @torch.no_grad()
-def check(model, tokenizer, cfg):
+def check(model, tokenizer, cfg, chat_template=None):
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if logits or tokens differ."""
     from transformers import AutoTokenizer
 
@@ -49,7 +53,11 @@ def check(model, tokenizer, cfg):
     logits = model(idx)
     apart, largest = (logits - theirs(idx).logits).abs().max().item(), logits.abs().max().item()
     texts = [tokenizer.decode(row[:20].tolist()) for row in torch.randint(tokenizer.vocab_size, (200, 20), generator=generator)]
-    same = sum(their_tokenizer(text)["input_ids"] == tokenizer.encode(text).tolist() for text in texts)
+    same = sum(their_tokenizer(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).tolist() for text in texts)
+    if chat_template:
+        messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
+        told = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        same -= told != render(messages, tokenizer, reply=True)[0]
     result = f"logits up to {largest:.2f} differ by {apart:.2e} at most; {same} of {len(texts)} texts have the same tokens"
     if not apart <= TOLERANCE[cfg.dtype] * max(largest, 1) or same < len(texts):
         raise BadInput(f"{cfg.out} is not what the checkpoint is ({result}): do not use it, and report this")
@@ -61,11 +69,11 @@ def main(argv):
     for name in ("checkpoint", "out"):
         if getattr(cfg, name) is None:
             raise BadInput(f"name --{name}: --checkpoint is what to export, --out the folder to write")
-    model, tokenizer, _ = load_checkpoint(cfg.checkpoint)
-    huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype))
+    model, tokenizer, state = load_checkpoint(cfg.checkpoint)
+    huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), state.get("chat_template"))
     print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
     if cfg.check:
-        check(model, tokenizer, cfg)
+        check(model, tokenizer, cfg, state.get("chat_template"))
 
 
 if __name__ == "__main__":

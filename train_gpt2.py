@@ -41,18 +41,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint, huggingface, rope
-from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, plan, steps_of
+from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, check_run, describe, plan, steps_left, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
-from lib.files import DISK_FULL
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
 from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
-from lib.run_folder import RunFolder, find_resume
+from lib.packing import Packed
+from lib.run_folder import RunFolder, explained, find_resume
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
@@ -142,6 +142,7 @@ class TrainConfig:
     save_every: int = flag(5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
     save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never", at_least=0)
     keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
+    keep_best: bool = flag(False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
     spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before; 0: none", at_least=0)
     # the run
@@ -263,9 +264,8 @@ class TokenShift(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x, kv_cache=None):
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1]                                         # (B, T, C); nothing stands before the first token
-        if kv_cache is not None:
-            before = torch.cat((kv_cache.previous(self, x), x[:, :-1]), dim=1)
+        # (B, T, C); nothing stands before the first token of a text
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if kv_cache is None else kv_cache.previous(self, x)
         return x + self.weight.type_as(x) * before
 
 
@@ -392,7 +392,7 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
-        """idx: int64 (B, T), T at most block_size. With a KVCache, tokens at the positions it was told.
+        """idx: int64 (B, T), T at most block_size. With a KVCache, tokens at the positions it was told; with a Packed, several texts per row.
 
         Without targets: logits (B, T, vocab_size), or only those at the positions `logits_at`, (rows, columns) -> (n, vocab_size).
         The padding of the vocabulary is cut off, so no padded id can win.
@@ -635,6 +635,12 @@ class ShardLoader(Stream):
         return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
 
 
+def token_stream(corpus, tokenizer, seed, block_size, transform=None):
+    """The training tokens of a Corpus as a Stream: a ShardLoader, or of several folders a Mixture. seed: None for the shards' own order."""
+    loaders = [ShardLoader(source.shards.train, tokenizer, seed, None if corpus.is_mixed else transform) for source in corpus.sources]
+    return Mixture(corpus, loaders, block_size, transform) if corpus.is_mixed else loaders[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation: a list of what is measured, how often, and how. Every process takes part in every forward pass
 
@@ -656,56 +662,35 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, processes):
-    """Mean loss in nats per token over all validation rows x, y (rows, T), shared out over the processes.
+    """Mean loss in nats per target over all validation rows, (x, y) or those of lib/packing.py (x, y, documents), shared out over the processes.
 
     Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. `model` may be
     compiled: it sees one shape, (micro_batch, T), equally often on every process, filled up with rows that do not count.
     """
     losses = [torch.zeros((), device=processes.device)]
-    x, y = (part[processes.rank::processes.world_size] for part in rows)
+    mine = [part[processes.rank::processes.world_size] for part in rows]
     for i in range(0, -(-len(rows[0]) // processes.world_size), micro_batch):
-        xb, yb = x[i:i + micro_batch], y[i:i + micro_batch]
-        missing = ((0, micro_batch - len(xb)), (0, 0))
-        xb, yb = np.pad(xb, missing), np.pad(yb, missing, constant_values=-1)
+        batch = [part[i:i + micro_batch] for part in mine]
+        missing = ((0, micro_batch - len(batch[0])), (0, 0))
+        batch = [np.pad(part, missing, constant_values=fill) for part, fill in zip(batch, (0, -1, 0))]
         with autocast(processes.device):
-            losses.append(model(to_device(xb, processes.device), to_device(yb, processes.device)))
-    nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), y.size])
+            idx, targets, *documents = (to_device(part, processes.device) for part in batch)
+            losses.append(model(idx, targets, *map(Packed, documents)))
+    nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), int((mine[1] >= 0).sum())])
     return nats / count
 
 
-def make_evaluations(cfg, corpus, tokenizer, block_size, processes):
-    """The evaluations a run makes along the way. Raises BadInput if what they need is not there."""
+def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
+    """-> `run` of an Evaluation: the loss on the validation split of a Corpus, of a token drawn as in training once a curriculum is over."""
     rows, sizes = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer) for source in corpus.sources], tokenizer.token_bytes()
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
-    with processes.main_first():
-        items = hellaswag.load(cfg.hellaswag_file) if cfg.hellaswag_every else []
-        tasks = harness.load_tasks(*harness.find_tasks(cfg.eval_tasks), cfg.eval_tasks_dir) if cfg.eval_tasks else []
-    questions = hellaswag.render(items, tokenizer, block_size)
 
-    def validation(model, compiled, stopped):
+    def run(model, compiled, stopped):
         losses = [evaluate(compiled, part, cfg.sequences, processes) for part in rows]
-        loss = float(corpus.weights @ losses)  # of a token drawn as in training, once a curriculum is over
-        return {"Loss/val": loss, "Loss/val_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags("Loss/val", losses)}
+        loss = float(corpus.weights @ losses)
+        return {tag: loss, f"{tag}_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags(tag, losses)}
 
-    def run_hellaswag(model, compiled, stopped):
-        with autocast(processes.device):
-            n, _, correct, _ = hellaswag.evaluate(model, questions, processes, stopped)
-        return {"eval/hellaswag": correct / n}
-
-    def eval_tasks(model, compiled, stopped):
-        lm = harness.adapter(model, tokenizer, processes, stopped=stopped)
-        results = harness.evaluate(lm, tasks, cfg.eval_tasks_limit, bootstrap=0)
-        tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}" for task in (*results.get("results", ()), *results["failed"])}
-        return ({tags[task]: results["results"][task][key] for task, key in harness.headlines(results).items()} |
-                {tags[task]: [f"{task} has no result: {reason}"] for task, reason in results["failed"].items()})
-
-    def samples(model, compiled, stopped):
-        return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SampleConfig())}
-
-    return [Evaluation("validation", cfg.eval_every, validation),
-            Evaluation("HellaSwag", cfg.hellaswag_every, run_hellaswag),
-            Evaluation("tasks", cfg.eval_tasks_every if cfg.eval_tasks else 0, eval_tasks),
-            Evaluation("samples", cfg.sample_every, samples, at_start=False)]
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -715,13 +700,13 @@ def make_evaluations(cfg, corpus, tokenizer, block_size, processes):
 def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     """Train `model` from `position` (step, skipped, consecutive_skips, timed) to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
 
-    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, as many on every process; targets of -1 are not
-    counted. run: the RunFolder, null off rank 0. The loop ends after cfg.steps steps, or after the step in which a stop signal came;
+    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, and a Packed where rows hold several texts,
+    as many on every process; targets of -1 are not counted. run: the RunFolder, null off rank 0. The loop ends after cfg.steps steps, or after the step in which a stop signal came;
     either way with a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
     """
     device, world_size = processes.device, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
-    timer, seconds = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0
+    timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")  # best: validation loss, step
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # evaluated; the plain model is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
@@ -730,7 +715,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False, "loader": stream.state_dict(),
-                "max_steps": cfg.steps, "timed": timer.timed, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
+                "max_steps": cfg.steps, "timed": timer.timed, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
 
     save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
     stream.prefetch(batch_size(step, cfg))
@@ -751,6 +736,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                         results = evaluation.run(model, compiled, stop.agree)
                     if not stop.agree():
                         run.log_evaluation(step, results)
+                        if cfg.keep_best and step and results.get("Loss/val", math.inf) < (best or [math.inf])[0]:
+                            best = [results["Loss/val"], step]  # the same on every process
+                            if not last:
+                                run.save(snapshot())
                 except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
                     run.say(f"step {step} | {evaluation.name} | {error}")
                 model.train()
@@ -769,14 +758,14 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
             # ---- forward and backward; dropout follows from (seed, step, rank), so that there is no random state to save
             torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
-            loss_sum, n_targets = torch.zeros((), device=device), sum((targets >= 0).sum() for _, targets in batch)
+            loss_sum, n_targets = torch.zeros((), device=device), sum((targets >= 0).sum() for _, targets, *_ in batch)
             if processes.distributed:
                 dist.all_reduce(n_targets)
             with monitor("training"):
-                for i, (idx, targets) in enumerate(batch):
+                for i, (idx, targets, *packing) in enumerate(batch):
                     with gradient_sync(ddp, last=i == len(batch) - 1):
                         with autocast(device):
-                            loss = ddp(idx, targets) / n_targets  # the step's loss: the sum over all targets by their number
+                            loss = ddp(idx, targets, *packing) / n_targets  # the step's loss: the sum over all targets by their number
                         (loss * world_size).backward()            # DDP takes the mean over processes
                     loss_sum += loss.detach()
 
@@ -828,7 +817,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         stop.heard()
         run.save(snapshot(finished=last and not stop.agreed), wait=True)
         processes.barrier()
-        run.conclude(step, finished=last and not stop.agreed)
+        run.conclude(step, finished=last and not stop.agreed, best=best)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -864,21 +853,26 @@ def settings(argv):
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
     resume = find_resume(cfg, explicit)
-    if resume:
-        try:
+    adopt(resume, cfg, model_cfg, explicit)
+    return cfg, model_cfg, explicit, resume
+
+
+def adopt(resume, cfg, model_cfg, explicit):
+    """Take what was not given on the command line from a Resume, or None, and see that its weights fit. Raises BadInput."""
+    try:
+        if resume:
             other_preset = "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]
             resume.adopt(cfg, model_cfg, explicit | (set().union(*PRESETS.values()) if other_preset else set()))
             check_model(model_cfg)
             on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
-        except BadInput as error:
-            raise BadInput(f"{resume.path}: {error}") from error
-        except Exception as error:  # another project's file, whatever it holds
-            raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
-                           "another --resume") from error
+    except BadInput as error:
+        raise BadInput(f"{resume.path}: {error}") from error
+    except Exception as error:  # another project's file, whatever it holds
+        raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
+                       "another --resume") from error
     for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's give way
         if explicit & set(LENGTHS):
             setattr(cfg, name, None)
-    return cfg, model_cfg, explicit, resume
 
 
 def check_model(c):
@@ -889,29 +883,6 @@ def check_model(c):
     if c.pos == "rope" and c.n_embd // c.n_head % 2:
         raise BadInput(f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
     check_experts(c, MLPS[c.mlp].width(c.n_embd))
-
-
-def check_run(cfg, c, explicit, world_size):
-    """Check a run's settings against each other and the number of processes. Raises BadInput."""
-    def need(condition, message):
-        if not condition:
-            raise BadInput(message)
-
-    need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
-         "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
-    of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
-    need(c.n_experts or not of_experts, f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
-    need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
-    B, T = batch_size(0, cfg), c.block_size
-    halves, at_first = (2, ", which --batch_warmup halves,") if cfg.total_batch_size > B else (1, "")
-    need(world_size <= B // T, f"--total_batch_size {cfg.total_batch_size}{at_first} is {B // T} sequences of --block_size {T}, fewer than "
-         f"{world_size} processes: raise it, or lower --nproc_per_node")
-    need(B * halves == cfg.total_batch_size and B % (T * world_size) == 0, f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple "
-         f"of {f'{halves} x ' * (halves - 1)}--block_size {T} x {world_size} processes; {-(-B // (T * world_size)) * T * world_size * halves} is")
-    rows = B // T // world_size
-    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0, f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per "
-         f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
 
 
 def on_meta(model_cfg):
@@ -935,20 +906,50 @@ def build_model(model_cfg, cfg, device):
         raise RankError(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
 
 
-def main(argv):
-    cfg, model_cfg, explicit, resume = settings(argv)
-    check_model(model_cfg)
-    if cfg.plan:
-        models, own = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}, cfg.size or cfg.preset
-        print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
-        return
-    processes = Processes(cfg.device)
-    corpus, T = Corpus(cfg), model_cfg.block_size
-    lengths = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit
-    fitted = resume and cfg.minutes and all(getattr(cfg, n) == resume.state["train_config"].get(n, 0) for n in ("minutes", "total_batch_size", "batch_warmup"))
-    before = resume and (fitted or not lengths)
+class Pretraining:
+    """What `launch` trains on and measures; posttrain.py has another.
+
+    corpus: a Corpus, or what tells as much. weights: a state dict to begin with, None: fresh ones. extra: what else checkpoints hold.
+    """
+
+    weights, extra = None, {}
+
+    def __init__(self, cfg):
+        self.corpus = Corpus(cfg)
+
+    def tokenizer(self, model_cfg):
+        """-> the data's Tokenizer; sets vocab_size."""
+        tokenizer = load_tokenizer(self.corpus.tokenizer)
+        self.corpus.check_shards(tokenizer)
+        model_cfg.vocab_size = tokenizer.vocab_size
+        return tokenizer
+
+    def evaluations(self, cfg, tokenizer, block_size, processes):
+        """What is measured along the way. Raises BadInput if something that this needs is not there."""
+        return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes)),
+                Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, block_size, processes)),
+                Evaluation("tasks", cfg.eval_tasks_every if cfg.eval_tasks else 0, harness.tracked(cfg, tokenizer, processes)),
+                Evaluation("samples", cfg.sample_every, self.samples(cfg, tokenizer), at_start=False)]
+
+    def validation(self, cfg, tokenizer, block_size, processes):
+        return validation(cfg, self.corpus, tokenizer, block_size, processes)
+
+    def samples(self, cfg, tokenizer):
+        return lambda model, compiled, stopped: {"samples": sample(model, tokenizer, [cfg.sample_prompt], SampleConfig())}
+
+    def stream(self, cfg, tokenizer, block_size, processes):
+        batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed, micro_batch=cfg.sequences, processes=processes)
+        return token_stream(self.corpus, tokenizer, cfg.seed if cfg.shuffle else None, block_size, batches)
+
+    def conclude(self, run):
+        """Say what is left to say."""
+
+
+def launch(cfg, model_cfg, explicit, resume, task):
+    """Train what `task`, a Pretraining, says: on all processes, in a run folder, from its beginning or from `resume`."""
+    processes, corpus, T = Processes(cfg.device), task.corpus, model_cfg.block_size
     parameters = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
-    cfg.steps = resume.state["max_steps"] if before else steps_of(cfg, corpus.tokens["train"], parameters)
+    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], parameters)
     check_run(cfg, model_cfg, explicit, processes.world_size)
     corpus.check_length(cfg)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
@@ -957,41 +958,36 @@ def main(argv):
         return
     cfg.compile = processes.device.type == "cuda" if cfg.compile is None else cfg.compile
     run = RunFolder(cfg, resume) if processes.main else RunFolder.null()
-    try:
-        with contextlib.closing(run), processes:
-            if processes.main and cfg.tensorboard:
-                serve_tensorboard(cfg.log_dir, cfg.tensorboard)
-            with processes.main_first():
-                tokenizer = load_tokenizer(corpus.tokenizer)
-            corpus.check_shards(tokenizer)
-            model_cfg.vocab_size = tokenizer.vocab_size
-            evaluations = make_evaluations(cfg, corpus, tokenizer, T, processes)
-            model = build_model(model_cfg, cfg, processes.device)
-            optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
-            cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
-            batches = partial(micro_batches, block_size=T, stride=T + corpus.is_mixed, micro_batch=cfg.sequences, processes=processes)
-            stream, *_ = loaders = [ShardLoader(source.shards.train, tokenizer, cfg.seed if cfg.shuffle else None,
-                                                None if corpus.is_mixed else batches) for source in corpus.sources]
-            if corpus.is_mixed:
-                stream = Mixture(corpus, loaders, T, batches)
-            position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
-            if resume:
-                position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
-            if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
-                raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
-            config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": corpus.identity}
-            run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
-            train(cfg, model, optimizer, stream, evaluations, run, processes, position)
-    except torch.cuda.OutOfMemoryError as error:
-        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: give a smaller one") from error
-    except RuntimeError as error:
-        if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
-            raise
-        raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): see to its compiler, or give --no-compile") from error
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise RankError(f"the disk of {cfg.log_dir} is full: free some space, and the same command goes on from the newest checkpoint") from error
+    with explained(cfg), contextlib.closing(run), processes:
+        if processes.main and cfg.tensorboard:
+            serve_tensorboard(cfg.log_dir, cfg.tensorboard)
+        with processes.main_first():
+            tokenizer = task.tokenizer(model_cfg)
+        evaluations = task.evaluations(cfg, tokenizer, T, processes)
+        model = build_model(model_cfg, cfg, processes.device)
+        optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
+        cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
+        stream, position = task.stream(cfg, tokenizer, T, processes), {"step": 0, "skipped": 0, "consecutive_skips": 0}
+        if resume:
+            position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
+        elif task.weights:
+            model.load_state_dict(task.weights)
+        if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
+            raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
+        config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": corpus.identity, **task.extra}
+        run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
+        train(cfg, model, optimizer, stream, evaluations, run, processes, position)
+        task.conclude(run)
+
+
+def main(argv):
+    cfg, model_cfg, explicit, resume = settings(argv)
+    check_model(model_cfg)
+    if cfg.plan:
+        models, own = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}, cfg.size or cfg.preset
+        print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
+    else:
+        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 
 from lib.cli import BadInput
 from lib.devices import compute_dtype, memory_bytes
+from lib.moe import ExpertConfig
 
 MOST_STEPS = 2**31
 UNMEASURED = 1_000_000  # steps of a run of --minutes until its speed is known
@@ -57,6 +58,13 @@ def steps_of(cfg, train_tokens, parameters):
     return steps
 
 
+def steps_left(cfg, explicit, resume):
+    """The steps that the run of a Resume was to have; None without one, or if a flag now given sets another length."""
+    lengths, same = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit, ("minutes", "total_batch_size", "batch_warmup")
+    fitted = resume and cfg.minutes and all(getattr(cfg, name) == resume.state["train_config"].get(name, 0) for name in same)
+    return resume.state["max_steps"] if resume and (fitted or not lengths) else None
+
+
 def hours_and_dollars(seconds, price_per_hour):
     """So many seconds as text, with what they cost where the machine's price per hour is known (None: it is not)."""
     hours = seconds / 3600
@@ -88,6 +96,29 @@ def plan(cfg, models, measured):
     lines.append(f"hours at the {cfg.tok_per_sec:,.0f} tok/s given for {measured}; ~: another size, at the same FLOP/s, not measured" if speed else
                  "hours need a measurement: --tok_per_sec of this --preset and --size, as every line of a run shows it, and --price_per_hour for dollars")
     return "\n".join(lines)
+
+
+def check_run(cfg, c, explicit, world_size):
+    """Check a run's settings against each other and the number of processes. Raises BadInput."""
+    def need(condition, message):
+        if not condition:
+            raise BadInput(message)
+
+    need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
+         "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
+    need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
+    of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
+    need(c.n_experts or not of_experts, f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
+    need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
+    B, T = batch_size(0, cfg), c.block_size
+    halves, at_first = (2, ", which --batch_warmup halves,") if cfg.total_batch_size > B else (1, "")
+    need(world_size <= B // T, f"--total_batch_size {cfg.total_batch_size}{at_first} is {B // T} sequences of --block_size {T}, fewer than "
+         f"{world_size} processes: raise it, or lower --nproc_per_node")
+    need(B * halves == cfg.total_batch_size and B % (T * world_size) == 0, f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple "
+         f"of {f'{halves} x ' * (halves - 1)}--block_size {T} x {world_size} processes; {-(-B // (T * world_size)) * T * world_size * halves} is")
+    rows = B // T // world_size
+    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0, f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per "
+         f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
 
 
 def check_memory(tensors, device):
@@ -126,18 +157,10 @@ def describe(cfg, model, corpus, processes):
               f"{tokens / counts['total']:.3g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     if epochs > MANY_EPOCHS and not cfg.minutes:
         length += f"\nwarning: more than {MANY_EPOCHS} epochs, beyond which repeated text teaches less and less: get more text, or train less"
-    val = [min(cfg.val_tokens, s.shards.tokens["val"] - 1) // c.block_size * c.block_size for s in corpus.sources]
-    data = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, validation on {n:,}"
-            for s, n in zip(corpus.sources, val)]
-    if corpus.is_mixed:
-        data = [f"{line}; {share:.1%} of the mixture" + ("" if cfg.minutes else f", {n:.2f} epochs")
-                for line, share, n in zip(data, corpus.weights, corpus.epochs(tokens))]
-    if corpus.is_mixed and cfg.curriculum:
-        data[-1] += f"; the curriculum of the first {cfg.curriculum_steps:,} steps, {cfg.curriculum_mix}"
     return "\n".join([
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",
-        *data,
+        *corpus.describe(cfg, c.block_size),
         f"length  {length}",
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
         f"{processes.world_size} processes" + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),

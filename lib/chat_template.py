@@ -8,10 +8,9 @@ that stands in data is taken for one.
 """
 
 from lib.cli import BadInput
-from lib.tokenizers import EOT
+from lib.tokenizers import END, EOT
 
 ROLES = ("system", "user", "assistant")
-END = "<|end|>"
 # the same for transformers' apply_chat_template; a checkpoint that can chat holds it as "chat_template"
 JINJA = ("{{ '" + EOT + "' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")

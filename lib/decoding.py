@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast, cast, to_host
+from lib.tokenizers import END
 
 SPAN = 128  # a decoding step looks at a multiple of so many positions: few shapes, so that few CUDA graphs are captured
 
@@ -76,12 +77,12 @@ class KVCache:
         return k, v, self.mask
 
     def previous(self, layer, x):
-        """What stood before the new tokens x (n, T, C) of a layer: (n, 1, C), zeros before the first token of a text."""
+        """What stands before each of the new tokens x (n, T, C) of a layer: (n, T, C), zeros before the first token of a text."""
         if layer not in self.last:
             self.last[layer] = x.new_zeros(self.rows, x.size(2))
         before = torch.zeros_like(x[:, :1]) if self.mask is None else self.last[layer][self.order, None]
         self.last[layer][self.order] = x[torch.arange(len(x), device=x.device), self.ends]
-        return before
+        return torch.cat((before, x[:, :-1]), dim=1)
 
 
 def cast_weights(model):
@@ -250,14 +251,14 @@ def generate(decoder, prompts, max_new_tokens, choose):
 
 
 class Text:
-    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text), one of the strings `stop`, or `limit` tokens.
+    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text and the end of a turn), one of the strings `stop`, or `limit` tokens.
 
     text: what has come so far, without what ended it. ended: None, "stop", or "length".
     """
 
     def __init__(self, tokenizer, limit, stop=(), ends=None):
         self.tokenizer, self.limit, self.stop = tokenizer, limit, [string for string in stop if string]
-        self.ends = {tokenizer.eot} if ends is None else set(ends)
+        self.ends = {tokenizer.eot, tokenizer.reserved[END]} if ends is None else set(ends)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
         self.text, self.held, self.count, self.ended = "", "", 0, None
 
@@ -282,12 +283,18 @@ class Text:
 def sample(model, tokenizer, prompts, cfg, show=lambda piece: None, **how):
     """Continue each of the prompts (str; empty: a document of its own) cfg.samples times -> list of str, prompts included.
 
-    show: called with the pieces of the first text as they come. how: graphs and compile, of Decoder. Seeded; leaves all other random
-    state alone. Of several processes each generates the same texts, in the same number of forward passes. Raises NonFinite.
+    show: called with the pieces of the first text as they come, the prompt first. how: graphs and compile, of Decoder.
     """
-    training, device = model.training, next(model.parameters()).device
     prompts = [prompt for prompt in prompts for _ in range(cfg.samples)]
+    show(prompts[0])
     ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eot] for prompt in prompts]
+    return [prompt + text for prompt, text in zip(prompts, continuations(model, tokenizer, ids, cfg, show, **how), strict=True)]
+
+
+def continuations(model, tokenizer, ids, cfg, show=lambda piece: None, **how):
+    """What follows each of the lists of ids, as a list of str. Seeded; leaves all other random state alone. Of several processes each
+    generates the same texts, in the same number of forward passes. Raises NonFinite."""
+    training, device = model.training, next(model.parameters()).device
     texts = [Text(tokenizer, cfg.max_new_tokens, cfg.stop or ()) for _ in ids]
     choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                      generator=torch.Generator(device=device).manual_seed(cfg.seed))
@@ -295,7 +302,6 @@ def sample(model, tokenizer, prompts, cfg, show=lambda piece: None, **how):
     try:
         with autocast(device):
             decoder = Decoder(model, len(ids), max(map(len, ids)) + cfg.max_new_tokens, **how)
-            show(prompts[0])
             for tokens in generate(decoder, ids, cfg.max_new_tokens, choose):
                 if -1 in tokens:
                     raise NonFinite
@@ -305,4 +311,4 @@ def sample(model, tokenizer, prompts, cfg, show=lambda piece: None, **how):
                     break
     finally:
         model.train(training)
-    return [prompt + text.text for prompt, text in zip(prompts, texts, strict=True)]
+    return [text.text for text in texts]

@@ -15,7 +15,7 @@ import torch
 
 from lib.cli import BadInput
 from lib.files import DISK_FULL, check_room, make_folder, replace, write_json
-from lib.tokenizers import EOT
+from lib.tokenizers import END, EOT
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which class computes which of our models. Parameters go by module: ours -> theirs, several where we have fused them into one matrix
@@ -147,9 +147,10 @@ def convert(model, **config):
     return hf
 
 
-def write(model, tokenizer, folder, dtype=torch.float32):
+def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
     """Write a GPT and its Tokenizer as a folder that transformers loads: weights, config.json, tokenizer, generation settings.
 
+    chat_template: that of a chat model, whose turns end in the reserved <|end|>.
     Whole or not at all. Raises BadInput if the model cannot be exported, or the folder is not empty or cannot be written.
     """
     folder, remedy = Path(folder), "name another folder"
@@ -161,12 +162,13 @@ def write(model, tokenizer, folder, dtype=torch.float32):
     hf = convert(model, **ids).to(dtype)
     from transformers import GenerationConfig
 
-    hf.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.eot, do_sample=True, temperature=1.0, top_k=50)
+    hf.generation_config = GenerationConfig(**ids | ({"eos_token_id": [tokenizer.eot, tokenizer.reserved[END]]} if chat_template else {}),
+                                            pad_token_id=tokenizer.eot, do_sample=True, temperature=1.0, top_k=50)
     check_room(folder.parent, sum(p.numel() * p.element_size() for p in hf.parameters()), "the export", "free some disk space")
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name[:100]}.") as partial:
             hf.save_pretrained(partial)
-            write_tokenizer(tokenizer, partial, model.config.block_size)
+            write_tokenizer(tokenizer, partial, model.config.block_size, chat_template)
             folder.mkdir(exist_ok=True)
             for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: the last
                 os.replace(path, folder / path.name)
@@ -175,12 +177,17 @@ def write(model, tokenizer, folder, dtype=torch.float32):
         raise BadInput(f"cannot write {folder} ({error.strerror}): {'free some disk space' if full else remedy}") from error
 
 
-def write_tokenizer(tokenizer, folder, length):
-    """Write a Tokenizer so that transformers' gives the same ids; as here, <|endoftext|> written out in a text is plain text."""
-    replace(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_json().encode()))
+def write_tokenizer(tokenizer, folder, length, chat_template=None):
+    """Write a Tokenizer so that transformers' gives the same ids; as here, <|endoftext|> written out in a text is plain text.
+
+    Not so with a chat template: transformers makes one string of a conversation before it looks for ids, so that control tokens count
+    wherever they stand. Its split_special_tokens=True, and in apply_chat_template sanitize_control_tokens=True, leave what was typed as text.
+    """
+    replace(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_json(chat=bool(chat_template)).encode()))
     write_json(Path(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True, **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)})
+        "split_special_tokens": not chat_template, **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT),
+        **({"chat_template": chat_template} if chat_template else {})})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

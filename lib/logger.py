@@ -15,8 +15,8 @@ from collections import deque
 from lib.budget import hours_and_dollars
 from lib.cli import BadInput
 
-RECORDED = {"Loss/train": "train", "Loss/val": "val", "eval/hellaswag": "hella"}  # TensorBoard tag -> kind of line in log.txt
-LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "eval/hellaswag": "HellaSwag acc_norm"}  # on the console
+RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}  # TensorBoard tag -> kind of line in log.txt
+LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "Loss/val_pretraining": "pretraining val loss", "eval/hellaswag": "HellaSwag acc_norm"}  # on the console
 
 
 class Null:

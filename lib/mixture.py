@@ -120,6 +120,18 @@ class Corpus:
                 raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens {epochs:,.0f} "
                                f"times, more than {MOST_EPOCHS}; lower its weight, or give it more text")
 
+    def describe(self, cfg, block_size):
+        """Lines for the start of a run of cfg.steps."""
+        val = [min(cfg.val_tokens, s.shards.tokens["val"] - 1) // block_size * block_size for s in self.sources]
+        lines = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, validation on {n:,}"
+                 for s, n in zip(self.sources, val)]
+        if self.is_mixed:
+            lines = [f"{line}; {share:.1%} of the mixture" + ("" if cfg.minutes else f", {n:.2f} epochs")
+                     for line, share, n in zip(lines, self.weights, self.epochs(tokens_of(cfg.steps, cfg)))]
+        if self.is_mixed and cfg.curriculum:
+            lines[-1] += f"; the curriculum of the first {cfg.curriculum_steps:,} steps, {cfg.curriculum_mix}"
+        return lines
+
     def tags(self, prefix, values):
         """{f"{prefix}_{name}": value} for the sources of a mixture; a single source has no tags of its own."""
         return {f"{prefix}_{source.name}": value for source, value in zip(self.sources, values, strict=True)} if self.is_mixed else {}

@@ -23,7 +23,7 @@ import torch
 from lib import checkpoint
 from lib.budget import tokens_of
 from lib.cli import BadInput, RankError, check, is_main_process, launched
-from lib.files import check_room, locked, make_folder, read_json, read_text, replace, write_json
+from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +48,8 @@ class Resume:
 
         Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds; notes the others that differ.
         """
+        if "checkpoint" in self.state["train_config"] and not hasattr(cfg, "checkpoint"):
+            raise BadInput("is of a post-training run: go on with posttrain.py, or begin another --run_name")
         folders = self.state["train_config"]["data"]  # older versions knew one
         self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
         if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
@@ -56,8 +58,9 @@ class Resume:
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init", "balance", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
+            # a setting younger than the checkpoint was off, whatever its preset says today
             for name, was in ((f.name, before.get(f.name, f.default)) for f in fields(config) if f.name not in OF_A_START):
-                own = getattr(config, name)  # a setting younger than the checkpoint was off, whatever its preset says today
+                was, own = tuple(was) if isinstance(was, list) else was, getattr(config, name)
                 if name not in explicit:
                     setattr(config, name, was)
                 elif own != was:
@@ -70,11 +73,11 @@ class Resume:
                    *numbers_of(self.state["loader"])]
         if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (
                 isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)) or not all(
-                isinstance(n, (int, float)) and 0 <= n < 2**62 for n in self.state.get("timed", ())):
+                isinstance(n, (int, float)) and 0 <= n < 2**62 for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
             raise TypeError("no training state")
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
-        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed. Raises BadInput, with nothing written yet.
+        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best. Raises BadInput, with nothing written yet.
 
         tokenizer: the spec of the data's. identity: Shards.identity of the training data.
         """
@@ -97,7 +100,7 @@ class Resume:
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
         position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
-                    "timed": state.get("timed", (0, 0.0))}
+                    "timed": state.get("timed", (0, 0.0)), "best": state.get("best")}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
 
@@ -278,7 +281,7 @@ class RunFolder:
         start = {"step": step, "from": resume and str(resume.path), "changed": changed, "command": command,
                  "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id(), **commit()}
         self.constants = {"model_config": config["model"], "train_config": config["train"],
-                          **{name: config[name] for name in ("max_steps", "tokenizer", "data")}}
+                          **{name: value for name, value in config.items() if name not in ("model", "train")}}
         self.config = config | {"command": command, "torch": torch.__version__, "starts": [*starts(self.folder), start]}
         write_json(self.folder / "config.json", self.config)  # from here on the folder is ours
         rewind(self.folder, step)
@@ -297,6 +300,11 @@ class RunFolder:
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
         self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"], self.work)
+
+    def recorded(self, kind):
+        """{step: value} of the lines of this kind in log.txt."""
+        lines = [line.split() for line in self._old_log().splitlines()]
+        return {int(line[0]): float(line[2]) for line in lines if len(line) == 3 and line[1] == kind and line[0].isdecimal()}
 
     def save_is_due(self, minutes):
         """Whether so many minutes (0: never) have passed since the last checkpoint."""
@@ -341,11 +349,14 @@ class RunFolder:
             self.save(state, wait=True)
         return checkpoint.found(self.folder)[0][1]
 
-    def conclude(self, step, finished):
-        """Say how the run ended and what to do next."""
+    def conclude(self, step, finished, best=None):
+        """Say how the run ended and what to do next. best: the lowest validation loss and its step, where its checkpoint was kept."""
+        if best:
+            self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
-            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, sample again with "
-                     f"`python generate.py --checkpoint {checkpoint.path_of(self.folder, step)}`")
+            command = "chat.py" if self.constants.get("chat_template") else "generate.py"
+            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, " + ("talk to it" if command == "chat.py" else "sample again")
+                     + f" with `python {command} --checkpoint {checkpoint.path_of(self.folder, best[1] if best else step)}`")
         else:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
 
@@ -366,6 +377,23 @@ class RunFolder:
     def close(self):
         self.log.close()
         self.open_locks.close()
+
+
+@contextlib.contextmanager
+def explained(cfg):
+    """What the machine lacks, in one line: memory, a compiler, room on the disk."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: give a smaller one") from error
+    except RuntimeError as error:
+        if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
+            raise
+        raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): see to its compiler, or give --no-compile") from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RankError(f"the disk of {cfg.log_dir} is full: free some space, and the same command goes on from the newest checkpoint") from error
 
 
 def check_appendable(path):
@@ -479,16 +507,20 @@ class Writer:
             raise BadInput(f"cannot save {path}: no copy of it fits into memory ({type(error).__name__}: {str(error)[:80]})") from error
         finally:
             self.copied.set()
-        size = checkpoint.n_bytes(state)
+        size, best = checkpoint.n_bytes(state), (state.get("best") or (None, None))[1]  # the step of the one that always stays
         if self.keep:
-            for _, old in checkpoint.found(self.folder)[:0:-1]:  # from the oldest on, all but the newest make room if they must
+            for old in self._others(best)[:0:-1]:  # from the oldest on, all but the newest make room if they must
                 if shutil.disk_usage(self.folder).free < size:
                     old.unlink(missing_ok=True)
         checkpoint.write(path, state)
         if self.keep:
-            for _, old in checkpoint.found(self.folder)[self.keep:]:
+            for old in self._others(best)[self.keep:]:
                 old.unlink(missing_ok=True)
         return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
+
+    def _others(self, best):
+        """The checkpoints, newest first, but for that of the step `best`."""
+        return [path for step, path in checkpoint.found(self.folder) if step != best]
 
     def _to_host(self, state, ready):
         spare, copies = {key: list(buffers) for key, buffers in self.pool.items()}, {}

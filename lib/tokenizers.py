@@ -25,7 +25,8 @@ from lib.cli import BadInput
 from lib.files import read_text, replace
 
 EOT = "<|endoftext|>"  # separates documents; placed before each one
-RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # who speaks, and the end of a turn
+END = "<|end|>"        # the end of a turn
+RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", END)  # and who speaks
 MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
 BPE_TEXT = 100_000_000  # characters to train one on, at most
 # the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that tiktoken's engine and that of tokenizers agree
@@ -91,17 +92,21 @@ class Tokenizer:
                     pass
         return sizes
 
-    def to_json(self):
-        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers; without the reserved ones, which have no logits."""
+    def to_json(self, chat=False):
+        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers; the reserved ones only for a chat model, others
+        have no logits for them."""
         if self.is_trained:
             data = json.loads(self.spec)
+            token = next(token for token in data["added_tokens"] if token["content"] == EOT)
             data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in RESERVED]
+            if chat:
+                data["added_tokens"] += [token | {"id": i, "content": name} for name, i in self.reserved.items()]
             return json.dumps(data, ensure_ascii=False)
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as HFTokenizer
 
         ranks, alphabet = self.encoding._mergeable_ranks, _byte_alphabet()
-        special = {text: self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
+        special = {text: self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set} | (self.reserved if chat else {})
         names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
         merges = [tuple(names[part] for part in parts) for token in sorted(ranks, key=ranks.get) if len(parts := _parts(token, ranks)) == 2]
         bpe = HFTokenizer(models.BPE({names[token]: rank for token, rank in ranks.items()} | special, merges, ignore_merges=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, TINY_FLAGS, read_log
 
+from posttrain import Config as PostTrainConfig
 from train_gpt2 import GPTConfig, TrainConfig
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -98,7 +99,7 @@ def test_no_flag_is_an_abbreviation_of_one_of_torchrun():
     from torch.distributed.run import get_args_parser
 
     theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
-    ours = {f"--{no}{field.name}" for cls in (TrainConfig, GPTConfig) for field in fields(cls) for no in ("", "no-")} | {"--debug", "--help"}
+    ours = {f"--{no}{field.name}" for cls in (TrainConfig, GPTConfig, PostTrainConfig) for field in fields(cls) for no in ("", "no-")} | {"--debug", "--help"}
     assert "--nproc_per_node" in theirs and "--run_name" in ours and any(option.startswith("--run") for option in theirs)
     assert not [(flag, option) for flag in ours for option in theirs if option != flag and option.startswith(flag)]
 

@@ -404,3 +404,18 @@ def headlines(results):
         if key := next(keys, None):
             found[task] = key
     return found
+
+
+def tracked(cfg, tokenizer, processes):
+    """The tasks of --eval_tasks along a training run, by its flags: (model, compiled, stopped) -> {tag: headline, or why there is none}."""
+    with processes.main_first():
+        tasks = load_tasks(*find_tasks(cfg.eval_tasks), cfg.eval_tasks_dir) if cfg.eval_tasks else []
+
+    def run(model, compiled, stopped):
+        lm = adapter(model, tokenizer, processes, stopped=stopped)
+        results = evaluate(lm, tasks, cfg.eval_tasks_limit, bootstrap=0)
+        tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}" for task in (*results.get("results", ()), *results["failed"])}
+        return ({tags[task]: results["results"][task][key] for task, key in headlines(results).items()} |
+                {tags[task]: [f"{task} has no result: {reason}"] for task, reason in results["failed"].items()})
+
+    return run

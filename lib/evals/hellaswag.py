@@ -9,6 +9,7 @@ import numpy as np
 
 from lib import files
 from lib.cli import BadInput
+from lib.devices import autocast
 from lib.evals.scoring import score
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -118,3 +119,17 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
     labels = np.array([label for label, _ in rendered])
     right = [int((scores.argmax(axis=1) == labels).sum()) for scores in (nats, nats / n_tokens, nats / n_chars)]
     return [len(rendered), *right]
+
+
+def tracked(cfg, tokenizer, block_size, processes):
+    """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file: (model, compiled, stopped) -> {tag: acc_norm}."""
+    with processes.main_first():
+        items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+    questions = render(items, tokenizer, block_size)
+
+    def run(model, compiled, stopped):
+        with autocast(processes.device):
+            n, _, correct, _ = evaluate(model, questions, processes, stopped)
+        return {"eval/hellaswag": correct / n}
+
+    return run

@@ -1,5 +1,6 @@
 """How long a run is: python -m pytest tests/lib/test_budget.py"""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from helpers import tiny
 
 from lib.budget import StepTimer, batch_size, describe, hours_and_dollars, plan, steps_in, steps_of, tokens_of
 from lib.cli import BadInput
+from lib.mixture import Corpus
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -44,6 +46,7 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy", val_tokens=100, sequences=2)
     shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
     corpus = SimpleNamespace(sources=[SimpleNamespace(shards=shards)], tokens=shards.tokens, is_mixed=False)
+    corpus.describe = partial(Corpus.describe, corpus)
     lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
     assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token"
     assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48"

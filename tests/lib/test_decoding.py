@@ -206,3 +206,11 @@ def test_other_ends(tokenizer):
     ids = tokenizer.encode(sentences(1)[0]).tolist()
     written = Text(tokenizer, 99, ends=ids[2:3])
     assert [bool(written.add(token)) for token in ids[:4]] == [True, True, False, False] and written.ended == "stop"
+
+
+def test_a_chat_model_ends_its_turn_and_no_control_token_is_written(tokenizer):
+    ids = tokenizer.encode("the cat").tolist()
+    written = Text(tokenizer, 99)
+    for token in (*ids, tokenizer.reserved["<|user|>"], *ids, tokenizer.reserved["<|end|>"], *ids):
+        written.add(token)
+    assert (written.text, written.ended) == ("the catthe cat", "stop") and tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "the cat"

@@ -1,0 +1,213 @@
+"""Conversations and texts out of data files, for post-training: several layouts, told apart by the names that a row has.
+
+    messages        {"messages": [{"role": "user", "content": ...}, ...]}
+    ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
+    alpaca          {"instruction": ..., "input": ..., "output": ...}
+    dolly           {"instruction": ..., "context": ..., "response": ...}
+    prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:" around a prompt is taken off
+    text            {"text": ...}; a .txt is one text
+
+A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py, or a text,
+a str.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from lib.chat_template import END, check_messages, render
+from lib.cli import BadInput
+from lib.files import open_file, read_text
+
+ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
+SHOWN = 3  # malformed rows that are shown
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layouts: a row -> an example. A ValueError says what is wrong with the row
+
+
+def _turns(key):
+    def convert(row):
+        if not isinstance(row[key], list) or not all(isinstance(turn, dict) for turn in row[key]):
+            raise ValueError(f"{key} is not a list of messages")
+        roles = [turn.get("role", turn.get("from")) for turn in row[key]]
+        contents = [turn.get("content", turn.get("value")) for turn in row[key]]
+        return [{"role": ROLES.get(str(role), role), "content": content} for role, content in zip(roles, contents)]
+    return convert
+
+
+def _pair(question, answer, context=None):
+    def convert(row):
+        asked, told, more = (row.get(key) or "" for key in (question, answer, context))
+        if not all(isinstance(text, str) for text in (asked, told, more)):
+            raise ValueError(f"{' and '.join(key for key in (question, answer, context) if key)} must be text")
+        if wrapped := WRAPPED.fullmatch(asked):
+            asked, more = wrapped[1], wrapped[2] or ""
+        if not asked.strip() or not told.strip():
+            raise ValueError(f"{question if told.strip() else answer} is empty")
+        asked = f"{asked.strip()}\n\n{more.strip()}".rstrip()
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": told.strip()}]
+    return convert
+
+
+def _text(row):
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise ValueError("text is empty, or not text")
+    return row["text"]
+
+
+LAYOUTS = [  # name, the keys by which it is known, how a row is read; the first that fits counts
+    ("messages", {"messages"}, _turns("messages")),
+    ("ShareGPT", {"conversations"}, _turns("conversations")),
+    ("alpaca", {"instruction", "output"}, _pair("instruction", "output", "input")),
+    ("dolly", {"instruction", "response"}, _pair("instruction", "response", "context")),
+    ("prompt/completion", {"prompt", "completion"}, _pair("prompt", "completion")),
+    ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
+    ("text", {"text"}, _text),
+]
+KNOWN = ", ".join(" and ".join(sorted(keys)) for _, keys, _ in LAYOUTS)
+
+
+def _check(example):
+    """Raises ValueError for what nothing can be learned from."""
+    if isinstance(example, str):
+        return example
+    try:
+        check_messages(example)
+    except BadInput as error:
+        raise ValueError(str(error)) from error
+    answers = [message["content"] for message in example if message["role"] == "assistant"]
+    if not answers or not all(answer.strip() for answer in answers):
+        raise ValueError("an empty answer of the assistant" if answers else "no answer of the assistant")
+    return example
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def find_files(words):
+    """Files and folders -> files. Raises BadInput for what is missing or of another kind."""
+    files = []
+    for word in words:
+        inside = (str(path) for path in Path(word).rglob("*") if path.name.endswith(ENDINGS))
+        found = sorted(inside) if os.path.isdir(word) else [word]
+        if not found:
+            raise BadInput(f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one")
+        files += found
+    for file in files:
+        if not file.endswith(ENDINGS):
+            raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, or folders of them or of token shards")
+        open_file(file, "name another one").close()
+    return files
+
+
+def read(path, strict=False):
+    """A data file -> (its examples, a line about them). Malformed rows are left out and told, or with `strict` an error.
+
+    Raises BadInput where no layout fits or no row is usable.
+    """
+    examples, problems, layout, name = [], [], None, None
+    for place, row in _rows(path):
+        if isinstance(row, dict) and layout is None:
+            layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
+            if layout is None:
+                raise BadInput(f"{path}, {place}: no layout is known of a row with {', '.join(row)[:200] or 'nothing in it'}: rename its "
+                               f"columns; known are {KNOWN}")
+            wrapped = isinstance(row.get("prompt"), str) and WRAPPED.fullmatch(row["prompt"])
+            name = layout[0] + (", without the frame around what is asked" if wrapped else "")
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            if not layout[1] <= row.keys():
+                raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}")
+            examples.append(_check(layout[2](row)))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            if strict:
+                raise BadInput(f"{path}, {problems[0]}: mend it, or leave out --strict") from error
+    if not examples:
+        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what is in it, or name another")
+    line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
+    if problems:
+        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (len(problems) > SHOWN)
+    return examples, line
+
+
+def _rows(path):
+    """A file -> its rows, (place for people, row or a ValueError) each."""
+    remedy = "mend it, or name another file"
+    if path.endswith(".txt"):
+        yield "its text", {"text": read_text(path, remedy, limit=2**33)}
+    elif path.endswith(".parquet"):
+        yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
+    elif path.endswith(".json") and isinstance(rows := _whole(path, remedy), list):
+        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+    else:  # a .json may hold lines, too
+        with open_file(path, remedy) as file:
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"line {i}", json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        yield f"line {i}", ValueError(f"not JSON ({str(error)[:60]})")
+
+
+def _whole(path, remedy):
+    try:
+        return json.loads(read_text(path, remedy, limit=2**33))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parquet(path, remedy):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInput(f"cannot read {path} ({str(error).splitlines()[0][:100]}): {remedy}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is learned, what is held out
+
+
+def fit(messages, tokenizer, room):
+    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated"
+    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer goes."""
+    ids, learned = render(messages, tokenizer)
+    end = tokenizer.reserved[END]
+    ends = [i + 1 for i, (token, yes) in enumerate(zip(ids, learned, strict=True)) if yes and token == end]
+    fits = [n for n in ends if n <= room]
+    n = fits[-1] if fits else room
+    if not any(learned[:n]):
+        return None, None, "dropped"
+    return ids[:n], learned[:n], "whole" if n == ends[-1] else "cut" if fits else "truncated"
+
+
+def hold_out(examples, share, seed):
+    """Examples -> (those for training, those for validation), at least one: by a hash of content and seed, so that equal ones are on
+    one side. Of texts too few to spare one, the end of each. Raises BadInput if nothing is left for training."""
+    if not share:
+        return examples, []
+    if all(isinstance(example, str) for example in examples) and len(examples) * share < 1:
+        ends = [max(int(len(text) * (1 - share)), 1) for text in examples]
+        return [text[:n] for text, n in zip(examples, ends)], [text[n:] for text, n in zip(examples, ends) if text[n:].strip()]
+    marks = [hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest() for example in examples]
+    limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
+    train = [example for example, mark in zip(examples, marks) if mark > limit]
+    if not train:
+        raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: give more, --val_data, or "
+                       "--val_share 0")
+    return train, [example for example, mark in zip(examples, marks) if mark <= limit]

@@ -1,0 +1,378 @@
+"""Post-train a checkpoint on your own data: instructions, conversations, or more text.
+
+    python posttrain.py --checkpoint log/<run>/ckpt_<step>.pt --data instructions.jsonl
+    python posttrain.py --checkpoint PATH --data chats.parquet more/ --replay 0.1      # a tenth of the rows is pretraining text
+    python posttrain.py --checkpoint PATH --data book.txt --epochs 1                   # continued pretraining
+    torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint PATH --data chats.json
+
+The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its columns: lib/conversations.py.
+Of conversations only what the assistant says is learned; they are packed into rows without seeing each other, and the model can
+chat afterwards. A run begins with the checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
+
+Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lib import conversations, packing
+from lib.chat_template import JINJA, render
+from lib.cli import BadInput, check, flag, parse, run
+from lib.decoding import SampleConfig, continuations
+from lib.mixture import Corpus, split_weight
+from lib.run_folder import find_resume
+from lib.shards import find_shards, read_validation
+from lib.tokenizers import RESERVED, load_tokenizer
+from train_gpt2 import GPTConfig, Pretraining, TrainConfig, adopt, evaluate, launch, load_checkpoint, token_stream, validation
+
+RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
+MOMENTS = 10  # validations in a run, without --eval_every
+
+
+@dataclass
+class Config(TrainConfig):
+    """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
+    # data
+    data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
+    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split", above=0)
+    # length and batch: small steps, for there is little data
+    epochs: float = flag(3.0, "passes over the training data", above=0)
+    total_batch_size: int = flag(16_384, "tokens per optimizer step, padding included, over all processes and accumulation",
+                                 above=0, at_most=2**28)
+    # optimizer: a lower rate than pretraining's, with a short warm-up, down to 0
+    optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
+    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale",
+                                above=0, at_most=1e6)
+    embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0, at_most=1e6)
+    head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
+    vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0, at_most=1e6)
+    schedule: Literal["cosine", "wsd", "linear"] = flag("linear", "learning rate after the warm-up, see lr_multiplier")
+    min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
+    momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0, below=1)
+    weight_decay: float = flag(0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed",
+                               at_least=0, at_most=1e6)
+    # what happens along the way
+    eval_every: int | None = flag(None, f"steps between validations, 0: never; if unset, {MOMENTS} times in all", at_least=0)
+    hellaswag_every: int = flag(0, "steps between HellaSwag evaluations", at_least=0)
+    sample_every: int | None = flag(None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
+    sample_prompt: str | None = flag(None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
+    keep_best: bool = flag(True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
+    # its own
+    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of train_gpt2.py or of this script, to begin with")
+    val_share: float = flag(0.05, "share of the rows held out for validation, at least one; 0: none", at_least=0, below=1)
+    val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
+    strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
+    replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
+    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
+                                               "what is forgotten; if unset, those the checkpoint was trained on")
+    lr_scale: float = flag(0.1, "of the checkpoint's peak learning rates, if it comes from pretraining", above=0, at_most=1e3)
+    dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
+    # what only pretraining has, no flags here
+    preset: Literal["posttrain"] = flag("posttrain", None)
+    size: str | None = flag(None, None)
+    curriculum: str | None = flag(None, None)
+    curriculum_steps: int | None = flag(None, None)
+    curriculum_mix: str = flag("cosine", None)
+    shuffle: bool = flag(True, None)
+    minutes: float | None = flag(None, None)
+    tokens_per_param: float | None = flag(None, None)
+    batch_warmup: int = flag(0, None)
+    plan: bool = flag(False, None)
+    tok_per_sec: float | None = flag(None, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Data:
+    """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
+
+    chat: whether conversations are among them; then rows are packed. question: a conversation to ask for samples.
+    source, val: a lib.packing.Cut each, val None where nothing is held out. lines: what to say of them.
+    """
+
+    vocab_size, val = None, None
+
+    def __init__(self, cfg, tokenizer, block_size):
+        self.tokenizer, self.T, self.strict = tokenizer, block_size, cfg.strict
+        train, self.lines = self._read(cfg.data)
+        val, lines = self._read(cfg.val_data or ())
+        self.lines += [f"validation on {line}" for line in lines]
+        if not cfg.val_data:
+            train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
+        self.question = next((example for example in val + train if not isinstance(example, str)), None)
+        self.chat = self.question is not None
+        self.source = self._cut(train, cfg.seed, "training")
+        self.val = self._cut(val, None, "validation") if val else None
+        if not len(self.source) or val and not len(self.val):
+            raise BadInput("nothing of --data or of what is held out can be learned, it is empty or too long: see what it holds, or give more")
+        self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
+        self.identity = self._hash(self.source)
+
+    def _read(self, words):
+        examples, lines = [], []
+        for path in conversations.find_files(words):
+            more, line = conversations.read(path, self.strict)
+            examples += more
+            lines.append(line)
+        return examples, lines
+
+    def _cut(self, examples, seed, what):
+        """Examples -> rows of training or validation."""
+        if not self.chat:
+            return packing.Joined([self._ids(text) for text in examples], self.T, seed, self.tokenizer.eot)
+        items, counts = [], dict.fromkeys(("whole", "cut", "truncated", "dropped"), 0)
+        for example in examples:
+            if isinstance(example, str):  # a text among conversations: pieces of a row each, all learned
+                ids = self._ids(example)
+                pieces = [ids[at:at + self.T + 1] for at in range(0, len(ids) - 1, self.T)]
+                items += [(piece, [True] * len(piece)) for piece in pieces]
+                continue
+            ids, learned, how = conversations.fit(example, self.tokenizer, self.T + 1)
+            counts[how] += 1
+            items += [(ids, learned)] if ids else []
+            if self.strict and how != "whole":
+                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, {example[0]['content'][:60]!r}...: shorten "
+                               "it, or leave out --strict")
+        rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
+        ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned)) for _, learned in items)
+        filled = ids / max(len(rows) * self.T, 1)
+        told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {filled:.0%}; of {ids:,} tokens "
+                f"{learned:,} are learned")
+        odd = {"cut": "cut after an answer", "truncated": "truncated on the right", "dropped": "left out, as no answer fits"}
+        told += "".join(f"; {counts[how]:,} too long, {words}" for how, words in odd.items() if counts[how])
+        self.lines.append(told)
+        return rows
+
+    def _ids(self, text):
+        return [self.tokenizer.eot, *self.tokenizer.encode(text).tolist()]
+
+    @staticmethod
+    def _hash(source):
+        told = hashlib.sha256(str(source.block_size).encode())
+        for item in getattr(source, "items", None) or source.documents:
+            for part in item if isinstance(item, tuple) else (item,):
+                told.update(len(part).to_bytes(8, "big") + part.tobytes())
+        return told.hexdigest()
+
+    def rows(self):
+        """The validation rows as `evaluate` takes them."""
+        return self.val.all()[:3 if self.chat else 2]
+
+    def check_length(self, cfg):
+        """A run may pass over it as often as it is told to."""
+
+    def describe(self, cfg, block_size):
+        return [f"data    {line}" for line in self.lines]
+
+
+class ShardData(Corpus):
+    """--data that is folders of token shards, of the checkpoint's tokenizer, with a val split of their own."""
+
+    chat = False
+
+    def __init__(self, cfg, tokenizer, block_size):
+        super().__init__(replace(TrainConfig(), data=cfg.data))
+        check_tokenizer(self, tokenizer)
+        self.source = token_rows(self, tokenizer, cfg.seed, block_size)
+        self.tokens = self.tokens | {"train": int(self.tokens["train"] / (1 - cfg.replay))}
+        self.lines = []
+
+    def describe(self, cfg, block_size):
+        return super().describe(cfg, block_size) + Data.describe(self, cfg, block_size)
+
+
+def token_rows(corpus, tokenizer, seed, block_size):
+    """The training tokens of a Corpus as a source of rows."""
+    return packing.Tokens(token_stream(corpus, tokenizer, seed, block_size), block_size, block_size + corpus.is_mixed)
+
+
+def check_tokenizer(corpus, tokenizer):
+    """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
+    if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
+        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: "
+                       "make the shards anew with fineweb.py --tokenizer, or name the text itself")
+    corpus.check_shards(tokenizer)
+
+
+def read_data(cfg, tokenizer, block_size):
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, or is a mixture of both."""
+    shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
+    if shards and (len(shards) < len(cfg.data) or cfg.val_data):
+        raise BadInput(f"{shards[0]} is a folder of token shards, which has its own val split and is not mixed with files: give it alone")
+    return (ShardData if shards else Data)(cfg, tokenizer, block_size)
+
+
+def pretraining_corpus(cfg, explicit, tokenizer, block_size):
+    """-> the Corpus of pretraining, None if it is not at hand, and a line about it. Raises BadInput if --replay needs it."""
+    try:
+        if not cfg.replay_data:
+            raise BadInput("the checkpoint does not say what it was trained on: name it by --replay_data")
+        corpus = Corpus(replace(TrainConfig(), data=cfg.replay_data))
+        check_tokenizer(corpus, tokenizer)
+        for source in corpus.sources:
+            read_validation(source.shards, cfg.val_tokens, block_size, tokenizer)
+    except BadInput as error:
+        if cfg.replay or "replay_data" in explicit:
+            raise BadInput(f"pretraining data for --replay: {error}; or name others by --replay_data") from error
+        return None, f"without a look at what is forgotten: {error}"
+    share = f"{cfg.replay:.1%} of the rows, and " if cfg.replay else ""
+    return corpus, f"pretraining text for {share}validation: {', '.join(map(str, cfg.replay_data))}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@torch.no_grad()
+def grow(model, tokenizer):
+    """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
+
+    These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the
+    mean of the rows of text; so does what pads the tables where these have no room and grow.
+    """
+    config, state = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
+    if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            before, text = state[name], state[name][:tokenizer.vocab_size]
+            state[name] = text.mean(dim=0).repeat(config.padded_vocab_size, 1)
+            state[name][:tokenizer.vocab_size] = text
+            state[name][config.vocab_size:len(before)] = before[config.vocab_size:]
+    return config.vocab_size, state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class PostTraining(Pretraining):
+    """What `launch` trains on and measures here. forgotten: the Corpus of pretraining, or None."""
+
+    def __init__(self, cfg, model_cfg, explicit, state, model):
+        """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
+        self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
+        self.corpus = read_data(cfg, tokenizer, model_cfg.block_size)
+        self.forgotten, line = pretraining_corpus(cfg, explicit, tokenizer, model_cfg.block_size)
+        self.corpus.lines.append(line)
+        if cfg.replay:
+            self.corpus.identity += self.forgotten.identity
+        if model:
+            self.weights = model.state_dict()
+            if self.corpus.chat:
+                model_cfg.vocab_size, self.weights = grow(model, tokenizer)
+        elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
+            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name")
+        template = JINJA if self.corpus.chat else state.get("chat_template")
+        self.extra = {"chat_template": template} if template else {}
+
+    def tokenizer(self, model_cfg):
+        return self.own_tokenizer
+
+    def evaluations(self, cfg, tokenizer, block_size, processes):
+        if cfg.eval_every is None:
+            cfg.eval_every = max(cfg.steps // MOMENTS, 1)
+        if cfg.sample_every is None:
+            cfg.sample_every = cfg.eval_every
+        return super().evaluations(cfg, tokenizer, block_size, processes)
+
+    def validation(self, cfg, tokenizer, block_size, processes):
+        new, runs = self.corpus, []
+        if isinstance(new, Corpus):
+            runs.append(validation(cfg, new, tokenizer, block_size, processes))
+        elif new.val:
+            rows = new.rows()
+            runs.append(lambda model, compiled, stopped: {"Loss/val": evaluate(compiled, rows, cfg.sequences, processes)})
+        if self.forgotten:
+            runs.append(validation(cfg, self.forgotten, tokenizer, block_size, processes, "Loss/val_pretraining"))
+        return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}
+
+    def samples(self, cfg, tokenizer):
+        if not self.corpus.chat:
+            cfg.sample_prompt = cfg.sample_prompt or TrainConfig.sample_prompt
+            return super().samples(cfg, tokenizer)
+        question = self.corpus.question[:1 + (self.corpus.question[0]["role"] == "system")]
+        if cfg.sample_prompt:
+            question = [{"role": "user", "content": cfg.sample_prompt}]
+        ids, settings = render(question, tokenizer, reply=True)[0], SampleConfig(max_new_tokens=64, samples=2)
+
+        def run(model, compiled, stopped):
+            texts = continuations(model, tokenizer, [ids] * settings.samples, settings)
+            return {"samples": [f"{question[-1]['content']} -> {text}" for text in texts]}
+
+        return run
+
+    def stream(self, cfg, tokenizer, block_size, processes):
+        replay = token_rows(self.forgotten, tokenizer, cfg.seed, block_size) if cfg.replay else None
+        batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.chat)
+        return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
+
+    def conclude(self, run):
+        new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
+        if len(losses) > 1:
+            first, last = min(losses), max(losses)
+            best = min((step for step in new if step), key=new.get, default=last)
+            told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
+            at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
+            run.say(f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
+
+
+def settle(cfg, before, explicit):
+    """Fill in what the checkpoint decides. before: its train_config, or {}. Raises BadInput if that gives no rate."""
+    again = "checkpoint" in before  # its rates are those of post-training
+    if cfg.optimizer not in (None, before.get("optimizer", "adamw")) and cfg.max_lr is None:
+        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not fit it: give --max_lr, too")
+    if cfg.optimizer in (None, before.get("optimizer", "adamw")):
+        scale = cfg.lr_scale if "lr_scale" in explicit or not again else 1.0
+        for name in RATES:
+            if getattr(cfg, name) is None and isinstance(before.get(name), float):
+                setattr(cfg, name, before[name] * scale)
+    if cfg.max_lr is None:
+        raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
+    cfg.optimizer = cfg.optimizer or before.get("optimizer", "adamw")
+    cfg.momentum = before.get("momentum", TrainConfig.momentum) if cfg.momentum is None else cfg.momentum
+    folders = cfg.replay_data or before.get("replay_data" if again else "data") or ()
+    cfg.replay_data = (folders,) if isinstance(folders, str) else tuple(folders)
+
+
+def begun(resume, cfg, explicit):
+    """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and began as the flags say."""
+    before, config = resume.state.get("train_config"), resume.state.get("model_config")
+    if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
+        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give "
+                       "another --run_name")
+    for name in {"checkpoint", "lr_scale"} & explicit:  # what a run began with
+        if getattr(cfg, name) != before[name]:
+            raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: leave it out, or give another --run_name")
+    try:
+        return GPTConfig(**config)
+    except TypeError as error:
+        raise BadInput(f"{resume.path} is of another version of this project ({error}): name another one") from error
+
+
+def main(argv):
+    (cfg,), explicit = parse((Config,), argv, __doc__)
+    resume = find_resume(cfg, explicit)
+    if resume:
+        state, model, model_cfg = resume.state, None, begun(resume, cfg, explicit)
+    else:
+        for name, what in (("checkpoint", "what to begin with"), ("data", "what to train on")):
+            if getattr(cfg, name) is None:
+                raise BadInput(f"name --{name}, {what}")
+        model, _, state = load_checkpoint(cfg.checkpoint)
+        model_cfg = model.config
+        before = state.get("train_config")
+        settle(cfg, before if isinstance(before, dict) else {}, explicit)
+    model_cfg.dropout = model_cfg.dropout if cfg.dropout is None else cfg.dropout
+    adopt(resume, cfg, model_cfg, explicit)
+    check(cfg)
+    launch(cfg, model_cfg, explicit, resume, PostTraining(cfg, model_cfg, explicit, state, model))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,101 @@
+"""lib/conversations.py on rows of every layout: python -m pytest tests/lib/test_conversations.py"""
+
+import json
+
+import pytest
+from helpers import sentences, write_lines
+
+from lib.chat_template import render
+from lib.cli import BadInput
+from lib.conversations import find_files, fit, hold_out, read
+
+ASKED, TOLD = "Name a cat.", "Tom."
+PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
+WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
+FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
+ROWS = [
+    ("messages", {"messages": [{"role": "system", "content": "Be brief."}, *PAIR], "prompt": "x"}, [{"role": "system", "content": "Be brief."}, *PAIR]),
+    ("ShareGPT", {"id": 1, "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": TOLD}]}, PAIR),
+    ("ShareGPT", {"conversations": PAIR}, PAIR),  # the newer names under the older key
+    ("alpaca", {"instruction": ASKED, "input": "", "output": TOLD, "text": "x"}, PAIR),
+    ("alpaca", {"instruction": ASKED, "input": "Not Jerry.", "output": TOLD}, WITH_INPUT),
+    ("dolly", {"instruction": ASKED, "context": "Not Jerry.", "response": TOLD, "category": "qa"}, WITH_INPUT),
+    ("prompt/completion", {"prompt": ASKED, "completion": f" {TOLD}"}, PAIR),
+    ("prompt/response", {"prompt": FRAME.format(ASKED), "response": TOLD}, PAIR),
+    ("prompt/response", {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot Jerry."), "response": TOLD}, WITH_INPUT),
+    ("text", {"text": "Tom is a cat.\n"}, "Tom is a cat.\n"),
+]
+
+
+@pytest.mark.parametrize("name, row, example", ROWS)
+def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    (tmp_path / "a.json").write_text(json.dumps([row, row], indent=1))
+    write_lines(tmp_path / "b.jsonl", [row, row])
+    write_lines(tmp_path / "lines.json", [row, row])
+    pa.parquet.write_table(pa.Table.from_pylist([row, row]), tmp_path / "c.parquet")
+    for path in find_files([str(tmp_path)]):
+        examples, line = read(path)
+        assert examples == [example, example] and name in line and "skipped" not in line
+
+
+def test_a_txt_is_one_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert read(str(tmp_path / "a.txt"))[0] == ["one\n\ntwo\n"]
+
+
+def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
+    odd = ["not JSON", "[1]", json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "completion": " "}), json.dumps({"prompt": 3, "completion": "x"})]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([odd[0], json.dumps(ROWS[6][1]), "", *odd[1:]]))
+    examples, line = read(str(path))
+    assert examples == [PAIR] and line == (
+        f"{path}: 1 conversations (layout prompt/completion); skipped 5 malformed rows: line 1: not JSON (Expecting value: line 1 column 1 (char 0)); "
+        "line 4: not an object; line 5: no completion; ...")
+    with pytest.raises(BadInput, match="line 1: not JSON.*--strict"):
+        read(str(path), strict=True)
+
+
+@pytest.mark.parametrize("messages, told", [
+    ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"), ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
+    ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"), ([{"role": "user", "content": None}], "both text"), ("hello", "not a list")])
+def test_what_is_no_conversation(messages, told, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    with pytest.raises(BadInput, match=f"no usable row.*{told}"):
+        read(str(path))
+
+
+@pytest.mark.parametrize("content, told", [("", "it is empty"), ("{}", "nothing in it"), ('{"question": 1, "answer": 2}', "with question, answer: rename its columns; known are messages, conversations, instruction and output"), ("[1, 2]", "not an object")])
+def test_what_holds_nothing(content, told, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(BadInput, match=told):
+        read(str(tmp_path / "a.json"))
+    (tmp_path / "a.parquet").write_text(content)
+    with pytest.raises(BadInput, match="cannot read"):
+        read(str(tmp_path / "a.parquet"))
+
+
+def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}] * 3
+    ids, learned = render(chat, tokenizer)
+    third, two = len(ids), len(render(chat[:4], tokenizer)[0])
+    assert fit(chat, tokenizer, third) == (ids, learned, "whole") == fit([*chat, chat[0]], tokenizer, third)  # a last question goes
+    assert fit(chat, tokenizer, third - 1) == fit(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
+    first = len(render(chat[:2], tokenizer)[0])
+    assert fit(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
+    assert fit(chat, tokenizer, 5) == (None, None, "dropped")
+
+
+def test_what_is_held_out_follows_from_content_and_seed():
+    examples = [[{"role": "user", "content": text}, PAIR[1]] for text in sentences(400)]
+    train, val = hold_out(examples, 0.1, 1)
+    assert 0.05 < len(val) / 400 < 0.16 and len(train) + len(val) == 400
+    assert not any(example in train for example in val)  # equal ones are on one side
+    assert hold_out(examples[::-1], 0.1, 1) == (train[::-1], val[::-1]) and hold_out(examples, 0.1, 2)[1] != val
+    few = [examples[0], PAIR]
+    assert [len(part) for part in hold_out(few, 0.01, 1)] == [1, 1] and hold_out(few, 0.0, 1) == (few, [])
+    with pytest.raises(BadInput, match="--val_share 0"):
+        hold_out([PAIR, PAIR], 0.1, 1)
+    assert hold_out(["a" * 90 + "b" * 10], 0.1, 1) == (["a" * 90], ["b" * 10])

@@ -1,0 +1,300 @@
+"""posttrain.py, for real at a tiny size: python -m pytest tests/test_posttrain.py"""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
+from runs import assert_same_runs, cut, lines, scalars, steps_saved
+
+import posttrain
+import train_gpt2
+from lib import checkpoint
+from lib.chat_template import JINJA
+from lib.cli import BadInput
+from lib.conversations import fit, hold_out, read
+from lib.devices import Processes
+from lib.packing import Packing
+from lib.tokenizers import load_tokenizer, train_bpe
+from train_gpt2 import GPT, evaluate, load_checkpoint
+
+FLAGS = ["--total_batch_size", "256", "--device", "cpu", "--max_steps", "12", "--sample_every", "0", "--val_tokens", "330", "--eval_every", "4"]
+
+
+def chats(n, seed=0):
+    """Rows of the layout `messages` that a tiny model learns quickly, of one or two turns, some with a system message."""
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
+        turns = [part for _ in range(rng.randint(1, 2)) for part in (
+            {"role": "user", "content": f"where is the {rng.choice(['cat', 'dog', 'bird'])}?"},
+            {"role": "assistant", "content": f"on the {rng.choice(['mat', 'roof', 'table'])}."})]
+        rows.append({"messages": [{"role": "system", "content": "the cat."}] * rng.randint(0, 1) + turns})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def base(data, tmp_path_factory):
+    """A function: flags of train_gpt2.py -> the checkpoint of a run of 20 steps on `data`."""
+    made, folder = {}, tmp_path_factory.mktemp("base")
+
+    def run(*flags):
+        if flags not in made:
+            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(folder), "--run_name", f"run{len(made)}", "--max_steps", "20", *flags])
+            made[flags] = checkpoint.found(folder / f"run{len(made)}")[0][1]
+        return made[flags]
+    return run
+
+
+@pytest.fixture
+def chat_file(tmp_path):
+    return write_lines(tmp_path / "chats.jsonl", chats(80))
+
+
+def command(base, data, folder, *flags):
+    return [str(word) for word in ("--checkpoint", base, "--data", data, "--log_dir", folder.parent, "--run_name", folder.name, *FLAGS, *flags)]
+
+
+def post(*words):
+    posttrain.main(command(*words))
+    return words[2]
+
+
+def newest(folder):
+    return checkpoint.found(folder)[0][1]
+
+
+KINDS = {
+    "gpt2": (),
+    "modern": ("--preset", "modern", "--n_head", "2"),
+    "speedrun": ("--preset", "speedrun", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_warmup", "0"),
+    "experts": ("--preset", "modern", "--n_head", "2", "--n_experts", "4", "--n_active", "2"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, tmp_path, capsys):
+    start = base(*KINDS[kind])
+    folder = post(start, chat_file, tmp_path / "log" / "post", "--lr_scale", "1", "--sample_every", "12")
+    log, told = read_log_with_pretraining(folder), capsys.readouterr().out
+    assert log[12, "val"] < log[0, "val"] - 0.3
+    model, tokenizer, state = load_checkpoint(newest(folder))
+    assert model.config.vocab_size == tokenizer.vocab_size + 4 == 284 and state["chat_template"] == JINJA
+    assert state["train_config"]["optimizer"] == ("muon" if kind == "speedrun" else "adamw")
+    assert "80 conversations (layout messages)" in told and "> 'where is the" in told
+    assert f"forgetting: pretraining validation loss {log[0, 'val_pretraining']:.4f} -> {log[12, 'val_pretraining']:.4f}" in told
+
+
+def read_log_with_pretraining(folder):
+    return {(int(step), kind): float(value) for step, kind, value in (line.split() for line in (folder / "log.txt").read_text().splitlines())}
+
+
+def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, chat_file, tmp_path):
+    """No packing and no micro-batches there: each conversation a forward pass of its own, and the loss from its logits."""
+    start = base()
+    folder = post(start, chat_file, tmp_path / "log" / "post", "--max_lr", "5e-3", "--weight_decay", "0.5", "--micro_batch", "2", "--seed", "5")
+    model, tokenizer, _ = load_checkpoint(start)
+    examples, _ = read(str(chat_file))
+    train, val = hold_out(examples, 0.05, 5)
+    items = [fit(example, tokenizer, 33)[:2] for example in train]
+    packing, (vocab_size, weights) = Packing(items, 32, 5, tokenizer.eot), posttrain.grow(model, tokenizer)
+    config = model.config
+    config.vocab_size = vocab_size
+    model = GPT(config).train()
+    model.load_state_dict(weights)
+
+    def loss_of(conversations):
+        """Summed over what is learned, and its number; padding ids take part, as in training."""
+        nats, count = 0.0, 0
+        for ids, learned in conversations:
+            logits = hidden(model, torch.tensor([ids[:-1]])) @ model.lm_head.weight.T
+            targets = torch.tensor([[token if yes else -1 for token, yes in zip(ids[1:], learned[1:])]])
+            nats, count = nats + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"), count + int((targets >= 0).sum())
+        return nats, count
+
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}], lr=5e-3, betas=(0.9, 0.95))
+    losses, epoch, row = {}, 0, 0
+    for step in range(13):
+        if step % 4 == 0:
+            nats, count = loss_of([fit(example, tokenizer, 33)[:2] for example in val])
+            losses[step, "val"] = nats.item() / count
+        if step == 12:
+            break
+        members = []
+        for _ in range(8):
+            if row == packing.of(epoch)[1]:
+                epoch, row = epoch + 1, 0
+            members += packing.of(epoch)[0][row].tolist()
+            row += 1
+        nats, count = loss_of([items[i] for i in members])
+        losses[step, "train"] = nats.item() / count
+        optimizer.zero_grad()
+        (nats / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / 12)  # a warm-up of 3.75% of 12 steps is none
+        optimizer.step()
+    assert epoch > 0, "more than one epoch"
+    found = read_log_with_pretraining(folder)
+    assert {key: found[key] for key in losses} == pytest.approx(losses, rel=2e-5)
+
+
+def hidden(model, idx):
+    """The hidden states behind the last norm."""
+    kept = []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    model(idx)
+    hook.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("kind", ["modern", "speedrun"])
+def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, tmp_path):
+    flags = ["--replay", "0.2", "--dropout", "0.1", "--save_every", "5", "--keep", "0"]
+    whole = post(base(*KINDS[kind]), chat_file, tmp_path / "log" / "whole", *flags)
+    again = cut(whole, tmp_path / "log" / "again", 5)
+    posttrain.main(["--log_dir", str(again.parent), "--run_name", "again"])  # its name is enough
+    assert_same_runs(again, whole)
+    assert scalars(again) == scalars(whole)
+
+
+def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file, tmp_path, launch):
+    flags = ["--replay", "0.2", "--max_lr", "5e-3"]
+    one = read_log_with_pretraining(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
+    for name, processes, more in (("two", 2, ("--micro_batch", "2", "--compile")), ("half", 1, ("--micro_batch", "1"))):
+        result = launch("posttrain.py", *command(base(), chat_file, tmp_path / "log" / name, *flags, *more), processes=processes, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert "was recompiled" not in result.stdout
+        assert read_log_with_pretraining(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
+
+
+def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer, tmp_path):
+    """Shards: the stream, and so the losses, of train_gpt2.py's own loop with the same weights. Files: the same text learned."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("\n".join(sentences(60)))
+    pa.parquet.write_table(pa.table({"text": sentences(60), "id": list(range(60))}), tmp_path / "b.parquet")
+    for name, source in (("txt", tmp_path / "a.txt"), ("parquet", tmp_path / "b.parquet"), ("shards", data)):
+        folder = post(base(), source, tmp_path / "log" / name, "--max_lr", "5e-3", "--replay", "0.1")
+        log, (model, _, state) = read_log_with_pretraining(folder), load_checkpoint(newest(folder))
+        assert log[12, "val"] < log[0, "val"] - 0.2 and model.config.vocab_size == 280 and "chat_template" not in state
+    assert log[0, "val"] == log[0, "val_pretraining"]  # of the shards that pretraining had
+    folder = post(base(), data, tmp_path / "log" / "plain", "--max_lr", "5e-3", "--weight_decay", "0.1")
+    model = load_checkpoint(base())[0].train()
+    cfg = train_gpt2.TrainConfig(steps=12, max_lr=5e-3)
+    stream, optimizer = train_gpt2.token_stream(train_gpt2.Corpus(train_gpt2.TrainConfig(data=(str(data),))), tokenizer, 1337, 32), train_gpt2.make_optimizer(model, cfg)
+    for step in range(12):
+        tokens = torch.from_numpy(stream.next(256))
+        loss = model(tokens[:-1].view(8, 32), tokens[1:].contiguous().view(8, 32)) / 256
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / 12)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert read_log_with_pretraining(folder)[step, "train"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsys):
+    """Validation on other answers than those learned: its loss ends above its lowest, and --keep 1 keeps the newest and the best."""
+    other = [{"prompt": "where is the cat?", "completion": text} for text in sentences(20)]
+    folder = post(base(), write_lines(tmp_path / "few.jsonl", chats(6)), tmp_path / "log" / "post", "--max_steps", "40", "--eval_every", "4",
+                  "--max_lr", "0.01", "--keep", "1", "--val_data", write_lines(tmp_path / "val.jsonl", other))
+    losses = {step: value for (step, kind), value in read_log_with_pretraining(folder).items() if kind == "val"}
+    best = min((step for step in losses if step), key=losses.get)
+    assert best < 40 and steps_saved(folder) == [best, 40]
+    told = capsys.readouterr().out
+    assert f"best    validation loss {losses[best]:.4f}, at step {best}: {folder / f'ckpt_{best:05d}.pt'}" in told
+    assert f"chat.py --checkpoint {folder / f'ckpt_{best:05d}.pt'}" in told
+    model, tokenizer, _ = load_checkpoint(folder / f"ckpt_{best:05d}.pt")
+    val = read(str(tmp_path / "val.jsonl"))[0]
+    rows = Packing([fit(example, tokenizer, 33)[:2] for example in val], 32, None, tokenizer.eot).all()
+    assert evaluate(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
+
+
+def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, launch):
+    start = base(*KINDS["modern"])
+    first = newest(post(start, chat_file, tmp_path / "log" / "first"))
+    second = newest(post(first, chat_file, tmp_path / "log" / "second"))
+    before, after = checkpoint.read(first)["train_config"], checkpoint.read(second)["train_config"]
+    assert before["max_lr"] == pytest.approx(0.1 * 5e-3) and after["max_lr"] == before["max_lr"] and after["replay_data"] == [str(data)]
+    text = newest(post(second, write_lines(tmp_path / "t.jsonl", [{"text": text} for text in sentences(40)]), tmp_path / "log" / "text"))
+    assert checkpoint.read(text)["chat_template"] == JINJA and load_checkpoint(text)[0].config.vocab_size == 284
+    result = launch("generate.py", "--checkpoint", second, "--prompt", "the cat", "--max_new_tokens", "40", "--device", "cpu", "--top_k", "0", "--temperature", "3")
+    assert result.returncode == 0 and "<|" not in result.stdout, result.stderr
+    items = write_lines(tmp_path / "h.jsonl", hellaswag_items(4))
+    result = launch("hellaswag.py", "--checkpoint", second, "--file", items, "--device", "cpu")
+    assert result.returncode == 0 and "acc_norm" in result.stdout, result.stderr
+
+
+def test_growing_keeps_what_the_model_computes(tokenizer, tmp_path):
+    """Tables with room for the ids of chat, with none, and with a head of its own."""
+    for name, changes in {"room": {}, "none": dict(vocab_multiple=1), "some": dict(vocab_multiple=94), "untied": dict(tie_embeddings=False, vocab_multiple=2)}.items():
+        before = tiny_checkpoint(tmp_path / f"{name}.pt", tokenizer, **changes)
+        vocab_size, weights = posttrain.grow(before, tokenizer)
+        after = GPT(type(before.config)(**before.config.__dict__ | {"vocab_size": vocab_size})).eval()
+        after.load_state_dict(weights)
+        idx = torch.randint(280, (2, 16))
+        logits = after(idx)
+        assert vocab_size == 284 and torch.equal(logits[..., :280], before(idx))
+        mean = before(idx).mean(dim=-1, keepdim=True).expand(-1, -1, 4)
+        torch.testing.assert_close(logits[..., 280:], mean, atol=1e-5, rtol=1e-4)
+        assert after.config.padded_vocab_size == len(after.lm_head.weight) and bool(after.lm_head.weight.isfinite().all())
+
+
+def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_file, tmp_path, launch):
+    other = write_data(tmp_path / "other", train_bpe(sentences(300, 5), 290))
+    pretraining = base().parent
+    odd = write_lines(tmp_path / "odd.jsonl", [{"question": "a", "reply": "b"}])
+    bad = write_lines(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}])
+    one = write_lines(tmp_path / "one.jsonl", chats(1))
+    some = tmp_path / "some.jsonl"
+    some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
+    long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
+    cases = [
+        (["--data", chat_file], "name --checkpoint"), (["--checkpoint", base()], "name --data"),
+        (command(base(), tmp_path / "none.jsonl", tmp_path / "log" / "x"), "cannot read"),
+        (command(base(), tmp_path / "none.csv", tmp_path / "log" / "x"), "cannot tell what"),
+        (command(base(), odd, tmp_path / "log" / "x"), "no layout is known of a row with question, reply"),
+        (command(base(), bad, tmp_path / "log" / "x"), "no usable row.*line 1: no messages"),
+        (command(base(), some, tmp_path / "log" / "x", "--strict"), "line 2: not JSON"),
+        (command(base(), one, tmp_path / "log" / "x"), "--val_share 0"),
+        (command(base(), long, tmp_path / "log" / "x", "--strict"), "longer than the context"),
+        (command(base(), other, tmp_path / "log" / "x"), "another tokenizer"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", other), "another tokenizer"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
+        ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
+        (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
+    ]
+    for words, says in cases:
+        with pytest.raises(BadInput, match=says):
+            posttrain.main([str(word) for word in words])
+    assert not (tmp_path / "log").exists()
+    result = launch("posttrain.py", *command(base(), odd, tmp_path / "log" / "x"))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+def test_a_run_goes_on_from_its_own_checkpoint_alone(base, chat_file, tmp_path):
+    folder = post(base(), chat_file, tmp_path / "log" / "post")
+    for words in ((newest(folder), chat_file, folder), (base(), chat_file, folder, "--lr_scale", "0.5")):
+        with pytest.raises(BadInput, match="began with"):
+            post(*words)
+    with pytest.raises(BadInput, match="go on with posttrain.py"):
+        train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", "post"])
+    posttrain.main(["--log_dir", str(folder.parent), "--run_name", "post", "--max_steps", "14"])
+    assert (13, "train") in read_log_with_pretraining(folder)
+
+
+def test_without_pretraining_data_the_run_goes_without_its_validation(tokenizer, chat_file, tmp_path, capsys):
+    tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer)
+    folder = post(tmp_path / "ckpt_00001.pt", chat_file, tmp_path / "log" / "post")
+    assert {kind for _, kind in read_log(folder)} == {"train", "val"} and math.isfinite(read_log(folder)[12, "val"])
+    assert "without a look at what is forgotten" in capsys.readouterr().out
+    assert load_tokenizer(checkpoint.read(newest(folder))["tokenizer"]).spec == tokenizer.spec
+    assert len(lines(folder)) == 16 and np.isfinite(list(read_log(folder).values())).all()
