@@ -76,15 +76,15 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     qk_norm: bool = flag(False, "norm on each head's queries and keys")
     bias: bool = flag(True, "biases in linear layers and LayerNorm")
     tie_embeddings: bool = flag(True, "token embedding and output head share one matrix")
-    dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches; off in evaluation", at_least=0, below=1)
+    dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
     token_shift: bool = flag(False, "add a learned share of the token before to what each attention layer reads")
     value_residual: bool = flag(False, "mix the first layer's values into those of every other")
-    residual_scalars: bool = flag(False, "learned scalars: what each block takes of the residual stream and of the embedding")
+    residual_scalars: bool = flag(False, "learned shares of residual stream and embedding in each block's input")
     softcap: float = flag(0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
     init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag("gpt2", "weight initialization, see init_weights")
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
-    vocab_multiple: int = flag(128, None, above=0, at_most=2**16)  # the matrices are padded to a multiple, for tensor-core efficiency
+    vocab_multiple: int = flag(128, None, above=0, at_most=2**16)  # rows are padded to one, for tensor-core efficiency
 
     @property
     def padded_vocab_size(self):
@@ -93,41 +93,41 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
 
 @dataclass
 class TrainConfig:
-    preset: Literal["gpt2", "modern", "speedrun", "tiny"] = flag("modern", "starting point; every other flag overrides it")
+    preset: Literal["gpt2", "modern", "speedrun", "tiny"] = flag("modern", "starting point, overridden by other flags")
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
     # data
-    data: tuple[str, ...] = flag(("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; a weight is a share of the tokens, without "
-                                 "weights they are mixed by size")
+    data: tuple[str, ...] = flag(
+        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each: shares of the tokens; without, mixed by size")
     curriculum: str | None = flag(None, "folder of shards to begin with, simple text, which gives way to --data")
     curriculum_steps: int | None = flag(None, "steps until it has given way", above=0, below=2**31)
-    curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "how it gives way: its share along half a cosine or a line, or at once")
+    curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "its way out: half a cosine, a line, at once")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
     val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
-    max_steps: int | None = flag(None, "optimizer steps; takes the place of --epochs", above=0, below=2**31)
-    minutes: float | None = flag(None, "minutes of training steps (evaluations and compilation not counted); takes the place of --epochs",
-                                 above=0)
-    tokens_per_param: float | None = flag(None, "tokens per parameter, embeddings included; 20 is Chinchilla's; takes the place of --epochs", above=0)
-    total_batch_size: int = flag(524_288, "tokens per optimizer step, over all processes and accumulation", above=0, at_most=2**28)
-    batch_warmup: int = flag(0, "tokens at the beginning of the run that are trained on in steps of half --total_batch_size", at_least=0)
-    micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
+    max_steps: int | None = flag(None, "optimizer steps; instead of --epochs", above=0, below=2**31)
+    minutes: float | None = flag(None, "minutes of training steps, not of evaluations; instead of --epochs", above=0)
+    tokens_per_param: float | None = flag(None, "20 is Chinchilla's; instead of --epochs", above=0)
+    total_batch_size: int = flag(524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
+    batch_warmup: int = flag(0, "first tokens, trained on in steps of half --total_batch_size", at_least=0)
+    micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: what fits in memory", above=0)
     plan: bool = flag(False, "print what --tokens_per_param of 8 to 40 take at every --size, and end")
-    tok_per_sec: float | None = flag(None, "for --plan: the speed measured with these flags, all GPUs together", above=0)
+    tok_per_sec: float | None = flag(None, "for --plan: the speed measured, all GPUs together", above=0)
     price_per_hour: float | None = flag(None, "dollars per hour of the machine; tells what a run will cost", above=0)
     # optimizer
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "optimizer; muon: Muon for the matrices in blocks, AdamW for the rest")
-    max_lr: float = flag(6e-4, "peak learning rate", above=0, at_most=1e6)
-    embedding_lr: float | None = flag(None, "peak learning rate of the embeddings; if unset, --max_lr", above=0, at_most=1e6)
-    head_lr: float | None = flag(None, "peak learning rate of an untied head; if unset, --max_lr", above=0, at_most=1e6)
-    vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars; if unset, --max_lr", above=0, at_most=1e6)
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: Muon for the matrices in blocks, AdamW for the rest")
+    RATE = dict(above=0, at_most=1e6)
+    max_lr: float = flag(6e-4, "peak learning rate", **RATE)
+    embedding_lr: float | None = flag(None, "that of embeddings; unset: --max_lr, 5 times that with --emb_norm", **RATE)
+    head_lr: float | None = flag(None, "that of an untied head; unset: --max_lr", **RATE)
+    vector_lr: float | None = flag(None, "that of norms, biases and scalars; unset: --max_lr", **RATE)
     min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     warmup_steps: int | None = flag(None, "steps of linear warm-up; without the flag, 3.75% of the run", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
     cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
-    weight_decay: float = flag(0.1, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed", at_least=0, at_most=1e6)
+    weight_decay: float = flag(0.1, "on matrices; with AdamW on embeddings and head, too", at_least=0, at_most=1e6)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     # what happens along the way (0: never)
     eval_every: int = flag(250, "steps between validations", at_least=0)
@@ -144,13 +144,12 @@ class TrainConfig:
     keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
     keep_best: bool = flag(False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
-    spike: float = flag(1.0, "report steps whose loss is so many nats above the median of the 50 before; 0: none", at_least=0)
+    spike: float = flag(1.0, "report losses so many nats above the median of the last 50; 0: none", at_least=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")
-    resume: str | None = flag(None, "a checkpoint or run folder to continue from, or auto: the newest of --run_name, if there is one; "
-                              "without the flag, auto")
-    tensorboard: int = flag(0, "port at which this run serves TensorBoard for --log_dir, to all hosts", at_least=0, below=2**16)
+    resume: str | None = flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
+    tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
@@ -162,19 +161,17 @@ class TrainConfig:
 
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
-SPEEDRUN = dict(n_layer=11, n_head=4, n_embd=512, block_size=2048, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True,
-                bias=False, token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj",
-                optimizer="muon", momentum=0.9, max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015, weight_decay=0.1,
-                grad_clip=0.0, total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7, warmup_steps=0,
-                min_lr_frac=0.0, epochs=4.0, shuffle=True)
-PRESETS = {
-    "gpt2":     {},
-    "modern":   MODERN,
-    "speedrun": SPEEDRUN,
-    "tiny":     SPEEDRUN | dict(batch_warmup=0, n_layer=4, n_head=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025,
-                                embedding_lr=0.5, data=("docstrings",), max_steps=760, total_batch_size=2048, val_tokens=65_536, eval_every=190,
-                                hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False),
-}
+SPEEDRUN = dict(
+    n_layer=11, n_head=4, n_embd=512, block_size=2048, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True,
+    qk_norm=True, bias=False, token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0,
+    init="zero_proj", optimizer="muon", momentum=0.9, max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015,
+    weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7,
+    warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
+TINY = SPEEDRUN | dict(
+    n_layer=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
+    data=("docstrings",), max_steps=760, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=190,
+    hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False)
+PRESETS = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
 SIZES = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
@@ -205,14 +202,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 class NoPositions(nn.Module):
-    """Stands where the kind of positions not chosen would: learned ones are added to embeddings, rotary ones turn q and k."""
+    """Stands in for the kind of positions not chosen: learned ones add to embeddings, rotary ones turn q and k."""
 
     def forward(self, x, positions):
         return x
 
 
 class LearnedPositions(nn.Embedding):
-    """GPT-2's position embeddings, added to the embeddings (B, T, C) of tokens at `positions`, a slice or int64 (B, T)."""
+    """GPT-2's: added to the embeddings (B, T, C) of tokens at `positions`, a slice or int64 (B, T)."""
 
     def forward(self, x, positions):
         return x + self.weight[positions]
@@ -256,15 +253,14 @@ class First(nn.Module):
 
 
 class TokenShift(nn.Module):
-    """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two tokens (as after Primer's projections,
-    So et al. 2021, https://arxiv.org/abs/2109.08668). Keys then tell what came before them, which attention alone needs a layer more for."""
+    """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two tokens, after Primer
+    (So et al. 2021, https://arxiv.org/abs/2109.08668). Keys then tell what came before, which else takes a layer."""
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x, kv_cache=None):
-        # (B, T, C); nothing stands before the first token of a text
         before = F.pad(x, (0, 0, 1, 0))[:, :-1] if kv_cache is None else kv_cache.previous(self, x)
         return x + self.weight.type_as(x) * before
 
@@ -299,7 +295,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around `act`, with `width` hidden units or those of the kind. Experts (lib/moe.py) are made of the same parts."""
+    """Two linear layers around `act`, with `width` hidden units or the kind's. Experts (lib/moe.py) share its parts."""
 
     fused, penalty = 1, 0.0  # matrices that c_fc holds; auxiliary losses, which only a MoE has
 
@@ -392,46 +388,46 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
-        """idx: int64 (B, T), T at most block_size. With a KVCache, tokens at the positions it was told; with a Packed, several texts per row.
+        """idx: int64 (B, T), T at most block_size. kv_cache: a KVCache, or a Packed for several texts per row.
 
-        Without targets: logits (B, T, vocab_size), or only those at the positions `logits_at`, (rows, columns) -> (n, vocab_size).
+        Without targets: logits (B, T, vocab_size), or only those at `logits_at`, (rows, columns) -> (n, vocab_size).
         The padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
         positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
         x = self.transformer.wpe(self.transformer.wte(idx), positions)                  # (B, T, C)
-        x = x0 = self.transformer.drop(cast(self.transformer.emb_norm(x)))              # from here on in the autocast dtype
+        x = x0 = self.transformer.drop(cast(self.transformer.emb_norm(x)))              # now in the autocast dtype
         v_first = None
         for block in self.transformer.h:
             x, v_first = block(x, x0, v_first, positions, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return soft_cap(self.lm_head(x[logits_at])[..., :self.config.vocab_size], self.config.softcap)  # (B, T, V), cut
+            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size]           # (B, T, V), cut
+            return soft_cap(logits, self.config.softcap)
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
-        return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with the gradient of auxiliary losses
+        return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with auxiliary gradients
 
     def parameter_counts(self):
-        """dict of parameter counts: total, active (used per token), embedding (tokens, positions and an untied head), layer (one block)."""
-        total = sum(p.numel() for p in self.parameters())
-        layer = sum(p.numel() for p in self.transformer.h[0].parameters())
-        outside = sum(p.numel() for name, p in self.named_parameters() if name.split(".")[-2] in ("wte", "wpe", "lm_head"))
-        idle = sum(p[0].numel() * (len(p) - self.config.n_active) for p in self.parameters() if p.dim() == 3)  # (experts, rows, columns)
+        """dict: total, active (per token), embedding (tokens, positions and an untied head), layer (one block)."""
+        sizes = {name: p.numel() for name, p in self.named_parameters()}
+        total, layer = sum(sizes.values()), sum(p.numel() for p in self.transformer.h[0].parameters())
+        outside = sum(n for name, n in sizes.items() if name.split(".")[-2] in ("wte", "wpe", "lm_head"))
+        idle = sum(p[0].numel() * (len(p) - self.config.n_active) for p in self.parameters() if p.dim() == 3)  # experts
         return {"total": total, "active": total - idle, "embedding": outside, "layer": layer}
 
     def flops_per_token(self):
         """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
 
-        N leaves out what is looked up rather than multiplied: learned positions, and the embedding of an untied head; and idle experts.
+        N leaves out idle experts and what is looked up: learned positions, the embedding beside an untied head.
         """
         c = self.config
-        looked_up = sum(p.numel() for name, p in self.named_parameters()
-                        if name == "transformer.wpe.weight" or (name == "transformer.wte.weight" and not c.tie_embeddings))
-        n = self.parameter_counts()["active"] - looked_up
+        looked_up = [self.transformer.wpe] + ([] if c.tie_embeddings else [self.transformer.wte])
+        n = self.parameter_counts()["active"] - sum(p.numel() for module in looked_up for p in module.parameters())
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT with the weights of a Hugging Face GPT-2, "gpt2", ..., "gpt2-xl", or of a folder that export_hf.py made."""
+        """A GPT with the weights of Hugging Face's "gpt2", ..., "gpt2-xl", or of a folder that export_hf.py made."""
         return huggingface.read(name, lambda **fields: cls(GPTConfig(**fields)))
 
 
@@ -447,11 +443,13 @@ def init_weights(model):
     gpt2:      normal, std 0.02 (positions 0.01, as in OpenAI's code).
     xavier:    normal, std sqrt(2 / (fan_in + fan_out))   (Glorot & Bengio 2010).
     kaiming:   normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1   (He et al. 2015).
-    In these three: the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as there are
-    2 n_layer of them to add up (Radford et al. 2019, section 2.3); embeddings and head have std 0.02, but for the tied table below.
-    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0: every block starts as the identity; an untied table has std 1.
-    A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a larger one the first logits would
-    favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where several are fused, of one expert.
+    In these three the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as
+    2 n_layer of them add up (Radford et al. 2019, section 2.3); embeddings and head have std 0.02.
+    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0, so that every block starts as the
+               identity; an untied table has std 1.
+    A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a larger one the first
+    logits would favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where
+    several are fused, of one expert.
     """
     config, residual_scale = model.config, (2 * model.config.n_layer) ** -0.5
     zero_proj, tied_small = config.init == "zero_proj", config.tie_embeddings and config.emb_norm
@@ -485,19 +483,24 @@ def init_weights(model):
 # Optimizer set-up and schedule. What state an optimizer keeps is known here and in the optimizer alone.
 
 
+EMB_NORM_LR = 5  # times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
+
+
 def make_optimizer(model, cfg):
     """The optimizer --optimizer names, over all parameters of `model`.
 
     Each group keeps its peak learning rate as initial_lr; the schedule multiplies it.
     """
-    kinds = {}
+    kinds, outside = {}, {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
     for name, p in model.named_parameters():
         module = name.split(".")[-2]
-        kind = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}.get(module, "matrix") if p.dim() > 1 else "vector"
+        kind = "vector" if p.dim() == 1 else outside.get(module, "matrix")
         kinds.setdefault((kind, row_blocks(model.config).get(module, 1) if kind == "matrix" else 1), []).append(p)
-    rates = {"embedding": cfg.embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
-    groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr) for (kind, splits), params in kinds.items()]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters()), "not each once"
+    embedding_lr = cfg.embedding_lr or cfg.max_lr * (EMB_NORM_LR if model.config.emb_norm else 1)
+    rates = {"embedding": embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
+    groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr)
+              for (kind, splits), params in kinds.items()]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters())), "not each once"
     optimizer = OPTIMIZERS[cfg.optimizer](groups, cfg)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -514,8 +517,9 @@ def adamw(groups, cfg):
 
 
 def muon(groups, cfg):
-    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas for all else. See lib/muon.py."""
-    matrices = [g | dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay) for g in groups if g["kind"] == "matrix"]
+    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas for all else."""
+    settings = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    matrices = [g | settings for g in groups if g["kind"] == "matrix"]
     others = [g | dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10) for g in groups if g["kind"] != "matrix"]
     return Muon(matrices + others)
 
@@ -524,8 +528,8 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def state_like(optimizer):
-    """Tensors shaped as those the optimizer's state will hold after its first step: AdamW's two moments, Muon's momentum."""
-    return [p for group in optimizer.param_groups for p in group["params"] for _ in range({"adamw": 2, "muon": 1}[group["kind"]])]
+    """Tensors shaped as those that the optimizer's state will hold: AdamW's two moments, Muon's momentum."""
+    return [p for g in optimizer.param_groups for p in g["params"] for _ in range({"adamw": 2, "muon": 1}[g["kind"]])]
 
 
 WARMUP_SHARE = 0.0375   # of the run: 715 of build-nanogpt's 19,073 steps
@@ -537,7 +541,7 @@ def lr_multiplier(step, cfg):
     warmup = round(WARMUP_SHARE * cfg.steps) if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup
-    # 2) how far the decay has come, 0 to 1; wsd (warm-up, stable, decay: Haegele et al. 2024, https://arxiv.org/abs/2405.18392) begins it late
+    # 2) how far the decay has come, 0 to 1; wsd begins it late (Hägele et al. 2024, https://arxiv.org/abs/2405.18392)
     start = max(warmup, round(cfg.steps * (1 - cfg.cooldown))) if cfg.schedule == "wsd" else warmup
     progress = min(max((step - start) / max(cfg.steps - start, 1), 0.0), 1.0)
     # 3) from the peak down to min_lr_frac of it, along half a cosine or a line
@@ -550,11 +554,10 @@ def gradient_groups(model):
 
     A tied head counts as embedding. These are the parts whose gradient norms TensorBoard shows.
     """
-    groups = {}
+    groups, parts = {}, {"wte": "embedding", "wpe": "embedding"}
     for name, p in model.named_parameters():
-        words = name.split(".")
-        part = "embedding" if words[1] in ("wte", "wpe") else f"block_{int(words[2]):02d}" if words[1] == "h" else "rest"
-        groups.setdefault(part, []).append(p)
+        _, module, layer, *_ = f"{name}..".split(".")
+        groups.setdefault(f"block_{int(layer):02d}" if module == "h" else parts.get(module, "rest"), []).append(p)
     return groups
 
 
@@ -574,13 +577,13 @@ class ShardLoader(Stream):
     names = "epoch", "shard", "offset"
 
     def __init__(self, files, tokenizer, seed, transform=None):
-        """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns; without it, the tokens."""
-        self.files, self.tokenizer, self.seed, self.transform = files, tokenizer, seed, transform or (lambda tokens: tokens)
+        """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns; None: the tokens."""
+        self.files, self.tokenizer, self.seed, self.transform = files, tokenizer, seed, transform or (lambda x: x)
         self.loaded, self.reader = {}, ThreadPoolExecutor(max_workers=1)  # shards, by epoch and shard
         super().__init__(0, 0, 0)
 
     def read_batch(self, n, epoch, shard, offset):
-        """-> (n tokens from a position on and one more, the last target: int64 (n + 1,), transformed; the position n tokens later)."""
+        """-> (n tokens from a position on and one more, int64 (n + 1,), transformed; the position n tokens later)."""
         pieces, missing = [], n + 1
         while missing:
             piece = self._tokens(epoch, shard)[offset:offset + missing]
@@ -590,7 +593,8 @@ class ShardLoader(Stream):
             if missing:
                 epoch, shard, offset = *self._after(epoch, shard), 0
         self._read_ahead(*self._after(epoch, shard))
-        return self.transform(np.concatenate(pieces).astype(np.int64)), epoch, shard, offset - 1  # the extra token comes again
+        tokens = np.concatenate(pieces).astype(np.int64)
+        return self.transform(tokens), epoch, shard, offset - 1                         # the last target comes again
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
@@ -611,8 +615,8 @@ class ShardLoader(Stream):
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        file = self.files[self._index(state["epoch"], state["shard"])].name
-        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}" + (", permuted" if self.seed is not None else "")
+        file, shuffled = self.files[self._index(state["epoch"], state["shard"])].name, self.seed is not None
+        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{', permuted' if shuffled else ''}"
 
     def _index(self, epoch, shard):
         """Which file is the epoch's shard number `shard`."""
@@ -636,8 +640,9 @@ class ShardLoader(Stream):
 
 
 def token_stream(corpus, tokenizer, seed, block_size, transform=None):
-    """The training tokens of a Corpus as a Stream: a ShardLoader, or of several folders a Mixture. seed: None for the shards' own order."""
-    loaders = [ShardLoader(source.shards.train, tokenizer, seed, None if corpus.is_mixed else transform) for source in corpus.sources]
+    """The training tokens of a Corpus: a ShardLoader, or of several folders a Mixture. seed None: no shuffling."""
+    alone = None if corpus.is_mixed else transform
+    loaders = [ShardLoader(source.shards.train, tokenizer, seed, alone) for source in corpus.sources]
     return Mixture(corpus, loaders, block_size, transform) if corpus.is_mixed else loaders[0]
 
 
@@ -646,10 +651,10 @@ def token_stream(corpus, tokenizer, seed, block_size, transform=None):
 
 
 class Evaluation(NamedTuple):
-    """run: (model, compiled, stopped) -> {tag: number or list of texts}, called by every process. every: steps, 0: never.
+    """run: (model, compiled, stopped) -> {tag: number or texts}, called by every process. every: steps, 0: never.
 
-    model: the plain module, whose shapes may change freely; compiled: the same with one shape. stopped: whether to stop early, to be
-    asked by every process equally often.
+    model: the plain module, whose shapes may change freely; compiled: the same with one shape. stopped: whether to stop
+    early, to be asked by every process equally often.
     """
     name: str
     every: int
@@ -662,10 +667,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, processes):
-    """Mean loss in nats per target over all validation rows, (x, y) or those of lib/packing.py (x, y, documents), shared out over the processes.
+    """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of all processes.
 
     Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. `model` may be
-    compiled: it sees one shape, (micro_batch, T), equally often on every process, filled up with rows that do not count.
+    compiled: it sees one shape, (micro_batch, T), equally often on every process, filled up with rows without targets.
     """
     losses = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
@@ -681,8 +686,9 @@ def evaluate(model, rows, micro_batch, processes):
 
 
 def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
-    """-> `run` of an Evaluation: the loss on the validation split of a Corpus, of a token drawn as in training once a curriculum is over."""
-    rows, sizes = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer) for source in corpus.sources], tokenizer.token_bytes()
+    """-> `run` of an Evaluation: the loss on a Corpus' val splits, weighted as in training after a curriculum."""
+    rows = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer) for source in corpus.sources]
+    sizes = tokenizer.token_bytes()
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
     def run(model, compiled, stopped):
@@ -698,24 +704,27 @@ def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
 
 
 def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
-    """Train `model` from `position` (step, skipped, consecutive_skips, timed) to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
+    """Train `model` from `position` to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
 
-    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, a list of (idx, targets), int64 (B, T) each, and a Packed where rows hold several texts,
-    as many on every process; targets of -1 are not counted. run: the RunFolder, null off rank 0. The loop ends after cfg.steps steps, or after the step in which a stop signal came;
-    either way with a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
+    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, as many on every process: (idx, targets), int64 (B, T)
+    each, and a Packed where rows hold several texts; targets of -1 do not count. run: the RunFolder, null off rank 0.
+    position: step, skipped, consecutive_skips, and in a run that goes on timed and best. The loop ends after cfg.steps
+    steps, or after the step in which a stop signal came; either way with a checkpoint. Raises BadInput after
+    cfg.max_skipped consecutive non-finite steps.
     """
-    device, world_size = processes.device, processes.world_size
+    device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
-    timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")  # best: validation loss, step
-    compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # evaluated; the plain model is sampled from and saved
+    timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # the plain one is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
     balance = LoadBalancer(model, processes, lambda line: run.say(f"step {step} | {line}"))
 
     def snapshot(**changes):
-        return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False, "loader": stream.state_dict(),
-                "max_steps": cfg.steps, "timed": timer.timed, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
+        return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False,
+                "loader": stream.state_dict(), "max_steps": cfg.steps, "timed": timer.timed, "best": best,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
 
     save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
     stream.prefetch(batch_size(step, cfg))
@@ -723,7 +732,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         while True:
             last = step == cfg.steps
             # ---- save, in the background; not after skipped steps: the checkpoints from before may be better
-            if first < step < cfg.steps and not consecutive_skips and (save_due or (cfg.save_every and step % cfg.save_every == 0)):
+            save_due = save_due or (cfg.save_every and step % cfg.save_every == 0)
+            if save_due and first < step < cfg.steps and not consecutive_skips:
                 run.save(snapshot())
 
             # ---- evaluate
@@ -756,8 +766,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             batch = stream.next(tokens)
             waited = time.perf_counter() - started
 
-            # ---- forward and backward; dropout follows from (seed, step, rank), so that there is no random state to save
-            torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, processes.rank)).generate_state(1, np.uint64)[0]))
+            # ---- forward and backward; dropout follows from (seed, step, rank): there is no random state to save
+            torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, rank)).generate_state(1, np.uint64)[0]))
             loss_sum, n_targets = torch.zeros((), device=device), sum((targets >= 0).sum() for _, targets, *_ in batch)
             if processes.distributed:
                 dist.all_reduce(n_targets)
@@ -765,26 +775,26 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 for i, (idx, targets, *packing) in enumerate(batch):
                     with gradient_sync(ddp, last=i == len(batch) - 1):
                         with autocast(device):
-                            loss = ddp(idx, targets, *packing) / n_targets  # the step's loss: the sum over all targets by their number
+                            loss = ddp(idx, targets, *packing) / n_targets  # a sum over all targets by their number
                         (loss * world_size).backward()            # DDP takes the mean over processes
                     loss_sum += loss.detach()
 
-            # ---- one all-reduce: the loss, and whether anyone wants to stop or to save; then the one device sync of a step
+            # ---- one all-reduce: the loss, and whether anyone wants to stop or to save; one device sync per step
             told = stop.requested, bool(run.save_is_due(cfg.save_minutes)), seconds / world_size
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in told)])
             if processes.distributed:
                 dist.all_reduce(shared)
             norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
             total_norm = norms.norm()
-            loss, stop_requests, save_due, last_seconds, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
+            loss, stop_requests, save_due, took, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
             stop.agree(stop_requests)
             if step > first + 1:  # the first step compiles
-                run.set_length(timer.fit(step, last_seconds))
+                run.set_length(timer.fit(step, took))
 
             # ---- clip and update, unless non-finite: the same decision on every process
             run.wait_copied()  # what is being saved must not change yet
             multiplier, finite = lr_multiplier(step, cfg), math.isfinite(loss) and math.isfinite(norm)
-            routing = balance(finite)  # of experts; the device has just been waited for, so reading it again costs nothing
+            routing = balance(finite)  # of experts; right behind the sync, reading the device costs nothing
             if finite:
                 if cfg.grad_clip:
                     torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
@@ -794,7 +804,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 consecutive_skips = 0
             else:
                 skipped, consecutive_skips = skipped + 1, consecutive_skips + 1
-                run.say(f"step {step} | skipped because non-finite: loss {loss}, gradient norm {norm}; its batch: {stream.where(read_from)}")
+                run.say(f"step {step} | skipped because non-finite: loss {loss}, gradient norm {norm}; its batch: "
+                        f"{stream.where(read_from)}")
             optimizer.zero_grad(set_to_none=True)
 
             # ---- log
@@ -802,18 +813,18 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             run.log_step(step, {
                 "Loss/train": loss, "optim/lr": cfg.max_lr * multiplier, "optim/grad_norm": norm,
                 "optim/skipped_steps": skipped, "perf/tok_per_sec": tokens / seconds, "perf/step_ms": seconds * 1e3,
-                "perf/data_ms": waited * 1e3, "perf/mfu": flops * tokens / seconds / peak / world_size if peak else None,
+                "perf/data_ms": waited * 1e3, "perf/recompilations": monitor.count, **stream.progress(), **routing,
+                "perf/mfu": flops * tokens / seconds / peak / world_size if peak else None,
                 "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-                "perf/recompilations": monitor.count, **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)},
-                **stream.progress(), **routing}, seconds)
+                **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
             if consecutive_skips == cfg.max_skipped:
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
                 processes.barrier()
-                raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower --max_lr or "
-                               "lengthen --warmup_steps, and --resume it")
+                raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower "
+                               "--max_lr or lengthen --warmup_steps, and --resume it")
         stop.heard()
         run.save(snapshot(finished=last and not stop.agreed), wait=True)
         processes.barrier()
@@ -825,28 +836,21 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> (GPT in evaluation mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is not one."""
+    """-> (GPT in eval mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is not one."""
     state = checkpoint.read(path)
-    try:
+    with checkpoint.ours(path):
         config = GPTConfig(**state["model_config"])
         check_model(config)
         on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
-        model = GPT(config)
+        model, tokenizer = GPT(config), load_tokenizer(state["tokenizer"])
         model.load_state_dict(state["model"])
-        tokenizer = load_tokenizer(state["tokenizer"])
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
-    except KeyError as error:
-        raise BadInput(f"{path} is not a checkpoint of this project, it holds no {error.args[0]}: name one that train_gpt2.py wrote") from error
-    except Exception as error:  # another project's file, whatever it holds
-        raise BadInput(f"{path} is not a checkpoint of this project ({type(error).__name__}): name another one") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise BadInput(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids and its model {config.vocab_size:,}: name another one")
+        if tokenizer.vocab_size > config.vocab_size:
+            raise BadInput(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}: name another")
     return model.to(device).eval(), tokenizer, state
 
 
 def settings(argv):
-    """The command line -> TrainConfig, GPTConfig, the names given explicitly, and the Resume to continue from or None."""
+    """The command line -> TrainConfig, GPTConfig, the names given explicitly, the Resume to continue from or None."""
     (cfg, model_cfg), explicit = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     if cfg.size:
         for name, value in SIZES[cfg.size].items():
@@ -858,18 +862,13 @@ def settings(argv):
 
 
 def adopt(resume, cfg, model_cfg, explicit):
-    """Take what was not given on the command line from a Resume, or None, and see that its weights fit. Raises BadInput."""
-    try:
-        if resume:
+    """Take what was not given explicitly from a Resume, or None, and see that its weights fit. Raises BadInput."""
+    if resume:
+        with checkpoint.ours(resume.path):
             other_preset = "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]
             resume.adopt(cfg, model_cfg, explicit | (set().union(*PRESETS.values()) if other_preset else set()))
             check_model(model_cfg)
             on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
-    except BadInput as error:
-        raise BadInput(f"{resume.path}: {error}") from error
-    except Exception as error:  # another project's file, whatever it holds
-        raise BadInput(f"{resume.path} is not a checkpoint of a training run of this project ({type(error).__name__}): name "
-                       "another --resume") from error
     for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's give way
         if explicit & set(LENGTHS):
             setattr(cfg, name, None)
@@ -903,13 +902,13 @@ def build_model(model_cfg, cfg, device):
     try:
         return GPT(model_cfg).to(device)
     except (RuntimeError, MemoryError) as error:
-        raise RankError(f"no memory for this model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer or --block_size") from error
+        raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer") from error
 
 
 class Pretraining:
     """What `launch` trains on and measures; posttrain.py has another.
 
-    corpus: a Corpus, or what tells as much. weights: a state dict to begin with, None: fresh ones. extra: what else checkpoints hold.
+    corpus: a Corpus, or what tells as much. weights: a state dict to begin with, or None. extra: more for checkpoints.
     """
 
     weights, extra = None, {}
@@ -928,17 +927,20 @@ class Pretraining:
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
         return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes)),
                 Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, block_size, processes)),
-                Evaluation("tasks", cfg.eval_tasks_every if cfg.eval_tasks else 0, harness.tracked(cfg, tokenizer, processes)),
+                Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every,
+                           harness.tracked(cfg, tokenizer, processes)),
                 Evaluation("samples", cfg.sample_every, self.samples(cfg, tokenizer), at_start=False)]
 
     def validation(self, cfg, tokenizer, block_size, processes):
         return validation(cfg, self.corpus, tokenizer, block_size, processes)
 
     def samples(self, cfg, tokenizer):
-        return lambda model, compiled, stopped: {"samples": sample(model, tokenizer, [cfg.sample_prompt], SampleConfig())}
+        prompts = [cfg.sample_prompt]
+        return lambda model, compiled, stopped: {"samples": sample(model, tokenizer, prompts, SampleConfig())}
 
     def stream(self, cfg, tokenizer, block_size, processes):
-        batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed, micro_batch=cfg.sequences, processes=processes)
+        batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed,
+                          micro_batch=cfg.sequences, processes=processes)
         return token_stream(self.corpus, tokenizer, cfg.seed if cfg.shuffle else None, block_size, batches)
 
     def conclude(self, run):
@@ -946,10 +948,11 @@ class Pretraining:
 
 
 def launch(cfg, model_cfg, explicit, resume, task):
-    """Train what `task`, a Pretraining, says: on all processes, in a run folder, from its beginning or from `resume`."""
+    """Train what `task`, a Pretraining, says: on all processes, in a run folder, anew or from `resume`."""
     processes, corpus, T = Processes(cfg.device), task.corpus, model_cfg.block_size
-    parameters = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
-    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], parameters)
+    model = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size))
+    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(
+        cfg, corpus.tokens["train"], model and model.parameter_counts()["total"])
     check_run(cfg, model_cfg, explicit, processes.world_size)
     corpus.check_length(cfg)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
@@ -973,9 +976,11 @@ def launch(cfg, model_cfg, explicit, resume, task):
         elif task.weights:
             model.load_state_dict(task.weights)
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
-            raise RankError("the processes found different checkpoints: see that all read the same folder, and start again")
-        config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec, "data": corpus.identity, **task.extra}
-        run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, [*model.parameters(), *state_like(optimizer)])
+            raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
+        config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
+                  "data": corpus.identity, **task.extra}
+        like = [*model.parameters(), *state_like(optimizer)]
+        run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, like)
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 
@@ -984,7 +989,8 @@ def main(argv):
     cfg, model_cfg, explicit, resume = settings(argv)
     check_model(model_cfg)
     if cfg.plan:
-        models, own = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}, cfg.size or cfg.preset
+        models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
+        own = cfg.size or cfg.preset
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
     else:
         launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))

@@ -5,6 +5,7 @@ whose every record carries a CRC-32. torch.load does not look at these; `read` d
 name, flushed to the disk, then renamed.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -38,6 +39,18 @@ def path_of(folder, step):
 def require(path):
     """Raises BadInput where there is no file that could be a checkpoint."""
     open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
+
+
+@contextlib.contextmanager
+def ours(path):
+    """While a checkpoint's content is taken for one of this project: whatever it holds instead ends as BadInput."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    except Exception as error:
+        lack = f"it holds no {error.args[0]}" if isinstance(error, KeyError) and error.args else type(error).__name__
+        raise BadInput(f"{path} is not a checkpoint of this project ({lack}): name one that train_gpt2.py wrote") from error
 
 
 def read(path):

@@ -110,3 +110,8 @@ def test_plain_torchrun_takes_the_flags(data, tmp_path):
     done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert len([kind for _, kind in read_log(tmp_path / "log" / "x") if kind == "train"]) == 6
+
+
+def test_the_script_keeps_to_its_room():
+    lines = (ROOT / "train_gpt2.py").read_text().splitlines()
+    assert len(lines) <= 1000 and max(map(len, lines)) <= 120  # a section that outgrows its room says that the design is wrong

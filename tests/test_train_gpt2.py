@@ -850,8 +850,8 @@ BAD_FLAGS = [
         (["--n_layer", "1e5"], "--n_layer must be"), (["--n_embd", "1e308"], "--n_embd must be"), (["--max_steps", "1e18"], "--max_steps must be"),
         (["--log_dir", "notes.txt"], "cannot write to notes.txt/new"), (["--log_dir", LONG], ""), (["--resume", LONG], ""),
         (["--resume", "nowhere.pt"], "cannot read nowhere.pt"), (["--resume", "notes.txt"], "notes.txt is not a whole checkpoint"),
-        (["--resume", "others.pt"], "others.pt is not a checkpoint of a training run of this project"),
-        (["--resume", "untrained.pt"], "untrained.pt is not a checkpoint of a training run of this project"))),
+        (["--resume", "others.pt"], "others.pt is not a checkpoint of this project"),
+        (["--resume", "untrained.pt"], "untrained.pt is not a checkpoint of this project"))),
 ]
 
 
