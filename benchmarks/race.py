@@ -13,8 +13,8 @@ synchronized before and after a step; the first step, and any that takes COMPILE
 (a new shape is compiled), counts as that median. Losses are per GPT-2 token over the first VAL_TOKENS of the val split;
 bits per byte over the same, or over the whole split for a row with as many --val_tokens (2495235) and for autoresearch.
 
---out gets <name>.log, lines of `seconds step val_loss` (autoresearch: bits per byte), and a table of all logs in it.
-What has a log is not run again, so a race may take several calls.
+--out gets <name>.log, lines of `seconds step val_loss` (autoresearch: bits per byte), and a table of all logs is printed, without
+--contestants and --row that alone. What has a log is not run again, so a race may take several calls.
 """
 
 import argparse
@@ -139,12 +139,39 @@ def write_log(path, result):
     path.write_text("\n".join(lines) + "\n")
 
 
-def table(out):
-    """All logs of a folder as a Markdown table, the fewest bits per byte first."""
+def read_logs(out):
+    """-> {name: (what a log's first line says, its curve)} of a folder."""
     logs = {}
     for path in sorted(out.glob("*.log")):
         head, *lines = path.read_text().splitlines()
         logs[path.stem] = json.loads(head[2:]), [tuple(map(float, line.split())) for line in lines]
+    return logs
+
+
+def picture(logs, path):
+    """Losses per GPT-2 token against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name, (head, curve) in logs.items():
+        if head["kind"] == "gpt2":
+            seconds, _, losses = zip(*curve[1:])
+            axes.plot(seconds, losses, marker="o", ms=3, label=f"{name}, {head['parameters'] / 1e6:.0f}M")
+    for bar, (_, target) in BARS.items():
+        axes.axhline(target, color="gray", lw=0.8, ls="--")
+        axes.annotate(f"{bar}: {target}", (1, target), xytext=(0, 2), textcoords="offset points", fontsize=8, color="gray")
+    axes.set(xscale="log", xlabel="seconds of training steps", ylabel="val loss, nats per GPT-2 token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def table(logs):
+    """Logs as a Markdown table, the fewest bits per byte first."""
     rows = []
     for name, (head, curve) in sorted(logs.items(), key=lambda item: item[1][0]["bpb"]):
         seconds, steps, loss = curve[-1]
@@ -166,15 +193,18 @@ def table(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of GPT-2 token shards that fineweb.py made")
+    parser.add_argument("--data", type=Path, help="folder of GPT-2 token shards that fineweb.py made")
     parser.add_argument("--contestants", help="folder of their sources; without it, rows alone")
     parser.add_argument("--only", nargs="*", choices=PATCHES, default=[*PATCHES], help="which of them run")
     parser.add_argument("--parquet", type=Path, help="folder of train-0000[0-8] and val, for autoresearch")
     parser.add_argument("--row", action="append", default=[], help="flags of train_gpt2.py, or `name: flags`")
     parser.add_argument("--every", type=int, default=25, help="steps between a row's validations")
     parser.add_argument("--out", type=Path, default=Path("race"), help="folder of logs, table and runs")
+    parser.add_argument("--picture", type=Path, help="picture of all logs to write")
     parser.add_argument("--dry_run", action="store_true", help="patch the sources and print the commands only")
     args = parser.parse_args()
+    if (args.contestants or args.row) and not args.data:
+        parser.error("name the shards by --data")
     jobs = dict.fromkeys(args.only if args.contestants else ())
     for row in args.row:
         name, _, flags = row.rpartition(": ")
@@ -194,10 +224,10 @@ def main():
             lay_out(name, args.contestants, folder, args.data, args.parquet)
         run(command, folder, env)
         write_log(log, read_contestant(name, folder, args.data) if theirs else read_row(folder / "run", args.data))
-    if any(args.out.glob("*.log")):
-        text = table(args.out)
-        (args.out / "table.md").write_text(text + "\n")
-        print(text)
+    if logs := read_logs(args.out):
+        print(table(logs))
+        if args.picture:
+            picture(logs, args.picture)
 
 
 if __name__ == "__main__":
