@@ -21,15 +21,18 @@ from lib.tokenizers import END, EOT
 # Which class computes which of our models. Parameters go by module: ours -> theirs, several where we have fused them into one matrix
 
 ACTIVATIONS = {"gelu": "gelu_new", "relu2": "relu2", "swiglu": "silu"}
-FREE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias", "tie_embeddings", "dropout", "init"}
+FREE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias", "tie_embeddings", "dropout", "init",
+        "n_active", "expert_width", "router_z_loss"}
 
 
 class Family(NamedTuple):
     """A class of transformers. fits: the values of GPTConfig's fields that it computes, where not the default alone; the fields in FREE
-    may have any. config: (GPTConfig, hidden units of the MLP) -> its configuration. modules: GPTConfig -> {ours: theirs}, by layer."""
+    may have any. config: (GPTConfig, hidden units of the MLP or an expert) -> its configuration. modules: GPTConfig -> {ours: theirs}, by
+    layer; where ours is a single tensor, theirs is one. fields: a configuration of its -> those of GPTConfig that only this one says."""
     fits: dict
     config: object
     modules: object
+    fields: object = lambda theirs: {}
 
 
 def _gpt2(c, hidden):
@@ -48,6 +51,7 @@ def _gpt2_modules(c):
 def _llama(**more):
     """The configuration of a class that descends from Llama. more: what is its own, values or functions of the GPTConfig."""
     def config(c, hidden):
+        c = dataclasses.replace(c, expert_width=hidden)
         return dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
                     intermediate_size=hidden, hidden_act=ACTIVATIONS[c.mlp], max_position_embeddings=c.block_size,
                     rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
@@ -55,13 +59,14 @@ def _llama(**more):
     return config
 
 
-def _llama_modules(*mlp):
-    """mlp: its names of the matrices in our c_fc, and of that in our c_proj."""
+def _llama_modules(*mlp, experts=None):
+    """mlp: its names of the matrices in our c_fc, and of that in our c_proj. experts: those of ours and theirs in its place."""
+    feed_forward = experts or {"mlp.c_fc": tuple(f"mlp.{name}" for name in mlp[:-1]), "mlp.c_proj": (f"mlp.{mlp[-1]}",)}
+
     def modules(c):
         layer = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
                  "attn.c_attn": tuple(f"self_attn.{name}_proj" for name in "qkv"), "attn.c_proj": ("self_attn.o_proj",),
-                 "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
-                 "mlp.c_fc": tuple(f"mlp.{name}" for name in mlp[:-1]), "mlp.c_proj": (f"mlp.{mlp[-1]}",)}
+                 "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",), **feed_forward}
         return {"transformer.wte": ("model.embed_tokens",), "transformer.ln_f": ("model.norm",), "lm_head": ("lm_head",),
                 **{f"transformer.h.{i}.{ours}": tuple(f"model.layers.{i}.{name}" for name in theirs)
                    for i in range(c.n_layer) for ours, theirs in layer.items()}}
@@ -77,6 +82,8 @@ def _bias(c):
 
 
 ROPE = dict(pos=("rope",), emb_norm=(False, True))  # rotary positions leave the post-embedding norm a function of the token alone
+EXPERTS = ROPE | dict(norm=("rmsnorm",), mlp=("swiglu",), bias=(False,), n_experts=range(2, 257))
+SORTED = {"mlp.router": ("mlp.gate",), "mlp.c_fc.weight": ("mlp.experts.gate_up_proj",), "mlp.c_proj.weight": ("mlp.experts.down_proj",)}
 RMS, TWO_MATRICES = ROPE | dict(norm=("rmsnorm",)), dict(mlp=("gelu", "relu2"))
 FAMILIES = {
     "GPT2LMHeadModel": Family(TWO_MATRICES, _gpt2, _gpt2_modules),
@@ -92,7 +99,30 @@ FAMILIES = {
     "StableLmForCausalLM": Family(ROPE | dict(mlp=("swiglu",), bias=(False,)),
                                   _llama(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False),
                                   _llama_modules("gate_proj", "up_proj", "down_proj")),
-    # a mixture of experts would be Qwen3MoeForCausalLM or MixtralForCausalLM; until then its flag is refused, as any new one is
+    # Mixture of Experts: the biases by which ours picks experts, those of --balance bias, are GLM's; the others have none
+    "Glm4MoeForCausalLM": Family(
+        EXPERTS | dict(qk_norm=(False, True), balance=("bias", "loss"), n_shared=range(257)),
+        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_qk_norm=lambda c: c.qk_norm, first_k_dense_replace=0,
+               n_routed_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active, n_shared_experts=lambda c: c.n_shared,
+               moe_intermediate_size=lambda c: c.expert_width, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
+               num_nextn_predict_layers=0),
+        _llama_modules(experts=SORTED | {"mlp.bias": ("mlp.gate.e_score_correction_bias",), "mlp.shared.c_proj": ("mlp.shared_experts.down_proj",),
+                                         "mlp.shared.c_fc": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")}),
+        lambda theirs: dict(n_experts=theirs.n_routed_experts, n_active=theirs.num_experts_per_tok, n_shared=theirs.n_shared_experts,
+                            expert_width=theirs.moe_intermediate_size, qk_norm=theirs.use_qk_norm)),
+    "MixtralForCausalLM": Family(
+        EXPERTS | dict(router=("softmax",), balance=("loss",)),
+        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, num_local_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
+               sliding_window=None),
+        _llama_modules(experts=SORTED),
+        lambda theirs: dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok, expert_width=theirs.intermediate_size)),
+    "Qwen3MoeForCausalLM": Family(
+        EXPERTS | dict(router=("softmax",), balance=("loss",), qk_norm=(True,)),
+        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_sliding_window=False, decoder_sparse_step=1,
+               mlp_only_layers=[], norm_topk_prob=True, num_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
+               moe_intermediate_size=lambda c: c.expert_width),
+        _llama_modules(experts=SORTED),
+        lambda theirs: dict(n_experts=theirs.num_experts, n_active=theirs.num_experts_per_tok, expert_width=theirs.moe_intermediate_size)),
 }
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT2LMHeadModel's hold the transpose of a Linear's weight
 
@@ -114,6 +144,16 @@ def find_family(c):
     return name
 
 
+def tensors(modules, state):
+    """{ours: theirs} of modules and single tensors -> (ours, theirs) of tensors, those that a state dict of ours has."""
+    for ours, theirs in modules.items():
+        if ours in state:
+            yield ours, theirs
+        for kind in ("weight", "bias"):
+            if f"{ours}.{kind}" in state:
+                yield f"{ours}.{kind}", tuple(f"{module}.{kind}" for module in theirs)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -133,16 +173,14 @@ def convert(model, **config):
     family, theirs = FAMILIES[name], {}
     state |= {key: state[key][:c.vocab_size] for key in ("transformer.wte.weight", "lm_head.weight")}
     state["transformer.wte.weight"] = model.transformer.emb_norm(state["transformer.wte.weight"])
-    for ours, modules in family.modules(c).items():
-        for kind in ("weight", "bias"):
-            if (key := f"{ours}.{kind}") in state:
-                value = state[key].t() if family.config is _gpt2 and key.endswith(CONV1D) else state[key]
-                theirs |= {f"{module}.{kind}": part for module, part in zip(modules, value.chunk(len(modules)), strict=True)}
-    cls, hidden = getattr(transformers, name), state["transformer.h.0.mlp.c_proj.weight"].size(1)
+    for key, names in tensors(family.modules(c), state):
+        value = state[key].t() if family.config is _gpt2 and key.endswith(CONV1D) else state[key]
+        theirs |= dict(zip(names, value.chunk(len(names)), strict=True))
+    cls, hidden = getattr(transformers, name), state["transformer.h.0.mlp.c_proj.weight"].size(-1)
     hf = cls(cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size, tie_word_embeddings=c.tie_embeddings and not c.emb_norm,
                               **config)).eval()
     absent = {key: torch.zeros_like(value) for key, value in hf.state_dict().items() if key not in theirs}
-    assert all(key.endswith(".bias") for key in absent), absent.keys()  # norms and layers that are never without
+    assert all(key.endswith(".bias") or not value.numel() for key, value in absent.items()), absent.keys()  # some are never without
     hf.load_state_dict(theirs | absent)
     return hf
 
@@ -159,7 +197,10 @@ def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
         raise BadInput(f"{folder} exists and is not an empty folder: {remedy}")
     make_folder(folder.parent, remedy)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
-    hf = convert(model, **ids).to(dtype)
+    hf = convert(model, **ids)
+    for p in hf.parameters():  # not the biases that pick experts, buffers, which transformers keeps in fp32, too
+        p.data = p.data.to(dtype)
+    hf.config.dtype = dtype
     from transformers import GenerationConfig
 
     hf.generation_config = GenerationConfig(**ids | ({"eos_token_id": [tokenizer.eot, tokenizer.reserved[END]]} if chat_template else {}),
@@ -221,23 +262,21 @@ def read(name, build):
     if family is None:
         raise BadInput(f"{name} is a {type(hf).__name__}: name one of {', '.join(FAMILIES)}")
     activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
-    model = build(**{field: values[0] for field, values in family.fits.items()} | dict(
+    model = build(**{field: values[0] for field, values in family.fits.items()} | family.fields(theirs) | dict(
         mlp=next((mlp for mlp in family.fits["mlp"] if ACTIVATIONS[mlp] == activation), family.fits["mlp"][0]),
         block_size=theirs.max_position_embeddings, n_layer=theirs.num_hidden_layers, n_head=theirs.num_attention_heads, n_embd=theirs.hidden_size,
         vocab_size=theirs.vocab_size, vocab_multiple=1,  # no padding: its rows would be untrained weights, and take part in the loss
         tie_embeddings=theirs.tie_word_embeddings, bias=any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())))
     # transformers only warns of another architecture's weights, and its variants compute something else
-    want = family.config(model.config, model.transformer.h[0].mlp.c_proj.in_features)
+    want = family.config(model.config, model.transformer.h[0].mlp.c_proj.weight.size(-1))
     odd = odd or [key for key, value in want.items() if hasattr(theirs, key) and not key.endswith("pdrop") and not _is(theirs, key, value)]
     if odd:
         raise BadInput(f"{name} computes something else than this project's models: see its {', '.join(odd[:4])}")
     weights = model.state_dict()
-    for ours, modules in family.modules(model.config).items():
-        for kind in ("weight", "bias"):
-            if (key := f"{ours}.{kind}") in weights:
-                parts = [state[part] if (part := f"{module}.{kind}") in state else weights[key].new_zeros(len(weights[key]) // len(modules))
-                         for module in modules]  # zeros: a bias that theirs is without
-                weights[key] = torch.cat(parts).t() if family.config is _gpt2 and key.endswith(CONV1D) else torch.cat(parts)
+    for key, names in tensors(family.modules(model.config), weights):
+        absent = weights[key].new_zeros(len(weights[key]) // len(names))  # a bias that theirs is without
+        value = torch.cat([state.get(name, absent) for name in names])
+        weights[key] = value.t() if family.config is _gpt2 and key.endswith(CONV1D) else value
     model.load_state_dict(weights)
     return model
 

@@ -12,6 +12,7 @@ from helpers import sentences, tiny
 
 from lib import huggingface
 from lib.cli import BadInput
+from lib.moe import MoE
 from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT
 
@@ -25,6 +26,9 @@ def odd_model(**toggles):
     model = GPT(tiny(**toggles)).eval()
     for p in model.parameters():
         p.data.normal_(std=0.2)
+    for module in model.modules():
+        if isinstance(module, MoE) and module.bias_rate:
+            module.bias.normal_(std=0.2)
     return model
 
 
@@ -64,6 +68,28 @@ def test_every_combination_is_exported_exactly_or_refused_by_its_flags():
                         "Starcoder2ForCausalLM": 16, "StableLmForCausalLM": 4}
 
 
+MODERN = dict(norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, emb_norm=True)
+GLM, MIXTRAL = dict(n_experts=4, n_active=2), dict(n_experts=4, n_active=2, router="softmax", balance="loss")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("toggles, name", [
+    (GLM, "Glm4Moe"), (GLM | dict(n_shared=2, qk_norm=True), "Glm4Moe"), (GLM | dict(n_experts=5, n_active=5, balance="loss", expert_width=24), "Glm4Moe"),
+    (MIXTRAL, "Mixtral"), (MIXTRAL | dict(n_active=1, expert_width=24, router_z_loss=0.1), "Mixtral"), (MIXTRAL | dict(qk_norm=True), "Qwen3Moe")],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())))
+def test_mixtures_of_experts_are_exported_exactly_and_read_back(toggles, name, tokenizer, tmp_path):
+    model, idx = odd_model(vocab_size=tokenizer.vocab_size, **MODERN | toggles), torch.randint(61, (2, 16))
+    huggingface.write(model, tokenizer, tmp_path / "fp32")
+    huggingface.write(model, tokenizer, tmp_path / "bf16", torch.bfloat16)
+    theirs, _ = huggingface.load(tmp_path / "fp32")
+    want = model(idx)
+    assert type(theirs).__name__ == f"{name}ForCausalLM" and want.abs().max() > 0.5
+    torch.testing.assert_close(theirs(idx).logits, want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "fp32").eval()(idx), want, rtol=0, atol=1e-4)
+    rounded = GPT.from_pretrained(tmp_path / "bf16").eval()
+    assert torch.equal(rounded.transformer.h[0].mlp.bias, model.transformer.h[0].mlp.bias)  # what picks experts is not rounded
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("toggles", [dict(), dict(mlp="relu2", bias=False, tie_embeddings=False), dict(pos="rope", mlp="relu2"),
                                      *(dict(pos="rope", norm="rmsnorm", bias=False, emb_norm=True) | more for more in (
@@ -89,7 +115,8 @@ def test_a_folder_is_loaded_by_transformers_and_by_us(toggles, dtype, tokenizer,
     (dict(softcap=15.0), "--softcap 15.0"), (dict(token_shift=True), "--token_shift"), (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
     (dict(emb_norm=True), "GPT2LMHeadModel, lacks --emb_norm"), (dict(norm="rmsnorm"), "--norm rmsnorm"),
     (dict(norm="rmsnorm", pos="rope", mlp="relu2", qk_norm=True), "ArceeForCausalLM, lacks --qk_norm"),
-    (dict(norm="rmsnorm", pos="rope", mlp="swiglu", qk_norm=True, bias=True), "--qk_norm")])
+    (dict(norm="rmsnorm", pos="rope", mlp="swiglu", qk_norm=True, bias=True), "--qk_norm"),
+    (MODERN | GLM | dict(router="softmax"), "--router softmax"), (MODERN | GLM | dict(mlp="relu2"), "--n_experts 4"), (MODERN | MIXTRAL | dict(n_shared=1), "--router softmax")])
 def test_what_no_class_computes_is_refused_naming_the_flags(toggles, says, tokenizer, tmp_path):
     with pytest.raises(BadInput, match="cannot be exported") as error:
         huggingface.write(odd_model(vocab_size=tokenizer.vocab_size, **toggles), tokenizer, tmp_path / "out")
