@@ -70,7 +70,8 @@ def load_chat(path, device):
 
 
 class Chat:
-    """A conversation in the terminal. messages: what has been said. dropped: how many of the oldest have left the context."""
+    """A conversation in the terminal. messages: what the model sees of it. said: all of it, but turns without an answer. dropped: how
+    many of the oldest messages have left the context."""
 
     def __init__(self, model, tokenizer, sampling, system=None, graphs=False):
         self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system
@@ -82,6 +83,7 @@ class Chat:
 
     def reset(self):
         self.messages, self.dropped = [] if self.system is None else [{"role": "system", "content": self.system}], 0
+        self.said = list(self.messages)
 
     def reply(self, content, show):
         """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by Ctrl-C. show: called with its
@@ -107,6 +109,7 @@ class Chat:
         except KeyboardInterrupt:
             ended = "interrupted"
         self.messages.append({"role": "assistant", "content": text.text})
+        self.said += [{"role": "user", "content": content}, self.messages[-1]] if text.text else []
         return ended
 
 
@@ -145,7 +148,7 @@ def talk(chat):
             elif command == "/temp":
                 chat.sampling = heated(chat.sampling, argument)
             elif command == "/save":
-                save(chat.messages, argument.strip())
+                save(chat.said, argument.strip())
             elif command.startswith("/"):
                 say(f"unknown command {command[:40]}: {COMMANDS}; a message does not begin with a slash")
             elif line.strip():
@@ -177,6 +180,8 @@ def save(messages, path):
     """Write a conversation as a line of JSON, {"messages": [...]}. Raises BadInput; overwrites nothing."""
     if not path:
         raise BadInput("/save takes the name of a file")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadInput("there is nothing to save yet")
     if Path(path).exists():
         raise BadInput(f"{path} exists: name another file")
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
@@ -195,6 +200,7 @@ def serve(cfg, serving, sampling, load):
         model, tokenizer = load()
         slots = serving.slots or (64 if next(model.parameters()).device.type == "cuda" else 16)
         engine = Engine(model, tokenizer, slots, serving.waiting, sampling.top_k, sampling.seed, cfg.graphs)
+        del model  # the engine has a copy of it in the dtype it computes in
         path = Path(cfg.checkpoint).resolve()
         stop = threading.Event()
 

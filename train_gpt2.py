@@ -230,7 +230,9 @@ class Rotary(nn.Module):
     def forward(self, x, positions):
         cos, sin = (table[positions].unsqueeze(-2) for table in (self.cos, self.sin))   # (T or B, T, 1, D/2)
         a, b = x.float().chunk(2, dim=-1)                                               # (B, T, H, D/2) each
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+        # in three dimensions: one token in four has strides, in inductor's layout, that attention kernels refuse
+        halves = (a * cos - b * sin).flatten(0, 1), (a * sin + b * cos).flatten(0, 1)   # (B T, H, D/2) each
+        return torch.cat(halves, dim=-1).view(x.shape).type_as(x)
 
 
 class Mix(nn.Module):
@@ -487,10 +489,7 @@ EMB_NORM_LR = 5  # times --max_lr, for embeddings that are normalized: at the ot
 
 
 def make_optimizer(model, cfg):
-    """The optimizer --optimizer names, over all parameters of `model`.
-
-    Each group keeps its peak learning rate as initial_lr; the schedule multiplies it.
-    """
+    """The optimizer of --optimizer. Each group keeps its peak rate as initial_lr, which the schedule multiplies."""
     kinds, outside = {}, {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
     for name, p in model.named_parameters():
         module = name.split(".")[-2]

@@ -210,10 +210,12 @@ def draw(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """
     if isinstance(temperature, (int, float)) and temperature == 0:
         return logits.argmax(dim=-1)
-    choices = None
-    if top_k or not isinstance(top_p, float) or top_p < 1:
+    choices, nucleus = None, not isinstance(top_p, float) or top_p < 1
+    if top_k or nucleus:
         logits, choices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # sorted
-        heat = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)      # dividing by less overflows
+    if nucleus:
+        numbers = isinstance(temperature, (int, float))  # a number stays one: copied to a GPU, it would wait for the step under way
+        heat = max(temperature, 1e-6) if numbers else temperature.clamp(min=1e-6)      # dividing by less overflows
         probs = F.softmax((logits - logits[:, :1]) / heat, dim=-1)
         logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -torch.inf)  # those before it suffice
     noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30).log_()
@@ -238,7 +240,7 @@ def generate(decoder, prompts, max_new_tokens, choose):
     logits = decoder.fill(range(len(texts)), [ids[-decoder.length:] for ids in texts])
     for left in range(max_new_tokens, 0, -1):
         tokens, full = choose(logits), decoder.full
-        arrived = to_host(torch.where(logits.isfinite().all(dim=-1), tokens, -1))
+        arrived = to_host(torch.where(logits.sum(dim=-1).isfinite(), tokens, -1))
         if left > 1:
             logits = decoder.step(tokens)
         new = arrived()
@@ -274,7 +276,8 @@ class Text:
         if found := [at for string in self.stop if (at := self.held.find(string)) >= 0]:
             self.ended, certain = "stop", min(found)
         elif not self.ended:
-            certain -= max((n for string in self.stop for n in range(1, len(string)) if self.held.endswith(string[:n])), default=0)
+            certain -= max((n for string in self.stop for n in range(1, min(len(string), len(self.held) + 1))
+                            if self.held.endswith(string[:n])), default=0)
         piece, self.held = self.held[:certain], self.held[certain:]
         self.text += piece
         return piece

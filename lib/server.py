@@ -69,6 +69,16 @@ def as_api_error(error):
     return ApiError(500, told, code="model_error")
 
 
+def most_connections():
+    """As many as there are file descriptors for, with some left for all else: without one, accepting would fail again and again."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 256
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if limit == resource.RLIM_INFINITY else max(min(1024, limit - 64), 1)
+
+
 def is_loopback(host):
     """Whether only this machine reaches what listens at `host`."""
     with contextlib.suppress(ValueError):
@@ -211,7 +221,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, host, port):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.most, self.open, self.changed, self.api = 1024, set(), threading.Condition(), None
+        self.most, self.open, self.changed, self.api = most_connections(), set(), threading.Condition(), None
         self.loopback = is_loopback(host)
         try:
             super().__init__((host, port), Handler)
@@ -273,7 +283,8 @@ class Handler(BaseHTTPRequestHandler):
     timeout, disable_nagle_algorithm = SILENCE, True
 
     def respond(self):
-        self.body_read = self.command in ("GET", "HEAD")
+        self.body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
+        self.close_connection |= not self.body_read and self.command != "POST"  # it would be taken for the next request
         try:
             self.route()
         except ApiError as error:
@@ -327,9 +338,9 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(401, "a wrong API key, or none", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def read_body(self):
-        length = self.headers.get("Content-Length")
-        if length is None or not length.isascii() or not length.isdigit():
-            raise ApiError(411, "a Content-Length is needed", code="length_required")
+        length, *others = self.headers.get_all("Content-Length", [""])
+        if others or "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
+            raise ApiError(411, "one Content-Length is needed, and no Transfer-Encoding", code="length_required")
         if len(length) > 12 or int(length) > BODY_LIMIT:
             rest = int(length[:12])  # a client that is still sending would not see the answer
             while 0 < rest <= 64 * BODY_LIMIT and (read := len(self.rfile.read(min(rest, 2**16)))):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.cli import BadInput
-from lib.decoding import Decoder, NonFinite, Text, cast_weights, draw
+from lib.decoding import Decoder, NonFinite, Text, draw
 from lib.devices import autocast, compute_dtype, memory_bytes, to_host
 
 PREFILL = 8192  # prompt tokens per step, padding included (or one prompt): the texts under way pause for them
@@ -122,7 +122,7 @@ class Engine:
             raise BadInput(no_memory)
         try:
             with autocast(self.device):
-                self.decoder = Decoder(cast_weights(model), slots, self.window, graphs=graphs)
+                self.decoder = Decoder(model, slots, self.window, graphs=graphs)
                 self.decoder.fill(range(slots), [[tokenizer.eot]] * slots)  # takes the cache's memory
                 self.decoder.step(torch.zeros(slots, dtype=torch.long, device=self.device))
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -199,7 +199,7 @@ class Engine:
 
     def _step(self):
         tokens = self._choose()
-        arrived = to_host(torch.where(self.logits.isfinite().all(dim=-1), tokens, -1))
+        arrived = to_host(torch.where(self.logits.sum(dim=-1).isfinite(), tokens, -1))
         self.logits = self.decoder.step(tokens)  # a GPU runs it while the tokens before it are looked at
         going_on = [reply.add(token) for reply, token in zip(self.replies, arrived(), strict=True)]
         for row in range(len(going_on) - 1, -1, -1):  # from the last: the one that moves into a hole goes on
