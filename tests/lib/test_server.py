@@ -183,6 +183,19 @@ def test_bytes_that_are_not_http(server):
     assert ask(server[0], "/", "GET")[0] == 200
 
 
+@pytest.mark.parametrize("head, status", [
+    ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}", b"200"),
+    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}\r\nTransfer-Encoding: chunked", b"411"),
+    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: {n}", b"411")])
+def test_no_request_hides_in_anothers_body(head, status, server):
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.closing(connect(server[0])) as connection:
+        connection.connect()
+        connection.sock.sendall(f"{head.format(n=len(hidden))}\r\n\r\n".encode() + hidden)
+        answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))  # to the end: it is closed
+    assert answer.split()[1] == status and answer.count(b"HTTP/1.1 ") == 1
+
+
 def test_an_api_key(chatty):
     with started(chatty[0], api_key="sesame") as (port, *_):
         for given in (None, "Bearer sesam", "sesame", "Bearer s\xe9same"):

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -230,6 +231,9 @@ def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tm
     save(tmp_path, a_val_000000=[1, 2], a_train_000001=np.ones(1_000_001))
     with pytest.raises(BadInput, match="without gpt2's end of text"):
         check_shards(Shards(tmp_path), gpt2)
+    meta = {"tokenizer": "gpt2", "tokenizer_crc32": zlib.crc32(gpt2.spec.encode())}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    check_shards(Shards(tmp_path), gpt2)  # of that very tokenizer: one long text
 
 
 META = [b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000, b'{"tokenizer": ' + b"9" * 5000 + b"}"]
