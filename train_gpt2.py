@@ -707,9 +707,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
     stream: a lib.mixture.Stream; next(tokens) -> micro-batches, as many on every process: (idx, targets), int64 (B, T)
     each, and a Packed where rows hold several texts; targets of -1 do not count. run: the RunFolder, null off rank 0.
-    position: step, skipped, consecutive_skips, and in a run that goes on timed and best. The loop ends after cfg.steps
-    steps, or after the step in which a stop signal came; either way with a checkpoint. Raises BadInput after
-    cfg.max_skipped consecutive non-finite steps.
+    position: as Resume.restore gives it. The loop ends after cfg.steps steps, or after the step in which a stop signal
+    came; either way with a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
     """
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
@@ -745,8 +744,9 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                         results = evaluation.run(model, compiled, stop.agree)
                     if not stop.agree():
                         run.log_evaluation(step, results)
-                        if cfg.keep_best and step and results.get("Loss/val", math.inf) < (best or [math.inf])[0]:
-                            best = [results["Loss/val"], step]  # the same on every process
+                        val = results.get("Loss/val", math.inf)  # the same on every process
+                        if cfg.keep_best and step and not consecutive_skips and val < (best or [math.inf])[0]:
+                            best = [val, step]
                             if not last:
                                 run.save(snapshot())
                 except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
@@ -770,6 +770,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             loss_sum, n_targets = torch.zeros((), device=device), sum((targets >= 0).sum() for _, targets, *_ in batch)
             if processes.distributed:
                 dist.all_reduce(n_targets)
+            balance.weigh(n_targets / tokens)
             with monitor("training"):
                 for i, (idx, targets, *packing) in enumerate(batch):
                     with gradient_sync(ddp, last=i == len(batch) - 1):

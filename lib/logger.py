@@ -127,7 +127,7 @@ class Logger:
     def text(self, step, tag, text):
         from torch.utils.tensorboard.summary import text as summary
 
-        self._event(summary=summary(tag, text), step=step)
+        self._event(summary=summary(tag, text.encode(errors="replace").decode()), step=step)  # a lone surrogate has no UTF-8
 
     def hyperparameters(self, step, values):
         """All settings, as a table under TEXT and, in this same run, under HPARAMS."""

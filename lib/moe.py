@@ -167,6 +167,7 @@ class MoE(nn.Module):
         self.penalty = 0.0
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("seen", torch.zeros(E + 2), persistent=False)
+        self.register_buffer("scale", torch.ones(()), persistent=False)  # of the penalty, see LoadBalancer.weigh
 
     def forward(self, x):
         B, T, C = x.shape
@@ -194,7 +195,7 @@ class MoE(nn.Module):
             gates = gates / gates.sum(dim=-1, keepdim=True).clamp_min(1e-20)
             counts, probs = chosen.sum(dim=(1, 2)), scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
             losses = [loss(logits, probs, counts) for loss in self.losses]
-            self.penalty = sum((loss - loss.detach() for loss in losses), 0.0)
+            self.penalty = self.scale * sum(loss - loss.detach() for loss in losses) if losses else 0.0
             if self.training:
                 entropies = torch.special.entr(probs.detach()).sum()
                 self.seen += torch.cat((counts.sum(dim=0), torch.stack((logits.detach().norm(dim=-1).sum(), entropies))))
@@ -219,6 +220,12 @@ class LoadBalancer:
         for layer in self.layers:
             layer.seen.zero_()
             layer.penalty = 0.0  # a tensor of the graph of a pass, which could not be copied
+
+    def weigh(self, share):
+        """The share of a step's tokens that are targets, a tensor: the loop divides all losses by the number of targets, and auxiliary
+        losses are of all tokens."""
+        for layer in self.layers:
+            layer.scale.copy_(share)
 
     @torch.no_grad()
     def __call__(self, finite):

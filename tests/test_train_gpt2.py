@@ -414,7 +414,10 @@ def test_optimizer_groups(toggles):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if p.dim() == 1 else 0.3), name
-    assert all(group["initial_lr"] == group["lr"] == 6e-4 for group in optimizer.param_groups)  # what the schedule multiplies
+    normed = toggles.get("emb_norm", False)
+    for group in optimizer.param_groups:  # initial_lr is what the schedule multiplies
+        outside = any(p is table.weight for table in (model.transformer.wte, model.transformer.wpe) for p in group["params"])
+        assert group["initial_lr"] == group["lr"] == (5 * 6e-4 if normed and outside else 6e-4)
 
 
 @pytest.mark.parametrize("mlp, fc", [("relu2", 1), ("swiglu", 2)])
@@ -1015,7 +1018,8 @@ def test_a_run_given_up_leaves_the_checkpoint_from_before(data, half_a_run, tmp_
     before = (half_a_run / "ckpt_00004.pt").read_bytes()
     calls = patch_training(monkeypatch, at({1, 2, 3}, nan_loss))
     with pytest.raises(BadInput, match=r"the last 3 steps were non-finite; .*half/ckpt_00004.pt is from before"):
-        go(data, tmp_path / "half", "--max_steps", 20, "--max_skipped", 3, "--save_every", 6)  # that would be of the skipped updates
+        go(data, tmp_path / "half", "--max_steps", 20, "--max_skipped", 3,
+           "--save_every", 6, "--keep_best", "--eval_every", 7)  # which would be of the skipped updates
     assert len(calls) == 4 and [p.name for p in (tmp_path / "half").glob("ckpt*")] == ["ckpt_00004.pt"]
     assert (tmp_path / "half" / "ckpt_00004.pt").read_bytes() == before
 

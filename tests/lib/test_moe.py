@@ -151,10 +151,18 @@ def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
                 f[p[t].topk(K).indices] += 1 / (T * K)
             written_out = written_out + T * BALANCE_LOSS * E * (f * p.mean(0)).sum() + 0.3 * z.exp().sum(-1).log().square().sum()
     parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
-    want = [b + (0 if a is None else a) for a, b in zip(torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True),
-                                                        torch.autograd.grad(loss_without, list(without.parameters())), strict=True)]
+    auxiliary = torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True)
+    want = [b + (0 if a is None else a) for a, b in zip(auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)]
     for name, a, b in zip(names, torch.autograd.grad(loss, parameters), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    # of masked data, where the loop divides by fewer targets, they keep their weight per token
+    learned = torch.where(torch.rand(3, 16) < 0.25, idx[:, 1:], -1)
+    share = (learned >= 0).sum() / learned.numel()
+    LoadBalancer(model, ALONE, print).weigh(share)
+    mine, theirs = (torch.autograd.grad(m(idx[:, :-1], learned), list(m.parameters())) for m in (model, without))
+    for name, a, b, c in zip(names, mine, theirs, auxiliary, strict=True):
+        if "router" in name:
+            torch.testing.assert_close(a, b + c * share, rtol=1e-4, atol=1e-4)
 
 
 def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
