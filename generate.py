@@ -47,7 +47,8 @@ def check_length(prompts, tokenizer, block_size, strict):
     for prompt in prompts:
         if (n := len(tokenizer.encode(prompt))) > block_size:
             if strict:
-                raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: shorten it, or leave out --strict")
+                raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: shorten it, or leave out "
+                               "--strict")
             print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: the model does not see its oldest {n - block_size:,}", file=sys.stderr)
 
 

@@ -16,7 +16,8 @@ UNMEASURED = 1_000_000  # steps of a run of --minutes until its speed is known
 FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
 LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # the flags that set the length, of which a run has one
 RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
-MANY_EPOCHS = 4  # up to so many, repeated text is worth nearly as much as new one (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264)
+# up to so many, repeated text is worth nearly as much as new one (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264)
+MANY_EPOCHS = 4
 
 
 def batch_size(step, cfg):
@@ -80,7 +81,8 @@ def plan(cfg, models, measured):
     """
     speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
     head = f"steps of {cfg.total_batch_size:,}"
-    lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); Kaplan et al. 2020 leave embeddings out",
+    lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); Kaplan et al. 2020 leave "
+             "embeddings out",
              f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} {head:>17} {'FLOPs':>9}"
              + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
     for name, model in models.items():
@@ -91,11 +93,13 @@ def plan(cfg, models, measured):
                     f"{steps_in(tokens, cfg):17,} {tokens * flops:9.2e}")
             if speed:
                 hours, mark = tokens * flops / speed / 3600, "" if name == measured else "~"
-                line += f" {f'{mark}{hours:,.1f}':>10}" + (f" {f'{mark}{hours * cfg.price_per_hour:,.2f}':>12}" if cfg.price_per_hour else "")
+                line += f" {f'{mark}{hours:,.1f}':>10}"
+                line += f" {f'{mark}{hours * cfg.price_per_hour:,.2f}':>12}" if cfg.price_per_hour else ""
             lines.append(line)
-    lines.append(f"hours at the {cfg.tok_per_sec:,.0f} tok/s given for {measured}; ~: another size, at the same FLOP/s, not measured" if speed else
-                 "hours need a measurement: --tok_per_sec of this --preset and --size, as every line of a run shows it, and --price_per_hour for dollars")
-    return "\n".join(lines)
+    given = f"hours at the {cfg.tok_per_sec or 0:,.0f} tok/s given for {measured}; ~: another size, at the same FLOP/s, not measured"
+    needed = ("hours need a measurement: --tok_per_sec of this --preset and --size, as every line of a run shows it, and "
+              "--price_per_hour for dollars")
+    return "\n".join([*lines, given if speed else needed])
 
 
 def check_run(cfg, c, explicit, world_size):
@@ -108,14 +112,18 @@ def check_run(cfg, c, explicit, world_size):
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
     need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
     of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
-    need(c.n_experts or not of_experts, f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
-    need((cfg.warmup_steps or 0) < cfg.steps, f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
+    need(c.n_experts or not of_experts,
+         f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
+    need((cfg.warmup_steps or 0) < cfg.steps,
+         f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = batch_size(0, cfg), c.block_size
     halves, at_first = (2, ", which --batch_warmup halves,") if cfg.total_batch_size > B else (1, "")
     need(world_size <= B // T, f"--total_batch_size {cfg.total_batch_size}{at_first} is {B // T} sequences of --block_size {T}, fewer than "
          f"{world_size} processes: raise it, or lower --nproc_per_node")
-    need(B * halves == cfg.total_batch_size and B % (T * world_size) == 0, f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple "
-         f"of {f'{halves} x ' * (halves - 1)}--block_size {T} x {world_size} processes; {-(-B // (T * world_size)) * T * world_size * halves} is")
+    fitting = -(-B // (T * world_size)) * T * world_size * halves
+    need(B * halves == cfg.total_batch_size and B % (T * world_size) == 0,
+         f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple of {f'{halves} x ' * (halves - 1)}--block_size {T} x "
+         f"{world_size} processes; {fitting} is")
     rows = B // T // world_size
     need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0, f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per "
          f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
@@ -156,7 +164,8 @@ def describe(cfg, model, corpus, processes):
               f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs, "
               f"{tokens / counts['total']:.3g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     if epochs > MANY_EPOCHS and not cfg.minutes:
-        length += f"\nwarning: more than {MANY_EPOCHS} epochs, beyond which repeated text teaches less and less: get more text, or train less"
+        length += (f"\nwarning: more than {MANY_EPOCHS} epochs, beyond which repeated text teaches less and less: get more text, or "
+                   "train less")
     return "\n".join([
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",

@@ -40,7 +40,8 @@ def flag(default, help, short=None, **bounds):
     """A dataclass field that `parse` turns into the flag --<name of the field>; without a help text (None), a setting without a flag.
 
     short: a letter, for the same flag as -<letter>.
-    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any integer below 2**63.
+    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any integer
+    below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     return dataclasses.field(default=default, metadata={"help": help, "short": short, "bounds": bounds})
@@ -218,7 +219,8 @@ def parse(classes, argv, doc=None, presets=None):
         for field in dataclasses.fields(cls):
             if field.metadata.get("help"):
                 default, bounds = overrides.get(field.name, field.default), field.metadata["bounds"]
-                shown = field.metadata["help"] + (f"; {_range(bounds)}" if bounds else "") + ("" if default is None else f" [{_show(default)}]")
+                shown = field.metadata["help"] + (f"; {_range(bounds)}" if bounds else "")
+                shown += "" if default is None else f" [{_show(default)}]"
                 short = [f"-{field.metadata['short']}"] if field.metadata["short"] else []
                 group.add_argument(*short, f"--{field.name}", help=shown.replace("%", "%%"), **_argument(hints[field.name]))
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
@@ -236,7 +238,7 @@ def parse(classes, argv, doc=None, presets=None):
 
 
 def subcommand(argv, commands, doc):
-    """The function that the first word names, from `commands`, a dict name -> function, and the flags behind it. Raises BadInput if none."""
+    """The function that the first word names, of `commands`, {name: function}, and the flags behind it. Raises BadInput if none."""
     word, *flags = argv or [""]
     if word in ("-h", "--help"):
         print(doc)

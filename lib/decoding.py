@@ -253,7 +253,8 @@ def generate(decoder, prompts, max_new_tokens, choose):
 
 
 class Text:
-    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text and the end of a turn), one of the strings `stop`, or `limit` tokens.
+    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text and the end of a turn), one of the strings
+    `stop`, or `limit` tokens.
 
     text: what has come so far, without what ended it. ended: None, "stop", or "length".
     """

@@ -87,7 +87,8 @@ SORTED = {"mlp.router": ("mlp.gate",), "mlp.c_fc.weight": ("mlp.experts.gate_up_
 RMS, TWO_MATRICES = ROPE | dict(norm=("rmsnorm",)), dict(mlp=("gelu", "relu2"))
 FAMILIES = {
     "GPT2LMHeadModel": Family(TWO_MATRICES, _gpt2, _gpt2_modules),
-    "LlamaForCausalLM": Family(RMS | dict(mlp=("swiglu",)), _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
+    "LlamaForCausalLM": Family(RMS | dict(mlp=("swiglu",)),
+                               _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
                                _llama_modules("gate_proj", "up_proj", "down_proj")),
     "Qwen3ForCausalLM": Family(RMS | dict(mlp=("swiglu",), qk_norm=(True,), bias=(False,)),
                                _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_sliding_window=False),
@@ -106,8 +107,9 @@ FAMILIES = {
                n_routed_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active, n_shared_experts=lambda c: c.n_shared,
                moe_intermediate_size=lambda c: c.expert_width, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
                num_nextn_predict_layers=0),
-        _llama_modules(experts=SORTED | {"mlp.bias": ("mlp.gate.e_score_correction_bias",), "mlp.shared.c_proj": ("mlp.shared_experts.down_proj",),
-                                         "mlp.shared.c_fc": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")}),
+        _llama_modules(experts=SORTED | {"mlp.bias": ("mlp.gate.e_score_correction_bias",),
+                                         "mlp.shared.c_fc": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+                                         "mlp.shared.c_proj": ("mlp.shared_experts.down_proj",)}),
         lambda theirs: dict(n_experts=theirs.n_routed_experts, n_active=theirs.num_experts_per_tok, n_shared=theirs.n_shared_experts,
                             expert_width=theirs.moe_intermediate_size, qk_norm=theirs.use_qk_norm)),
     "MixtralForCausalLM": Family(
@@ -115,7 +117,8 @@ FAMILIES = {
         _llama(rms_norm_eps=1e-5, head_dim=_head_dim, num_local_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
                sliding_window=None),
         _llama_modules(experts=SORTED),
-        lambda theirs: dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok, expert_width=theirs.intermediate_size)),
+        lambda theirs: dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok,
+                            expert_width=theirs.intermediate_size)),
     "Qwen3MoeForCausalLM": Family(
         EXPERTS | dict(router=("softmax",), balance=("loss",), qk_norm=(True,)),
         _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_sliding_window=False, decoder_sparse_step=1,
@@ -222,7 +225,8 @@ def write_tokenizer(tokenizer, folder, length, chat_template=None):
     """Write a Tokenizer so that transformers' gives the same ids; as here, <|endoftext|> written out in a text is plain text.
 
     Not so with a chat template: transformers makes one string of a conversation before it looks for ids, so that control tokens count
-    wherever they stand. Its split_special_tokens=True, and in apply_chat_template sanitize_control_tokens=True, leave what was typed as text.
+    wherever they stand. Its split_special_tokens=True, and in apply_chat_template sanitize_control_tokens=True, leave what was typed
+    as text.
     """
     replace(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_json(chat=bool(chat_template)).encode()))
     write_json(Path(folder, "tokenizer_config.json"), {
@@ -264,7 +268,8 @@ def read(name, build):
     activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
     model = build(**{field: values[0] for field, values in family.fits.items()} | family.fields(theirs) | dict(
         mlp=next((mlp for mlp in family.fits["mlp"] if ACTIVATIONS[mlp] == activation), family.fits["mlp"][0]),
-        block_size=theirs.max_position_embeddings, n_layer=theirs.num_hidden_layers, n_head=theirs.num_attention_heads, n_embd=theirs.hidden_size,
+        block_size=theirs.max_position_embeddings, n_layer=theirs.num_hidden_layers, n_head=theirs.num_attention_heads,
+        n_embd=theirs.hidden_size,
         vocab_size=theirs.vocab_size, vocab_multiple=1,  # no padding: its rows would be untrained weights, and take part in the loss
         tie_embeddings=theirs.tie_word_embeddings, bias=any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())))
     # transformers only warns of another architecture's weights, and its variants compute something else

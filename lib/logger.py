@@ -15,8 +15,10 @@ from collections import deque
 from lib.budget import hours_and_dollars
 from lib.cli import BadInput
 
-RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}  # TensorBoard tag -> kind of line in log.txt
-LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "Loss/val_pretraining": "pretraining val loss", "eval/hellaswag": "HellaSwag acc_norm"}  # on the console
+# TensorBoard tag -> kind of line in log.txt, words on the console
+RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}
+LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "Loss/val_pretraining": "pretraining val loss",
+          "eval/hellaswag": "HellaSwag acc_norm"}
 
 
 class Null:
@@ -77,7 +79,8 @@ class Logger:
     # -- a step, an evaluation --
 
     def log_step(self, step, scalars, seconds):
-        """One training step: its scalars by tag (None: not known here; a list: a histogram's bars) to TensorBoard and, the main ones, to log.txt and the console."""
+        """One training step: its scalars by tag (None: not known here; a list: a histogram's bars) to TensorBoard and, the main ones, to
+        log.txt and the console."""
         pace = seconds / (self.work(step + 1) - self.work(step))
         if step > self.first_step:
             self.recent.append(pace)

@@ -38,9 +38,10 @@ class Source(NamedTuple):
 class Corpus:
     """The folders that --data, DIR[:WEIGHT] each, and --curriculum name; the latter stands last among `sources`.
 
-    tokens: dict split -> count, of --data alone. weights: float64 (sources,), shares of the tokens once the curriculum is over, and of the
-    sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer, vocab_size: as of Shards, the same in every folder. identity: what a checkpoint remembers; that of
-    a single folder is its own. Raises BadInput, also for folders of different tokenizers, naming both.
+    tokens: dict split -> count, of --data alone. weights: float64 (sources,), shares of the tokens once the curriculum is over, and
+    of the sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer, vocab_size: as of Shards,
+    the same in every folder. identity: what a checkpoint remembers; that of a single folder is its own. Raises BadInput, also for
+    folders of different tokenizers, naming both.
     """
 
     def __init__(self, cfg):

@@ -28,7 +28,8 @@ SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 @dataclass
 class ExpertConfig:
     n_experts: int = flag(0, "experts in place of each block's MLP, a Mixture of Experts; 0: a dense MLP", at_least=0, at_most=256)
-    n_active: int = flag(2, "experts per token; with 1 the router learns from --balance loss and --router_z_loss alone", above=0, at_most=256)
+    n_active: int = flag(2, "experts per token; with 1 the router learns from --balance loss and --router_z_loss alone",
+                         above=0, at_most=256)
     n_shared: int = flag(0, "experts that every token takes besides", at_least=0, at_most=256)
     expert_width: int | None = flag(None, "hidden units per expert; without the flag, the active ones take the FLOPs of the dense MLP",
                                     above=0, at_most=2**20)
@@ -73,7 +74,8 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 
 
 @torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
-def grouped_linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped_linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
+                            ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of x and weight from that of the output."""
     grad = grad.contiguous()  # an expanded one has strides that the kernel does not take
     # columns of grad times rows of x: the one layout in which it takes groups of any size along the dimension that is summed
@@ -247,7 +249,8 @@ class LoadBalancer:
             mean = sum(counts) / len(counts)
             tokens = sum(counts) / self.layers[i].n_active
             report |= {f"moe/load_{i:02d}": [n / mean for n in counts], f"moe/max_load_{i:02d}": max(counts) / mean,
-                       f"moe/dead_{i:02d}": counts.count(0.0), f"moe/entropy_{i:02d}": entropies / tokens, f"moe/logit_norm_{i:02d}": norms / tokens}
+                       f"moe/dead_{i:02d}": counts.count(0.0), f"moe/entropy_{i:02d}": entropies / tokens,
+                       f"moe/logit_norm_{i:02d}": norms / tokens}
             self.idle[i] = [0 if n else steps + 1 for n, steps in zip(counts, self.idle[i], strict=True)]
         self._tell()
         return report

@@ -14,8 +14,9 @@ BASE = 10_000.0
 
 @dataclass
 class ContextConfig:
-    context: int | None = flag(None, "context length, tokens, instead of the one trained with; a longer one needs --pos rope", at_least=2, at_most=2**20)
-    rope_scaling: Literal["plain", "ntk", "yarn"] = flag("plain", "how rotary positions stretch to a longer --context, see lib/rope.py")
+    context: int | None = flag(None, "context length, tokens, instead of the one trained with; a longer one needs --pos rope",
+                               at_least=2, at_most=2**20)
+    rope_scaling: Literal["plain", "ntk", "yarn"] = flag("plain", "how rotary positions stretch to a longer --context")
 
 
 def frequencies(head_dim, scaling="plain", factor=1.0, trained=1):
@@ -52,7 +53,8 @@ def extend(model, cfg):
             raise BadInput(f"--rope_scaling {cfg.rope_scaling} is for a longer --context: name one")
         return model
     if cfg.context > trained and model.config.pos != "rope":
-        raise BadInput(f"--context {cfg.context:,}: this model has learned its {trained:,} positions and knows no others; only --pos rope goes beyond")
+        raise BadInput(f"--context {cfg.context:,}: this model has learned its {trained:,} positions and knows no others; only "
+                       "--pos rope goes beyond")
     for rotary in (module for module in model.modules() if hasattr(module, "cos")):
         how = frequencies(2 * rotary.cos.size(1), cfg.rope_scaling, max(cfg.context / trained, 1.0), trained)
         rotary.cos, rotary.sin = (table.to(rotary.cos.device) for table in tables(*how, cfg.context))

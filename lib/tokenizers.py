@@ -106,7 +106,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as HFTokenizer
 
         ranks, alphabet = self.encoding._mergeable_ranks, _byte_alphabet()
-        special = {text: self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set} | (self.reserved if chat else {})
+        special = {text: self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
+        special |= self.reserved if chat else {}
         names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
         merges = [tuple(names[part] for part in parts) for token in sorted(ranks, key=ranks.get) if len(parts := _parts(token, ranks)) == 2]
         bpe = HFTokenizer(models.BPE({names[token]: rank for token, rank in ranks.items()} | special, merges, ignore_merges=True))

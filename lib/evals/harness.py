@@ -414,7 +414,8 @@ def tracked(cfg, tokenizer, processes):
     def run(model, compiled, stopped):
         lm = adapter(model, tokenizer, processes, stopped=stopped)
         results = evaluate(lm, tasks, cfg.eval_tasks_limit, bootstrap=0)
-        tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}" for task in (*results.get("results", ()), *results["failed"])}
+        tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}"
+                for task in (*results.get("results", ()), *results["failed"])}
         return ({tags[task]: results["results"][task][key] for task, key in headlines(results).items()} |
                 {tags[task]: [f"{task} has no result: {reason}"] for task, reason in results["failed"].items()})
 
