@@ -93,7 +93,7 @@ class Config(TrainConfig):
 class Data:
     """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
 
-    chat: whether conversations are among them; then rows are packed. question: a conversation to ask for samples.
+    chat: whether conversations are among those to learn from; then rows are packed. question: a conversation to ask for samples.
     source, val: a lib.packing.Cut each, val None where nothing is held out. lines: what to say of them.
     """
 
@@ -107,7 +107,9 @@ class Data:
         if not cfg.val_data:
             train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
         self.question = next((example for example in val + train if not isinstance(example, str)), None)
-        self.chat = self.question is not None
+        self.chat = not all(isinstance(example, str) for example in train)
+        if self.question and not self.chat:
+            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other --val_data")
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
         if not len(self.source) or val and not len(self.val):

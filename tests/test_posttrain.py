@@ -253,6 +253,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     odd = write_lines(tmp_path / "odd.jsonl", [{"question": "a", "reply": "b"}])
     bad = write_lines(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}])
     one = write_lines(tmp_path / "one.jsonl", chats(1))
+    text = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(9)])
     some = tmp_path / "some.jsonl"
     some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
@@ -270,6 +271,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
         ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
+        (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), "none to learn from"),
         (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
     ]
     for words, says in cases:
