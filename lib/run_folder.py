@@ -100,9 +100,15 @@ class Resume:
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
         position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
-                    "timed": state.get("timed", (0, 0.0)), "best": state.get("best")}
+                    "timed": state.get("timed", (0, 0.0)), "best": self._best()}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
+
+    def _best(self):
+        """The best validation loss so far, and its step; None if its checkpoint lies in another folder, or it is of other validation data."""
+        best = self.state.get("best")
+        remeasured = any(line.startswith(("--val_", "--block_size", "other training data")) for line in self.changed)
+        return best if best and best[1] in self.seen and not remeasured else None
 
 
 def words(value):

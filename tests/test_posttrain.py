@@ -217,6 +217,19 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
     assert evaluate(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
 
 
+def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, chat_file, tmp_path, capsys):
+    """Both go on with losses no lower than the best before them, whose checkpoint, or whose data, is not theirs."""
+    folder = post(base(), chat_file, tmp_path / "log" / "post", "--max_lr", "5e-3")
+    before, hard = checkpoint.read(newest(folder))["best"], [{"prompt": "the cat", "completion": text[::-1]} for text in sentences(20)]
+    capsys.readouterr()
+    for name, flags in (("branch", ["--max_lr", "0.5"]), ("post", ["--val_data", write_lines(tmp_path / "hard.jsonl", hard)])):
+        posttrain.main([str(word) for word in ("--resume", newest(folder), "--log_dir", folder.parent, "--run_name", name, "--max_steps", "20", *flags)])
+        loss, step = checkpoint.read(newest(tmp_path / "log" / name))["best"]
+        assert step >= 12 and loss >= before[0] and loss == pytest.approx(read_log_with_pretraining(tmp_path / "log" / name)[step, "val"], abs=1e-5)
+        path = tmp_path / "log" / name / f"ckpt_{step:05d}.pt"
+        assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
+
+
 def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, launch):
     start = base(*KINDS["modern"])
     first = newest(post(start, chat_file, tmp_path / "log" / "first"))
