@@ -68,9 +68,11 @@ class Cut:
 
     def of(self, epoch):
         """-> what an epoch's rows are made from, and their number."""
-        if epoch not in self.arranged:
-            self.arranged = {epoch: self.arrange(epoch)}
-        return self.arranged[epoch]
+        found = self.arranged.get(epoch)
+        if found is None:
+            found = self.arrange(epoch)
+            self.arranged = {epoch: found}
+        return found
 
     def __len__(self):
         """Rows of the first epoch; others may have a few more or less."""
@@ -93,9 +95,11 @@ class Cut:
 
     def where(self, state):
         """A position as text. Raises IndexError if there is none such."""
-        if not (state["epoch"] >= 0 and 0 <= state["row"] <= self.of(state["epoch"])[1]):
-            raise IndexError(state["row"])
-        return f"epoch {state['epoch']}, from row {state['row']:,}"
+        epoch, row = state["epoch"], state["row"]
+        # the prefetch thread may be in another epoch, whose arrangement must stay
+        if epoch < 0 or not 0 <= row <= (self.arranged.get(epoch) or self.arrange(epoch))[1]:
+            raise IndexError(row)
+        return f"epoch {epoch}, from row {row:,}"
 
 
 class Packing(Cut):
