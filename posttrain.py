@@ -265,9 +265,8 @@ class PostTraining(Pretraining):
         if cfg.replay:
             self.corpus.identity += self.forgotten.identity
         if model:
-            self.weights = model.state_dict()
-            if self.corpus.chat:
-                model_cfg.vocab_size, self.weights = grow(model, tokenizer)
+            model_cfg.vocab_size, weights = grow(model, tokenizer) if self.corpus.chat else (model_cfg.vocab_size, model.state_dict())
+            self.weights = [weights]
         elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
             raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name")
         template = JINJA if self.corpus.chat else state.get("chat_template")
@@ -357,9 +356,8 @@ def begun(resume, cfg, explicit):
         raise BadInput(f"{resume.path} is of another version of this project ({error}): name another one") from error
 
 
-def main(argv):
-    (cfg,), explicit = parse((Config,), argv, __doc__)
-    resume = find_resume(cfg, explicit)
+def prepare(cfg, explicit, resume):
+    """-> the GPTConfig and the PostTraining of a run. Sets what cfg leaves open. Holds nothing else of the checkpoint: a run may be long."""
     if resume:
         state, model, model_cfg = resume.state, None, begun(resume, cfg, explicit)
     else:
@@ -373,7 +371,14 @@ def main(argv):
     model_cfg.dropout = model_cfg.dropout if cfg.dropout is None else cfg.dropout
     adopt(resume, cfg, model_cfg, explicit)
     check(cfg)
-    launch(cfg, model_cfg, explicit, resume, PostTraining(cfg, model_cfg, explicit, state, model))
+    return model_cfg, PostTraining(cfg, model_cfg, explicit, state, model)
+
+
+def main(argv):
+    (cfg,), explicit = parse((Config,), argv, __doc__)
+    resume = find_resume(cfg, explicit)
+    model_cfg, task = prepare(cfg, explicit, resume)
+    launch(cfg, model_cfg, explicit, resume, task)
 
 
 if __name__ == "__main__":

@@ -907,10 +907,10 @@ def build_model(model_cfg, cfg, device):
 class Pretraining:
     """What `launch` trains on and measures; posttrain.py has another.
 
-    corpus: a Corpus, or what tells as much. weights: a state dict to begin with, or None. extra: more for checkpoints.
+    corpus: a Corpus, or what tells as much. weights: [a state dict to begin with], or (). extra: more for checkpoints.
     """
 
-    weights, extra = None, {}
+    weights, extra = (), {}
 
     def __init__(self, cfg):
         self.corpus = Corpus(cfg)
@@ -973,7 +973,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         if resume:
             position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
         elif task.weights:
-            model.load_state_dict(task.weights)
+            model.load_state_dict(task.weights.pop())  # so that they go from memory
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,

@@ -1,8 +1,10 @@
 """posttrain.py, for real at a tiny size: python -m pytest tests/test_posttrain.py"""
 
+import gc
 import json
 import math
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -228,6 +230,24 @@ def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, ch
         assert step >= 12 and loss >= before[0] and loss == pytest.approx(read_log_with_pretraining(tmp_path / "log" / name)[step, "val"], abs=1e-5)
         path = tmp_path / "log" / name / f"ckpt_{step:05d}.pt"
         assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
+
+
+def test_what_a_run_begins_with_leaves_memory(base, chat_file, tmp_path, monkeypatch):
+    began, loaded, plain = [], posttrain.load_checkpoint, train_gpt2.train
+
+    def load(path):
+        model, tokenizer, state = loaded(path)
+        began.extend(weakref.ref(tensor) for tensor in (*model.parameters(), *state["model"].values()))
+        return model, tokenizer, state
+
+    def train(*args):
+        gc.collect()
+        assert began and not any(tensor() is not None for tensor in began)
+        plain(*args)
+
+    monkeypatch.setattr(posttrain, "load_checkpoint", load)
+    monkeypatch.setattr(train_gpt2, "train", train)
+    assert newest(post(base(), chat_file, tmp_path / "log" / "post")).name == "ckpt_00012.pt"
 
 
 def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, launch):
