@@ -180,7 +180,7 @@ class ShardData(Corpus):
     chat = False
 
     def __init__(self, cfg, tokenizer, block_size):
-        super().__init__(replace(TrainConfig(), data=cfg.data))
+        super().__init__(TrainConfig(data=cfg.data))
         check_tokenizer(self, tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
         self.tokens = self.tokens | {"train": int(self.tokens["train"] / (1 - cfg.replay))}
@@ -199,7 +199,7 @@ def check_tokenizer(corpus, tokenizer):
     """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
     if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
         raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: "
-                       "make the shards anew with fineweb.py --tokenizer, or name the text itself")
+                       "make the shards anew with fineweb.py --tokenizer, or name another --data")
     corpus.check_shards(tokenizer)
 
 
@@ -211,21 +211,33 @@ def read_data(cfg, tokenizer, block_size):
     return (ShardData if shards else Data)(cfg, tokenizer, block_size)
 
 
-def pretraining_corpus(cfg, explicit, tokenizer, block_size):
-    """-> the Corpus of pretraining, None if it is not at hand, and a line about it. Raises BadInput if --replay needs it."""
+def find_pretraining(cfg, explicit, tokenizer, block_size):
+    """-> the Corpus of pretraining, None if it is not at hand; whether its validation loss can be measured; a line about both.
+
+    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not there. Replay needs no val split.
+    """
+    def named(error):
+        return str(error).replace("--data", "--replay_data")
+
     try:
         if not cfg.replay_data:
             raise BadInput("the checkpoint does not say what it was trained on: name it by --replay_data")
-        corpus = Corpus(replace(TrainConfig(), data=cfg.replay_data))
+        corpus = Corpus(TrainConfig(data=cfg.replay_data), needed=("train",))
         check_tokenizer(corpus, tokenizer)
+    except BadInput as error:
+        if cfg.replay or "replay_data" in explicit:
+            raise BadInput(f"pretraining data: {named(error)}") from error
+        return None, False, f"not measuring forgetting: {named(error)}"
+    folders, share = ", ".join(map(str, cfg.replay_data)), f"{cfg.replay:.1%} of the rows"
+    try:
         for source in corpus.sources:
             read_validation(source.shards, cfg.val_tokens, block_size, tokenizer)
     except BadInput as error:
-        if cfg.replay or "replay_data" in explicit:
-            raise BadInput(f"pretraining data for --replay: {error}; or name others by --replay_data") from error
-        return None, f"without a look at what is forgotten: {error}"
-    share = f"{cfg.replay:.1%} of the rows, and " if cfg.replay else ""
-    return corpus, f"pretraining text for {share}validation: {', '.join(map(str, cfg.replay_data))}"
+        if not cfg.replay and "replay_data" in explicit:
+            raise BadInput(f"pretraining data: {named(error)}") from error
+        replayed = f"pretraining text for {share}: {folders}; " if cfg.replay else ""
+        return corpus, False, f"{replayed}not measuring forgetting: {named(error)}"
+    return corpus, True, f"pretraining text for {f'{share}, and ' if cfg.replay else ''}validation: {folders}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,16 +266,16 @@ def grow(model, tokenizer):
 
 
 class PostTraining(Pretraining):
-    """What `launch` trains on and measures here. forgotten: the Corpus of pretraining, or None."""
+    """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting: whether that is measured."""
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
         """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
         self.corpus = read_data(cfg, tokenizer, model_cfg.block_size)
-        self.forgotten, line = pretraining_corpus(cfg, explicit, tokenizer, model_cfg.block_size)
+        self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer, model_cfg.block_size)
         self.corpus.lines.append(line)
         if cfg.replay:
-            self.corpus.identity += self.forgotten.identity
+            self.corpus.identity += self.pretraining.identity
         if model:
             model_cfg.vocab_size, weights = grow(model, tokenizer) if self.corpus.chat else (model_cfg.vocab_size, model.state_dict())
             self.weights = [weights]
@@ -289,8 +301,8 @@ class PostTraining(Pretraining):
         elif new.val:
             rows = new.rows()
             runs.append(lambda model, compiled, stopped: {"Loss/val": evaluate(compiled, rows, cfg.sequences, processes)})
-        if self.forgotten:
-            runs.append(validation(cfg, self.forgotten, tokenizer, block_size, processes, "Loss/val_pretraining"))
+        if self.forgetting:
+            runs.append(validation(cfg, self.pretraining, tokenizer, block_size, processes, "Loss/val_pretraining"))
         return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}
 
     def samples(self, cfg, tokenizer):
@@ -309,7 +321,7 @@ class PostTraining(Pretraining):
         return run
 
     def stream(self, cfg, tokenizer, block_size, processes):
-        replay = token_rows(self.forgotten, tokenizer, cfg.seed, block_size) if cfg.replay else None
+        replay = token_rows(self.pretraining, tokenizer, cfg.seed, block_size) if cfg.replay else None
         batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.chat)
         return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
 

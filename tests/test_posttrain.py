@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import random
+import shutil
 import weakref
 
 import numpy as np
@@ -282,7 +283,7 @@ def test_growing_keeps_what_the_model_computes(tokenizer, tmp_path):
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_file, tmp_path, launch):
     other = write_data(tmp_path / "other", train_bpe(sentences(300, 5), 290))
-    pretraining = base().parent
+    pretraining, no_val = base().parent, without_val(data, tmp_path / "no_val")
     odd = write_lines(tmp_path / "odd.jsonl", [{"question": "a", "reply": "b"}])
     bad = write_lines(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}])
     one = write_lines(tmp_path / "one.jsonl", chats(1))
@@ -301,7 +302,8 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), long, tmp_path / "log" / "x", "--strict"), "longer than the context"),
         (command(base(), other, tmp_path / "log" / "x"), "another tokenizer"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", other), "another tokenizer"),
-        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards.*name another --replay_data$"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay_data", no_val), "--val_tokens"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
         ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
         (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), "none to learn from"),
@@ -330,6 +332,21 @@ def test_without_pretraining_data_the_run_goes_without_its_validation(tokenizer,
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer)
     folder = post(tmp_path / "ckpt_00001.pt", chat_file, tmp_path / "log" / "post")
     assert {kind for _, kind in read_log(folder)} == {"train", "val"} and math.isfinite(read_log(folder)[12, "val"])
-    assert "without a look at what is forgotten" in capsys.readouterr().out
+    assert "not measuring forgetting" in capsys.readouterr().out
     assert load_tokenizer(checkpoint.read(newest(folder))["tokenizer"]).spec == tokenizer.spec
     assert len(lines(folder)) == 16 and np.isfinite(list(read_log(folder).values())).all()
+
+
+def without_val(data, folder):
+    shutil.copytree(data, folder)
+    for path in folder.glob("*_val_*"):
+        path.unlink()
+    return folder
+
+
+def test_replay_needs_no_validation_data(base, data, chat_file, tmp_path, capsys):
+    flags = ["--replay", "0.2", "--max_lr", "5e-3"]
+    with_it, without = (read_log_with_pretraining(post(base(), chat_file, tmp_path / "log" / name, *flags, "--replay_data", folder))
+                        for name, folder in (("with", data), ("without", without_val(data, tmp_path / "no_val"))))
+    assert without == {key: value for key, value in with_it.items() if key[1] != "val_pretraining"} != with_it
+    assert f"pretraining text for 20.0% of the rows: {tmp_path / 'no_val'}; not measuring forgetting: " in capsys.readouterr().out
