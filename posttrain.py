@@ -203,12 +203,17 @@ def check_tokenizer(corpus, tokenizer):
     corpus.check_shards(tokenizer)
 
 
-def read_data(cfg, tokenizer, block_size):
-    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, or is a mixture of both."""
+def read_data(cfg, explicit, tokenizer, block_size):
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, is a mixture of both, or for flags that do not fit."""
     shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
-    if shards and (len(shards) < len(cfg.data) or cfg.val_data):
-        raise BadInput(f"{shards[0]} is a folder of token shards, which has its own val split and is not mixed with files: give it alone")
-    return (ShardData if shards else Data)(cfg, tokenizer, block_size)
+    if not shards:
+        return Data(cfg, tokenizer, block_size)
+    if others := [word for word in cfg.data if word not in shards]:
+        conversations.find_files(others)  # what is missing is told as such
+        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files as {others[0]}: give one kind alone")
+    if unused := sorted({"val_data", "val_share", "strict"} & explicit) or (["val_data"] if cfg.val_data else []):
+        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: leave it out")
+    return ShardData(cfg, tokenizer, block_size)
 
 
 def find_pretraining(cfg, explicit, tokenizer, block_size):
@@ -271,7 +276,7 @@ class PostTraining(Pretraining):
     def __init__(self, cfg, model_cfg, explicit, state, model):
         """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
-        self.corpus = read_data(cfg, tokenizer, model_cfg.block_size)
+        self.corpus = read_data(cfg, explicit, tokenizer, model_cfg.block_size)
         self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer, model_cfg.block_size)
         self.corpus.lines.append(line)
         if cfg.replay:

@@ -101,9 +101,9 @@ def find_files(words):
             raise BadInput(f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one")
         files += found
     for file in files:
+        open_file(file, "name another one").close()
         if not file.endswith(ENDINGS):
             raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, or folders of them or of token shards")
-        open_file(file, "name another one").close()
     return files
 
 

@@ -288,13 +288,15 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     bad = write_lines(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}])
     one = write_lines(tmp_path / "one.jsonl", chats(1))
     text = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(9)])
+    csv = write_lines(tmp_path / "table.csv", ["a", "b"])
     some = tmp_path / "some.jsonl"
     some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
     cases = [
         (["--data", chat_file], "name --checkpoint"), (["--checkpoint", base()], "name --data"),
         (command(base(), tmp_path / "none.jsonl", tmp_path / "log" / "x"), "cannot read"),
-        (command(base(), tmp_path / "none.csv", tmp_path / "log" / "x"), "cannot tell what"),
+        (command(base(), tmp_path / "none", tmp_path / "log" / "x"), "cannot read"),
+        (command(base(), csv, tmp_path / "log" / "x"), "cannot tell what"),
         (command(base(), odd, tmp_path / "log" / "x"), "no layout is known of a row with question, reply"),
         (command(base(), bad, tmp_path / "log" / "x"), "no usable row.*line 1: no messages"),
         (command(base(), some, tmp_path / "log" / "x", "--strict"), "line 2: not JSON"),
@@ -306,6 +308,10 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay_data", no_val), "--val_tokens"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
         ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
+        ([*command(base(), data, tmp_path / "log" / "x"), "--data", tmp_path / "typo"], "cannot read .*typo"),
+        (command(base(), data, tmp_path / "log" / "x", "--val_share", "0.5"), "--val_share is for files"),
+        (command(base(), data, tmp_path / "log" / "x", "--strict"), "--strict is for files"),
+        (command(base(), data, tmp_path / "log" / "x", "--val_data", chat_file), "--val_data is for files"),
         (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), "none to learn from"),
         (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
     ]
