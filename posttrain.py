@@ -13,6 +13,7 @@ Everything a run makes goes to log/<run>/, and an interrupted one goes on, as wi
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -293,8 +294,9 @@ class PostTraining(Pretraining):
         return self.own_tokenizer
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
+        self.steps = cfg.steps
         if cfg.eval_every is None:
-            cfg.eval_every = max(cfg.steps // MOMENTS, 1)
+            cfg.eval_every = -(-cfg.steps // MOMENTS)
         if cfg.sample_every is None:
             cfg.sample_every = cfg.eval_every
         return super().evaluations(cfg, tokenizer, block_size, processes)
@@ -332,8 +334,8 @@ class PostTraining(Pretraining):
 
     def conclude(self, run):
         new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
-        if len(losses) > 1:
-            first, last = min(losses), max(losses)
+        if len(losses) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
+            first, last = min(losses), self.steps
             best = min((step for step in new if step), key=new.get, default=last)
             told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
             at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
@@ -364,6 +366,8 @@ def begun(resume, cfg, explicit):
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
         raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give "
                        "another --run_name")
+    if cfg.checkpoint and os.path.realpath(cfg.checkpoint) == os.path.realpath(str(before["checkpoint"])):
+        cfg.checkpoint = before["checkpoint"]  # the same, spelled another way
     for name in {"checkpoint", "lr_scale"} & explicit:  # what a run began with
         if getattr(cfg, name) != before[name]:
             raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: leave it out, or give another --run_name")
@@ -385,7 +389,8 @@ def prepare(cfg, explicit, resume):
         model_cfg = model.config
         before = state.get("train_config")
         settle(cfg, before if isinstance(before, dict) else {}, explicit)
-    model_cfg.dropout = model_cfg.dropout if cfg.dropout is None else cfg.dropout
+    if cfg.dropout is not None:
+        model_cfg.dropout, cfg.dropout = cfg.dropout, None  # the model's setting from here on
     adopt(resume, cfg, model_cfg, explicit)
     check(cfg)
     return model_cfg, PostTraining(cfg, model_cfg, explicit, state, model)

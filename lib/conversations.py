@@ -145,7 +145,7 @@ def _rows(path):
     """A file -> its rows, (place for people, row or a ValueError) each."""
     remedy = "mend it, or name another file"
     if path.endswith(".txt"):
-        yield "its text", {"text": read_text(path, remedy, limit=2**33)}
+        yield "its text", {"text": _read(path, remedy)}
     elif path.endswith(".parquet"):
         yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
     elif path.endswith(".json") and isinstance(rows := _whole(path, remedy), list):
@@ -160,9 +160,14 @@ def _rows(path):
                         yield f"line {i}", ValueError(f"not JSON ({str(error)[:60]})")
 
 
+def _read(path, remedy):
+    """The text of a file, without the byte order mark that editors on Windows put in front."""
+    return read_text(path, remedy, limit=2**33).removeprefix("\ufeff")
+
+
 def _whole(path, remedy):
     try:
-        return json.loads(read_text(path, remedy, limit=2**33))
+        return json.loads(_read(path, remedy))
     except (ValueError, RecursionError):
         return None
 
@@ -207,6 +212,8 @@ def hold_out(examples, share, seed):
     marks = [hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest() for example in examples]
     limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
     train = [example for example, mark in zip(examples, marks) if mark > limit]
+    if not train and len(set(marks)) > 1:
+        raise BadInput(f"--val_share {share} of {len(examples):,} rows leaves none to learn from: give a smaller one")
     if not train:
         raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: give more, --val_data, or "
                        "--val_share 0")

@@ -323,15 +323,22 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
-def test_a_run_goes_on_from_its_own_checkpoint_alone(base, chat_file, tmp_path):
-    folder = post(base(), chat_file, tmp_path / "log" / "post")
+def test_a_run_goes_on_from_its_own_checkpoint_alone(base, data, chat_file, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "old")
+    folder = post(base(), chat_file, tmp_path / "log" / "post", "--replay_data", tmp_path / "old")
+    assert "forgetting: pretraining" in capsys.readouterr().out
     for words in ((newest(folder), chat_file, folder), (base(), chat_file, folder, "--lr_scale", "0.5")):
         with pytest.raises(BadInput, match="began with"):
             post(*words)
     with pytest.raises(BadInput, match="go on with posttrain.py"):
         train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", "post"])
-    posttrain.main(["--log_dir", str(folder.parent), "--run_name", "post", "--max_steps", "14"])
+    shutil.rmtree(tmp_path / "old")
+    same = base().parent / ".." / base().parent.name / base().name
+    posttrain.main([str(word) for word in ("--log_dir", folder.parent, "--run_name", "post", "--max_steps", "14", "--dropout", "0.1", "--checkpoint", same)])
     assert (13, "train") in read_log_with_pretraining(folder)
+    told = capsys.readouterr().out
+    assert "changed: --max_steps 12 -> 14, --dropout 0.0 -> 0.1\n" in told and "forgetting: pretraining" not in told
+    assert load_checkpoint(newest(folder))[0].config.dropout == 0.1
 
 
 def test_without_pretraining_data_the_run_goes_without_its_validation(tokenizer, chat_file, tmp_path, capsys):
