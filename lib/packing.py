@@ -93,6 +93,10 @@ class Cut:
         rows, *_ = self.read_batch(len(self) * self.block_size, 0, 0)
         return rows.transpose(1, 0, 2)
 
+    def progress(self, position):
+        """How far a position is, by tag for TensorBoard."""
+        return {"data/epoch": position[0]}
+
     def where(self, state):
         """A position as text. Raises IndexError if there is none such."""
         epoch, row = state["epoch"], state["row"]
@@ -161,6 +165,11 @@ class Tokens:
         rows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[::self.stride]
         return np.stack((rows[:, :-1], rows[:, 1:], np.zeros_like(rows[:, 1:])), axis=1), *position
 
+    def progress(self, position):
+        """As the stream's own, of a position; every source's, of a mixture."""
+        self.stream.position = position
+        return self.stream.progress()
+
 
 class Rows(Stream):
     """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a constant `share` of any span.
@@ -193,7 +202,7 @@ class Rows(Stream):
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
-        return {"data/epoch": self.position[1][0]}
+        return self.sources[0].progress(self.position[1])
 
 
 def micro_batches(rows, micro_batch, processes, packed):

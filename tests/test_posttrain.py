@@ -22,6 +22,7 @@ from lib.cli import BadInput
 from lib.conversations import fit, hold_out, read
 from lib.devices import Processes
 from lib.packing import Packing
+from lib.shards import Shards
 from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT, evaluate, load_checkpoint
 
@@ -120,7 +121,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
 
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}], lr=5e-3, betas=(0.9, 0.95))
-    losses, epoch, row = {}, 0, 0
+    losses, epochs, epoch, row = {}, [], 0, 0
     for step in range(13):
         if step % 4 == 0:
             nats, count = loss_of([fit(example, tokenizer, 33)[:2] for example in val])
@@ -133,6 +134,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
                 epoch, row = epoch + 1, 0
             members += packing.of(epoch)[0][row].tolist()
             row += 1
+        epochs.append((step, epoch))
         nats, count = loss_of([items[i] for i in members])
         losses[step, "train"] = nats.item() / count
         optimizer.zero_grad()
@@ -141,7 +143,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / 12)  # a warm-up of 3.75% of 12 steps is none
         optimizer.step()
-    assert epoch > 0, "more than one epoch"
+    assert epoch > 0 and scalars(folder)["data/epoch"] == epochs
     found = read_log_with_pretraining(folder)
     assert {key: found[key] for key in losses} == pytest.approx(losses, rel=2e-5)
 
@@ -201,6 +203,16 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
         optimizer.step()
         optimizer.zero_grad()
         assert read_log_with_pretraining(folder)[step, "train"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_mixture_of_shards_shows_how_far_every_source_is(base, data, tokenizer, tmp_path):
+    other = write_data(tmp_path / "other", tokenizer, shards=1)
+    shown = scalars(post(base(), f"{data}:1", tmp_path / "log" / "post", "--data", f"{other}:3", "--max_lr", "5e-3", "--max_steps", "40"))
+    tokens = {name: [n for _, n in shown[f"data/tokens_{name}"]] for name in ("toy", "other")}
+    assert [sum(both) for both in zip(*tokens.values())] == [256 * (step + 1) for step in range(40)]
+    assert abs(tokens["other"][-1] - 0.75 * 40 * 256) <= 3 * 32 and "data/epoch" not in shown
+    size = Shards(other).tokens["train"]
+    assert shown["data/epoch_other"] == [(step, n // size) for step, n in enumerate(tokens["other"])] and tokens["other"][-1] > size
 
 
 def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsys):
