@@ -332,6 +332,10 @@ class PostTraining(Pretraining):
         batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.chat)
         return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
 
+    def packed(self, idx):
+        """What else the model gets with a batch of these ids, as `pick_micro_batch` tries it."""
+        return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
+
     def conclude(self, run):
         new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
         if len(losses) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since

@@ -25,8 +25,13 @@ class Packed:
         at = torch.arange(T, device=documents.device)
         self.starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
         self.positions = at - torch.where(self.starts, at, 0).cummax(dim=1).values      # (B, T), new in each text
-        numbers = self.starts.cumsum(dim=1)
-        self.mask = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril_()    # (B, 1, T, T), causal within a text
+        self.numbers = self.starts.cumsum(dim=1)                                        # (B, T)
+
+    @property
+    def mask(self):
+        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each pass) and not kept: the masks of a whole
+        batch of 524,288 tokens would take half a gigabyte."""
+        return (self.numbers[:, None, :, None] == self.numbers[:, None, None, :]).tril()
 
     def update(self, layer, k, v):
         """A layer's keys and values, as they are, and what each position sees of them."""

@@ -175,4 +175,5 @@ def test_micro_batches_and_processes_share_out_the_same_rows():
         for got, want in ((torch.cat([part[0] for part in parts]), whole[0]), (torch.cat([part[1] for part in parts]), whole[1]),
                           (torch.cat([part[2].mask for part in parts]), whole[2].mask), (torch.cat([part[2].positions for part in parts]), whole[2].positions)):
             assert torch.equal(got, want)
+    assert not any(value.dim() == 4 for part in parts for value in vars(part[2]).values())  # masks would be the most of a batch
     assert all(len(part) == 2 for part in micro_batches(rows, 4, Processes("cpu"), False))
