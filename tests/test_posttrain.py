@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import random
+import re
 import shutil
 import weakref
 
@@ -89,11 +90,55 @@ def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, tmp_path, c
     assert model.config.vocab_size == tokenizer.vocab_size + 4 == 284 and state["chat_template"] == JINJA
     assert state["train_config"]["optimizer"] == ("muon" if kind == "speedrun" else "adamw")
     assert "80 conversations (layout messages)" in told and "> 'where is the" in told
-    assert f"forgetting: pretraining validation loss {log[0, 'val_pretraining']:.4f} -> {log[12, 'val_pretraining']:.4f}" in told
+    first, last = (log[step, "val_pretraining"] for step in (0, 12))
+    found = re.search(r"forgetting: pretraining validation loss (\S+) -> (\S+) \((\S+) nats per token\)", told)
+    assert [float(number) for number in found.groups()] == pytest.approx([first, last, last - first], abs=2e-4) and abs(last - first) > 0.01
 
 
 def read_log_with_pretraining(folder):
     return {(int(step), kind): float(value) for step, kind, value in (line.split() for line in (folder / "log.txt").read_text().splitlines())}
+
+
+PRETRAINED = {"optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "head_lr": 0.004, "vector_lr": None, "momentum": 0.9, "data": ["a:1", "b"]}
+POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "replay_data": ["a"]}
+
+
+@pytest.mark.parametrize("before, flags, want", [
+    (PRETRAINED, {}, dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None, momentum=0.9, replay_data=("a:1", "b"))),
+    (PRETRAINED, dict(lr_scale=0.5, head_lr=0.2, momentum=0.8, replay_data=("d",)), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.2, momentum=0.8, replay_data=("d",))),
+    (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3), dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None)),  # Muon's rates do not fit
+    (POSTTRAINED, {}, dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, replay_data=("a",))),  # scaled before
+    (POSTTRAINED, dict(lr_scale=0.5), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.002)),
+    ({"max_lr": 6e-4, "data": "old"}, {}, dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",))),
+])
+def test_what_the_checkpoint_decides(before, flags, want):
+    cfg = posttrain.Config(**flags)
+    posttrain.settle(cfg, before, set(flags))
+    for name, value in want.items():
+        assert getattr(cfg, name) == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_file, tmp_path, capsys):
+    """Two epochs of 78 rows, a quarter of all being replay, in steps of 8 rows: 26 steps, validated after every third."""
+    words = ["--checkpoint", base(), "--data", chat_file, "--log_dir", tmp_path, "--total_batch_size", "256", "--device", "cpu", "--val_tokens", "330"]
+    given = ["--epochs", "2", "--replay", "0.25", "--dropout", "0.1", "--sample_prompt", "the bird", "--max_lr", "1e-3"]
+    posttrain.main([str(word) for word in (*words, "--run_name", "post", *given)])
+    log, told = read_log_with_pretraining(tmp_path / "post"), capsys.readouterr().out
+    assert max(log)[0] == 26 and sorted(step for step, kind in log if kind == "val") == [*range(0, 26, 3), 26]
+    assert told.count("> 'the bird -> ") == 2 * 9 and "where is" not in told
+    assert load_checkpoint(newest(tmp_path / "post"))[0].config.dropout == 0.1
+    other = write_data(tmp_path / "other", tokenizer, shards=1)  # a place in the stream is one among the rows of replay, too
+    posttrain.main(["--log_dir", str(tmp_path), "--run_name", "post", "--max_steps", "27", "--replay_data", str(other)])
+    assert "other training data, read from its beginning" in capsys.readouterr().out
+
+
+def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_path):
+    text = " ".join(sentences(30))
+    (tmp_path / "long.txt").write_text(text)
+    both, alone = (posttrain.Data(posttrain.Config(data=tuple(map(str, files)), val_share=0.0), tokenizer, 16).source.all()
+                   for files in ((chat_file, tmp_path / "long.txt"), (chat_file,)))
+    learned = [sorted(rows[1][rows[1] >= 0].tolist()) for rows in (both, alone)]
+    assert learned[0] == sorted(learned[1] + tokenizer.encode(text).tolist())
 
 
 def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, chat_file, tmp_path):
