@@ -95,7 +95,7 @@ class Data:
     """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
 
     chat: whether conversations are among those to learn from; then rows are packed. question: a conversation to ask for samples.
-    source, val: a lib.packing.Cut each, val None where nothing is held out. lines: what to say of them.
+    source, val: a lib.packing.RowSource each, val None where nothing is held out. lines: what to say of them.
     """
 
     vocab_size, val = None, None
@@ -137,7 +137,7 @@ class Data:
                 pieces = [ids[at:at + self.T + 1] for at in range(0, len(ids) - 1, self.T)]
                 items += [(piece, [True] * len(piece)) for piece in pieces]
                 continue
-            ids, learned, how = conversations.fit(example, self.tokenizer, self.T + 1)
+            ids, learned, how = conversations.truncate(example, self.tokenizer, self.T + 1)
             counts[how] += 1
             items += [(ids, learned)] if ids else []
             if self.strict and how != "whole":
@@ -172,7 +172,7 @@ class Data:
         """A run may pass over it as often as it is told to."""
 
     def describe(self, cfg, block_size):
-        return [f"data    {line}" for line in self.lines]
+        return described(self.lines)
 
 
 class ShardData(Corpus):
@@ -188,7 +188,12 @@ class ShardData(Corpus):
         self.lines = []
 
     def describe(self, cfg, block_size):
-        return super().describe(cfg, block_size) + Data.describe(self, cfg, block_size)
+        return super().describe(cfg, block_size) + described(self.lines)
+
+
+def described(lines):
+    """What is said of data at the start of a run."""
+    return [f"data    {line}" for line in lines]
 
 
 def token_rows(corpus, tokenizer, seed, block_size):

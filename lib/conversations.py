@@ -108,7 +108,7 @@ def find_files(words):
 
 
 def read(path, strict=False):
-    """A data file -> (its examples, a line about them). Malformed rows are left out and told, or with `strict` an error.
+    """A data file -> (its examples, a line about them). Malformed rows are skipped and reported, or with `strict` an error.
 
     Raises BadInput where no layout fits or no row is usable.
     """
@@ -188,9 +188,9 @@ def _parquet(path, remedy):
 # What is learned, what is held out
 
 
-def fit(messages, tokenizer, room):
+def truncate(messages, tokenizer, room):
     """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated"
-    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer goes."""
+    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer is dropped."""
     ids, learned = render(messages, tokenizer)
     end = tokenizer.reserved[END]
     ends = [i + 1 for i, (token, yes) in enumerate(zip(ids, learned, strict=True)) if yes and token == end]

@@ -56,7 +56,7 @@ def first_fit(lengths, room):
     return rows
 
 
-class Cut:
+class RowSource:
     """Rows of a data set in memory, in an order drawn anew from (seed, epoch); in the order given without a seed (None).
 
     A subclass has `arrange`, epoch -> what `row` is made from, and how many rows that makes.
@@ -111,7 +111,7 @@ class Cut:
         return f"epoch {epoch}, from row {row:,}"
 
 
-class Packing(Cut):
+class Packing(RowSource):
     """Conversations packed into rows, whole, by first-fit in the epoch's order.
 
     items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids, since the last is
@@ -139,7 +139,7 @@ class Packing(Cut):
         return row
 
 
-class Joined(Cut):
+class Joined(RowSource):
     """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and cut where rows end."""
 
     def __init__(self, documents, block_size, seed, eot):
@@ -185,7 +185,7 @@ class Rows(Stream):
     names = "rows", "data", "replay"
 
     def __init__(self, data, replay=None, share=0.0, transform=None):
-        """data, replay: a Cut or Tokens each. transform: callable run in the prefetch thread, rows (n, 3, T) -> what `next` returns."""
+        """data, replay: a RowSource or Tokens each. transform: callable run in the prefetch thread, rows (n, 3, T) -> what `next` returns."""
         self.sources, self.share, self.transform = (data, replay), share if replay else 0.0, transform or (lambda rows: rows)
         super().__init__(0, data.position, replay.position if replay else ())
 

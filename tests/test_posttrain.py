@@ -20,7 +20,7 @@ import train_gpt2
 from lib import checkpoint
 from lib.chat_template import END, JINJA
 from lib.cli import BadInput
-from lib.conversations import fit, hold_out, read
+from lib.conversations import hold_out, read, truncate
 from lib.devices import Processes
 from lib.packing import Packing
 from lib.shards import Shards
@@ -84,7 +84,7 @@ KINDS = {
 def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, tmp_path, capsys):
     start = base(*KINDS[kind])
     folder = post(start, chat_file, tmp_path / "log" / "post", "--lr_scale", "1", "--sample_every", "12")
-    log, told = read_log_with_pretraining(folder), capsys.readouterr().out
+    log, told = read_log(folder), capsys.readouterr().out
     assert log[12, "val"] < log[0, "val"] - 0.3
     model, tokenizer, state = load_checkpoint(newest(folder))
     assert model.config.vocab_size == tokenizer.vocab_size + 4 == 284 and state["chat_template"] == JINJA
@@ -93,10 +93,6 @@ def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, tmp_path, c
     first, last = (log[step, "val_pretraining"] for step in (0, 12))
     found = re.search(r"forgetting: pretraining validation loss (\S+) -> (\S+) \((\S+) nats per token\)", told)
     assert [float(number) for number in found.groups()] == pytest.approx([first, last, last - first], abs=2e-4) and abs(last - first) > 0.01
-
-
-def read_log_with_pretraining(folder):
-    return {(int(step), kind): float(value) for step, kind, value in (line.split() for line in (folder / "log.txt").read_text().splitlines())}
 
 
 PRETRAINED = {"optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "head_lr": 0.004, "vector_lr": None, "momentum": 0.9, "data": ["a:1", "b"]}
@@ -123,7 +119,7 @@ def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_fil
     words = ["--checkpoint", base(), "--data", chat_file, "--log_dir", tmp_path, "--total_batch_size", "256", "--device", "cpu", "--val_tokens", "330"]
     given = ["--epochs", "2", "--replay", "0.25", "--dropout", "0.1", "--sample_prompt", "the bird", "--max_lr", "1e-3"]
     posttrain.main([str(word) for word in (*words, "--run_name", "post", *given)])
-    log, told = read_log_with_pretraining(tmp_path / "post"), capsys.readouterr().out
+    log, told = read_log(tmp_path / "post"), capsys.readouterr().out
     assert max(log)[0] == 26 and sorted(step for step, kind in log if kind == "val") == [*range(0, 26, 3), 26]
     assert told.count("> 'the bird -> ") == 2 * 9 and "where is" not in told
     assert load_checkpoint(newest(tmp_path / "post"))[0].config.dropout == 0.1
@@ -148,7 +144,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
     model, tokenizer, _ = load_checkpoint(start)
     examples, _ = read(str(chat_file))
     train, val = hold_out(examples, 0.05, 5)
-    items = [fit(example, tokenizer, 33)[:2] for example in train]
+    items = [truncate(example, tokenizer, 33)[:2] for example in train]
     packing, (vocab_size, weights) = Packing(items, 32, 5, tokenizer.eot), posttrain.grow(model, tokenizer)
     config = model.config
     config.vocab_size = vocab_size
@@ -169,7 +165,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
     losses, epochs, epoch, row = {}, [], 0, 0
     for step in range(13):
         if step % 4 == 0:
-            nats, count = loss_of([fit(example, tokenizer, 33)[:2] for example in val])
+            nats, count = loss_of([truncate(example, tokenizer, 33)[:2] for example in val])
             losses[step, "val"] = nats.item() / count
         if step == 12:
             break
@@ -189,7 +185,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
             group["lr"] = 5e-3 * (1 - step / 12)  # a warm-up of 3.75% of 12 steps is none
         optimizer.step()
     assert epoch > 0 and scalars(folder)["data/epoch"] == epochs
-    found = read_log_with_pretraining(folder)
+    found = read_log(folder)
     assert {key: found[key] for key in losses} == pytest.approx(losses, rel=2e-5)
 
 
@@ -214,12 +210,12 @@ def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, t
 
 def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file, tmp_path, launch):
     flags = ["--replay", "0.2", "--max_lr", "5e-3"]
-    one = read_log_with_pretraining(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
+    one = read_log(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
     for name, processes, more in (("two", 2, ("--micro_batch", "2", "--compile")), ("half", 1, ("--micro_batch", "1"))):
         result = launch("posttrain.py", *command(base(), chat_file, tmp_path / "log" / name, *flags, *more), processes=processes, timeout=300)
         assert result.returncode == 0, result.stderr
         assert "was recompiled" not in result.stdout
-        assert read_log_with_pretraining(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
+        assert read_log(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
 
 
 def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer, tmp_path):
@@ -231,7 +227,7 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
     pa.parquet.write_table(pa.table({"text": sentences(60), "id": list(range(60))}), tmp_path / "b.parquet")
     for name, source in (("txt", tmp_path / "a.txt"), ("parquet", tmp_path / "b.parquet"), ("shards", data)):
         folder = post(base(), source, tmp_path / "log" / name, "--max_lr", "5e-3", "--replay", "0.1")
-        log, (model, _, state) = read_log_with_pretraining(folder), load_checkpoint(newest(folder))
+        log, (model, _, state) = read_log(folder), load_checkpoint(newest(folder))
         assert log[12, "val"] < log[0, "val"] - 0.2 and model.config.vocab_size == 280 and "chat_template" not in state
     assert log[0, "val"] == log[0, "val_pretraining"]  # of the shards that pretraining had
     folder = post(base(), data, tmp_path / "log" / "plain", "--max_lr", "5e-3", "--weight_decay", "0.1")
@@ -247,7 +243,7 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
             group["lr"] = 5e-3 * (1 - step / 12)
         optimizer.step()
         optimizer.zero_grad()
-        assert read_log_with_pretraining(folder)[step, "train"] == pytest.approx(loss.item(), rel=1e-5)
+        assert read_log(folder)[step, "train"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_mixture_of_shards_shows_how_far_every_source_is(base, data, tokenizer, tmp_path):
@@ -265,7 +261,7 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
     other = [{"prompt": "where is the cat?", "completion": text} for text in sentences(20)]
     folder = post(base(), write_lines(tmp_path / "few.jsonl", chats(6)), tmp_path / "log" / "post", "--max_steps", "40", "--eval_every", "4",
                   "--max_lr", "0.01", "--keep", "1", "--val_data", write_lines(tmp_path / "val.jsonl", other))
-    losses = {step: value for (step, kind), value in read_log_with_pretraining(folder).items() if kind == "val"}
+    losses = {step: value for (step, kind), value in read_log(folder).items() if kind == "val"}
     best = min((step for step in losses if step), key=losses.get)
     assert best < 40 and steps_saved(folder) == [best, 40]
     told = capsys.readouterr().out
@@ -273,7 +269,7 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
     assert f"chat.py --checkpoint {folder / f'ckpt_{best:05d}.pt'}" in told
     model, tokenizer, _ = load_checkpoint(folder / f"ckpt_{best:05d}.pt")
     val = read(str(tmp_path / "val.jsonl"))[0]
-    rows = Packing([fit(example, tokenizer, 33)[:2] for example in val], 32, None, tokenizer.eot).all()
+    rows = Packing([truncate(example, tokenizer, 33)[:2] for example in val], 32, None, tokenizer.eot).all()
     assert evaluate(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
 
 
@@ -285,7 +281,7 @@ def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, ch
     for name, flags in (("branch", ["--max_lr", "0.5"]), ("post", ["--val_data", write_lines(tmp_path / "hard.jsonl", hard)])):
         posttrain.main([str(word) for word in ("--resume", newest(folder), "--log_dir", folder.parent, "--run_name", name, "--max_steps", "20", *flags)])
         loss, step = checkpoint.read(newest(tmp_path / "log" / name))["best"]
-        assert step >= 12 and loss >= before[0] and loss == pytest.approx(read_log_with_pretraining(tmp_path / "log" / name)[step, "val"], abs=1e-5)
+        assert step >= 12 and loss >= before[0] and loss == pytest.approx(read_log(tmp_path / "log" / name)[step, "val"], abs=1e-5)
         path = tmp_path / "log" / name / f"ckpt_{step:05d}.pt"
         assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
 
@@ -403,7 +399,7 @@ def test_a_run_goes_on_from_its_own_checkpoint_alone(base, data, chat_file, tmp_
     shutil.rmtree(tmp_path / "old")
     same = base().parent / ".." / base().parent.name / base().name
     posttrain.main([str(word) for word in ("--log_dir", folder.parent, "--run_name", "post", "--max_steps", "14", "--dropout", "0.1", "--checkpoint", same)])
-    assert (13, "train") in read_log_with_pretraining(folder)
+    assert (13, "train") in read_log(folder)
     told = capsys.readouterr().out
     assert "changed: --max_steps 12 -> 14, --dropout 0.0 -> 0.1\n" in told and "forgetting: pretraining" not in told
     assert load_checkpoint(newest(folder))[0].config.dropout == 0.1
@@ -427,7 +423,7 @@ def without_val(data, folder):
 
 def test_replay_needs_no_validation_data(base, data, chat_file, tmp_path, capsys):
     flags = ["--replay", "0.2", "--max_lr", "5e-3"]
-    with_it, without = (read_log_with_pretraining(post(base(), chat_file, tmp_path / "log" / name, *flags, "--replay_data", folder))
+    with_it, without = (read_log(post(base(), chat_file, tmp_path / "log" / name, *flags, "--replay_data", folder))
                         for name, folder in (("with", data), ("without", without_val(data, tmp_path / "no_val"))))
     assert without == {key: value for key, value in with_it.items() if key[1] != "val_pretraining"} != with_it
     assert f"pretraining text for 20.0% of the rows: {tmp_path / 'no_val'}; not measuring forgetting: " in capsys.readouterr().out

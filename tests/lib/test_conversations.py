@@ -7,7 +7,7 @@ from helpers import sentences, write_lines
 
 from lib.chat_template import render
 from lib.cli import BadInput
-from lib.conversations import find_files, fit, hold_out, read
+from lib.conversations import find_files, hold_out, read, truncate
 
 ASKED, TOLD = "Name a cat.", "Tom."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
@@ -84,11 +84,11 @@ def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
     chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}] * 3
     ids, learned = render(chat, tokenizer)
     third, two = len(ids), len(render(chat[:4], tokenizer)[0])
-    assert fit(chat, tokenizer, third) == (ids, learned, "whole") == fit([*chat, chat[0]], tokenizer, third)  # a last question goes
-    assert fit(chat, tokenizer, third - 1) == fit(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
+    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]], tokenizer, third)  # a last question is dropped
+    assert truncate(chat, tokenizer, third - 1) == truncate(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
     first = len(render(chat[:2], tokenizer)[0])
-    assert fit(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
-    assert fit(chat, tokenizer, 5) == (None, None, "dropped")
+    assert truncate(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
+    assert truncate(chat, tokenizer, 5) == (None, None, "dropped")
 
 
 def test_what_is_held_out_follows_from_content_and_seed():
