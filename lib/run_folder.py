@@ -437,8 +437,11 @@ def commit():
 
 
 def save_code(folder, step):
-    """What made the run: train_gpt2.py, and the diff from the commit that config.json names. A later start with other code adds its own."""
-    for name, content in (("train_gpt2.py", (ROOT / "train_gpt2.py").read_bytes()), ("code.diff", _git("diff", "HEAD"))):
+    """What made the run: train_gpt2.py, the script that runs, and the diff from the commit that config.json names. A later start with other
+    code adds its own."""
+    scripts = {ROOT / "train_gpt2.py", Path(sys.argv[0]).resolve()}
+    contents = {path.name: path.read_bytes() for path in sorted(scripts) if path.parent == ROOT and path.suffix == ".py"}
+    for name, content in (*contents.items(), ("code.diff", _git("diff", "HEAD"))):
         path = folder / name
         if path.exists() and (not path.is_file() or path.read_bytes() != (content or b"")):
             path = path.with_name(f"{path.stem}_from_{step:05d}{path.suffix}")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
+from helpers import ROOT, TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
 from runs import assert_same_runs, cut, lines, scalars, steps_saved
 
 import posttrain
@@ -216,6 +216,7 @@ def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file,
         assert result.returncode == 0, result.stderr
         assert "was recompiled" not in result.stdout
         assert read_log(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
+        assert (tmp_path / "log" / name / "posttrain.py").read_bytes() == (ROOT / "posttrain.py").read_bytes()
 
 
 def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer, tmp_path):
