@@ -110,7 +110,8 @@ class Data:
         self.question = next((example for example in val + train if not isinstance(example, str)), None)
         self.chat = not all(isinstance(example, str) for example in train)
         if self.question and not self.chat:
-            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other --val_data")
+            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other "
+                           "--val_data")
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
         if not len(self.source) or val and not len(self.val):
@@ -210,15 +211,17 @@ def check_tokenizer(corpus, tokenizer):
 
 
 def read_data(cfg, explicit, tokenizer, block_size):
-    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, is a mixture of both, or for flags that do not fit."""
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a mixture of both, and for flags that do
+    not fit."""
     shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
     if not shards:
         return Data(cfg, tokenizer, block_size)
     if others := [word for word in cfg.data if word not in shards]:
         conversations.find_files(others)  # what is missing is told as such
-        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files as {others[0]}: give one kind alone")
+        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: give one kind alone")
     if unused := sorted({"val_data", "val_share", "strict"} & explicit) or (["val_data"] if cfg.val_data else []):
-        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: leave it out")
+        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: leave "
+                       "it out")
     return ShardData(cfg, tokenizer, block_size)
 
 

@@ -53,8 +53,8 @@ class Corpus:
         if twice := [folder for folder, path in zip(folders, resolved) if resolved.count(path) > 1]:
             raise BadInput(f"{twice[0]} is named twice by --data and --curriculum: name it once, with the sum of the weights")
         short = Counter(Path(path).name for path in resolved)
-        self.sources = [Source(Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_"), Shards(folder, needed))
-                        for folder, path in zip(folders, resolved)]
+        names = [Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_") for path in resolved]
+        self.sources = [Source(name, Shards(folder, needed)) for name, folder in zip(names, folders)]
         if empty := [source.shards.folder for source in self.sources if not source.shards.tokens["train"]]:
             raise BadInput(f"the train shards of {empty[0]} hold no tokens: make them again, or leave it out")
         data = self.sources[:len(words)]

@@ -105,7 +105,7 @@ class Resume:
         return position
 
     def _best(self):
-        """The best validation loss so far, and its step; None if its checkpoint lies in another folder, or it is of other validation data."""
+        """The best validation loss so far, and its step; None if its checkpoint is in another folder, or it is of other data."""
         best = self.state.get("best")
         remeasured = any(line.startswith(("--val_", "--block_size", "other training data")) for line in self.changed)
         return best if best and best[1] in self.seen and not remeasured else None
