@@ -13,6 +13,7 @@ Everything a run makes goes to log/<run>/, and an interrupted one goes on, as wi
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -93,8 +94,8 @@ class Config(TrainConfig):
 class Data:
     """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
 
-    chat: whether conversations are among them; then rows are packed. question: a conversation to ask for samples.
-    source, val: a lib.packing.Cut each, val None where nothing is held out. lines: what to say of them.
+    chat: whether conversations are among those to learn from; then rows are packed. question: a conversation to ask for samples.
+    source, val: a lib.packing.RowSource each, val None where nothing is held out. lines: what to say of them.
     """
 
     vocab_size, val = None, None
@@ -107,7 +108,10 @@ class Data:
         if not cfg.val_data:
             train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
         self.question = next((example for example in val + train if not isinstance(example, str)), None)
-        self.chat = self.question is not None
+        self.chat = not all(isinstance(example, str) for example in train)
+        if self.question and not self.chat:
+            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other "
+                           "--val_data")
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
         if not len(self.source) or val and not len(self.val):
@@ -134,7 +138,7 @@ class Data:
                 pieces = [ids[at:at + self.T + 1] for at in range(0, len(ids) - 1, self.T)]
                 items += [(piece, [True] * len(piece)) for piece in pieces]
                 continue
-            ids, learned, how = conversations.fit(example, self.tokenizer, self.T + 1)
+            ids, learned, how = conversations.truncate(example, self.tokenizer, self.T + 1)
             counts[how] += 1
             items += [(ids, learned)] if ids else []
             if self.strict and how != "whole":
@@ -169,7 +173,7 @@ class Data:
         """A run may pass over it as often as it is told to."""
 
     def describe(self, cfg, block_size):
-        return [f"data    {line}" for line in self.lines]
+        return described(self.lines)
 
 
 class ShardData(Corpus):
@@ -178,14 +182,19 @@ class ShardData(Corpus):
     chat = False
 
     def __init__(self, cfg, tokenizer, block_size):
-        super().__init__(replace(TrainConfig(), data=cfg.data))
+        super().__init__(TrainConfig(data=cfg.data))
         check_tokenizer(self, tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
         self.tokens = self.tokens | {"train": int(self.tokens["train"] / (1 - cfg.replay))}
         self.lines = []
 
     def describe(self, cfg, block_size):
-        return super().describe(cfg, block_size) + Data.describe(self, cfg, block_size)
+        return super().describe(cfg, block_size) + described(self.lines)
+
+
+def described(lines):
+    """What is said of data at the start of a run."""
+    return [f"data    {line}" for line in lines]
 
 
 def token_rows(corpus, tokenizer, seed, block_size):
@@ -197,33 +206,52 @@ def check_tokenizer(corpus, tokenizer):
     """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
     if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
         raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: "
-                       "make the shards anew with fineweb.py --tokenizer, or name the text itself")
+                       "make the shards anew with fineweb.py --tokenizer, or name another --data")
     corpus.check_shards(tokenizer)
 
 
-def read_data(cfg, tokenizer, block_size):
-    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing, or is a mixture of both."""
+def read_data(cfg, explicit, tokenizer, block_size):
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a mixture of both, and for flags that do
+    not fit."""
     shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
-    if shards and (len(shards) < len(cfg.data) or cfg.val_data):
-        raise BadInput(f"{shards[0]} is a folder of token shards, which has its own val split and is not mixed with files: give it alone")
-    return (ShardData if shards else Data)(cfg, tokenizer, block_size)
+    if not shards:
+        return Data(cfg, tokenizer, block_size)
+    if others := [word for word in cfg.data if word not in shards]:
+        conversations.find_files(others)  # what is missing is told as such
+        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: give one kind alone")
+    if unused := sorted({"val_data", "val_share", "strict"} & explicit) or (["val_data"] if cfg.val_data else []):
+        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: leave "
+                       "it out")
+    return ShardData(cfg, tokenizer, block_size)
 
 
-def pretraining_corpus(cfg, explicit, tokenizer, block_size):
-    """-> the Corpus of pretraining, None if it is not at hand, and a line about it. Raises BadInput if --replay needs it."""
+def find_pretraining(cfg, explicit, tokenizer, block_size):
+    """-> the Corpus of pretraining, None if it is not at hand; whether its validation loss can be measured; a line about both.
+
+    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not there. Replay needs no val split.
+    """
+    def named(error):
+        return str(error).replace("--data", "--replay_data")
+
     try:
         if not cfg.replay_data:
             raise BadInput("the checkpoint does not say what it was trained on: name it by --replay_data")
-        corpus = Corpus(replace(TrainConfig(), data=cfg.replay_data))
+        corpus = Corpus(TrainConfig(data=cfg.replay_data), needed=("train",))
         check_tokenizer(corpus, tokenizer)
+    except BadInput as error:
+        if cfg.replay or "replay_data" in explicit:
+            raise BadInput(f"pretraining data: {named(error)}") from error
+        return None, False, f"not measuring forgetting: {named(error)}"
+    folders, share = ", ".join(map(str, cfg.replay_data)), f"{cfg.replay:.1%} of the rows"
+    try:
         for source in corpus.sources:
             read_validation(source.shards, cfg.val_tokens, block_size, tokenizer)
     except BadInput as error:
-        if cfg.replay or "replay_data" in explicit:
-            raise BadInput(f"pretraining data for --replay: {error}; or name others by --replay_data") from error
-        return None, f"without a look at what is forgotten: {error}"
-    share = f"{cfg.replay:.1%} of the rows, and " if cfg.replay else ""
-    return corpus, f"pretraining text for {share}validation: {', '.join(map(str, cfg.replay_data))}"
+        if not cfg.replay and "replay_data" in explicit:
+            raise BadInput(f"pretraining data: {named(error)}") from error
+        replayed = f"pretraining text for {share}: {folders}; " if cfg.replay else ""
+        return corpus, False, f"{replayed}not measuring forgetting: {named(error)}"
+    return corpus, True, f"pretraining text for {f'{share}, and ' if cfg.replay else ''}validation: {folders}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,20 +280,19 @@ def grow(model, tokenizer):
 
 
 class PostTraining(Pretraining):
-    """What `launch` trains on and measures here. forgotten: the Corpus of pretraining, or None."""
+    """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting: whether that is measured."""
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
         """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
-        self.corpus = read_data(cfg, tokenizer, model_cfg.block_size)
-        self.forgotten, line = pretraining_corpus(cfg, explicit, tokenizer, model_cfg.block_size)
+        self.corpus = read_data(cfg, explicit, tokenizer, model_cfg.block_size)
+        self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer, model_cfg.block_size)
         self.corpus.lines.append(line)
         if cfg.replay:
-            self.corpus.identity += self.forgotten.identity
+            self.corpus.identity += self.pretraining.identity
         if model:
-            self.weights = model.state_dict()
-            if self.corpus.chat:
-                model_cfg.vocab_size, self.weights = grow(model, tokenizer)
+            model_cfg.vocab_size, weights = grow(model, tokenizer) if self.corpus.chat else (model_cfg.vocab_size, model.state_dict())
+            self.weights = [weights]
         elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
             raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name")
         template = JINJA if self.corpus.chat else state.get("chat_template")
@@ -275,8 +302,9 @@ class PostTraining(Pretraining):
         return self.own_tokenizer
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
+        self.steps = cfg.steps
         if cfg.eval_every is None:
-            cfg.eval_every = max(cfg.steps // MOMENTS, 1)
+            cfg.eval_every = -(-cfg.steps // MOMENTS)
         if cfg.sample_every is None:
             cfg.sample_every = cfg.eval_every
         return super().evaluations(cfg, tokenizer, block_size, processes)
@@ -288,8 +316,8 @@ class PostTraining(Pretraining):
         elif new.val:
             rows = new.rows()
             runs.append(lambda model, compiled, stopped: {"Loss/val": evaluate(compiled, rows, cfg.sequences, processes)})
-        if self.forgotten:
-            runs.append(validation(cfg, self.forgotten, tokenizer, block_size, processes, "Loss/val_pretraining"))
+        if self.forgetting:
+            runs.append(validation(cfg, self.pretraining, tokenizer, block_size, processes, "Loss/val_pretraining"))
         return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}
 
     def samples(self, cfg, tokenizer):
@@ -308,14 +336,18 @@ class PostTraining(Pretraining):
         return run
 
     def stream(self, cfg, tokenizer, block_size, processes):
-        replay = token_rows(self.forgotten, tokenizer, cfg.seed, block_size) if cfg.replay else None
+        replay = token_rows(self.pretraining, tokenizer, cfg.seed, block_size) if cfg.replay else None
         batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.chat)
         return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
 
+    def packed(self, idx):
+        """What else the model gets with a batch of these ids, as `pick_micro_batch` tries it."""
+        return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
+
     def conclude(self, run):
         new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
-        if len(losses) > 1:
-            first, last = min(losses), max(losses)
+        if len(losses) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
+            first, last = min(losses), self.steps
             best = min((step for step in new if step), key=new.get, default=last)
             told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
             at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
@@ -346,6 +378,8 @@ def begun(resume, cfg, explicit):
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
         raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give "
                        "another --run_name")
+    if cfg.checkpoint and os.path.realpath(cfg.checkpoint) == os.path.realpath(str(before["checkpoint"])):
+        cfg.checkpoint = before["checkpoint"]  # the same, spelled another way
     for name in {"checkpoint", "lr_scale"} & explicit:  # what a run began with
         if getattr(cfg, name) != before[name]:
             raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: leave it out, or give another --run_name")
@@ -355,9 +389,8 @@ def begun(resume, cfg, explicit):
         raise BadInput(f"{resume.path} is of another version of this project ({error}): name another one") from error
 
 
-def main(argv):
-    (cfg,), explicit = parse((Config,), argv, __doc__)
-    resume = find_resume(cfg, explicit)
+def prepare(cfg, explicit, resume):
+    """-> the GPTConfig and the PostTraining of a run. Sets what cfg leaves open. Holds nothing else of the checkpoint: a run may be long."""
     if resume:
         state, model, model_cfg = resume.state, None, begun(resume, cfg, explicit)
     else:
@@ -368,10 +401,18 @@ def main(argv):
         model_cfg = model.config
         before = state.get("train_config")
         settle(cfg, before if isinstance(before, dict) else {}, explicit)
-    model_cfg.dropout = model_cfg.dropout if cfg.dropout is None else cfg.dropout
+    if cfg.dropout is not None:
+        model_cfg.dropout, cfg.dropout = cfg.dropout, None  # the model's setting from here on
     adopt(resume, cfg, model_cfg, explicit)
     check(cfg)
-    launch(cfg, model_cfg, explicit, resume, PostTraining(cfg, model_cfg, explicit, state, model))
+    return model_cfg, PostTraining(cfg, model_cfg, explicit, state, model)
+
+
+def main(argv):
+    (cfg,), explicit = parse((Config,), argv, __doc__)
+    resume = find_resume(cfg, explicit)
+    model_cfg, task = prepare(cfg, explicit, resume)
+    launch(cfg, model_cfg, explicit, resume, task)
 
 
 if __name__ == "__main__":

@@ -906,12 +906,12 @@ def build_model(model_cfg, cfg, device):
 
 
 class Pretraining:
-    """What `launch` trains on and measures; posttrain.py has another.
+    """What `launch` trains on and measures; posttrain.py has another. corpus: a Corpus, or what tells as much.
 
-    corpus: a Corpus, or what tells as much. weights: a state dict to begin with, or None. extra: more for checkpoints.
+    weights: [a state dict to begin with], or (). extra: more for checkpoints. packed: ids -> (a Packed,), or ().
     """
 
-    weights, extra = None, {}
+    weights, extra, packed = (), {}, staticmethod(lambda idx: ())
 
     def __init__(self, cfg):
         self.corpus = Corpus(cfg)
@@ -969,12 +969,12 @@ def launch(cfg, model_cfg, explicit, resume, task):
         evaluations = task.evaluations(cfg, tokenizer, T, processes)
         model = build_model(model_cfg, cfg, processes.device)
         optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
-        cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, reserved=state_like(optimizer))
+        cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, state_like(optimizer), task.packed)
         stream, position = task.stream(cfg, tokenizer, T, processes), {"step": 0, "skipped": 0, "consecutive_skips": 0}
         if resume:
             position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
         elif task.weights:
-            model.load_state_dict(task.weights)
+            model.load_state_dict(task.weights.pop())  # so that they go from memory
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,

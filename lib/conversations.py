@@ -101,14 +101,14 @@ def find_files(words):
             raise BadInput(f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one")
         files += found
     for file in files:
+        open_file(file, "name another one").close()
         if not file.endswith(ENDINGS):
             raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, or folders of them or of token shards")
-        open_file(file, "name another one").close()
     return files
 
 
 def read(path, strict=False):
-    """A data file -> (its examples, a line about them). Malformed rows are left out and told, or with `strict` an error.
+    """A data file -> (its examples, a line about them). Malformed rows are skipped and reported, or with `strict` an error.
 
     Raises BadInput where no layout fits or no row is usable.
     """
@@ -145,7 +145,7 @@ def _rows(path):
     """A file -> its rows, (place for people, row or a ValueError) each."""
     remedy = "mend it, or name another file"
     if path.endswith(".txt"):
-        yield "its text", {"text": read_text(path, remedy, limit=2**33)}
+        yield "its text", {"text": _read(path, remedy)}
     elif path.endswith(".parquet"):
         yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
     elif path.endswith(".json") and isinstance(rows := _whole(path, remedy), list):
@@ -160,9 +160,14 @@ def _rows(path):
                         yield f"line {i}", ValueError(f"not JSON ({str(error)[:60]})")
 
 
+def _read(path, remedy):
+    """The text of a file, without the byte order mark that editors on Windows put in front."""
+    return read_text(path, remedy, limit=2**33).removeprefix("\ufeff")
+
+
 def _whole(path, remedy):
     try:
-        return json.loads(read_text(path, remedy, limit=2**33))
+        return json.loads(_read(path, remedy))
     except (ValueError, RecursionError):
         return None
 
@@ -183,9 +188,9 @@ def _parquet(path, remedy):
 # What is learned, what is held out
 
 
-def fit(messages, tokenizer, room):
+def truncate(messages, tokenizer, room):
     """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated"
-    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer goes."""
+    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer is dropped."""
     ids, learned = render(messages, tokenizer)
     end = tokenizer.reserved[END]
     ends = [i + 1 for i, (token, yes) in enumerate(zip(ids, learned, strict=True)) if yes and token == end]
@@ -207,6 +212,8 @@ def hold_out(examples, share, seed):
     marks = [hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest() for example in examples]
     limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
     train = [example for example, mark in zip(examples, marks) if mark > limit]
+    if not train and len(set(marks)) > 1:
+        raise BadInput(f"--val_share {share} of {len(examples):,} rows leaves none to learn from: give a smaller one")
     if not train:
         raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: give more, --val_data, or "
                        "--val_share 0")

@@ -175,12 +175,12 @@ class Processes:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
-def pick_micro_batch(model, asked, rows, processes, reserved):
+def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx: ()):
     """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process and step).
 
     auto on cuda: run more and more sequences forward and backward until a tenth of the memory and room for tensors like those
     `reserved`, the optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
-    auto elsewhere: up to 8 sequences.
+    auto elsewhere: up to 8 sequences. packed: ids -> what else the model gets, a tuple: masks take memory, too.
     """
     if asked != "auto":
         return asked
@@ -194,7 +194,7 @@ def pick_micro_batch(model, asked, rows, processes, reserved):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with autocast(device):
-            model(idx, idx).backward()
+            model(idx, idx, *packed(idx)).backward()
         return torch.cuda.max_memory_allocated()
 
     free, total = torch.cuda.mem_get_info()

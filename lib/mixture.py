@@ -18,7 +18,7 @@ import torch
 from lib.budget import tokens_of
 from lib.cli import BadInput, RankError
 from lib.devices import to_device
-from lib.shards import Shards, check_shards
+from lib.shards import SPLITS, Shards, check_shards
 from lib.tokenizers import load_tokenizer
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
@@ -40,11 +40,11 @@ class Corpus:
 
     tokens: dict split -> count, of --data alone. weights: float64 (sources,), shares of the tokens once the curriculum is over, and
     of the sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer, vocab_size: as of Shards,
-    the same in every folder. identity: what a checkpoint remembers; that of a single folder is its own. Raises BadInput, also for
-    folders of different tokenizers, naming both.
+    the same in every folder. identity: what a checkpoint remembers; that of a single folder is its own. needed: the splits that
+    every folder must have. Raises BadInput, also for folders of different tokenizers, naming both.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, needed=SPLITS):
         if bool(cfg.curriculum) != bool(cfg.curriculum_steps):
             raise BadInput("--curriculum and --curriculum_steps belong together: give the folder and the steps, or neither")
         words = [split_weight(word) for word in cfg.data]
@@ -53,8 +53,8 @@ class Corpus:
         if twice := [folder for folder, path in zip(folders, resolved) if resolved.count(path) > 1]:
             raise BadInput(f"{twice[0]} is named twice by --data and --curriculum: name it once, with the sum of the weights")
         short = Counter(Path(path).name for path in resolved)
-        self.sources = [Source(Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_"), Shards(folder))
-                        for folder, path in zip(folders, resolved)]
+        names = [Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_") for path in resolved]
+        self.sources = [Source(name, Shards(folder, needed)) for name, folder in zip(names, folders)]
         if empty := [source.shards.folder for source in self.sources if not source.shards.tokens["train"]]:
             raise BadInput(f"the train shards of {empty[0]} hold no tokens: make them again, or leave it out")
         data = self.sources[:len(words)]

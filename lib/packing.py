@@ -25,8 +25,13 @@ class Packed:
         at = torch.arange(T, device=documents.device)
         self.starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
         self.positions = at - torch.where(self.starts, at, 0).cummax(dim=1).values      # (B, T), new in each text
-        numbers = self.starts.cumsum(dim=1)
-        self.mask = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril_()    # (B, 1, T, T), causal within a text
+        self.numbers = self.starts.cumsum(dim=1)                                        # (B, T)
+
+    @property
+    def mask(self):
+        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each pass) and not kept: the masks of a whole
+        batch of 524,288 tokens would take half a gigabyte."""
+        return (self.numbers[:, None, :, None] == self.numbers[:, None, None, :]).tril()
 
     def update(self, layer, k, v):
         """A layer's keys and values, as they are, and what each position sees of them."""
@@ -51,7 +56,7 @@ def first_fit(lengths, room):
     return rows
 
 
-class Cut:
+class RowSource:
     """Rows of a data set in memory, in an order drawn anew from (seed, epoch); in the order given without a seed (None).
 
     A subclass has `arrange`, epoch -> what `row` is made from, and how many rows that makes.
@@ -68,9 +73,11 @@ class Cut:
 
     def of(self, epoch):
         """-> what an epoch's rows are made from, and their number."""
-        if epoch not in self.arranged:
-            self.arranged = {epoch: self.arrange(epoch)}
-        return self.arranged[epoch]
+        found = self.arranged.get(epoch)
+        if found is None:
+            found = self.arrange(epoch)
+            self.arranged = {epoch: found}
+        return found
 
     def __len__(self):
         """Rows of the first epoch; others may have a few more or less."""
@@ -91,14 +98,20 @@ class Cut:
         rows, *_ = self.read_batch(len(self) * self.block_size, 0, 0)
         return rows.transpose(1, 0, 2)
 
+    def progress(self, position):
+        """How far a position is, by tag for TensorBoard."""
+        return {"data/epoch": position[0]}
+
     def where(self, state):
         """A position as text. Raises IndexError if there is none such."""
-        if not (state["epoch"] >= 0 and 0 <= state["row"] <= self.of(state["epoch"])[1]):
-            raise IndexError(state["row"])
-        return f"epoch {state['epoch']}, from row {state['row']:,}"
+        epoch, row = state["epoch"], state["row"]
+        # the prefetch thread may be in another epoch, whose arrangement must stay
+        if epoch < 0 or not 0 <= row <= (self.arranged.get(epoch) or self.arrange(epoch))[1]:
+            raise IndexError(row)
+        return f"epoch {epoch}, from row {row:,}"
 
 
-class Packing(Cut):
+class Packing(RowSource):
     """Conversations packed into rows, whole, by first-fit in the epoch's order.
 
     items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids, since the last is
@@ -126,7 +139,7 @@ class Packing(Cut):
         return row
 
 
-class Joined(Cut):
+class Joined(RowSource):
     """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and cut where rows end."""
 
     def __init__(self, documents, block_size, seed, eot):
@@ -157,6 +170,11 @@ class Tokens:
         rows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[::self.stride]
         return np.stack((rows[:, :-1], rows[:, 1:], np.zeros_like(rows[:, 1:])), axis=1), *position
 
+    def progress(self, position):
+        """As the stream's own, of a position; every source's, of a mixture."""
+        self.stream.position = position
+        return self.stream.progress()
+
 
 class Rows(Stream):
     """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a constant `share` of any span.
@@ -167,7 +185,7 @@ class Rows(Stream):
     names = "rows", "data", "replay"
 
     def __init__(self, data, replay=None, share=0.0, transform=None):
-        """data, replay: a Cut or Tokens each. transform: callable run in the prefetch thread, rows (n, 3, T) -> what `next` returns."""
+        """data, replay: a RowSource or Tokens each. transform: callable run in the prefetch thread, rows (n, 3, T) -> what `next` returns."""
         self.sources, self.share, self.transform = (data, replay), share if replay else 0.0, transform or (lambda rows: rows)
         super().__init__(0, data.position, replay.position if replay else ())
 
@@ -189,7 +207,7 @@ class Rows(Stream):
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
-        return {"data/epoch": self.position[1][0]}
+        return self.sources[0].progress(self.position[1])
 
 
 def micro_batches(rows, micro_batch, processes, packed):

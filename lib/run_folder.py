@@ -100,9 +100,15 @@ class Resume:
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
         position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
-                    "timed": state.get("timed", (0, 0.0)), "best": state.get("best")}
+                    "timed": state.get("timed", (0, 0.0)), "best": self._best()}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
+
+    def _best(self):
+        """The best validation loss so far, and its step; None if its checkpoint is in another folder, or it is of other data."""
+        best = self.state.get("best")
+        remeasured = any(line.startswith(("--val_", "--block_size", "other training data")) for line in self.changed)
+        return best if best and best[1] in self.seen and not remeasured else None
 
 
 def words(value):
@@ -431,8 +437,11 @@ def commit():
 
 
 def save_code(folder, step):
-    """What made the run: train_gpt2.py, and the diff from the commit that config.json names. A later start with other code adds its own."""
-    for name, content in (("train_gpt2.py", (ROOT / "train_gpt2.py").read_bytes()), ("code.diff", _git("diff", "HEAD"))):
+    """What made the run: train_gpt2.py, the script that runs, and the diff from the commit that config.json names. A later start with other
+    code adds its own."""
+    scripts = {ROOT / "train_gpt2.py", Path(sys.argv[0]).resolve()}
+    contents = {path.name: path.read_bytes() for path in sorted(scripts) if path.parent == ROOT and path.suffix == ".py"}
+    for name, content in (*contents.items(), ("code.diff", _git("diff", "HEAD"))):
         path = folder / name
         if path.exists() and (not path.is_file() or path.read_bytes() != (content or b"")):
             path = path.with_name(f"{path.stem}_from_{step:05d}{path.suffix}")

@@ -102,7 +102,7 @@ def chat_checkpoint(path, tokenizer):
 def read_log(folder):
     """log.txt -> {(step, kind): value}."""
     lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
-    assert all(len(line) == 3 and line[1] in ("train", "val", "hella") for line in lines)
+    assert all(len(line) == 3 and line[1] in ("train", "val", "val_pretraining", "hella") for line in lines)
     return {(int(step), kind): float(value) for step, kind, value in lines}
 
 

@@ -1,24 +1,29 @@
 """posttrain.py, for real at a tiny size: python -m pytest tests/test_posttrain.py"""
 
+import gc
 import json
 import math
 import random
+import re
+import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
+from helpers import ROOT, TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
 from runs import assert_same_runs, cut, lines, scalars, steps_saved
 
 import posttrain
 import train_gpt2
 from lib import checkpoint
-from lib.chat_template import JINJA
+from lib.chat_template import END, JINJA
 from lib.cli import BadInput
-from lib.conversations import fit, hold_out, read
+from lib.conversations import hold_out, read, truncate
 from lib.devices import Processes
 from lib.packing import Packing
+from lib.shards import Shards
 from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT, evaluate, load_checkpoint
 
@@ -79,17 +84,57 @@ KINDS = {
 def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, tmp_path, capsys):
     start = base(*KINDS[kind])
     folder = post(start, chat_file, tmp_path / "log" / "post", "--lr_scale", "1", "--sample_every", "12")
-    log, told = read_log_with_pretraining(folder), capsys.readouterr().out
+    log, told = read_log(folder), capsys.readouterr().out
     assert log[12, "val"] < log[0, "val"] - 0.3
     model, tokenizer, state = load_checkpoint(newest(folder))
     assert model.config.vocab_size == tokenizer.vocab_size + 4 == 284 and state["chat_template"] == JINJA
     assert state["train_config"]["optimizer"] == ("muon" if kind == "speedrun" else "adamw")
     assert "80 conversations (layout messages)" in told and "> 'where is the" in told
-    assert f"forgetting: pretraining validation loss {log[0, 'val_pretraining']:.4f} -> {log[12, 'val_pretraining']:.4f}" in told
+    first, last = (log[step, "val_pretraining"] for step in (0, 12))
+    found = re.search(r"forgetting: pretraining validation loss (\S+) -> (\S+) \((\S+) nats per token\)", told)
+    assert [float(number) for number in found.groups()] == pytest.approx([first, last, last - first], abs=2e-4) and abs(last - first) > 0.01
 
 
-def read_log_with_pretraining(folder):
-    return {(int(step), kind): float(value) for step, kind, value in (line.split() for line in (folder / "log.txt").read_text().splitlines())}
+PRETRAINED = {"optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "head_lr": 0.004, "vector_lr": None, "momentum": 0.9, "data": ["a:1", "b"]}
+POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "replay_data": ["a"]}
+
+
+@pytest.mark.parametrize("before, flags, want", [
+    (PRETRAINED, {}, dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None, momentum=0.9, replay_data=("a:1", "b"))),
+    (PRETRAINED, dict(lr_scale=0.5, head_lr=0.2, momentum=0.8, replay_data=("d",)), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.2, momentum=0.8, replay_data=("d",))),
+    (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3), dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None)),  # Muon's rates do not fit
+    (POSTTRAINED, {}, dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, replay_data=("a",))),  # scaled before
+    (POSTTRAINED, dict(lr_scale=0.5), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.002)),
+    ({"max_lr": 6e-4, "data": "old"}, {}, dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",))),
+])
+def test_what_the_checkpoint_decides(before, flags, want):
+    cfg = posttrain.Config(**flags)
+    posttrain.settle(cfg, before, set(flags))
+    for name, value in want.items():
+        assert getattr(cfg, name) == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_file, tmp_path, capsys):
+    """Two epochs of 78 rows, a quarter of all being replay, in steps of 8 rows: 26 steps, validated after every third."""
+    words = ["--checkpoint", base(), "--data", chat_file, "--log_dir", tmp_path, "--total_batch_size", "256", "--device", "cpu", "--val_tokens", "330"]
+    given = ["--epochs", "2", "--replay", "0.25", "--dropout", "0.1", "--sample_prompt", "the bird", "--max_lr", "1e-3"]
+    posttrain.main([str(word) for word in (*words, "--run_name", "post", *given)])
+    log, told = read_log(tmp_path / "post"), capsys.readouterr().out
+    assert max(log)[0] == 26 and sorted(step for step, kind in log if kind == "val") == [*range(0, 26, 3), 26]
+    assert told.count("> 'the bird -> ") == 2 * 9 and "where is" not in told
+    assert load_checkpoint(newest(tmp_path / "post"))[0].config.dropout == 0.1
+    other = write_data(tmp_path / "other", tokenizer, shards=1)  # a place in the stream is one among the rows of replay, too
+    posttrain.main(["--log_dir", str(tmp_path), "--run_name", "post", "--max_steps", "27", "--replay_data", str(other)])
+    assert "other training data, read from its beginning" in capsys.readouterr().out
+
+
+def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_path):
+    text = " ".join(sentences(30))
+    (tmp_path / "long.txt").write_text(text)
+    both, alone = (posttrain.Data(posttrain.Config(data=tuple(map(str, files)), val_share=0.0), tokenizer, 16).source.all()
+                   for files in ((chat_file, tmp_path / "long.txt"), (chat_file,)))
+    learned = [sorted(rows[1][rows[1] >= 0].tolist()) for rows in (both, alone)]
+    assert learned[0] == sorted(learned[1] + tokenizer.encode(text).tolist())
 
 
 def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, chat_file, tmp_path):
@@ -99,7 +144,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
     model, tokenizer, _ = load_checkpoint(start)
     examples, _ = read(str(chat_file))
     train, val = hold_out(examples, 0.05, 5)
-    items = [fit(example, tokenizer, 33)[:2] for example in train]
+    items = [truncate(example, tokenizer, 33)[:2] for example in train]
     packing, (vocab_size, weights) = Packing(items, 32, 5, tokenizer.eot), posttrain.grow(model, tokenizer)
     config = model.config
     config.vocab_size = vocab_size
@@ -117,10 +162,10 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
 
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}], lr=5e-3, betas=(0.9, 0.95))
-    losses, epoch, row = {}, 0, 0
+    losses, epochs, epoch, row = {}, [], 0, 0
     for step in range(13):
         if step % 4 == 0:
-            nats, count = loss_of([fit(example, tokenizer, 33)[:2] for example in val])
+            nats, count = loss_of([truncate(example, tokenizer, 33)[:2] for example in val])
             losses[step, "val"] = nats.item() / count
         if step == 12:
             break
@@ -130,6 +175,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
                 epoch, row = epoch + 1, 0
             members += packing.of(epoch)[0][row].tolist()
             row += 1
+        epochs.append((step, epoch))
         nats, count = loss_of([items[i] for i in members])
         losses[step, "train"] = nats.item() / count
         optimizer.zero_grad()
@@ -138,8 +184,8 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / 12)  # a warm-up of 3.75% of 12 steps is none
         optimizer.step()
-    assert epoch > 0, "more than one epoch"
-    found = read_log_with_pretraining(folder)
+    assert epoch > 0 and scalars(folder)["data/epoch"] == epochs
+    found = read_log(folder)
     assert {key: found[key] for key in losses} == pytest.approx(losses, rel=2e-5)
 
 
@@ -164,12 +210,13 @@ def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, t
 
 def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file, tmp_path, launch):
     flags = ["--replay", "0.2", "--max_lr", "5e-3"]
-    one = read_log_with_pretraining(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
+    one = read_log(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
     for name, processes, more in (("two", 2, ("--micro_batch", "2", "--compile")), ("half", 1, ("--micro_batch", "1"))):
         result = launch("posttrain.py", *command(base(), chat_file, tmp_path / "log" / name, *flags, *more), processes=processes, timeout=300)
         assert result.returncode == 0, result.stderr
         assert "was recompiled" not in result.stdout
-        assert read_log_with_pretraining(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
+        assert read_log(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
+        assert (tmp_path / "log" / name / "posttrain.py").read_bytes() == (ROOT / "posttrain.py").read_bytes()
 
 
 def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer, tmp_path):
@@ -181,7 +228,7 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
     pa.parquet.write_table(pa.table({"text": sentences(60), "id": list(range(60))}), tmp_path / "b.parquet")
     for name, source in (("txt", tmp_path / "a.txt"), ("parquet", tmp_path / "b.parquet"), ("shards", data)):
         folder = post(base(), source, tmp_path / "log" / name, "--max_lr", "5e-3", "--replay", "0.1")
-        log, (model, _, state) = read_log_with_pretraining(folder), load_checkpoint(newest(folder))
+        log, (model, _, state) = read_log(folder), load_checkpoint(newest(folder))
         assert log[12, "val"] < log[0, "val"] - 0.2 and model.config.vocab_size == 280 and "chat_template" not in state
     assert log[0, "val"] == log[0, "val_pretraining"]  # of the shards that pretraining had
     folder = post(base(), data, tmp_path / "log" / "plain", "--max_lr", "5e-3", "--weight_decay", "0.1")
@@ -197,7 +244,17 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
             group["lr"] = 5e-3 * (1 - step / 12)
         optimizer.step()
         optimizer.zero_grad()
-        assert read_log_with_pretraining(folder)[step, "train"] == pytest.approx(loss.item(), rel=1e-5)
+        assert read_log(folder)[step, "train"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_mixture_of_shards_shows_how_far_every_source_is(base, data, tokenizer, tmp_path):
+    other = write_data(tmp_path / "other", tokenizer, shards=1)
+    shown = scalars(post(base(), f"{data}:1", tmp_path / "log" / "post", "--data", f"{other}:3", "--max_lr", "5e-3", "--max_steps", "40"))
+    tokens = {name: [n for _, n in shown[f"data/tokens_{name}"]] for name in ("toy", "other")}
+    assert [sum(both) for both in zip(*tokens.values())] == [256 * (step + 1) for step in range(40)]
+    assert abs(tokens["other"][-1] - 0.75 * 40 * 256) <= 3 * 32 and "data/epoch" not in shown
+    size = Shards(other).tokens["train"]
+    assert shown["data/epoch_other"] == [(step, n // size) for step, n in enumerate(tokens["other"])] and tokens["other"][-1] > size
 
 
 def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsys):
@@ -205,7 +262,7 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
     other = [{"prompt": "where is the cat?", "completion": text} for text in sentences(20)]
     folder = post(base(), write_lines(tmp_path / "few.jsonl", chats(6)), tmp_path / "log" / "post", "--max_steps", "40", "--eval_every", "4",
                   "--max_lr", "0.01", "--keep", "1", "--val_data", write_lines(tmp_path / "val.jsonl", other))
-    losses = {step: value for (step, kind), value in read_log_with_pretraining(folder).items() if kind == "val"}
+    losses = {step: value for (step, kind), value in read_log(folder).items() if kind == "val"}
     best = min((step for step in losses if step), key=losses.get)
     assert best < 40 and steps_saved(folder) == [best, 40]
     told = capsys.readouterr().out
@@ -213,8 +270,39 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
     assert f"chat.py --checkpoint {folder / f'ckpt_{best:05d}.pt'}" in told
     model, tokenizer, _ = load_checkpoint(folder / f"ckpt_{best:05d}.pt")
     val = read(str(tmp_path / "val.jsonl"))[0]
-    rows = Packing([fit(example, tokenizer, 33)[:2] for example in val], 32, None, tokenizer.eot).all()
+    rows = Packing([truncate(example, tokenizer, 33)[:2] for example in val], 32, None, tokenizer.eot).all()
     assert evaluate(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
+
+
+def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, chat_file, tmp_path, capsys):
+    """Both go on with losses no lower than the best before them, whose checkpoint, or whose data, is not theirs."""
+    folder = post(base(), chat_file, tmp_path / "log" / "post", "--max_lr", "5e-3")
+    before, hard = checkpoint.read(newest(folder))["best"], [{"prompt": "the cat", "completion": text[::-1]} for text in sentences(20)]
+    capsys.readouterr()
+    for name, flags in (("branch", ["--max_lr", "0.5"]), ("post", ["--val_data", write_lines(tmp_path / "hard.jsonl", hard)])):
+        posttrain.main([str(word) for word in ("--resume", newest(folder), "--log_dir", folder.parent, "--run_name", name, "--max_steps", "20", *flags)])
+        loss, step = checkpoint.read(newest(tmp_path / "log" / name))["best"]
+        assert step >= 12 and loss >= before[0] and loss == pytest.approx(read_log(tmp_path / "log" / name)[step, "val"], abs=1e-5)
+        path = tmp_path / "log" / name / f"ckpt_{step:05d}.pt"
+        assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
+
+
+def test_what_a_run_begins_with_leaves_memory(base, chat_file, tmp_path, monkeypatch):
+    began, loaded, plain = [], posttrain.load_checkpoint, train_gpt2.train
+
+    def load(path):
+        model, tokenizer, state = loaded(path)
+        began.extend(weakref.ref(tensor) for tensor in (*model.parameters(), *state["model"].values()))
+        return model, tokenizer, state
+
+    def train(*args):
+        gc.collect()
+        assert began and not any(tensor() is not None for tensor in began)
+        plain(*args)
+
+    monkeypatch.setattr(posttrain, "load_checkpoint", load)
+    monkeypatch.setattr(train_gpt2, "train", train)
+    assert newest(post(base(), chat_file, tmp_path / "log" / "post")).name == "ckpt_00012.pt"
 
 
 def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, launch):
@@ -225,11 +313,22 @@ def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data
     assert before["max_lr"] == pytest.approx(0.1 * 5e-3) and after["max_lr"] == before["max_lr"] and after["replay_data"] == [str(data)]
     text = newest(post(second, write_lines(tmp_path / "t.jsonl", [{"text": text} for text in sentences(40)]), tmp_path / "log" / "text"))
     assert checkpoint.read(text)["chat_template"] == JINJA and load_checkpoint(text)[0].config.vocab_size == 284
-    result = launch("generate.py", "--checkpoint", second, "--prompt", "the cat", "--max_new_tokens", "40", "--device", "cpu", "--top_k", "0", "--temperature", "3")
-    assert result.returncode == 0 and "<|" not in result.stdout, result.stderr
+    result = launch("generate.py", "--checkpoint", second, "--prompt", "the cat", "--max_new_tokens", "40", "--device", "cpu")
+    assert result.returncode == 0 and result.stdout.startswith("the cat"), result.stderr
     items = write_lines(tmp_path / "h.jsonl", hellaswag_items(4))
     result = launch("hellaswag.py", "--checkpoint", second, "--file", items, "--device", "cpu")
     assert result.returncode == 0 and "acc_norm" in result.stdout, result.stderr
+
+
+def test_generate_ends_with_the_turn(chatty, tokenizer, launch):
+    path, model = chatty
+    ids = tokenizer.encode("slept on").tolist()
+    for _ in range(20):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    turn, more = (tokenizer.decode(part) for part in (ids[:ids.index(tokenizer.reserved[END])], ids))
+    assert len(turn) > len("slept on") and len(more) > len(turn)  # so that what follows could show
+    result = launch("generate.py", "--checkpoint", path, "--prompt", "slept on", "--max_new_tokens", "20", "--temperature", "0", "--samples", "1", "--device", "cpu")
+    assert result.returncode == 0 and result.stdout == f"{turn}\n", result.stderr
 
 
 def test_growing_keeps_what_the_model_computes(tokenizer, tmp_path):
@@ -249,17 +348,20 @@ def test_growing_keeps_what_the_model_computes(tokenizer, tmp_path):
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_file, tmp_path, launch):
     other = write_data(tmp_path / "other", train_bpe(sentences(300, 5), 290))
-    pretraining = base().parent
+    pretraining, no_val = base().parent, without_val(data, tmp_path / "no_val")
     odd = write_lines(tmp_path / "odd.jsonl", [{"question": "a", "reply": "b"}])
     bad = write_lines(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}])
     one = write_lines(tmp_path / "one.jsonl", chats(1))
+    text = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(9)])
+    csv = write_lines(tmp_path / "table.csv", ["a", "b"])
     some = tmp_path / "some.jsonl"
     some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
     cases = [
         (["--data", chat_file], "name --checkpoint"), (["--checkpoint", base()], "name --data"),
         (command(base(), tmp_path / "none.jsonl", tmp_path / "log" / "x"), "cannot read"),
-        (command(base(), tmp_path / "none.csv", tmp_path / "log" / "x"), "cannot tell what"),
+        (command(base(), tmp_path / "none", tmp_path / "log" / "x"), "cannot read"),
+        (command(base(), csv, tmp_path / "log" / "x"), "cannot tell what"),
         (command(base(), odd, tmp_path / "log" / "x"), "no layout is known of a row with question, reply"),
         (command(base(), bad, tmp_path / "log" / "x"), "no usable row.*line 1: no messages"),
         (command(base(), some, tmp_path / "log" / "x", "--strict"), "line 2: not JSON"),
@@ -267,9 +369,15 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), long, tmp_path / "log" / "x", "--strict"), "longer than the context"),
         (command(base(), other, tmp_path / "log" / "x"), "another tokenizer"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", other), "another tokenizer"),
-        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards.*name another --replay_data$"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay_data", no_val), "--val_tokens"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
         ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
+        ([*command(base(), data, tmp_path / "log" / "x"), "--data", tmp_path / "typo"], "cannot read .*typo"),
+        (command(base(), data, tmp_path / "log" / "x", "--val_share", "0.5"), "--val_share is for files"),
+        (command(base(), data, tmp_path / "log" / "x", "--strict"), "--strict is for files"),
+        (command(base(), data, tmp_path / "log" / "x", "--val_data", chat_file), "--val_data is for files"),
+        (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), "none to learn from"),
         (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
     ]
     for words, says in cases:
@@ -280,21 +388,43 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
-def test_a_run_goes_on_from_its_own_checkpoint_alone(base, chat_file, tmp_path):
-    folder = post(base(), chat_file, tmp_path / "log" / "post")
+def test_a_run_goes_on_from_its_own_checkpoint_alone(base, data, chat_file, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "old")
+    folder = post(base(), chat_file, tmp_path / "log" / "post", "--replay_data", tmp_path / "old")
+    assert "forgetting: pretraining" in capsys.readouterr().out
     for words in ((newest(folder), chat_file, folder), (base(), chat_file, folder, "--lr_scale", "0.5")):
         with pytest.raises(BadInput, match="began with"):
             post(*words)
     with pytest.raises(BadInput, match="go on with posttrain.py"):
         train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", "post"])
-    posttrain.main(["--log_dir", str(folder.parent), "--run_name", "post", "--max_steps", "14"])
-    assert (13, "train") in read_log_with_pretraining(folder)
+    shutil.rmtree(tmp_path / "old")
+    same = base().parent / ".." / base().parent.name / base().name
+    posttrain.main([str(word) for word in ("--log_dir", folder.parent, "--run_name", "post", "--max_steps", "14", "--dropout", "0.1", "--checkpoint", same)])
+    assert (13, "train") in read_log(folder)
+    told = capsys.readouterr().out
+    assert "changed: --max_steps 12 -> 14, --dropout 0.0 -> 0.1\n" in told and "forgetting: pretraining" not in told
+    assert load_checkpoint(newest(folder))[0].config.dropout == 0.1
 
 
 def test_without_pretraining_data_the_run_goes_without_its_validation(tokenizer, chat_file, tmp_path, capsys):
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer)
     folder = post(tmp_path / "ckpt_00001.pt", chat_file, tmp_path / "log" / "post")
     assert {kind for _, kind in read_log(folder)} == {"train", "val"} and math.isfinite(read_log(folder)[12, "val"])
-    assert "without a look at what is forgotten" in capsys.readouterr().out
+    assert "not measuring forgetting" in capsys.readouterr().out
     assert load_tokenizer(checkpoint.read(newest(folder))["tokenizer"]).spec == tokenizer.spec
     assert len(lines(folder)) == 16 and np.isfinite(list(read_log(folder).values())).all()
+
+
+def without_val(data, folder):
+    shutil.copytree(data, folder)
+    for path in folder.glob("*_val_*"):
+        path.unlink()
+    return folder
+
+
+def test_replay_needs_no_validation_data(base, data, chat_file, tmp_path, capsys):
+    flags = ["--replay", "0.2", "--max_lr", "5e-3"]
+    with_it, without = (read_log(post(base(), chat_file, tmp_path / "log" / name, *flags, "--replay_data", folder))
+                        for name, folder in (("with", data), ("without", without_val(data, tmp_path / "no_val"))))
+    assert without == {key: value for key, value in with_it.items() if key[1] != "val_pretraining"} != with_it
+    assert f"pretraining text for 20.0% of the rows: {tmp_path / 'no_val'}; not measuring forgetting: " in capsys.readouterr().out

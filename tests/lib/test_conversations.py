@@ -7,7 +7,7 @@ from helpers import sentences, write_lines
 
 from lib.chat_template import render
 from lib.cli import BadInput
-from lib.conversations import find_files, fit, hold_out, read
+from lib.conversations import find_files, hold_out, read, truncate
 
 ASKED, TOLD = "Name a cat.", "Tom."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
@@ -33,7 +33,9 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
     import pyarrow.parquet
 
     (tmp_path / "a.json").write_text(json.dumps([row, row], indent=1))
+    (tmp_path / "marked.json").write_text(json.dumps([row, row]), encoding="utf-8-sig")
     write_lines(tmp_path / "b.jsonl", [row, row])
+    (tmp_path / "marked.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}", encoding="utf-8-sig")
     write_lines(tmp_path / "lines.json", [row, row])
     pa.parquet.write_table(pa.Table.from_pylist([row, row]), tmp_path / "c.parquet")
     for path in find_files([str(tmp_path)]):
@@ -42,8 +44,9 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
 
 
 def test_a_txt_is_one_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert read(str(tmp_path / "a.txt"))[0] == ["one\n\ntwo\n"]
+    for encoding in ("utf-8", "utf-8-sig"):  # with a byte order mark
+        (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
+        assert read(str(tmp_path / "a.txt"))[0] == ["one\n\ntwo\n"]
 
 
 def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
@@ -81,11 +84,11 @@ def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
     chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}] * 3
     ids, learned = render(chat, tokenizer)
     third, two = len(ids), len(render(chat[:4], tokenizer)[0])
-    assert fit(chat, tokenizer, third) == (ids, learned, "whole") == fit([*chat, chat[0]], tokenizer, third)  # a last question goes
-    assert fit(chat, tokenizer, third - 1) == fit(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
+    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]], tokenizer, third)  # a last question is dropped
+    assert truncate(chat, tokenizer, third - 1) == truncate(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
     first = len(render(chat[:2], tokenizer)[0])
-    assert fit(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
-    assert fit(chat, tokenizer, 5) == (None, None, "dropped")
+    assert truncate(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
+    assert truncate(chat, tokenizer, 5) == (None, None, "dropped")
 
 
 def test_what_is_held_out_follows_from_content_and_seed():
@@ -98,4 +101,6 @@ def test_what_is_held_out_follows_from_content_and_seed():
     assert [len(part) for part in hold_out(few, 0.01, 1)] == [1, 1] and hold_out(few, 0.0, 1) == (few, [])
     with pytest.raises(BadInput, match="--val_share 0"):
         hold_out([PAIR, PAIR], 0.1, 1)
+    with pytest.raises(BadInput, match="--val_share 0.9999 of 30 rows"):
+        hold_out(examples[:30], 0.9999, 1)
     assert hold_out(["a" * 90 + "b" * 10], 0.1, 1) == (["a" * 90], ["b" * 10])

@@ -226,10 +226,10 @@ class Costs(torch.nn.Module):
         self.weight, self.config = torch.nn.Parameter(torch.ones(250)), SimpleNamespace(block_size=3)
         self.cost, self.limit, self.tried, self.peak = cost, limit, [], 0
 
-    def forward(self, idx, targets):
+    def forward(self, idx, targets, *packed):
         assert idx.shape == targets.shape == (len(idx), 3) and idx.dtype == torch.int64
         self.tried.append(len(idx))
-        self.peak = max(self.peak, 2000 + self.cost(len(idx)))
+        self.peak = max(self.peak, 2000 + self.cost(len(idx)) + sum(part.numel() for part in packed))
         if self.peak > self.limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return self.weight.sum()
@@ -280,6 +280,13 @@ def test_auto_on_cuda_takes_as_many_sequences_as_fit(cost, free, want, monkeypat
     assert model.tried[-1] == want == 48 or 2000 + cost(model.tried[-1]) > 0.9 * free - 2000
     assert want == 1 or 2000 + cost(want) <= 0.9 * free - 2000
     assert model.weight.grad is None and torch.equal(model.weight, torch.ones(250))
+
+
+def test_auto_on_cuda_counts_what_packed_rows_need(monkeypatch):
+    for packed, want in (((), 8), ((torch.empty(5000),), 6)):
+        model = Costs(thousand_each)
+        pretend_memory(monkeypatch, model, free=17_000)
+        assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA, [torch.empty(500)], lambda idx, packed=packed: packed) == want
 
 
 @pytest.mark.parametrize("memory", [

@@ -146,6 +146,12 @@ def test_the_stream_is_the_same_in_batches_of_any_size_and_after_a_resume(cut):
         stream.where(state | {"data": (0, 10**6)})
 
 
+def test_asking_for_a_place_leaves_what_the_prefetch_thread_reads_from():
+    packing = Packing(items(40), T, 3, EOT)
+    rows, _ = packing.of(1)
+    assert packing.where({"epoch": 0, "row": 2}) == "epoch 0, from row 2" and packing.of(1)[0] is rows
+
+
 def test_replay_has_its_share_of_every_span():
     rows = rows_of(Rows(numbers(1), numbers(-1), 0.3), [100])[:, 0, 0]
     assert rows[rows > 0].tolist() == list(range(1, 71)) and rows[rows < 0].tolist() == [-n for n in range(1, 31)]
@@ -169,4 +175,5 @@ def test_micro_batches_and_processes_share_out_the_same_rows():
         for got, want in ((torch.cat([part[0] for part in parts]), whole[0]), (torch.cat([part[1] for part in parts]), whole[1]),
                           (torch.cat([part[2].mask for part in parts]), whole[2].mask), (torch.cat([part[2].positions for part in parts]), whole[2].positions)):
             assert torch.equal(got, want)
+    assert not any(value.dim() == 4 for part in parts for value in vars(part[2]).values())  # masks would be the most of a batch
     assert all(len(part) == 2 for part in micro_batches(rows, 4, Processes("cpu"), False))
