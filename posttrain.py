@@ -40,7 +40,8 @@ class Config(TrainConfig):
     """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
     # data
     data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
-    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split", above=0)
+    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split; if unset, no more "
+                           "than in pretraining", above=0)
     # length and batch: small steps, for there is little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
     total_batch_size: int = flag(16_384, "tokens per optimizer step, padding included, over all processes and accumulation",
@@ -368,6 +369,8 @@ def settle(cfg, before, explicit):
         raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
     cfg.optimizer = cfg.optimizer or before.get("optimizer", "adamw")
     cfg.momentum = before.get("momentum", TrainConfig.momentum) if cfg.momentum is None else cfg.momentum
+    if "val_tokens" not in explicit:  # which suit the machine that it was made on
+        cfg.val_tokens = min(cfg.val_tokens, before.get("val_tokens", cfg.val_tokens))
     folders = cfg.replay_data or before.get("replay_data" if again else "data") or ()
     cfg.replay_data = (folders,) if isinstance(folders, str) else tuple(folders)
 

@@ -18,7 +18,7 @@ from lib.cli import BadInput
 # TensorBoard tag -> kind of line in log.txt, words on the console
 RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}
 LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "Loss/val_pretraining": "pretraining val loss",
-          "eval/hellaswag": "HellaSwag acc_norm"}
+          "Loss/val_pretraining_bpb": "pretraining bits per byte", "eval/hellaswag": "HellaSwag acc_norm"}
 
 
 class Null:

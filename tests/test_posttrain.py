@@ -105,7 +105,9 @@ POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "
     (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3), dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None)),  # Muon's rates do not fit
     (POSTTRAINED, {}, dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, replay_data=("a",))),  # scaled before
     (POSTTRAINED, dict(lr_scale=0.5), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.002)),
-    ({"max_lr": 6e-4, "data": "old"}, {}, dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",))),
+    ({"max_lr": 6e-4, "data": "old"}, {}, dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",), val_tokens=2**20)),
+    (PRETRAINED | {"val_tokens": 65_536}, {}, dict(val_tokens=65_536)), (PRETRAINED | {"val_tokens": 10**7}, {}, dict(val_tokens=2**20)),
+    (PRETRAINED | {"val_tokens": 65_536}, dict(val_tokens=99_999), dict(val_tokens=99_999)),
 ])
 def test_what_the_checkpoint_decides(before, flags, want):
     cfg = posttrain.Config(**flags)
