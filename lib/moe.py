@@ -181,10 +181,12 @@ class MoE(nn.Module):
         # 2) every expert on its rows
         rows = cast(x).view(-1, 1, C).expand(-1, self.n_active, -1).reshape(-1, C)      # (B T K, C)
         rows = _Permute.apply(rows, order, inverse)
-        rows = self.c_proj(self.act(self.c_fc(rows, ends)), ends)
+        weights = _Permute.apply(gates.view(-1, 1), order, inverse)                     # on hidden units: what comes out is just summed
+        rows = self.act(self.c_fc(rows, ends))
+        rows = self.c_proj((rows * weights).type_as(rows), ends)
         # 3) back in order, and the sum over a token's experts
         y = _Permute.apply(rows, inverse, order).view(B, T, self.n_active, C)
-        return (y * gates[..., None]).sum(dim=2).type_as(y) + self.shared(x)
+        return y.sum(dim=2) + self.shared(x)
 
     def route(self, x):
         """-> gates (B, T, K), which add up to 1 for each token; the experts picked (B, T, K); tokens per sequence and expert (B, E)."""
