@@ -125,6 +125,17 @@ class Router(nn.Linear):
             return super().forward(x.float())
 
 
+def top(scores, k):
+    """The places of the k largest of the last dimension, like topk's; which the compiler cannot fuse, and which is slow for so few."""
+    if k > 8:  # of as many passes there would be too much to compile
+        return scores.topk(k).indices
+    places, picked = torch.arange(scores.size(-1), device=scores.device), []
+    for _ in range(k):
+        picked.append(scores.argmax(dim=-1, keepdim=True))
+        scores = torch.where(places == picked[-1], -torch.inf, scores)
+    return torch.cat(picked, dim=-1)
+
+
 class NoShared(nn.Module):
     """Stands where there is no shared expert."""
 
@@ -193,7 +204,7 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = self.router(x)                                                     # (B, T, E), in fp32
             scores = self.score(logits)
-            picked = (scores.detach() + self.bias).topk(self.n_active).indices          # the bias picks, and does not weigh
+            picked = top(scores.detach() + self.bias, self.n_active)                    # the bias picks, and does not weigh
             chosen = picked[..., None] == torch.arange(len(self.bias), device=x.device) # (B, T, K, E)
             gates = (scores[..., None, :] * chosen).sum(dim=-1)                         # not gather: its gradient takes atomics
             gates = gates / gates.sum(dim=-1, keepdim=True).clamp_min(1e-20)

@@ -13,7 +13,7 @@ import train_gpt2
 from lib import checkpoint
 from lib.cli import BadInput
 from lib.decoding import Decoder, SampleConfig, generate, sample
-from lib.moe import BALANCE_LOSS, BIAS_RATE, PATIENCE, LoadBalancer, MoE, grouped_linear
+from lib.moe import BALANCE_LOSS, BIAS_RATE, PATIENCE, LoadBalancer, MoE, grouped_linear, top
 from lib.muon import orthogonalize
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, MLPS, TrainConfig
@@ -126,6 +126,13 @@ def test_the_bias_picks_and_does_not_weigh():
     torch.testing.assert_close(forced_gates, scores / scores.sum(-1, keepdim=True))
     same = (forced == picked).all(-1)
     assert same.any() and torch.equal(gates[same], forced_gates[same])
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 12])
+def test_picks_are_those_of_topk(k):
+    torch.manual_seed(0)
+    scores = torch.stack([torch.randperm(12) for _ in range(200)]).float().view(4, 50, 12) - 6  # no ties, negative ones too
+    assert torch.equal(top(scores, k), scores.topk(k).indices)
 
 
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
