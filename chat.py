@@ -220,7 +220,7 @@ def main(argv):
     if cfg.checkpoint is None:
         raise BadInput("name a --checkpoint, one that posttrain.py made")
     if wrong := sorted(given & ({"prompt", "system"} if cfg.serve else {field.name for field in fields(ServeConfig)})):
-        where = "the terminal: leave out it or --serve" if cfg.serve else "--serve: give that, too"
+        where = f"the terminal: leave out --{wrong[0]} or --serve" if cfg.serve else "--serve: give that, too"
         raise BadInput(f"--{wrong[0]} is for {where}")
     device = pick_device(cfg.device)
 
