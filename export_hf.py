@@ -13,6 +13,8 @@ Exact, by what the model was trained with:
     ArceeForCausalLM        --norm rmsnorm   --pos rope    --mlp gelu or relu2
     Starcoder2ForCausalLM   --norm layernorm --pos rope    --mlp gelu or relu2
     StableLmForCausalLM     --norm layernorm --pos rope    --mlp swiglu --no-bias
+    Glm4MoeForCausalLM      --norm rmsnorm   --pos rope    --mlp swiglu --no-bias --n_experts N
+    MixtralForCausalLM      the same with --router softmax --balance loss; with --qk_norm Qwen3MoeForCausalLM
 each with tied or untied embeddings, and with --pos rope also --emb_norm, which is worked into the embedding table. Every other
 combination is refused: --value_residual, --residual_scalars and --softcap have no counterpart there.
 
@@ -56,7 +58,7 @@ def check(model, tokenizer, cfg, chat_template=None):
     same = sum(their_tokenizer(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).tolist() for text in texts)
     if chat_template:
         messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
-        told = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        told = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True)
         same -= told != render(messages, tokenizer, reply=True)[0]
     result = f"logits up to {largest:.2f} differ by {apart:.2e} at most; {same} of {len(texts)} texts have the same tokens"
     if not apart <= TOLERANCE[cfg.dtype] * max(largest, 1) or same < len(texts):

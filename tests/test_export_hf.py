@@ -58,6 +58,16 @@ def test_a_chat_model_keeps_its_template_and_its_ids(named, launch, tokenizer, t
     assert ours.config.vocab_size == tokenizer.vocab_size + 4
 
 
+def test_control_tokens_in_the_texts_of_a_check_are_text(tokenizer, tmp_path, monkeypatch, capsys):
+    """Ids of a small vocabulary, drawn at random, hold <|endoftext|>."""
+    path = tmp_path / "ckpt_00001.pt"
+    tiny_checkpoint(path, tokenizer, **MODERN | {"vocab_size": tokenizer.vocab_size + 4})
+    checkpoint.write(path, torch.load(path, weights_only=True) | {"chat_template": JINJA})
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: f"a{ids[0]} <|endoftext|> <|end|>b")
+    export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "out"), "--check"])
+    assert "200 of 200 texts" in capsys.readouterr().out
+
+
 def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys):
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, **MODERN)
     flags = ["--checkpoint", str(tmp_path / "ckpt_00001.pt"), "--out"]
