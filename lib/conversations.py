@@ -112,20 +112,20 @@ def read(path, strict=False):
 
     Raises BadInput where no layout fits or no row is usable.
     """
-    examples, problems, layout, name = [], [], None, None
+    examples, problems, layout, name, odd = [], [], None, None, None
     for place, row in _rows(path):
         if isinstance(row, dict) and layout is None:
             layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
-            if layout is None:
-                raise BadInput(f"{path}, {place}: no layout is known of a row with {', '.join(row)[:200] or 'nothing in it'}: rename its "
-                               f"columns; known are {KNOWN}")
             wrapped = isinstance(row.get("prompt"), str) and WRAPPED.fullmatch(row["prompt"])
-            name = layout[0] + (", without the frame around what is asked" if wrapped else "")
+            name = layout and layout[0] + (", without the frame around what is asked" if wrapped else "")
         try:
             if isinstance(row, ValueError):
                 raise row
             if not isinstance(row, dict):
                 raise ValueError("not an object")
+            if layout is None:
+                odd = odd or f"{path}, {place}: no layout is known of a row with {', '.join(row)[:200] or 'nothing in it'}"
+                raise ValueError(f"no layout is known of {', '.join(row)[:60] or 'nothing'}")
             if not layout[1] <= row.keys():
                 raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}")
             examples.append(_check(layout[2](row)))
@@ -133,6 +133,8 @@ def read(path, strict=False):
             problems.append(f"{place}: {error}")
             if strict:
                 raise BadInput(f"{path}, {problems[0]}: mend it, or leave out --strict") from error
+    if odd and not layout:
+        raise BadInput(f"{odd}: rename its columns; known are {KNOWN}")
     if not examples:
         raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what is in it, or name another")
     line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
@@ -166,9 +168,12 @@ def _read(path, remedy):
 
 
 def _whole(path, remedy):
+    text = _read(path, remedy)
     try:
-        return json.loads(_read(path, remedy))
-    except (ValueError, RecursionError):
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("[") and not str(error).startswith("Extra data"):  # else lines, of which the first is a list
+            raise BadInput(f"{path} is not whole ({str(error)[:60]}): {remedy}") from error
         return None
 
 

@@ -61,6 +61,24 @@ def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
         read(str(path), strict=True)
 
 
+def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"comment": "mine"}, ROWS[6][1], {"x": 1}])
+    examples, line = read(str(path))
+    assert examples == [PAIR] and "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
+    with pytest.raises(BadInput, match="line 1: no layout is known of comment: mend it, or leave out --strict"):
+        read(str(path), strict=True)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(indent, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([ROWS[6][1]] * 3, indent=indent)[:-9])
+    with pytest.raises(BadInput, match="a.json is not whole .*: mend it, or name another file"):
+        read(str(path))
+    path.write_text("[1]\n" + json.dumps(ROWS[6][1]))
+    assert read(str(path))[0] == [PAIR]
+
+
 @pytest.mark.parametrize("messages, told", [
     ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"), ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
     ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"), ([{"role": "user", "content": None}], "both text"), ("hello", "not a list")])
