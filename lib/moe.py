@@ -20,7 +20,8 @@ from lib.devices import cast
 MULTIPLE = 8          # of the widths that grouped_mm takes: rows of bf16 in whole 16 bytes
 BIAS_RATE = 1e-3      # of a bias per step (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 4.2)
 BALANCE_LOSS = 1e-2   # coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2)
-PATIENCE = 20         # steps in a row that an expert gets no token before that is said
+PATIENCE = 20         # steps in a row that an expert gets next to nothing before that is said
+STARVED = 0.01        # of an even share: next to nothing. In a step of many tokens even a collapsed router sends a few astray
 
 SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
@@ -225,9 +226,9 @@ class LoadBalancer:
     """Once per step: nudges the biases of all MoE layers and tells how their tokens were shared out. Does nothing for a dense model."""
 
     def __init__(self, model, processes, say):
-        """say: called with a line about experts that get no tokens. Passes made before, to probe the memory, are forgotten."""
+        """say: called with a line about experts that get next to no tokens. Passes made before, to probe the memory, are forgotten."""
         self.layers, self.distributed, self.say = [m for m in model.modules() if isinstance(m, MoE)], processes.distributed, say
-        self.idle = [[0] * len(layer.bias) for layer in self.layers]  # steps in a row without a token
+        self.idle = [[0] * len(layer.bias) for layer in self.layers]  # steps in a row that an expert was starved
         self.told = ""
         self._forget()
 
@@ -264,12 +265,12 @@ class LoadBalancer:
             report |= {f"moe/load_{i:02d}": [n / mean for n in counts], f"moe/max_load_{i:02d}": max(counts) / mean,
                        f"moe/dead_{i:02d}": counts.count(0.0), f"moe/entropy_{i:02d}": entropies / tokens,
                        f"moe/logit_norm_{i:02d}": norms / tokens}
-            self.idle[i] = [0 if n else steps + 1 for n, steps in zip(counts, self.idle[i], strict=True)]
+            self.idle[i] = [0 if n >= STARVED * mean else steps + 1 for n, steps in zip(counts, self.idle[i], strict=True)]
         self._tell()
         return report
 
     def _tell(self):
-        """Say which layers have experts that get no tokens, whenever that has changed."""
+        """Say which layers have experts that get next to no tokens, whenever that has changed."""
         found = []
         for i, (layer, idle) in enumerate(zip(self.layers, self.idle, strict=True)):
             if dead := sum(steps >= PATIENCE for steps in idle):
@@ -277,5 +278,5 @@ class LoadBalancer:
                 found.append(f"layer {i} {dead} of {len(idle)}{', its router has collapsed' if collapsed else ''}")
         told = "; ".join(found)
         if told and told != self.told:
-            self.say(f"experts without a token in {PATIENCE} steps: {told}")
+            self.say(f"experts with less than {STARVED:.0%} of an even share of the tokens in {PATIENCE} steps: {told}")
         self.told = told

@@ -240,11 +240,23 @@ def test_a_collapsed_router_is_reported_and_evened_out():
         model(idx)
         told = balance(True)
         assert (told["moe/dead_00"], told["moe/dead_01"], told["moe/max_load_01"]) == (0, 2, 2.0)
-    assert lines == [f"experts without a token in {PATIENCE} steps: layer 1 2 of 4, its router has collapsed"]
+    assert lines == [f"experts with less than 1% of an even share of the tokens in {PATIENCE} steps: layer 1 2 of 4, its router has collapsed"]
     for _ in range(round(1.1 / BIAS_RATE / 2)):
         model(idx)
         told = balance(True)
     assert told["moe/dead_01"] == 0 and told["moe/max_load_01"] < 1.5
+
+
+def test_a_few_stray_tokens_do_not_hide_a_collapse():
+    model, lines = GPT(tiny(n_layer=1, n_experts=4, n_active=2)), []
+    layer, balance = model.transformer.h[0].mlp, LoadBalancer(model, ALONE, lines.append)
+    for strays in (10, 9):  # 1% of an even share of 1,000, and less
+        for _ in range(PATIENCE):
+            assert not lines
+            layer.seen += torch.tensor([2000.0 - strays, 2000.0 - strays, strays, strays, 1.0, 1.0])
+            balance(True)
+        assert len(lines) == (strays < 10)
+    assert "layer 0 2 of 4, its router has collapsed" in lines[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
