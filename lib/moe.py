@@ -118,12 +118,27 @@ class ExpertLinear(nn.Module):
         return grouped_linear(cast(x), cast(self.weight), ends)
 
 
+class _LinearInFloat32(torch.autograd.Function):
+    """x weight^T without autocast, in backward too: a compiled backward runs under the autocast of its forward."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return (grad @ weight).type_as(x), grad.flatten(0, -2).mT @ x.flatten(0, -2).float()
+
+
 class Router(nn.Linear):
     """The linear layer that scores experts, in fp32 whatever the others compute in."""
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+        return _LinearInFloat32.apply(x, self.weight)
 
 
 def top(scores, k):

@@ -114,6 +114,19 @@ def test_the_router_is_in_fp32_under_autocast():
     torch.testing.assert_close(low.float(), layer(x), rtol=0.05, atol=0.1)
 
 
+def test_the_router_is_in_fp32_in_a_compiled_backward_too():
+    _, layer = layer_of(n_experts=64)
+    x, away = torch.randn(2, 64, 32).bfloat16().requires_grad_(), torch.randn(2, 64, 64)
+    grads = []
+    for router in (layer.router, torch.compile(layer.router, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = router(x)
+        grads.append(torch.autograd.grad((z * away).sum(), (layer.router.weight, x)))
+    for have in grads:
+        torch.testing.assert_close(have[0], away.flatten(0, 1).T @ x.float().flatten(0, 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(have[1], (away @ layer.router.weight).bfloat16(), rtol=0, atol=0)
+
+
 def test_the_bias_picks_and_does_not_weigh():
     _, layer = layer_of()
     x = torch.randn(1, 50, 32)
