@@ -978,7 +978,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
-                  "data": corpus.identity, **task.extra}
+                  "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
         run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, like)
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)

@@ -297,7 +297,7 @@ class RunFolder:
             self.say(f"resume  {resume.path}, step {step}; " + (f"changed: {changed}" if changed else "as before"))
         if self.anew:
             self.say(f"{self.folder} holds no checkpoint: its run begins anew")
-        self.log.hyperparameters(step, config["train"] | config["model"])
+        self.log.hyperparameters(step, config["train"] | config["model"] | {"parameters": config.get("parameters")})
         self.first, self.saved_at = step, time.monotonic()
         self.writer = Writer(self.folder, self.keep)
         self.writer.reserve(like)

@@ -1,5 +1,6 @@
 """Mixture of Experts against a plain loop over experts, alone and in real runs: python -m pytest tests/lib/test_moe.py"""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -372,6 +373,8 @@ def test_a_run_with_experts_learns_is_balanced_and_resumes_exactly(data, tmp_pat
     assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24 for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
     state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
     assert state["transformer.h.1.mlp.bias"].any() and not [name for name in state if "seen" in name]
+    assert json.loads((whole / "config.json").read_text())["parameters"] == GPT(train_gpt2.GPTConfig(**torch.load(
+        whole / "ckpt_00024.pt", weights_only=True)["model_config"])).parameter_counts()
     half = cut(whole, tmp_path / "half", 8)
     assert_same_runs(again(half), whole)
     model, tokenizer, _ = train_gpt2.load_checkpoint(whole / "ckpt_00024.pt")
