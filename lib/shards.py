@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lib.cli import BadInput, check, flag
-from lib.files import Unreadable, open_file, read_json
+from lib.files import Unreadable, open_file, read_json, read_text
 
 ENDING = re.compile(r"_(train|val)_[0-9]+\.(npy|bin)\Z")
 BIN_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # llm.c's and modded-nanogpt's (magic, version)
@@ -247,7 +247,16 @@ class Shards:
         self._compare_splits(headers)
         spec = self.meta.tokenizer if self.meta else "gpt2"  # shards of build-nanogpt and llm.c have no meta.json
         self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
+        if spec.endswith(".json"):
+            self._check_tokenizer_file(folder / spec)
         self.vocab_size = self.meta.vocab_size if self.meta else 50257  # None where meta.json, written by hand, does not say
+
+    def _check_tokenizer_file(self, path):
+        """Raises BadInput if it is missing or not the shards' own: a tokenizer made anew would not do, its ids mean other text."""
+        mend = f"put back the one that was made with these shards, or {OTHER}"
+        text = read_text(path, mend)
+        if self.meta.tokenizer_crc32 not in (None, zlib.crc32(text.encode())):
+            raise BadInput(f"{path} is damaged, or of other shards than those beside it: {mend}")
 
     def _compare_names(self, folder, headers, command):
         listed = {record.name: record.tokens for record in self.meta.shards}

@@ -218,6 +218,9 @@ def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(made, tmp_path)
     refused("says vocab_size 512", vocab_size=512)
     refused("says eot 7,", eot=7)
     refused("tokenizer.json beside the shards is not the one they were made with", tokenizer_crc32=7)
+    refused("cannot read .*tokenizer.json .*: put back the one that was made with these shards", tokenizer="tokenizer.json")
+    refused("tokenizer.json is damaged, or of other shards .*: put back the one", lambda f: (f / "tokenizer.json").write_text('{"model": {'),
+            tokenizer="tokenizer.json")
     splits = json.loads((made / "meta.json").read_text())["splits"]
     splits["train"]["tokens"] += 1
     refused("counts of train tokens contradict", splits=splits)
