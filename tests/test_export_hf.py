@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_checkpoint
 
 import export_hf
-from lib import checkpoint
+from lib import checkpoint, huggingface
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput
 from lib.tokenizers import load_tokenizer
@@ -21,6 +21,10 @@ def test_a_checkpoint_is_exported_checked_and_read_back(launch, tokenizer, tmp_p
     idx = torch.randint(tokenizer.vocab_size, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(GPT.from_pretrained(tmp_path / "a" / "b").eval()(idx), model(idx), rtol=0, atol=1e-4)
+
+
+def test_help_names_every_class():
+    assert all(f"\n    {name} " in export_hf.__doc__ for name in huggingface.FAMILIES)
 
 
 @pytest.mark.parametrize("named", ["trained", "gpt2"])
