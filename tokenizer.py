@@ -74,6 +74,8 @@ def compare(argv):
     (text, cfg), _ = parse((Text, Compare), argv, __doc__)
     texts = list(read(text, COMPARED))
     size = sum(len(one.encode(errors="replace")) for one in texts)
+    if not size:
+        raise BadInput("the source holds no text to compare on: check --source and --text_column")
     print(f"{size:,} bytes of {len(texts):,} documents, one thread\n"
           f"{'tokenizer':28} {'ids':>9} {'bytes/token':>12} {'tokens/s':>12} {'MB/s':>7} {f'embedding parameters at {cfg.width}':>33}")
     for spec in cfg.tokenizer:

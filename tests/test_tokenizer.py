@@ -39,11 +39,13 @@ def test_train_then_compare(source, launch, tmp_path):
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "100000"], "too small for a BPE of 100000"),
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "260"], "has 261"),
     (["compare", "--source", "SOURCE", "--tokenizer", "full"], "damaged, or not a byte-level BPE"),
+    (["compare", "--source", "empty.jsonl"], "holds no text to compare on"),
 ])
 def test_bad_input(words, says, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "tokenizer.json").write_text("{}")
+    (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(BadInput, match=says):
         main([str(source) if word == "SOURCE" else word for word in words])
     assert (tmp_path / "full" / "tokenizer.json").read_text() == "{}" and not (tmp_path / "x" / "tokenizer.json").exists()
