@@ -82,7 +82,7 @@ def plan(cfg, models, measured):
     speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
     head = f"steps of {cfg.total_batch_size:,}"
     lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); Kaplan et al. 2020 leave "
-             "embeddings out",
+             f"embeddings out; a vocabulary of {models[measured].config.vocab_size:,}",
              f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} {head:>17} {'FLOPs':>9}"
              + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
     for name, model in models.items():

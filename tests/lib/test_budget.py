@@ -87,7 +87,8 @@ def test_the_plan_by_hand():
     """Rows of two models; hours only with a measurement, those of the other model at the same FLOP/s."""
     models = {"a": GPT(tiny()), "b": GPT(tiny(n_layer=4))}
     cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=None, price_per_hour=2.0)
-    assert "dollars" not in plan(cfg, models, "a").splitlines()[1]
+    head = plan(cfg, models, "a").splitlines()
+    assert "dollars" not in head[1] and head[0].endswith(f"a vocabulary of {models['a'].config.vocab_size:,}")
     cfg.tok_per_sec = 50.0
     rows = [line.split() for line in plan(cfg, models, "a").splitlines()[2:-1]]
     assert [(row[0], row[3]) for row in rows] == [(name, ratio) for name in "ab" for ratio in ("8", "12", "20", "40")]
