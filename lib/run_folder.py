@@ -251,6 +251,7 @@ class RunFolder:
         self.folder = Path(cfg.log_dir) / (cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
         self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
+        self.told_stage = False
         check_name(self.folder.name)
         make_folder(self.folder, "give another --log_dir")
         self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
@@ -367,7 +368,12 @@ class RunFolder:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
 
     def set_length(self, steps):
-        """The run has so many steps, as --minutes of them turn out to be."""
+        """The run has so many steps, as --minutes of them turn out to be. Once that stands, says it if the curriculum is longer."""
+        stage = self.config["train"].get("curriculum_steps") or 0
+        if stage > steps == self.config["max_steps"] and not self.told_stage:
+            self.told_stage = True
+            self.say(f"warning: --curriculum_steps {stage:,} is longer than the {steps:,} steps that --minutes allow: the run ends "
+                     "within the curriculum; shorten it, or give more minutes")
         self.config["max_steps"] = steps  # written with the next checkpoint
         self.log.set_length(steps)
 

@@ -812,6 +812,15 @@ def test_minutes_set_the_length(data, tmp_path):
     assert state["finished"] and state["max_steps"] == state["step"] < 1000 and f"\n{state['step'] - 1} train " in (folder / "log.txt").read_text()
 
 
+def test_a_curriculum_longer_than_the_minutes_allow_is_told_once(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "simple")
+    flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
+    flags += ["--data", str(data), "--curriculum", str(tmp_path / "simple"), "--log_dir", str(tmp_path), "--minutes", "0.02", "--eval_every", "0"]
+    for steps, times in (("900000", 1), ("1", 0)):
+        train_gpt2.main([*flags, "--run_name", steps, "--curriculum_steps", steps])
+        assert capsys.readouterr().out.count("within the curriculum") == times
+
+
 def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_path, capsys):
     flags = ["--preset", "modern", "--max_steps", 5, "--qk_norm", "--dropout", 0.1, "--no-tie_embeddings", "--schedule", "wsd",
              "--grad_clip", 0, "--micro_batch", 2, "--eval_every", 0, "--save_every", 0]
