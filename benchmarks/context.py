@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.cli import run
 from lib.devices import autocast, pick_device, to_device
 from lib.mixture import split_weight
 from lib.rope import ContextConfig, extend
@@ -39,13 +40,13 @@ def nats_by_position(model, x, y, device):
     return torch.cat(rows).double().numpy()
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", required=True)
     parser.add_argument("--data", help="folder of token shards; without it, the one trained on")
     parser.add_argument("--tokens", type=int, default=2**21, help="validation tokens, at most")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = pick_device(args.device)
     columns = list(itertools.pairwise(EDGES))
     print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
@@ -74,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
