@@ -37,7 +37,7 @@ class Config:
     prompt: str | None = flag(None, "answer this alone, and end", short="p")
     system: str | None = flag(None, "a system message to begin with")
     serve: bool = flag(False, "serve the chat to a browser and to OpenAI's clients")
-    graphs: bool = flag(False, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
+    graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 
