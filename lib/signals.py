@@ -12,18 +12,17 @@ ECHO = 2.0       # seconds
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP, while `with` lasts: the first sets `received` to its name, a second ends the process.
+    """SIGTERM, SIGINT and SIGHUP, while `with` lasts: the first sets `received` to its name; one after ECHO seconds ends the process.
 
     A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after
     another process has died. Under a launcher (`processes.distributed`) the main thread has PATIENCE seconds after the first
-    signal to ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. It also passes on the
-    signal that the terminal has already sent: ECHO seconds of repeats count as one.
+    signal to ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. Repeats before ECHO seconds
+    count as one: torchrun passes on what the terminal has already sent, timeout(1) signals its child, then its group.
     """
 
     def __init__(self, say, processes):
         self.say, self.processes = say, processes
         self.patience = PATIENCE if processes.world_size > 1 else None
-        self.echo = ECHO if processes.distributed else 0.0
         self.received, self.agreed, self.taken, self.threads = None, False, threading.Event(), []
 
     def heard(self):
@@ -86,8 +85,9 @@ class StopSignals:
                 first, self.received = time.monotonic(), signal.Signals(number[0]).name
                 if self.patience:
                     self._start(self._impatient)
-                self.say(f"{self.received}: this step is finished, then the run is saved; a second signal ends it at once")
-            elif time.monotonic() - first > self.echo:
+                self.say(f"{self.received}: this step is finished, then the run is saved; another signal, from "
+                         f"{ECHO:g} s on, ends it at once")
+            elif time.monotonic() - first > ECHO:
                 os._exit(128 + number[0])
 
     def _impatient(self):

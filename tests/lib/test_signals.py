@@ -46,10 +46,13 @@ def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
             with pytest.raises(BadInput, match="in use by another process"):
                 train(data, folder, *LONG)
         process.send_signal(getattr(signal, name))
+        if name == "SIGTERM":  # as timeout(1) does: to its child, then to the group that the child is in
+            wait_for(lambda: "SIGTERM: this" in (tmp_path / "out.txt").read_text(), process)
+            process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     out, step = (tmp_path / "out.txt").read_text(), len(lines(folder))
     assert step < 250 and lines(folder)[-1].startswith(f"{step - 1} train ")
-    assert out.count(f"{name}: this step is finished, then the run is saved; a second signal ends it at once\n") == 1
+    assert out.count(f"{name}: this step is finished, then the run is saved; another signal, from 2 s on, ends it at once\n") == 1
     assert f"\nstopped at step {step} of 250: the same command with --run_name a goes on\n" in out and "Traceback" not in out
     assert steps_saved(folder)[-1] == step and not list(folder.glob("*.tmp"))
     train(data, folder, *LONG)
