@@ -100,10 +100,11 @@ def test_the_step_is_one_graph_for_the_compiler():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("toggles", [TOGGLES[2], dict(n_experts=4, mlp="relu2")])
 @pytest.mark.parametrize("compile", [False, True])
-def test_graphs_give_what_eager_steps_give(compile):
+def test_graphs_give_what_eager_steps_give(compile, toggles):
     torch.manual_seed(0)
-    model = GPT(tiny(block_size=256, init="xavier", **TOGGLES[2])).eval().cuda()
+    model = GPT(tiny(block_size=256, init="xavier", **toggles)).eval().cuda()
     prompts = [torch.randint(61, (n,)).tolist() for n in (100, 3)]
     texts = [list(generate(Decoder(model, 2, 400, **how), prompts, 300, greedy))  # past a span and the window
              for how in (dict(), dict(graphs=True, compile=compile))]

@@ -373,6 +373,8 @@ def test_a_run_with_experts_learns_is_balanced_and_resumes_exactly(data, tmp_pat
     assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24 for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
     state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
     assert state["transformer.h.1.mlp.bias"].any() and not [name for name in state if "seen" in name]
+    for experts in (F.normalize(p.flatten(1), dim=1) for name, p in state.items() if p.dim() == 3):  # they stay different
+        assert (experts @ experts.T).fill_diagonal_(0).abs().max() < 0.5
     assert json.loads((whole / "config.json").read_text())["parameters"] == GPT(train_gpt2.GPTConfig(**torch.load(
         whole / "ckpt_00024.pt", weights_only=True)["model_config"])).parameter_counts()
     half = cut(whole, tmp_path / "half", 8)
