@@ -18,7 +18,7 @@ from lib.cli import BadInput, flag
 from lib.devices import cast
 
 MULTIPLE = 8          # of the widths that grouped_mm takes: rows of bf16 in whole 16 bytes
-BIAS_RATE = 1e-3      # of a bias per step (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 4.2)
+BIAS_RATE = 1e-2      # of a bias per step. DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is slow for runs of few steps
 BALANCE_LOSS = 1e-2   # coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2)
 PATIENCE = 20         # steps in a row that an expert gets next to nothing before that is said
 STARVED = 0.01        # of an even share: next to nothing. In a step of many tokens even a collapsed router sends a few astray
