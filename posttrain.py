@@ -33,6 +33,7 @@ from train_gpt2 import GPTConfig, Pretraining, TrainConfig, adopt, evaluate, lau
 
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
 MOMENTS = 10  # validations in a run, without --eval_every
+MOST_TOLD = 5  # lines about the data in an error
 
 
 @dataclass
@@ -107,16 +108,21 @@ class Data:
         val, lines = self._read(cfg.val_data or ())
         self.lines += [f"validation on {line}" for line in lines]
         if not cfg.val_data:
-            train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
+            try:
+                train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
+            except BadInput as error:
+                raise BadInput(f"{error}{self._was_read()}") from error
         self.question = next((example for example in val + train if not isinstance(example, str)), None)
         self.chat = not all(isinstance(example, str) for example in train)
         if self.question and not self.chat:
             raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other "
-                           "--val_data")
+                           f"--val_data{self._was_read()}")
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
-        if not len(self.source) or val and not len(self.val):
-            raise BadInput("nothing of --data or of what is held out can be learned, it is empty or too long: see what it holds, or give more")
+        for rows, what in ((self.source, "--data"), (self.val, "--val_data" if cfg.val_data else "what is held out")):
+            if rows is not None and not len(rows):
+                raise BadInput(f"nothing of {what} can be learned, it is empty or too long: see what it holds, or give "
+                               f"more{self._was_read()}")
         self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
         self.identity = self._hash(self.source)
 
@@ -127,6 +133,10 @@ class Data:
             examples += more
             lines.append(line)
         return examples, lines
+
+    def _was_read(self):
+        """What was found in the files, malformed rows among it, for an error about what is left of them."""
+        return f" ({'; '.join(self.lines[:MOST_TOLD])}{'; ...' * (len(self.lines) > MOST_TOLD)})"
 
     def _cut(self, examples, seed, what):
         """Examples -> rows of training or validation."""

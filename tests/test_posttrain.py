@@ -356,6 +356,8 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     one = write_lines(tmp_path / "one.jsonl", chats(1))
     text = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(9)])
     csv = write_lines(tmp_path / "table.csv", ["a", "b"])
+    few = write_lines(tmp_path / "few.jsonl", [*chats(1), "nonsense", 7])
+    lost = write_lines(tmp_path / "lost.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}, "nonsense"])
     some = tmp_path / "some.jsonl"
     some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
@@ -368,6 +370,9 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), bad, tmp_path / "log" / "x"), "no usable row.*line 1: no messages"),
         (command(base(), some, tmp_path / "log" / "x", "--strict"), "line 2: not JSON"),
         (command(base(), one, tmp_path / "log" / "x"), "--val_share 0"),
+        (command(base(), few, tmp_path / "log" / "x"), r"--val_share 0 \(.*few.jsonl: 1 conversations .*; skipped 2 malformed rows: line 2: not an object;"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--val_data", lost), r"nothing of --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
+        (command(base(), lost, tmp_path / "log" / "x", "--val_data", chat_file), "nothing of --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
         (command(base(), long, tmp_path / "log" / "x", "--strict"), "longer than the context"),
         (command(base(), other, tmp_path / "log" / "x"), "another tokenizer"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", other), "another tokenizer"),
@@ -379,7 +384,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), data, tmp_path / "log" / "x", "--val_share", "0.5"), "--val_share is for files"),
         (command(base(), data, tmp_path / "log" / "x", "--strict"), "--strict is for files"),
         (command(base(), data, tmp_path / "log" / "x", "--val_data", chat_file), "--val_data is for files"),
-        (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), "none to learn from"),
+        (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), r"none to learn from.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
         (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
     ]
     for words, says in cases:
