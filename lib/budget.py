@@ -110,7 +110,8 @@ def check_run(cfg, c, explicit, world_size):
 
     need(cfg.eval_tasks or not explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"},
          "--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for --eval_tasks: name some")
-    need(len(explicit & set(LENGTHS)) < 2, f"--{', --'.join(LENGTHS)} each set the length: give one of them")
+    lengths = [name for name in LENGTHS if name in explicit]
+    need(len(lengths) < 2, f"--{' and --'.join(lengths)} each set the length: give one of them")
     need(cfg.curriculum or "curriculum_mix" not in explicit, "--curriculum_mix is for a --curriculum: name its folder")
     need("tok_per_sec" not in explicit, "--tok_per_sec is for --plan: a run measures its own speed; leave it out")
     of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})

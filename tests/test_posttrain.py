@@ -379,6 +379,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards.*name another --replay_data$"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay_data", no_val), "--val_tokens"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--epochs", "2"), "--epochs and --max_steps each set the length"),  # no flag that it has not
         ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
         ([*command(base(), data, tmp_path / "log" / "x"), "--data", tmp_path / "typo"], "cannot read .*typo"),
         (command(base(), data, tmp_path / "log" / "x", "--val_share", "0.5"), "--val_share is for files"),

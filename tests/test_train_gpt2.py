@@ -844,7 +844,7 @@ BAD_FLAGS = [
     (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""), (["--data", "{other}"], "their ids mean different text"),
     (["--total_batch_size", "352", "--batch_warmup", "1000"], "352, which --batch_warmup halves, must be a multiple of 2 x --block_size 32 x 1 processes; 384 is"),
     (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
-    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs, --max_steps, --minutes, --tokens_per_param each set"),
+    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs and --max_steps each set the length: give one"),
     (["--curriculum_mix", "linear"], "is for a --curriculum"), (["--tok_per_sec", "1000"], "--tok_per_sec is for --plan"),
     (["--eval_tasks_limit", "2"], "are for --eval_tasks"), (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),
     (["--val_tokens", "20"], "validation needs 33 tokens"), (["--device", "mps"], "--device mps"),
