@@ -398,6 +398,18 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, da
         assert loads[0] == loads[1] == loads[2]
 
 
+def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, capsys):
+    """Biases that a run has learned would stay as they are, and still pick; those of a run without are zero, and begin to move."""
+    folder = train(data, tmp_path / "bias", *EXPERTS, "--max_steps", 4)
+    with pytest.raises(BadInput, match="does not fit these flags: --balance bias -> loss"):
+        again(folder, "--balance", "loss", "--max_steps", 8)
+    folder = train(data, tmp_path / "loss", *EXPERTS, "--balance", "loss", "--max_steps", 4)
+    assert not checkpoint.read(folder / "ckpt_00004.pt")["model"]["transformer.h.1.mlp.bias"].any()
+    again(folder, "--balance", "bias", "--max_steps", 8)
+    assert "changed: --max_steps 4 -> 8, --balance loss -> bias" in capsys.readouterr().out
+    assert checkpoint.read(folder / "ckpt_00008.pt")["model"]["transformer.h.1.mlp.bias"].any()
+
+
 def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
     folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps", 0)
     with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
