@@ -23,6 +23,7 @@ A chat model's folder has its chat template: tokenizer.apply_chat_template(messa
 sanitize_control_tokens=True where users may type <|end|> or the like.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,23 @@ class Config:
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of logits, as a share of the largest, or of 1 if all are smaller
 
 
+@contextlib.contextmanager
+def quiet():
+    """Without transformers' bars and warnings, which are about other uses than this one: that a text is longer than the context, say."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@quiet()
 @torch.no_grad()
 def check(model, tokenizer, cfg, chat_template=None):
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if logits or tokens differ."""

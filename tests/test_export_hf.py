@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_checkpoint
+from transformers.utils import logging
 
 import export_hf
 from lib import checkpoint, huggingface
@@ -18,6 +19,7 @@ def test_a_checkpoint_is_exported_checked_and_read_back(launch, tokenizer, tmp_p
     model = tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, **MODERN)
     result = launch("export_hf.py", "--checkpoint", "ckpt_00001.pt", "--out", "a/b", "--check")
     assert result.returncode == 0 and "LlamaForCausalLM" in result.stdout and "200 of 200 texts" in result.stdout, result.stderr
+    assert "Loading" not in result.stderr and "longer than" not in result.stderr  # transformers' own words on a check
     idx = torch.randint(tokenizer.vocab_size, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(GPT.from_pretrained(tmp_path / "a" / "b").eval()(idx), model(idx), rtol=0, atol=1e-4)
@@ -80,8 +82,10 @@ def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys
     tiny_checkpoint(tmp_path / "ckpt_00002.pt", tokenizer, **MODERN | dict(n_layer=3))
     (config,), _ = export_hf.parse((export_hf.Config,), [*flags, str(tmp_path / "half")])
     model, _, _ = export_hf.load_checkpoint(tmp_path / "ckpt_00002.pt")
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with pytest.raises(BadInput, match="is not what the checkpoint is"):
         export_hf.check(model, tokenizer, config)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before  # silent during a check alone
 
 
 def test_bad_input(tokenizer, tmp_path, launch):
