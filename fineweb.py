@@ -48,6 +48,7 @@ from lib.shards import (
     check_eot,
     check_ids,
     check_tokenizer,
+    check_tokenizer_file,
     find_shards,
     missing_records,
     read_meta,
@@ -274,6 +275,16 @@ def read_own_meta(out, cfg):
     return meta
 
 
+def own_tokenizer(out, meta):
+    """The Tokenizer of the shards of a folder. Raises BadInput if it is gone or another."""
+    kept = meta.tokenizer.endswith(".json")
+    if kept:
+        check_tokenizer_file(out / meta.tokenizer, meta)
+    tokenizer = load_tokenizer(str(out / meta.tokenizer) if kept else meta.tokenizer)
+    check_tokenizer(meta, tokenizer)
+    return tokenizer
+
+
 def is_done(out, meta):
     """Whether every shard is there and whole; says so."""
     if not meta or not meta.complete:
@@ -283,7 +294,7 @@ def is_done(out, meta):
     elif missing_records(out, meta):
         return False
     if meta.tokenizer.endswith(".json"):  # another would be on the network
-        check_tokenizer(meta, load_tokenizer(str(out / meta.tokenizer)))
+        own_tokenizer(out, meta)
     text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
     settings = meta.settings or {}
     print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}"
@@ -357,7 +368,7 @@ def find_their_tokenizer(cfg, out, dataset, meta, given):
     elif theirs and not re.fullmatch(r"[\w-]+", spec):  # a path would be one of this machine
         raise BadInput(f"the meta.json of {dataset.id} names the tokenizer {spec[:80]}, which does not lie beside it: {odd}")
     elif meta and "tokenizer" not in given:
-        tokenizer = load_tokenizer(str(out / meta.tokenizer) if meta.tokenizer == "tokenizer.json" else meta.tokenizer)
+        tokenizer = own_tokenizer(out, meta)
     else:
         tokenizer = load_tokenizer(spec)
     if "tokenizer" in given and load_tokenizer(cfg.tokenizer).spec != tokenizer.spec:
@@ -449,9 +460,7 @@ def find_tokenizer(cfg, out, source, meta):
     """The --tokenizer; bpe:<n> is trained on the source once and kept in the folder as tokenizer.json."""
     kept = out / "tokenizer.json"
     if meta:  # a tokenizer.json without meta.json may be of a run with other settings that came to no shard
-        tokenizer = load_tokenizer(str(kept) if meta.tokenizer == kept.name else meta.tokenizer)
-        check_tokenizer(meta, tokenizer)
-        return tokenizer
+        return own_tokenizer(out, meta)
     if not cfg.tokenizer.startswith("bpe:"):
         tokenizer = load_tokenizer(cfg.tokenizer)
         if tokenizer.is_trained:

@@ -248,15 +248,8 @@ class Shards:
         spec = self.meta.tokenizer if self.meta else "gpt2"  # shards of build-nanogpt and llm.c have no meta.json
         self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
         if spec.endswith(".json"):
-            self._check_tokenizer_file(folder / spec)
+            check_tokenizer_file(folder / spec, self.meta)
         self.vocab_size = self.meta.vocab_size if self.meta else 50257  # None where meta.json, written by hand, does not say
-
-    def _check_tokenizer_file(self, path):
-        """Raises BadInput if it is missing or not the shards' own: a tokenizer made anew would not do, its ids mean other text."""
-        mend = f"put back the one that was made with these shards, or {OTHER}"
-        text = read_text(path, mend)
-        if self.meta.tokenizer_crc32 not in (None, zlib.crc32(text.encode())):
-            raise BadInput(f"{path} is damaged, or of other shards than those beside it: {mend}")
 
     def _compare_names(self, folder, headers, command):
         listed = {record.name: record.tokens for record in self.meta.shards}
@@ -334,6 +327,15 @@ def check_shards(shards, tokenizer):
         check_ids(tokens, tokenizer.vocab_size, path)
         if shards.meta is None or shards.meta.tokenizer_crc32 is None:  # else check_tokenizer knows: a text may be that long
             check_eot(tokens, tokenizer, path)
+
+
+def check_tokenizer_file(path, meta):
+    """Raises BadInput if the file of a folder's tokenizer is missing or not the shards' own: one made anew would not do, its ids mean
+    other text."""
+    mend = f"put back the one that was made with these shards, or {OTHER}"
+    text = read_text(path, mend)
+    if meta.tokenizer_crc32 not in (None, zlib.crc32(text.encode())):
+        raise BadInput(f"{path} is damaged, or of other shards than those beside it: {mend}")
 
 
 def check_tokenizer(meta, tokenizer, remedy=OTHER):
