@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.cli import BadInput, flag, parse, run, subcommand
 from lib.files import make_folder, write_json
 from lib.text import Source, find_parts
-from lib.tokenizers import BPE_TEXT, EOT, MAX_BPE, RESERVED, load_tokenizer, train_bpe
+from lib.tokenizers import BPE_TEXT, EOT, MAX_BPE, MIN_BPE, RESERVED, load_tokenizer, train_bpe
 
 COMPARED = 20_000_000  # characters of --source that are encoded to compare
 PADDED = 128           # rows of the embedding are padded to a multiple, as in train_gpt2.py
@@ -31,7 +31,8 @@ class Text:
 
 @dataclass
 class Train:
-    vocab_size: int = flag(32_768, f"ids: bytes, merges, end-of-text and {len(RESERVED)} reserved for chat", above=0, at_most=MAX_BPE)
+    vocab_size: int = flag(32_768, f"ids: bytes, merges, end-of-text and {len(RESERVED)} reserved for chat", at_least=MIN_BPE,
+                           at_most=MAX_BPE)
     out: str | None = flag(None, "folder of the tokenizer")
 
 
@@ -54,7 +55,7 @@ def read(cfg, characters):
 
 
 def train(argv):
-    (text, cfg), _ = parse((Text, Train), argv, __doc__)
+    (text, cfg), _ = parse((Text, Train), argv, __doc__, command="train")
     if cfg.out is None:
         raise BadInput("name the folder of the tokenizer by --out")
     out = Path(cfg.out)
@@ -71,7 +72,7 @@ def train(argv):
 
 
 def compare(argv):
-    (text, cfg), _ = parse((Text, Compare), argv, __doc__)
+    (text, cfg), _ = parse((Text, Compare), argv, __doc__, command="compare")
     texts = list(read(text, COMPARED))
     size = sum(len(one.encode(errors="replace")) for one in texts)
     if not size:

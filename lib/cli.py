@@ -196,7 +196,7 @@ def _is_utf8(text):
     return True
 
 
-def parse(classes, argv, doc=None, presets=None):
+def parse(classes, argv, doc=None, presets=None, command=None):
     """Read `argv` into one instance of each dataclass.
 
     The first class may have a field `preset`; `presets` then maps its values to overrides of the defaults, which any
@@ -212,7 +212,7 @@ def parse(classes, argv, doc=None, presets=None):
         named = first.parse_known_args(argv)[0].preset
         overrides = presets.get(named, {}) if isinstance(named, str) else {}
 
-    parser = _Parser(usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
+    parser = _Parser(usage=f"%(prog)s {f'{command} ' if command else ''}[flags]", description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for cls in classes:
         group, hints = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls)

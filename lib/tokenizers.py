@@ -27,6 +27,7 @@ from lib.files import read_text, replace
 EOT = "<|endoftext|>"  # separates documents; placed before each one
 END = "<|end|>"        # the end of a turn
 RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", END)  # and who speaks
+MIN_BPE = 256 + 1 + len(RESERVED)  # ids: bytes, end-of-text and those
 MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
 BPE_TEXT = 100_000_000  # characters to train one on, at most
 # the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that tiktoken's engine and that of tokenizers agree
@@ -187,8 +188,8 @@ def train_bpe(texts, vocab_size):
     from tokenizers import Tokenizer as HFTokenizer
 
     special = [EOT, *RESERVED]
-    if not 256 + len(special) <= vocab_size <= MAX_BPE:
-        raise BadInput(f"a byte-level BPE has {256 + len(special)} (256 bytes, end-of-text and {len(RESERVED)} reserved ones) to {MAX_BPE:,} "
+    if not MIN_BPE <= vocab_size <= MAX_BPE:
+        raise BadInput(f"a byte-level BPE has {MIN_BPE} (256 bytes, end-of-text and {len(RESERVED)} reserved ones) to {MAX_BPE:,} "
                        f"ids, not {vocab_size:,}")
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
