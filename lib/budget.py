@@ -77,8 +77,11 @@ def plan(cfg, models, measured):
     """The table of --plan: what RATIOS of tokens per parameter take, for models by name (on the meta device).
 
     measured: the name of the model of which --tok_per_sec was measured. Its hours follow from that, the others' from the same FLOP/s;
-    without a measurement there are none.
+    without a measurement there are none. Where it is as large as another, as a preset of a --size is, it has that one's rows.
     """
+    size = {name: (model.parameter_counts(), model.flops_per_token()) for name, model in models.items()}
+    if same := next((name for name in models if name != measured and size[name] == size[measured]), None):
+        models, measured = {name: model for name, model in models.items() if name != measured}, same
     speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
     head = f"steps of {cfg.total_batch_size:,}"
     lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); Kaplan et al. 2020 leave "

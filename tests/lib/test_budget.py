@@ -100,5 +100,13 @@ def test_the_plan_by_hand():
         assert numbers[5:] == [f"{tokens * flops:.2e}", f"{'~' * (name == 'b')}{hours:,.1f}", f"{'~' * (name == 'b')}{2 * hours:,.2f}"]
 
 
+def test_the_plan_does_not_repeat_a_size_under_the_name_of_a_preset():
+    """Heads change neither parameters nor FLOPs; layers do."""
+    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=50.0, price_per_hour=None)
+    models = {"a": GPT(tiny()), "b": GPT(tiny(n_layer=4))}
+    assert plan(cfg, models | {"own": GPT(tiny(n_head=4))}, "own") == plan(cfg, models, "a")
+    assert plan(cfg, models | {"own": GPT(tiny(n_layer=3))}, "own").count("\nown ") == 4
+
+
 def test_hours_and_dollars():
     assert hours_and_dollars(5400, None) == "90.0 minutes" and hours_and_dollars(9000, 2.5) == "2.50 hours, $6.25 at $2.5 per hour"
