@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from lib import hub
 from lib.cli import BadInput, flag, parse, run
-from lib.files import DISK_FULL, check_room, locked, make_folder, move, open_file, replace, write_json
+from lib.files import DISK_FULL, check_room, locked, move, new_folder, open_file, replace, write_json
 from lib.shards import (
     SPLITS,
     Meta,
@@ -166,8 +166,7 @@ def make_shards(cfg, out, parts, meta, given):
 def writing(out):
     """Hold the folder while its shards are made. What ends that early says how to go on."""
     try:
-        make_folder(out, "give another --out")
-        with locked(out, "wait until it is done, or give another --out"):
+        with new_folder(out, "give another --out"), locked(out, "wait until it is done, or give another --out"):
             yield
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
@@ -457,20 +456,13 @@ def extract_docstrings(out):
 
 
 def find_tokenizer(cfg, out, source, meta):
-    """The --tokenizer; bpe:<n> is trained on the source once and kept in the folder as tokenizer.json."""
-    kept = out / "tokenizer.json"
+    """The --tokenizer; bpe:<n> is trained on the source once. A trained one is kept in the folder as tokenizer.json, beside meta.json."""
     if meta:  # a tokenizer.json without meta.json may be of a run with other settings that came to no shard
         return own_tokenizer(out, meta)
     if not cfg.tokenizer.startswith("bpe:"):
-        tokenizer = load_tokenizer(cfg.tokenizer)
-        if tokenizer.is_trained:
-            tokenizer.save(kept)
-        return tokenizer
-
+        return load_tokenizer(cfg.tokenizer)
     print(f"training a BPE of {cfg.tokenizer[4:]} ids")
-    tokenizer = train_bpe(source.texts(BPE_TEXT), int(cfg.tokenizer[4:]))
-    tokenizer.save(kept)
-    return tokenizer
+    return train_bpe(source.texts(BPE_TEXT), int(cfg.tokenizer[4:]))
 
 
 def encode(batch, tokenizer, dtype):
@@ -562,6 +554,8 @@ class Writer:
     def _write(self, split, ids, resume):
         """Write one shard. resume: the Start of the next one; None after the very last."""
         if not self.written:  # a run killed right after its first shard must find whose it is
+            if self.tokenizer.is_trained:
+                self.tokenizer.save(self.out / "tokenizer.json")
             write_json(self.out / "meta.json", asdict(self.meta))
         name = f"{self.prefix}_{split}_{len(self.meta.shards):06d}.npy"
         save_shard(self.out / name, ids)

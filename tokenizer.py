@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.cli import BadInput, flag, parse, run, subcommand
-from lib.files import make_folder, write_json
+from lib.files import new_folder, write_json
 from lib.text import Source, find_parts
 from lib.tokenizers import BPE_TEXT, EOT, MAX_BPE, MIN_BPE, RESERVED, load_tokenizer, train_bpe
 
@@ -62,11 +62,11 @@ def train(argv):
     if os.path.lexists(out / "tokenizer.json"):
         raise BadInput(f"{out}/ holds a tokenizer.json already: give another --out")
     texts = read(text, BPE_TEXT)
-    make_folder(out, "give another --out")
-    started = time.perf_counter()
-    tokenizer = train_bpe(texts, cfg.vocab_size)
-    write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
-    tokenizer.save(out / "tokenizer.json")
+    with new_folder(out, "give another --out"):  # before the work, which may take long
+        started = time.perf_counter()
+        tokenizer = train_bpe(texts, cfg.vocab_size)
+        write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
+        tokenizer.save(out / "tokenizer.json")
     print(f"{out}/tokenizer.json: {cfg.vocab_size:,} ids after {time.perf_counter() - started:.1f} s, the last "
           f"{1 + len(RESERVED)} are {EOT} {' '.join(RESERVED)}")
 

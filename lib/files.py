@@ -119,6 +119,20 @@ def make_folder(folder, remedy):
         raise BadInput(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): {remedy}") from error
 
 
+@contextlib.contextmanager
+def new_folder(folder, remedy):
+    """`make_folder`. If what follows fails, those made here go again, unless something was written there."""
+    made = [path for path in (Path(folder), *Path(folder).parents) if not os.path.lexists(path)]
+    try:
+        make_folder(folder, remedy)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def check_room(folder, needed, what, remedy):
     """Raises BadInput if the disk of `folder` has fewer than `needed` bytes free for `what`."""
     free = shutil.disk_usage(folder).free

@@ -265,7 +265,9 @@ def test_a_tokenizer_of_a_run_that_came_to_no_shard_is_not_taken_for_another(tmp
     source = write_source(tmp_path / "in", "jsonl")
     with pytest.raises(cli.BadInput, match="leaves nothing"):
         make(source, tmp_path / "out", "--tokenizer", "bpe:300", "--val_tokens", 10**6)
-    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    train_bpe(DOCUMENTS, 300).save(tmp_path / "out" / "tokenizer.json")  # as of one that was killed right after writing it
     make(source, tmp_path / "out", "--shard_size", 1000)
     check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 1000), DOCUMENTS)
     assert read_shards(tmp_path / "out") == cut(reference(DOCUMENTS), 1000)
@@ -711,7 +713,9 @@ def test_no_documents(rows, form, tmp_path, fails):
     source = write_source(tmp_path / "in", form, rows)
     if form == "parquet":
         pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), source)
-    line = fails("--source", source)
+    train_bpe(DOCUMENTS, 300).save(tmp_path / "mine.json")
+    line = fails("--source", source, "--tokenizer", "mine.json", "--out", "a/b")
+    assert not (tmp_path / "a").exists()
     assert f"the source holds no documents: nothing was written; check --source and --text_column ({len(rows)} rows" in line
 
 
@@ -747,6 +751,7 @@ def test_bad_input(flags, message, tmp_path, fails):
     (tmp_path / "torn.json").write_text('{"model": ')
     assert message in fails(*flags)
     assert not list(tmp_path.rglob("*.npy")) and (tmp_path / "notes.md").read_text() == "notes"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name not in ("good", "in", "links", "empty_folder")]  # no --out
 
 
 def test_shards_of_other_settings_are_not_touched(tmp_path, fails, monkeypatch):

@@ -57,4 +57,4 @@ def test_bad_input(words, says, source, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(BadInput, match=says):
         main([str(source) if word == "SOURCE" else word for word in words])
-    assert (tmp_path / "full" / "tokenizer.json").read_text() == "{}" and not (tmp_path / "x" / "tokenizer.json").exists()
+    assert (tmp_path / "full" / "tokenizer.json").read_text() == "{}" and not (tmp_path / "x").exists()

@@ -9,7 +9,7 @@ from helpers import ROOT
 
 from lib import files
 from lib.cli import BadInput
-from lib.files import Unreadable, locked, make_folder, open_file, read_json, read_rows, replace, write_json
+from lib.files import Unreadable, locked, make_folder, new_folder, open_file, read_json, read_rows, replace, write_json
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -65,6 +65,23 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     for _ in range(2):
         with locked(tmp_path, ""):
             assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [BadInput, KeyboardInterrupt])
+def test_a_new_folder_goes_again_with_its_parents_if_nothing_came_into_it(error, tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "old" / "a" / "b"):
+        with pytest.raises(error), new_folder(folder, ""):
+            assert folder.is_dir()
+            raise error
+        assert (tmp_path / "old").is_dir() and not list((tmp_path / "old").iterdir())
+    with pytest.raises(error), new_folder(tmp_path / "new" / "a", ""):
+        (tmp_path / "new" / "file").touch()
+        raise error
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    with new_folder(tmp_path / "fine" / "a", ""):
+        pass
+    assert (tmp_path / "fine" / "a").is_dir()
 
 
 def test_folders_that_cannot_be_written_and_full_disks(tmp_path):
