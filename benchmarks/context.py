@@ -49,14 +49,16 @@ def main(argv):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     columns = list(itertools.pairwise(EDGES))
-    print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
-    print("|---|---|---:|" + "---:|" * (len(columns) + 1))
+    found = []  # what is wrong with any of them is told before the first line
     for path in args.checkpoint:
         model, tokenizer, state = load_checkpoint(path)
         trained, sizes, kind = model.config.block_size, tokenizer.token_bytes(), model.config.pos
         data = state["train_config"]["data"]
         shards = Shards(args.data or split_weight(data if isinstance(data, str) else data[0])[0])
-        rows = read_validation(shards, args.tokens, round(EDGES[-1] * trained), tokenizer)
+        found.append((path, trained, sizes, kind, read_validation(shards, args.tokens, round(EDGES[-1] * trained), tokenizer)))
+    print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
+    print("|---|---|---:|" + "---:|" * (len(columns) + 1))
+    for path, trained, sizes, kind, rows in found:
         for factor, scaling in [(1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
             name = f"{kind}, {scaling}" if factor > 1 and kind == "rope" else kind
             start = f"| {Path(path).parent.name} | {name} | {factor}x{trained:,} "
