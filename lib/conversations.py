@@ -132,7 +132,8 @@ def read(path, strict=False):
         except ValueError as error:
             problems.append(f"{place}: {error}")
             if strict:
-                raise BadInput(f"{path}, {problems[0]}: mend it, or leave out --strict") from error
+                known = f" (known are {KNOWN})" if odd else ""
+                raise BadInput(f"{path}, {problems[0]}{known}: mend it, or leave out --strict") from error
     if odd and not layout:
         raise BadInput(f"{odd}: rename its columns; known are {KNOWN}")
     if not examples:
