@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,3 +171,14 @@ def test_openai_s_client(chatty):
             chat.main(["--checkpoint", "never read", "--serve", "--port", url.rpartition(":")[2]])
         process.send_signal(signal.SIGTERM)  # while the client holds its connection
         assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_readme_s_curl_line(chatty):
+    (line,) = re.findall(r"^curl .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    with serving(chatty[0], "--api_key", "SECRET") as (_, url):
+        line = line.replace("http://127.0.0.1:8000", url).replace('"Hi"', json.dumps(CAT))
+        for model, key, says in (("RUN", "", "a wrong API key"), ("RUN", ' -H "Authorization: Bearer SECRET"', f"here it is {chatty[0].parent.name}"),
+                                 (chatty[0].parent.name, ' -H "Authorization: Bearer SECRET"', json.dumps(ON_THE_MAT)[1:-1])):
+            done = subprocess.run(["sh", "-c", line.replace("RUN", model) + key], capture_output=True, text=True, timeout=60, check=True)
+            assert says in done.stdout
