@@ -48,7 +48,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of logits, as a share of the 
 
 @contextlib.contextmanager
 def quiet():
-    """Without transformers' bars and warnings, which are about other uses than this one: that a text is longer than the context, say."""
+    """Without transformers' bars and warnings, which are about other uses: that a text is longer than the context, say."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -456,7 +456,7 @@ def extract_docstrings(out):
 
 
 def find_tokenizer(cfg, out, source, meta):
-    """The --tokenizer; bpe:<n> is trained on the source once. A trained one is kept in the folder as tokenizer.json, beside meta.json."""
+    """The --tokenizer; bpe:<n> is trained on the source once. The Writer keeps a trained one beside meta.json."""
     if meta:  # a tokenizer.json without meta.json may be of a run with other settings that came to no shard
         return own_tokenizer(out, meta)
     if not cfg.tokenizer.startswith("bpe:"):

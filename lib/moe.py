@@ -135,8 +135,8 @@ class _LinearInFloat32(torch.autograd.Function):
 
 
 class Router(nn.Linear):
-    """The linear layer that scores experts: its input, weight and logits are fp32 whatever the others compute in. On CUDA the product itself
-    is TF32 in training, where set_float32_matmul_precision("high") stands: factors of 10 bits, summed in fp32."""
+    """The linear layer that scores experts: its input, weight and logits are fp32 whatever the others compute in. On CUDA, the
+    product itself is TF32 in training, which sets set_float32_matmul_precision("high"): factors of 10 bits, summed in fp32."""
 
     def forward(self, x):
         return _LinearInFloat32.apply(x, self.weight)

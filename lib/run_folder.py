@@ -57,7 +57,7 @@ class Resume:
             self.state["timed"] = steps * self.state["train_config"]["total_batch_size"], seconds
         misfits, rope = [], self.state["model_config"]["pos"] == "rope"
         free = {"dropout", "init", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
-        # biases, once nudged, pick experts like a weight: nothing would move them any more, and classes of --balance loss have none (export)
+        # biases, once nudged, pick experts as weights do: with the loss nothing moves them, and the classes for it have none
         free |= {"balance"} if self.state["model_config"].get("balance") == "loss" else set()
         for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
             # a setting younger than the checkpoint was off, whatever its preset says today

@@ -330,8 +330,8 @@ def check_shards(shards, tokenizer):
 
 
 def check_tokenizer_file(path, meta):
-    """Raises BadInput if the file of a folder's tokenizer is missing or not the shards' own: one made anew would not do, its ids mean
-    other text."""
+    """Raises BadInput if the file of a folder's tokenizer is missing or not the shards' own: one made anew would not do, its
+    ids mean other text."""
     mend = f"put back the one that was made with these shards, or {OTHER}"
     text = read_text(path, mend)
     if meta.tokenizer_crc32 not in (None, zlib.crc32(text.encode())):
