@@ -29,7 +29,7 @@ class Config:
     prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
     strict: bool = flag(False, "refuse a prompt longer than the context; without the flag, its oldest tokens are dropped")
     graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
-    compile: bool = flag(False, "on cuda, compile the decoding step: takes half a minute, pays for many tokens")
+    compile: bool = flag(False, "on cuda, compile the decoding step: slow to start, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 

@@ -6,8 +6,8 @@ https://www.usenix.org/conference/osdi22/presentation/yu).
         for piece in reply.pieces():
             ...
 
-Texts stand in the first rows of one Decoder, without holes, so a step costs as many rows as there are texts. A request beyond
-`slots` waits until a text ends. Without texts the thread sleeps.
+Texts stand in the first rows of one Decoder, without holes: a step computes as many rows as there are texts, with CUDA graphs
+the next power of two. A request beyond `slots` waits until a text ends. Without texts the thread sleeps.
 """
 
 import collections
