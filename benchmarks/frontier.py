@@ -47,7 +47,7 @@ def picture(found, out):
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for size in sorted(found):
         seconds = sorted(found[size])
-        axes.plot(seconds, [statistics.mean(found[size][t]) for t in seconds], marker="o", label=f"{size / 1e6:.0f}M")
+        axes.plot(seconds, [statistics.mean(found[size][t]) for t in seconds], marker="o", ms=4, label=f"{size / 1e6:.0f}M")
     axes.set(xscale="log", xlabel="seconds of training on one H100", ylabel="bits per byte on val", ylim=(1.1, 1.5),
              title="--preset speedrun: which size for how long")
     axes.set_xticks([10, 40, 100, 300], ["10", "40", "100", "300"])
