@@ -122,8 +122,12 @@ def make_folder(folder, remedy):
 @contextlib.contextmanager
 def new_folder(folder, remedy):
     """`make_folder`. If what follows fails, those made here go again, unless something was written there."""
-    made = [path for path in (Path(folder), *Path(folder).parents) if not os.path.lexists(path)]
+    made = []
     try:
+        for path in (*reversed(Path(folder).parents), Path(folder)):
+            with contextlib.suppress(OSError, ValueError):  # there already, or make_folder says why not
+                path.mkdir()
+                made.insert(0, path)
         make_folder(folder, remedy)
         yield
     except BaseException:

@@ -1,8 +1,10 @@
 """Files read and written as promised, in processes that die. Run: python -m pytest tests/lib/test_files.py"""
 
+import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -82,6 +84,22 @@ def test_a_new_folder_goes_again_with_its_parents_if_nothing_came_into_it(error,
     with new_folder(tmp_path / "fine" / "a", ""):
         pass
     assert (tmp_path / "fine" / "a").is_dir()
+
+
+def test_a_folder_that_another_process_makes_meanwhile_stays(tmp_path, monkeypatch):
+    """It is empty as long as that one trains a tokenizer."""
+    mkdir = Path.mkdir
+    with contextlib.ExitStack() as other:
+        def after_the_other(path, *args, **how):
+            if not path.exists():
+                os.mkdir(path)
+                other.enter_context(locked(path, ""))
+            mkdir(path, *args, **how)
+
+        monkeypatch.setattr(Path, "mkdir", after_the_other)
+        with pytest.raises(BadInput, match="in use by another"), new_folder(tmp_path / "a", ""), locked(tmp_path / "a", ""):
+            pass
+        assert (tmp_path / "a").is_dir()
 
 
 def test_folders_that_cannot_be_written_and_full_disks(tmp_path):
