@@ -112,8 +112,9 @@ class Corpus:
             check_shards(source.shards, tokenizer)
 
     def check_length(self, cfg):
-        """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a source of several runs dry."""
-        if (cfg.curriculum_steps or 0) > cfg.steps:
+        """Raises BadInput if a run of cfg.steps, not of --minutes, is too short for the curriculum, or so long that a source of
+        several runs dry."""
+        if (cfg.curriculum_steps or 0) > cfg.steps and not cfg.minutes:  # RunFolder.set_length warns of those
             raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it")
         tokens = 0 if cfg.minutes else tokens_of(cfg.steps, cfg)
         for source, epochs in zip(self.sources, self.epochs(tokens)) if self.is_mixed else ():

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -819,6 +820,19 @@ def test_a_curriculum_longer_than_the_minutes_allow_is_told_once(data, tmp_path,
     for steps, times in (("900000", 1), ("1", 0)):
         train_gpt2.main([*flags, "--run_name", steps, "--curriculum_steps", steps])
         assert capsys.readouterr().out.count("within the curriculum") == times
+
+
+def test_a_run_that_ends_within_its_curriculum_goes_on_after_a_stop(data, tmp_path, capsys, monkeypatch):
+    shutil.copytree(data, tmp_path / "simple")
+    flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
+    flags += ["--data", str(data), "--curriculum", str(tmp_path / "simple"), "--log_dir", str(tmp_path), "--minutes", "0.05", "--eval_every", "0",
+              "--run_name", "a", "--curriculum_steps", "900000"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SpikeDetector, "__call__", lambda *_: capsys.readouterr().out.count("within the") and os.kill(os.getpid(), signal.SIGTERM))
+        train_gpt2.main(flags)
+    assert "\nstopped at step" in capsys.readouterr().out
+    train_gpt2.main(flags)
+    assert (out := capsys.readouterr().out).count("within the curriculum") == 1 and "\ndone: " in out
 
 
 def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_path, capsys):
