@@ -82,11 +82,12 @@ class StopSignals:
             if number[0] not in self.before:
                 continue
             if self.received is None:
-                first, self.received = time.monotonic(), signal.Signals(number[0]).name
+                self.received = signal.Signals(number[0]).name
                 if self.patience:
                     self._start(self._impatient)
                 self.say(f"{self.received}: this step is finished, then the run is saved; another signal, from "
                          f"{ECHO:g} s on, ends it at once")
+                first = time.monotonic()  # a slow console holds up what came meanwhile, too
             elif time.monotonic() - first > ECHO:
                 os._exit(128 + number[0])
 

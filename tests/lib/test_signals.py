@@ -149,6 +149,22 @@ def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path
 
 
 @linux
+def test_an_echo_that_waits_behind_a_slow_console_is_no_second_signal():
+    code = """
+import os, signal, sys, time
+from types import SimpleNamespace
+from lib import signals
+signals.ECHO = 0.5
+with signals.StopSignals(lambda line: time.sleep(1), SimpleNamespace(world_size=1)) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop.received:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""  # the end waits for the thread that listens, which reads both first
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@linux
 def test_torchrun_ends_when_a_process_dies(data, tmp_path):
     folder = tmp_path / "a"
     with running(command(data, folder, *TWO), tmp_path / "out.txt", ["--standalone", "--nproc_per_node=2"]) as agent:
