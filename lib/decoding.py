@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast, cast, to_host
+from lib.moe import is_capturable
 from lib.tokenizers import END
 
 SPAN = 128  # a decoding step looks at a multiple of so many positions: few shapes, so that few CUDA graphs are captured
@@ -119,7 +120,8 @@ class Decoder:
         self.slots = torch.arange(self.cache.length, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
         self.compiled = torch.compile(self._step, dynamic=False) if compile else None
-        self.graphs = {} if graphs and device.type == "cuda" else None                  # (rows, span) -> (graph, its logits)
+        graphs = graphs and device.type == "cuda" and is_capturable(self.model, device)
+        self.graphs = {} if graphs else None                                            # (rows, span) -> (graph, its logits)
 
     @torch.no_grad()
     def fill(self, rows, prompts):

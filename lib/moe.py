@@ -118,6 +118,13 @@ class ExpertLinear(nn.Module):
         return grouped_linear(cast(x), cast(self.weight), ends)
 
 
+def is_capturable(model, device):
+    """Whether a forward pass on `device`, a GPU, can be captured as a CUDA graph. grouped_mm has a kernel for bf16 on GPUs of capability 9
+    and 10; elsewhere it waits for the GPU, to learn where each group ends."""
+    weights = [module.weight for module in model.modules() if isinstance(module, ExpertLinear)]
+    return not weights or (weights[0].dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10))
+
+
 class _LinearInFloat32(torch.autograd.Function):
     """x weight^T without autocast, in backward too: a compiled backward runs under the autocast of its forward."""
 

@@ -8,6 +8,7 @@ from helpers import sentences, tiny
 
 from lib.cli import BadInput, check
 from lib.decoding import Decoder, NonFinite, SampleConfig, Text, cast_weights, draw, generate, sample
+from lib.moe import is_capturable
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT
 
@@ -97,6 +98,13 @@ def test_the_step_is_one_graph_for_the_compiler():
     decoder = Decoder(model, 2, 16)
     decoder.compiled = torch.compile(decoder._step, backend="eager", fullgraph=True)
     assert list(generate(decoder, prompts, 10, greedy)) == list(generate(Decoder(model, 2, 16), prompts, 10, greedy))
+
+
+@pytest.mark.parametrize("capability, in_bf16", [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_graphs_are_captured_of_experts_only_where_grouped_mm_does_not_wait(capability, in_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    models = GPT(tiny()), GPT(tiny(n_experts=4)), GPT(tiny(n_experts=4)).bfloat16()
+    assert [is_capturable(model, None) for model in models] == [True, False, in_bf16]
 
 
 @pytest.mark.gpu
