@@ -789,7 +789,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             loss, stop_requests, save_due, took, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
             stop.agree(stop_requests)
             if step > first + 1:  # the first step compiles
-                run.set_length(timer.fit(step, took))
+                run.set_length(timer.fit(step, took), timer.stands)
 
             # ---- clip and update, unless non-finite: the same decision on every process
             run.wait_copied()  # what is being saved must not change yet

@@ -149,12 +149,17 @@ class StepTimer:
     def __init__(self, cfg, timed):
         self.cfg, self.timed = cfg, tuple(timed)
 
+    @property
+    def stands(self):
+        """Whether the length no longer follows the speed."""
+        return not self.cfg.minutes or self.timed[1] >= FIT_SHARE * 60 * self.cfg.minutes
+
     def fit(self, step, seconds):
         """`step` updates are behind, the last of which took `seconds` -> cfg.steps."""
         if self.cfg.minutes:
             self.timed = tokens, total = self.timed[0] + batch_size(step - 1, self.cfg), self.timed[1] + seconds
             limit = 60 * self.cfg.minutes
-            if total < FIT_SHARE * limit or self.cfg.steps == UNMEASURED:
+            if not self.stands or self.cfg.steps == UNMEASURED:
                 self.cfg.steps = max(steps_in(tokens_of(step, self.cfg) + (limit - total) * tokens / total, self.cfg), step + 1)
         return self.cfg.steps
 

@@ -369,10 +369,10 @@ class RunFolder:
         else:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
 
-    def set_length(self, steps):
+    def set_length(self, steps, stands):
         """The run has so many steps, as --minutes of them turn out to be. Once that stands, says it if the curriculum is longer."""
         stage = self.config["train"].get("curriculum_steps") or 0
-        if stage > steps == self.config["max_steps"] and not self.told_stage:
+        if stands and stage > steps and not self.told_stage:
             self.told_stage = True
             self.say(f"warning: --curriculum_steps {stage:,} is longer than the {steps:,} steps that --minutes allow: the run ends "
                      "within the curriculum; shorten it, or give more minutes")
