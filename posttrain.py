@@ -107,22 +107,11 @@ class Data:
         train, self.lines = self._read(cfg.data)
         val, lines = self._read(cfg.val_data or ())
         self.lines += [f"validation on {line}" for line in lines]
-        if not cfg.val_data:
-            try:
-                train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
-            except BadInput as error:
-                raise BadInput(f"{error}{self._was_read()}") from error
-        self.question = next((example for example in val + train if not isinstance(example, str)), None)
-        self.chat = not all(isinstance(example, str) for example in train)
-        if self.question and not self.chat:
-            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other "
-                           f"--val_data{self._was_read()}")
-        self.source = self._cut(train, cfg.seed, "training")
-        self.val = self._cut(val, None, "validation") if val else None
-        for rows, what in ((self.source, "--data"), (self.val, "--val_data" if cfg.val_data else "what is held out")):
-            if rows is not None and not len(rows):
-                raise BadInput(f"nothing of {what} can be learned, it is empty or too long: see what it holds, or give "
-                               f"more{self._was_read()}")
+        try:
+            self._prepare(cfg, train, val)
+        except BadInput as error:  # malformed rows are among what was found
+            found = "; ".join(self.lines[:MOST_TOLD]) + "; ..." * (len(self.lines) > MOST_TOLD)
+            raise BadInput(f"{error} ({found})") from error
         self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
         self.identity = self._hash(self.source)
 
@@ -134,9 +123,20 @@ class Data:
             lines.append(line)
         return examples, lines
 
-    def _was_read(self):
-        """What was found in the files, malformed rows among it, for an error about what is left of them."""
-        return f" ({'; '.join(self.lines[:MOST_TOLD])}{'; ...' * (len(self.lines) > MOST_TOLD)})"
+    def _prepare(self, cfg, train, val):
+        """Examples -> question, chat, source and val. Raises BadInput if nothing is left of them."""
+        if not cfg.val_data:
+            train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
+        self.question = next((example for example in val + train if not isinstance(example, str)), None)
+        self.chat = not all(isinstance(example, str) for example in train)
+        if self.question and not self.chat:
+            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other "
+                           "--val_data")
+        self.source = self._cut(train, cfg.seed, "training")
+        self.val = self._cut(val, None, "validation") if val else None
+        for rows, what in ((self.source, "--data"), (self.val, "--val_data" if cfg.val_data else "what is held out")):
+            if rows is not None and not len(rows):
+                raise BadInput(f"nothing of {what} can be learned, it is empty or too long: see what it holds, or give more")
 
     def _cut(self, examples, seed, what):
         """Examples -> rows of training or validation."""

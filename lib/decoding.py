@@ -107,8 +107,9 @@ class Decoder:
 
     `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain) or to the
     first ones; `move` has a text go on in another row. The caller sets eval mode and autocast, for making it, too.
-    graphs: on cuda, capture the step as a CUDA graph, once per SPAN positions and power of two of rows: a step is hundreds of small kernels,
-    whose launches take longer than they do. compile: also have torch.compile fuse them, which takes time before the first step.
+    graphs: on cuda, capture the step as a CUDA graph, once per SPAN positions and power of two of rows: a step is hundreds of small
+    kernels, whose launches take longer than they do; not of experts where lib/moe.py's `is_capturable` says no. compile: also have
+    torch.compile fuse them, which takes time before the first step.
     """
 
     def __init__(self, model, rows, length, graphs=False, compile=False):

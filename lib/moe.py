@@ -18,7 +18,7 @@ from lib.cli import BadInput, flag
 from lib.devices import cast
 
 MULTIPLE = 8          # of the widths that grouped_mm takes: rows of bf16 in whole 16 bytes
-BIAS_RATE = 1e-2      # of a bias per step. DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is slow for runs of few steps
+BIAS_RATE = 1e-2      # of a bias per step; DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is for longer runs
 BALANCE_LOSS = 1e-2   # coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2)
 PATIENCE = 20         # steps in a row that an expert gets next to nothing before that is said
 STARVED = 0.01        # of an even share: next to nothing. In a step of many tokens even a collapsed router sends a few astray
@@ -119,8 +119,8 @@ class ExpertLinear(nn.Module):
 
 
 def is_capturable(model, device):
-    """Whether a forward pass on `device`, a GPU, can be captured as a CUDA graph. grouped_mm has a kernel for bf16 on GPUs of capability 9
-    and 10; elsewhere it waits for the GPU, to learn where each group ends."""
+    """Whether a forward pass on `device`, a GPU, can be captured as a CUDA graph. grouped_mm has a kernel for bf16 on GPUs of
+    capability 9 and 10; elsewhere it waits for the GPU, to learn where each group ends."""
     weights = [module.weight for module in model.modules() if isinstance(module, ExpertLinear)]
     return not weights or (weights[0].dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10))
 
@@ -150,8 +150,8 @@ class Router(nn.Linear):
 
 
 def top(scores, k):
-    """The places of the k largest of the last dimension, like topk's; which the compiler cannot fuse, and which is slow for so few."""
-    if k > 8:  # of as many passes there would be too much to compile
+    """Indices of the k largest along the last dimension, as topk's, which the compiler cannot fuse and which is slow for so few."""
+    if k > 8:  # so many passes take long to compile
         return scores.topk(k).indices
     places, picked = torch.arange(scores.size(-1), device=scores.device), []
     for _ in range(k):
