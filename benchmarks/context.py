@@ -1,4 +1,4 @@
-"""How far positions reach: bits per byte by position, at 1, 2 and 4 times the length a checkpoint was trained with.
+"""How far positions reach: bits per byte by position, at half, 1, 2 and 4 times the length a checkpoint was trained with.
 
     python benchmarks/context.py --checkpoint log/learned/ckpt_<step>.pt log/rope/ckpt_<step>.pt --data DIR
 
@@ -59,21 +59,22 @@ def main(argv):
     print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
     print("|---|---|---:|" + "---:|" * (len(columns) + 1))
     for path, trained, sizes, kind, rows in found:
-        for factor, scaling in [(1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
+        for factor, scaling in [(0.5, "plain"), (1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
             name = f"{kind}, {scaling}" if factor > 1 and kind == "rope" else kind
-            start = f"| {Path(path).parent.name} | {name} | {factor}x{trained:,} "
+            start = f"| {Path(path).parent.name} | {name} | {factor:g}x{trained:,} "
             if factor > 1 and kind != "rope":
                 print(start + "| n/a " * (len(columns) + 1) + "|", flush=True)
                 continue
-            model = extend(load_checkpoint(path, device)[0], ContextConfig(factor * trained, scaling))
-            x, y = (part.reshape(-1, factor * trained) for part in rows)
+            length = round(factor * trained)
+            model = extend(load_checkpoint(path, device)[0], ContextConfig(length, scaling))
+            x, y = (part.reshape(-1, length) for part in rows)
             nats, n_bytes = nats_by_position(model, x, y, device), sizes[y]
 
             def bits(a, b):
                 return nats[:, a:b].sum() / math.log(2) / np.maximum(n_bytes[:, a:b].sum(), 1)  # noqa: B023 (called here)
 
             cells = [f"{bits(round(a * trained), round(b * trained)):.4f}" if b <= factor else "" for a, b in columns]
-            print(start + "".join(f"| {cell} " for cell in [*cells, f"{bits(0, factor * trained):.4f}"]) + "|", flush=True)
+            print(start + "".join(f"| {cell} " for cell in [*cells, f"{bits(0, length):.4f}"]) + "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ from lib.shards import Shards, read_validation
 
 
 def test_a_table_of_whole_checkpoints_or_one_line(data, tokenizer, tmp_path, launch):
-    """The mean of the first row against bits per byte of plain logits; a missing second checkpoint is told before the table begins."""
+    """The mean of the second row against bits per byte of plain logits; a missing second checkpoint is told before the table begins."""
     model = tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, pos="rope")
     done = launch("benchmarks/context.py", "--checkpoint", "ckpt_00001.pt", "--data", data, "--tokens", 256, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    assert [(row[1], row[2]) for row in rows[2:]] == [("rope", "1x32"), *((f"rope, {how}", f"{n}x32") for n in (2, 4) for how in ("plain", "ntk", "yarn"))]
+    assert [(row[1], row[2]) for row in rows[2:]] == [("rope", "0.5x32"), ("rope", "1x32"), *((f"rope, {how}", f"{n}x32") for n in (2, 4) for how in ("plain", "ntk", "yarn"))]
     x, y = (torch.from_numpy(part).view(-1, 32) for part in read_validation(Shards(data), 256, 128, tokenizer))
     with torch.no_grad():
         nats = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
-    assert float(rows[2][-1]) == pytest.approx(nats / math.log(2) / tokenizer.token_bytes()[y.numpy()].sum(), abs=2e-3)
+    assert float(rows[3][-1]) == pytest.approx(nats / math.log(2) / tokenizer.token_bytes()[y.numpy()].sum(), abs=2e-3)
     done = launch("benchmarks/context.py", "--checkpoint", "ckpt_00001.pt", "gone.pt", "--data", data, "--tokens", 256, "--device", "cpu")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "gone.pt" in done.stderr
