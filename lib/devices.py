@@ -102,7 +102,10 @@ def memory_bytes(device):
 
 
 def parallel(model, processes):
-    """The module to train: averages gradients over the processes (DDP), or `model` itself where there is one process."""
+    """The module to train: averages gradients over the processes (DDP), or `model` itself where there is one process.
+
+    Must not outlive the `with` block of `processes`: DDP holds the process group, and may deadlock if it is the last to.
+    """
     if not processes.distributed:
         return model
     # buffers are constant tables, or what LoadBalancer keeps equal; torch 2.13 renamed the option that leaves them alone
@@ -134,6 +137,11 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
+            # The default arguments of this module hold the process group of its first import, and building a model may be
+            # that. The group's threads would outlive destroy_process_group, and gloo's, freeing a tensor while Python shuts
+            # down, abort the process (https://github.com/pytorch/pytorch/issues/190489): import it while there is no group.
+            from torch.distributed.nn import functional  # noqa: F401
+
             # torchrun keeps its store when it restarts the processes: without a prefix they would read dead addresses in it
             attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             try:
