@@ -123,7 +123,7 @@ class TrainConfig:
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
     vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
     min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
-    warmup_steps: int | None = flag(None, "steps of linear warm-up; without the flag, 3.75% of the run", at_least=0)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up; unset: 3.75% of the run, 40 at least", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
     cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
@@ -484,7 +484,6 @@ def init_weights(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer set-up and schedule. What state an optimizer keeps is known here and in the optimizer alone.
 
-
 EMB_NORM_LR = 5  # times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
 
 
@@ -531,13 +530,15 @@ def state_like(optimizer):
     return [p for g in optimizer.param_groups for p in g["params"] for _ in range({"adamw": 2, "muon": 1}[g["kind"]])]
 
 
-WARMUP_SHARE = 0.0375   # of the run: 715 of build-nanogpt's 19,073 steps
+# Of the run: build-nanogpt's 715 of 19,073 steps. In steps: AdamW's 2 / (1 - beta2) (Ma & Yarats 2021, https://arxiv.org/abs/1910.04209)
+WARMUP_SHARE, WARMUP_LEAST = 0.0375, 40
 
 
 def lr_multiplier(step, cfg):
     """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
     # 1) linear warm-up, from the first step above zero
-    warmup = round(WARMUP_SHARE * cfg.steps) if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
+    unset = max(round(WARMUP_SHARE * cfg.steps), min(WARMUP_LEAST, cfg.steps // 4))
+    warmup = unset if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup
     # 2) how far the decay has come, 0 to 1; wsd begins it late (Hägele et al. 2024, https://arxiv.org/abs/2405.18392)
@@ -619,9 +620,7 @@ class ShardLoader(Stream):
 
     def _index(self, epoch, shard):
         """Which file is the epoch's shard number `shard`."""
-        if self.seed is None:
-            return shard
-        return int(np.random.default_rng((self.seed, epoch)).permutation(len(self.files))[shard])
+        return shard if self.seed is None else int(np.random.default_rng((self.seed, epoch)).permutation(len(self.files))[shard])
 
     def _read(self, epoch, shard):
         index = self._index(epoch, shard)

@@ -184,7 +184,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
         (nats / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * (1 - step / 12)  # a warm-up of 3.75% of 12 steps is none
+            group["lr"] = 5e-3 * (1 - step / 12)
         optimizer.step()
     assert epoch > 0 and scalars(folder)["data/epoch"] == epochs
     found = read_log(folder)

@@ -475,7 +475,8 @@ def test_schedule_of_short_runs(schedule, warmup, steps):
 
 
 def test_warm_up_is_a_share_of_the_run_without_the_flag():
-    for steps, warmup in ((19_073, 715), (100, 4)):
+    """3.75% of a long run, 40 steps (2 / (1 - beta2)) of a shorter one, a quarter of the shortest."""
+    for steps, warmup in ((19_073, 715), (1_067, 40), (300, 40), (100, 25), (7, 1)):
         cfg = TrainConfig(steps=steps)
         assert cfg.warmup_steps is None
         lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(warmup + 2)]
