@@ -168,7 +168,7 @@ def picture(logs, path):
     axes.set(xscale="log", xlabel="seconds of training steps", ylabel="val loss, nats per GPT-2 token")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.08))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
