@@ -62,34 +62,53 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 
 class Hub(NamedTuple):
-    """A dataset of the hub; licence and tokens as its card says, not counted here (None: the card does not say). uint16 shards take 2 bytes per token."""
+    """A dataset of the hub. Licence and sizes: from its card or the source noted, not counted here; None: not known."""
+    preset: str
     source: str
     name: str | None
-    text_column: str
+    text_column: str | None  # None: shards of gpt2, nothing to tokenize
     licence: str
-    tokens: float | None
+    tokens: float | None     # as gpt2 counts; in shards, 2 bytes each
+    disk: float | None       # bytes of its files on the hub
 
     def __str__(self):
-        size = f"about {self.tokens / 1e9:,.0f}B tokens, {2 * self.tokens / 1e9:,.0f} GB of shards with gpt2" if self.tokens else "size not known"
-        return f"{self.source}, {self.name or 'default'}: {size}; licence {self.licence}"
+        tokens, disk = "tokens not known", "size on the hub not known"
+        if self.tokens:
+            tokens = f"about {self.tokens / 1e9:,.4g}B tokens, {2 * self.tokens / 1e9:,.4g} GB of shards with gpt2"
+        if self.disk:
+            disk = f"about {self.disk / 1e9:,.4g} GB on the hub"
+        return f"{self.source}, {self.name or 'default'}: {tokens}; {disk}; licence {self.licence}"
 
 
-HUB = {  # --name takes another language, as the card of the dataset lists them
-    "fineweb-edu-10BT":  Hub(FINEWEB_EDU, "sample-10BT", "text", "ODC-By 1.0", 10e9),
-    "fineweb-edu-100BT": Hub(FINEWEB_EDU, "sample-100BT", "text", "ODC-By 1.0", 100e9),
-    "fineweb-edu-350BT": Hub(FINEWEB_EDU, "sample-350BT", "text", "ODC-By 1.0", 350e9),
-    "fineweb-edu":       Hub(FINEWEB_EDU, "default", "text", "ODC-By 1.0", 1300e9),
-    "fineweb-2":         Hub("HuggingFaceFW/fineweb-2", "deu_Latn", "text", "ODC-By 1.0", None),
-    "wikipedia":         Hub("wikimedia/wikipedia", "20231101.en", "text", "CC BY-SA 3.0, GFDL", None),
-    "books":             Hub("sedthh/gutenberg_english", None, "TEXT", "MIT; the books are in the public domain of the US", None),
-    "climbmix":          Hub("karpathy/climbmix-400b-shuffle", None, "text", "CC BY-NC 4.0", 400e9),
-}
-PRETOKENIZED = {  # datasets of .bin shards of gpt2, one to validate and 100M tokens in each
-    "fineweb-10BT":      "kjj0/fineweb10B-gpt2",
-    "fineweb-100BT":     "kjj0/fineweb100B-gpt2",
-    "fineweb-edu-10BT":  "kjj0/finewebedu10B-gpt2",
-    "fineweb-edu-100BT": "karpathy/fineweb-edu-100B-gpt2-token-shards",
-}
+CORPORA = (  # --name takes another language, as the card of the dataset lists them
+    # the card; its 1.3T are those of version 1.0.0, crawls were added since
+    Hub("fineweb-edu-10BT",  FINEWEB_EDU, "sample-10BT", "text", "ODC-By 1.0", 10e9, None),
+    Hub("fineweb-edu-100BT", FINEWEB_EDU, "sample-100BT", "text", "ODC-By 1.0", 100e9, None),
+    Hub("fineweb-edu-350BT", FINEWEB_EDU, "sample-350BT", "text", "ODC-By 1.0", 350e9, None),
+    Hub("fineweb-edu",       FINEWEB_EDU, "default", "text", "ODC-By 1.0", 1300e9, None),
+    # github.com/huggingface/fineweb-2, fineweb2-language-distribution.csv: 262e9 words, 772,108,850,771 bytes of parquet
+    Hub("fineweb-2",         "HuggingFaceFW/fineweb-2", "deu_Latn", "text", "ODC-By 1.0", None, 772.1e9),
+    # 11,630,929,031 bytes of parquet in 41 files, as others quote the card
+    Hub("wikipedia",         "wikimedia/wikipedia", "20231101.en", "text", "CC BY-SA 3.0, GFDL", None, 11.63e9),
+    # 48,284 books; bytes as projects that download them report
+    Hub("books",             "sedthh/gutenberg_english", None, "TEXT", "MIT; the books are in the public domain of the US",
+        None, 10.75e9),
+    # nvidia/Nemotron-ClimbMix shuffled, its licence and tokens; 6,543 files of about 100 MB: nanochat, runs/speedrun.sh
+    Hub("climbmix",          "karpathy/climbmix-400b-shuffle", None, "text", "CC BY-NC 4.0", 400e9, 650e9),
+    # .bin shards: one to validate, then those to train; 100M tokens in each, fewer in the last one
+    # 1 + 102 shards and 55,324,043 tokens: github.com/swookey-thinky/minllm, minllm/datasets/fineweb.py
+    Hub("fineweb-10BT",      "kjj0/fineweb10B-gpt2", None, None, "MIT; the text is FineWeb's, ODC-By",
+        10_355_324_043, 20.71e9),
+    # 1 + 1,030 shards: modded-nanogpt, data/cached_fineweb100B.py; other scripts download 1,028
+    Hub("fineweb-100BT",     "kjj0/fineweb100B-gpt2", None, None, "MIT; the text is FineWeb's, ODC-By", 103e9, 206e9),
+    # 1 + 98 shards and 53,989,344 tokens, as projects that read them report; modded-nanogpt downloads 1 + 99 as well
+    Hub("fineweb-edu-10BT",  "kjj0/finewebedu10B-gpt2", None, None, "not stated; the text is FineWeb-edu's, ODC-By 1.0",
+        9_953_989_344, 19.91e9),
+    # 1 + 1,001 shards: llm.c, dev/data/edu_fineweb.sh
+    Hub("fineweb-edu-100BT", "karpathy/fineweb-edu-100B-gpt2-token-shards", None, None, "ODC-By", 100.2e9, 200.4e9),
+)
+HUB = {row.preset: row for row in CORPORA if row.text_column}
+PRETOKENIZED = {row.preset: row.source for row in CORPORA if not row.text_column}
 DOCSTRINGS = "docstrings.jsonl"
 DOCSTRING_PACKAGES = ("numpy", "torch", "pandas", "networkx", "sympy")  # the wordiest packages that requirements.txt installs
 LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
@@ -342,6 +361,9 @@ def download_shards(cfg, out, meta, given):
     ends = np.cumsum([file.size // 2 for file in files])  # in tokens: about, and never too few
     count = max(len(val) + 1, int(np.searchsorted(ends, cfg.max_tokens)) + 1) if cfg.max_tokens else len(files)
     needed = [file.size for file in files[:count] if file.name not in there]
+    for row in CORPORA:
+        if row.source == name:
+            print(row)
     print(f"{name} at commit {dataset.commit[:7]}: {len(needed):,} shards to download, {sum(needed) / 1e9:.1f} GB")
     check_room(out, sum(needed) + 2**20, f"downloading {len(needed):,} shards",
                "free some space, ask for fewer by --shards, or give another --out")

@@ -166,6 +166,19 @@ def check_copied(out, folder, documents):
     return shards
 
 
+def test_corpora_say_their_licence_and_size(tmp_path, script):
+    for row in fineweb.CORPORA:
+        assert row.licence and (row.tokens or row.disk)
+        if not row.text_column:  # shards hold 2 bytes per token
+            assert row.disk == pytest.approx(2 * row.tokens, rel=1e-3)
+    with Hub({"kjj0/fineweb10B-gpt2": write_foreign(tmp_path / "repo", train=1)}) as hub:
+        done = script(hub, "--pretokenized", "fineweb-10BT")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
+        "kjj0/fineweb10B-gpt2, default: about 10.36B tokens, 20.71 GB of shards with gpt2; about 20.71 GB on the hub; licence MIT; ")
+    assert str(fineweb.HUB["wikipedia"]) == ("wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 GB on the hub; "
+                                             "licence CC BY-SA 3.0, GFDL")
+
+
 @pytest.mark.parametrize("form", ["bin", "npy"])
 def test_shards_of_others_arrive_whole_and_only_once(form, tmp_path, script):
     folder, out = write_foreign(tmp_path / "repo", form), tmp_path / "out"
