@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from lib.devices import cast
 
-CHUNK = 8_192   # tokens whose logits exist at a time; the compiler may keep those of several chunks
-FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
+CHUNK = 8_192       # tokens whose logits exist at a time; the compiler may keep those of several chunks
+CPU_CHUNK = 256     # on a CPU: the passes over the logits of so many stay in its cache
+FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
 def soft_cap(logits, cap):
@@ -32,7 +33,8 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
 
 
 def _chunks(*tensors):
-    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+    chunk = CPU_CHUNK if tensors[0].device.type == "cpu" else CHUNK
+    return zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
 
 
 def _forward(x, weight, targets, counted, cap):

@@ -44,7 +44,7 @@ def close(have, want, rtol=1e-5):
 
 @pytest.fixture
 def chunk(monkeypatch):
-    return lambda n: monkeypatch.setattr(cross_entropy, "CHUNK", n)
+    return lambda n: [monkeypatch.setattr(cross_entropy, name, n) for name in ("CHUNK", "CPU_CHUNK")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
