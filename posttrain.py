@@ -47,14 +47,14 @@ class Config(TrainConfig):
     epochs: float = flag(3.0, "passes over the training data", above=0)
     total_batch_size: int = flag(16_384, "tokens per optimizer step, padding included, over all processes and accumulation",
                                  above=0, at_most=2**28)
-    # optimizer: a lower rate than pretraining's, which needs no warm-up, down to 0
+    # optimizer: a lower rate than pretraining's, without a warm-up, down to 0
     optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
     max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale",
                                 above=0, at_most=1e6)
     embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0, at_most=1e6)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
     vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0, at_most=1e6)
-    warmup_steps: int = flag(0, "steps of linear warm-up", at_least=0)
+    warmup_steps: int | None = flag(0, "steps of linear warm-up", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("linear", "learning rate after the warm-up, see lr_multiplier")
     min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0, below=1)

@@ -123,7 +123,7 @@ class TrainConfig:
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
     vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
     min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
-    warmup_steps: int | None = flag(None, "steps of linear warm-up; unset: 3.75% of the run, 40 at least", at_least=0)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up; unset: 3.75% of the run, at least 40 or a quarter", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
     cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
@@ -537,8 +537,8 @@ WARMUP_SHARE, WARMUP_LEAST = 0.0375, 40
 def lr_multiplier(step, cfg):
     """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
     # 1) linear warm-up, from the first step above zero
-    unset = max(round(WARMUP_SHARE * cfg.steps), min(WARMUP_LEAST, cfg.steps // 4))
-    warmup = unset if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
+    rule = max(round(WARMUP_SHARE * cfg.steps), min(WARMUP_LEAST, cfg.steps // 4))
+    warmup = rule if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup
     # 2) how far the decay has come, 0 to 1; wsd begins it late (Hägele et al. 2024, https://arxiv.org/abs/2405.18392)

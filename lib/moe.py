@@ -32,7 +32,7 @@ class ExpertConfig:
     n_active: int = flag(2, "experts per token; with 1 the router learns from --balance loss and --router_z_loss alone",
                          above=0, at_most=256)
     n_shared: int = flag(0, "experts that every token takes besides", at_least=0, at_most=256)
-    expert_width: int | None = flag(None, "hidden units per expert; without the flag, the active ones take the FLOPs of the dense MLP",
+    expert_width: int | None = flag(None, "hidden units per expert, a multiple of 8; unset: the active ones take the FLOPs of the dense MLP",
                                     above=0, at_most=2**20)
     router: Literal["sigmoid", "softmax"] = flag("sigmoid", "scores by which a token's experts are picked and weighted")
     balance: Literal["bias", "loss"] = flag("bias", "even load by nudging biases after each step, or by the load-balance loss")
@@ -301,5 +301,5 @@ class LoadBalancer:
                 found.append(f"layer {i} {dead} of {len(idle)}{', its router has collapsed' if collapsed else ''}")
         told = "; ".join(found)
         if told and told != self.told:
-            self.say(f"experts with less than {STARVED:.0%} of an even share of the tokens in {PATIENCE} steps: {told}")
+            self.say(f"experts with less than {STARVED:.0%} of an even share of the tokens in each of {PATIENCE} steps: {told}")
         self.told = told

@@ -1151,7 +1151,8 @@ def test_deterministic_runs_on_a_cpu_and_changes_nothing_there(launch, data, tmp
 
 
 def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_one(launch, data, tmp_path):
-    flags = ["--preset", "modern", "--micro_batch", 4, "--eval_every", 2, "--sample_every", 3, "--save_every", 2]  # 10 rows of validation
+    flags = ["--preset", "modern", "--n_experts", 4, "--n_shared", 1,  # the shared expert is a dense MLP
+             "--micro_batch", 4, "--eval_every", 2, "--sample_every", 3, "--save_every", 2]  # 10 rows of validation
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, *flags, "--run_name", "compiled", "--compile", timeout=300)
     assert result.returncode == 0, result.stderr
     assert "was recompiled" not in result.stdout and "recompil" not in result.stderr

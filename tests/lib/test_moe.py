@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY_FLAGS, read_log, tiny
 from runs import again, assert_same_runs, cut, scalars, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_gpt2
 from lib import checkpoint
@@ -254,7 +255,7 @@ def test_a_collapsed_router_is_reported_and_evened_out():
         model(idx)
         told = balance(True)
         assert (told["moe/dead_00"], told["moe/dead_01"], told["moe/max_load_01"]) == (0, 2, 2.0)
-    assert lines == [f"experts with less than 1% of an even share of the tokens in {PATIENCE} steps: layer 1 2 of 4, its router has collapsed"]
+    assert lines == [f"experts with less than 1% of an even share of the tokens in each of {PATIENCE} steps: layer 1 2 of 4, its router has collapsed"]
     for _ in range(round(1.1 / BIAS_RATE / 2)):
         model(idx)
         told = balance(True)
@@ -365,12 +366,14 @@ def test_samples_in_bf16_between_training_steps(balance):
             torch.testing.assert_close(decoder.fill(range(3), idx.tolist()), model(idx)[:, -1].float(), atol=0.02, rtol=0.02)
 
 
-def test_a_run_with_experts_learns_is_balanced_and_resumes_exactly(data, tmp_path, capsys):
+def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path, capsys):
     whole = train(data, tmp_path / "whole", *EXPERTS, "--max_steps", 24, "--sample_every", 12)
     assert "active per token" in capsys.readouterr().out
     log, shown = read_log(whole), scalars(whole)
     assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "val"] - 1
     assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24 for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
+    bars = EventAccumulator(str(whole), size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")
+    assert [sum(bar.histogram_value.bucket) for bar in bars] == pytest.approx([4] * 24)  # 4 experts, load 1 in the mean
     state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
     assert state["transformer.h.1.mlp.bias"].any() and not [name for name in state if "seen" in name]
     for experts in (F.normalize(p.flatten(1), dim=1) for name, p in state.items() if p.dim() == 3):  # they stay different
