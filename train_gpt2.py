@@ -168,9 +168,9 @@ SPEEDRUN = dict(
     weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7,
     warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
 TINY = SPEEDRUN | dict(
-    n_layer=4, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
-    data=("docstrings",), max_steps=760, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=190,
-    hellaswag_every=0, sample_every=380, sample_prompt="Return the", compile=False)
+    n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
+    data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=230,
+    hellaswag_every=0, sample_every=460, sample_prompt="Return the", compile=False)
 PRESETS = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
 SIZES = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
