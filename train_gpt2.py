@@ -123,7 +123,7 @@ class TrainConfig:
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
     vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
     min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
-    warmup_steps: int | None = flag(None, "steps of linear warm-up; unset: 3.75% of the run, at least 40 or a quarter", at_least=0)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up; unset: 3.75%, at least 40 or a quarter", at_least=0)
     schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
     cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
@@ -530,7 +530,7 @@ def state_like(optimizer):
     return [p for g in optimizer.param_groups for p in g["params"] for _ in range({"adamw": 2, "muon": 1}[g["kind"]])]
 
 
-# Of the run: build-nanogpt's 715 of 19,073 steps. In steps: AdamW's 2 / (1 - beta2) (Ma & Yarats 2021, https://arxiv.org/abs/1910.04209)
+# Of the run, as in build-nanogpt; steps: 2 / (1 - beta2) of AdamW (Ma & Yarats 2021, https://arxiv.org/abs/1910.04209)
 WARMUP_SHARE, WARMUP_LEAST = 0.0375, 40
 
 
@@ -620,7 +620,8 @@ class ShardLoader(Stream):
 
     def _index(self, epoch, shard):
         """Which file is the epoch's shard number `shard`."""
-        return shard if self.seed is None else int(np.random.default_rng((self.seed, epoch)).permutation(len(self.files))[shard])
+        in_order = self.seed is None
+        return shard if in_order else int(np.random.default_rng((self.seed, epoch)).permutation(len(self.files))[shard])
 
     def _read(self, epoch, shard):
         index = self._index(epoch, shard)

@@ -35,7 +35,7 @@ def test_a_failing_row_shows_its_error(launch):
 
 
 def test_profile_names_the_kernels(launch):
-    result = launch("benchmarks/throughput.py", "--row", TINY, "--profile", *FLAGS)
+    result = launch("benchmarks/throughput.py", "--row", TINY, "--profile", "--kernels", 1000, *FLAGS)
     assert result.returncode == 0, result.stderr
     calls = {group: int(n) for group, n in re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| (\d+) \|$", result.stdout, re.M)}
     assert min(calls[group] for group in ("matmul", "attention", "loss", "optimizer")) > 0  # times may round to 0.0 ms
