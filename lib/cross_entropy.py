@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from lib.devices import cast
 
 CHUNK = 8_192       # tokens whose logits exist at a time; the compiler may keep those of several chunks
-CPU_CHUNK = 256     # on a CPU: the passes over the logits of so many stay in its cache
+CPU_CHUNK = 256     # on a CPU with a vocabulary of at most CPU_VOCAB: the passes over the logits of so many stay in its cache. With more ids,
+CPU_VOCAB = 16_384  # adding each chunk to the gradient of the whole weight costs more than that saves
 FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
@@ -32,14 +33,14 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
     return function(cast(x), cast(weight), targets.clamp(min=0), counted, cap)
 
 
-def _chunks(*tensors):
-    chunk = CPU_CHUNK if tensors[0].device.type == "cpu" else CHUNK
+def _chunks(weight, *tensors):
+    chunk = CPU_CHUNK if weight.device.type == "cpu" and len(weight) <= CPU_VOCAB else CHUNK
     return zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
 
 
 def _forward(x, weight, targets, counted, cap):
     return sum((F.cross_entropy(soft_cap((x_c @ weight.T).float(), cap), target, reduction="none") * counted_c).sum()
-               for x_c, target, counted_c in _chunks(x, targets, counted))
+               for x_c, target, counted_c in _chunks(weight, x, targets, counted))
 
 
 def _slope(capped, cap):
@@ -58,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, counted, cap):
         loss, dx, dweight = torch.zeros((), device=x.device), [], torch.zeros(weight.shape, device=x.device)
-        for x_c, target, counted_c in _chunks(x, targets[:, None], counted[:, None]):
+        for x_c, target, counted_c in _chunks(weight, x, targets[:, None], counted[:, None]):
             logits = soft_cap((x_c @ weight.T).float(), cap)                            # (n, V)
             at_target = logits.gather(1, target)
             e = (logits - at_target).clamp(max=FAR).exp()
