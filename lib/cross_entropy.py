@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from lib.devices import cast
 
 CHUNK = 8_192       # tokens whose logits exist at a time; the compiler may keep those of several chunks
-CPU_CHUNK = 256     # on a CPU with a vocabulary of at most CPU_VOCAB: the passes over the logits of so many stay in its cache. With more ids,
-CPU_VOCAB = 16_384  # adding each chunk to the gradient of the whole weight costs more than that saves
+CPU_CHUNK = 256     # the same on a CPU: passes over the logits of so many stay in its cache ...
+CPU_VOCAB = 16_384  # ... up to so many ids; with more, adding every chunk to the whole weight's gradient costs more than that saves
 FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
