@@ -163,12 +163,12 @@ def picture(logs, path):
             axes.plot(seconds, losses, marker="o", ms=3, label=f"{told}: {head['parameters'] / 1e6:.0f}M")
     for bar, (rival, target) in BARS.items():
         axes.axhline(target, color="gray", lw=0.8, ls="--")
-        axes.annotate(f"{bar}: {rival} ends at {target:.3f}", (0.65, target), xytext=(0, 2), textcoords="offset points", fontsize=8,
-                      color="gray")
+        axes.annotate(f"{bar}: {rival} ends at {target:.3f}", (0.01, target), xytext=(0, 2), xycoords=axes.get_yaxis_transform(),
+                      textcoords="offset points", fontsize=8, color="gray")
     axes.set(xscale="log", xlabel="seconds of training steps", ylabel="val loss, nats per GPT-2 token")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.08))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
