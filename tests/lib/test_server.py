@@ -3,6 +3,8 @@
 import contextlib
 import http.client
 import json
+import shutil
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers import CHATS
 
+import lib.server
+from lib.chat_template import render
 from lib.cli import BadInput
 from lib.decoding import SampleConfig
-from lib.server import BODY_LIMIT, Api, Server, is_loopback
+from lib.server import BODY_LIMIT, PAGE, Api, Server, is_loopback
 from lib.serving import Engine
 from train_gpt2 import load_checkpoint
 
@@ -101,6 +105,24 @@ def test_a_connection_is_kept_and_the_page_is_served(server):
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert "http://" not in page and "https://" not in page  # nothing to download
     assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_message_that_is_refused_costs_the_page_none_of_its_conversation(chatty, tokenizer, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text(f"""{PAGE.read_text()}
+<script>(async () => {{ for (const text of ["the cat", "the dog", "x".repeat(500), "the bird"]) await send(text); }})()</script>""")
+    monkeypatch.setattr(lib.server, "PAGE", page)
+    with started(chatty[0]) as (port, _, _, replies):
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--remote-debugging-port=0"]
+        with subprocess.Popen([*browser, f"http://127.0.0.1:{port}"], stderr=subprocess.DEVNULL) as process:
+            try:
+                until(lambda: len(replies) == 3)
+            finally:
+                process.terminate()
+    turns = [content for turn in CHATS[:2] for content in turn]
+    said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate([*turns, "the bird"])]
+    assert replies[2].request.ids == render(said, tokenizer, reply=True)[0]
 
 
 @pytest.mark.parametrize("fields, param, says", [
