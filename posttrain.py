@@ -23,7 +23,7 @@ import torch
 
 from lib import conversations, packing
 from lib.chat_template import JINJA, render
-from lib.cli import BadInput, check, flag, parse, run
+from lib.cli import BadInput, check, flag, launched, parse, run
 from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
 from lib.run_folder import find_resume
@@ -33,6 +33,8 @@ from train_gpt2 import GPTConfig, Pretraining, TrainConfig, adopt, evaluate, lau
 
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
 MOMENTS = 10  # validations in a run, without --eval_every
+BATCH = 16_384  # tokens per step at most, without --total_batch_size
+ENOUGH = 10  # steps: at least so many per epoch without --total_batch_size, and fewer in all are warned of
 MOST_TOLD = 5  # lines about the data in an error
 
 
@@ -45,8 +47,9 @@ class Config(TrainConfig):
                            "than in pretraining", above=0)
     # length and batch: small steps, for there is little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
-    total_batch_size: int = flag(16_384, "tokens per optimizer step, padding included, over all processes and accumulation",
-                                 above=0, at_most=2**28)
+    total_batch_size: int | None = flag(
+        None, f"tokens per optimizer step, padding included, over all processes and accumulation; if unset, {BATCH:,}, or "
+              f"with little data fewer, for {ENOUGH} to {2 * ENOUGH} steps per epoch", above=0, at_most=2**28)
     # optimizer: a lower rate than pretraining's, without a warm-up, down to 0
     optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
     max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale",
@@ -319,6 +322,10 @@ class PostTraining(Pretraining):
             cfg.eval_every = -(-cfg.steps // MOMENTS)
         if cfg.sample_every is None:
             cfg.sample_every = cfg.eval_every
+        if cfg.steps < ENOUGH and cfg.max_steps is None:
+            smaller = ", or lower --total_batch_size" if cfg.total_batch_size > block_size * processes.world_size else ""
+            self.corpus.lines.append(
+                f"warning: {cfg.steps} steps in all teach little: give more data, or raise --epochs{smaller}")
         return super().evaluations(cfg, tokenizer, block_size, processes)
 
     def validation(self, cfg, tokenizer, block_size, processes):
@@ -364,6 +371,16 @@ class PostTraining(Pretraining):
             told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
             at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
             run.say(f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
+
+
+def pick_batch(tokens, row):
+    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens of one row per process.
+
+    A power of two of rows, so that micro-batches divide it: BATCH tokens, or as many as make ENOUGH to twice ENOUGH steps per
+    epoch; at least one.
+    """
+    rows = max(min(BATCH, tokens // ENOUGH) // row, 1)
+    return row << rows.bit_length() - 1
 
 
 def settle(cfg, before, explicit):
@@ -419,7 +436,11 @@ def prepare(cfg, explicit, resume):
         model_cfg.dropout, cfg.dropout = cfg.dropout, None  # the model's setting from here on
     adopt(resume, cfg, model_cfg, explicit)
     check(cfg)
-    return model_cfg, PostTraining(cfg, model_cfg, explicit, state, model)
+    task = PostTraining(cfg, model_cfg, explicit, state, model)
+    if cfg.total_batch_size is None:  # a run that goes on keeps what it began with
+        world_size = (launched() or {"world_size": 1})["world_size"]
+        cfg.total_batch_size = pick_batch(task.corpus.tokens["train"], model_cfg.block_size * world_size)
+    return model_cfg, task
 
 
 def main(argv):

@@ -54,8 +54,9 @@ def steps_of(cfg, train_tokens, parameters):
     steps = cfg.max_steps or steps_in(min(tokens, MOST_STEPS * cfg.total_batch_size), cfg)
     if not 0 < steps < MOST_STEPS:
         what = f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else f"{cfg.epochs:g} epochs of {train_tokens:,} tokens"
-        raise BadInput(f"{what} are {'no' if not steps else 'too many'} steps of {cfg.total_batch_size:,}: change "
-                       f"--{'tokens_per_param' if ratio else 'epochs'} or --total_batch_size")
+        many, first, second = ("too many", "lower", "raise") if steps else ("no", "raise", "lower")
+        raise BadInput(f"{what} are {many} steps of {cfg.total_batch_size:,}: {first} --{'tokens_per_param' if ratio else 'epochs'} or "
+                       f"{second} --total_batch_size")
     return steps
 
 

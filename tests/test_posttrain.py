@@ -130,6 +130,29 @@ def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_fil
     assert "other training data, read from its beginning" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tokens, row, want", [
+    (82 * 2048, 2048, 16_384), (79 * 2048, 2048, 4 * 2048), (10**9, 1024, 16_384), (10**9, 1000, 16_000), (10**9, 3 * 1024, 4 * 3 * 1024),
+    (10**9, 8 * 4096, 8 * 4096), (2496, 32, 128), (2496, 2 * 32, 128), (100, 32, 32)])
+def test_steps_without_a_flag_are_small_enough_for_the_data(tokens, row, want):
+    assert posttrain.pick_batch(tokens, row) == want
+
+
+def test_little_data_is_learned_without_a_flag_and_a_run_that_goes_on_keeps_its_batch(base, chat_file, tmp_path, capsys):
+    words = ["--log_dir", str(tmp_path), "--device", "cpu", "--val_tokens", "330"]
+    posttrain.main([*words, "--run_name", "whole", "--checkpoint", str(base()), "--data", str(chat_file), "--save_every", "30", "--keep", "0"])
+    log, before = read_log(tmp_path / "whole"), checkpoint.read(newest(tmp_path / "whole"))
+    assert before["train_config"]["total_batch_size"] == 128 and max(log)[0] > 3 * 10 and log[max(log)[0], "val"] < log[0, "val"] - 0.3
+    assert "teach little" not in capsys.readouterr().out
+    again = cut(tmp_path / "whole", tmp_path / "again", 30)
+    posttrain.main([*words, "--run_name", "again"])
+    assert_same_runs(again, tmp_path / "whole")
+    few = write_lines(tmp_path / "few.jsonl", chats(20))
+    posttrain.main([*words, "--run_name", "again", "--data", str(few), "--max_steps", "60"])
+    assert checkpoint.read(newest(again))["train_config"]["total_batch_size"] == 128
+    posttrain.main([*words, "--run_name", "short", "--checkpoint", str(base()), "--data", str(few), "--epochs", "0.5"])
+    assert "warning: 9 steps in all teach little: give more data, or raise --epochs\n" in capsys.readouterr().out
+
+
 def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_path):
     text = " ".join(sentences(30))
     (tmp_path / "long.txt").write_text(text)

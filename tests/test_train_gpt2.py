@@ -116,7 +116,7 @@ def test_length_of_a_run(data):
                        (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], PRESETS["tiny"]["max_steps"]),
                        (["--preset", "tiny", "--tokens_per_param", "20"], 20 * 1000 // 256)]:
         assert configured(data, *base, *argv)[0].steps == want
-    with pytest.raises(BadInput, match="change --epochs or --total_batch_size"):
+    with pytest.raises(BadInput, match="raise --epochs or lower --total_batch_size"):
         configured(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
 
 

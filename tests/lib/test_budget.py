@@ -31,10 +31,11 @@ def test_a_run_may_begin_with_half_batches():
     assert timer.fit(2, 1.0) == 2 + 5 + (59 * 128 - 5 * 128) // 256                     # 128 tokens per second, 59 s to go
 
 
-@pytest.mark.parametrize("tokens, epochs, says", [(255, 1.0, "no steps"), (2560, 0.01, "no steps"), (2560, 1e300, "too many steps"),
-                                                  (10**15, 1.0, "too many steps")])
+@pytest.mark.parametrize("tokens, epochs, says", [
+    (255, 1.0, "no steps of 256: raise --epochs or lower"), (2560, 0.01, "no steps of 256: raise --epochs or lower"),
+    (2560, 1e300, "too many steps of 256: lower --epochs or raise"), (10**15, 1.0, "too many steps of 256: lower --epochs or raise")])
 def test_a_run_without_a_step_or_with_too_many_is_refused(tokens, epochs, says):
-    with pytest.raises(BadInput, match=f"are {says} of 256: change --epochs or --total_batch_size"):
+    with pytest.raises(BadInput, match=f"are {says} --total_batch_size"):
         length(tokens, epochs=epochs)
 
 
@@ -77,7 +78,7 @@ def test_tokens_per_parameter_count_the_embeddings():
     """Chinchilla itself: 70B parameters on 1.4T tokens (Hoffmann et al. 2022, table 1). GPT-2: 124,475,904 with the padded embeddings."""
     assert length(10**10, batch=2**20, ratio=20, parameters=70 * 10**9) == 1_400_000_000_000 // 2**20
     assert length(10**10, batch=524_288, ratio=20, parameters=GPT(GPTConfig()).parameter_counts()["total"]) == 20 * 124_475_904 // 524_288
-    with pytest.raises(BadInput, match="0.001 tokens for each of 1,000 parameters are no steps of 256: change --tokens_per_param"):
+    with pytest.raises(BadInput, match="0.001 tokens for each of 1,000 parameters are no steps of 256: raise --tokens_per_param"):
         length(10**10, ratio=0.001, parameters=1000)
     with pytest.raises(BadInput, match="write vocab_size into the meta.json"):
         length(10**10, ratio=20)
