@@ -208,13 +208,25 @@ def truncate(messages, tokenizer, room):
 
 
 def hold_out(examples, share, seed):
-    """Examples -> (those for training, those for validation), at least one: by a hash of content and seed, so that equal ones are on
-    one side. Of texts too few to spare one, the end of each. Raises BadInput if nothing is left for training."""
+    """Examples -> (those for training, those for validation), at least one of the conversations and of the texts: by a hash of
+    content and seed, so that equal ones are on one side. Of texts too few to spare one, the end of each. Raises BadInput if nothing
+    is left for training."""
     if not share:
         return examples, []
-    if all(isinstance(example, str) for example in examples) and len(examples) * share < 1:
-        ends = [max(int(len(text) * (1 - share)), 1) for text in examples]
-        return [text[:n] for text, n in zip(examples, ends)], [text[n:] for text, n in zip(examples, ends) if text[n:].strip()]
+    train, val = [], []
+    for is_text in (False, True):
+        if some := [example for example in examples if isinstance(example, str) == is_text]:
+            parts = _ends(some, share) if is_text and len(some) * share < 1 else _by_hash(some, share, seed)
+            train, val = train + parts[0], val + parts[1]
+    return train, val
+
+
+def _ends(texts, share):
+    ends = [max(int(len(text) * (1 - share)), 1) for text in texts]
+    return [text[:n] for text, n in zip(texts, ends)], [text[n:] for text, n in zip(texts, ends) if text[n:].strip()]
+
+
+def _by_hash(examples, share, seed):
     marks = [hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest() for example in examples]
     limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
     train = [example for example, mark in zip(examples, marks) if mark > limit]

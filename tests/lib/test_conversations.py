@@ -121,4 +121,7 @@ def test_what_is_held_out_follows_from_content_and_seed():
         hold_out([PAIR, PAIR], 0.1, 1)
     with pytest.raises(BadInput, match="--val_share 0.9999 of 30 rows"):
         hold_out(examples[:30], 0.9999, 1)
-    assert hold_out(["a" * 90 + "b" * 10], 0.1, 1) == (["a" * 90], ["b" * 10])
+    book, ends = "a" * 90 + "b" * 10, (["a" * 90], ["b" * 10])
+    assert hold_out([book], 0.1, 1) == ends
+    for number in range(30):  # a seed that would hold the book out whole is among them
+        assert hold_out([book, *examples[:30]], 0.1, number) == tuple(map(list.__add__, hold_out(examples[:30], 0.1, number), ends))
