@@ -160,7 +160,7 @@ class Data:
                 raise BadInput(f"a conversation is longer than the context of {self.T} tokens, {example[0]['content'][:60]!r}...: shorten "
                                "it, or leave out --strict")
         rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
-        ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned)) for _, learned in items)
+        ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned[1:])) for _, learned in items)
         filled = ids / max(len(rows) * self.T, 1)
         told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {filled:.0%}; of {ids:,} tokens "
                 f"{learned:,} are learned")

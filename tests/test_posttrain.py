@@ -156,10 +156,11 @@ def test_little_data_is_learned_without_a_flag_and_a_run_that_goes_on_keeps_its_
 def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_path):
     text = " ".join(sentences(30))
     (tmp_path / "long.txt").write_text(text)
-    both, alone = (posttrain.Data(posttrain.Config(data=tuple(map(str, files)), val_share=0.0), tokenizer, 16).source.all()
+    both, alone = (posttrain.Data(posttrain.Config(data=tuple(map(str, files)), val_share=0.0), tokenizer, 16)
                    for files in ((chat_file, tmp_path / "long.txt"), (chat_file,)))
-    learned = [sorted(rows[1][rows[1] >= 0].tolist()) for rows in (both, alone)]
+    learned = [sorted(targets[targets >= 0].tolist()) for targets in (data.source.all()[1] for data in (both, alone))]
     assert learned[0] == sorted(learned[1] + tokenizer.encode(text).tolist())
+    assert f" tokens {len(learned[0]):,} are learned" in both.lines[-1]
 
 
 def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, chat_file, tmp_path):
