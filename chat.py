@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from lib import chat_template, files
+from lib import chat_template
 from lib.cli import BadInput, check, flag, parse, run
 from lib.decoding import Decoder, NonFinite, SampleConfig, Text, draw, generate
 from lib.devices import autocast, pick_device
@@ -182,11 +182,10 @@ def save(messages, path):
         raise BadInput("/save takes the name of a file")
     if not any(message["role"] == "assistant" for message in messages):
         raise BadInput("there is nothing to save yet")
-    if Path(path).exists():
-        raise BadInput(f"{path} exists: name another file")
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
-        files.replace(path, lambda file: file.write(line.encode("utf-8", "replace")))
+        with open(path, "xb") as file:
+            file.write(line.encode("utf-8", "replace"))
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot write {path} ({getattr(error, 'strerror', None) or error}): name another file") from error
     say(f"{len(messages)} messages saved to {path}")

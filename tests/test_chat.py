@@ -39,13 +39,15 @@ def conversation(chatty, tokenizer):
 def test_a_conversation_in_the_terminal(chatty, tmp_path):
     lines = ["/save said.jsonl", CAT, "", DOG, "/save said.jsonl", "/reset", DOG, "/save said.jsonl", "/temp 0.5", "/temp hot", "/temp -1", "/nope",
              "/quit", CAT]
+    (tmp_path / "said.jsonl.tmp").write_text("mine")
     done = talk(tmp_path, chatty[0], lines, "--system", "Be brief.")
+    assert (tmp_path / "said.jsonl.tmp").read_text() == "mine"
     assert done.returncode == 0 and done.stdout.splitlines() == [ON_THE_MAT, ON_THE_ROOF, ON_THE_ROOF], done.stderr
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     want = zip(("system", "user", "assistant", "user", "assistant"), ("Be brief.", CAT, ON_THE_MAT, DOG, ON_THE_ROOF))
     assert said == [{"messages": [{"role": role, "content": content} for role, content in want]}]
     notes = done.stderr.splitlines()
-    want = ["/quit", "nothing to save", "5 messages saved", "a new conversation", "said.jsonl exists: name another", "temperature 0.5", "takes a number",
+    want = ["/quit", "nothing to save", "5 messages saved", "a new conversation", "cannot write said.jsonl (File exists): name another", "temperature 0.5", "takes a number",
             "must be", "unknown command"]
     assert len(notes) == len(want) and all(says in note for note, says in zip(notes, want))
 
