@@ -129,9 +129,16 @@ def lines(prompt):
     sys.stdin.reconfigure(errors="replace")
     while True:
         try:
-            yield input(prompt)
+            line = input(prompt)
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            print()
+            say("Ctrl-D or /quit ends the chat")
+        else:
+            yield line
 
 
 def talk(chat):

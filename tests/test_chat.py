@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,36 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(conversation):
     assert said["role"] == "assistant" and 0 < len(said["content"]) < len(ON_THE_MAT) and ON_THE_MAT.startswith(said["content"])
     conversation.reset()
     assert conversation.reply(DOG, lambda piece: None) == "stop" and conversation.messages[-1]["content"] == ON_THE_ROOF
+
+
+def test_ctrl_c_at_the_prompt_leaves_the_conversation(chatty):
+    pty = pytest.importorskip("pty", reason="a terminal of POSIX")
+    ours, terminal = pty.openpty()
+    command = [sys.executable, str(ROOT / "chat.py"), "--checkpoint", str(chatty[0]), "--temperature", "0"]
+
+    def read_to(end):
+        seen = b""
+        while not seen.endswith(end):
+            assert select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 1)
+        return seen.decode()
+
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | {"TERM": "dumb"}) as process:
+        try:
+            read_to(b"> ")
+            os.write(ours, f"{CAT}\n".encode())
+            assert ON_THE_MAT in read_to(b"> ")
+            while not select.select([ours], [], [], 2)[0]:  # one that comes before the process waits for input is not seen
+                process.send_signal(signal.SIGINT)
+            assert "[Ctrl-D or /quit ends the chat]" in read_to(b"> ")
+            os.write(ours, f"{DOG}\n".encode())
+            assert ON_THE_ROOF in read_to(b"> ")
+            os.write(ours, b"/quit\n")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            os.close(ours)
+            os.close(terminal)
 
 
 def test_bad_input(chatty, tokenizer, tmp_path, launch):
