@@ -31,11 +31,11 @@ class Gate:
 
 
 @contextlib.contextmanager
-def started(path, slots=4, waiting=100, api_key=None):
+def started(path, slots=4, waiting=100, api_key=None, host="127.0.0.1"):
     """A server in this process -> (port, engine, Gate, the replies asked of it)."""
     model, tokenizer, _ = load_checkpoint(path)
     gate = Gate(model)
-    with Server("127.0.0.1", 0) as server:
+    with Server(host, 0) as server:
         engine, replies = Engine(model, tokenizer, slots, waiting), []
         submit = engine.submit
         engine.submit = lambda request: replies.append(submit(request)) or replies[-1]
@@ -225,6 +225,13 @@ def test_an_api_key(chatty):
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         assert ask(port, body=chat(), headers={"Authorization": "Bearer sesame"})[0] == 200
         assert ask(port, "/", "GET")[0] == 200  # the page asks for it
+
+
+def test_behind_a_proxy_that_passes_the_host_on(chatty):
+    with started(chatty[0], api_key="sesame", host="0.0.0.0") as (port, *_):
+        for host, status in (("chat.example", 200), ("127.0.0.1", 403)):
+            headers = {"Host": host, "Origin": "https://chat.example", "Authorization": "Bearer sesame"}
+            assert ask(port, body=chat(), headers=headers)[0] == status
 
 
 @pytest.mark.parametrize("stream", [True, False])
