@@ -260,8 +260,12 @@ class Server(ThreadingHTTPServer):
             if not full:
                 self.open.add(request)
         if full:
+            error = ApiError(503, f"{self.most:,} connections are open, as many as may: try again in a moment",
+                             code="too_many_connections")
+            body = json.dumps(error.body())
             with contextlib.suppress(OSError):
-                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                request.send("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+                             f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             self.shutdown_request(request)
         else:
             super().process_request(request, client_address)

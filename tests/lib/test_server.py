@@ -260,6 +260,18 @@ def test_a_full_queue_is_a_429(chatty):
         assert [future.result()[0] for future in (first, second)] == [200, 200]
 
 
+def test_one_connection_more_than_may_is_a_503(chatty, monkeypatch):
+    monkeypatch.setattr(lib.server, "most_connections", lambda: 1)
+    with started(chatty[0]) as (port, *_):
+        with contextlib.closing(connect(port)) as connection:
+            connection.request("GET", "/v1/models")
+            assert connection.getresponse().read()  # and the connection stays
+            status, answer, headers = ask(port, "/v1/models", "GET")
+            assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "too_many_connections", "1")
+            assert answer["error"]["type"] == "server_error"
+        until(lambda: ask(port, "/v1/models", "GET")[0] == 200)
+
+
 def test_the_end_of_the_server_ends_what_is_under_way(chatty):
     with ThreadPoolExecutor(2) as pool, contextlib.closing(connect(1)) as idle:
         with started(chatty[0], slots=1) as (port, engine, gate, replies):
