@@ -202,6 +202,9 @@ def serve(cfg, serving, sampling, load):
     """Answer HTTP until SIGINT or SIGTERM. load: () -> model, tokenizer; the port is taken before that takes its time."""
     if not is_loopback(serving.host) and serving.api_key is None:
         raise BadInput(f"--host {serving.host} lets other machines in: give an --api_key, or leave --host out")
+    key = serving.api_key or ""
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise BadInput("--api_key goes into a header of HTTP: give one of printable ASCII characters, without blanks around it")
     with Server(serving.host, serving.port) as server:
         model, tokenizer = load()
         slots = serving.slots or (64 if next(model.parameters()).device.type == "cuda" else 16)

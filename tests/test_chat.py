@@ -155,6 +155,7 @@ def test_bad_input(chatty, tokenizer, tmp_path, launch):
                               (chatty[0], ["-p", "x" * 200], "shorten it"),
                               (chatty[0], ["--samples", "3"], "unknown flag --samples"),
                               (chatty[0], ["--serve", "--host", "0.0.0.0"], "give an --api_key"),
+                              *((chatty[0], ["--serve", "--api_key", key], "printable ASCII") for key in ("schl\xfcssel", " sesame", "ses\name")),
                               (chatty[0], ["--port", "1"], "--port is for --serve"),
                               (chatty[0], ["--serve", "-p", "x"], "--prompt is for the terminal")):
         with pytest.raises(BadInput, match=says):
