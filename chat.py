@@ -38,6 +38,7 @@ class Config:
     system: str | None = flag(None, "a system message to begin with")
     serve: bool = flag(False, "serve the chat to a browser and to OpenAI's clients")
     graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
+    compile: bool = flag(False, "on cuda, in the terminal, compile the decoding step: slow to start, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 
@@ -71,14 +72,14 @@ def load_chat(path, device):
 
 class Chat:
     """A conversation in the terminal. messages: what the model sees of it. said: all of it, but turns without an answer. dropped: how
-    many of the oldest messages have left the context."""
+    many of the oldest messages have left the context. how: graphs and compile, of Decoder."""
 
-    def __init__(self, model, tokenizer, sampling, system=None, graphs=False):
+    def __init__(self, model, tokenizer, sampling, system=None, **how):
         self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system
         self.device, self.window = next(model.parameters()).device, model.config.block_size
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
         with autocast(self.device):
-            self.decoder = Decoder(model, 1, self.window, graphs=graphs)
+            self.decoder = Decoder(model, 1, self.window, **how)
         self.reset()
 
     def reset(self):
@@ -228,7 +229,8 @@ def main(argv):
     (cfg, serving, context, sampling), given = parse((Config, ServeConfig, ContextConfig, ChatSampling), argv, __doc__)
     if cfg.checkpoint is None:
         raise BadInput("name a --checkpoint, one that posttrain.py made")
-    if wrong := sorted(given & ({"prompt", "system"} if cfg.serve else {field.name for field in fields(ServeConfig)})):
+    others = {"prompt", "system", "compile"} if cfg.serve else {field.name for field in fields(ServeConfig)}
+    if wrong := sorted(given & others):
         where = f"the terminal: leave out --{wrong[0]} or --serve" if cfg.serve else "--serve: give that, too"
         raise BadInput(f"--{wrong[0]} is for {where}")
     device = pick_device(cfg.device)
@@ -240,7 +242,7 @@ def main(argv):
     if cfg.serve:
         serve(cfg, serving, sampling, load)
         return
-    chat = Chat(*load(), sampling, cfg.system, cfg.graphs)
+    chat = Chat(*load(), sampling, cfg.system, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
     if cfg.prompt is None:
         talk(chat)
     elif chat.reply(cfg.prompt, partial(print, end="", flush=True)) == "interrupted":

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_the_oldest_turns_leave_a_full_context(chatty, tmp_path):
     assert [message["content"] for message in said[1::2]] == [*turns, CAT]
 
 
+def test_a_compiled_step_writes_the_same(chatty, conversation, monkeypatch):
+    """As on a GPU, but for the back end: every turn by one graph."""
+    steps = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: steps.append(graph) or graph.forward, fullgraph=True))
+    compiled = chat.Chat(*chat.load_chat(chatty[0], "cpu"), conversation.sampling, compile=True)
+    for content in (CAT, DOG, BIRD):
+        for each in (conversation, compiled):
+            each.reply(content, lambda piece: None)
+    assert compiled.messages == conversation.messages and len(steps) == 1
+
+
 def test_ctrl_c_ends_a_reply_and_not_the_chat(conversation):
     def interrupt(piece):
         raise KeyboardInterrupt
@@ -157,6 +169,7 @@ def test_bad_input(chatty, tokenizer, tmp_path, launch):
                               (chatty[0], ["--serve", "--host", "0.0.0.0"], "give an --api_key"),
                               *((chatty[0], ["--serve", "--api_key", key], "printable ASCII") for key in ("schl\xfcssel", " sesame", "ses\name")),
                               (chatty[0], ["--port", "1"], "--port is for --serve"),
+                              (chatty[0], ["--serve", "--compile"], "--compile is for the terminal"),
                               (chatty[0], ["--serve", "-p", "x"], "--prompt is for the terminal")):
         with pytest.raises(BadInput, match=says):
             chat.main(["--checkpoint", str(path), *flags])
