@@ -122,7 +122,12 @@ class Data:
     def _read(self, words):
         examples, lines = [], []
         for path in conversations.find_files(words):
-            more, line = conversations.read(path, self.strict)
+            try:
+                more, line = conversations.read(path, self.strict)
+            except BadInput as error:
+                if path in words:
+                    raise
+                raise BadInput(f"{error}, or move it out of the folder") from error
             examples += more
             lines.append(line)
         return examples, lines

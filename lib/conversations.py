@@ -135,7 +135,7 @@ def read(path, strict=False):
                 known = f" (known are {KNOWN})" if odd else ""
                 raise BadInput(f"{path}, {problems[0]}{known}: mend it, or leave out --strict") from error
     if odd and not layout:
-        raise BadInput(f"{odd}: rename its columns; known are {KNOWN}")
+        raise BadInput(f"{odd} (known are {KNOWN}): rename its columns")
     if not examples:
         raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what is in it, or name another")
     line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")

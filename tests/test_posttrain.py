@@ -386,12 +386,16 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     some = tmp_path / "some.jsonl"
     some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
+    (tmp_path / "folder").mkdir()
+    shutil.copy(chat_file, tmp_path / "folder")
+    write_lines(tmp_path / "folder" / "dataset_infos.json", [{"default": {}}])
     cases = [
         (["--data", chat_file], "name --checkpoint"), (["--checkpoint", base()], "name --data"),
         (command(base(), tmp_path / "none.jsonl", tmp_path / "log" / "x"), "cannot read"),
         (command(base(), tmp_path / "none", tmp_path / "log" / "x"), "cannot read"),
         (command(base(), csv, tmp_path / "log" / "x"), "cannot tell what"),
         (command(base(), odd, tmp_path / "log" / "x"), "no layout is known of a row with question, reply"),
+        (command(base(), tmp_path / "folder", tmp_path / "log" / "x"), "infos.json, line 1: .* default .*: rename its columns, or move it out of the folder"),
         (command(base(), bad, tmp_path / "log" / "x"), "no usable row.*line 1: no messages"),
         (command(base(), some, tmp_path / "log" / "x", "--strict"), "line 2: not JSON"),
         (command(base(), one, tmp_path / "log" / "x"), "--val_share 0"),

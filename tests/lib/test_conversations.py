@@ -88,7 +88,7 @@ def test_what_is_no_conversation(messages, told, tmp_path):
         read(str(path))
 
 
-@pytest.mark.parametrize("content, told", [("", "it is empty"), ("{}", "nothing in it"), ('{"question": 1, "answer": 2}', "with question, answer: rename its columns; known are messages, conversations, instruction and output"), ("[1, 2]", "not an object")])
+@pytest.mark.parametrize("content, told", [("", "it is empty"), ("{}", "nothing in it"), ('{"question": 1, "answer": 2}', "with question, answer \\(known are messages, conversations, instruction and output, .*\\): rename its columns$"), ("[1, 2]", "not an object")])
 def test_what_holds_nothing(content, told, tmp_path):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(BadInput, match=told):
