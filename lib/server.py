@@ -113,17 +113,27 @@ def stop_of(body):
     return tuple(stop)
 
 
+def check_keys(part, known, param):
+    """Raises ApiError if an object within a request asks for what is not known; what is null, false or empty asks for nothing."""
+    for name, value in part.items():
+        if value and name not in known:
+            raise ApiError(400, f"{name[:60]} is not supported within {param}", param, "unsupported_value")
+
+
 def messages_of(body):
     """The conversation of a request, with contents as text. OpenAI's developer messages are system messages."""
     messages = body.get("messages")
     plain = []
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
+            check_keys(message, {"role", "content"}, "messages")
             content, role = message.get("content"), message.get("role")
             if isinstance(content, list):
                 texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
                 if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
                     raise ApiError(400, "only parts of type text are supported in a content", "messages", "unsupported_value")
+                for part in content:
+                    check_keys(part, {"type", "text"}, "messages")
                 content = "".join(texts)
             message = {"role": "system" if role == "developer" else role, "content": content}
         plain.append(message)
@@ -178,6 +188,7 @@ class Api:
         options = value_of(body, "stream_options", {}, dict)
         if options and not stream:
             raise ApiError(400, "stream_options is for stream: true", "stream_options", "invalid_value")
+        check_keys(options, {"include_usage"}, "stream_options")
         usage = value_of(options, "include_usage", False, bool)
 
         tokenizer, window = self.engine.tokenizer, self.engine.window
