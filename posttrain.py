@@ -52,7 +52,7 @@ class Config(TrainConfig):
               f"with little data fewer, for {ENOUGH} to {2 * ENOUGH} steps per epoch", above=0, at_most=2**28)
     # optimizer: a lower rate than pretraining's, without a warm-up, down to 0
     optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
-    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, the checkpoint's times --lr_scale",
+    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, --lr_scale times the checkpoint's",
                                 above=0, at_most=1e6)
     embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0, at_most=1e6)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
@@ -69,15 +69,18 @@ class Config(TrainConfig):
     sample_every: int | None = flag(None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
     sample_prompt: str | None = flag(None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
     keep_best: bool = flag(True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
+    # the run
+    seed: int = flag(1337, "seed of what is held out, of shuffling and of dropout", at_least=0, below=2**63)
     # its own
     checkpoint: str | None = flag(None, "a ckpt_<step>.pt of train_gpt2.py or of this script, to begin with")
-    val_share: float = flag(0.05, "share of the rows held out for validation, at least one; 0: none", at_least=0, below=1)
+    val_share: float = flag(0.05, "share of the rows held out for validation, at least one, by --seed; 0: none", at_least=0, below=1)
     val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
     strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
     replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
     replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
                                                "what is forgotten; if unset, those the checkpoint was trained on")
-    lr_scale: float = flag(0.1, "of the checkpoint's peak learning rates, if it comes from pretraining", above=0, at_most=1e3)
+    lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, 1 after post-training",
+                                  above=0, at_most=1e3)
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
     # what only pretraining has, no flags here
     preset: Literal["posttrain"] = flag("posttrain", None)
@@ -394,10 +397,10 @@ def settle(cfg, before, explicit):
     if cfg.optimizer not in (None, before.get("optimizer", "adamw")) and cfg.max_lr is None:
         raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not fit it: give --max_lr, too")
     if cfg.optimizer in (None, before.get("optimizer", "adamw")):
-        scale = cfg.lr_scale if "lr_scale" in explicit or not again else 1.0
+        cfg.lr_scale = cfg.lr_scale or (1.0 if again else 0.1)
         for name in RATES:
             if getattr(cfg, name) is None and isinstance(before.get(name), float):
-                setattr(cfg, name, before[name] * scale)
+                setattr(cfg, name, before[name] * cfg.lr_scale)
     if cfg.max_lr is None:
         raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
     cfg.optimizer = cfg.optimizer or before.get("optimizer", "adamw")

@@ -100,10 +100,10 @@ POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "
 
 
 @pytest.mark.parametrize("before, flags, want", [
-    (PRETRAINED, {}, dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None, momentum=0.9, replay_data=("a:1", "b"))),
+    (PRETRAINED, {}, dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None, lr_scale=0.1, momentum=0.9, replay_data=("a:1", "b"))),
     (PRETRAINED, dict(lr_scale=0.5, head_lr=0.2, momentum=0.8, replay_data=("d",)), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.2, momentum=0.8, replay_data=("d",))),
-    (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3), dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None)),  # Muon's rates do not fit
-    (POSTTRAINED, {}, dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, replay_data=("a",))),  # scaled before
+    (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3), dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None, lr_scale=None)),  # Muon's rates do not fit
+    (POSTTRAINED, {}, dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, lr_scale=1.0, replay_data=("a",))),  # scaled before
     (POSTTRAINED, dict(lr_scale=0.5), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.002)),
     ({"max_lr": 6e-4, "data": "old"}, {}, dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",), val_tokens=2**20)),
     (PRETRAINED | {"val_tokens": 65_536}, {}, dict(val_tokens=65_536)), (PRETRAINED | {"val_tokens": 10**7}, {}, dict(val_tokens=2**20)),
