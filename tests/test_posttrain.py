@@ -234,6 +234,17 @@ def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, t
     assert scalars(again) == scalars(whole)
 
 
+def test_a_run_begun_with_the_warm_up_of_pretraining_goes_on_with_it(base, chat_file, tmp_path):
+    """As runs were before --warmup_steps' default became 0: of 12 steps a quarter, up to the 1e-3 that falls over the other 9."""
+    whole = post(base(), chat_file, tmp_path / "log" / "whole", "--save_every", "1", "--keep", "0", "--max_lr", "1e-3")
+    path = newest(cut(whole, tmp_path / "log" / "old", 1))
+    state = checkpoint.read(path)
+    checkpoint.write(path, state | {"train_config": state["train_config"] | {"warmup_steps": None}})
+    posttrain.main(["--log_dir", str(tmp_path / "log"), "--run_name", "old"])
+    rates = dict(scalars(tmp_path / "log" / "old")["optim/lr"])
+    assert [rates[step] for step in (1, 2, 3, 6)] == pytest.approx([2e-3 / 3, 1e-3, 1e-3, 2e-3 / 3])
+
+
 def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file, tmp_path, launch):
     flags = ["--replay", "0.2", "--max_lr", "5e-3"]
     one = read_log(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
@@ -243,6 +254,12 @@ def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file,
         assert "was recompiled" not in result.stdout
         assert read_log(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
         assert (tmp_path / "log" / name / "posttrain.py").read_bytes() == (ROOT / "posttrain.py").read_bytes()
+
+
+def test_any_micro_batch_gives_the_same_losses_with_muon_and_experts(base, chat_file, tmp_path):
+    start = base(*KINDS["speedrun"], "--n_experts", "4", "--n_active", "2")
+    one, half = (read_log(post(start, chat_file, tmp_path / "log" / size, "--replay", "0.2", "--micro_batch", size)) for size in "81")
+    assert half == pytest.approx(one, rel=1e-5)
 
 
 def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer, tmp_path):
