@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import export_hf
@@ -74,17 +75,36 @@ def test_control_tokens_in_the_texts_of_a_check_are_text(tokenizer, tmp_path, mo
     assert "200 of 200 texts" in capsys.readouterr().out
 
 
+@torch.no_grad()
 def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys):
-    tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, **MODERN)
-    flags = ["--checkpoint", str(tmp_path / "ckpt_00001.pt"), "--out"]
-    export_hf.main([*flags, str(tmp_path / "half"), "--dtype", "bfloat16", "--check"])
+    """And one that rounding alone makes differ is not: it sends tokens to other experts."""
+    path, out = tmp_path / "ckpt_00001.pt", tmp_path / "out"
+    model = tiny_checkpoint(path, tokenizer, **MODERN | dict(n_experts=8, n_active=2))
+    for p in model.parameters():
+        p.mul_(10 if p.dim() > 1 else 1)
+    checkpoint.write(path, torch.load(path, weights_only=True) | {"model": model.state_dict()})
+    flags = ["--checkpoint", str(path), "--out", str(out), "--dtype", "bfloat16"]
+    export_hf.main([*flags, "--check"])
+    idx = torch.randint(tokenizer.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     assert "checked: " in capsys.readouterr().out
-    tiny_checkpoint(tmp_path / "ckpt_00002.pt", tokenizer, **MODERN | dict(n_layer=3))
-    (config,), _ = export_hf.parse((export_hf.Config,), [*flags, str(tmp_path / "half")])
-    model, _, _ = export_hf.load_checkpoint(tmp_path / "ckpt_00002.pt")
+    assert (GPT.from_pretrained(out).eval()(idx) - model(idx)).abs().max() > 0.05 * model(idx).abs().max()
+    (config,), _ = export_hf.parse((export_hf.Config,), flags)
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    convert, weights = huggingface.convert, load_file(out / "model.safetensors")
+
+    def converted_wrongly(model):
+        made = convert(model)
+        made.lm_head.weight.mul_(1.001)
+        return made
+
+    monkeypatch.setattr(huggingface, "convert", converted_wrongly)
     with pytest.raises(BadInput, match="is not what the checkpoint is"):
         export_hf.check(model, tokenizer, config)
+    monkeypatch.undo()
+    for factor in (1.01, torch.nan):
+        save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * factor}, out / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(BadInput, match="is not what the checkpoint is"):
+            export_hf.check(model, tokenizer, config)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before  # silent during a check alone
 
 
