@@ -32,6 +32,7 @@ import torch
 from lib import huggingface
 from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, run
+from lib.decoding import NonFinite
 from train_gpt2 import load_checkpoint
 
 
@@ -76,6 +77,8 @@ def check(model, tokenizer, cfg, chat_template=None):
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(tokenizer.vocab_size, (4, min(model.config.block_size, 256)), generator=generator)
     logits, made = model(idx), huggingface.convert(model)
+    if not logits.isfinite().all():
+        raise NonFinite
     converting = logits - made(idx).logits
     for p in made.parameters():
         p.data = p.data.to(getattr(torch, cfg.dtype)).float()

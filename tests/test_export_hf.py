@@ -106,6 +106,9 @@ def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys
         with pytest.raises(BadInput, match="is not what the checkpoint is"):
             export_hf.check(model, tokenizer, config)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before  # silent during a check alone
+    model.lm_head.weight[5] = torch.nan
+    with pytest.raises(BadInput, match="the model's logits are NaN"):
+        export_hf.check(model, tokenizer, config)
 
 
 def test_bad_input(tokenizer, tmp_path, launch):
