@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lib.cli import BadInput
-from lib.files import DISK_FULL, check_room, make_folder, replace, write_json
+from lib.files import check_room, make_folder, replace, write_json
 from lib.tokenizers import END, EOT
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,6 +204,7 @@ def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
     for p in hf.parameters():  # not the biases that pick experts, buffers, which transformers keeps in fp32, too
         p.data = p.data.to(dtype)
     hf.config.dtype = dtype
+    from safetensors import SafetensorError
     from transformers import GenerationConfig
 
     hf.generation_config = GenerationConfig(**ids | ({"eos_token_id": [tokenizer.eot, tokenizer.reserved[END]]} if chat_template else {}),
@@ -216,9 +217,8 @@ def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
             folder.mkdir(exist_ok=True)
             for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: the last
                 os.replace(path, folder / path.name)
-    except OSError as error:
-        full = error.errno in DISK_FULL
-        raise BadInput(f"cannot write {folder} ({error.strerror}): {'free some disk space' if full else remedy}") from error
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot write {folder} ({getattr(error, 'strerror', None) or error}): free some disk space, or {remedy}") from error
 
 
 def write_tokenizer(tokenizer, folder, length, chat_template=None):

@@ -1,5 +1,7 @@
 """export_hf.py, launched for real on a tiny checkpoint: python -m pytest tests/test_export_hf.py"""
 
+import resource
+
 import pytest
 import torch
 from helpers import tiny_checkpoint
@@ -109,6 +111,18 @@ def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys
     model.lm_head.weight[5] = torch.nan
     with pytest.raises(BadInput, match="the model's logits are NaN"):
         export_hf.check(model, tokenizer, config)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
+    tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(BadInput, match=r"cannot write \S+out \(.*: free some disk space"):
+            export_hf.main(["--checkpoint", str(tmp_path / "ckpt_00001.pt"), "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_00001.pt"]
 
 
 def test_bad_input(tokenizer, tmp_path, launch):
