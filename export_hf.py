@@ -24,6 +24,7 @@ sanitize_control_tokens=True where users may type <|end|> or the like.
 """
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,26 +50,26 @@ TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are sma
 
 @contextlib.contextmanager
 def quiet():
-    """Without transformers' bars and warnings, which are about other uses: that a text is longer than the context, say."""
-    from transformers.utils import logging
-
+    """Without the bars and warnings of transformers and torch, about other uses: that a text is longer than the context, say."""
+    logging = huggingface.library().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # GLM's shared experts, where there are none
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
 
-@quiet()
 @torch.no_grad()
 def check(model, tokenizer, cfg, chat_template=None):
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if logits or tokens differ.
 
-    In two steps, so that rounding, which may send a token to other experts, hides nothing and condemns nothing: the checkpoint with
+    In two steps, so that rounding, which may send tokens to other experts, hides nothing and condemns nothing: the checkpoint with
     what was made of it, in fp32; that, rounded, with the folder.
     """
     from transformers import AutoTokenizer
@@ -103,10 +104,11 @@ def main(argv):
         if getattr(cfg, name) is None:
             raise BadInput(f"name --{name}: --checkpoint is what to export, --out the folder to write")
     model, tokenizer, state = load_checkpoint(cfg.checkpoint)
-    huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), state.get("chat_template"))
-    print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
-    if cfg.check:
-        check(model, tokenizer, cfg, state.get("chat_template"))
+    with quiet():
+        huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), state.get("chat_template"))
+        print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
+        if cfg.check:
+            check(model, tokenizer, cfg, state.get("chat_template"))
 
 
 if __name__ == "__main__":

@@ -157,6 +157,15 @@ def tensors(modules, state):
                 yield f"{ours}.{kind}", tuple(f"{module}.{kind}" for module in theirs)
 
 
+def library():
+    """The package transformers. Raises BadInput if it is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise BadInput("Hugging Face's formats need transformers: pip install -r requirements-dev.txt") from error
+    return transformers
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -169,17 +178,13 @@ def convert(model, **config):
     shares with the head. config: what else goes into its configuration. Raises BadInput, as find_family does.
     """
     name, c, state = find_family(model.config), model.config, model.state_dict()
-    try:
-        import transformers
-    except ImportError as error:
-        raise BadInput("export needs transformers: pip install -r requirements-dev.txt") from error
     family, theirs = FAMILIES[name], {}
     state |= {key: state[key][:c.vocab_size] for key in ("transformer.wte.weight", "lm_head.weight")}
     state["transformer.wte.weight"] = model.transformer.emb_norm(state["transformer.wte.weight"])
     for key, names in tensors(family.modules(c), state):
         value = state[key].t() if family.config is _gpt2 and key.endswith(CONV1D) else state[key]
         theirs |= dict(zip(names, value.chunk(len(names)), strict=True))
-    cls, hidden = getattr(transformers, name), state["transformer.h.0.mlp.c_proj.weight"].size(-1)
+    cls, hidden = getattr(library(), name), state["transformer.h.0.mlp.c_proj.weight"].size(-1)
     hf = cls(cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size, tie_word_embeddings=c.tie_embeddings and not c.emb_norm,
                               **config)).eval()
     absent = {key: torch.zeros_like(value) for key, value in hf.state_dict().items() if key not in theirs}
@@ -215,7 +220,9 @@ def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
             hf.save_pretrained(partial)
             write_tokenizer(tokenizer, partial, model.config.block_size, chat_template)
             folder.mkdir(exist_ok=True)
+            mode = os.stat(Path(partial, "config.json")).st_mode  # safetensors writes files that their owner alone may read
             for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: the last
+                path.chmod(mode)
                 os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write {folder} ({getattr(error, 'strerror', None) or error}): free some disk space, or {remedy}") from error
@@ -241,14 +248,11 @@ def write_tokenizer(tokenizer, folder, length, chat_template=None):
 
 def load(name):
     """A name on the hub or a folder -> transformers' model in fp32, and what it could not find in it. Raises BadInput."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise BadInput("loading a Hugging Face model needs transformers: pip install -r requirements-dev.txt") from error
+    auto = library().AutoModelForCausalLM
     if not os.path.isdir(name):
         cache_only_without_network()
     try:
-        hf, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        hf, report = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever the hub and the readers of its formats raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"cannot load the Hugging Face model {name}: {reason}") from error
