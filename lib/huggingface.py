@@ -270,12 +270,14 @@ def read(name, build):
     if family is None:
         raise BadInput(f"{name} is a {type(hf).__name__}: name one of {', '.join(FAMILIES)}")
     activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
+    bias = any(getattr(theirs, name, False) for name in ("attention_bias", "mlp_bias", "use_bias"))  # some classes always have them:
+    bias = bias or any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())  # unused, they are 0
     model = build(**{field: values[0] for field, values in family.fits.items()} | family.fields(theirs) | dict(
         mlp=next((mlp for mlp in family.fits["mlp"] if ACTIVATIONS[mlp] == activation), family.fits["mlp"][0]),
         block_size=theirs.max_position_embeddings, n_layer=theirs.num_hidden_layers, n_head=theirs.num_attention_heads,
         n_embd=theirs.hidden_size,
         vocab_size=theirs.vocab_size, vocab_multiple=1,  # no padding: its rows would be untrained weights, and take part in the loss
-        tie_embeddings=theirs.tie_word_embeddings, bias=any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())))
+        tie_embeddings=theirs.tie_word_embeddings, bias=bias))
     # transformers only warns of another architecture's weights, and its variants compute something else
     want = family.config(model.config, model.transformer.h[0].mlp.c_proj.weight.size(-1))
     odd = odd or [key for key, value in want.items() if hasattr(theirs, key) and not key.endswith("pdrop") and not _is(theirs, key, value)]

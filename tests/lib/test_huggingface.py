@@ -111,6 +111,16 @@ def test_a_folder_is_loaded_by_transformers_and_by_us(toggles, dtype, tokenizer,
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eot == GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("toggles", [dict(norm="rmsnorm", mlp="swiglu"), dict(norm="rmsnorm", mlp="relu2"), dict(mlp="gelu")], ids=str)
+def test_an_untrained_model_whose_biases_are_0_is_read_back(toggles, tokenizer, tmp_path):
+    model, idx = GPT(tiny(pos="rope", vocab_size=tokenizer.vocab_size, **toggles)).eval(), torch.randint(61, (2, 16))
+    huggingface.write(model, tokenizer, tmp_path / "out")
+    ours = GPT.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(ours(idx), model(idx), rtol=0, atol=1e-4)
+    assert ours.config.bias
+
+
 @pytest.mark.parametrize("toggles, says", [
     (dict(softcap=15.0), "--softcap 15.0"), (dict(token_shift=True), "--token_shift"), (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
     (dict(emb_norm=True), "GPT2LMHeadModel, lacks --emb_norm"), (dict(norm="rmsnorm"), "--norm rmsnorm"),
