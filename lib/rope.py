@@ -46,11 +46,13 @@ def tables(freq, scale, length):
 
 
 def extend(model, cfg):
-    """Give a GPT, as trained, the context of a ContextConfig; returns it. Raises BadInput if its positions are learned and end before."""
+    """Give a GPT, as trained, the context of a ContextConfig; returns it. Raises BadInput if its positions are learned and end before,
+    or if there is nothing to scale."""
     trained = model.config.block_size
+    if cfg.rope_scaling != "plain" and (cfg.context or 0) <= trained:
+        raise BadInput(f"--rope_scaling {cfg.rope_scaling} is for a --context longer than the {trained:,} tokens trained with: name "
+                       "one, or leave it out")
     if cfg.context is None:
-        if cfg.rope_scaling != "plain":
-            raise BadInput(f"--rope_scaling {cfg.rope_scaling} is for a longer --context: name one")
         return model
     if cfg.context > trained and model.config.pos != "rope":
         raise BadInput(f"--context {cfg.context:,}: this model has learned its {trained:,} positions and knows no others; only "

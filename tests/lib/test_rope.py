@@ -59,7 +59,8 @@ def test_learned_positions_end():
     model, idx = GPT(tiny()).eval(), torch.randint(61, (1, 8))
     with pytest.raises(BadInput, match="--context 17: this model has learned its 16 positions"):
         extend(model, ContextConfig(17))
-    with pytest.raises(BadInput, match="--rope_scaling yarn is for a longer --context"):
-        extend(model, ContextConfig(rope_scaling="yarn"))
+    for context in (None, 16):
+        with pytest.raises(BadInput, match="--rope_scaling yarn is for a --context longer than the 16 tokens"):
+            extend(model, ContextConfig(context, "yarn"))
     want = model(idx)
     assert torch.equal(extend(model, ContextConfig(8))(idx), want) and model.config.block_size == 8  # a shorter window is allowed
