@@ -58,14 +58,16 @@ def main(argv):
         raise BadInput("name a --checkpoint, for instance one under log/")
     prompts, device = read_prompts(cfg, given), pick_device(cfg.device)
     model, tokenizer, _ = load_checkpoint(cfg.checkpoint, device)
-    extend(model, context)
-    check_length(prompts, tokenizer, model.config.block_size, cfg.strict)
     one = len(prompts) == sampling.samples == 1
     show = partial(print, end="", flush=True) if one else lambda piece: None
     try:
+        extend(model, context)
+        check_length(prompts, tokenizer, model.config.block_size, cfg.strict)
         texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
-    except torch.OutOfMemoryError as error:
-        raise BadInput("out of memory: lower --samples, or give fewer prompts") from error
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):  # a CPU's
+            raise
+        raise BadInput("out of memory: lower --samples, --max_new_tokens or --context, or give fewer prompts") from error
     print("" if one else "".join(f"{text}\n---\n" for text in texts), end="\n" if one else "")
 
 

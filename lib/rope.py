@@ -57,8 +57,10 @@ def extend(model, cfg):
     if cfg.context > trained and model.config.pos != "rope":
         raise BadInput(f"--context {cfg.context:,}: this model has learned its {trained:,} positions and knows no others; only "
                        "--pos rope goes beyond")
+    head_dim, device = model.config.n_embd // model.config.n_head, next(model.parameters()).device
+    how = frequencies(head_dim, cfg.rope_scaling, max(cfg.context / trained, 1.0), trained)
+    cos, sin = (table.to(device) for table in tables(*how, cfg.context))  # the same for all layers: a long context's are large
     for rotary in (module for module in model.modules() if hasattr(module, "cos")):
-        how = frequencies(2 * rotary.cos.size(1), cfg.rope_scaling, max(cfg.context / trained, 1.0), trained)
-        rotary.cos, rotary.sin = (table.to(rotary.cos.device) for table in tables(*how, cfg.context))
+        rotary.cos, rotary.sin = cos, sin
     model.config.block_size = cfg.context
     return model

@@ -1,5 +1,7 @@
 """generate.py, launched for real on a tiny checkpoint: python -m pytest tests/test_generate.py"""
 
+import resource
+
 import pytest
 from helpers import tiny_checkpoint
 
@@ -53,6 +55,17 @@ def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
         generate.main([*flags, "--strict"])
     generate.main([*flags, "--strict", "--context", "512", "--rope_scaling", "yarn"])
     assert capsys.readouterr().err == ""
+
+
+def test_out_of_memory_is_one_line(checkpoint):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**39, limits[1]))  # the cache asks for more; a kernel may promise more than it has
+    try:
+        with pytest.raises(BadInput, match="out of memory: lower --samples, --max_new_tokens or --context"):
+            generate.main(["--checkpoint", str(checkpoint[0]), "--context", str(2**20), "--samples", "4096", "--max_new_tokens", "1000000",
+                           "--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "cannot read . (a folder)"),

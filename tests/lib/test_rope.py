@@ -52,6 +52,7 @@ def test_generation_goes_on_in_the_longer_context(scaling, tokenizer):
     model.load_state_dict(long.state_dict())
     settings = ["the cat"], SampleConfig(max_new_tokens=50)
     texts = sample(extend(model, ContextConfig(64, scaling)), tokenizer, *settings)
+    assert len({module.cos.data_ptr() for module in model.modules() if hasattr(module, "cos")}) == 1  # not one per layer
     assert model.config.block_size == 64 and (texts == sample(long, tokenizer, *settings)) == (scaling == "plain")
 
 
