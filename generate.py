@@ -27,7 +27,7 @@ class Config:
     checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
     prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
     prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
-    strict: bool = flag(False, "refuse a prompt longer than the context; without the flag, its oldest tokens are dropped")
+    strict: bool = flag(False, "refuse a prompt longer than the context; what outgrows it while it is written is told, not refused")
     graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
     compile: bool = flag(False, "on cuda, compile the decoding step: slow to start, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
@@ -42,14 +42,19 @@ def read_prompts(cfg, given):
     return (files.read_text(cfg.prompt_file, "name another --prompt_file").removesuffix("\n"),)
 
 
-def check_length(prompts, tokenizer, block_size, strict):
-    """Say which prompts are longer than the context, or raise BadInput."""
+def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):
+    """Say of which prompts, and from when on, the model does not see all (lib/decoding.py's `generate`), or raise BadInput."""
     for prompt in prompts:
-        if (n := len(tokenizer.encode(prompt))) > block_size:
+        n, unseen = max(len(tokenizer.encode(prompt)), 1), []
+        if n > block_size:
             if strict:
                 raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: shorten it, or leave out "
                                "--strict")
-            print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: the model does not see its oldest {n - block_size:,}", file=sys.stderr)
+            unseen.append(f"the first new one follows its newest {block_size:,}")
+        if (first := max(block_size - n, 0) + 2) <= max_new_tokens:
+            unseen.append(f"from new token {first:,} on, each follows the newest {max(block_size // 2, 1):,} to {block_size:,} alone")
+        if unseen:
+            print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(unseen)}", file=sys.stderr)
 
 
 def main(argv):
@@ -62,7 +67,7 @@ def main(argv):
     show = partial(print, end="", flush=True) if one else lambda piece: None
     try:
         extend(model, context)
-        check_length(prompts, tokenizer, model.config.block_size, cfg.strict)
+        check_length(prompts, tokenizer, model.config.block_size, cfg.strict, sampling.max_new_tokens)
         texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):  # a CPU's

@@ -7,7 +7,8 @@ from helpers import tiny_checkpoint
 
 import generate
 from lib.cli import BadInput
-from lib.decoding import SampleConfig, sample
+from lib.decoding import Decoder, SampleConfig, sample
+from lib.decoding import generate as generate_ids
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def test_it_prints_what_sample_returns(launch, checkpoint, tokenizer):
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     prompts = ["the cat", "a dog, and more of it"]
     result = launch("generate.py", "--checkpoint", path, "--prompt", *prompts, *flags, "--device", "cpu")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0 and result.stderr.count("alone\n") == result.stderr.count("\n") == 2
     texts = sample(model, tokenizer, prompts, SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
     written = "".join(f"{text}\n---\n" for text in texts)
     assert result.stdout == written.replace("\r\n", "\n").replace("\r", "\n")  # what reading as text makes of carriage returns
@@ -50,11 +51,31 @@ def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", str(path), "--prompt_file", str(tmp_path / "long.txt"), "--samples", "1", "--max_new_tokens", "3"]
     generate.main(flags)
     out, err = capsys.readouterr()
-    assert out.startswith("the cat sat on the mat. " * 20) and "the model does not see its oldest" in err
+    assert out.startswith("the cat sat on the mat. " * 20) and "the first new one follows its newest 32; from new token 2 on" in err
     with pytest.raises(BadInput, match="tokens and the context 32: shorten it"):
         generate.main([*flags, "--strict"])
     generate.main([*flags, "--strict", "--context", "512", "--rope_scaling", "yarn"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 40])
+def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, tokenizer, monkeypatch, capsys):
+    """follows: how many tokens the model saw before each new one, of a window of 32."""
+    follows, fill, step = [], Decoder.fill, Decoder.step
+    monkeypatch.setattr(Decoder, "fill", lambda decoder, rows, prompts: follows.append(len(prompts[0])) or fill(decoder, rows, prompts))
+    monkeypatch.setattr(Decoder, "step", lambda decoder, ids: follows.append(decoder.lengths[0] + 1) or step(decoder, ids))
+    prompt, model = "\x01" * n, checkpoint[1]
+    for new in (1, 2, 3, 28, 29, 60):
+        follows.clear()
+        list(generate_ids(Decoder(model, 1, n + new), [tokenizer.encode(prompt).tolist()], new, lambda logits: logits.argmax(-1)))
+        seen = [count for count in follows if count <= 32]  # one step too many was taken where the window was full
+        assert len(seen) == new
+        generate.check_length([prompt], tokenizer, 32, False, new)
+        said = capsys.readouterr().err
+        assert ("the first new one follows its newest 32" in said) == (n > 32)
+        cut = [i for i in range(n > 32, new) if seen[i] < n + i]
+        assert cut == list(range(cut[0], new)) if cut else "from new token" not in said
+        assert not cut or f"from new token {cut[0] + 1} on, each follows the newest {min(seen[cut[0]:])} to 32 alone" in said
 
 
 def test_out_of_memory_is_one_line(checkpoint):
