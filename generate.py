@@ -39,7 +39,8 @@ def read_prompts(cfg, given):
         return cfg.prompt
     if "prompt" in given:
         raise BadInput("--prompt and --prompt_file are both given: leave out one of them")
-    return (files.read_text(cfg.prompt_file, "name another --prompt_file").removesuffix("\n"),)
+    text = files.read_text(cfg.prompt_file, "name another --prompt_file").removeprefix("\ufeff")  # a byte order mark
+    return (text.removesuffix("\n").removesuffix("\r"),)
 
 
 def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):

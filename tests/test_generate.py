@@ -58,6 +58,12 @@ def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("written", [b"the cat\n", b"the cat\r\n", b"\xef\xbb\xbfthe cat", b"the cat"])
+def test_a_prompt_file_is_the_text_that_an_editor_shows(written, tmp_path):
+    (tmp_path / "p.txt").write_bytes(written)
+    assert generate.read_prompts(generate.Config(prompt_file=str(tmp_path / "p.txt")), set()) == ("the cat",)
+
+
 @pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 40])
 def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, tokenizer, monkeypatch, capsys):
     """follows: how many tokens the model saw before each new one, of a window of 32."""
