@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.cli import run
+from lib.cli import BadInput, run
 from lib.devices import autocast, pick_device, to_device
 from lib.mixture import split_weight
 from lib.rope import ContextConfig, extend
-from lib.shards import Shards, read_validation
+from lib.shards import Shards, check_shards, read_validation
+from lib.tokenizers import load_tokenizer
 from train_gpt2 import load_checkpoint
 
 EDGES = (0, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3, 4)  # of the columns, in training lengths
@@ -53,15 +54,21 @@ def main(argv):
     for path in args.checkpoint:
         model, tokenizer, state = load_checkpoint(path)
         trained, sizes, kind = model.config.block_size, tokenizer.token_bytes(), model.config.pos
-        data = state["train_config"]["data"]
+        data, longest = state["train_config"]["data"], round(EDGES[-1] * trained)
         shards = Shards(args.data or split_weight(data if isinstance(data, str) else data[0])[0])
-        found.append((path, trained, sizes, kind, read_validation(shards, args.tokens, round(EDGES[-1] * trained), tokenizer)))
+        if load_tokenizer(shards.tokenizer).spec != tokenizer.spec:
+            raise BadInput(f"{shards.folder} holds tokens of another tokenizer than {path}'s, {tokenizer.name}: name another --data")
+        check_shards(shards, tokenizer)
+        if (there := min(args.tokens, shards.tokens["val"] - 1)) < longest:
+            raise BadInput(f"{path} is tried on rows of {longest:,} validation tokens, and --tokens and {shards.folder} leave "
+                           f"{there:,}: raise --tokens, or name another --data")
+        found.append((path, trained, sizes, kind, read_validation(shards, args.tokens, longest, tokenizer)))
     print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
     print("|---|---|---:|" + "---:|" * (len(columns) + 1))
     for path, trained, sizes, kind, rows in found:
         for factor, scaling in [(0.5, "plain"), (1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
             name = f"{kind}, {scaling}" if factor > 1 and kind == "rope" else kind
-            start = f"| {Path(path).parent.name} | {name} | {factor:g}x{trained:,} "
+            start = f"| {Path(path).absolute().parent.name} | {name} | {factor:g}x{trained:,} "
             if factor > 1 and kind != "rope":
                 print(start + "| n/a " * (len(columns) + 1) + "|", flush=True)
                 continue
