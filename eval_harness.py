@@ -6,7 +6,8 @@
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
     python eval_harness.py --compare log/a log/b log/hf_gpt2            # one table of runs, and a bar chart
 
-Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Needs requirements-dev.txt.
+Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json; those with --context to a file of their own, which
+--compare takes by its name. Needs requirements-dev.txt.
 
 Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or <task>_test, _val,
 _validation) with the columns that the harness's task reads, and <task>_train.jsonl, which few-shot tasks need for their
@@ -38,6 +39,7 @@ from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
 GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
+TABLES = ("results", "n-samples", "higher_is_better")  # of the harness's results, each a dict of one per task
 
 
 @dataclass
@@ -66,26 +68,39 @@ class Config:
 # Comparison
 
 
+def read_results(path):
+    """What --output wrote, a dict. Raises BadInput if it is not that."""
+    data = files.read_json(path, "name a run folder, or a file that --output wrote")
+    tables = [data.get(key) if isinstance(data, dict) else None for key in TABLES]
+    if not all(isinstance(table, dict) and all(isinstance(row, dict) for row in table.values()) for table in tables):
+        raise BadInput(f"{path} does not hold results of eval_harness.py: name a run folder, or a file that --output wrote")
+    return data
+
+
+def has_context(data):
+    """Whether results are of another context than the one trained with."""
+    config = data.get("config")
+    return isinstance(config, dict) and config.get("context") is not None
+
+
 def newest_results(path):
     """A results file, or all eval_<step>*.json of a run folder's newest step -> (name of run and step, results).
 
-    Raises BadInput if there are none.
+    Of a folder, those with a --context of their own are left out. Raises BadInput if there are none.
     """
-    path, found, step = Path(path), [Path(path)], 0
+    path, found, step = Path(path), [], 0
     if is_folder := os.path.isdir(path):
         steps = {file: int(re.match(r"eval_?(\d*)", file.name)[1] or 0) for file in path.glob("eval*.json")}
-        step = max(steps.values(), default=0)
-        found = sorted((file for file in steps if steps[file] == step), key=lambda file: file.lstat().st_mtime)
+        for step in sorted(set(steps.values()), reverse=True):
+            of_step = sorted((file for file in steps if steps[file] == step), key=lambda file: file.lstat().st_mtime)
+            if found := [data for data in map(read_results, of_step) if not has_context(data)]:
+                break
+    else:
+        found = [read_results(path)]
     if not found:
-        raise BadInput(f"no eval_<step>.json in {path}: run eval_harness.py --checkpoint on a checkpoint there first")
-    merged = {"results": {}, "n-samples": {}, "higher_is_better": {}}
-    for file in found:
-        data = files.read_json(file, "name a run folder, or a file that --output wrote")
-        # in each of the three, a dict of one per task
-        tables = [data.get(key) if isinstance(data, dict) else None for key in merged]
-        if not all(isinstance(table, dict) and all(isinstance(row, dict) for row in table.values()) for table in tables):
-            raise BadInput(f"{file} does not hold results of eval_harness.py: name a run folder, or a file that --output wrote")
-        merged = {key: merged[key] | table for key, table in zip(merged, tables, strict=True)}
+        raise BadInput(f"no eval_<step>.json in {path}, but for those with --context: run eval_harness.py --checkpoint on a checkpoint "
+                       "there first, or name a file")
+    merged = {key: {name: row for data in found for name, row in data[key].items()} for key in TABLES}
     where = path.resolve()
     return (where.name + (f" {step}" if step else "") if is_folder else f"{where.parent.name}/{where.stem}"), merged
 
@@ -187,11 +202,13 @@ def load_hugging_face(cfg, processes):
     return lm
 
 
-def pick_output(cfg):
+def pick_output(cfg, context):
     """Settings -> where the results go. Raises BadInput if they cannot go there."""
     beside, remedy = Path(cfg.checkpoint or ""), "name another --output"
+    stretch = f"_context{context.context}" if context.context else ""  # other results than the checkpoint's as it was trained
+    stretch += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
     output = Path(cfg.output) if cfg.output else (
-        beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}.json") if cfg.checkpoint else
+        beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}{stretch}.json") if cfg.checkpoint else
         Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", "eval.json"))
     if os.path.lexists(output):
         raise BadInput(f"{output} exists: {remedy}")
@@ -215,7 +232,7 @@ def main(argv):
         raise BadInput("--context and --rope_scaling are for a --checkpoint: leave them out")
     if cfg.checkpoint:
         checkpoint.require(cfg.checkpoint)
-    output = pick_output(cfg)
+    output = pick_output(cfg, context)
     manager, names = harness.find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
     with Processes(cfg.device) as processes:
         with processes.main_first():  # the first to load downloads, the others find

@@ -167,6 +167,23 @@ def test_a_run_is_its_newest_results(tmp_path):
     assert rows == [["t", "acc", "0.3000", ""], ["t", "exact_match (strict)", "", "0.5000 ± 0.1250"]]
 
 
+def test_results_with_a_context_are_apart(checkpoint, tasks, tmp_path):
+    """The texts are longer than 48 tokens, so that what is seen of them counts."""
+    flags = ["--checkpoint", str(checkpoint), "--tasks", "wikitext", "--data_dir", str(tasks), "--device", "cpu"]
+    for more in ([], ["--context", "96", "--rope_scaling", "yarn"]):
+        eval_harness.main([*flags, *more])
+    results = {path.name: accuracies(path)["wikitext"]["bits_per_byte,none"] for path in checkpoint.parent.glob("eval*.json")}
+    trained, longer = "eval_00020.json", "eval_00020_context96_yarn.json"
+    assert results.keys() == {trained, longer} and results[trained] != results[longer]
+    for path, name in ((checkpoint.parent, trained), (checkpoint.with_name(longer), longer)):
+        assert eval_harness.newest_results(path)[1]["results"]["wikitext"]["bits_per_byte,none"] == results[name]
+    checkpoint.with_name("eval_00020.json").unlink()
+    with pytest.raises(BadInput, match="but for those with --context"):
+        eval_harness.newest_results(checkpoint.parent)
+    results_file(checkpoint.with_name("eval_00010.json"), **{"acc,none": 0.5})
+    assert eval_harness.newest_results(checkpoint.parent)[0] == "a 10"
+
+
 @pytest.mark.parametrize("text", [
     "{", "[]", "{}", '{"results": {}}', '{"results": 3, "n-samples": {}, "higher_is_better": {}}', "[" * 10**5, "\xff",
     '{"results": {"t": 3}, "n-samples": {}, "higher_is_better": {}}', None, "folder", "pipe", "link"])
