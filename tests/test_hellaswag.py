@@ -10,6 +10,7 @@ from lib import checkpoint as checkpoints
 from lib.cli import BadInput
 from lib.devices import Processes
 from lib.evals.hellaswag import evaluate, render
+from lib.rope import ContextConfig, extend
 
 
 @pytest.fixture
@@ -35,6 +36,20 @@ def test_one_and_two_processes_give_the_same_figures(launch, checkpoint, tokeniz
         result = launch("hellaswag.py", *flags, processes=processes)
         assert result.returncode == 0, result.stderr
         assert figures(result.stdout) == want
+
+
+def test_a_longer_context_is_evaluated(launch, tokenizer, tmp_path):
+    items, path = hellaswag_items(12), tmp_path / "ckpt_00001.pt"
+    for item in items:
+        item["ctx"] = " ".join([item["ctx"]] * 9)  # longer than 48 tokens
+    model, want = tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"), []
+    for longer in (model, extend(tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"), ContextConfig(192, "yarn"))):
+        counts = evaluate(longer, render(items, tokenizer, longer.config.block_size, "completion"), Processes("cpu"))
+        want.append([f"{name} {counts[k]}/12 = {counts[k] / 12:.4f}" for name, k in (("acc", 1), ("acc_norm", 2))])
+    result = launch("hellaswag.py", "--checkpoint", path, "--file", write_lines(tmp_path / "h.jsonl", items), "--device", "cpu",
+                    "--context", 192, "--rope_scaling", "yarn")
+    assert result.returncode == 0, result.stderr
+    assert figures(result.stdout)[:2] == want[1] != want[0]
 
 
 def test_items_without_an_activity(checkpoint, tmp_path, capsys):
