@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
     python eval_harness.py --compare log/a log/b log/hf_gpt2            # one table of runs, and a bar chart
 
-Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json; those with --context to a file of their own, which
---compare takes by its name. Needs requirements-dev.txt.
+Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Those with --context N go to
+eval_<step>_context<N>.json: --compare takes them where it is given the file, not the run. Needs requirements-dev.txt.
 
 Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or <task>_test, _val,
 _validation) with the columns that the harness's task reads, and <task>_train.jsonl, which few-shot tasks need for their
@@ -205,7 +205,7 @@ def load_hugging_face(cfg, processes):
 def pick_output(cfg, context):
     """Settings -> where the results go. Raises BadInput if they cannot go there."""
     beside, remedy = Path(cfg.checkpoint or ""), "name another --output"
-    stretch = f"_context{context.context}" if context.context else ""  # other results than the checkpoint's as it was trained
+    stretch = f"_context{context.context}" if context.context else ""
     stretch += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
     output = Path(cfg.output) if cfg.output else (
         beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}{stretch}.json") if cfg.checkpoint else
