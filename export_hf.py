@@ -13,11 +13,12 @@ Exact, by what the model was trained with:
     ArceeForCausalLM        --norm rmsnorm   --pos rope    --mlp gelu or relu2
     Starcoder2ForCausalLM   --norm layernorm --pos rope    --mlp gelu or relu2
     StableLmForCausalLM     --norm layernorm --pos rope    --mlp swiglu --no-bias
-    Glm4MoeForCausalLM      --norm rmsnorm   --pos rope    --mlp swiglu --no-bias --n_experts N, with --qk_norm or not
-    MixtralForCausalLM      the same with --router softmax --balance loss
-    Qwen3MoeForCausalLM     the same with --router softmax --balance loss --qk_norm
+    Glm4MoeForCausalLM      --norm rmsnorm   --pos rope    --mlp swiglu --no-bias --n_experts N [--n_shared N] [--qk_norm]
+    MixtralForCausalLM      the same with --router softmax --balance loss, but without --n_shared and --qk_norm
+    Qwen3MoeForCausalLM     the same with --router softmax --balance loss --qk_norm, but without --n_shared
 each with tied or untied embeddings, and with --pos rope also --emb_norm, which is worked into the embedding table. Every other
-combination is refused: --token_shift, --value_residual, --residual_scalars and --softcap have no counterpart there.
+combination is refused: --token_shift, --value_residual, --residual_scalars and --softcap, as in the presets speedrun and tiny, have no
+counterpart there.
 
 A chat model's folder has its chat template: tokenizer.apply_chat_template(messages, add_generation_prompt=True), with
 sanitize_control_tokens=True where users may type <|end|> or the like.

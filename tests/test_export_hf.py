@@ -4,7 +4,7 @@ import resource
 
 import pytest
 import torch
-from helpers import tiny_checkpoint
+from helpers import ROOT, tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -13,7 +13,7 @@ from lib import checkpoint, huggingface
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput
 from lib.tokenizers import load_tokenizer
-from train_gpt2 import GPT
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 MODERN = dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False)
 
@@ -31,6 +31,17 @@ def test_a_checkpoint_is_exported_checked_and_read_back(launch, tokenizer, tmp_p
 
 def test_help_names_every_class():
     assert all(f"\n    {name} " in export_hf.__doc__ for name in huggingface.FAMILIES)
+
+
+@pytest.mark.parametrize("preset", ["speedrun", "tiny"])
+def test_what_the_readme_says_of_presets(preset):
+    """As they are, they cannot be exported; with these flags they can."""
+    flags = "--no-token_shift --no-value_residual --no-residual_scalars --softcap 0 --no-qk_norm"
+    assert f"`{flags}` they are `ArceeForCausalLM`" in (ROOT / "README.md").read_text()
+    (_, refused), (_, fits) = (export_hf.parse((TrainConfig, GPTConfig), ["--preset", preset, *more], presets=PRESETS)[0] for more in ([], flags.split()))
+    with pytest.raises(BadInput, match="cannot be exported"):
+        huggingface.find_family(refused)
+    assert huggingface.find_family(fits) == "ArceeForCausalLM"
 
 
 @pytest.mark.parametrize("named", ["trained", "gpt2"])
