@@ -9,7 +9,6 @@ eager steps' before the first that differs, over all rows (bf16 rounds different
 """
 
 import argparse
-import contextlib
 import logging
 import statistics
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import huggingface
+from lib import cli, huggingface
 from lib.decoding import Decoder, draw, generate
 from lib.devices import autocast, compute_dtype, pick_device
 from train_gpt2 import GPT, PRESETS, GPTConfig, load_checkpoint
@@ -64,23 +63,23 @@ def seconds_of(run, rounds, device):
     return statistics.median(times), out
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="instead of random weights")
-    parser.add_argument("--preset", nargs="+", default=["gpt2", "modern"])
+    parser.add_argument("--preset", nargs="+", default=["gpt2", "modern"], choices=PRESETS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the row with the compiled step")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device, n = pick_device(args.device), args.new_tokens
     torch.set_float32_matmul_precision("high")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     models = {}
     if args.checkpoint:
-        models[Path(args.checkpoint).parent.name] = load_checkpoint(args.checkpoint, device)[0]
+        models[Path(args.checkpoint).absolute().parent.name] = load_checkpoint(args.checkpoint, device)[0]
     else:
         for preset in args.preset:
             torch.manual_seed(0)
@@ -95,6 +94,8 @@ def main():
         if args.compile:
             rows |= {"CUDA graph, compiled": (ours, greedy, dict(graphs=True, compile=True)),
                      "CUDA graph, compiled, top-k 50": (ours, top50, dict(graphs=True, compile=True))}
+    for model in models.values():
+        huggingface.find_family(model.config)  # one that transformers cannot run is told before the first line
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {compute_dtype(device)}, "
           f"{args.prompt_tokens} + {n} tokens\n\n| model | batch | | tok/s | x transformers | agree |\n|---|---:|---|---:|---:|---:|", flush=True)
     for name, model in models.items():
@@ -116,5 +117,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    cli.run(main)
