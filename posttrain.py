@@ -28,7 +28,7 @@ from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
 from lib.run_folder import find_resume
 from lib.shards import find_shards, read_validation
-from lib.tokenizers import RESERVED, load_tokenizer
+from lib.tokenizers import END, RESERVED, load_tokenizer
 from train_gpt2 import GPTConfig, Pretraining, TrainConfig, adopt, evaluate, launch, load_checkpoint, token_stream, validation
 
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
@@ -286,7 +286,8 @@ def grow(model, tokenizer):
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
     These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the
-    mean of the rows of text; so does what pads the tables where these have no room and grow.
+    mean of the rows of text; so does what pads the tables where these have no room and grow. But the end of a turn begins as the
+    end of a text, which the model knows: from the mean, a few steps at low rates never make it likely, and replies do not end.
     """
     config, state = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
     if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
@@ -294,6 +295,7 @@ def grow(model, tokenizer):
             before, text = state[name], state[name][:tokenizer.vocab_size]
             state[name] = text.mean(dim=0).repeat(config.padded_vocab_size, 1)
             state[name][:tokenizer.vocab_size] = text
+            state[name][tokenizer.reserved[END]] = text[tokenizer.eot]
             state[name][config.vocab_size:len(before)] = before[config.vocab_size:]
     return config.vocab_size, state
 
