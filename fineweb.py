@@ -605,7 +605,8 @@ def write_again(out, source, tokenizer, meta, record, workers):
     """Make a shard that is missing or damaged from its own place in the source: the same ids, or BadInput."""
     print(f"{record.name} is missing or damaged: writing it again")
     pieces, count, drop = [np.empty(0, meta.dtype)], 0, record.start.drop
-    with contextlib.closing(encoded(source.batches(record.start.source), tokenizer, np.dtype(meta.dtype), workers)) as stream:
+    batches = source.batches(record.start.source, keep=False)  # another source's documents would be taken for met before
+    with contextlib.closing(encoded(batches, tokenizer, np.dtype(meta.dtype), workers)) as stream:
         for _, ids in stream:
             pieces.append(ids[drop:][:record.tokens - count])
             count, drop = count + len(pieces[-1]), max(drop - len(ids), 0)

@@ -62,10 +62,10 @@ class Seen:
     def __init__(self, path):
         self.path = path
 
-    def rewind(self, count):
-        """Back to where `count` documents were new."""
+    def rewind(self, count, keep=True):
+        """Back to where `count` documents were new. keep: whether those that come go into the file, over those that came then."""
         mode = "r+b" if os.path.lexists(self.path) else "w+b"
-        self.file, self.count = open(self.path, mode), count  # noqa: SIM115 (open as long as it is read from)
+        self.file, self.count, self.keep = open(self.path, mode), count, keep  # noqa: SIM115 (open as long as it is read from)
         self.table = np.zeros((self.BUCKETS, self.SLOTS), dtype=np.uint64)
         hashes = np.fromfile(self.file, dtype=np.uint64, count=count)
         if len(hashes) < count:
@@ -82,8 +82,9 @@ class Seen:
             if self._add(one):
                 kept.append(text)
                 hashes.append(one)
-        self.file.write(np.array(hashes, dtype=np.uint64).tobytes())
-        self.file.flush()  # before meta.json counts them
+        if self.keep:
+            self.file.write(np.array(hashes, dtype=np.uint64).tobytes())
+            self.file.flush()  # before meta.json counts them
         self.count += len(hashes)
         return kept
 
@@ -112,11 +113,12 @@ class Source:
         return sum(int(os.path.getsize(part) / BYTES_PER_TOKEN.get(Path(part).suffix, 4.3))
                    for part in self.parts if os.path.exists(part))
 
-    def batches(self, start=None):
+    def batches(self, start=None, keep=True):
+        """The stream. keep: whether what `seen` meets is kept for later streams."""
         start = self._check(start) if start else Place(path=self.parts[0])
         skipped, duplicates = start.skipped, start.duplicates
         if self.seen:
-            self.seen.rewind(start.hashes)
+            self.seen.rewind(start.hashes, keep)
         for index, part in enumerate(self.parts[start.part:], start.part):
             state = start.state if index == start.part else None
             is_txt = builder_of(part) == "text"

@@ -551,6 +551,27 @@ def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(tmp_path,
         make(sources, out, *flags)
 
 
+def test_a_repair_that_fails_leaves_what_dedup_has_met(tmp_path, monkeypatch):
+    """Of two files, the second torn, a shard of the first is missing, whose file then holds the second's text for a while: short documents."""
+    monkeypatch.setattr(text_files, "BATCH_ROWS", 5)
+    first, second = jsonl([{"text": text} for text in DOCUMENTS]), jsonl([{"text": f"short {i}"} for i in range(2000)])
+    names, flags = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"], ["--shard_size", 2000, "--workers", 1, "--dedup"]
+
+    def attempt(out, *contents):
+        for name, content in zip(names, contents, strict=True):
+            name.write_bytes(content)
+        make(names, tmp_path / out, *flags)
+
+    attempt("whole", first, second)
+    with pytest.raises(cli.BadInput, match="cannot read .*2.jsonl"):
+        attempt("out", first, second[:-9])
+    (tmp_path / "out" / "out_train_000001.npy").unlink()
+    with pytest.raises(cli.BadInput, match="cannot be made again"):
+        attempt("out", second, second)
+    attempt("out", first, second)
+    assert read_shards(tmp_path / "out") == read_shards(tmp_path / "whole")
+
+
 def test_the_meta_json_of_an_older_fineweb_is_checked_but_not_continued(tmp_path, capsys):
     source = write_source(tmp_path / "in", "jsonl")
     make(source, tmp_path / "out", "--shard_size", 1000)
