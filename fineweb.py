@@ -121,7 +121,7 @@ class Config:
                                    "parquet, jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
-    dedup: bool = flag(False, "leave out documents met before, told by a hash, in 1 GiB of memory; a .txt is read as it is")
+    dedup: bool = flag(False, "leave out documents met before, told by a hash, in about 1.1 GB of memory; a .txt is read as it is")
     pretokenized: str | None = flag(None, f"download shards instead of making them: {', '.join(PRETOKENIZED)}, or a dataset of "
                                     "the hub that holds .npy or .bin shards, as id or id:folder or id:pattern")
     shards: int | None = flag(None, "train shards that --pretokenized downloads; without it, all, or enough for --max_tokens",

@@ -25,6 +25,7 @@ FORMATS = (".parquet", *(f"{end}{packed}" for end in (".jsonl", ".json", ".txt")
 BATCH_ROWS = 64              # documents per batch, the unit of work of a thread
 BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
 TXT_LINES = 4096             # lines of a .txt per batch
+HASHES = 2**16               # read back from a file at a time, 3 MB as Python's integers
 
 
 @dataclass
@@ -66,12 +67,12 @@ class Seen:
         """Back to where `count` documents were new. keep: whether those that come go into the file, over those that came then."""
         mode = "r+b" if os.path.lexists(self.path) else "w+b"
         self.file, self.count, self.keep = open(self.path, mode), count, keep  # noqa: SIM115 (open as long as it is read from)
+        if (held := os.path.getsize(self.path) // 8) < count:
+            raise BadInput(f"{self.path} holds {held:,} hashes, not the {count:,} that meta.json says: give another --out")
         self.table = np.zeros((self.BUCKETS, self.SLOTS), dtype=np.uint64)
-        hashes = np.fromfile(self.file, dtype=np.uint64, count=count)
-        if len(hashes) < count:
-            raise BadInput(f"{self.path} holds {len(hashes):,} hashes, not the {count:,} that meta.json says: give another --out")
-        for one in hashes.tolist():
-            self._add(one)
+        for first in range(0, count, HASHES):
+            for one in np.fromfile(self.file, dtype=np.uint64, count=min(HASHES, count - first)).tolist():
+                self._add(one)
         self.file.seek(8 * count)
 
     def new(self, texts):

@@ -2,8 +2,10 @@
 
 import json
 import random
+import tracemalloc
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiktoken
 
@@ -72,3 +74,13 @@ def test_seen_forgets_only_when_full_and_is_restored_at_any_place(tmp_path, monk
     assert other.new(documents) == documents[10:20]
     with pytest.raises(BadInput, match="holds .* hashes, not the 9,999"):
         other.rewind(9999)
+
+
+def test_seen_is_restored_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts.Seen, "BUCKETS", 2)
+    monkeypatch.setattr(texts, "HASHES", 1000)
+    np.arange(1, 20_001, dtype=np.uint64).tofile(tmp_path / "hashes.bin")
+    tracemalloc.start()
+    texts.Seen(tmp_path / "hashes.bin").rewind(20_000)
+    (_, peak), _ = tracemalloc.get_traced_memory(), tracemalloc.stop()
+    assert peak < 200_000  # all at once: 160,000 bytes, and 700,000 as Python's integers
