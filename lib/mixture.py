@@ -38,10 +38,10 @@ class Source(NamedTuple):
 class Corpus:
     """The folders that --data, DIR[:WEIGHT] each, and --curriculum name; the latter stands last among `sources`.
 
-    tokens: dict split -> count, of --data alone. weights: float64 (sources,), shares of the tokens once the curriculum is over, and
-    of the sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer, vocab_size: as of Shards,
-    the same in every folder. identity: what a checkpoint remembers; that of a single folder is its own. needed: the splits that
-    every folder must have. Raises BadInput, also for folders of different tokenizers, naming both.
+    tokens: {"train": count} of --data alone, without sources of weight 0. weights: float64 (sources,), shares of the tokens once the
+    curriculum is over, and of the sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer,
+    vocab_size: as of Shards, the same in every folder. identity: what a checkpoint remembers; that of a single folder is its own.
+    needed: the splits that every folder must have. Raises BadInput, also for folders of different tokenizers, naming both.
     """
 
     def __init__(self, cfg, needed=SPLITS):
@@ -58,8 +58,8 @@ class Corpus:
         if empty := [source.shards.folder for source in self.sources if not source.shards.tokens["train"]]:
             raise BadInput(f"the train shards of {empty[0]} hold no tokens: make them again, or leave it out")
         data = self.sources[:len(words)]
-        self.tokens = {split: sum(source.shards.tokens[split] for source in data) for split in ("train", "val")}
         self.weights = self._weigh([weight for _, weight in words], [source.shards.tokens["train"] for source in data])
+        self.tokens = {"train": sum(source.shards.tokens["train"] for source, weight in zip(data, self.weights) if weight)}
         self.mix = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
         self.stage = tokens_of(cfg.curriculum_steps or 0, cfg)  # tokens of the run until the curriculum is over
         self._compare_tokenizers()

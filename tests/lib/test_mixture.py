@@ -97,7 +97,7 @@ def test_without_weights_a_source_has_its_size_and_no_weight_means_never(folders
     mixture = mixture_of(corpus, None)
     mixture.next(5000 * T)
     assert mixture.state_dict()["tokens"] == (5000 * T, 0) and mixture.progress()["data/epoch_a"] == 5000 * T // 4500
-    assert corpus.epochs(9000).tolist() == [2.0, 0.0]
+    assert corpus.epochs(9000).tolist() == [2.0, 0.0] and corpus.tokens["train"] == 4500  # what --epochs counts
 
 
 def test_a_curriculum_gives_way_as_its_formula_says(folders):
@@ -116,7 +116,7 @@ def test_a_curriculum_gives_way_as_its_formula_says(folders):
 
 def test_one_folder_is_what_it_was(folders):
     corpus, shards = corpus_of(folders[0]), Shards(folders[0])
-    assert (corpus.identity, corpus.tokens, corpus.tokenizer) == (shards.identity, shards.tokens, shards.tokenizer)
+    assert (corpus.identity, corpus.tokens["train"], corpus.tokenizer) == (shards.identity, shards.tokens["train"], shards.tokenizer)
     assert corpus.weights.tolist() == [1.0] and corpus.tags("x", [1]) == {} and not corpus.is_mixed
     assert corpus_of(*folders[:2]).identity not in (corpus_of(folders[1], folders[0]).identity, corpus.identity)
     assert corpus_of(f"{folders[0]}:1", f"{folders[1]}:9").identity == corpus_of(*folders[:2]).identity
