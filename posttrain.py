@@ -195,6 +195,10 @@ class Data:
     def check_length(self, cfg):
         """A run may pass over it as often as it is told to."""
 
+    def most_repeated(self, tokens):
+        """Passes over it in a run of so many tokens, and what it is called."""
+        return tokens / self.tokens["train"], "--data"
+
     def describe(self, cfg, block_size):
         return described(self.lines)
 
@@ -208,8 +212,11 @@ class ShardData(Corpus):
         super().__init__(TrainConfig(data=cfg.data))
         check_tokenizer(self, tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
-        self.tokens = self.tokens | {"train": int(self.tokens["train"] / (1 - cfg.replay))}
+        self.tokens, self.replay = {"train": int(self.tokens["train"] / (1 - cfg.replay))}, cfg.replay
         self.lines = []
+
+    def epochs(self, tokens):
+        return super().epochs(tokens * (1 - self.replay))
 
     def describe(self, cfg, block_size):
         return super().describe(cfg, block_size) + described(self.lines)

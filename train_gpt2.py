@@ -960,7 +960,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")
         return
     cfg.compile = processes.device.type == "cuda" if cfg.compile is None else cfg.compile
-    run = RunFolder(cfg, resume) if processes.main else RunFolder.null()
+    run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
             serve_tensorboard(cfg.log_dir, cfg.tensorboard)

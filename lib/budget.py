@@ -165,24 +165,34 @@ class StepTimer:
         return self.cfg.steps
 
 
+def warnings(cfg, corpus):
+    """What speaks against a run of cfg.steps: lines."""
+    stage, (epochs, name), lines = cfg.curriculum_steps or 0, corpus.most_repeated(tokens_of(cfg.steps, cfg)), []
+    if stage > cfg.steps:
+        lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: the run ends "
+                     "within the curriculum; shorten it, or give more minutes")
+    if epochs > MANY_EPOCHS:
+        lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, beyond which repeated text teaches less and less: get "
+                     "more text, or train less on this")
+    return lines
+
+
 def describe(cfg, model, corpus, processes):
     """What is about to happen, in a few lines."""
     counts, c, device, halved = model.parameter_counts(), model.config, processes.device, _halved(cfg)
     rows, tokens, flops = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), model.flops_per_token()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     active = f", {counts['active']:,} of them active per token" if counts["active"] < counts["total"] else ""
-    epochs = tokens / corpus.tokens["train"]
+    epochs, repeated = corpus.most_repeated(tokens)
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
-              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs, "
+              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
               f"{tokens / counts['total']:.3g} tokens per parameter), {tokens * flops:.2e} FLOPs")
-    if epochs > MANY_EPOCHS and not cfg.minutes:
-        length += (f"\nwarning: more than {MANY_EPOCHS} epochs, beyond which repeated text teaches less and less: get more text, or "
-                   "train less")
     return "\n".join([
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",
         *corpus.describe(cfg, c.block_size),
         f"length  {length}",
+        *([] if cfg.minutes else warnings(cfg, corpus)),  # RunFolder tells those once its length stands
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
         f"{processes.world_size} processes" + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),
         f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",

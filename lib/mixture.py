@@ -106,18 +106,23 @@ class Corpus:
         sizes = np.array([source.shards.tokens["train"] for source in self.sources])
         return self.shares((np.arange(10_000) + 0.5) / 10_000 * tokens).mean(axis=0) * tokens / sizes
 
+    def most_repeated(self, tokens):
+        """The most passes over one source in a run of so many tokens, and its name."""
+        return max(zip(self.epochs(tokens).tolist(), [source.name for source in self.sources]))
+
     def check_shards(self, tokenizer):
         """Raises BadInput if a shard cannot be the tokenizer's."""
         for source in self.sources:
             check_shards(source.shards, tokenizer)
 
     def check_length(self, cfg):
-        """Raises BadInput if a run of cfg.steps, not of --minutes, is too short for the curriculum, or so long that a source of
-        several runs dry."""
-        if (cfg.curriculum_steps or 0) > cfg.steps and not cfg.minutes:  # RunFolder.set_length warns of those
+        """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a source of several runs dry; not for
+        one of --minutes, whose length comes later: lib/budget.py's `warnings`."""
+        if cfg.minutes:
+            return
+        if (cfg.curriculum_steps or 0) > cfg.steps:
             raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it")
-        tokens = 0 if cfg.minutes else tokens_of(cfg.steps, cfg)
-        for source, epochs in zip(self.sources, self.epochs(tokens)) if self.is_mixed else ():
+        for source, epochs in zip(self.sources, self.epochs(tokens_of(cfg.steps, cfg))) if self.is_mixed else ():
             if epochs > MOST_EPOCHS:
                 raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens {epochs:,.0f} "
                                f"times, more than {MOST_EPOCHS}; lower its weight, or give it more text")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.budget import tokens_of
+from lib.budget import tokens_of, warnings
 from lib.cli import BadInput, RankError, check, is_main_process, launched
 from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
@@ -248,12 +248,12 @@ def restarted(log_dir):
 class RunFolder:
     """log/<run> on rank 0, from `open` to `close`: the lock, config.json, the log, checkpoints in the background."""
 
-    def __init__(self, cfg, resume):
+    def __init__(self, cfg, resume, corpus):
         """Create the folder, or take up that of an interrupted run. Raises BadInput if it holds something else."""
         self.folder = Path(cfg.log_dir) / (cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
         self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
-        self.told_stage = False
+        self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
         check_name(self.folder.name)
         make_folder(self.folder, "give another --log_dir")
         self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
@@ -370,12 +370,11 @@ class RunFolder:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
 
     def set_length(self, steps, stands):
-        """The run has so many steps, as --minutes of them turn out to be. Once that stands, says it if the curriculum is longer."""
-        stage = self.config["train"].get("curriculum_steps") or 0
-        if stands and stage > steps and not self.told_stage:
-            self.told_stage = True
-            self.say(f"warning: --curriculum_steps {stage:,} is longer than the {steps:,} steps that --minutes allow: the run ends "
-                     "within the curriculum; shorten it, or give more minutes")
+        """The run has so many steps, as --minutes of them turn out to be. Once that stands, says what speaks against it."""
+        if stands:
+            for line in self.warnings():
+                self.say(line)
+            self.warnings = list
         self.config["max_steps"] = steps  # written with the next checkpoint
         self.log.set_length(steps)
 

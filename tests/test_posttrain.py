@@ -274,6 +274,8 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
         log, (model, _, state) = read_log(folder), load_checkpoint(newest(folder))
         assert log[12, "val"] < log[0, "val"] - 0.2 and model.config.vocab_size == 280 and "chat_template" not in state
     assert log[0, "val"] == log[0, "val_pretraining"]  # of the shards that pretraining had
+    shards = posttrain.ShardData(posttrain.Config(data=(str(data),), replay=0.1), tokenizer, 32)
+    assert shards.most_repeated(1000) == (pytest.approx(900 / Shards(data).tokens["train"]), "toy")  # a tenth is rows of --replay
     folder = post(base(), data, tmp_path / "log" / "plain", "--max_lr", "5e-3", "--weight_decay", "0.1")
     model = load_checkpoint(base())[0].train()
     cfg = train_gpt2.TrainConfig(steps=12, max_lr=5e-3)

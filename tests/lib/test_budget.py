@@ -44,20 +44,20 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     model = GPT(tiny(bias=False))
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     flops = 6 * weights + 12 * 2 * 32 * 16
-    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy", val_tokens=100, sequences=2)
+    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy", val_tokens=100, sequences=2, curriculum_steps=None)
     shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
     corpus = SimpleNamespace(sources=[SimpleNamespace(shards=shards)], tokens=shards.tokens, is_mixed=False)
-    corpus.describe = partial(Corpus.describe, corpus)
+    corpus.describe, corpus.most_repeated = partial(Corpus.describe, corpus), lambda tokens: (tokens / 640, "toy")
     lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
     assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token"
     assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48"
     ratio = 1280 / (weights + 16 * 32)
-    assert lines[2] == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs, {ratio:.3g} tokens per parameter), "
+    assert lines[2] == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, {ratio:.3g} tokens per parameter), "
                         f"{1280 * flops:.2e} FLOPs")
     assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
     assert lines[4].startswith("device  cpu, ") and len(lines) == 5
     cfg.steps = 21
-    assert "warning: more than 4 epochs" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
+    assert "\nwarning: 4.2 epochs of toy, more than 4" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
 
 
 def test_minutes_become_steps_at_the_measured_speed():

@@ -17,7 +17,7 @@ from lib import checkpoint
 from lib.cli import BadInput
 from lib.mixture import Corpus, Mixture, split_weight
 from lib.shards import Shards
-from lib.tokenizers import train_bpe
+from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import ShardLoader
 
 T = 8
@@ -208,6 +208,21 @@ def test_a_curriculum_runs_and_its_share_is_logged(sources, tmp_path):
     assert values["Loss/val"] == values["Loss/val_toy"] and values["Loss/val"][0] == scalars(tmp_path / "plain")["Loss/val"][0]
     with pytest.raises(BadInput, match="--curriculum_steps 7 is longer than the run of 6 steps"):
         train_gpt2.main([*flags, "--run_name", "b", "--curriculum", str(sources[1]), "--curriculum_steps", "7"])
+
+
+def test_a_source_that_is_repeated_is_told_by_name(sources, tmp_path, capsys):
+    """Six steps are 1,536 tokens: half of them 6.4 passes over 120; of --minutes, when the length stands."""
+    few = write_data(tmp_path / "few", load_tokenizer(str(sources[0])), shards=1)
+    np.save(few / "toy_train_000001.npy", np.load(few / "toy_train_000001.npy")[:120])
+    flags = [*TINY_FLAGS, "--log_dir", str(tmp_path), "--eval_every", "0", "--val_tokens", "32"]
+    for i, (more, told) in enumerate([
+            (["--data", f"{sources[0]}:1", f"{few}:1"], "6.4"), (["--data", f"{sources[0]}:9", f"{few}:1"], None),
+            (["--data", sources[0], "--curriculum", few, "--curriculum_steps", "5"], "5.3"),
+            (["--data", f"{sources[0]}:1", f"{few}:1", "--minutes", "0.05"], r"[\d,.]+")]):
+        given = flags if "--minutes" not in more else [flag for flag in flags if flag not in ("--max_steps", "6")]
+        train_gpt2.main([*given, "--run_name", str(i), *map(str, more)])
+        said = capsys.readouterr().out
+        assert said.count("warning") == bool(told) and (not told or re.search(f"warning: {told} epochs of few, more than 4", said))
 
 
 def test_a_checkpoint_of_one_folder_named_as_text_goes_on(sources, tmp_path):
