@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +62,8 @@ class Corpus:
         self.weights = self._weigh([weight for _, weight in words], [source.shards.tokens["train"] for source in data])
         self.tokens = {"train": sum(source.shards.tokens["train"] for source, weight in zip(data, self.weights) if weight)}
         self.mix = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
-        self.stage = tokens_of(cfg.curriculum_steps or 0, cfg)  # tokens of the run until the curriculum is over
+        self.tokens_of = partial(tokens_of, cfg=cfg)  # so many steps of the run
+        self.stage = self.tokens_of(cfg.curriculum_steps or 0)  # tokens of the run until the curriculum is over
         self._compare_tokenizers()
         first = self.sources[0].shards
         self.tokenizer, self.vocab_size, self.identity = first.tokenizer, first.vocab_size, first.identity
@@ -207,6 +209,9 @@ class Stream:
     def load_state_dict(self, state):
         self.position = tuple(_frozen(state[name]) for name in self.names)
 
+    def resume_at(self, step):
+        """The run has so many steps behind it; its position may be one of other data."""
+
 
 def _frozen(value):
     """A number, or nested lists of them as tuples, which a dict can look up."""
@@ -229,12 +234,16 @@ class Mixture(Stream):
         transform: callable run in the prefetch thread, (rows x (block_size + 1),) tokens -> what `next` returns.
         """
         self.corpus, self.streams, self.block_size, self.transform = corpus, streams, block_size, transform or (lambda tokens: tokens)
+        self.before = 0  # tokens of the run that other data gave, or batches of another size
         super().__init__(0, (0,) * len(streams), tuple(stream.position for stream in streams))
+
+    def resume_at(self, step):
+        self.before = self.corpus.tokens_of(step) - sum(self.position[1])  # a curriculum that is over does not come back
 
     def read_batch(self, n, rows, tokens, places):
         """-> (n tokens from a position on, whole rows, each with its last target: int64 (n / block_size x (block_size + 1),), transformed;
         the position after it: rows, tokens, places)."""
-        T, chosen = self.block_size, self._choose(n // self.block_size, rows, sum(tokens))
+        T, chosen = self.block_size, self._choose(n // self.block_size, rows, self.before + sum(tokens))
         counts = np.bincount(chosen, minlength=len(self.streams)) * T
         batch, after = np.empty((len(chosen), T + 1), dtype=np.int64), list(places)
         for i in np.flatnonzero(counts):
@@ -257,6 +266,6 @@ class Mixture(Stream):
     def progress(self):
         """By tag, for TensorBoard: the tokens of each source so far, its epoch, its share of the next row."""
         _, tokens, places = self.position
-        shares = self.corpus.shares(np.array([sum(tokens)]))[0]
+        shares = self.corpus.shares(np.array([self.before + sum(tokens)]))[0]
         return {**self.corpus.tags("data/tokens", tokens), **self.corpus.tags("data/epoch", [place[0] for place in places]),
                 **self.corpus.tags("data/share", shares.tolist())}

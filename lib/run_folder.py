@@ -77,6 +77,10 @@ class Resume:
                 isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)) or not all(
                 isinstance(n, (int, float)) and 0 <= n < 2**62 for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
             raise TypeError("no training state")
+        begun = self.state["train_config"].get("curriculum")
+        if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= self.state["step"]:
+            raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} count from the run's first: give more "
+                           "of them, or leave --curriculum out")
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
         """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best. Raises BadInput, with nothing written yet.
@@ -101,6 +105,7 @@ class Resume:
                 raise BadInput(f"{self.path} stands at a place that the data does not have: name another checkpoint") from error
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
+        stream.resume_at(state["step"])
         position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
                     "timed": state.get("timed", (0, 0.0)), "best": self._best()}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then

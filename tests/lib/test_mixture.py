@@ -210,6 +210,25 @@ def test_a_curriculum_runs_and_its_share_is_logged(sources, tmp_path):
         train_gpt2.main([*flags, "--run_name", "b", "--curriculum", str(sources[1]), "--curriculum_steps", "7"])
 
 
+def test_a_curriculum_goes_by_the_steps_of_the_run_whatever_changes_on_the_way(sources, tmp_path):
+    third = write_data(tmp_path / "third", load_tokenizer(str(sources[0])))
+    flags = [*TINY_FLAGS, "--log_dir", str(tmp_path), "--eval_every", "0", "--save_every", "2", "--keep", "0", "--max_steps", "10"]
+    stage = ["--curriculum", str(sources[1]), "--curriculum_steps", "8", "--curriculum_mix", "linear"]
+    train_gpt2.main([*flags, "--run_name", "a", "--data", str(sources[0]), *stage])
+    start = ["--resume", str(tmp_path / "a" / "ckpt_00004.pt"), "--log_dir", str(tmp_path)]
+    for name, changed in {"other": ["--data", str(sources[0]), str(third)], "larger": ["--total_batch_size", "512"]}.items():
+        train_gpt2.main([*start, "--run_name", name, *changed])
+        for step in (8, 10):
+            (tmp_path / name / f"ckpt_{step:05d}.pt").unlink()
+        train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", name])
+        assert [scalars(tmp_path / name)["data/share_more"][step] for step in range(4, 10)] == [0.375, 0.25, 0.125, 0, 0, 0]  # of the next row
+    train_gpt2.main([*flags, "--run_name", "plain", "--data", str(sources[0])])
+    with pytest.raises(BadInput, match="is at step 10, and --curriculum_steps 8 count from the run's first"):
+        train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage])
+    with pytest.raises(BadInput, match="--curriculum and --curriculum_steps belong together"):
+        train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage[:2]])
+
+
 def test_a_source_that_is_repeated_is_told_by_name(sources, tmp_path, capsys):
     """Six steps are 1,536 tokens: half of them 6.4 passes over 120; of --minutes, when the length stands."""
     few = write_data(tmp_path / "few", load_tokenizer(str(sources[0])), shards=1)
