@@ -73,20 +73,23 @@ def train(argv):
 
 def compare(argv):
     (text, cfg), _ = parse((Text, Compare), argv, __doc__, command="compare")
-    texts = list(read(text, COMPARED))
+    texts, tokenizers = read(text, COMPARED), []
+    for spec in cfg.tokenizer:
+        try:
+            tokenizers.append((spec, load_tokenizer(spec)))
+        except BadInput as error:
+            if len(cfg.tokenizer) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not tokenizers:
+        raise BadInput("no tokenizer is left to compare: name others by --tokenizer")
+    texts = list(texts)
     size = sum(len(one.encode(errors="replace")) for one in texts)
     if not size:
         raise BadInput("the source holds no text to compare on: check --source and --text_column")
     print(f"{size:,} bytes of {len(texts):,} documents, one thread\n"
           f"{'tokenizer':28} {'ids':>9} {'bytes/token':>12} {'tokens/s':>12} {'MB/s':>7} {f'embedding parameters at {cfg.width}':>33}")
-    for spec in cfg.tokenizer:
-        try:
-            tokenizer = load_tokenizer(spec)
-        except BadInput as error:
-            if len(cfg.tokenizer) == 1:
-                raise
-            print(f"left out: {error}", file=sys.stderr)
-            continue
+    for spec, tokenizer in tokenizers:
         started = time.perf_counter()
         tokens = sum(len(tokenizer.encode(one)) for one in texts)
         seconds, rows = time.perf_counter() - started, -(-tokenizer.vocab_size // PADDED) * PADDED

@@ -48,7 +48,8 @@ def test_help_says_how_a_command_is_given(word, capsys):
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "100000"], "too small for a BPE of 100000"),
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "260"], "--vocab_size must be at least 261 and at most 1,000,000, not 260"),
     (["compare", "--source", "SOURCE", "--tokenizer", "full"], "damaged, or not a byte-level BPE"),
-    (["compare", "--source", "empty.jsonl"], "holds no text to compare on"),
+    (["compare", "--source", "SOURCE", "--tokenizer", "full", "nowhere"], "no tokenizer is left to compare"),
+    (["compare", "--source", "empty.jsonl", "--tokenizer", "gpt2"], "holds no text to compare on"),
 ])
 def test_bad_input(words, says, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
