@@ -619,17 +619,23 @@ def write_again(out, source, tokenizer, meta, record, workers):
     save_shard(out / record.name, ids)
 
 
+def row_of(cfg):
+    """The row of CORPORA that --source and --name are of; without sizes where only the dataset is one of them. None: neither is."""
+    rows = [] if cfg.docstrings else [row for row in HUB.values() if (row.source,) == cfg.source]
+    other = rows[0]._replace(name=cfg.name, tokens=None, disk=None) if rows else None
+    return next((row for row in rows if row.name == cfg.name), other)
+
+
 def write_shards(cfg, out, source, tokenizer, meta):
     """The whole job: read, encode, write, say how far it is; continue where `meta` says an earlier run stopped."""
     writer = Writer(cfg, out, tokenizer, meta)
     before, drop = meta.resume.source, meta.resume.drop
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
-    hub = next((hub for hub in HUB.values() if (hub.source,) == cfg.source and hub.name == cfg.name), None)
-    if hub:
-        print(hub)
-    known = hub and hub.tokens
-    total = min(filter(None, (cfg.max_tokens, known or source.guess_tokens())), default=None)
+    row = row_of(cfg)
+    if row:
+        print(row)
+    total = min(filter(None, (cfg.max_tokens, row and row.tokens or source.guess_tokens())), default=None)
     documents, started = sum(split.documents for split in meta.splits.values()), time.perf_counter()
     with (contextlib.closing(encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)) as stream,
           tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0,

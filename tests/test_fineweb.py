@@ -391,6 +391,13 @@ def test_presets_name_datasets_of_the_hub():
             ([], ((fineweb.FINEWEB_EDU,), "sample-10BT", "text", "edu_fineweb10B"))]:
         cfg, _ = fineweb.configured(flags)
         assert (cfg.source, cfg.name, cfg.text_column, cfg.out) == want
+    for flags, want in [(["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 GB on the hub; licence CC BY-SA 3.0, GFDL"),
+                        (["--preset", "wikipedia", "--name", "20231101.de"],
+                         "wikimedia/wikipedia, 20231101.de: tokens not known; size on the hub not known; licence CC BY-SA 3.0, GFDL"),
+                        (["--name", "CC-MAIN-2024-10"],
+                         "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens not known; size on the hub not known; licence ODC-By 1.0"),
+                        (["--docstrings"], "None"), (["--source", "a/b"], "None")]:
+        assert str(fineweb.row_of(fineweb.configured(flags)[0])) == want
     for flags in (["--preset", "books", "--source", "a"], ["--preset", "books", "--docstrings"], ["--docstrings", "--name", "x"]):
         with pytest.raises(cli.BadInput, match="each name the text: give one of them"):
             fineweb.configured(flags)
