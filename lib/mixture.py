@@ -23,6 +23,7 @@ from lib.shards import SPLITS, Shards, check_shards
 from lib.tokenizers import load_tokenizer
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
+MOST_WEIGHT = 1_000_000_000
 MOST_EPOCHS = 100  # passes over one source of several in a run: beyond, it has run dry
 CURRICULUM_MIX = {  # share of the curriculum, by how far its stage has come, 0 <= p < 1
     "cosine": lambda p: (1 + np.cos(np.pi * p)) / 2,
@@ -79,8 +80,8 @@ class Corpus:
         if given and len(given) < len(weights):
             raise BadInput("some of --data have a weight and some have none: give every one a weight, or none")
         weights = np.array(given or sizes, dtype=np.float64)
-        if not 0 < weights.sum() < math.inf:
-            raise BadInput(f"the weights of --data add up to {weights.sum():g}: give at least one above 0")
+        if not weights.sum():
+            raise BadInput("the weights of --data add up to 0: give at least one above 0")
         return np.append(weights / weights.sum(), [0.0] * (len(self.sources) - len(weights)))
 
     def _compare_tokenizers(self):
@@ -147,19 +148,19 @@ class Corpus:
 
 
 def split_weight(word):
-    """DIR[:WEIGHT] -> (folder, weight or None). Raises BadInput for a weight that is none."""
+    """DIR[:WEIGHT] -> (folder, weight or None). A number behind the last colon is a weight; raises BadInput for one out of bounds."""
     folder, colon, number = word.rpartition(":")
-    if not colon or os.path.isdir(word):
+    if not colon or os.path.lexists(word):
         return word, None
     try:
         weight = float(number)
     except ValueError:
+        if not os.path.isdir(folder):
+            return word, None  # C:\data, say
         weight = math.nan
-    if 0 <= weight < math.inf:
-        return folder, weight
-    if os.path.isdir(folder):
-        raise BadInput(f"--data {word}: a weight is a number, 0 or greater")
-    return word, None  # C:\data, say
+    if not 0 <= weight <= MOST_WEIGHT:
+        raise BadInput(f"--data {word}: a weight is a number from 0 to {MOST_WEIGHT:,}")
+    return folder, weight
 
 
 def micro_batches(tokens, block_size, stride, micro_batch, processes):

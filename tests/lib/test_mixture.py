@@ -122,8 +122,7 @@ def test_one_folder_is_what_it_was(folders):
     assert corpus_of(f"{folders[0]}:1", f"{folders[1]}:9").identity == corpus_of(*folders[:2]).identity
 
 
-@pytest.mark.parametrize("word, want", [("a", ("a", None)), ("a:2", ("a", 2.0)), ("x/y:0.25", ("x/y", 0.25)), (r"C:\data", (r"C:\data", None)),
-                                        ("a:nan", ("a:nan", None)), ("a:1e400", ("a:1e400", None))])
+@pytest.mark.parametrize("word, want", [("a", ("a", None)), ("a:2", ("a", 2.0)), ("x/y:0.25", ("x/y", 0.25)), (r"C:\data", (r"C:\data", None))])
 def test_a_weight_stands_behind_the_last_colon(word, want):
     assert split_weight(word) == want
 
@@ -139,7 +138,8 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
     for data, changes, says in [
             ((f"{a}:0", f"{b}:0"), {}, "the weights of --data add up to 0: give at least one above 0"),
             ((f"{a}:1", b), {}, "some of --data have a weight and some have none"),
-            ((f"{a}:-1", b), {}, "a weight is a number, 0 or greater"), ((f"{a}:much", b), {}, "a weight is a number"),
+            *(((f"{folder}:{weight}", b), {}, "a weight is a number from 0 to 1,000,000,000")
+              for folder, weight in ((a, "-1"), (a, "much"), (a, "nan"), (a, "1e10"), ("nowhere", "-1"), ("nowhere", "1e400"))),
             ((a, b, f"{a}/"), {}, "is named twice"), ((a,), dict(curriculum=str(a), curriculum_steps=3), "is named twice"),
             ((a,), dict(curriculum=str(b)), "--curriculum and --curriculum_steps belong together"),
             ((a,), dict(curriculum_steps=3), "--curriculum and --curriculum_steps belong together"),
