@@ -52,11 +52,14 @@ class Corpus:
         words = [split_weight(word) for word in cfg.data]
         folders = [folder for folder, _ in words] + ([cfg.curriculum] if cfg.curriculum else [])
         resolved = [os.path.realpath(folder) for folder in folders]
-        if twice := [folder for folder, path in zip(folders, resolved) if resolved.count(path) > 1]:
-            raise BadInput(f"{twice[0]} is named twice by --data and --curriculum: name it once, with the sum of the weights")
+        if twice := [folder for folder, path in zip(folders, resolved[:len(words)]) if resolved.count(path) > 1]:
+            both = os.path.realpath(twice[0]) in resolved[len(words):]
+            raise BadInput(f"{twice[0]} is named " + ("by both --data and --curriculum: name another folder for one of them" if both else
+                                                      "twice by --data: name it once, with the sum of the weights"))
         short = Counter(Path(path).name for path in resolved)
         names = [Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_") for path in resolved]
-        self.sources = [Source(name, Shards(folder, needed)) for name, folder in zip(names, folders)]
+        self.sources = [Source(name, Shards(folder, needed, named_by))
+                        for name, folder, named_by in zip(names, folders, ["--data"] * len(words) + ["--curriculum"])]
         if empty := [source.shards.folder for source in self.sources if not source.shards.tokens["train"]]:
             raise BadInput(f"the train shards of {empty[0]} hold no tokens: make them again, or leave it out")
         data = self.sources[:len(words)]
@@ -125,10 +128,11 @@ class Corpus:
             return
         if (cfg.curriculum_steps or 0) > cfg.steps:
             raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it")
-        for source, epochs in zip(self.sources, self.epochs(tokens_of(cfg.steps, cfg))) if self.is_mixed else ():
+        for source, weight, epochs in zip(self.sources, self.weights, self.epochs(tokens_of(cfg.steps, cfg))) if self.is_mixed else ():
             if epochs > MOST_EPOCHS:
                 raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens {epochs:,.0f} "
-                               f"times, more than {MOST_EPOCHS}; lower its weight, or give it more text")
+                               f"times, more than {MOST_EPOCHS}; lower {'its weight' if weight else '--curriculum_steps'}, train for less, or "
+                               "give it more text")
 
     def describe(self, cfg, block_size):
         """Lines for the start of a run of cfg.steps."""

@@ -219,11 +219,11 @@ def find_shards(folder):
 class Shards:
     """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count), `tokenizer` (a spec), `meta`.
 
-    Reads every header and holds no file open. needed: the splits without which it is of no use. Raises BadInput unless the folder has
-    these, is whole, finished and of one tokenizer.
+    Reads every header and holds no file open. needed: the splits without which it is of no use. named_by: the flag that names it.
+    Raises BadInput unless the folder has these splits, is whole, finished and of one tokenizer.
     """
 
-    def __init__(self, folder, needed=SPLITS):
+    def __init__(self, folder, needed=SPLITS, named_by="--data"):
         self.folder = folder = Path(folder)
         self.meta = read_meta(folder)
         command = self.meta and self.meta.command
@@ -235,7 +235,7 @@ class Shards:
         headers = {path: read_header(path) for path in self.train + self.val}
         if self.meta and self.meta.shards is not None:
             self._compare_names(folder, headers, command)
-        self._check_needed(folder, others, needed)
+        self._check_needed(folder, others, needed, named_by)
         self._compare_dtypes(headers)
         # the same shards give the same stream of tokens, wherever they lie
         self.identity = hashlib.sha256(repr([(p.name, headers[p].tokens) for p in self.train]).encode()).hexdigest()
@@ -260,14 +260,14 @@ class Shards:
         if more := sorted(found.keys() - listed.keys()):
             raise BadInput(f"{folder / more[0]} is not one of the shards that meta.json lists: move it to another folder")
 
-    def _check_needed(self, folder, others, needed):
+    def _check_needed(self, folder, others, needed, named_by):
         found = {"train": self.train, "val": self.val}
         if any(not found[split] for split in needed):
             missing = "train" if self.val else "val" if self.train else "any"
             make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
                 str(folder), f"python fineweb.py --source <text files or dataset id> --out {folder}")
             named = f" ({others[0]} does not end in _train_<index> or _val_<index>)" if others else ""
-            raise BadInput(f"{folder}/ does not hold {missing} shards{named}: make them with `{make}`, or name another --data")
+            raise BadInput(f"{folder}/ does not hold {missing} shards{named}: make them with `{make}`, or name another {named_by}")
 
     def _compare_dtypes(self, headers):
         want = np.dtype(self.meta.dtype) if self.meta and self.meta.dtype else headers[self.train[0]].dtype

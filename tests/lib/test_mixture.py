@@ -140,7 +140,9 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
             ((f"{a}:1", b), {}, "some of --data have a weight and some have none"),
             *(((f"{folder}:{weight}", b), {}, "a weight is a number from 0 to 1,000,000,000")
               for folder, weight in ((a, "-1"), (a, "much"), (a, "nan"), (a, "1e10"), ("nowhere", "-1"), ("nowhere", "1e400"))),
-            ((a, b, f"{a}/"), {}, "is named twice"), ((a,), dict(curriculum=str(a), curriculum_steps=3), "is named twice"),
+            ((a, b, f"{a}/"), {}, "is named twice by --data: name it once, with the sum of the weights"),
+            ((b, a), dict(curriculum=str(a), curriculum_steps=3), "a is named by both --data and --curriculum: name another folder for one"),
+            ((a,), dict(curriculum="nowhere", curriculum_steps=3), "or name another --curriculum"), ((a, "nowhere"), {}, "or name another --data"),
             ((a,), dict(curriculum=str(b)), "--curriculum and --curriculum_steps belong together"),
             ((a,), dict(curriculum_steps=3), "--curriculum and --curriculum_steps belong together"),
             ((a, tmp_path / "void"), {}, "void hold no tokens"),
@@ -152,6 +154,8 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
     corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=149, **run))  # 99 epochs of its 750 tokens
     with pytest.raises(BadInput, match=r"c runs dry: the run would pass over its 750 tokens 133 times, more than 100; lower its weight"):
         corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=200, **run))
+    with pytest.raises(BadInput, match="c runs dry: .* 107 times, more than 100; lower --curriculum_steps"):
+        corpus_of(a, curriculum=str(c), curriculum_steps=200).check_length(SimpleNamespace(**run | dict(steps=200, curriculum_steps=200)))
     with pytest.raises(BadInput, match="--curriculum_steps 9 is longer than the run of 8 steps"):
         corpus_of(a).check_length(SimpleNamespace(**run | dict(steps=8, curriculum_steps=9)))
 
