@@ -25,6 +25,7 @@ from lib.tokenizers import load_tokenizer
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
 MOST_WEIGHT = 1_000_000_000
 MOST_EPOCHS = 100  # passes over one source of several in a run: beyond, it has run dry
+TAKEN = ("bpb", "pretraining", "pretraining_bpb")  # behind Loss/val_ in TensorBoard: no names of sources
 CURRICULUM_MIX = {  # share of the curriculum, by how far its stage has come, 0 <= p < 1
     "cosine": lambda p: (1 + np.cos(np.pi * p)) / 2,
     "linear": lambda p: 1 - p,
@@ -56,7 +57,7 @@ class Corpus:
             both = os.path.realpath(twice[0]) in resolved[len(words):]
             raise BadInput(f"{twice[0]} is named " + ("by both --data and --curriculum: name another folder for one of them" if both else
                                                       "twice by --data: name it once, with the sum of the weights"))
-        short = Counter(Path(path).name for path in resolved)
+        short = Counter([*TAKEN, *(Path(path).name for path in resolved)])
         names = [Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_") for path in resolved]
         self.sources = [Source(name, Shards(folder, needed, named_by))
                         for name, folder, named_by in zip(names, folders, ["--data"] * len(words) + ["--curriculum"])]

@@ -122,6 +122,12 @@ def test_one_folder_is_what_it_was(folders):
     assert corpus_of(f"{folders[0]}:1", f"{folders[1]}:9").identity == corpus_of(*folders[:2]).identity
 
 
+def test_no_source_is_named_as_another_or_as_a_tag_of_its_own(folders, tmp_path):
+    others = [shutil.copytree(folders[0], tmp_path / name) for name in ("x/a", "bpb", "pretraining")]
+    names = [source.name for source in corpus_of(*folders, *others).sources]
+    assert names[1:3] == ["b", "c"] and names[0].endswith("_a") and len({*names, "bpb", "pretraining"}) == 8
+
+
 @pytest.mark.parametrize("word, want", [("a", ("a", None)), ("a:2", ("a", 2.0)), ("x/y:0.25", ("x/y", 0.25)), (r"C:\data", (r"C:\data", None))])
 def test_a_weight_stands_behind_the_last_colon(word, want):
     assert split_weight(word) == want
