@@ -950,9 +950,8 @@ class Pretraining:
 def launch(cfg, model_cfg, explicit, resume, task):
     """Train what `task`, a Pretraining, says: on all processes, in a run folder, anew or from `resume`."""
     processes, corpus, T = Processes(cfg.device), task.corpus, model_cfg.block_size
-    model = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size))
-    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(
-        cfg, corpus.tokens["train"], model and model.parameter_counts()["total"])
+    size = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
+    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], size)
     check_run(cfg, model_cfg, explicit, processes.world_size)
     corpus.check_length(cfg)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
@@ -989,8 +988,9 @@ def main(argv):
     cfg, model_cfg, explicit, resume = settings(argv)
     check_model(model_cfg)
     if cfg.plan:
+        own, ids = cfg.size or cfg.preset, "data" in explicit and Corpus(cfg).vocab_size  # it needs no data
+        model_cfg.vocab_size = ids or model_cfg.vocab_size
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
-        own = cfg.size or cfg.preset
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
     else:
         launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))

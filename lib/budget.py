@@ -75,7 +75,7 @@ def hours_and_dollars(seconds, price_per_hour):
 
 
 def plan(cfg, models, measured):
-    """The table of --plan: what RATIOS of tokens per parameter take, for models by name (on the meta device).
+    """The table of --plan: what RATIOS of tokens per parameter, and --tokens_per_param, take, for models by name (on the meta device).
 
     measured: the name of the model of which --tok_per_sec was measured. Its hours follow from that, the others' from the same FLOP/s;
     without a measurement there are none. Where it is as large as another, as a preset of a --size is, it has that one's rows.
@@ -91,9 +91,9 @@ def plan(cfg, models, measured):
              + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
     for name, model in models.items():
         counts, flops = model.parameter_counts(), model.flops_per_token()
-        for ratio in RATIOS:
+        for ratio in sorted({*RATIOS, cfg.tokens_per_param or RATIOS[0]}):
             tokens = ratio * counts["total"]
-            line = (f"{name:12} {counts['total']:14,} {counts['total'] - counts['embedding']:14,} {ratio:6} {tokens:16,} "
+            line = (f"{name:12} {counts['total']:14,} {counts['total'] - counts['embedding']:14,} {ratio:6g} {tokens:16,.0f} "
                     f"{steps_in(tokens, cfg):17,} {tokens * flops:9.2e}")
             if speed:
                 hours, mark = tokens * flops / speed / 3600, "" if name == measured else "~"

@@ -120,11 +120,15 @@ def test_length_of_a_run(data):
         configured(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
 
 
-def test_a_plan_needs_no_data_and_trains_nothing(launch, tmp_path):
+def test_a_plan_needs_no_data_and_trains_nothing(launch, data, tmp_path, capsys):
     done = launch("train_gpt2.py", "--plan", "--preset", "gpt2", "--tok_per_sec", "1e6", "--price_per_hour", "16")
     assert done.returncode == 0 and not list(tmp_path.iterdir())
     row = next(line for line in done.stdout.splitlines() if line.startswith("gpt2  ") and " 20 " in line)
     assert row.split() == ["gpt2", "124,475,904", "85,056,000", "20", "2,489,518,080", "4,748", "2.13e+18", "0.7", "11.06"]
+    train_gpt2.main(["--plan", "--preset", "gpt2", "--data", str(data), "--tokens_per_param", "2.5"])  # whose vocabulary counts
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gpt2  ") and " 2.5 " in line)
+    parameters = 124_475_904 - (50_304 - 384) * 768
+    assert row.split()[1:5] == [f"{parameters:,}", "85,056,000", "2.5", f"{2.5 * parameters:,.0f}"]
 
 
 def test_tokens_per_parameter_set_the_length_of_a_run_and_its_price_is_said(data, tmp_path, capsys):

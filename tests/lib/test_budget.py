@@ -87,12 +87,12 @@ def test_tokens_per_parameter_count_the_embeddings():
 def test_the_plan_by_hand():
     """Rows of two models; hours only with a measurement, those of the other model at the same FLOP/s."""
     models = {"a": GPT(tiny()), "b": GPT(tiny(n_layer=4))}
-    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=None, price_per_hour=2.0)
+    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=None, price_per_hour=2.0, tokens_per_param=30.0)
     head = plan(cfg, models, "a").splitlines()
     assert "dollars" not in head[1] and head[0].endswith(f"a vocabulary of {models['a'].config.vocab_size:,}")
     cfg.tok_per_sec = 50.0
     rows = [line.split() for line in plan(cfg, models, "a").splitlines()[2:-1]]
-    assert [(row[0], row[3]) for row in rows] == [(name, ratio) for name in "ab" for ratio in ("8", "12", "20", "40")]
+    assert [(row[0], row[3]) for row in rows] == [(name, ratio) for name in "ab" for ratio in ("8", "12", "20", "30", "40")]
     for name, *numbers in rows:
         total, inner, ratio, tokens, steps = (int(number.replace(",", "")) for number in numbers[:5])
         counts, flops = models[name].parameter_counts(), models[name].flops_per_token()
@@ -103,7 +103,7 @@ def test_the_plan_by_hand():
 
 def test_the_plan_does_not_repeat_a_size_under_the_name_of_a_preset():
     """Heads change neither parameters nor FLOPs; layers do."""
-    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=50.0, price_per_hour=None)
+    cfg = SimpleNamespace(total_batch_size=1024, batch_warmup=0, tok_per_sec=50.0, price_per_hour=None, tokens_per_param=None)
     models = {"a": GPT(tiny()), "b": GPT(tiny(n_layer=4))}
     assert plan(cfg, models | {"own": GPT(tiny(n_head=4))}, "own") == plan(cfg, models, "a")
     assert plan(cfg, models | {"own": GPT(tiny(n_layer=3))}, "own").count("\nown ") == 4
