@@ -186,7 +186,7 @@ def describe(cfg, model, corpus, processes):
     epochs, repeated = corpus.most_repeated(tokens)
     length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
               f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
-              f"{tokens / counts['total']:.3g} tokens per parameter), {tokens * flops:.2e} FLOPs")
+              f"{tokens / counts['total']:,.4g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     return "\n".join([
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
         f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",

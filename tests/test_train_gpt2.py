@@ -139,7 +139,7 @@ def test_tokens_per_parameter_set_the_length_of_a_run_and_its_price_is_said(data
     steps, said = sum(kind == "train" for _, kind in read_log(folder)), capsys.readouterr().out
     assert steps == int(0.2 * parameters) // 256
     assert re.search(r"predicted: [0-9.]+ minutes, \$[0-9.]+ at \$3.6 per hour of training steps, at [0-9,]+ tok/s", said)
-    assert f"{steps * 256 / parameters:.3g} tokens per parameter" in said
+    assert f"{steps * 256 / parameters:,.4g} tokens per parameter" in said
 
 
 def test_every_number_has_its_bounds():

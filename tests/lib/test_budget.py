@@ -52,10 +52,12 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token"
     assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48"
     ratio = 1280 / (weights + 16 * 32)
-    assert lines[2] == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, {ratio:.3g} tokens per parameter), "
+    assert lines[2] == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, {ratio:,.4g} tokens per parameter), "
                         f"{1280 * flops:.2e} FLOPs")
     assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
     assert lines[4].startswith("device  cpu, ") and len(lines) == 5
+    cfg.steps = round(1000 * (weights + 16 * 32) / 128)
+    assert ", 1,000 tokens per parameter)" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
     cfg.steps = 21
     assert "\nwarning: 4.2 epochs of toy, more than 4" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
 
