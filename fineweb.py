@@ -283,7 +283,7 @@ def read_own_meta(out, cfg):
         raise BadInput(f"{out}/ holds shards of another program, says its meta.json: give another --out")
     for key, value in settings(cfg).items():
         made = meta.settings.get(key, False if key == "dedup" else None)  # older folders do not say
-        if made != value:
+        if made != value and not (key == "tokenizer_flag" and is_same_file(value, meta)):
             key_flag = "--tokenizer" if key == "tokenizer_flag" else f"--{key}"
             raise BadInput(f"{out}/ holds shards made with {key_flag} {made}, not {value}: "
                            "give another --out")
@@ -291,6 +291,11 @@ def read_own_meta(out, cfg):
         raise BadInput(f"{out}/ was begun by an older fineweb.py, whose meta.json does not say how to continue: "
                        "give another --out")
     return meta
+
+
+def is_same_file(tokenizer, meta):
+    """Whether --tokenizer is the path of the tokenizer.json that a Meta's shards were made with, wherever it lay then."""
+    return os.path.exists(tokenizer) and zlib.crc32(load_tokenizer(tokenizer).spec.encode()) == meta.tokenizer_crc32
 
 
 def own_tokenizer(out, meta):

@@ -259,6 +259,11 @@ def test_a_bpe_is_trained_once_kept_and_used_again(tmp_path, capsys):
     make(source, tmp_path / "other", "--tokenizer", tmp_path / "out" / "tokenizer.json", "--shard_size", 2000)
     assert read_shards(tmp_path / "other") == read_shards(tmp_path / "out")
     assert load_tokenizer(str(tmp_path / "other")).spec == tokenizer.spec
+    make(source, tmp_path / "other", "--tokenizer", tmp_path / "out", "--shard_size", 2000)  # the same file
+    (tmp_path / "another").mkdir()
+    train_bpe(DOCUMENTS, 300).save(tmp_path / "another" / "tokenizer.json")
+    with pytest.raises(cli.BadInput, match="holds shards made with --tokenizer .*tokenizer.json, not .*another"):
+        make(source, tmp_path / "other", "--tokenizer", tmp_path / "another", "--shard_size", 2000)
 
 
 def test_a_tokenizer_of_a_run_that_came_to_no_shard_is_not_taken_for_another(tmp_path):
