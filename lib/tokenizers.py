@@ -7,8 +7,9 @@ A tokenizer is named by a *spec*, a string that is one of
 Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
 
 The ids that chat needs (RESERVED) follow right behind those that text can have. They lie in the rows with which the embeddings are padded
-anyway, so a model has the same shape with or without them; pretraining cuts the logits off in front of them and can neither meet nor sample
-one. Text never encodes to them, whatever it says.
+to a multiple of 128, so a model has the same shape with or without them, except where fewer rows than they need are padding, as with
+exactly 32,000 ids of text: then it grows when it learns to chat (posttrain.py). Pretraining cuts the logits off in front of them and can
+neither meet nor sample one. Text never encodes to them, whatever it says.
 """
 
 import contextlib
