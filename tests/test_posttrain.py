@@ -333,7 +333,7 @@ def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, ch
 
 
 def test_what_a_run_begins_with_leaves_memory(base, chat_file, tmp_path, monkeypatch):
-    began, loaded, plain = [], posttrain.load_checkpoint, train_gpt2.train
+    start, began, loaded, plain = base(), [], posttrain.load_checkpoint, train_gpt2.train
 
     def load(path):
         model, tokenizer, state = loaded(path)
@@ -347,7 +347,7 @@ def test_what_a_run_begins_with_leaves_memory(base, chat_file, tmp_path, monkeyp
 
     monkeypatch.setattr(posttrain, "load_checkpoint", load)
     monkeypatch.setattr(train_gpt2, "train", train)
-    assert newest(post(base(), chat_file, tmp_path / "log" / "post")).name == "ckpt_00012.pt"
+    assert newest(post(start, chat_file, tmp_path / "log" / "post")).name == "ckpt_00012.pt"
 
 
 def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, launch):
