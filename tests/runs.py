@@ -148,11 +148,16 @@ def assert_same_runs(folder, whole):
     assert same(final(folder), final(whole))
 
 
-def scalars(folder):
-    """What TensorBoard shows: {tag: [(step, value), ...]}, without the speed."""
+def events(folder):
+    """All that TensorBoard shows: {tag: [(step, value), ...]}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def scalars(folder):
+    """What TensorBoard shows: {tag: [(step, value), ...]}, without the speed."""
+    shown = events(folder)
     assert [step for step, _ in shown["perf/tok_per_sec"]] == [step for step, _ in shown["Loss/train"]]
     return {tag: values for tag, values in shown.items() if not tag.startswith("perf/")}

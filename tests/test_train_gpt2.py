@@ -33,6 +33,7 @@ from helpers import (
     write_data,
     write_lines,
 )
+from runs import events
 
 import train_gpt2
 from lib import devices
@@ -800,7 +801,7 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
 
 
 def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data, tmp_path):
-    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512, "--batch_warmup", 600, "--save_every", 3]
+    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512, "--batch_warmup", 1100, "--save_every", 3]
     for run, processes in (("one", 1), ("two", 2), ("resumed", 1), ("resumed", 2)):
         result = launch("train_gpt2.py", *flags, "--run_name", run, processes=processes)
         assert result.returncode == 0, result.stderr
@@ -809,6 +810,9 @@ def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data,
     logs = {run: read_log(tmp_path / "log" / run) for run in ("one", "two", "resumed")}
     assert logs["two"] == pytest.approx(logs["one"], rel=1e-4) and logs["resumed"] == pytest.approx(logs["one"], rel=1e-4)
     assert logs["one"][5, "train"] < logs["one"][0, "train"] - 0.5
+    shown = events(tmp_path / "log" / "one")  # its speed, and so its MFU, knows of the half batches of steps 0 to 3, also in a resumed run
+    tokens = [speed * ms / 1e3 for (_, speed), (_, ms) in zip(shown["perf/tok_per_sec"], shown["perf/step_ms"], strict=True)]
+    assert tokens == pytest.approx([256, 256, 256, 256, 512, 512], rel=1e-5)
 
 
 def test_minutes_set_the_length(data, tmp_path):

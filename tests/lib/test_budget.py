@@ -56,6 +56,11 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
                         f"{1280 * flops:.2e} FLOPs")
     assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
     assert lines[4].startswith("device  cpu, ") and len(lines) == 5
+    cfg.batch_warmup, cfg.sequences = 300, 2                                            # 4 steps of 64 tokens
+    lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
+    assert lines[2].startswith("length  10 steps of 128 tokens = 1,024 tokens (1.60 epochs of toy, ")
+    assert lines[3] == "batch   2 sequences x 16 tokens x 1 accumulation steps x 2 processes; twice the accumulation from step 4 on"
+    cfg.batch_warmup = 0
     cfg.steps = round(1000 * (weights + 16 * 32) / 128)
     assert ", 1,000 tokens per parameter)" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
     cfg.steps = 21

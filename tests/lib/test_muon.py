@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lib import muon
 from lib.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, orthogonalize
 
 SHAPES = dict(c_attn=(48, 16), c_fc=(64, 16), c_proj=(16, 64), experts=(3, 24, 16), wte=(40, 16), norm=(16,))
@@ -214,21 +215,32 @@ def go_on(saved, steps):
     return {"model": detached(params), "optimizer": optimizer.state_dict()}
 
 
+def record_batches():
+    """-> a list that grows by how many matrices each call of `orthogonalize` takes."""
+    sizes = []
+    muon.orthogonalize = lambda X, coefficients: sizes.append(len(X)) or orthogonalize(X, coefficients)
+    return sizes
+
+
 def rank_main(rank, folder, start, middle):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save([go_on(start, range(3)), go_on(middle, range(3, 6))], f"{folder}/{rank}.pt")
+    sizes = record_batches()
+    torch.save([go_on(start, range(3)), go_on(middle, range(3, 6)), sizes], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one_and_share_the_work(tmp_path, monkeypatch):
     """The same parameters and state under 1 and 2 processes; either's state goes on under the other."""
-    start = {"model": detached(parameters())}
+    monkeypatch.setattr(muon, "orthogonalize", orthogonalize)
+    start, sizes = {"model": detached(parameters())}, record_batches()
     middle = go_on(start, range(3))
     end = go_on(middle, range(3, 6))
+    whole = list(sizes)
     mp.spawn(rank_main, (str(tmp_path), start, middle), nprocs=2)
     for rank in range(2):
-        two_middle, two_end = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        two_middle, two_end, shares = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert shares == [-(-size // 2) for size in whole] and sum(shares) < sum(whole)
         for ours, theirs in ((two_middle, middle), (two_end, end), (go_on(two_middle, range(3, 6)), end)):
             assert_same(ours["model"], theirs["model"], atol=1e-6, rtol=1e-5)
             assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
