@@ -391,9 +391,10 @@ class PostTraining(Pretraining):
 
 
 def pick_batch(tokens, row):
-    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens of one row per process.
+    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens of one row per process, or of a
+    micro-batch where --micro_batch is given.
 
-    A power of two of rows, so that micro-batches divide it: BATCH tokens, or as many as make ENOUGH to twice ENOUGH steps per
+    A power of two of these, so that micro-batches divide it: BATCH tokens, or as many as make ENOUGH to twice ENOUGH steps per
     epoch; at least one.
     """
     rows = max(min(BATCH, tokens // ENOUGH) // row, 1)
@@ -456,7 +457,8 @@ def prepare(cfg, explicit, resume):
     task = PostTraining(cfg, model_cfg, explicit, state, model)
     if cfg.total_batch_size is None:  # a run that goes on keeps what it began with
         world_size = (launched() or {"world_size": 1})["world_size"]
-        cfg.total_batch_size = pick_batch(task.corpus.tokens["train"], model_cfg.block_size * world_size)
+        row = model_cfg.block_size * world_size * (1 if cfg.micro_batch == "auto" else cfg.micro_batch)
+        cfg.total_batch_size = pick_batch(task.corpus.tokens["train"], row)
     return model_cfg, task
 
 

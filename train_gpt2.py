@@ -728,7 +728,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     stream.prefetch(batch_size(step, cfg))
     with StopSignals(run.say, processes) as stop:
         while True:
-            last = step == cfg.steps
+            last = step >= cfg.steps  # beyond: resumed as a shorter run
             # ---- save, in the background; not after skipped steps: the checkpoints from before may be better
             save_due = save_due or (cfg.save_every and step % cfg.save_every == 0)
             if save_due and first < step < cfg.steps and not consecutive_skips:

@@ -126,7 +126,7 @@ def messages_of(body):
     plain = []
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
-            check_keys(message, {"role", "content"}, "messages")
+            check_keys(message, {"role", "content", "name"}, "messages")  # the template has no place for names
             content, role = message.get("content"), message.get("role")
             if isinstance(content, list):
                 texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]

@@ -146,6 +146,8 @@ def test_little_data_is_learned_without_a_flag_and_a_run_that_goes_on_keeps_its_
     again = cut(tmp_path / "whole", tmp_path / "again", 30)
     posttrain.main([*words, "--run_name", "again"])
     assert_same_runs(again, tmp_path / "whole")
+    posttrain.main([*words, "--run_name", "micro", "--checkpoint", str(base()), "--data", str(chat_file), "--micro_batch", "12", "--max_steps", "1"])
+    assert checkpoint.read(newest(tmp_path / "micro"))["train_config"]["total_batch_size"] == 12 * 32
     few = write_lines(tmp_path / "few.jsonl", chats(20))
     posttrain.main([*words, "--run_name", "again", "--data", str(few), "--max_steps", "60"])
     assert checkpoint.read(newest(again))["train_config"]["total_batch_size"] == 128

@@ -815,6 +815,14 @@ def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data,
     assert tokens == pytest.approx([256, 256, 256, 256, 512, 512], rel=1e-5)
 
 
+def test_a_run_resumed_beyond_its_length_ends(data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path)]
+    train_gpt2.main([*flags, "--run_name", "long", "--save_every", "4"])
+    train_gpt2.main([*flags, "--run_name", "short", "--resume", str(tmp_path / "long" / "ckpt_00004.pt"), "--max_steps", "3"])
+    state = torch.load(tmp_path / "short" / "ckpt_00004.pt", weights_only=True)
+    assert state["finished"] and state["step"] == 4
+
+
 def test_minutes_set_the_length(data, tmp_path):
     flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
     folder = tmp_path / "short"

@@ -142,7 +142,7 @@ def test_a_message_that_is_refused_costs_the_page_none_of_its_conversation(chatt
     (dict(messages=[3]), "messages", "without a role"),
     (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages", "only parts of type text"),
     *((dict(messages=[{"role": "user", "content": "x", **more}]), "messages", says) for more, says in (
-        ({"name": "bob"}, "name is not supported within messages"), ({"tool_calls": [{}]}, "tool_calls is not"),
+        ({"audio": {"id": "a"}}, "audio is not supported within messages"), ({"tool_calls": [{}]}, "tool_calls is not"),
         ({"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}, "cache_control is not"))),
     (dict(stream=True, stream_options={"frobnicate": 1}), "stream_options", "frobnicate is not supported within stream_options"),
     (dict(messages=[{"role": "assistant", "content": "x"}]), "messages", "out of order"),
@@ -161,7 +161,7 @@ def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says
          response_format={"type": "text"}),
     dict(temperature=None, top_p=None, stop=None, seed=None, max_tokens=None, stream=None, n=None),
     dict(temperature=0, seed=-1, top_p=0.5, stop=[]),
-    dict(messages=[{"role": "developer", "content": "Be brief.", "refusal": None, "tool_calls": []},
+    dict(messages=[{"role": "developer", "content": "Be brief.", "name": "bob", "refusal": None, "tool_calls": []},
                    {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}])])
 def test_what_asks_for_nothing_special_is_taken(fields, server):
     status, answer, _ = ask(server[0], body={**chat(), **fields})
