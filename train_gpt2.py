@@ -41,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint, huggingface, rope
+from lib.attention import attention
 from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, check_run, describe, plan, steps_left, steps_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
@@ -287,13 +288,10 @@ class CausalSelfAttention(nn.Module):
         q, k = self.rotary(self.q_norm(q), positions), self.rotary(self.k_norm(k), positions)
         v_first = v if v_first is None else v_first                                     # those of the first layer
         v = self.mix_values(v, v_first)
-        q, k, v, mask = *(part.transpose(1, 2) for part in (q, k, v)), None             # (B, H, T, D), nothing is moved
-        if kv_cache is not None:
-            k, v, mask = kv_cache.update(self, k, v)                                    # (B, H, positions seen, D)
         # SDPA drops out whenever it is told to, also in evaluation
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v_first
+        attend = attention if kv_cache is None else partial(kv_cache.attend, self)
+        return self.c_proj(attend(q, k, v, dropout=dropout).reshape(B, T, C)), v_first  # from (B, T, H, D)
 
 
 class MLP(nn.Module):

@@ -17,12 +17,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lib.attention import FlashFirst, MaskedFirst, attention, flash_fits
 from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast, cast, to_host
 from lib.moe import is_capturable
 from lib.tokenizers import END
 
-SPAN = 128  # a decoding step looks at a multiple of so many positions: few shapes, so that few CUDA graphs are captured
+SPAN = 128  # a decoding step by masks looks at a multiple of so many positions: few shapes, so that few CUDA graphs are captured
 
 
 class NonFinite(BadInput):
@@ -52,45 +53,54 @@ class KVCache:
     """Keys and values of `rows` texts, room for `length` tokens each, so that a new token costs one position, not all (Pope et al.
     2022, https://arxiv.org/abs/2211.05102, section 2).
 
-    Before a forward pass, `at` says which rows it continues and where. Layers ask for what they need: `update`, `previous`.
+    Before a forward pass, `at` says which rows it continues and where. Layers ask for what they need: `attend`, `previous`.
     """
 
     def __init__(self, rows, length):
         self.rows, self.length = rows, length
-        self.tensors, self.last = {}, {}                                                # by layer: (B, H, length, D); (B, C)
+        self.tensors, self.last = {}, {}                                                # by layer: (B, length, H, D); (B, C)
 
-    def at(self, rows, positions, ends, mask=None):
+    def at(self, rows, positions, ends, seen=None):
         """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come. ends: int64 (n,), the column of each row's last one.
-        mask: (n, 1, T, span), 0 or -inf, what the tokens see of the cache, of its first n rows; None: they begin a text, and see each
-        other alone."""
-        self.order, self.positions, self.ends, self.mask = rows, positions, ends, mask
+        seen: how one token per row attends to the cache's first n rows, as lib/attention.py has it; None: they begin a text, and
+        see each other alone."""
+        self.order, self.positions, self.ends, self.seen = rows, positions, ends, seen
         return self
 
-    def update(self, layer, k, v):
-        """A layer's keys and values of new tokens, (n, H, T, D) -> those to attend to, (n, H, span, D), and the mask."""
+    def attend(self, layer, q, k, v, dropout=0.0):
+        """A layer's attention, of new tokens to those kept and to themselves, (n, T, H, D) each. Nothing is dropped out."""
         k, v = cast(k), cast(v)  # as attention does
         if layer not in self.tensors:
-            self.tensors[layer] = tuple(new.new_zeros(self.rows, new.size(1), self.length, new.size(3)) for new in (k, v))
+            self.tensors[layer] = tuple(new.new_zeros(self.rows, self.length, *new.shape[2:]) for new in (k, v))
         for kept, new in zip(self.tensors[layer], (k, v)):
-            kept[self.order[:, None], :, self.positions] = new.transpose(1, 2)
-        if self.mask is not None:
-            k, v = (kept[:len(k), :, :self.mask.size(-1)] for kept in self.tensors[layer])
-        return k, v, self.mask
+            kept[self.order[:, None], self.positions] = new
+        if self.seen is None:
+            return attention(q, k, v)
+        return self.seen(q, *(kept[:len(q)] for kept in self.tensors[layer]))
 
     def previous(self, layer, x):
         """What stands before each of the new tokens x (n, T, C) of a layer: (n, T, C), zeros before the first token of a text."""
         if layer not in self.last:
             self.last[layer] = x.new_zeros(self.rows, x.size(2))
-        before = torch.zeros_like(x[:, :1]) if self.mask is None else self.last[layer][self.order, None]
+        before = torch.zeros_like(x[:, :1]) if self.seen is None else self.last[layer][self.order, None]
         self.last[layer][self.order] = x[torch.arange(len(x), device=x.device), self.ends]
         return torch.cat((before, x[:, :-1]), dim=1)
 
 
-def cast_weights(model):
+class BiasApart(nn.Linear):
+    """Adds its bias to the product: the compiler turns a product of one row into sums that fuse with what surrounds them, if it is
+    nothing but a product."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + self.bias
+
+
+def cast_weights(model, bias_apart=False):
     """The model for decoding: a copy that shares all parameters but those of matmuls, which are cast once to the autocast dtype.
 
     Autocast would cast them in every step, which reads twice and writes half of what the step itself has to read. The logits are
-    the same, bit for bit: norms and embeddings stay as they are. Without autocast, the model itself.
+    the same, bit for bit: norms and embeddings stay as they are. Without autocast, the model itself. bias_apart: see BiasApart; then the
+    logits differ in rounding.
     """
     if not torch.is_autocast_enabled(next(model.parameters()).device.type):
         return model
@@ -99,6 +109,8 @@ def cast_weights(model):
         for name, p in module.named_parameters(recurse=False):
             if type(module) is nn.Linear or p.dim() > 2:  # a subclass has a dtype of its own, as a router of experts has
                 setattr(module, name, nn.Parameter(cast(p.detach()), requires_grad=False))
+        if bias_apart and type(module) is nn.Linear and module.bias is not None:
+            module.__class__ = BiasApart
     return model
 
 
@@ -114,13 +126,15 @@ class Decoder:
 
     def __init__(self, model, rows, length, graphs=False, compile=False):
         device = next(model.parameters()).device
-        self.model, self.length = cast_weights(model), min(length, model.config.block_size)
+        self.model, self.length = cast_weights(model, bias_apart=compile and rows == 1), min(length, model.config.block_size)
         self.cache = KVCache(rows, -(-self.length // SPAN) * SPAN)
         self.lengths = [0] * rows                                                       # of the texts, known without asking the GPU
         self.every = torch.arange(rows, device=device)
-        self.slots = torch.arange(self.cache.length, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
-        self.compiled = torch.compile(self._step, dynamic=False) if compile else None
+        self.flash = flash_fits(device, model.config.n_embd // model.config.n_head)
+        # products of one row become sums that read the weights at full speed only if they are tuned
+        tuning = {"coordinate_descent_tuning": True} if rows == 1 and device.type == "cuda" else None
+        self.compiled = torch.compile(self._step, dynamic=False, options=tuning) if compile else None
         graphs = graphs and device.type == "cuda" and is_capturable(self.model, device)
         self.graphs = {} if graphs else None                                            # (rows, span) -> (graph, its logits)
 
@@ -151,7 +165,8 @@ class Decoder:
         """
         n = len(tokens)
         self.token[:n].copy_(tokens)
-        span = self.cache.length if self.compiled else -(-min(max(self.lengths[:n]) + 1, self.length) // SPAN) * SPAN
+        span = -(-min(max(self.lengths[:n]) + 1, self.length) // SPAN) * SPAN
+        span = self.cache.length if self.compiled or self.flash else span
         # what is captured or compiled is so for powers of two
         rows = min(1 << (n - 1).bit_length(), self.cache.rows) if self.compiled or self.graphs is not None else n
         with any_shape():
@@ -180,9 +195,8 @@ class Decoder:
     def _step(self, rows, span):
         """The step's computation: reads and advances `position`, reads `token`; all its shapes follow from rows and span."""
         every, token, position = self.every[:rows], self.token[:rows], self.position[:rows]
-        seen = self.slots[:span] <= position[:, None]                                   # (rows, span)
-        mask = cast(torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf))
-        cache = self.cache.at(every, position[:, None], torch.zeros_like(every), mask[:, None, None])
+        seen = (FlashFirst if self.flash else MaskedFirst)(position + 1, span)
+        cache = self.cache.at(every, position[:, None], torch.zeros_like(every), seen)
         logits = self.model(token[:, None], kv_cache=cache, logits_at=(slice(None), -1)).float()
         position.add_(1).clamp_(max=self.length - 1)
         return logits

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.attention import attention
 from lib.devices import to_device
 from lib.mixture import Stream
 
@@ -33,9 +34,9 @@ class Packed:
         batch of 524,288 tokens would take half a gigabyte."""
         return (self.numbers[:, None, :, None] == self.numbers[:, None, None, :]).tril()
 
-    def update(self, layer, k, v):
-        """A layer's keys and values, as they are, and what each position sees of them."""
-        return k, v, self.mask
+    def attend(self, layer, q, k, v, dropout=0.0):
+        """A layer's attention, (B, T, H, D) each."""
+        return attention(q, k, v, self.mask, dropout)
 
     def previous(self, layer, x):
         """What stands before each position of x (B, T, C): zeros where a text begins."""

@@ -6,8 +6,10 @@ import pytest
 import torch
 from helpers import sentences, tiny
 
+import lib.attention
+import lib.decoding
 from lib.cli import BadInput, check
-from lib.decoding import Decoder, NonFinite, SampleConfig, Text, cast_weights, draw, generate, sample
+from lib.decoding import BiasApart, Decoder, NonFinite, SampleConfig, Text, cast_weights, draw, generate, sample
 from lib.moe import is_capturable
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT
@@ -21,9 +23,23 @@ def greedy(logits):
     return logits.argmax(dim=-1)
 
 
+def plain_varlen(q, k, v, starts_q, starts_k, max_q, max_k):
+    """What torch's varlen_attn, which needs a GPU, is documented to do: q (queries, H, D), k and v (keys, H, D)."""
+    out = torch.full_like(q, torch.nan)
+    for i in range(len(starts_q) - 1):
+        queries, keys = (slice(*starts[i:i + 2].tolist()) for starts in (starts_q, starts_k))
+        assert queries.stop - queries.start <= max_q and keys.stop - keys.start <= max_k
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * q.size(-1) ** -0.5
+        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v[keys])
+    return out
+
+
+@pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("toggles", TOGGLES)
-def test_cached_logits_are_those_of_the_whole_text(toggles):
+def test_cached_logits_are_those_of_the_whole_text(toggles, flash, monkeypatch):
     """Texts of different lengths side by side, each as if alone; past the window (16 tokens), with its newest half at position 0."""
+    monkeypatch.setattr(lib.decoding, "flash_fits", lambda device, head_dim: flash)
+    monkeypatch.setattr(lib.attention, "varlen_attn", plain_varlen if flash else None)
     torch.manual_seed(0)
     model, seen = GPT(tiny(init="xavier", **toggles)).eval(), []
     for p in model.parameters():  # some start at 0
@@ -87,6 +103,9 @@ def test_weights_cast_once_give_the_logits_of_autocast(toggles):
         assert torch.equal(light(idx), model(idx))
         assert light.lm_head.weight.dtype == torch.bfloat16 and light.transformer.wte.weight is model.transformer.wte.weight
         logits = Decoder(model, 2, 16).fill([0, 1], idx.tolist())
+        apart = cast_weights(model, bias_apart=True)
+        torch.testing.assert_close(apart(idx), model(idx), rtol=0, atol=0.02)
+        assert {type(m) for m in apart.modules() if isinstance(m, torch.nn.Linear) and m.bias is not None} <= {BiasApart}
     assert logits.dtype == torch.float32 and model.lm_head.weight is model.transformer.wte.weight
     assert cast_weights(model) is model
 
@@ -105,6 +124,24 @@ def test_graphs_are_captured_of_experts_only_where_grouped_mm_does_not_wait(capa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     models = GPT(tiny()), GPT(tiny(n_experts=4)), GPT(tiny(n_experts=4)).bfloat16()
     assert [is_capturable(model, None) for model in models] == [True, False, in_bf16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_flash_attention_of_a_step_gives_what_a_mask_gives(compile, monkeypatch):
+    torch.manual_seed(0)
+    model, prompts = GPT(tiny(block_size=256, n_embd=128, n_head=2, init="xavier")).eval().cuda(), [[1] * 200, [2, 3], [4] * 250]
+    with torch.autocast("cuda", torch.bfloat16):
+        decoders = [Decoder(model, n, 400, graphs=True, compile=compile) for n in (3, 1)]
+        monkeypatch.setattr(lib.decoding, "flash_fits", lambda device, head_dim: False)
+        decoders.append(Decoder(model, 3, 400))
+        assert [decoder.flash for decoder in decoders] == [True, True, False]
+        for decoder in decoders:
+            decoder.fill(range(decoder.cache.rows), prompts[:decoder.cache.rows])
+        for token in range(3):
+            logits = [decoder.step(torch.arange(decoder.cache.rows, device="cuda") + token) for decoder in decoders]
+            torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=0.05)
+            torch.testing.assert_close(logits[1], logits[2][:1], rtol=0, atol=0.05)
 
 
 @pytest.mark.gpu
