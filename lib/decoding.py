@@ -119,9 +119,9 @@ class Decoder:
 
     `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain) or to the
     first ones; `move` has a text go on in another row. The caller sets eval mode and autocast, for making it, too.
-    graphs: on cuda, capture the step as a CUDA graph, once per SPAN positions and power of two of rows: a step is hundreds of small
-    kernels, whose launches take longer than they do; not of experts where lib/moe.py's `is_capturable` says no. compile: also have
-    torch.compile fuse them, which takes time before the first step.
+    graphs: on cuda, capture the step as a CUDA graph, once per power of two of rows, and per SPAN positions where it attends by a
+    mask: a step is hundreds of small kernels, whose launches take longer than they do; not of experts where lib/moe.py's `is_capturable`
+    says no. compile: also have torch.compile fuse them, which takes time before the first step.
     """
 
     def __init__(self, model, rows, length, graphs=False, compile=False):
@@ -131,12 +131,13 @@ class Decoder:
         self.lengths = [0] * rows                                                       # of the texts, known without asking the GPU
         self.every = torch.arange(rows, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
-        self.flash = flash_fits(device, model.config.n_embd // model.config.n_head)
         # products of one row become sums that read the weights at full speed only if they are tuned
         tuning = {"coordinate_descent_tuning": True} if rows == 1 and device.type == "cuda" else None
         self.compiled = torch.compile(self._step, dynamic=False, options=tuning) if compile else None
         graphs = graphs and device.type == "cuda" and is_capturable(self.model, device)
         self.graphs = {} if graphs else None                                            # (rows, span) -> (graph, its logits)
+        # launched one by one, what flash attention needs takes longer than what it saves
+        self.flash = bool(graphs or compile) and flash_fits(device, model.config.n_embd // model.config.n_head)
 
     @torch.no_grad()
     def fill(self, rows, prompts):
