@@ -193,7 +193,12 @@ def save(messages, path):
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
         with open(path, "xb") as file:
-            file.write(line.encode("utf-8", "replace"))
+            try:
+                file.write(line.encode("utf-8", "replace"))
+                file.flush()
+            except OSError:  # no half a file
+                Path(path).unlink(missing_ok=True)
+                raise
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot write {path} ({getattr(error, 'strerror', None) or error}): name another file") from error
     say(f"{len(messages)} messages saved to {path}")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -52,6 +53,19 @@ def test_a_conversation_in_the_terminal(chatty, tmp_path):
     want = ["/quit", "nothing to save", "5 messages saved", "a new conversation", "cannot write said.jsonl (File exists): name another", "temperature 0.5", "takes a number",
             "must be", "unknown command"]
     assert len(notes) == len(want) and all(says in note for note, says in zip(notes, want))
+
+
+def test_what_does_not_fit_on_the_disk_is_not_saved_in_part(tmp_path):
+    said = [{"role": "user", "content": CAT}, {"role": "assistant", "content": ON_THE_MAT}]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(BadInput, match="cannot write .*: name another file"):
+            chat.save(said, tmp_path / "said.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    chat.save(said, tmp_path / "said.jsonl")
 
 
 def test_one_answer_is_the_greedy_continuation_of_the_template(chatty, tokenizer, launch):

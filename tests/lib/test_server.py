@@ -108,21 +108,30 @@ def test_a_connection_is_kept_and_the_page_is_served(server):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_a_message_that_is_refused_costs_the_page_none_of_its_conversation(chatty, tokenizer, tmp_path, monkeypatch):
+def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_when_begun_anew(chatty, tokenizer, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text(f"""{PAGE.read_text()}
-<script>(async () => {{ for (const text of ["the cat", "the dog", "x".repeat(500), "the bird"]) await send(text); }})()</script>""")
+<script>(async () => {{
+  for (const text of ["the cat", "the dog", "x".repeat(500), "the bird"]) await send(text);
+  send("the cat"), $("reset").click();
+  $("input").value = "the dog", $("form").requestSubmit();  // at once
+  while (under_way) await new Promise(wake => setTimeout(wake, 50));
+  await send("the bird");
+}})()</script>""")
     monkeypatch.setattr(lib.server, "PAGE", page)
+
+    def conversation(*turns):
+        said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate([*turns, "the bird"])]
+        return render(said, tokenizer, reply=True)[0]
+
     with started(chatty[0]) as (port, _, _, replies):
         browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--remote-debugging-port=0"]
         with subprocess.Popen([*browser, f"http://127.0.0.1:{port}"], stderr=subprocess.DEVNULL) as process:
             try:
-                until(lambda: len(replies) == 3)
+                until(lambda: replies and replies[-1].request.ids == conversation(*CHATS[1]))
             finally:
                 process.terminate()
-    turns = [content for turn in CHATS[:2] for content in turn]
-    said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate([*turns, "the bird"])]
-    assert replies[2].request.ids == render(said, tokenizer, reply=True)[0]
+    assert replies[2].request.ids == conversation(*CHATS[0], *CHATS[1])
 
 
 @pytest.mark.parametrize("fields, param, says", [
