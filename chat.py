@@ -196,7 +196,7 @@ def save(messages, path):
             try:
                 file.write(line.encode("utf-8", "replace"))
                 file.flush()
-            except OSError:  # no half a file
+            except OSError:  # leave no partial file
                 Path(path).unlink(missing_ok=True)
                 raise
     except (OSError, ValueError) as error:

@@ -11,34 +11,36 @@ from lib.devices import cast
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """q: (B, T, H, D). k, v: (B, S, H, D). mask: what each query sees, bool or added to the scores, broadcasts to (B, H, T, S); None:
-    the tokens before it and itself."""
+    """q: (B, T, H, D). k, v: (B, S, H, D). mask: what each query sees, bool or added to the scores, broadcasts to (B, H, T, S); None, with
+    S = T: itself and the tokens before it."""
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # nothing is moved
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None).transpose(1, 2)
 
 
 class MaskedFirst:
-    """Attention of one query per text, (n, 1, H, D), to the first `counts`, int64 (n,), of each text's `span` kept tokens or more."""
+    """Attention of one query per text, (n, 1, H, D), to the first `counts`, int64 (n,), of its kept tokens, none above `span`."""
 
     def __init__(self, counts, span):
         seen = torch.arange(span, device=counts.device) < counts[:, None]               # (n, span)
-        self.span, self.mask = span, cast(torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf))[:, None, None]
+        mask = cast(torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf))
+        self.span, self.mask = span, mask[:, None, None]
 
     def __call__(self, q, keys, values):
         return attention(q, keys[:, :self.span], values[:, :self.span], self.mask)
 
 
 class FlashFirst:
-    """The same by flash attention, which reads no more of the `span` kept tokens than count: see `flash_fits`.
+    """The same by flash attention, which reads no more of the cache than counts: see `flash_fits`. span: the cache's whole length.
 
-    It wants keys without gaps between texts: what does not count becomes a text of its own, which nobody asks.
+    It takes texts without gaps between them, so the unused rest of each row is a text of its own, without queries.
     """
 
     def __init__(self, counts, span):
         texts = torch.arange(len(counts), device=counts.device)
         starts = torch.stack((texts * span, texts * span + counts), dim=1).flatten()    # of a text, of the rest behind it
         self.starts = F.pad(starts, (0, 1), value=len(counts) * span).int()             # (2n + 1,)
-        self.queries = ((torch.arange(len(self.starts), device=counts.device) + 1) // 2).int()  # before each: 0, 1, 1, 2, 2, ...
+        # how many queries come before each: 0, 1, 1, 2, 2, ...
+        self.queries = ((torch.arange(len(self.starts), device=counts.device) + 1) // 2).int()
         self.span = span
 
     def __call__(self, q, keys, values):
@@ -47,6 +49,6 @@ class FlashFirst:
 
 
 def flash_fits(device, head_dim):
-    """Whether FlashFirst runs: a GPU since Ampere, under autocast, and a size of heads that its kernels know."""
+    """Whether FlashFirst runs: a GPU since Ampere, a torch built for it, under autocast, and a head size its kernels support."""
     return (device.type == "cuda" and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
-            and head_dim % 8 == 0 and head_dim <= 256)
+            and torch.backends.cuda.is_flash_attention_available() and head_dim % 8 == 0 and head_dim <= 256)

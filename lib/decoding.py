@@ -23,7 +23,7 @@ from lib.devices import any_shape, autocast, cast, to_host
 from lib.moe import is_capturable
 from lib.tokenizers import END
 
-SPAN = 128  # a decoding step by masks looks at a multiple of so many positions: few shapes, so that few CUDA graphs are captured
+SPAN = 128  # a masked decoding step attends to a multiple of so many positions: few shapes, so that few CUDA graphs are captured
 
 
 class NonFinite(BadInput):
@@ -88,8 +88,7 @@ class KVCache:
 
 
 class BiasApart(nn.Linear):
-    """Adds its bias to the product: the compiler turns a product of one row into sums that fuse with what surrounds them, if it is
-    nothing but a product."""
+    """Adds its bias apart: inductor takes apart a bare product of one row, as Decoder has it do, not one with a bias."""
 
     def forward(self, x):
         return F.linear(x, self.weight) + self.bias
@@ -131,7 +130,7 @@ class Decoder:
         self.lengths = [0] * rows                                                       # of the texts, known without asking the GPU
         self.every = torch.arange(rows, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
-        # products of one row become sums that read the weights at full speed only if they are tuned
+        # with it, inductor turns products of one row into sums that fuse with their neighbors, and tunes them
         tuning = {"coordinate_descent_tuning": True} if rows == 1 and device.type == "cuda" else None
         self.compiled = torch.compile(self._step, dynamic=False, options=tuning) if compile else None
         graphs = graphs and device.type == "cuda" and is_capturable(self.model, device)

@@ -38,7 +38,9 @@ def plain_varlen(q, k, v, starts_q, starts_k, max_q, max_k):
 @pytest.mark.parametrize("toggles", TOGGLES)
 def test_cached_logits_are_those_of_the_whole_text(toggles, flash, monkeypatch):
     """Texts of different lengths side by side, each as if alone; past the window (16 tokens), with its newest half at position 0."""
-    monkeypatch.setattr(lib.attention, "varlen_attn", plain_varlen if flash else None)
+    monkeypatch.setattr(*((lib.attention, "varlen_attn", plain_varlen) if flash else (lib.decoding, "FlashFirst", None)))
+    if flash:
+        monkeypatch.setattr(lib.decoding, "MaskedFirst", None)
     torch.manual_seed(0)
     model, seen = GPT(tiny(init="xavier", **toggles)).eval(), []
     for p in model.parameters():  # some start at 0
@@ -135,7 +137,7 @@ def test_flash_attention_of_a_step_gives_what_a_mask_gives(compile, monkeypatch)
     with torch.autocast("cuda", torch.bfloat16):
         decoders = [Decoder(model, n, 400, graphs=True, compile=compile) for n in (3, 1)]
         monkeypatch.setattr(lib.decoding, "flash_fits", lambda device, head_dim: False)
-        decoders.append(Decoder(model, 3, 400))
+        decoders.append(Decoder(model, 3, 400, graphs=True))
         assert [decoder.flash for decoder in decoders] == [True, True, False]
         for decoder in decoders:
             decoder.fill(range(decoder.cache.rows), prompts[:decoder.cache.rows])
