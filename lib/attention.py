@@ -11,14 +11,15 @@ from lib.devices import cast
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """q: (B, T, H, D). k, v: (B, S, H, D). mask: what each query sees, bool or added to the scores, broadcasts to (B, H, T, S); None, with
-    S = T: itself and the tokens before it."""
+    """q: (B, T, H, D). k, v: (B, S, H, D). mask: what each query sees, bool or added to the scores, broadcasts to (B, H, T, S);
+    None, with S = T: itself and the tokens before it."""
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # nothing is moved
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None).transpose(1, 2)
 
 
 class MaskedFirst:
-    """Attention of one query per text, (n, 1, H, D), to the first `counts`, int64 (n,), of its kept tokens, none above `span`."""
+    """Attention of one query per text, (n, 1, H, D), to the first `counts`, int64 (n,), of its kept tokens,
+    none above `span`."""
 
     def __init__(self, counts, span):
         seen = torch.arange(span, device=counts.device) < counts[:, None]               # (n, span)
@@ -30,7 +31,8 @@ class MaskedFirst:
 
 
 class FlashFirst:
-    """The same by flash attention, which reads no more of the cache than counts: see `flash_fits`. span: the cache's whole length.
+    """The same by flash attention, which reads no more of the cache than counts: see `flash_fits`.
+    span: the cache's whole length.
 
     It takes texts without gaps between them, so the unused rest of each row is a text of its own, without queries.
     """
@@ -49,6 +51,7 @@ class FlashFirst:
 
 
 def flash_fits(device, head_dim):
-    """Whether FlashFirst runs: a GPU since Ampere, a torch built for it, under autocast, and a head size its kernels support."""
+    """Whether FlashFirst runs: a GPU since Ampere, a torch built for it, under autocast,
+    and a head size its kernels support."""
     return (device.type == "cuda" and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
             and torch.backends.cuda.is_flash_attention_available() and head_dim % 8 == 0 and head_dim <= 256)

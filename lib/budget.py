@@ -1,8 +1,9 @@
 """How long a run is: steps, tokens, epochs, FLOPs, hours, dollars.
 
-Tokens per parameter count all parameters, embeddings included, as Hoffmann et al. 2022 do (Chinchilla, https://arxiv.org/abs/2203.15556,
-appendix F), whose rule of thumb is 20. Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, section 1.3) leave embeddings out, which is
-much of why the two disagree (Pearce & Song 2024, https://arxiv.org/abs/2406.12907). Tied matrices count once.
+Tokens per parameter count all parameters, embeddings included, as Hoffmann et al. 2022 do (Chinchilla,
+https://arxiv.org/abs/2203.15556, appendix F), whose rule of thumb is 20. Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361,
+section 1.3) leave embeddings out, which is much of why the two disagree (Pearce & Song 2024, https://arxiv.org/abs/2406.12907).
+Tied matrices count once.
 """
 
 import torch
@@ -21,8 +22,9 @@ MANY_EPOCHS = 4
 
 
 def batch_size(step, cfg):
-    """Tokens of update `step`: half of --total_batch_size within the first --batch_warmup tokens. Small steps learn more per token at
-    first, and the batch from which on they do not grows with training (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162)."""
+    """Tokens of update `step`: half of --total_batch_size within the first --batch_warmup tokens. Small steps learn more per
+    token at first, and the batch from which on they do not grows with training (McCandlish et al. 2018,
+    https://arxiv.org/abs/1812.06162)."""
     return cfg.total_batch_size // 2 if step < _halved(cfg) else cfg.total_batch_size
 
 
@@ -43,8 +45,9 @@ def steps_in(tokens, cfg):
 
 
 def steps_of(cfg, train_tokens, parameters):
-    """Optimizer steps of a run: --max_steps, or --tokens_per_param for each of so many parameters (None: not known), or --epochs passes over
-    so many tokens; with --minutes UNMEASURED, until StepTimer has fitted it. Raises BadInput if there is not one."""
+    """Optimizer steps of a run: --max_steps, or --tokens_per_param for each of so many parameters (None: not known), or
+    --epochs passes over so many tokens; with --minutes UNMEASURED, until StepTimer has fitted it. Raises BadInput if
+    there is not one."""
     if cfg.minutes:
         return UNMEASURED
     ratio = cfg.tokens_per_param
@@ -53,16 +56,18 @@ def steps_of(cfg, train_tokens, parameters):
     tokens = ratio * parameters if ratio else cfg.epochs * train_tokens
     steps = cfg.max_steps or steps_in(min(tokens, MOST_STEPS * cfg.total_batch_size), cfg)
     if not 0 < steps < MOST_STEPS:
-        what = f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else f"{cfg.epochs:g} epochs of {train_tokens:,} tokens"
+        what = (f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else
+                f"{cfg.epochs:g} epochs of {train_tokens:,} tokens")
         many, first, second = ("too many", "lower", "raise") if steps else ("no", "raise", "lower")
-        raise BadInput(f"{what} are {many} steps of {cfg.total_batch_size:,}: {first} --{'tokens_per_param' if ratio else 'epochs'} or "
-                       f"{second} --total_batch_size")
+        raise BadInput(f"{what} are {many} steps of {cfg.total_batch_size:,}: "
+                       f"{first} --{'tokens_per_param' if ratio else 'epochs'} or {second} --total_batch_size")
     return steps
 
 
 def steps_left(cfg, explicit, resume):
     """The steps that the run of a Resume was to have; None without one, or if a flag now given sets another length."""
-    lengths, same = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit, ("minutes", "total_batch_size", "batch_warmup")
+    lengths = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit
+    same = ("minutes", "total_batch_size", "batch_warmup")
     fitted = resume and cfg.minutes and all(getattr(cfg, name) == resume.state["train_config"].get(name, 0) for name in same)
     return resume.state["max_steps"] if resume and (fitted or not lengths) else None
 
@@ -75,18 +80,20 @@ def hours_and_dollars(seconds, price_per_hour):
 
 
 def plan(cfg, models, measured):
-    """The table of --plan: what RATIOS of tokens per parameter, and --tokens_per_param, take, for models by name (on the meta device).
+    """The table of --plan: what RATIOS of tokens per parameter, and --tokens_per_param, take,
+    for models by name (on the meta device).
 
-    measured: the name of the model of which --tok_per_sec was measured. Its hours follow from that, the others' from the same FLOP/s;
-    without a measurement there are none. Where it is as large as another, as a preset of a --size is, it has that one's rows.
+    measured: the name of the model of which --tok_per_sec was measured. Its hours follow from that, the others' from the same
+    FLOP/s; without a measurement there are none. Where it is as large as another, as a preset of a --size is, it has
+    that one's rows.
     """
     size = {name: (model.parameter_counts(), model.flops_per_token()) for name, model in models.items()}
     if same := next((name for name in models if name != measured and size[name] == size[measured]), None):
         models, measured = {name: model for name, model in models.items() if name != measured}, same
     speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
     head = f"steps of {cfg.total_batch_size:,}"
-    lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); Kaplan et al. 2020 leave "
-             f"embeddings out; a vocabulary of {models[measured].config.vocab_size:,}",
+    lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); "
+             f"Kaplan et al. 2020 leave embeddings out; a vocabulary of {models[measured].config.vocab_size:,}",
              f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} {head:>17} {'FLOPs':>9}"
              + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
     for name, model in models.items():
@@ -100,7 +107,8 @@ def plan(cfg, models, measured):
                 line += f" {f'{mark}{hours:,.1f}':>10}"
                 line += f" {f'{mark}{hours * cfg.price_per_hour:,.2f}':>12}" if cfg.price_per_hour else ""
             lines.append(line)
-    given = f"hours at the {cfg.tok_per_sec or 0:,.0f} tok/s given for {measured}; ~: another size, at the same FLOP/s, not measured"
+    given = (f"hours at the {cfg.tok_per_sec or 0:,.0f} tok/s given for {measured}; "
+             "~: another size, at the same FLOP/s, not measured")
     needed = ("hours need a measurement: --tok_per_sec of this --preset and --size, as every line of a run shows it, and "
               "--price_per_hour for dollars")
     return "\n".join([*lines, given if speed else needed])
@@ -125,19 +133,22 @@ def check_run(cfg, c, explicit, world_size):
          f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = batch_size(0, cfg), c.block_size
     halves, at_first = (2, ", which --batch_warmup halves,") if cfg.total_batch_size > B else (1, "")
-    need(world_size <= B // T, f"--total_batch_size {cfg.total_batch_size}{at_first} is {B // T} sequences of --block_size {T}, fewer than "
+    need(world_size <= B // T,
+         f"--total_batch_size {cfg.total_batch_size}{at_first} is {B // T} sequences of --block_size {T}, fewer than "
          f"{world_size} processes: raise it, or lower --nproc_per_node")
     fitting = -(-B // (T * world_size)) * T * world_size * halves
     need(B * halves == cfg.total_batch_size and B % (T * world_size) == 0,
-         f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple of {f'{halves} x ' * (halves - 1)}--block_size {T} x "
-         f"{world_size} processes; {fitting} is")
+         f"--total_batch_size {cfg.total_batch_size}{at_first} must be a multiple of {f'{halves} x ' * (halves - 1)}"
+         f"--block_size {T} x {world_size} processes; {fitting} is")
     rows = B // T // world_size
-    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0, f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per "
-         f"process and step (--total_batch_size {B} / --block_size {T} / {world_size} processes)")
+    need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0,
+         f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per process and step "
+         f"(--total_batch_size {B} / --block_size {T} / {world_size} processes)")
 
 
 def check_memory(tensors, device):
-    """Raises BadInput if `device` has not the memory for tensors like these: a model's weights, gradients and optimizer state."""
+    """Raises BadInput if `device` has not the memory for tensors like these: a model's weights,
+    gradients and optimizer state."""
     needed, there = sum(t.numel() * t.element_size() for t in tensors), memory_bytes(device)
     if there and needed > there:
         raise BadInput(f"this model's weights, gradients and optimizer state need {needed / 1e9:,.0f} GB, and there are "
@@ -145,7 +156,8 @@ def check_memory(tensors, device):
 
 
 class StepTimer:
-    """Fits cfg.steps, the length of the run, to --minutes of training steps; without --minutes, leaves it. timed: tokens, their seconds."""
+    """Fits cfg.steps, the length of the run, to --minutes of training steps; without --minutes, leaves it.
+    timed: tokens, their seconds."""
 
     def __init__(self, cfg, timed):
         self.cfg, self.timed = cfg, tuple(timed)
@@ -169,18 +181,18 @@ def warnings(cfg, corpus):
     """What speaks against a run of cfg.steps: lines."""
     stage, (epochs, name), lines = cfg.curriculum_steps or 0, corpus.most_repeated(tokens_of(cfg.steps, cfg)), []
     if stage > cfg.steps:
-        lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: the run ends "
-                     "within the curriculum; shorten it, or give more minutes")
+        lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: "
+                     "the run ends within the curriculum; shorten it, or give more minutes")
     if epochs > MANY_EPOCHS:
-        lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, beyond which repeated text teaches less and less: get "
-                     "more text, or train less on this")
+        lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, "
+                     "beyond which repeated text teaches less and less: get more text, or train less on this")
     return lines
 
 
 def describe(cfg, model, corpus, processes):
     """What is about to happen, in a few lines."""
-    counts, c, device, halved = model.parameter_counts(), model.config, processes.device, _halved(cfg)
-    rows, tokens, flops = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), model.flops_per_token()
+    counts, flops, c, device = model.parameter_counts(), model.flops_per_token(), model.config, processes.device
+    rows, tokens, halved = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), _halved(cfg)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     active = f", {counts['active']:,} of them active per token" if counts["active"] < counts["total"] else ""
     epochs, repeated = corpus.most_repeated(tokens)
@@ -188,12 +200,14 @@ def describe(cfg, model, corpus, processes):
               f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
               f"{tokens / counts['total']:,.4g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     return "\n".join([
-        f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, {c.n_layer} layers of {counts['layer']:,}; "
-        f"vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; {flops / 1e6:,.1f} MFLOPs per token",
+        f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, "
+        f"{c.n_layer} layers of {counts['layer']:,}; vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; "
+        f"{flops / 1e6:,.1f} MFLOPs per token",
         *corpus.describe(cfg, c.block_size),
         f"length  {length}",
         *([] if cfg.minutes else warnings(cfg, corpus)),  # RunFolder tells those once its length stands
         f"batch   {cfg.sequences} sequences x {c.block_size} tokens x {rows // cfg.sequences} accumulation steps x "
-        f"{processes.world_size} processes" + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),
+        f"{processes.world_size} processes"
+        + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),
         f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
     ])

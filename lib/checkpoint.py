@@ -62,7 +62,8 @@ def read(path):
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+            if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
+                    or sum(r.file_size for r in records) > os.path.getsize(path)):
                 raise ValueError("compressed or overlapping records")  # torch.save makes none, and they could be of any size
             if damaged := archive.testzip():
                 raise ValueError(f"checksum of {damaged}")
@@ -70,7 +71,8 @@ def read(path):
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
         if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_complex() or t.is_quantized for t in tensors(state)):
-            raise TypeError("a tensor without data, sparse, complex or quantized")  # torch.load makes them, a model fails on them
+            # torch.load makes them, a model fails on them
+            raise TypeError("a tensor without data, sparse, complex or quantized")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILE:
@@ -91,7 +93,8 @@ def newest(folder, warn):
         except Torn as error:
             warn(f"skipped: {error}")
     if candidates:
-        raise BadInput(f"none of the checkpoints in {folder} is whole: move them away to begin anew there, or give another --run_name")
+        raise BadInput(f"none of the checkpoints in {folder} is whole: move them away to begin anew there, "
+                       "or give another --run_name")
     return None
 
 
@@ -101,8 +104,8 @@ def write(path, state):
     try:
         replace(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise BadInput(f"cannot save {path} ({type(error).__name__}: {str(error)[:80]}): free some disk space, or see to the disk; "
-                       "the checkpoints before it stay") from error
+        raise BadInput(f"cannot save {path} ({type(error).__name__}: {str(error)[:80]}): free some disk space, "
+                       "or see to the disk; the checkpoints before it stay") from error
 
 
 def tensors(state):

@@ -37,11 +37,12 @@ class RankError(BadInput):
 
 
 def flag(default, help, short=None, **bounds):
-    """A dataclass field that `parse` turns into the flag --<name of the field>; without a help text (None), a setting without a flag.
+    """A dataclass field that `parse` turns into the flag --<name of the field>;
+    without a help text (None), a setting without a flag.
 
     short: a letter, for the same flag as -<letter>.
-    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any integer
-    below 2**63.
+    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any
+    integer below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     return dataclasses.field(default=default, metadata={"help": help, "short": short, "bounds": bounds})
@@ -63,7 +64,8 @@ def _run(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # an odd character must not end a run on a console without UTF-8
+        # an odd character must not end a run on a console without UTF-8
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     script = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])
@@ -115,10 +117,12 @@ def launched():
     if missing := [name for name in names if name not in found]:
         raise BadInput(f"{', '.join(found)} set in the environment, {', '.join(missing)} not: {remedy}")
     numbers = {name: os.environ.get(name, default) for name, default in (
-        ("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", None), ("LOCAL_WORLD_SIZE", found["WORLD_SIZE"]), ("MASTER_PORT", None))}
+        ("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", None),
+        ("LOCAL_WORLD_SIZE", found["WORLD_SIZE"]), ("MASTER_PORT", None))}
     sane = all(re.fullmatch(r"[0-9]{1,6}", number) for number in numbers.values())
     rank, world_size, local_rank, local_world_size, port = map(int, numbers.values()) if sane else (0,) * 5
-    if not (sane and rank < world_size and local_rank < local_world_size <= world_size and 0 < port < 2**16 and found["MASTER_ADDR"]):
+    if not (sane and rank < world_size and local_rank < local_world_size <= world_size
+            and 0 < port < 2**16 and found["MASTER_ADDR"]):
         told = ", ".join(f"{name}={value}" for name, value in (found | numbers).items())
         raise BadInput(f"the environment does not describe a process of several ({told}): {remedy}")
     return {"rank": rank, "world_size": world_size, "local_rank": local_rank, "local_world_size": local_world_size}
@@ -156,7 +160,8 @@ def _check(field, value, hint):
         bounds = field.metadata["bounds"]
         if isinstance(value, int) and value >= 2**63 and not {"below", "at_most"} & bounds.keys():
             bounds = bounds | {"below": 2**63}  # beyond it, tensors and TensorBoard overflow
-        if not (abs(value) <= sys.float_info.max and all(BOUNDS[kind](value, bound) for kind, bound in bounds.items())):  # nan fails, too
+        if not (abs(value) <= sys.float_info.max  # nan fails, too
+                and all(BOUNDS[kind](value, bound) for kind, bound in bounds.items())):
             raise BadInput(f"{name} must be {_range(bounds) or 'finite'}, not {_short(value)}")
 
 
@@ -203,7 +208,8 @@ def parse(classes, argv, doc=None, presets=None, command=None):
     flag overrides in turn. Fields without help are not flags and keep their defaults.
 
     Returns (list of instances, set of the names given on the command line).
-    Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type, outside the choices or the bounds.
+    Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type,
+    outside the choices or the bounds.
     """
     overrides = {}
     if presets:
@@ -238,7 +244,8 @@ def parse(classes, argv, doc=None, presets=None, command=None):
 
 
 def subcommand(argv, commands, doc):
-    """The function that the first word names, of `commands`, {name: function}, and the flags behind it. Raises BadInput if none."""
+    """The function that the first word names, of `commands`, {name: function}, and the flags behind it.
+    Raises BadInput if none."""
     word, *flags = argv or [""]
     if word in ("-h", "--help"):
         print(doc)

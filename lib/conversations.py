@@ -7,8 +7,8 @@
     prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:" around a prompt is taken off
     text            {"text": ...}; a .txt is one text
 
-A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py, or a text,
-a str.
+A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py,
+or a text, a str.
 """
 
 import hashlib
@@ -103,7 +103,8 @@ def find_files(words):
     for file in files:
         open_file(file, "name another one").close()
         if not file.endswith(ENDINGS):
-            raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, or folders of them or of token shards")
+            raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, "
+                           "or folders of them or of token shards")
     return files
 
 
@@ -137,7 +138,8 @@ def read(path, strict=False):
     if odd and not layout:
         raise BadInput(f"{odd} (known are {KNOWN}): rename its columns")
     if not examples:
-        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): see what is in it, or name another")
+        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): "
+                       "see what is in it, or name another")
     line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
     if problems:
         line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (len(problems) > SHOWN)
@@ -173,7 +175,8 @@ def _whole(path, remedy):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("[") and not str(error).startswith("Extra data"):  # else lines, of which the first is a list
+        if (text.lstrip().startswith("[")
+                and not str(error).startswith("Extra data")):  # else lines, of which the first is a list
             raise BadInput(f"{path} is not whole ({str(error)[:60]}): {remedy}") from error
         return None
 
@@ -209,8 +212,8 @@ def truncate(messages, tokenizer, room):
 
 def hold_out(examples, share, seed):
     """Examples -> (those for training, those for validation), at least one of the conversations and of the texts: by a hash of
-    content and seed, so that equal ones are on one side. Of texts too few to spare one, the end of each. Raises BadInput if nothing
-    is left for training."""
+    content and seed, so that equal ones are on one side. Of texts too few to spare one, the end of each. Raises BadInput if
+    nothing is left for training."""
     if not share:
         return examples, []
     train, val = [], []
@@ -233,6 +236,6 @@ def _by_hash(examples, share, seed):
     if not train and len(set(marks)) > 1:
         raise BadInput(f"--val_share {share} of {len(examples):,} rows leaves none to learn from: give a smaller one")
     if not train:
-        raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: give more, --val_data, or "
-                       "--val_share 0")
+        raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: "
+                       "give more, --val_data, or --val_share 0")
     return train, [example for example, mark in zip(examples, marks) if mark <= limit]

@@ -1,7 +1,8 @@
-"""The loss of a language model's head without its logits: matrix product and cross-entropy together, a chunk of tokens at a time.
+"""The loss of a language model's head without its logits: matrix product and cross-entropy together,
+a chunk of tokens at a time.
 
-Logits are the largest tensor of a small model: 65,536 tokens times 50,304 ids are 6.6 GB in bf16, 13 GB in fp32, and autograd keeps
-them. Here a chunk's logits turn into its gradients at once, and are gone.
+Logits are the largest tensor of a small model: 65,536 tokens times 50,304 ids are 6.6 GB in bf16, 13 GB in fp32, and autograd
+keeps them. Here a chunk's logits turn into its gradients at once, and are gone.
 """
 
 import torch
@@ -11,7 +12,8 @@ from lib.devices import cast
 
 CHUNK = 8_192       # tokens whose logits exist at a time; the compiler may keep those of several chunks
 CPU_CHUNK = 256     # the same on a CPU: passes over the logits of so many stay in its cache ...
-CPU_VOCAB = 16_384  # ... up to so many ids; with more, adding every chunk to the whole weight's gradient costs more than that saves
+CPU_VOCAB = 16_384  # ... up to so many ids; with more, adding every chunk to the whole weight's gradient
+                    # costs more than that saves
 FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
@@ -50,10 +52,12 @@ def _slope(capped, cap):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the loss by the logits, (softmax(logits) - one_hot(target)) * counted, waits for nothing: compute it right away.
+    """The gradient of the loss by the logits, (softmax(logits) - one_hot(target)) * counted, waits for nothing:
+    compute it right away.
 
-    With e = exp(logits - the target's logit) and its sum s over the vocabulary, the loss is log(s) and softmax(logits) is e / s. Such an e
-    needs no maximum first, and the division moves to the other, narrow factor of both products: one pass over the logits does it all.
+    With e = exp(logits - the target's logit) and its sum s over the vocabulary, the loss is log(s) and softmax(logits) is
+    e / s. Such an e needs no maximum first, and the division moves to the other, narrow factor of both products: one pass over
+    the logits does it all.
     """
 
     @staticmethod
@@ -69,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlogits = d.to(x.dtype).scatter(1, target, d_target.to(x.dtype))            # times s / counted
             counted_c = counted_c / s
             dx.append((dlogits @ weight) * counted_c)
-            dweight += dlogits.T @ (x_c * counted_c).to(x.dtype)                          # in fp32: each chunk adds to all of it
+            dweight += dlogits.T @ (x_c * counted_c).to(x.dtype)                        # in fp32: each chunk adds to all of it
         ctx.save_for_backward(torch.cat(dx).to(x.dtype), dweight)
         return loss
 

@@ -23,7 +23,8 @@ from lib.devices import any_shape, autocast, cast, to_host
 from lib.moe import is_capturable
 from lib.tokenizers import END
 
-SPAN = 128  # a masked decoding step attends to a multiple of so many positions: few shapes, so that few CUDA graphs are captured
+# a masked decoding step attends to a multiple of so many positions: few shapes, so that few CUDA graphs are captured
+SPAN = 128
 
 
 class NonFinite(BadInput):
@@ -40,7 +41,8 @@ class SampleConfig:
     max_new_tokens: int = flag(32, "tokens per text, beyond the prompt", at_least=1, at_most=1_000_000)
     temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token", at_least=0, at_most=100)
     top_k: int = flag(50, "sample from the k likeliest tokens; 0: from all", at_least=0)
-    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability; 1: from all", above=0, at_most=1)
+    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability; 1: from all",
+                        above=0, at_most=1)
     stop: tuple[str, ...] | None = flag(None, "strings that end a text and are not part of it")
     seed: int = flag(42, "seed of the samples", at_least=0, below=2**63)
 
@@ -50,8 +52,8 @@ class SampleConfig:
 
 
 class KVCache:
-    """Keys and values of `rows` texts, room for `length` tokens each, so that a new token costs one position, not all (Pope et al.
-    2022, https://arxiv.org/abs/2211.05102, section 2).
+    """Keys and values of `rows` texts, room for `length` tokens each, so that a new token costs one position, not all (Pope
+    et al. 2022, https://arxiv.org/abs/2211.05102, section 2).
 
     Before a forward pass, `at` says which rows it continues and where. Layers ask for what they need: `attend`, `previous`.
     """
@@ -61,9 +63,9 @@ class KVCache:
         self.tensors, self.last = {}, {}                                                # by layer: (B, length, H, D); (B, C)
 
     def at(self, rows, positions, ends, seen=None):
-        """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come. ends: int64 (n,), the column of each row's last one.
-        seen: how one token per row attends to the cache's first n rows, as lib/attention.py has it; None: they begin a text, and
-        see each other alone."""
+        """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come. ends: int64 (n,), the column of each row's
+        last one. seen: how one token per row attends to the cache's first n rows, as lib/attention.py has it; None: they begin
+        a text, and see each other alone."""
         self.order, self.positions, self.ends, self.seen = rows, positions, ends, seen
         return self
 
@@ -79,7 +81,8 @@ class KVCache:
         return self.seen(q, *(kept[:len(q)] for kept in self.tensors[layer]))
 
     def previous(self, layer, x):
-        """What stands before each of the new tokens x (n, T, C) of a layer: (n, T, C), zeros before the first token of a text."""
+        """What stands before each of the new tokens x (n, T, C) of a layer: (n, T, C),
+        zeros before the first token of a text."""
         if layer not in self.last:
             self.last[layer] = x.new_zeros(self.rows, x.size(2))
         before = torch.zeros_like(x[:, :1]) if self.seen is None else self.last[layer][self.order, None]
@@ -95,11 +98,12 @@ class BiasApart(nn.Linear):
 
 
 def cast_weights(model, bias_apart=False):
-    """The model for decoding: a copy that shares all parameters but those of matmuls, which are cast once to the autocast dtype.
+    """The model for decoding: a copy that shares all parameters but those of matmuls,
+    which are cast once to the autocast dtype.
 
-    Autocast would cast them in every step, which reads twice and writes half of what the step itself has to read. The logits are
-    the same, bit for bit: norms and embeddings stay as they are. Without autocast, the model itself. bias_apart: see BiasApart; then the
-    logits differ in rounding.
+    Autocast would cast them in every step, which reads twice and writes half of what the step itself has to read. The logits
+    are the same, bit for bit: norms and embeddings stay as they are. Without autocast, the model itself. bias_apart: see
+    BiasApart; then the logits differ in rounding.
     """
     if not torch.is_autocast_enabled(next(model.parameters()).device.type):
         return model
@@ -116,18 +120,18 @@ def cast_weights(model, bias_apart=False):
 class Decoder:
     """A model that continues `rows` texts side by side, each of its own length, up to `length` tokens or the model's window.
 
-    `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain) or to the
-    first ones; `move` has a text go on in another row. The caller sets eval mode and autocast, for making it, too.
-    graphs: on cuda, capture the step as a CUDA graph, once per power of two of rows, and per SPAN positions where it attends by a
-    mask: a step is hundreds of small kernels, whose launches take longer than they do; not of experts where lib/moe.py's `is_capturable`
-    says no. compile: also have torch.compile fuse them, which takes time before the first step.
+    `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a text takes part, in vain)
+    or to the first ones; `move` has a text go on in another row. The caller sets eval mode and autocast, for making it, too.
+    graphs: on cuda, capture the step as a CUDA graph, once per power of two of rows, and per SPAN positions where it attends by
+    a mask: a step is hundreds of small kernels, whose launches take longer than they do; not of experts where lib/moe.py's
+    `is_capturable` says no. compile: also have torch.compile fuse them, which takes time before the first step.
     """
 
     def __init__(self, model, rows, length, graphs=False, compile=False):
         device = next(model.parameters()).device
         self.model, self.length = cast_weights(model, bias_apart=compile and rows == 1), min(length, model.config.block_size)
         self.cache = KVCache(rows, -(-self.length // SPAN) * SPAN)
-        self.lengths = [0] * rows                                                       # of the texts, known without asking the GPU
+        self.lengths = [0] * rows  # of the texts, known without asking the GPU
         self.every = torch.arange(rows, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
         # with it, inductor turns products of one row into sums that fuse with their neighbors, and tunes them
@@ -143,7 +147,7 @@ class Decoder:
         """Begin texts anew in `rows` (list of n int) with `prompts`, lists of 1 to `length` ids -> the logits behind them, fp32
         (n, vocab_size)."""
         lengths = torch.tensor([len(ids) for ids in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)        # padded on the right, where nobody looks
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # padded on the right, where nobody looks
         for row, ids in zip(tokens, prompts, strict=True):
             row[:len(ids)] = torch.tensor(ids)
         device = self.token.device
@@ -160,8 +164,8 @@ class Decoder:
     def step(self, tokens):
         """One more token per row, int64 (rows,) -> the logits behind them, fp32 (rows, vocab_size), valid until the next step.
 
-        Fewer tokens, int64 (n,): the first n rows alone, where no other holds a text. A text that is `full` has no place for another
-        token: begin it anew by `fill`.
+        Fewer tokens, int64 (n,): the first n rows alone, where no other holds a text. A text that is `full` has no place for
+        another token: begin it anew by `fill`.
         """
         n = len(tokens)
         self.token[:n].copy_(tokens)
@@ -183,7 +187,8 @@ class Decoder:
     @torch.no_grad()
     def move(self, row, to):
         """Have the text in `row` go on in row `to`, whose own is lost."""
-        for tensor in (self.position, *self.cache.last.values(), *(kept for pair in self.cache.tensors.values() for kept in pair)):
+        for tensor in (self.position, *self.cache.last.values(),
+                       *(kept for pair in self.cache.tensors.values() for kept in pair)):
             tensor[to] = tensor[row]
         self.lengths[to] = self.lengths[row]
 
@@ -221,9 +226,10 @@ class Decoder:
 def draw(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """Logits, fp32 (B, n) -> indices sampled from softmax(logits / temperature), int64 (B,).
 
-    Of the top_k likeliest (0: all), and of these the likeliest that together have probability top_p (nucleus sampling, Holtzman et
-    al. 2020, https://arxiv.org/abs/1904.09751). temperature and top_p: numbers, or (B, 1) with one per row. Drawn by the largest of
-    logits + temperature x Gumbel noise, which at temperature 0 is the largest logit. Any index where logits are not finite.
+    Of the top_k likeliest (0: all), and of these the likeliest that together have probability top_p (nucleus sampling, Holtzman
+    et al. 2020, https://arxiv.org/abs/1904.09751). temperature and top_p: numbers, or (B, 1) with one per row. Drawn by the
+    largest of logits + temperature x Gumbel noise, which at temperature 0 is the largest logit. Any index where logits
+    are not finite.
     """
     if isinstance(temperature, (int, float)) and temperature == 0:
         return logits.argmax(dim=-1)
@@ -231,7 +237,8 @@ def draw(logits, temperature, top_k=0, top_p=1.0, generator=None):
     if top_k or nucleus:
         logits, choices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # sorted
     if nucleus:
-        numbers = isinstance(temperature, (int, float))  # a number stays one: copied to a GPU, it would wait for the step under way
+        # a number stays one: copied to a GPU, it would wait for the step under way
+        numbers = isinstance(temperature, (int, float))
         heat = max(temperature, 1e-6) if numbers else temperature.clamp(min=1e-6)      # dividing by less overflows
         probs = F.softmax((logits - logits[:, :1]) / heat, dim=-1)
         logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -torch.inf)  # those before it suffice
@@ -246,11 +253,12 @@ def draw(logits, temperature, top_k=0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def generate(decoder, prompts, max_new_tokens, choose):
-    """Continue `prompts`, as many lists of token ids as the decoder has rows: yields each step's tokens, a list of int per step.
+    """Continue `prompts`, as many lists of token ids as the decoder has rows: yields each step's tokens,
+    a list of int per step.
 
     choose: logits, fp32 (rows, vocab_size) -> the next tokens, int64 (rows,). A token of -1: its row's logits were not finite.
-    Of a prompt longer than the window the newest part counts. When a text fills the window, its oldest half is dropped and the rest
-    begins anew at position 0: a pass over half a window, once per half a window of tokens.
+    Of a prompt longer than the window the newest part counts. When a text fills the window, its oldest half is dropped and the
+    rest begins anew at position 0: a pass over half a window, once per half a window of tokens.
     On a GPU, step n runs while the caller looks at token n, so one step more is computed than is asked for.
     """
     texts = [list(ids) for ids in prompts]
@@ -270,8 +278,8 @@ def generate(decoder, prompts, max_new_tokens, choose):
 
 
 class Text:
-    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text and the end of a turn), one of the strings
-    `stop`, or `limit` tokens.
+    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text and the end of a turn), one of the
+    strings `stop`, or `limit` tokens.
 
     text: what has come so far, without what ended it. ended: None, "stop", or "length".
     """
@@ -313,8 +321,8 @@ def sample(model, tokenizer, prompts, cfg, show=lambda piece: None, **how):
 
 
 def continuations(model, tokenizer, ids, cfg, show=lambda piece: None, **how):
-    """What follows each of the lists of ids, as a list of str. Seeded; leaves all other random state alone. Of several processes each
-    generates the same texts, in the same number of forward passes. Raises NonFinite."""
+    """What follows each of the lists of ids, as a list of str. Seeded; leaves all other random state alone. Of several
+    processes each generates the same texts, in the same number of forward passes. Raises NonFinite."""
     training, device = model.training, next(model.parameters()).device
     texts = [Text(tokenizer, cfg.max_new_tokens, cfg.stop or ()) for _ in ids]
     choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,

@@ -45,7 +45,8 @@ def autocast(device):
 
 
 def any_shape():
-    """For attention whose shapes change from call to call: not by cuDNN, which takes hundredths of a second to prepare for each."""
+    """For attention whose shapes change from call to call: not by cuDNN, which takes hundredths of a second
+    to prepare for each."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
@@ -65,8 +66,8 @@ def to_device(array, device):
 
 
 def to_host(tensor):
-    """Begin to copy a tensor to the CPU -> a function that waits for the copy, not for what the GPU was given afterwards, and returns
-    it as nested lists."""
+    """Begin to copy a tensor to the CPU -> a function that waits for the copy, not for what the GPU was given afterwards, and
+    returns it as nested lists."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     copied, host = torch.cuda.Event(), tensor.to("cpu", non_blocking=True)  # into pinned memory
@@ -111,11 +112,13 @@ def parallel(model, processes):
     # buffers are constant tables, or what LoadBalancer keeps equal; torch 2.13 renamed the option that leaves them alone
     names = inspect.signature(DDP).parameters
     buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    return DDP(model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None, gradient_as_bucket_view=True, **buffers)
+    return DDP(model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+               gradient_as_bucket_view=True, **buffers)
 
 
 def gradient_sync(model, last):
-    """Context of a forward and backward pass: gradients are exchanged with the last micro-batch only; DDP decides that in forward."""
+    """Context of a forward and backward pass: gradients are exchanged with the last micro-batch only;
+    DDP decides that in forward."""
     return contextlib.nullcontext() if last or not isinstance(model, DDP) else model.no_sync()
 
 
@@ -147,7 +150,8 @@ class Processes:
             try:
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # an unknown name would be looked up again for half an hour
                 store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world_size)
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                        store=store, rank=self.rank, world_size=self.world_size)
             except (RuntimeError, ValueError, OSError) as error:
                 raise RankError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                                 f"({str(error).splitlines()[0][:100]}): start with torchrun") from error
@@ -187,7 +191,8 @@ def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx:
     """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process and step).
 
     auto on cuda: run more and more sequences forward and backward until a tenth of the memory and room for tensors like those
-    `reserved`, the optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the compiled one, so the choice is safe.
+    `reserved`, the optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the
+    compiled one, so the choice is safe.
     auto elsewhere: up to 8 sequences. packed: ids -> what else the model gets, a tuple: masks take memory, too.
     """
     if asked != "auto":

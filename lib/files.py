@@ -63,7 +63,8 @@ def read_json(path, remedy):
 
 
 def read_rows(path, remedy, check=lambda row: row):
-    """A list of what `check` makes of each line of a jsonl file. Raises BadInput naming the line: not JSON, or a ValueError of `check`."""
+    """A list of what `check` makes of each line of a jsonl file. Raises BadInput naming the line:
+    not JSON, or a ValueError of `check`."""
     rows = []
     with open_file(path, remedy) as file:  # split at newlines alone: JSON may hold what str.splitlines splits at
         for line in file:
@@ -75,7 +76,8 @@ def read_rows(path, remedy, check=lambda row: row):
 
 
 def replace(path, write):
-    """Call `write` with a binary file, so that `path` holds either what it held before or all that was written, flushed to the disk."""
+    """Call `write` with a binary file, so that `path` holds either what it held before or all that was written,
+    flushed to the disk."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     try:
@@ -146,7 +148,8 @@ def check_room(folder, needed, what, remedy):
 
 @contextlib.contextmanager
 def locked(folder, remedy):
-    """Hold the lock of a folder; it goes with the process, however that ends. Raises BadInput, ending in `remedy`, if another holds it."""
+    """Hold the lock of a folder; it goes with the process, however that ends. Raises BadInput, ending in `remedy`,
+    if another holds it."""
     handle = None
     try:
         import fcntl  # not on Windows

@@ -36,7 +36,8 @@ class File(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A dataset at one commit: `shards`, dict split -> its Files in order of names; `beside`, dict name -> File, of their folder."""
+    """A dataset at one commit: `shards`, dict split -> its Files in order of names;
+    `beside`, dict name -> File, of their folder."""
     id: str
     commit: str
     shards: dict
@@ -80,25 +81,28 @@ def demand_whole_answers():
     def fetch_whole(self, start, end):
         data, size = fetch(self, start, end), min(end, self.size) - start
         if len(data) != size:
-            raise asyncio.TimeoutError(f"{len(data):,} bytes came of {size:,}")  # one of the errors that `datasets` tries again after
+            # one of the errors that `datasets` tries again after
+            raise asyncio.TimeoutError(f"{len(data):,} bytes came of {size:,}")
         return data
 
     HfFileSystemFile._fetch_range = fetch_whole
 
 
 def explain(error, name, remedy=f"{AGAIN}, or name another dataset"):
-    """The BadInput for an error of the client: it does not exist, may not be read, cannot be reached; or the error's first words."""
+    """The BadInput for an error of the client: it does not exist, may not be read, cannot be reached;
+    or the error's first words."""
     from huggingface_hub import errors
 
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, errors.GatedRepoError):
         return BadInput(f"the dataset {name} is gated: ask for access on its page and set HF_TOKEN, or name another")
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)) or status_of(error) == 401:  # not logged in
+    if (isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError))
+            or status_of(error) == 401):  # not logged in
         return BadInput(f"the hub has no dataset {name}, or it is private: check the name, or set HF_TOKEN; it is not a local "
                         "file or folder")
     if isinstance(error, ConnectionError):
-        return BadInput(f"cannot reach the dataset {name} ({cause}): it is not a local file or folder, so check the name and the "
-                        "network, or give local files")
+        return BadInput(f"cannot reach the dataset {name} ({cause}): it is not a local file or folder, so check the name "
+                        "and the network, or give local files")
     return BadInput(f"cannot read the dataset {name} ({cause}): {remedy}")
 
 
@@ -129,8 +133,8 @@ def find_dataset(name, pattern, commit=None):
     for split in ("train", "val"):
         if not shards[split]:
             others = ", ".join(file.path for file in files[:3]) or "nothing"
-            raise BadInput(f"{where} holds no {split} shards, files that end in _{split}_<index>.npy or .bin (it holds {others}, ...): "
-                           "name another, or tokenize its text with --source")
+            raise BadInput(f"{where} holds no {split} shards, files that end in _{split}_<index>.npy or .bin "
+                           f"(it holds {others}, ...): name another, or tokenize its text with --source")
     if twins := next(((a.path, b.path) for a, b in zip(found, found[1:]) if a.name == b.name), None):
         raise BadInput(f"{where} holds {' and '.join(twins)}: choose one folder, as in "
                        f"{name}:{posixpath.dirname(twins[0]) or posixpath.dirname(twins[1])}")

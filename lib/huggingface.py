@@ -1,4 +1,5 @@
-"""Hugging Face: our models as transformers' classes compute them, written and read as its folders; its hub without a network."""
+"""Hugging Face: our models as transformers' classes compute them, written and read as its folders;
+its hub without a network."""
 
 import dataclasses
 import http.client
@@ -18,17 +19,19 @@ from lib.files import check_room, make_folder, replace, write_json
 from lib.tokenizers import END, EOT
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which class computes which of our models. Parameters go by module: ours -> theirs, several where we have fused them into one matrix
+# Which class computes which of our models. Parameters go by module: ours -> theirs,
+# several where we have fused them into one matrix
 
 ACTIVATIONS = {"gelu": "gelu_new", "relu2": "relu2", "swiglu": "silu"}
-FREE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias", "tie_embeddings", "dropout", "init",
-        "n_active", "expert_width", "router_z_loss"}
+FREE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias", "tie_embeddings", "dropout",
+        "init", "n_active", "expert_width", "router_z_loss"}
 
 
 class Family(NamedTuple):
-    """A class of transformers. fits: the values of GPTConfig's fields that it computes, where not the default alone; the fields in FREE
-    may have any. config: (GPTConfig, hidden units of the MLP or an expert) -> its configuration. modules: GPTConfig -> {ours: theirs}, by
-    layer; where ours is a single tensor, theirs is one. fields: a configuration of its -> those of GPTConfig that only this one says."""
+    """A class of transformers. fits: the values of GPTConfig's fields that it computes, where not the default alone; the fields
+    in FREE may have any. config: (GPTConfig, hidden units of the MLP or an expert) -> its configuration. modules:
+    GPTConfig -> {ours: theirs}, by layer; where ours is a single tensor, theirs is one. fields: a configuration of its -> those
+    of GPTConfig that only this one says."""
     fits: dict
     config: object
     modules: object
@@ -38,8 +41,8 @@ class Family(NamedTuple):
 def _gpt2(c, hidden):
     return dict(n_positions=c.block_size, n_ctx=c.block_size,  # twice: llama.cpp's converter reads the name OpenAI's file has
                 n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=hidden, activation_function=ACTIVATIONS[c.mlp],
-                layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
-                **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout))
+                layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                add_cross_attention=False, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout))
 
 
 def _gpt2_modules(c):
@@ -52,7 +55,8 @@ def _llama(**more):
     """The configuration of a class that descends from Llama. more: what is its own, values or functions of the GPTConfig."""
     def config(c, hidden):
         c = dataclasses.replace(c, expert_width=hidden)
-        return dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
+        return dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
+                    num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
                     intermediate_size=hidden, hidden_act=ACTIVATIONS[c.mlp], max_position_embeddings=c.block_size,
                     rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
                     **{key: value(c) if callable(value) else value for key, value in more.items()})
@@ -81,9 +85,11 @@ def _bias(c):
     return c.bias
 
 
-ROPE = dict(pos=("rope",), emb_norm=(False, True))  # rotary positions leave the post-embedding norm a function of the token alone
+# rotary positions leave the post-embedding norm a function of the token alone
+ROPE = dict(pos=("rope",), emb_norm=(False, True))
 EXPERTS = ROPE | dict(norm=("rmsnorm",), mlp=("swiglu",), bias=(False,), n_experts=range(2, 257))
-SORTED = {"mlp.router": ("mlp.gate",), "mlp.c_fc.weight": ("mlp.experts.gate_up_proj",), "mlp.c_proj.weight": ("mlp.experts.down_proj",)}
+SORTED = {"mlp.router": ("mlp.gate",), "mlp.c_fc.weight": ("mlp.experts.gate_up_proj",),
+          "mlp.c_proj.weight": ("mlp.experts.down_proj",)}
 RMS, TWO_MATRICES = ROPE | dict(norm=("rmsnorm",)), dict(mlp=("gelu", "relu2"))
 FAMILIES = {
     "GPT2LMHeadModel": Family(TWO_MATRICES, _gpt2, _gpt2_modules),
@@ -93,39 +99,43 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(RMS | dict(mlp=("swiglu",), qk_norm=(True,), bias=(False,)),
                                _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_sliding_window=False),
                                _llama_modules("gate_proj", "up_proj", "down_proj")),
-    "ArceeForCausalLM": Family(RMS | TWO_MATRICES, _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
+    "ArceeForCausalLM": Family(RMS | TWO_MATRICES,
+                               _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
                                _llama_modules("up_proj", "down_proj")),
     "Starcoder2ForCausalLM": Family(ROPE | TWO_MATRICES, _llama(norm_epsilon=1e-5, use_bias=_bias, sliding_window=None),
                                     _llama_modules("c_fc", "c_proj")),
     "StableLmForCausalLM": Family(ROPE | dict(mlp=("swiglu",), bias=(False,)),
-                                  _llama(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False),
+                                  _llama(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False,
+                                         use_parallel_residual=False),
                                   _llama_modules("gate_proj", "up_proj", "down_proj")),
     # Mixture of Experts: the biases by which ours picks experts, those of --balance bias, are GLM's; the others have none
     "Glm4MoeForCausalLM": Family(
         EXPERTS | dict(qk_norm=(False, True), balance=("bias", "loss"), n_shared=range(257)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_qk_norm=lambda c: c.qk_norm, first_k_dense_replace=0,
-               n_routed_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active, n_shared_experts=lambda c: c.n_shared,
-               moe_intermediate_size=lambda c: c.expert_width, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
-               num_nextn_predict_layers=0),
+        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_qk_norm=lambda c: c.qk_norm,
+               first_k_dense_replace=0, n_routed_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
+               n_shared_experts=lambda c: c.n_shared, moe_intermediate_size=lambda c: c.expert_width, n_group=1,
+               topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, num_nextn_predict_layers=0),
         _llama_modules(experts=SORTED | {"mlp.bias": ("mlp.gate.e_score_correction_bias",),
                                          "mlp.shared.c_fc": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
                                          "mlp.shared.c_proj": ("mlp.shared_experts.down_proj",)}),
-        lambda theirs: dict(n_experts=theirs.n_routed_experts, n_active=theirs.num_experts_per_tok, n_shared=theirs.n_shared_experts,
-                            expert_width=theirs.moe_intermediate_size, qk_norm=theirs.use_qk_norm)),
+        lambda theirs: dict(n_experts=theirs.n_routed_experts, n_active=theirs.num_experts_per_tok,
+                            n_shared=theirs.n_shared_experts, expert_width=theirs.moe_intermediate_size,
+                            qk_norm=theirs.use_qk_norm)),
     "MixtralForCausalLM": Family(
         EXPERTS | dict(router=("softmax",), balance=("loss",)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, num_local_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
-               sliding_window=None),
+        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, num_local_experts=lambda c: c.n_experts,
+               num_experts_per_tok=lambda c: c.n_active, sliding_window=None),
         _llama_modules(experts=SORTED),
         lambda theirs: dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok,
                             expert_width=theirs.intermediate_size)),
     "Qwen3MoeForCausalLM": Family(
         EXPERTS | dict(router=("softmax",), balance=("loss",), qk_norm=(True,)),
         _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False, use_sliding_window=False, decoder_sparse_step=1,
-               mlp_only_layers=[], norm_topk_prob=True, num_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
-               moe_intermediate_size=lambda c: c.expert_width),
+               mlp_only_layers=[], norm_topk_prob=True, num_experts=lambda c: c.n_experts,
+               num_experts_per_tok=lambda c: c.n_active, moe_intermediate_size=lambda c: c.expert_width),
         _llama_modules(experts=SORTED),
-        lambda theirs: dict(n_experts=theirs.num_experts, n_active=theirs.num_experts_per_tok, expert_width=theirs.moe_intermediate_size)),
+        lambda theirs: dict(n_experts=theirs.num_experts, n_active=theirs.num_experts_per_tok,
+                            expert_width=theirs.moe_intermediate_size)),
 }
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT2LMHeadModel's hold the transpose of a Linear's weight
 
@@ -174,8 +184,8 @@ def library():
 def convert(model, **config):
     """A GPT -> the model of transformers that computes the same, in fp32, its weights shared where they can be.
 
-    The rows that pad the vocabulary are cut off. A post-embedding norm is applied to the embedding table, which it then no longer
-    shares with the head. config: what else goes into its configuration. Raises BadInput, as find_family does.
+    The rows that pad the vocabulary are cut off. A post-embedding norm is applied to the embedding table, which it then no
+    longer shares with the head. config: what else goes into its configuration. Raises BadInput, as find_family does.
     """
     name, c, state = find_family(model.config), model.config, model.state_dict()
     family, theirs = FAMILIES[name], {}
@@ -185,10 +195,11 @@ def convert(model, **config):
         value = state[key].t() if family.config is _gpt2 and key.endswith(CONV1D) else state[key]
         theirs |= dict(zip(names, value.chunk(len(names)), strict=True))
     cls, hidden = getattr(library(), name), state["transformer.h.0.mlp.c_proj.weight"].size(-1)
-    hf = cls(cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size, tie_word_embeddings=c.tie_embeddings and not c.emb_norm,
-                              **config)).eval()
+    hf = cls(cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size,
+                              tie_word_embeddings=c.tie_embeddings and not c.emb_norm, **config)).eval()
     absent = {key: torch.zeros_like(value) for key, value in hf.state_dict().items() if key not in theirs}
-    assert all(key.endswith(".bias") or not value.numel() for key, value in absent.items()), absent.keys()  # some are never without
+    # some are never without
+    assert all(key.endswith(".bias") or not value.numel() for key, value in absent.items()), absent.keys()
     hf.load_state_dict(theirs | absent)
     return hf
 
@@ -212,8 +223,9 @@ def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
     from safetensors import SafetensorError
     from transformers import GenerationConfig
 
-    hf.generation_config = GenerationConfig(**ids | ({"eos_token_id": [tokenizer.eot, tokenizer.reserved[END]]} if chat_template else {}),
-                                            pad_token_id=tokenizer.eot, do_sample=True, temperature=1.0, top_k=50)
+    ends = {"eos_token_id": [tokenizer.eot, tokenizer.reserved[END]]} if chat_template else {}
+    hf.generation_config = GenerationConfig(**ids | ends, pad_token_id=tokenizer.eot,
+                                            do_sample=True, temperature=1.0, top_k=50)
     check_room(folder.parent, sum(p.numel() * p.element_size() for p in hf.parameters()), "the export", "free some disk space")
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name[:100]}.") as partial:
@@ -221,19 +233,21 @@ def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
             write_tokenizer(tokenizer, partial, model.config.block_size, chat_template)
             folder.mkdir(exist_ok=True)
             mode = os.stat(Path(partial, "config.json")).st_mode  # safetensors writes files that their owner alone may read
-            for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: the last
+            for path in sorted(Path(partial).iterdir(),
+                               key=lambda path: path.name == "config.json"):  # which makes it a model: the last
                 path.chmod(mode)
                 os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write {folder} ({getattr(error, 'strerror', None) or error}): free some disk space, or {remedy}") from error
+        raise BadInput(f"cannot write {folder} ({getattr(error, 'strerror', None) or error}): "
+                       f"free some disk space, or {remedy}") from error
 
 
 def write_tokenizer(tokenizer, folder, length, chat_template=None):
     """Write a Tokenizer so that transformers' gives the same ids; as here, <|endoftext|> written out in a text is plain text.
 
-    Not so with a chat template: transformers makes one string of a conversation before it looks for ids, so that control tokens count
-    wherever they stand. Its split_special_tokens=True, and in apply_chat_template sanitize_control_tokens=True, leave what was typed
-    as text.
+    Not so with a chat template: transformers makes one string of a conversation before it looks for ids, so that control tokens
+    count wherever they stand. Its split_special_tokens=True, and in apply_chat_template sanitize_control_tokens=True, leave
+    what was typed as text.
     """
     replace(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_json(chat=bool(chat_template)).encode()))
     write_json(Path(folder, "tokenizer_config.json"), {
@@ -270,17 +284,20 @@ def read(name, build):
     if family is None:
         raise BadInput(f"{name} is a {type(hf).__name__}: name one of {', '.join(FAMILIES)}")
     activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
-    bias = any(getattr(theirs, name, False) for name in ("attention_bias", "mlp_bias", "use_bias"))  # some classes always have them:
-    bias = bias or any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())  # unused, they are 0
+    # some classes always have them: unused, they are 0
+    bias = any(getattr(theirs, name, False) for name in ("attention_bias", "mlp_bias", "use_bias"))
+    bias = bias or any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())
     model = build(**{field: values[0] for field, values in family.fits.items()} | family.fields(theirs) | dict(
         mlp=next((mlp for mlp in family.fits["mlp"] if ACTIVATIONS[mlp] == activation), family.fits["mlp"][0]),
         block_size=theirs.max_position_embeddings, n_layer=theirs.num_hidden_layers, n_head=theirs.num_attention_heads,
         n_embd=theirs.hidden_size,
-        vocab_size=theirs.vocab_size, vocab_multiple=1,  # no padding: its rows would be untrained weights, and take part in the loss
+        # no padding: its rows would be untrained weights, and take part in the loss
+        vocab_size=theirs.vocab_size, vocab_multiple=1,
         tie_embeddings=theirs.tie_word_embeddings, bias=bias))
     # transformers only warns of another architecture's weights, and its variants compute something else
     want = family.config(model.config, model.transformer.h[0].mlp.c_proj.weight.size(-1))
-    odd = odd or [key for key, value in want.items() if hasattr(theirs, key) and not key.endswith("pdrop") and not _is(theirs, key, value)]
+    odd = odd or [key for key, value in want.items()
+                  if hasattr(theirs, key) and not key.endswith("pdrop") and not _is(theirs, key, value)]
     if odd:
         raise BadInput(f"{name} computes something else than this project's models: see its {', '.join(odd[:4])}")
     weights = model.state_dict()
@@ -293,7 +310,8 @@ def read(name, build):
 
 
 def _is(config, key, value):
-    """Whether a configuration of transformers has this value; None stands for what GPT-2's n_inner and rotary dimensions are by default."""
+    """Whether a configuration of transformers has this value; None stands for what GPT-2's n_inner and
+    rotary dimensions are by default."""
     found = getattr(config, key, None)
     if isinstance(value, dict):
         return all((found or {}).get(name, 1.0) == part for name, part in value.items())

@@ -36,7 +36,8 @@ class Logger:
     """
 
     def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps):
-        """work: what the first so many steps amount to, by which the time left is predicted; steps may grow, as with --batch_warmup."""
+        """work: what the first so many steps amount to, by which the time left is predicted;
+        steps may grow, as with --batch_warmup."""
         self.work = work
         from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -79,8 +80,8 @@ class Logger:
     # -- a step, an evaluation --
 
     def log_step(self, step, scalars, seconds):
-        """One training step: its scalars by tag (None: not known here; a list: a histogram's bars) to TensorBoard and, the main ones, to
-        log.txt and the console."""
+        """One training step: its scalars by tag (None: not known here; a list: a histogram's bars) to TensorBoard and, the main
+        ones, to log.txt and the console."""
         pace = seconds / (self.work(step + 1) - self.work(step))
         if step > self.first_step:
             self.recent.append(pace)
@@ -116,7 +117,8 @@ class Logger:
                 self.text(step, tag, "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
     def scalars(self, step, scalars):
-        """Numbers by tag to TensorBoard, losses and evaluations also as lines `step kind value` of log.txt; a list becomes a histogram."""
+        """Numbers by tag to TensorBoard, losses and evaluations also as lines `step kind value` of log.txt;
+        a list becomes a histogram."""
         _, summary = self.protos
         bars = {tag: value for tag, value in scalars.items() if isinstance(value, list)}
         scalars = {tag: value for tag, value in scalars.items() if value is not None and tag not in bars}
@@ -162,7 +164,8 @@ class Logger:
 def histogram(counts):
     """The fields of TensorBoard's histogram in which the bar from i - 0.5 to i + 0.5 is counts[i]."""
     return {"min": -0.5, "max": len(counts) - 0.5, "num": sum(counts), "sum": sum(i * n for i, n in enumerate(counts)),
-            "sum_squares": sum(i * i * n for i, n in enumerate(counts)), "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts}
+            "sum_squares": sum(i * i * n for i, n in enumerate(counts)),
+            "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts}
 
 
 class SpikeDetector:
@@ -176,7 +179,8 @@ class SpikeDetector:
         median = statistics.median(self.losses) if len(self.losses) >= 10 else math.inf
         if math.isfinite(loss):
             self.losses.append(loss)
-        return f"spike: loss {loss:.4f}, median before {median:.4f}" if self.threshold and loss > median + self.threshold else None
+        return (f"spike: loss {loss:.4f}, median before {median:.4f}"
+                if self.threshold and loss > median + self.threshold else None)
 
 
 class RecompileMonitor:

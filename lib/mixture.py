@@ -1,7 +1,7 @@
 """Several folders of token shards as one corpus and one stream of batches: mixed by weight, and with a curriculum before them.
 
-`Corpus` is what --data and --curriculum name, `Stream` the base of what training reads, with the next batch made ready in the background, and
-`Mixture` the stream of more than one folder.
+`Corpus` is what --data and --curriculum name, `Stream` the base of what training reads, with the next batch made ready in the
+background, and `Mixture` the stream of more than one folder.
 """
 
 import hashlib
@@ -41,10 +41,11 @@ class Source(NamedTuple):
 class Corpus:
     """The folders that --data, DIR[:WEIGHT] each, and --curriculum name; the latter stands last among `sources`.
 
-    tokens: {"train": count} of --data alone, without sources of weight 0. weights: float64 (sources,), shares of the tokens once the
-    curriculum is over, and of the sources' losses in the validation loss of the whole; without a weight given, by size. tokenizer,
-    vocab_size: as of Shards, the same in every folder. identity: what a checkpoint remembers; that of a single folder is its own.
-    needed: the splits that every folder must have. Raises BadInput, also for folders of different tokenizers, naming both.
+    tokens: {"train": count} of --data alone, without sources of weight 0. weights: float64 (sources,), shares of the tokens
+    once the curriculum is over, and of the sources' losses in the validation loss of the whole; without a weight given, by
+    size. tokenizer, vocab_size: as of Shards, the same in every folder. identity: what a checkpoint remembers; that of a single
+    folder is its own. needed: the splits that every folder must have. Raises BadInput, also for folders of different
+    tokenizers, naming both.
     """
 
     def __init__(self, cfg, needed=SPLITS):
@@ -55,10 +56,12 @@ class Corpus:
         resolved = [os.path.realpath(folder) for folder in folders]
         if twice := [folder for folder, path in zip(folders, resolved[:len(words)]) if resolved.count(path) > 1]:
             both = os.path.realpath(twice[0]) in resolved[len(words):]
-            raise BadInput(f"{twice[0]} is named " + ("by both --data and --curriculum: name another folder for one of them" if both else
-                                                      "twice by --data: name it once, with the sum of the weights"))
+            raise BadInput(f"{twice[0]} is named " + (
+                "by both --data and --curriculum: name another folder for one of them" if both else
+                "twice by --data: name it once, with the sum of the weights"))
         short = Counter([*TAKEN, *(Path(path).name for path in resolved)])
-        names = [Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_") for path in resolved]
+        names = [Path(path).name if short[Path(path).name] == 1 else path.strip(os.sep).replace(os.sep, "_")
+                 for path in resolved]
         self.sources = [Source(name, Shards(folder, needed, named_by))
                         for name, folder, named_by in zip(names, folders, ["--data"] * len(words) + ["--curriculum"])]
         if empty := [source.shards.folder for source in self.sources if not source.shards.tokens["train"]]:
@@ -95,11 +98,12 @@ class Corpus:
             if other != first:
                 text = text or load_tokenizer(first).spec
                 if load_tokenizer(other).spec != text:
-                    raise BadInput(f"{name} holds tokens of {first}, and {other_name} of {other}: their ids mean different text; make "
-                                   f"one of them anew with fineweb.py --tokenizer")
+                    raise BadInput(f"{name} holds tokens of {first}, and {other_name} of {other}: "
+                                   "their ids mean different text; make one of them anew with fineweb.py --tokenizer")
 
     def shares(self, tokens):
-        """How the batch after so many tokens of the run, int64 (n,), is shared out: float64 (n, sources), rows that add up to 1."""
+        """How the batch after so many tokens of the run, int64 (n,), is shared out:
+        float64 (n, sources), rows that add up to 1."""
         shares = np.repeat(self.weights[None], len(tokens), axis=0)
         if self.mix:
             progress = tokens / self.stage
@@ -123,23 +127,24 @@ class Corpus:
             check_shards(source.shards, tokenizer)
 
     def check_length(self, cfg):
-        """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a source of several runs dry; not for
-        one of --minutes, whose length comes later: lib/budget.py's `warnings`."""
+        """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a source of several runs dry;
+        not for one of --minutes, whose length comes later: lib/budget.py's `warnings`."""
         if cfg.minutes:
             return
         if (cfg.curriculum_steps or 0) > cfg.steps:
             raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it")
-        for source, weight, epochs in zip(self.sources, self.weights, self.epochs(tokens_of(cfg.steps, cfg))) if self.is_mixed else ():
+        passes = zip(self.sources, self.weights, self.epochs(tokens_of(cfg.steps, cfg))) if self.is_mixed else ()
+        for source, weight, epochs in passes:
             if epochs > MOST_EPOCHS:
-                raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens {epochs:,.0f} "
-                               f"times, more than {MOST_EPOCHS}; lower {'its weight' if weight else '--curriculum_steps'}, train for less, or "
-                               "give it more text")
+                raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens "
+                               f"{epochs:,.0f} times, more than {MOST_EPOCHS}; lower "
+                               f"{'its weight' if weight else '--curriculum_steps'}, train for less, or give it more text")
 
     def describe(self, cfg, block_size):
         """Lines for the start of a run of cfg.steps."""
         val = [min(cfg.val_tokens, s.shards.tokens["val"] - 1) // block_size * block_size for s in self.sources]
-        lines = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, validation on {n:,}"
-                 for s, n in zip(self.sources, val)]
+        lines = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, "
+                 f"validation on {n:,}" for s, n in zip(self.sources, val)]
         if self.is_mixed:
             lines = [f"{line}; {share:.1%} of the mixture" + ("" if cfg.minutes else f", {n:.2f} epochs")
                      for line, share, n in zip(lines, self.weights, self.epochs(tokens_of(cfg.steps, cfg)))]
@@ -149,11 +154,13 @@ class Corpus:
 
     def tags(self, prefix, values):
         """{f"{prefix}_{name}": value} for the sources of a mixture; a single source has no tags of its own."""
-        return {f"{prefix}_{source.name}": value for source, value in zip(self.sources, values, strict=True)} if self.is_mixed else {}
+        pairs = zip(self.sources, values, strict=True) if self.is_mixed else ()
+        return {f"{prefix}_{source.name}": value for source, value in pairs}
 
 
 def split_weight(word):
-    """DIR[:WEIGHT] -> (folder, weight or None). A number behind the last colon is a weight; raises BadInput for one out of bounds."""
+    """DIR[:WEIGHT] -> (folder, weight or None). A number behind the last colon is a weight;
+    raises BadInput for one out of bounds."""
     folder, colon, number = word.rpartition(":")
     if not colon or os.path.lexists(word):
         return word, None
@@ -171,8 +178,8 @@ def split_weight(word):
 def micro_batches(tokens, block_size, stride, micro_batch, processes):
     """A global batch, int64 (n,) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T) each.
 
-    A row is block_size tokens and the last target, and begins `stride` tokens behind the one before: in a stream of tokens the last target
-    is the next row's first token too, the rows of a Mixture stand apart.
+    A row is block_size tokens and the last target, and begins `stride` tokens behind the one before: in a stream of tokens the
+    last target is the next row's first token too, the rows of a Mixture stand apart.
     """
     rows = len(tokens) // stride // processes.world_size
     tokens = to_device(tokens[processes.rank * rows * stride:][:(rows - 1) * stride + block_size + 1], processes.device)
@@ -182,8 +189,8 @@ def micro_batches(tokens, block_size, stride, micro_batch, processes):
 
 
 class Stream:
-    """An endless stream of batches, read ahead in a background thread. A subclass has `read_batch`: n and a position, a tuple of what `names`
-    names -> the batch of n tokens from there on, and the position after it, item by item."""
+    """An endless stream of batches, read ahead in a background thread. A subclass has `read_batch`: n and a position, a tuple
+    of what `names` names -> the batch of n tokens from there on, and the position after it, item by item."""
 
     names = ()
 
@@ -225,21 +232,25 @@ def _frozen(value):
 
 
 class Mixture(Stream):
-    """An endless stream of batches whose rows come from several streams; the same for every process, any batch size and micro-batch.
+    """An endless stream of batches whose rows come from several streams; the same for every process,
+    any batch size and micro-batch.
 
-    A row is block_size tokens of one source and the target of the last. Row k of the run is the source's into whose share of [0, 1) the
-    point k / golden ratio mod 1 falls: an additive recurrence (Weyl 1916), whose points are spread so evenly that after n rows each source
-    had its share to within a few rows. So the state is a few integers: rows, and for each source its position and how many tokens it gave.
+    A row is block_size tokens of one source and the target of the last. Row k of the run is the source's into whose share of
+    [0, 1) the point k / golden ratio mod 1 falls: an additive recurrence (Weyl 1916), whose points are spread so evenly that
+    after n rows each source had its share to within a few rows. So the state is a few integers: rows, and for each source its
+    position and how many tokens it gave.
     """
 
     names = "rows", "tokens", "places"
 
     def __init__(self, corpus, streams, block_size, transform=None):
-        """streams: one for each of the corpus's sources, with `read_batch(n, *position)`, `state_dict` and `where` of their own.
+        """streams: one for each of the corpus's sources, with `read_batch(n, *position)`,
+        `state_dict` and `where` of their own.
 
         transform: callable run in the prefetch thread, (rows x (block_size + 1),) tokens -> what `next` returns.
         """
-        self.corpus, self.streams, self.block_size, self.transform = corpus, streams, block_size, transform or (lambda tokens: tokens)
+        self.corpus, self.streams, self.block_size = corpus, streams, block_size
+        self.transform = transform or (lambda tokens: tokens)
         self.before = 0  # tokens of the run that other data gave, or batches of another size
         super().__init__(0, (0,) * len(streams), tuple(stream.position for stream in streams))
 
@@ -247,8 +258,8 @@ class Mixture(Stream):
         self.before = self.corpus.tokens_of(step) - sum(self.position[1])  # a curriculum that is over does not come back
 
     def read_batch(self, n, rows, tokens, places):
-        """-> (n tokens from a position on, whole rows, each with its last target: int64 (n / block_size x (block_size + 1),), transformed;
-        the position after it: rows, tokens, places)."""
+        """-> (n tokens from a position on, whole rows, each with its last target: int64 (n / block_size x (block_size + 1),),
+        transformed; the position after it: rows, tokens, places)."""
         T, chosen = self.block_size, self._choose(n // self.block_size, rows, self.before + sum(tokens))
         counts = np.bincount(chosen, minlength=len(self.streams)) * T
         batch, after = np.empty((len(chosen), T + 1), dtype=np.int64), list(places)
@@ -266,8 +277,8 @@ class Mixture(Stream):
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        return "; ".join(f"{source.name} {stream.where(dict(zip(stream.names, place, strict=True)))}" for source, stream, place in
-                         zip(self.corpus.sources, self.streams, state["places"], strict=True))
+        return "; ".join(f"{source.name} {stream.where(dict(zip(stream.names, place, strict=True)))}"
+                         for source, stream, place in zip(self.corpus.sources, self.streams, state["places"], strict=True))
 
     def progress(self):
         """By tag, for TensorBoard: the tokens of each source so far, its epoch, its share of the next row."""

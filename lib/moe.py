@@ -1,8 +1,10 @@
-"""Mixture of Experts: in place of one MLP, several smaller ones, the experts, of which each token uses the few its router picks.
+"""Mixture of Experts: in place of one MLP, several smaller ones, the experts,
+of which each token uses the few its router picks.
 
-Shazeer et al. 2017, https://arxiv.org/abs/1701.06538. No token is ever dropped: tokens are sorted by expert and multiplied in groups of
-any size (MegaBlocks, Gale et al. 2022, https://arxiv.org/abs/2211.15841). A bias that picks experts keeps their loads even, without an
-auxiliary loss (Wang et al. 2024, https://arxiv.org/abs/2408.15664); the load-balance loss and the router z-loss are options.
+Shazeer et al. 2017, https://arxiv.org/abs/1701.06538. No token is ever dropped: tokens are sorted by expert and multiplied in
+groups of any size (MegaBlocks, Gale et al. 2022, https://arxiv.org/abs/2211.15841). A bias that picks experts keeps their loads
+even, without an auxiliary loss (Wang et al. 2024, https://arxiv.org/abs/2408.15664); the load-balance loss and the router
+z-loss are options.
 """
 
 from dataclasses import dataclass
@@ -17,30 +19,32 @@ import torch.nn.functional as F
 from lib.cli import BadInput, flag
 from lib.devices import cast
 
-MULTIPLE = 8          # of the widths that grouped_mm takes: rows of bf16 in whole 16 bytes
-BIAS_RATE = 1e-2      # of a bias per step; DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is for longer runs
-BALANCE_LOSS = 1e-2   # coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2)
-PATIENCE = 20         # steps in a row that an expert gets next to nothing before that is said
-STARVED = 0.01        # of an even share: next to nothing. In a step of many tokens even a collapsed router sends a few astray
+MULTIPLE = 8         # of the widths that grouped_mm takes: rows of bf16 in whole 16 bytes
+BIAS_RATE = 1e-2     # of a bias per step; DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is for longer runs
+BALANCE_LOSS = 1e-2  # coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2)
+PATIENCE = 20        # steps in a row that an expert gets next to nothing before that is said
+STARVED = 0.01       # of an even share: next to nothing. In a step of many tokens even a collapsed router sends a few astray
 
 SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
 
 @dataclass
 class ExpertConfig:
-    n_experts: int = flag(0, "experts in place of each block's MLP, a Mixture of Experts; 0: a dense MLP", at_least=0, at_most=256)
+    n_experts: int = flag(0, "experts in place of each block's MLP, a Mixture of Experts; 0: a dense MLP",
+                          at_least=0, at_most=256)
     n_active: int = flag(2, "experts per token; with 1 the router learns from --balance loss and --router_z_loss alone",
                          above=0, at_most=256)
     n_shared: int = flag(0, "experts that every token takes besides", at_least=0, at_most=256)
-    expert_width: int | None = flag(None, "hidden units per expert, a multiple of 8; unset: the active ones take the FLOPs of the dense MLP",
-                                    above=0, at_most=2**20)
+    expert_width: int | None = flag(None, "hidden units per expert, a multiple of 8; unset: the active ones take the FLOPs of "
+                                    "the dense MLP", above=0, at_most=2**20)
     router: Literal["sigmoid", "softmax"] = flag("sigmoid", "scores by which a token's experts are picked and weighted")
     balance: Literal["bias", "loss"] = flag("bias", "even load by nudging biases after each step, or by the load-balance loss")
     router_z_loss: float = flag(0.0, "coefficient of the router z-loss, 1e-3 in ST-MoE; 0: none", at_least=0, at_most=1e4)
 
 
 def expert_width(config, hidden):
-    """Hidden units per expert: --expert_width, or as many as make the active experts as wide as a dense MLP of `hidden` units."""
+    """Hidden units per expert: --expert_width, or as many as make the active experts as wide
+    as a dense MLP of `hidden` units."""
     return config.expert_width or hidden // (config.n_active + config.n_shared) // MULTIPLE * MULTIPLE
 
 
@@ -51,8 +55,8 @@ def check_experts(config, hidden):
     if config.n_active > config.n_experts:
         raise BadInput(f"--n_active {config.n_active} is above --n_experts {config.n_experts}: lower it")
     if not expert_width(config, hidden):
-        raise BadInput(f"{config.n_active + config.n_shared} active experts share {hidden} hidden units, less than {MULTIPLE} each: lower "
-                       "--n_active or --n_shared, or give --expert_width")
+        raise BadInput(f"{config.n_active + config.n_shared} active experts share {hidden} hidden units, "
+                       f"less than {MULTIPLE} each: lower --n_active or --n_shared, or give --expert_width")
     for name, width in (("expert_width", config.expert_width or 0), ("n_embd", config.n_embd)):
         if width % MULTIPLE:
             below = width // MULTIPLE * MULTIPLE
@@ -64,7 +68,8 @@ def check_experts(config, hidden):
 # Products and permutations
 
 
-# operators of our own around F.grouped_mm: torch 2.11 to 2.13 compile it for bf16 alone; and inside them, a transposed view is no copy
+# operators of our own around F.grouped_mm: torch 2.11 to 2.13 compile it for bf16 alone;
+# and inside them, a transposed view is no copy
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows x (n, in), sorted by expert, each times its expert's matrix, weight (E, out, in) -> (n, out).
@@ -90,7 +95,8 @@ grouped_linear.register_autograd(lambda ctx, grad: (*grouped_linear_backward(gra
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], whose gradient is taken back in order too. Autograd, which cannot know a permutation, would add rows with atomics."""
+    """x[order], whose gradient is taken back in order too. Autograd, which cannot know a permutation,
+    would add rows with atomics."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -150,7 +156,8 @@ class Router(nn.Linear):
 
 
 def top(scores, k):
-    """Indices of the k largest along the last dimension, as topk's, which the compiler cannot fuse and which is slow for so few."""
+    """Indices of the k largest along the last dimension, as topk's, which the compiler cannot fuse
+    and which is slow for so few."""
     if k > 8:  # so many passes take long to compile
         return scores.topk(k).indices
     places, picked = torch.arange(scores.size(-1), device=scores.device), []
@@ -168,10 +175,11 @@ class NoShared(nn.Module):
 
 
 def load_balance_loss(logits, probs, counts):
-    """E sum_e f_e P_e, summed over tokens: f the share of picks that went to expert e, P its mean probability (Switch Transformers, eq. 4).
+    """E sum_e f_e P_e, summed over tokens: f the share of picks that went to expert e,
+    P its mean probability (Switch Transformers, eq. 4).
 
-    Each sequence is a group of its own (as in GShard, Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668, section 2.2): then the
-    gradient does not depend on how a batch is cut into micro-batches and shared out over processes.
+    Each sequence is a group of its own (as in GShard, Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668, section 2.2):
+    then the gradient does not depend on how a batch is cut into micro-batches and shared out over processes.
     """
     T, E = probs.shape[1:]
     f = counts / counts.sum(dim=-1, keepdim=True)                                       # (B, E)
@@ -179,16 +187,19 @@ def load_balance_loss(logits, probs, counts):
 
 
 def router_z_loss(logits, probs, counts, coefficient):
-    """logsumexp(logits)^2, summed over tokens: keeps logits small (ST-MoE, Zoph et al. 2022, https://arxiv.org/abs/2202.08906, eq. 5)."""
+    """logsumexp(logits)^2, summed over tokens: keeps logits small
+    (ST-MoE, Zoph et al. 2022, https://arxiv.org/abs/2202.08906, eq. 5)."""
     return coefficient * logits.logsumexp(dim=-1).square().sum()
 
 
 class MoE(nn.Module):
-    """x (B, T, C) -> the sum of each token's K of E experts, weighted by its router's normalized scores, plus the shared experts'.
+    """x (B, T, C) -> the sum of each token's K of E experts, weighted by its router's normalized scores,
+    plus the shared experts'.
 
-    mlp: the class of the dense MLP: its `act` and `fused` make the experts, which have no biases; S shared experts are one MLP of S times
-    their width. For the LoadBalancer, `seen` sums up training passes: tokens per expert (E), then the norms of logits and the entropies of
-    probabilities of all tokens. `penalty` is the auxiliary losses of the latest pass as a number that is 0 and has their gradient.
+    mlp: the class of the dense MLP: its `act` and `fused` make the experts, which have no biases; S shared experts are one MLP
+    of S times their width. For the LoadBalancer, `seen` sums up training passes: tokens per expert (E), then the norms of
+    logits and the entropies of probabilities of all tokens. `penalty` is the auxiliary losses of the latest pass as a number
+    that is 0 and has their gradient.
     """
 
     def __init__(self, config, mlp):
@@ -199,8 +210,9 @@ class MoE(nn.Module):
         self.c_fc, self.c_proj = ExpertLinear(E, C, mlp.fused * width), ExpertLinear(E, width, C)
         self.shared = mlp(config, config.n_shared * width) if config.n_shared else NoShared()
         self.bias_rate = BIAS_RATE if config.balance == "bias" else 0.0
-        self.losses = [loss for loss, on in ((load_balance_loss, config.balance == "loss"),
-                                             (partial(router_z_loss, coefficient=config.router_z_loss), config.router_z_loss)) if on]
+        self.losses = [loss for loss, on in (
+            (load_balance_loss, config.balance == "loss"),
+            (partial(router_z_loss, coefficient=config.router_z_loss), config.router_z_loss)) if on]
         self.penalty = 0.0
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("seen", torch.zeros(E + 2), persistent=False)
@@ -216,7 +228,8 @@ class MoE(nn.Module):
         # 2) every expert on its rows
         rows = cast(x).view(-1, 1, C).expand(-1, self.n_active, -1).reshape(-1, C)      # (B T K, C)
         rows = _Permute.apply(rows, order, inverse)
-        weights = _Permute.apply(gates.view(-1, 1), order, inverse)                     # on hidden units: what comes out is just summed
+        # on hidden units: what comes out is just summed
+        weights = _Permute.apply(gates.view(-1, 1), order, inverse)
         rows = self.act(self.c_fc(rows, ends))
         rows = self.c_proj((rows * weights).type_as(rows), ends)
         # 3) back in order, and the sum over a token's experts
@@ -224,7 +237,8 @@ class MoE(nn.Module):
         return y.sum(dim=2) + self.shared(x)
 
     def route(self, x):
-        """-> gates (B, T, K), which add up to 1 for each token; the experts picked (B, T, K); tokens per sequence and expert (B, E)."""
+        """-> gates (B, T, K), which add up to 1 for each token; the experts picked (B, T, K);
+        tokens per sequence and expert (B, E)."""
         with torch.autocast(x.device.type, enabled=False):
             logits = self.router(x)                                                     # (B, T, E), in fp32
             scores = self.score(logits)
@@ -246,10 +260,12 @@ class MoE(nn.Module):
 
 
 class LoadBalancer:
-    """Once per step: nudges the biases of all MoE layers and tells how their tokens were shared out. Does nothing for a dense model."""
+    """Once per step: nudges the biases of all MoE layers and tells how their tokens were shared out.
+    Does nothing for a dense model."""
 
     def __init__(self, model, processes, say):
-        """say: called with a line about experts that get next to no tokens. Passes made before, to probe the memory, are forgotten."""
+        """say: called with a line about experts that get next to no tokens. Passes made before,
+        to probe the memory, are forgotten."""
         self.layers, self.distributed, self.say = [m for m in model.modules() if isinstance(m, MoE)], processes.distributed, say
         self.idle = [[0] * len(layer.bias) for layer in self.layers]  # steps in a row that an expert was starved
         self.told = ""
@@ -261,14 +277,15 @@ class LoadBalancer:
             layer.penalty = 0.0  # a tensor of the graph of a pass, which could not be copied
 
     def weigh(self, share):
-        """The share of a step's tokens that are targets, a tensor: the loop divides all losses by the number of targets, and auxiliary
-        losses are of all tokens."""
+        """The share of a step's tokens that are targets, a tensor: the loop divides all losses by the number of targets, and
+        auxiliary losses are of all tokens."""
         for layer in self.layers:
             layer.scale.copy_(share)
 
     @torch.no_grad()
     def __call__(self, finite):
-        """-> per layer {tag: number, or list of loads by expert}; finite: False for a step that is skipped, which nudges nothing.
+        """-> per layer {tag: number, or list of loads by expert}; finite: False for a step that is skipped,
+        which nudges nothing.
 
         Called by every process. Waits for the device: where the loop has just done so, a few numbers more cost nothing.
         """

@@ -114,7 +114,8 @@ class Muon(torch.optim.Optimizer):
         for ((rows, cols), stack), (X, gathering) in zip(stacks.items(), shared, strict=True):
             if gathering is not None:
                 gathering.wait()
-            X = X.to(stack[0][0].dtype, memory_format=torch.contiguous_format).contiguous()  # one dtype: the fast path of _foreach
+            # one dtype: the fast path of _foreach
+            X = X.to(stack[0][0].dtype, memory_format=torch.contiguous_format).contiguous()
             if rows > cols:
                 X = X * math.sqrt(rows / cols)
             sizes = [len(blocks) for _, blocks in stack]

@@ -1,7 +1,7 @@
 """Several texts in one row: which go together, and what a model needs to keep them apart.
 
-`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with replay among them.
-A row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of each position's text.
+`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with replay among
+them. A row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of each position's text.
 """
 
 import numpy as np
@@ -30,8 +30,8 @@ class Packed:
 
     @property
     def mask(self):
-        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each pass) and not kept: the masks of a whole
-        batch of 524,288 tokens would take half a gigabyte."""
+        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each pass) and not kept: the masks
+        of a whole batch of 524,288 tokens would take half a gigabyte."""
         return (self.numbers[:, None, :, None] == self.numbers[:, None, None, :]).tril()
 
     def attend(self, layer, q, k, v, dropout=0.0):
@@ -115,8 +115,8 @@ class RowSource:
 class Packing(RowSource):
     """Conversations packed into rows, whole, by first-fit in the epoch's order.
 
-    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids, since the last is
-    only a target.
+    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids, since the last
+    is only a target.
     """
 
     def __init__(self, items, block_size, seed, eot):
@@ -186,7 +186,8 @@ class Rows(Stream):
     names = "rows", "data", "replay"
 
     def __init__(self, data, replay=None, share=0.0, transform=None):
-        """data, replay: a RowSource or Tokens each. transform: callable run in the prefetch thread, rows (n, 3, T) -> what `next` returns."""
+        """data, replay: a RowSource or Tokens each. transform: callable run in the prefetch thread,
+        rows (n, 3, T) -> what `next` returns."""
         self.sources, self.share, self.transform = (data, replay), share if replay else 0.0, transform or (lambda rows: rows)
         super().__init__(0, data.position, replay.position if replay else ())
 
@@ -212,8 +213,8 @@ class Rows(Stream):
 
 
 def micro_batches(rows, micro_batch, processes, packed):
-    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list of (idx, targets), int64 (B, T)
-    each, and where they are packed a Packed."""
+    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list of (idx, targets), int64
+    (B, T) each, and where they are packed a Packed."""
     n = len(rows) // processes.world_size
     mine = rows[processes.rank * n:(processes.rank + 1) * n].transpose(1, 0, 2)
     parts = to_device(np.ascontiguousarray(mine), processes.device).split(micro_batch, dim=1)

@@ -1,6 +1,7 @@
 """log/<run>: config.json, log.txt, TensorBoard events and checkpoints; what lets a run be interrupted and go on exactly.
 
-`find_resume` says where a run begins, `RunFolder` is the folder while it goes on. Rank 0 holds it; the others a `RunFolder.null()`.
+`find_resume` says where a run begins, `RunFolder` is the folder while it goes on. Rank 0 holds it;
+the others a `RunFolder.null()`.
 """
 
 import contextlib
@@ -44,9 +45,11 @@ class Resume:
     changed: list = field(default_factory=list)
 
     def adopt(self, cfg, model_cfg, explicit):
-        """Take every setting that was not given on the command line from the checkpoint, and check the checkpoint's training state.
+        """Take every setting that was not given on the command line from the checkpoint,
+        and check the checkpoint's training state.
 
-        Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds; notes the others that differ.
+        Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds;
+        notes the others that differ.
         """
         if "checkpoint" in self.state["train_config"] and not hasattr(cfg, "checkpoint"):
             raise BadInput("is of a post-training run: go on with posttrain.py, or begin another --run_name")
@@ -70,33 +73,37 @@ class Resume:
                     (self.changed if fits else misfits).append(f"--{name} {words(was)} -> {words(own)}")
             check(config)
         if misfits:
-            raise BadInput(f"does not fit these flags: {', '.join(misfits)}; give them as it was made, or begin another --run_name")
-        numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0), self.state.get("consecutive_skips", 0),
-                   *numbers_of(self.state["loader"])]
+            raise BadInput(f"does not fit these flags: {', '.join(misfits)}; "
+                           "give them as it was made, or begin another --run_name")
+        numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0),
+                   self.state.get("consecutive_skips", 0), *numbers_of(self.state["loader"])]
         if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (
                 isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)) or not all(
-                isinstance(n, (int, float)) and 0 <= n < 2**62 for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
+                isinstance(n, (int, float)) and 0 <= n < 2**62
+                for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
             raise TypeError("no training state")
         begun = self.state["train_config"].get("curriculum")
         if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= self.state["step"]:
-            raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} count from the run's first: give more "
-                           "of them, or leave --curriculum out")
+            raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} "
+                           "count from the run's first: give more of them, or leave --curriculum out")
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
-        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best. Raises BadInput, with nothing written yet.
+        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best.
+        Raises BadInput, with nothing written yet.
 
         tokenizer: the spec of the data's. identity: Shards.identity of the training data.
         """
         state = self.state
         if state["tokenizer"] != tokenizer:
-            raise BadInput(f"{self.path} was made with another tokenizer than the data: its ids mean other text; give --data of its "
-                           "own tokenizer")
+            raise BadInput(f"{self.path} was made with another tokenizer than the data: its ids mean other text; "
+                           "give --data of its own tokenizer")
         try:
             model.load_state_dict(state["model"])
             load_optimizer(optimizer, state["optimizer"], updates=state["step"] - state.get("skipped", 0))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-            raise BadInput(f"the weights or the optimizer state of {self.path} do not fit ({str(error).splitlines()[0][:100]}): name "
-                           "another checkpoint, or begin another --run_name") from error
+            raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
+                           f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
+                           "or begin another --run_name") from error
         if state.get("data", identity) == identity:
             try:
                 stream.where(state["loader"])  # which looks it up
@@ -106,13 +113,15 @@ class Resume:
         else:  # a position means nothing in other files
             self.changed.append("other training data, read from its beginning")
         stream.resume_at(state["step"])
-        position = {"step": state["step"], "skipped": state.get("skipped", 0), "consecutive_skips": state.get("consecutive_skips", 0),
+        position = {"step": state["step"], "skipped": state.get("skipped", 0),
+                    "consecutive_skips": state.get("consecutive_skips", 0),
                     "timed": state.get("timed", (0, 0.0)), "best": self._best()}
         state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
 
     def _best(self):
-        """The best validation loss so far, and its step; None if its checkpoint is in another folder, or it is of other data."""
+        """The best validation loss so far, and its step; None if its checkpoint is in another folder,
+        or it is of other data."""
         best = self.state.get("best")
         remeasured = any(line.startswith(("--val_", "--block_size", "other training data")) for line in self.changed)
         return best if best and best[1] in self.seen and not remeasured else None
@@ -130,12 +139,14 @@ def numbers_of(state):
 
 
 def load_optimizer(optimizer, state, updates):
-    """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...) stay. Raises ValueError if it does not fit."""
+    """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...) stay.
+    Raises ValueError if it does not fit."""
     settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     if len(state["param_groups"]) != len(settings):
         raise ValueError("its parameter groups are others: an older version wrote it")
     state = copy.deepcopy(state)  # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped
-    for group, own in zip(state["param_groups"], settings, strict=True):  # before loading: a fused AdamW wants its step counts on the GPU
+    # before loading: a fused AdamW wants its step counts on the GPU
+    for group, own in zip(state["param_groups"], settings, strict=True):
         group.update(own)
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
@@ -157,9 +168,10 @@ def _state_of(optimizer, group, p):
 
 
 def _kind(value):
-    """What two values of an optimizer's state must have in common: the shape, to be finite; a single number, a count of steps, not to be
-    negative."""
-    return (value.shape, bool(value.isfinite().all()), value.dim() > 0 or value.item() >= 0) if isinstance(value, torch.Tensor) else None
+    """What two values of an optimizer's state must have in common: the shape, to be finite; a single number, a count of steps,
+    not to be negative."""
+    return ((value.shape, bool(value.isfinite().all()), value.dim() > 0 or value.item() >= 0)
+            if isinstance(value, torch.Tensor) else None)
 
 
 def find_resume(cfg, explicit):
@@ -200,7 +212,8 @@ def find_resume(cfg, explicit):
 
 
 def check_name(name):
-    """Raises BadInput unless a run's name is that of one folder: an on-start script with an unset variable would begin ever new runs."""
+    """Raises BadInput unless a run's name is that of one folder: an on-start script with an unset variable
+    would begin ever new runs."""
     if not name.strip() or name in (".", "..") or len(name.encode()) > 200 or re.search(r"[/\\\0\n\r]", name):
         raise BadInput(f"--run_name {name!r} is not the name of a folder: give a plain name; --log_dir says where it goes")
 
@@ -272,7 +285,8 @@ class RunFolder:
             length = read_config(self.folder).get("max_steps")
             self.anew = not resume and os.path.exists(self.folder / "log.txt") and os.path.getsize(self.folder / "log.txt") > 0
             if self.anew and isinstance(length, int) and f"\n{length - 1} train " in "\n" + self._old_log():
-                raise BadInput(f"{self.folder} already holds a run, finished and without checkpoints: give another --run_name, or move it away")
+                raise BadInput(f"{self.folder} already holds a run, finished and without checkpoints: "
+                               "give another --run_name, or move it away")
         except BaseException:
             self.open_locks.close()
             raise
@@ -287,8 +301,9 @@ class RunFolder:
     def begin(self, config, description, step, resume, like):
         """Rewind the folder to `step`, write config.json and open the log.
 
-        config: dict of what says which run this is: goes into config.json and into every checkpoint. like: tensors (shapes and dtypes)
-        of a checkpoint, for which there must be room on the disk, and for which memory is allocated; raises BadInput if there is none.
+        config: dict of what says which run this is: goes into config.json and into every checkpoint. like: tensors (shapes and
+        dtypes) of a checkpoint, for which there must be room on the disk, and for which memory is allocated; raises BadInput
+        if there is none.
         """
         check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint", checkpoint.NO_ROOM)
         changed, command = ", ".join(resume.changed) if resume else "", shlex.join([*launcher(), *sys.argv])
@@ -364,15 +379,18 @@ class RunFolder:
         return checkpoint.found(self.folder)[0][1]
 
     def conclude(self, step, finished, best=None):
-        """Say how the run ended and what to do next. best: the lowest validation loss and its step, where its checkpoint was kept."""
+        """Say how the run ended and what to do next. best: the lowest validation loss and its step,
+        where its checkpoint was kept."""
         if best:
             self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
             command = "chat.py" if self.constants.get("chat_template") else "generate.py"
-            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, " + ("talk to it" if command == "chat.py" else "sample again")
+            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, "
+                     + ("talk to it" if command == "chat.py" else "sample again")
                      + f" with `python {command} --checkpoint {checkpoint.path_of(self.folder, best[1] if best else step)}`")
         else:
-            self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command with --run_name {self.folder.name} goes on")
+            self.say(f"stopped at step {step} of {self.config['max_steps']}: "
+                     f"the same command with --run_name {self.folder.name} goes on")
 
     def set_length(self, steps, stands):
         """The run has so many steps, as --minutes of them turn out to be. Once that stands, says what speaks against it."""
@@ -403,15 +421,18 @@ def explained(cfg):
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: give a smaller one") from error
+        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: "
+                        "give a smaller one") from error
     except RuntimeError as error:
         if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
             raise
-        raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): see to its compiler, or give --no-compile") from error
+        raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): "
+                        "see to its compiler, or give --no-compile") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise RankError(f"the disk of {cfg.log_dir} is full: free some space, and the same command goes on from the newest checkpoint") from error
+        raise RankError(f"the disk of {cfg.log_dir} is full: free some space, "
+                        "and the same command goes on from the newest checkpoint") from error
 
 
 def check_appendable(path):
@@ -449,8 +470,8 @@ def commit():
 
 
 def save_code(folder, step):
-    """What made the run: train_gpt2.py, the script that runs, and the diff from the commit that config.json names. A later start with other
-    code adds its own."""
+    """What made the run: train_gpt2.py, the script that runs, and the diff from the commit that config.json names. A later
+    start with other code adds its own."""
     scripts = {ROOT / "train_gpt2.py", Path(sys.argv[0]).resolve()}
     contents = {path.name: path.read_bytes() for path in sorted(scripts) if path.parent == ROOT and path.suffix == ".py"}
     for name, content in (*contents.items(), ("code.diff", _git("diff", "HEAD"))):
@@ -525,7 +546,8 @@ class Writer:
         try:
             state = self._to_host(state, ready)
         except Exception as error:
-            raise BadInput(f"cannot save {path}: no copy of it fits into memory ({type(error).__name__}: {str(error)[:80]})") from error
+            raise BadInput(f"cannot save {path}: no copy of it fits into memory "
+                           f"({type(error).__name__}: {str(error)[:80]})") from error
         finally:
             self.copied.set()
         size, best = checkpoint.n_bytes(state), (state.get("best") or (None, None))[1]  # the step of the one that always stays

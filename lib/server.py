@@ -70,7 +70,8 @@ def as_api_error(error):
 
 
 def most_connections():
-    """As many as there are file descriptors for, with some left for all else: without one, accepting would fail again and again."""
+    """As many as there are file descriptors for, with some left for all else: without one,
+    accepting would fail again and again."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -114,7 +115,8 @@ def stop_of(body):
 
 
 def check_keys(part, known, param):
-    """Raises ApiError if an object within a request asks for what is not known; what is null, false or empty asks for nothing."""
+    """Raises ApiError if an object within a request asks for what is not known;
+    what is null, false or empty asks for nothing."""
     for name, value in part.items():
         if value and name not in known:
             raise ApiError(400, f"{name[:60]} is not supported within {param}", param, "unsupported_value")

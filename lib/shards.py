@@ -217,10 +217,11 @@ def find_shards(folder):
 
 
 class Shards:
-    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count), `tokenizer` (a spec), `meta`.
+    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count),
+    `tokenizer` (a spec), `meta`.
 
-    Reads every header and holds no file open. needed: the splits without which it is of no use. named_by: the flag that names it.
-    Raises BadInput unless the folder has these splits, is whole, finished and of one tokenizer.
+    Reads every header and holds no file open. needed: the splits without which it is of no use. named_by: the flag that names
+    it. Raises BadInput unless the folder has these splits, is whole, finished and of one tokenizer.
     """
 
     def __init__(self, folder, needed=SPLITS, named_by="--data"):
@@ -267,7 +268,8 @@ class Shards:
             make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
                 str(folder), f"python fineweb.py --source <text files or dataset id> --out {folder}")
             named = f" ({others[0]} does not end in _train_<index> or _val_<index>)" if others else ""
-            raise BadInput(f"{folder}/ does not hold {missing} shards{named}: make them with `{make}`, or name another {named_by}")
+            raise BadInput(f"{folder}/ does not hold {missing} shards{named}: make them with `{make}`, "
+                           f"or name another {named_by}")
 
     def _compare_dtypes(self, headers):
         want = np.dtype(self.meta.dtype) if self.meta and self.meta.dtype else headers[self.train[0]].dtype
@@ -290,7 +292,8 @@ class Shards:
 
 
 def read_validation(shards, val_tokens, block_size, tokenizer):
-    """The first val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size). Raises BadInput if there is no row."""
+    """The first val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size).
+    Raises BadInput if there is no row."""
     rows = min(val_tokens, shards.tokens["val"] - 1) // block_size
     if rows < 1:
         raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "

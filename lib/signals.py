@@ -12,11 +12,12 @@ ECHO = 2.0       # seconds
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP, while `with` lasts: the first sets `received` to its name; one after ECHO seconds ends the process.
+    """SIGTERM, SIGINT and SIGHUP, while `with` lasts: the first sets `received` to its name;
+    one after ECHO seconds ends the process.
 
-    A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after
-    another process has died. Under a launcher (`processes.distributed`) the main thread has PATIENCE seconds after the first
-    signal to ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. Repeats before ECHO seconds
+    A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after another
+    process has died. Under a launcher (`processes.distributed`) the main thread has PATIENCE seconds after the first signal to
+    ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. Repeats before ECHO seconds
     count as one: torchrun passes on what the terminal has already sent, timeout(1) signals its child, then its group.
     """
 
@@ -69,7 +70,8 @@ class StopSignals:
                 signal.signal(number, handler)
             self.writer.close()  # ends the listener
         self.taken.set()
-        for thread in self.threads:  # the last one to hold a tensor (through `say`) must not drop it while Python shuts down: that aborts
+        # the last one to hold a tensor (through `say`) must not drop it while Python shuts down: that aborts
+        for thread in self.threads:
             thread.join()
 
     def _start(self, target):
@@ -93,6 +95,7 @@ class StopSignals:
 
     def _impatient(self):
         if not self.taken.wait(self.patience):
-            print(f"{self.received}, and this process did not come to the end of its step within {self.patience:g} s", file=sys.stderr)
+            print(f"{self.received}, and this process did not come to the end of its step within {self.patience:g} s",
+                  file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)

@@ -1,6 +1,7 @@
 """Text out of files and of the Hugging Face hub, as a stream of documents that can be taken up again anywhere.
 
-A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. All of it is read by the library `datasets`, as a stream.
+A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. All of it is read
+by the library `datasets`, as a stream.
 """
 
 import contextlib
@@ -53,9 +54,10 @@ class Batch:
 class Seen:
     """The documents met so far, by a hash of 64 bits each: tells exact duplicates in bounded memory.
 
-    1 GiB (of which the system hands out what is used) holds 134 million hashes in buckets of 8. A bucket that is full forgets one for each
-    that it takes, the first ones at about 60 million documents: a duplicate of a forgotten document stays, no other document is dropped.
-    All hashes are kept in a file, 8 bytes each, from which the state at any earlier place is restored.
+    1 GiB (of which the system hands out what is used) holds 134 million hashes in buckets of 8. A bucket that is full forgets
+    one for each that it takes, the first ones at about 60 million documents: a duplicate of a forgotten document stays, no
+    other document is dropped. All hashes are kept in a file, 8 bytes each, from which the state at any earlier
+    place is restored.
     """
 
     BUCKETS, SLOTS = 2**24, 8
@@ -64,7 +66,8 @@ class Seen:
         self.path = path
 
     def rewind(self, count, keep=True):
-        """Back to where `count` documents were new. keep: whether those that come go into the file, over those that came then."""
+        """Back to where `count` documents were new. keep: whether those that come go into the file,
+        over those that came then."""
         mode = "r+b" if os.path.lexists(self.path) else "w+b"
         self.file, self.count, self.keep = open(self.path, mode), count, keep  # noqa: SIM115 (open as long as it is read from)
         if (held := os.path.getsize(self.path) // 8) < count:
@@ -79,7 +82,8 @@ class Seen:
         """Those of the documents that were not met before."""
         kept, hashes = [], []
         for text in texts:
-            one = int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little") or 1  # 0: an empty slot
+            digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+            one = int.from_bytes(digest, "little") or 1  # 0: an empty slot
             if self._add(one):
                 kept.append(text)
                 hashes.append(one)

@@ -6,10 +6,10 @@ A tokenizer is named by a *spec*, a string that is one of
   - the text of such a file, which is how a checkpoint carries a trained tokenizer with it.
 Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to time.
 
-The ids that chat needs (RESERVED) follow right behind those that text can have. They lie in the rows with which the embeddings are padded
-to a multiple of 128, so a model has the same shape with or without them, except where fewer rows than they need are padding, as with
-exactly 32,000 ids of text: then it grows when it learns to chat (posttrain.py). Pretraining cuts the logits off in front of them and can
-neither meet nor sample one. Text never encodes to them, whatever it says.
+The ids that chat needs (RESERVED) follow right behind those that text can have. They lie in the rows with which the embeddings
+are padded to a multiple of 128, so a model has the same shape with or without them, except where fewer rows than they need are
+padding, as with exactly 32,000 ids of text: then it grows when it learns to chat (posttrain.py). Pretraining cuts the logits
+off in front of them and can neither meet nor sample one. Text never encodes to them, whatever it says.
 """
 
 import contextlib
@@ -31,9 +31,11 @@ RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", END)  # and who speaks
 MIN_BPE = 256 + 1 + len(RESERVED)  # ids: bytes, end-of-text and those
 MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
 BPE_TEXT = 100_000_000  # characters to train one on, at most
-# the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that tiktoken's engine and that of tokenizers agree
-# on every character. Against GPT-2's: contractions in capitals, digits in threes, a leading sign joins its word, line ends stay together
-SPLIT = (r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that tiktoken's engine and that of
+# tokenizers agree on every character. Against GPT-2's: contractions in capitals, digits in threes, a leading sign joins its
+# word, line ends stay together
+SPLIT = (r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CHANGES_IDS = ("normalizer", "truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 MAKE_ONE = "make one with tokenizer.py train"
 
@@ -43,8 +45,8 @@ class Tokenizer:
 
     spec: str, loads the same tokenizer again through `load_tokenizer`.
     name: str, short, for people: "gpt2", "bpe4096".
-    vocab_size: int, all ids of text are below it. eot: int, the id of the end-of-text token. reserved: dict token -> id, from vocab_size on.
-    control: set of int, the ids that end a turn in a chat: all of these.
+    vocab_size: int, all ids of text are below it. eot: int, the id of the end-of-text token. reserved: dict token -> id, from
+    vocab_size on. control: set of int, the ids that end a turn in a chat: all of these.
     """
 
     def __init__(self, encoding, spec):
@@ -73,7 +75,8 @@ class Tokenizer:
             return self.encoding.decode(ids, errors="replace")
         except KeyError:  # reserved ids; gaps in the numbering, as in cl100k_base: an untrained model samples them, too
             sizes = self.token_bytes()
-            return self.encoding.decode([i for i in ids if i < self.vocab_size and (sizes[i] or i == self.eot)], errors="replace")
+            return self.encoding.decode([i for i in ids if i < self.vocab_size and (sizes[i] or i == self.eot)],
+                                        errors="replace")
 
     def token(self, token):
         """The bytes of one id; none for an unassigned id."""
@@ -95,8 +98,8 @@ class Tokenizer:
         return sizes
 
     def to_json(self, chat=False):
-        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers; the reserved ones only for a chat model, others
-        have no logits for them."""
+        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers; the reserved ones only for a chat
+        model, others have no logits for them."""
         if self.is_trained:
             data = json.loads(self.spec)
             token = next(token for token in data["added_tokens"] if token["content"] == EOT)
@@ -111,12 +114,16 @@ class Tokenizer:
         special = {text: self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
         special |= self.reserved if chat else {}
         names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
-        merges = [tuple(names[part] for part in parts) for token in sorted(ranks, key=ranks.get) if len(parts := _parts(token, ranks)) == 2]
-        bpe = HFTokenizer(models.BPE({names[token]: rank for token, rank in ranks.items()} | special, merges, ignore_merges=True))
-        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", self.encoding._pat_str)  # in their regex engine, {1,3}+ is not possessive but repeated
+        merges = [tuple(names[part] for part in parts) for token in sorted(ranks, key=ranks.get)
+                  if len(parts := _parts(token, ranks)) == 2]
+        bpe = HFTokenizer(models.BPE({names[token]: rank for token, rank in ranks.items()} | special, merges,
+                                     ignore_merges=True))
+        # in their regex engine, {1,3}+ is not possessive but repeated
+        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", self.encoding._pat_str)
         gpt2 = self.encoding._pat_str == _gpt2_rule()  # theirs, too, under a name of its own
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
-        bpe.pre_tokenizer = bytes_ if gpt2 else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_])
+        bpe.pre_tokenizer = bytes_ if gpt2 else pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_])
         bpe.decoder = decoders.ByteLevel()
         bpe.add_special_tokens(sorted(special, key=special.get))
         return bpe.to_str()
@@ -190,8 +197,8 @@ def train_bpe(texts, vocab_size):
 
     special = [EOT, *RESERVED]
     if not MIN_BPE <= vocab_size <= MAX_BPE:
-        raise BadInput(f"a byte-level BPE has {MIN_BPE} (256 bytes, end-of-text and {len(RESERVED)} reserved ones) to {MAX_BPE:,} "
-                       f"ids, not {vocab_size:,}")
+        raise BadInput(f"a byte-level BPE has {MIN_BPE} (256 bytes, end-of-text and {len(RESERVED)} reserved ones) "
+                       f"to {MAX_BPE:,} ids, not {vocab_size:,}")
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -234,8 +241,8 @@ def _from_json(text, origin):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable:
-        raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule or ours, {EOT}, ids in merge order, "
-                       f"and nothing else that changes ids: {MAKE_ONE}")
+        raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule or ours, "
+                       f"{EOT}, ids in merge order, and nothing else that changes ids: {MAKE_ONE}")
     encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special,
                                  explicit_n_vocab=len(ids) - len(reserved))
     return Tokenizer(encoding, text)
@@ -258,7 +265,8 @@ def _gpt2_rule():
 
 
 def _parts(token, ranks):
-    """The two tokens that a byte-level BPE merges last into this one; a single byte is one part. token: bytes. ranks: {bytes: id}."""
+    """The two tokens that a byte-level BPE merges last into this one; a single byte is one part.
+    token: bytes. ranks: {bytes: id}."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))

@@ -137,7 +137,8 @@ def adapter(model, tokenizer, processes, batch_size="auto", dtype="auto", progre
             Every process makes as many forward passes, but for texts that outgrow the window, where a task asks for as much.
             """
             texts = [Text(tokenizer, batch.limit, batch.until) for _ in batch.ids]
-            choose = partial(draw, temperature=batch.temperature, generator=torch.Generator(device=self.device).manual_seed(seed))
+            choose = partial(draw, temperature=batch.temperature,
+                             generator=torch.Generator(device=self.device).manual_seed(seed))
             with self.precision(), failing_alone(processes):
                 decoder = Decoder(model, len(texts), max(map(len, batch.ids)) + steps)
                 for tokens in generate(decoder, batch.ids, steps, choose):
@@ -407,7 +408,8 @@ def headlines(results):
 
 
 def tracked(cfg, tokenizer, processes):
-    """The tasks of --eval_tasks along a training run, by its flags: (model, compiled, stopped) -> {tag: headline, or why there is none}."""
+    """The tasks of --eval_tasks along a training run, by its flags: (model, compiled, stopped) ->
+    {tag: headline, or why there is none}."""
     with processes.main_first():
         tasks = load_tasks(*find_tasks(cfg.eval_tasks), cfg.eval_tasks_dir) if cfg.eval_tasks else []
 

@@ -122,7 +122,8 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
 
 
 def tracked(cfg, tokenizer, block_size, processes):
-    """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file: (model, compiled, stopped) -> {tag: acc_norm}."""
+    """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
+    (model, compiled, stopped) -> {tag: acc_norm}."""
     with processes.main_first():
         items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
     questions = render(items, tokenizer, block_size)
