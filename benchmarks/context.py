@@ -2,9 +2,9 @@
 
     python benchmarks/context.py --checkpoint log/learned/ckpt_<step>.pt log/rope/ckpt_<step>.pt --data DIR
 
-The same validation tokens are cut into rows of each length; a column is where in its row a token stands, in training lengths. Rows
-run across documents, as in training. Learned positions end with the training length; rotary ones go on as they are (plain), NTK-aware
-or YaRN-scaled (lib/rope.py). A text's later tokens are easier, if the model can use what came before them.
+The same validation tokens are cut into rows of each length; a column is where in its row a token stands, in training lengths.
+Rows run across documents, as in training. Learned positions end with the training length; rotary ones go on as they are
+(plain), NTK-aware or YaRN-scaled (lib/rope.py). A text's later tokens are easier, if the model can use what came before them.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def nats_by_position(model, x, y, device):
         with autocast(device):
             logits = model(to_device(x[i:i + at_once], device))
         targets = to_device(y[i:i + at_once], device)
-        rows.append(torch.cat([F.cross_entropy(row.float(), target, reduction="none")[None] for row, target in zip(logits, targets)]).cpu())
+        rows.append(torch.cat([F.cross_entropy(row.float(), target, reduction="none")[None]
+                               for row, target in zip(logits, targets)]).cpu())
     return torch.cat(rows).double().numpy()
 
 
@@ -57,7 +58,8 @@ def main(argv):
         data, longest = state["train_config"]["data"], round(EDGES[-1] * trained)
         shards = Shards(args.data or split_weight(data if isinstance(data, str) else data[0])[0])
         if load_tokenizer(shards.tokenizer).spec != tokenizer.spec:
-            raise BadInput(f"{shards.folder} holds tokens of another tokenizer than {path}'s, {tokenizer.name}: name another --data")
+            raise BadInput(f"{shards.folder} holds tokens of another tokenizer than {path}'s, {tokenizer.name}: "
+                           "name another --data")
         check_shards(shards, tokenizer)
         if (there := min(args.tokens, shards.tokens["val"] - 1)) < longest:
             raise BadInput(f"{path} is tried on rows of {longest:,} validation tokens, and --tokens and {shards.folder} leave "
@@ -66,7 +68,8 @@ def main(argv):
     print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
     print("|---|---|---:|" + "---:|" * (len(columns) + 1))
     for path, trained, sizes, kind, rows in found:
-        for factor, scaling in [(0.5, "plain"), (1, "plain"), *itertools.product((2, 4), ("plain", "ntk", "yarn") if kind == "rope" else ("plain",))]:
+        scalings = ("plain", "ntk", "yarn") if kind == "rope" else ("plain",)
+        for factor, scaling in [(0.5, "plain"), (1, "plain"), *itertools.product((2, 4), scalings)]:
             name = f"{kind}, {scaling}" if factor > 1 and kind == "rope" else kind
             start = f"| {Path(path).absolute().parent.name} | {name} | {factor:g}x{trained:,} "
             if factor > 1 and kind != "rope":

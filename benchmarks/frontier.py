@@ -2,7 +2,8 @@
 
     python benchmarks/frontier.py benchmarks/race_h100_202611/runs.jsonl --out assets/frontier.png
 
-Takes the runs whose names begin with `frontier`, R3, R4 or R5, which end on the whole of val; seeds of one size and length are averaged.
+Takes the runs whose names begin with `frontier`, R3, R4 or R5, which end on the whole of val;
+seeds of one size and length are averaged.
 """
 
 import argparse
@@ -27,7 +28,8 @@ def read(path):
 def table(found, shapes):
     columns = sorted({seconds for runs in found.values() for seconds in runs})
     best = {seconds: min(statistics.mean(runs[seconds]) for runs in found.values() if seconds in runs) for seconds in columns}
-    lines = ["| parameters | shape, tokenizer |" + "".join(f" {seconds} s |" for seconds in columns), "|---|---|" + "---:|" * len(columns)]
+    lines = ["| parameters | shape, tokenizer |" + "".join(f" {seconds} s |" for seconds in columns),
+             "|---|---|" + "---:|" * len(columns)]
     for size in sorted(found):
         cells = []
         for seconds in columns:

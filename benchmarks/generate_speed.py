@@ -1,11 +1,12 @@
 """Generation speed: the decoder of lib/decoding.py against transformers' generate on the exported weights, on one machine.
 
-    python benchmarks/generate_speed.py                                   # 124M, random weights of gpt2 and modern, batches of 1 and 64
+    python benchmarks/generate_speed.py  # 124M, random weights of gpt2 and modern, batches of 1 and 64
     python benchmarks/generate_speed.py --checkpoint log/<run>/ckpt_<step>.pt --batch 1 8 64 --new_tokens 512
 
-Every contestant continues the same prompts by so many tokens, greedily and without an end; tokens per second count the prompt's pass and
-the host's work on each token. What is captured or compiled is so before; medians over --rounds. "agree": new tokens equal to the
-eager steps' before the first that differs, over all rows (bf16 rounds differently in other kernels: ties break either way).
+Every contestant continues the same prompts by so many tokens, greedily and without an end; tokens per second count the prompt's
+pass and the host's work on each token. What is captured or compiled is so before; medians over --rounds. "agree": new tokens
+equal to the eager steps' before the first that differs, over all rows (bf16 rounds differently in other kernels: ties
+break either way).
 """
 
 import argparse
@@ -85,7 +86,8 @@ def main(argv):
             torch.manual_seed(0)
             fields = {name: value for name, value in PRESETS[preset].items() if hasattr(GPTConfig, name)}
             models[preset] = GPT(GPTConfig(**fields)).to(device).eval()
-    greedy, top50 = partial(draw, temperature=0), partial(draw, temperature=1.0, top_k=50, generator=torch.Generator(device).manual_seed(0))
+    greedy = partial(draw, temperature=0)
+    top50 = partial(draw, temperature=1.0, top_k=50, generator=torch.Generator(device).manual_seed(0))
     rows = {"transformers generate": (theirs, dict(do_sample=False)),
             "transformers generate, top-k 50": (theirs, dict(do_sample=True, top_k=50)),
             "eager steps": (ours, greedy, {})}
@@ -96,8 +98,9 @@ def main(argv):
                      "CUDA graph, compiled, top-k 50": (ours, top50, dict(graphs=True, compile=True))}
     for model in models.values():
         huggingface.find_family(model.config)  # one that transformers cannot run is told before the first line
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {compute_dtype(device)}, "
-          f"{args.prompt_tokens} + {n} tokens\n\n| model | batch | | tok/s | x transformers | agree |\n|---|---:|---|---:|---:|---:|", flush=True)
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, "
+          f"{compute_dtype(device)}, {args.prompt_tokens} + {n} tokens\n\n"
+          "| model | batch | | tok/s | x transformers | agree |\n|---|---:|---|---:|---:|---:|", flush=True)
     for name, model in models.items():
         for batch in args.batch:
             generator = torch.Generator().manual_seed(1)

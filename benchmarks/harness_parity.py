@@ -2,7 +2,8 @@
 
     python benchmarks/harness_parity.py --checkpoint log/<run>/ckpt_<step>.pt --data_dir DIR
 
-The weights are handed to transformers by lib/huggingface.py. Prints seconds, each task's metric, and how far apart the log-likelihoods are (median, maximum), in nats.
+The weights are handed to transformers by lib/huggingface.py. Prints seconds, each task's metric, and how far apart the
+log-likelihoods are (median, maximum), in nats.
 """
 
 import argparse
@@ -45,7 +46,8 @@ def main():
             nats = [request.resps[0][0] for task in tasks for request in task.instances]
             want = want or nats
             apart = sorted(abs(a - b) for a, b in zip(nats, want, strict=True))
-            scores = ", ".join(f"{task} {results[task][key]:.4f}" for task, key in harness.headlines({"results": results}).items())
+            scores = ", ".join(f"{task} {results[task][key]:.4f}"
+                               for task, key in harness.headlines({"results": results}).items())
             print(f"| {name} | {seconds:.1f} s | {scores} | {statistics.median(apart):.6f} | {apart[-1]:.6f} |", flush=True)
 
 

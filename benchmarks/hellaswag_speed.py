@@ -1,8 +1,10 @@
 """HellaSwag on a checkpoint: hellaswag.py's batches against build-nanogpt's loop of one item at a time, on the same model.
 
-    python benchmarks/hellaswag_speed.py --checkpoint log/<run>/ckpt_<step>.pt --baseline ../build-nanogpt --file hellaswag_val.jsonl
+    python benchmarks/hellaswag_speed.py --checkpoint log/<run>/ckpt_<step>.pt --baseline ../build-nanogpt
+        --file hellaswag_val.jsonl
 
-The loop is build-nanogpt's: its render_example and its get_most_likely_row, taken from its files. --limit shortens the loop alone.
+The loop is build-nanogpt's: its render_example and its get_most_likely_row, taken from its files. --limit shortens
+the loop alone.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from train_gpt2 import load_checkpoint
 
 
 def baseline_functions(folder):
-    """-> build-nanogpt's render_example and get_most_likely_row. Its train_gpt2.py trains when imported, so the function is cut out."""
+    """-> build-nanogpt's render_example and get_most_likely_row. Its train_gpt2.py trains when imported,
+    so the function is cut out."""
     spec = importlib.util.spec_from_file_location("baseline_hellaswag", folder / "hellaswag.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,7 +63,8 @@ def main():
         with precision():
             n, _, right, _ = hellaswag.evaluate(model, rendered, processes)
         seconds = time.perf_counter() - started
-        print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
+        print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | "
+              f"{seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
 
     render_example, get_most_likely_row = baseline_functions(args.baseline)
     right, started = 0, time.perf_counter()
@@ -76,7 +80,8 @@ def main():
     n, seconds = args.limit or len(items), time.perf_counter() - started
     with precision():
         _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], processes)
-    print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | {n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
+    print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | "
+          f"{n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def saving(out, run):
             busy |= set(range(int(m[1]), previous + 1))
     during = [seconds[step] for step in busy if step in seconds]
     others = [ms for step, ms in seconds.items() if step not in busy and step > min(seconds)]  # the first compiles
-    print(f"{run}: {len(waits)} checkpoints, written in {min(written)} to {max(written)} s; training waited {waits} ms for them; "
-          f"steps while one was written: median {statistics.median(during):.0f}, slowest {max(during):.0f} ms ({len(during)} steps), "
+    print(f"{run}: {len(waits)} checkpoints, written in {min(written)} to {max(written)} s; "
+          f"training waited {waits} ms for them; steps while one was written: median {statistics.median(during):.0f}, "
+          f"slowest {max(during):.0f} ms ({len(during)} steps), "
           f"other steps: median {statistics.median(others):.0f}, slowest {max(others):.0f} ms ({len(others)} steps)")
 
 

@@ -13,8 +13,8 @@ synchronized before and after a step; the first step, and any that takes COMPILE
 (a new shape is compiled), counts as that median. Losses are per GPT-2 token over the first VAL_TOKENS of the val split;
 bits per byte over the same, or over the whole split for a row with as many --val_tokens (2495235) and for autoresearch.
 
---out gets <name>.log, lines of `seconds step val_loss` (autoresearch: bits per byte), and a table of all logs is printed, without
---contestants and --row that alone. What has a log is not run again, so a race may take several calls.
+--out gets <name>.log, lines of `seconds step val_loss` (autoresearch: bits per byte), and a table of all logs is printed,
+without --contestants and --row that alone. What has a log is not run again, so a race may take several calls.
 """
 
 import argparse
@@ -163,8 +163,8 @@ def picture(logs, path):
             axes.plot(seconds, losses, marker="o", ms=3, label=f"{told}: {head['parameters'] / 1e6:.0f}M")
     for bar, (rival, target) in BARS.items():
         axes.axhline(target, color="gray", lw=0.8, ls="--")
-        axes.annotate(f"{bar}: {rival} ends at {target:.3f}", (0.01, target), xytext=(0, 2), xycoords=axes.get_yaxis_transform(),
-                      textcoords="offset points", fontsize=8, color="gray")
+        axes.annotate(f"{bar}: {rival} ends at {target:.3f}", (0.01, target), xytext=(0, 2),
+                      xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8, color="gray")
     axes.set(xscale="log", xlabel="seconds of training steps", ylabel="val loss, nats per GPT-2 token")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)

@@ -5,8 +5,8 @@
 
 "loop": lib/decoding.py's generate with as many texts side by side. "server": so many clients (in a process of their own), each
 asking for one completion after the other over HTTP, whole or streamed; tokens are those that the server counts. Sampled at
-temperature 1, top-k 50; control tokens are made unlikely, so that texts are of one length. Medians over --rounds, after one more.
-"first": median milliseconds from a streamed request to its first piece, while all clients ask.
+temperature 1, top-k 50; control tokens are made unlikely, so that texts are of one length. Medians over --rounds, after one
+more. "first": median milliseconds from a streamed request to its first piece, while all clients ask.
 """
 
 import argparse

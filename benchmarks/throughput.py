@@ -2,10 +2,11 @@
 
     python benchmarks/throughput.py --row "--preset gpt2" --row "--preset modern" --baseline ../build-nanogpt/train_gpt2.py
 
-A row is a set of flags of train_gpt2.py. A run of it is the real script on random tokens, without evaluation: --warmup steps, then
---steps that count; its figures are their medians, a row's figures the medians over --rounds. Rounds are interleaved, so that a card
-that slows down as it warms hurts all rows alike. The baseline is the script given, with its constants replaced for the same batch
-and model, compiled unless --no-compile, and nothing but training steps. With --profile, where the time of one step goes, by kernel.
+A row is a set of flags of train_gpt2.py. A run of it is the real script on random tokens, without evaluation: --warmup steps,
+then --steps that count; its figures are their medians, a row's figures the medians over --rounds. Rounds are interleaved, so
+that a card that slows down as it warms hurts all rows alike. The baseline is the script given, with its constants replaced for
+the same batch and model, compiled unless --no-compile, and nothing but training steps. With --profile, where the time of one
+step goes, by kernel.
 """
 
 import argparse
@@ -44,15 +45,16 @@ def random_shards(folder, vocab_size=50257, tokens=4_000_000):
     """Shards that both scripts read: what is in them does not change the speed."""
     folder.mkdir(parents=True)
     for split, index, n in (("val", 0, 200_000), ("train", 1, tokens)):
-        np.save(folder / f"edufineweb_{split}_{index:06d}.npy", np.random.default_rng(index).integers(0, vocab_size, n, dtype=np.uint16))
+        np.save(folder / f"edufineweb_{split}_{index:06d}.npy",
+                np.random.default_rng(index).integers(0, vocab_size, n, dtype=np.uint16))
 
 
 def run(command, cwd, env=None):
     """-> (console output, seconds to the first step)."""
     console, first, started = [], None, time.perf_counter()
     with open(cwd / "stderr", "w+") as errors:
-        process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True, stdout=subprocess.PIPE, stderr=errors,
-                                   start_new_session=True)
+        process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True, stdout=subprocess.PIPE,
+                                   stderr=errors, start_new_session=True)
         try:
             for line in process.stdout:
                 console.append(line)
@@ -71,12 +73,13 @@ def run(command, cwd, env=None):
 def settings(flags, steps, args):
     """Flags of train_gpt2.py: so many training steps and nothing else, then a row's own."""
     never = [f"--{name}=0" for name in ("eval_every", "hellaswag_every", "sample_every", "save_every", "save_minutes", "spike")]
-    return ["--data=edu_fineweb10B", f"--max_steps={steps}", "--warmup_steps=1", *never, f"--block_size={args.T}", f"--micro_batch={args.B}",
-            f"--total_batch_size={args.total}", "--batch_warmup=0", *shlex.split(flags)]
+    return ["--data=edu_fineweb10B", f"--max_steps={steps}", "--warmup_steps=1", *never, f"--block_size={args.T}",
+            f"--micro_batch={args.B}", f"--total_batch_size={args.total}", "--batch_warmup=0", *shlex.split(flags)]
 
 
 def ours(flags, folder, args):
-    """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent waiting for it), rate, mfu, peak, first."""
+    """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent waiting for it),
+    rate, mfu, peak, first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
@@ -89,20 +92,23 @@ def ours(flags, folder, args):
     shutil.rmtree(log)  # a checkpoint of 1.5 GB in each
     assert len(found["perf/step_ms"]) == steps, f"{len(found['perf/step_ms'])} steps of {steps}"
     median = {tag: statistics.median(values[args.warmup:]) for tag, values in found.items() if tag.startswith("perf/")}
-    return {"ms": median["perf/step_ms"], "data": median["perf/data_ms"], "rate": median["perf/tok_per_sec"], "mfu": median.get("perf/mfu"),
-            "peak": max(found.get("perf/memory_gb", []), default=None), "first": first}
+    return {"ms": median["perf/step_ms"], "data": median["perf/data_ms"], "rate": median["perf/tok_per_sec"],
+            "mfu": median.get("perf/mfu"), "peak": max(found.get("perf/memory_gb", []), default=None), "first": first}
 
 
 def baseline(script, folder, args):
     """build-nanogpt's script with other constants -> the same figures, data left out; its MFU by the formula of ours."""
     code = script.read_text()
     shape = f"n_layer={args.n_layer}, n_head={args.n_head}, n_embd={args.n_embd}"
-    for old, new in {"total_batch_size = 524288": f"total_batch_size = {args.total}", "B = 64": f"B = {args.B}", "T = 1024 #": f"T = {args.T} #",
-                     "use_compile = False": f"use_compile = {args.compile}", "max_steps = 19073": f"max_steps = {args.warmup + args.steps}",
-                     "warmup_steps = 715": "warmup_steps = 1", "GPTConfig(vocab_size=50304)": f"GPTConfig(vocab_size=50304, {shape})",
+    for old, new in {"total_batch_size = 524288": f"total_batch_size = {args.total}",
+                     "B = 64": f"B = {args.B}", "T = 1024 #": f"T = {args.T} #",
+                     "use_compile = False": f"use_compile = {args.compile}",
+                     "max_steps = 19073": f"max_steps = {args.warmup + args.steps}", "warmup_steps = 715": "warmup_steps = 1",
+                     "GPTConfig(vocab_size=50304)": f"GPTConfig(vocab_size=50304, {shape})",
                      "if step % 250 == 0 or last_step:": "if False:", "if (step % 250 == 0 or last_step)": "if False",
                      "if ((step > 0 and step % 250 == 0) or last_step)": "if False"}.items():
-        assert code.count(old) == 1, f"{script} is not the script this was written for: {old!r} stands in it {code.count(old)} times"
+        assert code.count(old) == 1, (f"{script} is not the script this was written for: "
+                                      f"{old!r} stands in it {code.count(old)} times")
         code = code.replace(old, new)
     if args.fp32:
         code = code.replace("dtype=torch.bfloat16)", "enabled=False)")
@@ -114,13 +120,15 @@ def baseline(script, folder, args):
     ms, flops = statistics.median(steps[args.warmup:]), peak_flops(pick_device("auto"))
     rate = args.total / ms * 1e3
     with torch.device("meta"):
-        model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=args.T, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd))
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(
+            block_size=args.T, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd))
     return {"ms": ms, "data": None, "rate": rate, "mfu": rate * model.flops_per_token() / flops if flops else None,
             "peak": float(peak[1]) if peak else None, "first": first}
 
 
 def profile(flags, folder, args):
-    """One step: its milliseconds, {group of kernels: (milliseconds, calls)}, and the kernels that take most, (name, milliseconds, calls)."""
+    """One step: its milliseconds, {group of kernels: (milliseconds, calls)}, and the kernels that take most,
+    (name, milliseconds, calls)."""
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -140,7 +148,8 @@ def end(run, step, scalars, seconds):
     if step == {args.warmup}:
         torch.cuda.synchronize() if cuda else None
         prof.stop()
-        kernels = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3, e.count) for e in prof.key_averages()]
+        kernels = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3, e.count)
+                   for e in prof.key_averages()]
         print("PROFILE" + json.dumps([seconds * 1e3, kernels]))
     log_step(run, step, scalars, seconds)
 train_gpt2.ShardLoader.next, RunFolder.log_step = begin, end
@@ -182,7 +191,8 @@ def main():
             for row in args.row:
                 wall, groups, kernels = profile(row, folder, args)
                 total = sum(ms for ms, _ in groups.values())
-                print(f"\n`{row}`: {total:.1f} ms of kernels in a step of {wall:.1f} ms\n\n| kernels | ms | calls |\n|---|---:|---:|")
+                print(f"\n`{row}`: {total:.1f} ms of kernels in a step of {wall:.1f} ms\n\n"
+                      "| kernels | ms | calls |\n|---|---:|---:|")
                 print("\n".join(f"| {group} | {ms:.1f} | {calls} |" for group, (ms, calls) in groups.items()))
                 print("\n".join(f"    {ms:9.2f} ms {count:6} x {name[:120]}" for name, ms, count in kernels))
             return
@@ -200,12 +210,13 @@ def main():
 
     rates = {row: statistics.median(figures["rate"] for figures in found) for row, found in results.items()}
     first = next(iter(rates))
-    print(f"\n| medians of {args.rounds} rounds | ms per step (all) | of them waiting for data | tok/s | MFU | against {first} | peak GB | "
-          "seconds to the first step |\n|---|---|---:|---:|---:|---:|---:|---|")
+    print(f"\n| medians of {args.rounds} rounds | ms per step (all) | of them waiting for data | tok/s | MFU | "
+          f"against {first} | peak GB | seconds to the first step |\n|---|---|---:|---:|---:|---:|---:|---|")
     for row, rate in rates.items():
-        rounds, starts = (", ".join(form.format(figures[key]) for figures in results[row]) for key, form in (("ms", "{:.1f}"), ("first", "{:.0f}")))
-        print(f"| `{row}` | {median(row, 'ms', '{:.1f}')} ({rounds}) | {median(row, 'data', '{:.2f}')} | {rate:,.0f} | {median(row, 'mfu', '{:.1%}')} | "
-              f"{rate / rates[first]:.3f} | {median(row, 'peak', '{:.1f}')} | {starts} |")
+        rounds, starts = (", ".join(form.format(figures[key]) for figures in results[row])
+                          for key, form in (("ms", "{:.1f}"), ("first", "{:.0f}")))
+        print(f"| `{row}` | {median(row, 'ms', '{:.1f}')} ({rounds}) | {median(row, 'data', '{:.2f}')} | {rate:,.0f} | "
+              f"{median(row, 'mfu', '{:.1%}')} | {rate / rates[first]:.3f} | {median(row, 'peak', '{:.1f}')} | {starts} |")
 
 
 if __name__ == "__main__":
