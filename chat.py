@@ -71,8 +71,8 @@ def load_chat(path, device):
 
 
 class Chat:
-    """A conversation in the terminal. messages: what the model sees of it. said: all of it, but turns without an answer. dropped: how
-    many of the oldest messages have left the context. how: graphs and compile, of Decoder."""
+    """A conversation in the terminal. messages: what the model sees of it. said: all of it, but turns without an answer.
+    dropped: how many of the oldest messages have left the context. how: graphs and compile, of Decoder."""
 
     def __init__(self, model, tokenizer, sampling, system=None, **how):
         self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system

@@ -98,8 +98,8 @@ def newest_results(path):
     else:
         found = [read_results(path)]
     if not found:
-        raise BadInput(f"no eval_<step>.json in {path}, but for those with --context: run eval_harness.py --checkpoint on a checkpoint "
-                       "there first, or name a file")
+        raise BadInput(f"no eval_<step>.json in {path}, but for those with --context: run eval_harness.py --checkpoint "
+                       "on a checkpoint there first, or name a file")
     merged = {key: {name: row for data in found for name, row in data[key].items()} for key in TABLES}
     where = path.resolve()
     return (where.name + (f" {step}" if step else "") if is_folder else f"{where.parent.name}/{where.stem}"), merged

@@ -17,8 +17,8 @@ Exact, by what the model was trained with:
     MixtralForCausalLM      the same with --router softmax --balance loss, but without --n_shared and --qk_norm
     Qwen3MoeForCausalLM     the same with --router softmax --balance loss --qk_norm, but without --n_shared
 each with tied or untied embeddings, and with --pos rope also --emb_norm, which is worked into the embedding table. Every other
-combination is refused: --token_shift, --value_residual, --residual_scalars and --softcap, as in the presets speedrun and tiny, have no
-counterpart there.
+combination is refused: --token_shift, --value_residual, --residual_scalars and --softcap, as in the presets speedrun and tiny,
+have no counterpart there.
 
 A chat model's folder has its chat template: tokenizer.apply_chat_template(messages, add_generation_prompt=True), with
 sanitize_control_tokens=True where users may type <|end|> or the like.
@@ -51,7 +51,8 @@ TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are sma
 
 @contextlib.contextmanager
 def quiet():
-    """Without the bars and warnings of transformers and torch, about other uses: that a text is longer than the context, say."""
+    """Without the bars and warnings of transformers and torch, about other uses:
+    that a text is longer than the context, say."""
     logging = huggingface.library().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -70,8 +71,8 @@ def quiet():
 def check(model, tokenizer, cfg, chat_template=None):
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if logits or tokens differ.
 
-    In two steps, so that rounding, which may send tokens to other experts, hides nothing and condemns nothing: the checkpoint with
-    what was made of it, in fp32; that, rounded, with the folder.
+    In two steps, so that rounding, which may send tokens to other experts, hides nothing and condemns nothing: the checkpoint
+    with what was made of it, in fp32; that, rounded, with the folder.
     """
     from transformers import AutoTokenizer
 
@@ -87,13 +88,16 @@ def check(model, tokenizer, cfg, chat_template=None):
     writing = made(idx).logits - theirs(idx).logits
     apart, largest = torch.stack((converting, writing)).abs().max().item(), logits.abs().max().item()
     texts = [tokenizer.decode(row[:20].tolist()) for row in torch.randint(tokenizer.vocab_size, (200, 20), generator=generator)]
-    same = sum(their_tokenizer(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).tolist() for text in texts)
+    same = sum(their_tokenizer(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).tolist()
+               for text in texts)
     if chat_template:
         messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
-        told = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True)
+        told = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                   return_dict=False, sanitize_control_tokens=True)
         same -= told != render(messages, tokenizer, reply=True)[0]
     rounding = "" if cfg.dtype == "float32" else f", beyond what rounding to {cfg.dtype} changes"
-    result = f"logits up to {largest:.2f} differ by {apart:.2e} at most{rounding}; {same} of {len(texts)} texts have the same tokens"
+    result = (f"logits up to {largest:.2f} differ by {apart:.2e} at most{rounding}; "
+              f"{same} of {len(texts)} texts have the same tokens")
     if not apart <= TOLERANCE * max(largest, 1) or same < len(texts):
         raise BadInput(f"{cfg.out} is not what the checkpoint is ({result}): do not use it, and report this")
     print(f"checked: {result}")

@@ -121,7 +121,8 @@ class Config:
                                    "parquet, jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
-    dedup: bool = flag(False, "leave out documents met before, told by a hash, in about 1.1 GB of memory; a .txt is read as it is")
+    dedup: bool = flag(False, "leave out documents met before, told by a hash, in about 1.1 GB of memory; "
+                       "a .txt is read as it is")
     pretokenized: str | None = flag(None, f"download shards instead of making them: {', '.join(PRETOKENIZED)}, or a dataset of "
                                     "the hub that holds .npy or .bin shards, as id or id:folder or id:pattern")
     shards: int | None = flag(None, "train shards that --pretokenized downloads; without it, all, or enough for --max_tokens",
@@ -233,8 +234,8 @@ def complete_pretokenized(cfg, given):
         raise BadInput("--pretokenized shards have a tokenizer already: name it by --tokenizer, or leave that out")
     cfg.pretokenized = PRETOKENIZED.get(cfg.pretokenized, cfg.pretokenized)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", cfg.pretokenized):
-        raise BadInput(f"--pretokenized {cfg.pretokenized[:80]}: name one of {', '.join(PRETOKENIZED)}, or a dataset of the hub "
-                       "as owner/name")
+        raise BadInput(f"--pretokenized {cfg.pretokenized[:80]}: name one of {', '.join(PRETOKENIZED)}, "
+                       "or a dataset of the hub as owner/name")
     cfg.out = cfg.out or cfg.pretokenized.partition(":")[0].partition("/")[2]
 
 
@@ -248,7 +249,8 @@ def settings(cfg):
         return {"pretokenized": cfg.pretokenized}
     source = "docstrings" if cfg.docstrings else list(cfg.source)
     return {"pretokenized": None, "source": source, "name": cfg.name, "text_column": cfg.text_column,
-            "shard_size": cfg.shard_size, "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens, "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
+            "shard_size": cfg.shard_size, "val_tokens": cfg.val_tokens, "max_tokens": cfg.max_tokens,
+            "tokenizer_flag": cfg.tokenizer, "dedup": cfg.dedup}
 
 
 def new_meta(cfg, tokenizer, given):
@@ -419,8 +421,8 @@ def take_shard(out, dataset, file, meta, known):
     if not meta.shards:
         meta.dtype = ids.dtype.name
     if ids.dtype != meta.dtype:
-        raise BadInput(f"{file.path} of {dataset.id} holds {ids.dtype}, others hold {meta.dtype}: they are of different tokenizers; "
-                       f"choose a folder, as in {dataset.id}:folder")
+        raise BadInput(f"{file.path} of {dataset.id} holds {ids.dtype}, others hold {meta.dtype}: "
+                       f"they are of different tokenizers; choose a folder, as in {dataset.id}:folder")
     record = Record(file.name, len(ids), zlib.crc32(ids), Start())
     listed = {told.name: told for told in [*(theirs and theirs.shards or ()), *meta.shards]}
     told = listed.get(file.name, record)
@@ -625,7 +627,8 @@ def write_again(out, source, tokenizer, meta, record, workers):
 
 
 def row_of(cfg):
-    """The row of CORPORA that --source and --name are of; without sizes where only the dataset is one of them. None: neither is."""
+    """The row of CORPORA that --source and --name are of; without sizes where only the dataset is one of them.
+    None: neither is."""
     rows = [] if cfg.docstrings else [row for row in HUB.values() if (row.source,) == cfg.source]
     other = rows[0]._replace(name=cfg.name, tokens=None, disk=None) if rows else None
     return next((row for row in rows if row.name == cfg.name), other)

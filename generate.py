@@ -27,7 +27,8 @@ class Config:
     checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
     prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
     prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
-    strict: bool = flag(False, "refuse a prompt longer than the context; what outgrows it while it is written is told, not refused")
+    strict: bool = flag(False, "refuse a prompt longer than the context; "
+                        "what outgrows it while it is written is told, not refused")
     graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
     compile: bool = flag(False, "on cuda, compile the decoding step: slow to start, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
@@ -49,11 +50,12 @@ def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):
         n, unseen = max(len(tokenizer.encode(prompt)), 1), []
         if n > block_size:
             if strict:
-                raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: shorten it, or leave out "
-                               "--strict")
+                raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: "
+                               "shorten it, or leave out --strict")
             unseen.append(f"the first new one follows its newest {block_size:,}")
         if (first := max(block_size - n, 0) + 2) <= max_new_tokens:
-            unseen.append(f"from new token {first:,} on, each follows the newest {max(block_size // 2, 1):,} to {block_size:,} alone")
+            unseen.append(f"from new token {first:,} on, "
+                          f"each follows the newest {max(block_size // 2, 1):,} to {block_size:,} alone")
         if unseen:
             print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(unseen)}", file=sys.stderr)
 
@@ -69,7 +71,8 @@ def main(argv):
     try:
         extend(model, context)
         check_length(prompts, tokenizer, model.config.block_size, cfg.strict, sampling.max_new_tokens)
-        texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
+        texts = sample(model, tokenizer, prompts, sampling, show,
+                       graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):  # a CPU's
             raise

@@ -43,8 +43,8 @@ class Config(TrainConfig):
     """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
     # data
     data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
-    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split; if unset, no more "
-                           "than in pretraining", above=0)
+    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split; "
+                           "if unset, no more than in pretraining", above=0)
     # length and batch: small steps, for there is little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
     total_batch_size: int | None = flag(
@@ -73,14 +73,15 @@ class Config(TrainConfig):
     seed: int = flag(1337, "seed of what is held out, of shuffling and of dropout", at_least=0, below=2**63)
     # its own
     checkpoint: str | None = flag(None, "a ckpt_<step>.pt of train_gpt2.py or of this script, to begin with")
-    val_share: float = flag(0.05, "share of the rows held out for validation, at least one, by --seed; 0: none", at_least=0, below=1)
+    val_share: float = flag(0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
+                            at_least=0, below=1)
     val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
     strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
     replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
     replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
                                                "what is forgotten; if unset, those the checkpoint was trained on")
-    lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, 1 after post-training",
-                                  above=0, at_most=1e3)
+    lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, "
+                                  "1 after post-training", above=0, at_most=1e3)
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
     # what only pretraining has, no flags here
     preset: Literal["posttrain"] = flag("posttrain", None)
@@ -103,8 +104,8 @@ class Config(TrainConfig):
 class Data:
     """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
 
-    chat: whether conversations are among those to learn from; then rows are packed. question: a conversation to ask for samples.
-    source, val: a lib.packing.RowSource each, val None where nothing is held out. lines: what to say of them.
+    chat: whether conversations are among those to learn from; then rows are packed. question: a conversation to ask for
+    samples. source, val: a lib.packing.RowSource each, val None where nothing is held out. lines: what to say of them.
     """
 
     vocab_size, val = None, None
@@ -142,8 +143,8 @@ class Data:
         self.question = next((example for example in val + train if not isinstance(example, str)), None)
         self.chat = not all(isinstance(example, str) for example in train)
         if self.question and not self.chat:
-            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, or other "
-                           "--val_data")
+            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, "
+                           "or other --val_data")
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
         for rows, what in ((self.source, "--data"), (self.val, "--val_data" if cfg.val_data else "what is held out")):
@@ -165,8 +166,8 @@ class Data:
             counts[how] += 1
             items += [(ids, learned)] if ids else []
             if self.strict and how != "whole":
-                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, {example[0]['content'][:60]!r}...: shorten "
-                               "it, or leave out --strict")
+                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, "
+                               f"{example[0]['content'][:60]!r}...: shorten it, or leave out --strict")
         rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
         ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned[1:])) for _, learned in items)
         filled = ids / max(len(rows) * self.T, 1)
@@ -235,30 +236,32 @@ def token_rows(corpus, tokenizer, seed, block_size):
 def check_tokenizer(corpus, tokenizer):
     """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
     if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
-        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, {tokenizer.name}: "
-                       "make the shards anew with fineweb.py --tokenizer, or name another --data")
+        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, "
+                       f"{tokenizer.name}: make the shards anew with fineweb.py --tokenizer, or name another --data")
     corpus.check_shards(tokenizer)
 
 
 def read_data(cfg, explicit, tokenizer, block_size):
-    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a mixture of both, and for flags that do
-    not fit."""
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a mixture of both, and for
+    flags that do not fit."""
     shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
     if not shards:
         return Data(cfg, tokenizer, block_size)
     if others := [word for word in cfg.data if word not in shards]:
         conversations.find_files(others)  # what is missing is told as such
-        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: give one kind alone")
+        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: "
+                       "give one kind alone")
     if unused := sorted({"val_data", "val_share", "strict"} & explicit) or (["val_data"] if cfg.val_data else []):
-        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: leave "
-                       "it out")
+        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: "
+                       "leave it out")
     return ShardData(cfg, tokenizer, block_size)
 
 
 def find_pretraining(cfg, explicit, tokenizer, block_size):
     """-> the Corpus of pretraining, None if it is not at hand; whether its validation loss can be measured; a line about both.
 
-    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not there. Replay needs no val split.
+    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not there.
+    Replay needs no val split.
     """
     def named(error):
         return str(error).replace("--data", "--replay_data")
@@ -293,8 +296,9 @@ def grow(model, tokenizer):
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
     These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the
-    mean of the rows of text; so does what pads the tables where these have no room and grow. But the end of a turn begins as the
-    end of a text, which the model knows: from the mean, a few steps at low rates never make it likely, and replies do not end.
+    mean of the rows of text; so does what pads the tables where these have no room and grow. But the end of a turn begins as
+    the end of a text, which the model knows: from the mean, a few steps at low rates never make it likely, and
+    replies do not end.
     """
     config, state = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
     if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
@@ -323,10 +327,12 @@ class PostTraining(Pretraining):
         if cfg.replay:
             self.corpus.identity += self.pretraining.identity
         if model:
-            model_cfg.vocab_size, weights = grow(model, tokenizer) if self.corpus.chat else (model_cfg.vocab_size, model.state_dict())
+            model_cfg.vocab_size, weights = (grow(model, tokenizer) if self.corpus.chat else
+                                             (model_cfg.vocab_size, model.state_dict()))
             self.weights = [weights]
         elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
-            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: begin another --run_name")
+            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: "
+                           "begin another --run_name")
         template = JINJA if self.corpus.chat else state.get("chat_template")
         self.extra = {"chat_template": template} if template else {}
 
@@ -391,8 +397,8 @@ class PostTraining(Pretraining):
 
 
 def pick_batch(tokens, row):
-    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens of one row per process, or of a
-    micro-batch where --micro_batch is given.
+    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens of one row per process, or of
+    a micro-batch where --micro_batch is given.
 
     A power of two of these, so that micro-batches divide it: BATCH tokens, or as many as make ENOUGH to twice ENOUGH steps per
     epoch; at least one.
@@ -425,13 +431,14 @@ def begun(resume, cfg, explicit):
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and began as the flags say."""
     before, config = resume.state.get("train_config"), resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
-        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, and give "
-                       "another --run_name")
+        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, "
+                       "and give another --run_name")
     if cfg.checkpoint and os.path.realpath(cfg.checkpoint) == os.path.realpath(str(before["checkpoint"])):
         cfg.checkpoint = before["checkpoint"]  # the same, spelled another way
     for name in {"checkpoint", "lr_scale"} & explicit:  # what a run began with
         if getattr(cfg, name) != before[name]:
-            raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: leave it out, or give another --run_name")
+            raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: "
+                           "leave it out, or give another --run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:
@@ -439,7 +446,8 @@ def begun(resume, cfg, explicit):
 
 
 def prepare(cfg, explicit, resume):
-    """-> the GPTConfig and the PostTraining of a run. Sets what cfg leaves open. Holds nothing else of the checkpoint: a run may be long."""
+    """-> the GPTConfig and the PostTraining of a run. Sets what cfg leaves open.
+    Holds nothing else of the checkpoint: a run may be long."""
     if resume:
         state, model, model_cfg = resume.state, None, begun(resume, cfg, explicit)
     else:

@@ -24,7 +24,8 @@ PADDED = 128           # rows of the embedding are padded to a multiple, as in t
 
 @dataclass
 class Text:
-    source: tuple[str, ...] = flag((), "local files, folders and globs of parquet, jsonl(.gz|.zst) or txt, or a dataset id of the hub")
+    source: tuple[str, ...] = flag((), "local files, folders and globs of parquet, jsonl(.gz|.zst) or txt, "
+                                   "or a dataset id of the hub")
     name: str | None = flag(None, "configuration of the dataset")
     text_column: str = flag("text", "column that holds the text")
 
@@ -38,7 +39,8 @@ class Train:
 
 @dataclass
 class Compare:
-    tokenizer: tuple[str, ...] = flag(("gpt2", "cl100k_base", "o200k_base"), "tiktoken names, and tokenizer.json files or folders that hold one")
+    tokenizer: tuple[str, ...] = flag(("gpt2", "cl100k_base", "o200k_base"), "tiktoken names, and tokenizer.json files or "
+                                      "folders that hold one")
     width: int = flag(768, "n_embd of the model", above=0, at_most=65_536)
 
 
@@ -65,7 +67,8 @@ def train(argv):
     with new_folder(out, "give another --out"):  # before the work, which may take long
         started = time.perf_counter()
         tokenizer = train_bpe(texts, cfg.vocab_size)
-        write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
+        write_json(out / "tokenizer_config.json",
+                   {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
         tokenizer.save(out / "tokenizer.json")
     print(f"{out}/tokenizer.json: {cfg.vocab_size:,} ids after {time.perf_counter() - started:.1f} s, the last "
           f"{1 + len(RESERVED)} are {EOT} {' '.join(RESERVED)}")
@@ -88,13 +91,14 @@ def compare(argv):
     if not size:
         raise BadInput("the source holds no text to compare on: check --source and --text_column")
     print(f"{size:,} bytes of {len(texts):,} documents, one thread\n"
-          f"{'tokenizer':28} {'ids':>9} {'bytes/token':>12} {'tokens/s':>12} {'MB/s':>7} {f'embedding parameters at {cfg.width}':>33}")
+          f"{'tokenizer':28} {'ids':>9} {'bytes/token':>12} {'tokens/s':>12} "
+          f"{'MB/s':>7} {f'embedding parameters at {cfg.width}':>33}")
     for spec, tokenizer in tokenizers:
         started = time.perf_counter()
         tokens = sum(len(tokenizer.encode(one)) for one in texts)
         seconds, rows = time.perf_counter() - started, -(-tokenizer.vocab_size // PADDED) * PADDED
-        print(f"{spec[-28:]:28} {tokenizer.vocab_size:9,} {size / max(tokens, 1):12.3f} {tokens / seconds:12,.0f} {size / seconds / 1e6:7.1f} "
-              f"{rows * cfg.width:33,}")
+        print(f"{spec[-28:]:28} {tokenizer.vocab_size:9,} {size / max(tokens, 1):12.3f} "
+              f"{tokens / seconds:12,.0f} {size / seconds / 1e6:7.1f} {rows * cfg.width:33,}")
 
 
 if __name__ == "__main__":
