@@ -13,7 +13,8 @@ from train_gpt2 import GPT, GPTConfig
 
 
 def length(tokens, batch=256, epochs=1.0, max_steps=None, ratio=None, parameters=None):
-    cfg = SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, tokens_per_param=ratio, total_batch_size=batch, batch_warmup=0)
+    cfg = SimpleNamespace(max_steps=max_steps, minutes=None, epochs=epochs, tokens_per_param=ratio,
+                          total_batch_size=batch, batch_warmup=0)
     return steps_of(cfg, tokens, parameters)
 
 
@@ -32,8 +33,10 @@ def test_a_run_may_begin_with_half_batches():
 
 
 @pytest.mark.parametrize("tokens, epochs, says", [
-    (255, 1.0, "no steps of 256: raise --epochs or lower"), (2560, 0.01, "no steps of 256: raise --epochs or lower"),
-    (2560, 1e300, "too many steps of 256: lower --epochs or raise"), (10**15, 1.0, "too many steps of 256: lower --epochs or raise")])
+    (255, 1.0, "no steps of 256: raise --epochs or lower"),
+    (2560, 0.01, "no steps of 256: raise --epochs or lower"),
+    (2560, 1e300, "too many steps of 256: lower --epochs or raise"),
+    (10**15, 1.0, "too many steps of 256: lower --epochs or raise")])
 def test_a_run_without_a_step_or_with_too_many_is_refused(tokens, epochs, says):
     with pytest.raises(BadInput, match=f"are {says} --total_batch_size"):
         length(tokens, epochs=epochs)
@@ -44,27 +47,31 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     model = GPT(tiny(bias=False))
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     flops = 6 * weights + 12 * 2 * 32 * 16
-    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy", val_tokens=100, sequences=2, curriculum_steps=None)
+    cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy",
+                          val_tokens=100, sequences=2, curriculum_steps=None)
     shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
     corpus = SimpleNamespace(sources=[SimpleNamespace(shards=shards)], tokens=shards.tokens, is_mixed=False)
     corpus.describe, corpus.most_repeated = partial(Corpus.describe, corpus), lambda tokens: (tokens / 640, "toy")
-    lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
-    assert lines[0] == f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of {12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token"
+    processes = SimpleNamespace(world_size=2, device=next(model.parameters()).device)
+    lines = describe(cfg, model, corpus, processes).splitlines()
+    assert lines[0] == (f"model   {weights + 16 * 32:,} parameters: embedding {80 * 32:,}, 2 layers of "
+                        f"{12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token")
     assert lines[1] == "data    toy: 640 train tokens in 2 shards, validation on 48"
     ratio = 1280 / (weights + 16 * 32)
-    assert lines[2] == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, {ratio:,.4g} tokens per parameter), "
-                        f"{1280 * flops:.2e} FLOPs")
+    assert lines[2] == ("length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, "
+                        f"{ratio:,.4g} tokens per parameter), {1280 * flops:.2e} FLOPs")
     assert lines[3] == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
     assert lines[4].startswith("device  cpu, ") and len(lines) == 5
     cfg.batch_warmup, cfg.sequences = 300, 2                                            # 4 steps of 64 tokens
-    lines = describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device)).splitlines()
+    lines = describe(cfg, model, corpus, processes).splitlines()
     assert lines[2].startswith("length  10 steps of 128 tokens = 1,024 tokens (1.60 epochs of toy, ")
-    assert lines[3] == "batch   2 sequences x 16 tokens x 1 accumulation steps x 2 processes; twice the accumulation from step 4 on"
+    assert lines[3] == ("batch   2 sequences x 16 tokens x 1 accumulation steps x 2 processes; "
+                        "twice the accumulation from step 4 on")
     cfg.batch_warmup = 0
     cfg.steps = round(1000 * (weights + 16 * 32) / 128)
-    assert ", 1,000 tokens per parameter)" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
+    assert ", 1,000 tokens per parameter)" in describe(cfg, model, corpus, processes)
     cfg.steps = 21
-    assert "\nwarning: 4.2 epochs of toy, more than 4" in describe(cfg, model, corpus, SimpleNamespace(world_size=2, device=next(model.parameters()).device))
+    assert "\nwarning: 4.2 epochs of toy, more than 4" in describe(cfg, model, corpus, processes)
 
 
 def test_minutes_become_steps_at_the_measured_speed():
@@ -82,10 +89,13 @@ def test_minutes_become_steps_at_the_measured_speed():
 
 
 def test_tokens_per_parameter_count_the_embeddings():
-    """Chinchilla itself: 70B parameters on 1.4T tokens (Hoffmann et al. 2022, table 1). GPT-2: 124,475,904 with the padded embeddings."""
+    """Chinchilla itself: 70B parameters on 1.4T tokens (Hoffmann et al. 2022, table 1).
+    GPT-2: 124,475,904 with the padded embeddings."""
     assert length(10**10, batch=2**20, ratio=20, parameters=70 * 10**9) == 1_400_000_000_000 // 2**20
-    assert length(10**10, batch=524_288, ratio=20, parameters=GPT(GPTConfig()).parameter_counts()["total"]) == 20 * 124_475_904 // 524_288
-    with pytest.raises(BadInput, match="0.001 tokens for each of 1,000 parameters are no steps of 256: raise --tokens_per_param"):
+    gpt2 = GPT(GPTConfig()).parameter_counts()["total"]
+    assert length(10**10, batch=524_288, ratio=20, parameters=gpt2) == 20 * 124_475_904 // 524_288
+    with pytest.raises(BadInput, match="0.001 tokens for each of 1,000 parameters are no steps of 256: "
+                                       "raise --tokens_per_param"):
         length(10**10, ratio=0.001, parameters=1000)
     with pytest.raises(BadInput, match="write vocab_size into the meta.json"):
         length(10**10, ratio=20)
@@ -103,9 +113,11 @@ def test_the_plan_by_hand():
     for name, *numbers in rows:
         total, inner, ratio, tokens, steps = (int(number.replace(",", "")) for number in numbers[:5])
         counts, flops = models[name].parameter_counts(), models[name].flops_per_token()
-        assert (total, inner, tokens, steps) == (counts["total"], total - counts["embedding"], ratio * total, ratio * total // 1024)
+        assert (total, inner, tokens, steps) == (
+            counts["total"], total - counts["embedding"], ratio * total, ratio * total // 1024)
         hours = tokens / 50 / 3600 * flops / models["a"].flops_per_token()
-        assert numbers[5:] == [f"{tokens * flops:.2e}", f"{'~' * (name == 'b')}{hours:,.1f}", f"{'~' * (name == 'b')}{2 * hours:,.2f}"]
+        assert numbers[5:] == [f"{tokens * flops:.2e}", f"{'~' * (name == 'b')}{hours:,.1f}",
+                               f"{'~' * (name == 'b')}{2 * hours:,.2f}"]
 
 
 def test_the_plan_does_not_repeat_a_size_under_the_name_of_a_preset():
@@ -117,4 +129,5 @@ def test_the_plan_does_not_repeat_a_size_under_the_name_of_a_preset():
 
 
 def test_hours_and_dollars():
-    assert hours_and_dollars(5400, None) == "90.0 minutes" and hours_and_dollars(9000, 2.5) == "2.50 hours, $6.25 at $2.5 per hour"
+    assert hours_and_dollars(5400, None) == "90.0 minutes"
+    assert hours_and_dollars(9000, 2.5) == "2.50 hours, $6.25 at $2.5 per hour"

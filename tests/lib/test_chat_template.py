@@ -6,7 +6,8 @@ from lib.chat_template import check_messages, fit, render
 from lib.cli import BadInput
 from lib.tokenizers import load_tokenizer
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo<|end|>"}]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo<|end|>"}]
 
 
 def test_a_conversation_by_hand():
@@ -21,8 +22,9 @@ def test_a_conversation_by_hand():
 
 
 @pytest.mark.parametrize("messages, told", [
-    ([], "no messages"), (None, "no messages"), ([{"role": "user"}], "without"), ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
-    (CHAT[1:] + CHAT[:1], "out of order"), (CHAT[:1], "out of order"), (CHAT[2:], "out of order"), (CHAT[1:2] * 2, "out of order")])
+    ([], "no messages"), (None, "no messages"), ([{"role": "user"}], "without"),
+    ([{"role": "tool", "content": "x"}], "unknown role 'tool'"), (CHAT[1:] + CHAT[:1], "out of order"),
+    (CHAT[:1], "out of order"), (CHAT[2:], "out of order"), (CHAT[1:2] * 2, "out of order")])
 def test_what_is_no_conversation(messages, told):
     with pytest.raises(BadInput, match=told):
         check_messages(messages)
@@ -31,7 +33,8 @@ def test_what_is_no_conversation(messages, told):
 
 def test_the_oldest_turns_give_way():
     tokenizer = load_tokenizer("gpt2")
-    turns = [{"role": role, "content": f"turn {i}"} for i in range(3) for role in ("user", "assistant")][:-1]  # each: its role, 2 tokens of text, its end
+    # each: its role, 2 tokens of text, its end
+    turns = [{"role": role, "content": f"turn {i}"} for i in range(3) for role in ("user", "assistant")][:-1]
     for system in ([], CHAT[:1]):
         whole = 2 + len(system) * 5 + 4 * len(turns)  # end-of-text, <|assistant|>, "Be brief." is 3 tokens
         for limit, kept in ((whole, turns), (whole - 1, turns[2:]), (whole - 8, turns[2:]), (whole - 9, turns[4:])):

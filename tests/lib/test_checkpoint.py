@@ -139,8 +139,9 @@ def test_zip_bombs_are_refused_unread(tmp_path, monkeypatch):
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path), lambda path: os.symlink("/dev/zero", path),
-                                  lambda path: None], ids=["folder", "pipe", "dangling link", "device", "missing"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path),
+                                  lambda path: os.symlink("/dev/zero", path), lambda path: None],
+                         ids=["folder", "pipe", "dangling link", "device", "missing"])
 def test_what_is_not_a_regular_file_is_refused_and_not_called_torn(make, tmp_path):
     path = tmp_path / "ckpt_00001.pt"
     make(path)
@@ -154,8 +155,8 @@ def test_what_is_not_a_regular_file_is_refused_and_not_called_torn(make, tmp_pat
 
 
 def test_checkpoints_are_found_by_number(tmp_path):
-    for name in ("ckpt_00002.pt", "ckpt_99999.pt", "ckpt_100000.pt", "ckpt_00003.pt.aside", "ckpt_00004.pt.tmp", "ckpt_x.pt", "a.pt",
-                 f"ckpt_{'9' * 200}.pt"):
+    for name in ("ckpt_00002.pt", "ckpt_99999.pt", "ckpt_100000.pt", "ckpt_00003.pt.aside", "ckpt_00004.pt.tmp", "ckpt_x.pt",
+                 "a.pt", f"ckpt_{'9' * 200}.pt"):
         (tmp_path / name).touch()
     assert steps_saved(tmp_path) == [2, 99_999, 100_000]
     assert checkpoint.found(tmp_path)[0] == (100_000, checkpoint.path_of(tmp_path, 100_000))

@@ -53,8 +53,8 @@ def read(*argv):
 
 def test_defaults_and_types():
     assert read() == (Model(), Train(), set())
-    model, train, explicit = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--name", "x", "--norm", "layer", "--act", "relu", "--no-tied",
-                                  "--source", "x", "y z", "--sizes", "1e3", "7", "--source", "w")
+    model, train, explicit = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--name", "x", "--norm", "layer",
+                                  "--act", "relu", "--no-tied", "--source", "x", "y z", "--sizes", "1e3", "7", "--source", "w")
     assert model == Model(n_layer=3, norm="layer", act="relu", tied=False)
     assert train == Train(lr=0.001, steps=5, name="x", source=("x", "y z", "w"), sizes=(1000, 7))
     assert explicit == {"n_layer", "lr", "steps", "name", "norm", "act", "tied", "source", "sizes"}
@@ -111,13 +111,15 @@ def test_bad_flags(argv, message):
         read(*argv)
 
 
-BAD_VALUES = [("n_layer", 0, "above 0 and at most 1,000"), ("n_layer", 1001, "above 0 and at most 1,000"), ("n_layer", 10**5000, "above 0"),
-              ("lr", 0.0, "above 0"), ("lr", float("nan"), "above 0"), ("lr", float("inf"), "above 0"), ("dropout", 1.0, "at least 0 and below 1"),
-              ("dropout", -1e-9, "at least 0 and below 1"), ("steps", 2**31, "above 0 and below 2,147,483,648"), ("micro_batch", 0, "above 0"),
-              ("micro_batch", 2**63, "above 0 and below 9,223,372,036,854,775,808")]
+BAD_VALUES = [("n_layer", 0, "above 0 and at most 1,000"), ("n_layer", 1001, "above 0 and at most 1,000"),
+              ("n_layer", 10**5000, "above 0"), ("lr", 0.0, "above 0"), ("lr", float("nan"), "above 0"),
+              ("lr", float("inf"), "above 0"), ("dropout", 1.0, "at least 0 and below 1"),
+              ("dropout", -1e-9, "at least 0 and below 1"), ("steps", 2**31, "above 0 and below 2,147,483,648"),
+              ("micro_batch", 0, "above 0"), ("micro_batch", 2**63, "above 0 and below 9,223,372,036,854,775,808")]
 
 
-@pytest.mark.parametrize("name, value, bounds", BAD_VALUES, ids=lambda v: str(v)[:20] if not isinstance(v, int) else f"{v:.3e}" if v < 1e9 else "large")
+@pytest.mark.parametrize("name, value, bounds", BAD_VALUES,
+                         ids=lambda v: str(v)[:20] if not isinstance(v, int) else f"{v:.3e}" if v < 1e9 else "large")
 def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, value, bounds, monkeypatch):
     says = f"^--{name} must be {bounds}[^\n]{{,100}}$"
     if abs(value) < 10**4000 or value != value:
@@ -131,17 +133,20 @@ def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, valu
 
 
 def test_bounds_hold_inclusively_or_not():
-    for argv in (["--n_layer", "1"], ["--n_layer", "1000"], ["--dropout", "0"], ["--dropout", "0.999"], ["--steps", "2147483647"]):
+    for argv in (["--n_layer", "1"], ["--n_layer", "1000"], ["--dropout", "0"], ["--dropout", "0.999"],
+                 ["--steps", "2147483647"]):
         read(*argv)
 
 
 @pytest.mark.parametrize("config, says", [
-    (Model(n_layer="3"), "--n_layer must be int, not 3"), (Model(n_layer=True), "--n_layer must be int"), (Model(n_layer=3.0), "--n_layer must be int"),
-    (Model(n_layer=None), "--n_layer must be int"), (Model(norm="batch"), "--norm must be rms or layer, not batch"),
-    (Model(norm=["rms"]), "--norm must be"), (Model(tied=1), "--tied must be bool"), (Model(hidden=0), "^hidden must be at least 1, not 0"),
+    (Model(n_layer="3"), "--n_layer must be int, not 3"), (Model(n_layer=True), "--n_layer must be int"),
+    (Model(n_layer=3.0), "--n_layer must be int"), (Model(n_layer=None), "--n_layer must be int"),
+    (Model(norm="batch"), "--norm must be rms or layer, not batch"), (Model(norm=["rms"]), "--norm must be"),
+    (Model(tied=1), "--tied must be bool"), (Model(hidden=0), "^hidden must be at least 1, not 0"),
     (Train(lr="fast"), "--lr must be float"), (Train(lr=True), "--lr must be float"), (Train(steps={}), "--steps must be int"),
-    (Train(micro_batch="some"), "--micro_batch must be int or auto"), (Train(source=["a"]), "--source must be"), (Train(source=("a", 3)), "--source must be"),
-    (Train(name=7), "--name must be str"), (Train(name="x" * 10**6 + "\ud800"), "--name is not UTF-8 text"), (Model(norm="x" * 10**6), "--norm must be"),
+    (Train(micro_batch="some"), "--micro_batch must be int or auto"), (Train(source=["a"]), "--source must be"),
+    (Train(source=("a", 3)), "--source must be"), (Train(name=7), "--name must be str"),
+    (Train(name="x" * 10**6 + "\ud800"), "--name is not UTF-8 text"), (Model(norm="x" * 10**6), "--norm must be"),
 ])
 def test_values_of_another_type_are_refused_in_configurations_from_files(config, says):
     with pytest.raises(BadInput, match=says) as error:
@@ -159,23 +164,25 @@ def test_help_shows_bounds_and_the_presets_defaults(capsys):
         read("--preset", "large", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and "--hidden" not in text
-    for part in ("layers; above 0 and at most 1,000 [48]", "100% of the learning rate; above 0 [0.5]", "tie the head [off]", "files [a]",
-                 "rows; above 0 [auto]", "dropout; at least 0 and below 1 [0.0]"):
+    for part in ("layers; above 0 and at most 1,000 [48]", "100% of the learning rate; above 0 [0.5]", "tie the head [off]",
+                 "files [a]", "rows; above 0 [auto]", "dropout; at least 0 and below 1 [0.0]"):
         assert part in text, text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Any words at all
 
-JUNK = st.one_of(st.sampled_from(["", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0", "auto", "None",
-                                  "large", "huge", "rms", "a b", "%s", "%(prog)s", "{}", "@file", "-h5", "\ud800"]),
+JUNK = st.one_of(st.sampled_from(["", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0",
+                                  "auto", "None", "large", "huge", "rms", "a b",
+                                  "%s", "%(prog)s", "{}", "@file", "-h5", "\ud800"]),
                  st.text(max_size=6), st.floats().map(repr), st.integers().map(str))
-NAMES = ["preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "dropout", "steps", "micro_batch", "source", "sizes", "name", "compile",
-         "debug", "help", "no-tied", "no-compile", "n_lay"]
-WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK, st.builds("--{}={}".format, st.sampled_from(NAMES), JUNK))
-GOOD = st.sampled_from([["--preset", "large"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"], ["--tied"], ["--no-tied"],
-                        ["--micro_batch", "auto"], ["--micro_batch", "4"], ["--source", "a", "b"], ["--sizes", "1", "2.0"], ["--name="],
-                        ["--name", "x y"], ["--compile"], ["--debug"]])
+NAMES = ["preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "dropout", "steps", "micro_batch", "source", "sizes",
+         "name", "compile", "debug", "help", "no-tied", "no-compile", "n_lay"]
+WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK,
+                 st.builds("--{}={}".format, st.sampled_from(NAMES), JUNK))
+GOOD = st.sampled_from([["--preset", "large"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"], ["--tied"],
+                        ["--no-tied"], ["--micro_batch", "auto"], ["--micro_batch", "4"], ["--source", "a", "b"],
+                        ["--sizes", "1", "2.0"], ["--name="], ["--name", "x y"], ["--compile"], ["--debug"]])
 ARGV = st.lists(st.one_of(GOOD, GOOD, GOOD, st.builds(lambda word: [word], WORD)), max_size=5).map(lambda parts: sum(parts, []))
 
 
@@ -220,7 +227,8 @@ def test_any_words_are_bad_input_or_values_of_the_right_types(capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 # What a launcher says
 
-WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+         "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 def put(monkeypatch, values):
@@ -243,11 +251,13 @@ def test_a_whole_environment_or_none(monkeypatch):
 
 
 @pytest.mark.parametrize("values", [
-    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-    {**WHOLE, "MASTER_PORT": None}, {**WHOLE, "LOCAL_RANK": None}, {**WHOLE, "RANK": ""}, {**WHOLE, "RANK": "one"}, {**WHOLE, "RANK": "-1"},
-    {**WHOLE, "RANK": "4"}, {**WHOLE, "WORLD_SIZE": "0"}, {**WHOLE, "WORLD_SIZE": "1e1"}, {**WHOLE, "LOCAL_RANK": "2"},
-    {**WHOLE, "LOCAL_WORLD_SIZE": "8"}, {**WHOLE, "MASTER_PORT": "0"}, {**WHOLE, "MASTER_PORT": "70000"}, {**WHOLE, "MASTER_ADDR": ""},
-    {**WHOLE, "RANK": "\u0661"}, {**WHOLE, "WORLD_SIZE": "9" * 5000},
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"},
+    {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+    {**WHOLE, "MASTER_PORT": None}, {**WHOLE, "LOCAL_RANK": None},
+    {**WHOLE, "RANK": ""}, {**WHOLE, "RANK": "one"}, {**WHOLE, "RANK": "-1"}, {**WHOLE, "RANK": "4"},
+    {**WHOLE, "WORLD_SIZE": "0"}, {**WHOLE, "WORLD_SIZE": "1e1"}, {**WHOLE, "LOCAL_RANK": "2"},
+    {**WHOLE, "LOCAL_WORLD_SIZE": "8"}, {**WHOLE, "MASTER_PORT": "0"}, {**WHOLE, "MASTER_PORT": "70000"},
+    {**WHOLE, "MASTER_ADDR": ""}, {**WHOLE, "RANK": "\u0661"}, {**WHOLE, "WORLD_SIZE": "9" * 5000},
 ], ids=lambda values: ",".join(f"{k}={str(v)[:5]}" for k, v in values.items() if WHOLE.get(k) != v or len(values) < 3))
 def test_half_or_odd_environments_are_refused_and_do_not_silence_the_process(values, monkeypatch):
     put(monkeypatch, values)
@@ -298,8 +308,12 @@ def script(tmp_path):
     """script("--how bad", RANK="1") runs the script above in a shell -> CompletedProcess (text)."""
     (tmp_path / "script.py").write_text(SCRIPT)
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
-    return lambda words="", **env: subprocess.run(f"{sys.executable} script.py {words}", shell=True, cwd=tmp_path, capture_output=True, text=True,
-                                                  timeout=60, env=clean | env, check=False)
+    return lambda words="", **env: subprocess.run(
+        f"{sys.executable} script.py {words}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=clean | env, check=False)
+
+
+FULL_DISK = "script.py: error: cannot go on (No space left on device): free some disk space\n"
 
 
 @pytest.mark.parametrize("words, env, code, out, err", [
@@ -316,9 +330,9 @@ def script(tmp_path):
     ("--how many | head -n 1", {}, 0, "started many\n", ""),  # a reader that has read enough
     ("--how fine >&-", {}, 0, "", ""),
     ("--how bad 2>&-", {}, 2, "started bad\n", ""),
-    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot go on (No space left on device): free some disk space\n"),
-    ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: cannot go on (No space left on device): free some disk space\n"),
-    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", "script.py: error: cannot go on (No space left on device): free some disk space\n"),
+    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", FULL_DISK),
+    ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", FULL_DISK),
+    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", FULL_DISK),
     ("--how bad > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: first second third\n"),
 ], ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "")
 def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, script):
@@ -333,7 +347,8 @@ def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_bad_input(script):
 
 
 def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
-    process = subprocess.Popen([sys.executable, tmp_path / "script.py", "--how", "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py", "--how", "wait"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started wait\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130

@@ -14,7 +14,8 @@ PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOL
 WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
 FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
 ROWS = [
-    ("messages", {"messages": [{"role": "system", "content": "Be brief."}, *PAIR], "prompt": "x"}, [{"role": "system", "content": "Be brief."}, *PAIR]),
+    ("messages", {"messages": [{"role": "system", "content": "Be brief."}, *PAIR], "prompt": "x"},
+     [{"role": "system", "content": "Be brief."}, *PAIR]),
     ("ShareGPT", {"id": 1, "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": TOLD}]}, PAIR),
     ("ShareGPT", {"conversations": PAIR}, PAIR),  # the newer names under the older key
     ("alpaca", {"instruction": ASKED, "input": "", "output": TOLD, "text": "x"}, PAIR),
@@ -50,13 +51,14 @@ def test_a_txt_is_one_text(tmp_path):
 
 
 def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
-    odd = ["not JSON", "[1]", json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "completion": " "}), json.dumps({"prompt": 3, "completion": "x"})]
+    odd = ["not JSON", "[1]", json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "completion": " "}),
+           json.dumps({"prompt": 3, "completion": "x"})]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([odd[0], json.dumps(ROWS[6][1]), "", *odd[1:]]))
     examples, line = read(str(path))
     assert examples == [PAIR] and line == (
-        f"{path}: 1 conversations (layout prompt/completion); skipped 5 malformed rows: line 1: not JSON (Expecting value: line 1 column 1 (char 0)); "
-        "line 4: not an object; line 5: no completion; ...")
+        f"{path}: 1 conversations (layout prompt/completion); skipped 5 malformed rows: "
+        "line 1: not JSON (Expecting value: line 1 column 1 (char 0)); line 4: not an object; line 5: no completion; ...")
     with pytest.raises(BadInput, match="line 1: not JSON.*--strict"):
         read(str(path), strict=True)
 
@@ -65,7 +67,8 @@ def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"comment": "mine"}, ROWS[6][1], {"x": 1}])
     examples, line = read(str(path))
     assert examples == [PAIR] and "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
-    with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are messages, conversations, .*\): mend it, or leave out --strict$"):
+    with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are messages, conversations, .*\): "
+                                       "mend it, or leave out --strict$"):
         read(str(path), strict=True)
 
 
@@ -80,15 +83,21 @@ def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(ind
 
 
 @pytest.mark.parametrize("messages, told", [
-    ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"), ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
-    ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"), ([{"role": "user", "content": None}], "both text"), ("hello", "not a list")])
+    ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"),
+    ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
+    ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"),
+    ([{"role": "user", "content": None}], "both text"), ("hello", "not a list")])
 def test_what_is_no_conversation(messages, told, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
     with pytest.raises(BadInput, match=f"no usable row.*{told}"):
         read(str(path))
 
 
-@pytest.mark.parametrize("content, told", [("", "it is empty"), ("{}", "nothing in it"), ('{"question": 1, "answer": 2}', "with question, answer \\(known are messages, conversations, instruction and output, .*\\): rename its columns$"), ("[1, 2]", "not an object")])
+@pytest.mark.parametrize("content, told", [
+    ("", "it is empty"), ("{}", "nothing in it"),
+    ('{"question": 1, "answer": 2}', "with question, answer \\(known are messages, conversations, "
+                                     "instruction and output, .*\\): rename its columns$"),
+    ("[1, 2]", "not an object")])
 def test_what_holds_nothing(content, told, tmp_path):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(BadInput, match=told):
@@ -102,7 +111,8 @@ def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
     chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}] * 3
     ids, learned = render(chat, tokenizer)
     third, two = len(ids), len(render(chat[:4], tokenizer)[0])
-    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]], tokenizer, third)  # a last question is dropped
+    # a last question is dropped
+    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]], tokenizer, third)
     assert truncate(chat, tokenizer, third - 1) == truncate(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
     first = len(render(chat[:2], tokenizer)[0])
     assert truncate(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
@@ -124,4 +134,5 @@ def test_what_is_held_out_follows_from_content_and_seed():
     book, ends = "a" * 90 + "b" * 10, (["a" * 90], ["b" * 10])
     assert hold_out([book], 0.1, 1) == ends
     for number in range(30):  # a seed that would hold the book out whole is among them
-        assert hold_out([book, *examples[:30]], 0.1, number) == tuple(map(list.__add__, hold_out(examples[:30], 0.1, number), ends))
+        assert hold_out([book, *examples[:30]], 0.1, number) == tuple(
+            map(list.__add__, hold_out(examples[:30], 0.1, number), ends))

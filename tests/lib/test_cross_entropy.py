@@ -16,7 +16,8 @@ def plain(x, weight, targets):
 
 
 def straight(x, weight, targets):
-    """The loss as its docstring has it: a logit too far above the target's counts as FAR above it, and passes its gradient on."""
+    """The loss as its docstring has it: a logit too far above the target's counts as FAR above it,
+    and passes its gradient on."""
     above = F.linear(x, weight) - F.linear(x, weight).gather(1, targets[:, None])
     above = above + (above.clamp(max=cross_entropy.FAR) - above).detach()
     return above.logsumexp(dim=1).sum()
@@ -62,7 +63,8 @@ def test_capped_logits_against_autograd(cap, size, chunk):
         z = x @ weight.T
         return F.cross_entropy(cap * z / (z.square() + cap**2).sqrt(), targets, ignore_index=-1, reduction="sum")
 
-    close(with_gradients(lambda *args: linear_cross_entropy(*args, cap), x, weight, targets), with_gradients(plainly, x, weight, targets))
+    close(with_gradients(lambda *args: linear_cross_entropy(*args, cap), x, weight, targets),
+          with_gradients(plainly, x, weight, targets))
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets, cap), plainly(x, weight, targets))
 
@@ -225,7 +227,8 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_the_logits_of_all_tokens_never_exist(gradients, chunk):
     args, sizes = problem(24, 31, 8), {}
-    for name, loss_of, size in (("plain", plain, 1000), ("whole", linear_cross_entropy, 1000), ("chunks", linear_cross_entropy, 5)):
+    for name, loss_of, size in (("plain", plain, 1000), ("whole", linear_cross_entropy, 1000),
+                                ("chunks", linear_cross_entropy, 5)):
         chunk(size)
         with Sizes() as made, torch.set_grad_enabled(gradients):
             with_gradients(loss_of, *args) if gradients else loss_of(*args)

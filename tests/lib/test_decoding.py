@@ -37,7 +37,8 @@ def plain_varlen(q, k, v, starts_q, starts_k, max_q, max_k):
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("toggles", TOGGLES)
 def test_cached_logits_are_those_of_the_whole_text(toggles, flash, monkeypatch):
-    """Texts of different lengths side by side, each as if alone; past the window (16 tokens), with its newest half at position 0."""
+    """Texts of different lengths side by side, each as if alone; past the window (16 tokens),
+    with its newest half at position 0."""
     monkeypatch.setattr(*((lib.attention, "varlen_attn", plain_varlen) if flash else (lib.decoding, "FlashFirst", None)))
     if flash:
         monkeypatch.setattr(lib.decoding, "MaskedFirst", None)
@@ -65,7 +66,8 @@ def test_a_row_is_begun_anew_while_others_go_on():
     decoder = Decoder(model, 3, 16)
     decoder.fill([0, 2], [[1, 2, 3], [4]])
     decoder.step(torch.tensor([5, 0, 6]))
-    torch.testing.assert_close(decoder.fill([1, 2], [[7], [8, 9]]), torch.stack([model(torch.tensor([ids]))[0, -1] for ids in ([7], [8, 9])]))
+    torch.testing.assert_close(decoder.fill([1, 2], [[7], [8, 9]]),
+                               torch.stack([model(torch.tensor([ids]))[0, -1] for ids in ([7], [8, 9])]))
     logits = decoder.step(torch.tensor([10, 11, 12]))
     for row, ids in enumerate(([1, 2, 3, 5, 10], [7, 11], [8, 9, 12])):
         torch.testing.assert_close(logits[row], model(torch.tensor([ids]))[0, -1])
@@ -133,7 +135,8 @@ def test_graphs_are_captured_of_experts_only_where_grouped_mm_does_not_wait(capa
 @pytest.mark.parametrize("compile", [False, True])
 def test_flash_attention_of_a_step_gives_what_a_mask_gives(compile, monkeypatch):
     torch.manual_seed(0)
-    model, prompts = GPT(tiny(block_size=256, n_embd=128, n_head=2, init="xavier")).eval().cuda(), [[1] * 200, [2, 3], [4] * 250]
+    model = GPT(tiny(block_size=256, n_embd=128, n_head=2, init="xavier")).eval().cuda()
+    prompts = [[1] * 200, [2, 3], [4] * 250]
     with torch.autocast("cuda", torch.bfloat16):
         decoders = [Decoder(model, n, 400, graphs=True, compile=compile) for n in (3, 1)]
         monkeypatch.setattr(lib.decoding, "flash_fits", lambda device, head_dim: False)
@@ -194,7 +197,8 @@ def test_draws_follow_softmax():
 
 def test_every_row_may_have_its_own_temperature_and_top_p():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0]).expand(3000, -1)
-    temperature, top_p = torch.tensor([[0.0], [1.0], [1.0]]).repeat(1000, 1), torch.tensor([[1.0], [0.6], [1.0]]).repeat(1000, 1)
+    temperature = torch.tensor([[0.0], [1.0], [1.0]]).repeat(1000, 1)
+    top_p = torch.tensor([[1.0], [0.6], [1.0]]).repeat(1000, 1)
     drawn = draw(logits, temperature, 0, top_p, torch.Generator().manual_seed(0)).view(1000, 3).T
     assert (drawn[:2] == 3).all() and abs((drawn[2] == 3).float().mean() - 0.644) < 0.07
 
@@ -208,7 +212,8 @@ def test_samples_end_at_the_end_of_text_and_leave_random_state_alone(tokenizer):
     texts = sample(model, tokenizer, *settings, shown.append)
     assert torch.equal(before, torch.random.get_rng_state()) and model.training
     assert texts == sample(model, tokenizer, *settings) and texts[0] == "".join(shown)
-    assert all(text.startswith("the cat" if i < 4 else "a longer dog") and "<|endoftext|>" not in text for i, text in enumerate(texts))
+    assert all(text.startswith("the cat" if i < 4 else "a longer dog") and "<|endoftext|>" not in text
+               for i, text in enumerate(texts))
     assert len(set(texts)) == 8
 
 
@@ -267,4 +272,5 @@ def test_a_chat_model_ends_its_turn_and_no_control_token_is_written(tokenizer):
     written = Text(tokenizer, 99)
     for token in (*ids, tokenizer.reserved["<|user|>"], *ids, tokenizer.reserved["<|end|>"], *ids):
         written.add(token)
-    assert (written.text, written.ended) == ("the catthe cat", "stop") and tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "the cat"
+    assert (written.text, written.ended) == ("the catthe cat", "stop")
+    assert tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "the cat"

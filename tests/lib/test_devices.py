@@ -10,7 +10,8 @@ from helpers import ROOT
 from lib import devices, logger
 from lib.cli import BadInput
 
-TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
 
 
 @pytest.fixture
@@ -37,8 +38,9 @@ def pretend(monkeypatch, name="NVIDIA H100 80GB HBM3", capability=(8, 0), count=
 
 
 @pytest.mark.parametrize("gpu, want", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A10G", 70e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA RTX A6000", 155e12), ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA A10G", 70e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
+    ("NVIDIA RTX A6000", 155e12), ("NVIDIA GH200 480GB", 989e12),
     # not in the table: cousins of cards that are, and names that merely begin alike
     ("NVIDIA GeForce GTX 1080", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
     ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA RTX A4000", None), ("NVIDIA GB200", None)])
@@ -63,7 +65,8 @@ def test_compute_dtype_is_what_the_hardware_has(capability, want, monkeypatch):
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
 def test_cast_is_to_the_dtype_of_autocast(backend):
     torch._dynamo.reset()
-    cast = torch.compile(lambda x: devices.cast(x) + 0, backend=backend, fullgraph=True, dynamic=False) if backend else devices.cast
+    cast = (torch.compile(lambda x: devices.cast(x) + 0, backend=backend, fullgraph=True, dynamic=False) if backend
+            else devices.cast)
     x = torch.randn(3, 4)
     for _ in range(2):
         assert torch.equal(cast(x), x) and cast(x).dtype == torch.float32
@@ -242,8 +245,8 @@ class Costs(torch.nn.Module):
 def pretend_memory(monkeypatch, model, free, total=10**9, reserved=0, fraction=1.0):
     """A GPU with so many bytes, on which `model` is all that takes any: its tensors stay on the CPU."""
     pretend(monkeypatch, capability=(7, 5))
-    for name, value in (("mem_get_info", (free, total)), ("memory_reserved", reserved), ("get_per_process_memory_fraction", fraction),
-                        ("empty_cache", None)):
+    for name, value in (("mem_get_info", (free, total)), ("memory_reserved", reserved),
+                        ("get_per_process_memory_fraction", fraction), ("empty_cache", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: model.peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: setattr(model, "peak", 0))
@@ -290,7 +293,8 @@ def test_auto_on_cuda_counts_what_packed_rows_need(monkeypatch):
     for packed, want in (((), 8), ((torch.empty(5000),), 6)):
         model = Costs(thousand_each)
         pretend_memory(monkeypatch, model, free=17_000)
-        assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA, [torch.empty(500)], lambda idx, packed=packed: packed) == want
+        assert devices.pick_micro_batch(model, "auto", 48, ON_CUDA, [torch.empty(500)],
+                                        lambda idx, packed=packed: packed) == want
 
 
 @pytest.mark.parametrize("memory", [

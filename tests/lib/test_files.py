@@ -29,7 +29,8 @@ def test_only_regular_files_are_opened(tmp_path):
         files.read_text(tmp_path / "text", "do this", limit=2)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 300_000, b"9" * 5000], ids=["empty", "torn", "latin-1", "nested", "digits"])
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 300_000, b"9" * 5000],
+                         ids=["empty", "torn", "latin-1", "nested", "digits"])
 def test_what_is_not_json_ends_in_the_remedy(data, tmp_path):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(BadInput, match="a.json.*: do this$"):
@@ -50,7 +51,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         replace(path, fails)
     assert read_json(path, "") == {"a": 1} and list(tmp_path.iterdir()) == [path]
-    code = "import os, sys; from lib.files import replace; replace(sys.argv[1], lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))"
+    code = ("import os, sys; from lib.files import replace; "
+            "replace(sys.argv[1], lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))")
     assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=False).returncode == -9
     assert read_json(path, "") == {"a": 1}
     write_json(path, {"a": 2})
@@ -58,7 +60,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
-    code = "import sys, time; from lib.files import locked\nwith locked(sys.argv[1], ''): print('held', flush=True); time.sleep(60)"
+    code = ("import sys, time; from lib.files import locked\n"
+            "with locked(sys.argv[1], ''): print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(BadInput, match="in use by another process: do this"), locked(tmp_path, "do this"):

@@ -86,8 +86,9 @@ def kill_at(hub, tmp_path, name, *flags):
 # Text, streamed by `datasets`
 
 
-FAULTS = [dict(after=900, how="close"), dict(after=0, how="short"), dict(after=2000, how="close"), dict(after=500, how="reset"), dict(after=0, how=503),
-          dict(after=0, how="close"), dict(after=800, how="short"), dict(after=0, how=429), dict(after=700, how="stall")]
+FAULTS = [dict(after=900, how="close"), dict(after=0, how="short"), dict(after=2000, how="close"),
+          dict(after=500, how="reset"), dict(after=0, how=503), dict(after=0, how="close"),
+          dict(after=800, how="short"), dict(after=0, how=429), dict(after=700, how="stall")]
 
 
 @pytest.mark.parametrize("write, faults", [(write_parquet, []), (write_parquet, FAULTS), (write_jsonl, FAULTS)],
@@ -174,7 +175,8 @@ def test_corpora_say_their_licence_and_size(tmp_path, script):
     with Hub({"kjj0/fineweb10B-gpt2": write_foreign(tmp_path / "repo", train=1)}) as hub:
         done = script(hub, "--pretokenized", "fineweb-10BT")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
-        "kjj0/fineweb10B-gpt2, default: about 10.36B tokens, 20.71 GB of shards with gpt2; about 20.71 GB on the hub; licence MIT; ")
+        "kjj0/fineweb10B-gpt2, default: about 10.36B tokens, 20.71 GB of shards with gpt2; "
+        "about 20.71 GB on the hub; licence MIT; ")
     assert str(fineweb.HUB["wikipedia"]) == ("wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 GB on the hub; "
                                              "licence CC BY-SA 3.0, GFDL")
 
@@ -258,10 +260,12 @@ def test_what_cannot_be_downloaded_is_one_line(tmp_path, script):
         hub.break_off("web_train_000003.bin", after=100, times=10**6, how="close")
         for i, (wanted, says, more) in enumerate((
                 (":web/web_*[02].bin", "web/web_train_000002.bin of some/shards arrives damaged (", {}),
-                (":web/web_*[013].bin", "cannot read the dataset web/web_train_000003.bin of some/shards (RemoteProtocolError: ", {}),
+                (":web/web_*[013].bin",
+                 "cannot read the dataset web/web_train_000003.bin of some/shards (RemoteProtocolError: ", {}),
                 (":web/torn*", "the dataset some/shards at web/torn* holds no val shards", {}),
                 (":nowhere", "holds no train shards, files that end in _train_<index>.npy or .bin (it holds web/", {}),
-                (":web/[wb]*_00000[01].bin", "holds the id 60000, but its tokenizer ends at 50256: name the tokenizer of some/shards", {}),
+                (":web/[wb]*_00000[01].bin",
+                 "holds the id 60000, but its tokenizer ends at 50256: name the tokenizer of some/shards", {}),
                 (":web/[wo]*_00000[01].bin", "begins with a million tokens without gpt2's end of text", {}),
                 (":web/[wt]*_00000[01].bin", "torn_train_000001.bin is damaged, or not a shard (", {}),
                 (":web/web*[01].bin", "downloading 2 shards needs 0.00 GB and out", {"site": full}),
@@ -271,13 +275,15 @@ def test_what_cannot_be_downloaded_is_one_line(tmp_path, script):
                  {"HF_ENDPOINT": "http://127.0.0.1:9"}))):
             line = one_line(script(hub, "--pretokenized", f"some/shards{wanted}", "--out", f"out{i}", **more))
             assert says in line, (wanted, line)
-        stays = [(folder / "web_train_000001.bin").read_bytes() for folder in (tmp_path / "out1", web)]  # it came before the error
+        # it came before the error
+        stays = [(folder / "web_train_000001.bin").read_bytes() for folder in (tmp_path / "out1", web)]
         assert stays[0] == stays[1]
         assert not list(tmp_path.glob("out*/[bot]*"))  # what is not right gets no name
 
 
 def test_flags_that_contradict_pretokenized():
-    for flags, says in ((["--pretokenized", "a/b", "--source", "x"], "leave out --source"), (["--shards", "2"], "--shards counts the shards"),
+    for flags, says in ((["--pretokenized", "a/b", "--source", "x"], "leave out --source"),
+                        (["--shards", "2"], "--shards counts the shards"),
                         (["--pretokenized", "a/b", "--shards", "2", "--max_tokens", "9"], "give one of them"),
                         (["--pretokenized", "a/b", "--tokenizer", "bpe:400"], "have a tokenizer already")):
         with pytest.raises(BadInput, match=says):

@@ -44,7 +44,8 @@ def test_gpt2_parity_with_transformers(tmp_path):
     idx = torch.randint(97, (3, 24))
     with torch.no_grad():
         assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
-        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel(), theirs(idx, labels=idx).loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel(), theirs(idx, labels=idx).loss,
+                                   rtol=1e-5, atol=0)
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
 
 
@@ -74,8 +75,10 @@ GLM, MIXTRAL = dict(n_experts=4, n_active=2), dict(n_experts=4, n_active=2, rout
 
 @torch.no_grad()
 @pytest.mark.parametrize("toggles, name", [
-    (GLM, "Glm4Moe"), (GLM | dict(n_shared=2, qk_norm=True), "Glm4Moe"), (GLM | dict(n_experts=5, n_active=5, balance="loss", expert_width=24), "Glm4Moe"),
-    (MIXTRAL, "Mixtral"), (MIXTRAL | dict(n_active=1, expert_width=24, router_z_loss=0.1), "Mixtral"), (MIXTRAL | dict(qk_norm=True), "Qwen3Moe")],
+    (GLM, "Glm4Moe"), (GLM | dict(n_shared=2, qk_norm=True), "Glm4Moe"),
+    (GLM | dict(n_experts=5, n_active=5, balance="loss", expert_width=24), "Glm4Moe"),
+    (MIXTRAL, "Mixtral"), (MIXTRAL | dict(n_active=1, expert_width=24, router_z_loss=0.1), "Mixtral"),
+    (MIXTRAL | dict(qk_norm=True), "Qwen3Moe")],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())))
 def test_mixtures_of_experts_are_exported_exactly_and_read_back(toggles, name, tokenizer, tmp_path):
     model, idx = odd_model(vocab_size=tokenizer.vocab_size, **MODERN | toggles), torch.randint(61, (2, 16))
@@ -91,10 +94,11 @@ def test_mixtures_of_experts_are_exported_exactly_and_read_back(toggles, name, t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("toggles", [dict(), dict(mlp="relu2", bias=False, tie_embeddings=False), dict(pos="rope", mlp="relu2"),
-                                     *(dict(pos="rope", norm="rmsnorm", bias=False, emb_norm=True) | more for more in (
-                                         dict(mlp="swiglu"), dict(mlp="swiglu", qk_norm=True), dict(mlp="relu2"), dict(norm="layernorm", mlp="swiglu")))],
-                         ids=lambda toggles: " ".join(map(str, toggles.values())))
+@pytest.mark.parametrize("toggles", [
+    dict(), dict(mlp="relu2", bias=False, tie_embeddings=False), dict(pos="rope", mlp="relu2"),
+    *(dict(pos="rope", norm="rmsnorm", bias=False, emb_norm=True) | more for more in (
+        dict(mlp="swiglu"), dict(mlp="swiglu", qk_norm=True), dict(mlp="relu2"), dict(norm="layernorm", mlp="swiglu")))],
+    ids=lambda toggles: " ".join(map(str, toggles.values())))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_folder_is_loaded_by_transformers_and_by_us(toggles, dtype, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -108,11 +112,13 @@ def test_a_folder_is_loaded_by_transformers_and_by_us(toggles, dtype, tokenizer,
     assert (theirs(idx).logits - want).abs().max() < (1e-4 if dtype == torch.float32 else 0.1 * want.abs().max())
     torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-4)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eot == GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert (AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eot
+            == GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("toggles", [dict(norm="rmsnorm", mlp="swiglu"), dict(norm="rmsnorm", mlp="relu2"), dict(mlp="gelu")], ids=str)
+@pytest.mark.parametrize("toggles", [
+    dict(norm="rmsnorm", mlp="swiglu"), dict(norm="rmsnorm", mlp="relu2"), dict(mlp="gelu")], ids=str)
 def test_an_untrained_model_whose_biases_are_0_is_read_back(toggles, tokenizer, tmp_path):
     model, idx = GPT(tiny(pos="rope", vocab_size=tokenizer.vocab_size, **toggles)).eval(), torch.randint(61, (2, 16))
     huggingface.write(model, tokenizer, tmp_path / "out")
@@ -122,11 +128,13 @@ def test_an_untrained_model_whose_biases_are_0_is_read_back(toggles, tokenizer, 
 
 
 @pytest.mark.parametrize("toggles, says", [
-    (dict(softcap=15.0), "--softcap 15.0"), (dict(token_shift=True), "--token_shift"), (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
+    (dict(softcap=15.0), "--softcap 15.0"), (dict(token_shift=True), "--token_shift"),
+    (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
     (dict(emb_norm=True), "GPT2LMHeadModel, lacks --emb_norm"), (dict(norm="rmsnorm"), "--norm rmsnorm"),
     (dict(norm="rmsnorm", pos="rope", mlp="relu2", qk_norm=True), "ArceeForCausalLM, lacks --qk_norm"),
     (dict(norm="rmsnorm", pos="rope", mlp="swiglu", qk_norm=True, bias=True), "--qk_norm"),
-    (MODERN | GLM | dict(router="softmax"), "--router softmax"), (MODERN | GLM | dict(mlp="relu2"), "--n_experts 4"), (MODERN | MIXTRAL | dict(n_shared=1), "--router softmax")])
+    (MODERN | GLM | dict(router="softmax"), "--router softmax"), (MODERN | GLM | dict(mlp="relu2"), "--n_experts 4"),
+    (MODERN | MIXTRAL | dict(n_shared=1), "--router softmax")])
 def test_what_no_class_computes_is_refused_naming_the_flags(toggles, says, tokenizer, tmp_path):
     with pytest.raises(BadInput, match="cannot be exported") as error:
         huggingface.write(odd_model(vocab_size=tokenizer.vocab_size, **toggles), tokenizer, tmp_path / "out")
@@ -135,11 +143,14 @@ def test_what_no_class_computes_is_refused_naming_the_flags(toggles, says, token
 
 def odd_strings(n):
     rng = random.Random(0)
-    ranges = [(32, 126), (0, 31), (127, 0x24F), (0x300, 0x36F), (0x600, 0x6FF), (0x4E00, 0x4FFF), (0x1F600, 0x1F64F), (0x2000, 0x206F), (0xFFF0, 0xFFFD)]
-    words = ["<|endoftext|>", "<|endoftext", "'s", "'LL", "\r\n", "  ", " " * 40, "\u3000", "don't", "3.14159", "e\u0301", "\ufeff", "\u200d", "--", "ﬁ", "ß"]
+    ranges = [(32, 126), (0, 31), (127, 0x24F), (0x300, 0x36F), (0x600, 0x6FF), (0x4E00, 0x4FFF), (0x1F600, 0x1F64F),
+              (0x2000, 0x206F), (0xFFF0, 0xFFFD)]
+    words = ["<|endoftext|>", "<|endoftext", "'s", "'LL", "\r\n", "  ", " " * 40, "\u3000", "don't", "3.14159", "e\u0301",
+             "\ufeff", "\u200d", "--", "ﬁ", "ß"]
 
     def piece():
-        return rng.choice(words) if rng.random() < 0.3 else "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 4)))
+        return rng.choice(words) if rng.random() < 0.3 else "".join(
+            chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 4)))
 
     return ["", *("".join(piece() for _ in range(rng.randint(1, 30))) for _ in range(n - 1))]
 
@@ -155,11 +166,14 @@ def test_tokens_are_the_same_for_odd_strings(name, tmp_path):
     tokenizer = load_tokenizer("gpt2") if name == "gpt2" else train_bpe(sentences(50) + texts[:300], 600)
     if name not in ("gpt2", "trained"):  # an encoding of tiktoken's with gaps in its numbering, as cl100k_base has them
         ranks = tokenizer.encoding._mergeable_ranks
-        pattern = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
-        tokenizer = Tokenizer(tiktoken.Encoding("odd", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 610, "<|fim|>": 605}), "odd")
+        pattern = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+                   r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+        tokenizer = Tokenizer(tiktoken.Encoding("odd", pat_str=pattern, mergeable_ranks=ranks,
+                                                special_tokens={"<|endoftext|>": 610, "<|fim|>": 605}), "odd")
     huggingface.write(odd_model(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    again = tokenizer if "rule" in name else load_tokenizer(str(tmp_path / "out"))  # ours reads it, too, if it splits as GPT-2's does
+    # ours reads it, too, if it splits as GPT-2's does
+    again = tokenizer if "rule" in name else load_tokenizer(str(tmp_path / "out"))
     for text in texts:
         ids = tokenizer.encode(text).tolist()
         assert theirs(text)["input_ids"] == ids, text
@@ -174,7 +188,8 @@ def test_other_architectures_and_no_model_are_refused(tmp_path):
     LlamaForCausalLM(LlamaConfig(intermediate_size=16, num_key_value_heads=1, **shape)).save_pretrained(tmp_path / "llama")
     OPTForCausalLM(OPTConfig(ffn_dim=16, word_embed_proj_dim=16, **shape)).save_pretrained(tmp_path / "opt")
     (tmp_path / "empty").mkdir()
-    for name, says in (("nowhere", "cannot load"), ("llama", "num_key_value_heads"), ("opt", "is a OPTForCausalLM"), ("empty", "cannot load")):
+    for name, says in (("nowhere", "cannot load"), ("llama", "num_key_value_heads"), ("opt", "is a OPTForCausalLM"),
+                       ("empty", "cannot load")):
         with pytest.raises(BadInput, match=f"{name}.*{says}|{says}.*{name}"):
             GPT.from_pretrained(tmp_path / name)
 

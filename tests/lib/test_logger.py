@@ -14,7 +14,8 @@ from runs import train
 from lib.cli import BadInput
 from lib.logger import Logger, Null, SpikeDetector
 
-STEP = {"Loss/train": 3.25, "optim/lr": 0.5, "optim/grad_norm": 1.0, "perf/tok_per_sec": 1234.5, "perf/mfu": None, "perf/memory_gb": None}
+STEP = {"Loss/train": 3.25, "optim/lr": 0.5, "optim/grad_norm": 1.0,
+        "perf/tok_per_sec": 1234.5, "perf/mfu": None, "perf/memory_gb": None}
 
 
 def read(folder):
@@ -57,7 +58,8 @@ def test_what_is_logged_is_read_back_while_the_run_goes_on(tmp_path, capsys):
         "|flag|value|", "|-|-|", "|max_lr|0.25|", "|shuffle|True|", "|run_name|None|", "|source|('a', 'b')|", "|mlp|gelu|"]
     assert read(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
     out = capsys.readouterr().out.splitlines()
-    assert out[:3] == ["one", "two", "step 0 | loss 3.2500 | lr 5.00e-01 | norm 1.000 | 500 ms | 1,234 tok/s | MFU n/a | ETA 0:00:04"]
+    assert out[:3] == ["one", "two",
+                       "step 0 | loss 3.2500 | lr 5.00e-01 | norm 1.000 | 500 ms | 1,234 tok/s | MFU n/a | ETA 0:00:04"]
     assert "step 2 | val loss 2.0000 | bits per byte 1.5000" in out and "> 'the dog\\n\\nsat'" in out
     log.close()
 
@@ -79,12 +81,15 @@ def test_steps_that_run_again_are_forgotten(tmp_path):
 def test_tensorboard_shows_what_matters_first(data, tmp_path):
     """Its groups are sorted by name, capitals first; the norms of many blocks come last."""
     items = write_lines(tmp_path / "hellaswag_val.jsonl", hellaswag_items(4))
-    folder = train(data, tmp_path / "a", "--max_steps", "2", "--warmup_steps", "1", "--hellaswag_every", "2", "--hellaswag_file", items, "--sample_every", "2")
+    folder = train(data, tmp_path / "a", "--max_steps", "2", "--warmup_steps", "1", "--hellaswag_every", "2",
+                   "--hellaswag_file", items, "--sample_every", "2")
     tags = read(folder).Tags()
-    assert list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags["scalars"]))) == ["Loss", "data", "eval", "optim", "perf", "weights"]
+    assert list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags["scalars"]))) == [
+        "Loss", "data", "eval", "optim", "perf", "weights"]
     assert sorted(tags["scalars"])[:4] == ["Loss/train", "Loss/val", "Loss/val_bpb", "data/epoch"]
     assert {"hyperparameters/text_summary", "samples/text_summary"} <= set(tags["tensors"])
-    assert re.fullmatch(r"0 val \S+\n0 hella \S+\n0 train \S+\n1 train \S+\n2 val \S+\n2 hella \S+\n", (folder / "log.txt").read_text())
+    assert re.fullmatch(r"0 val \S+\n0 hella \S+\n0 train \S+\n1 train \S+\n2 val \S+\n2 hella \S+\n",
+                        (folder / "log.txt").read_text())
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):

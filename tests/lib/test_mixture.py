@@ -25,8 +25,8 @@ FAKE = SimpleNamespace(vocab_size=60_000, eot=0)
 
 
 def corpus_of(*data, **changes):
-    return Corpus(SimpleNamespace(**dict(data=tuple(map(str, data)), curriculum=None, curriculum_steps=None, curriculum_mix="cosine",
-                                         total_batch_size=100 * T, batch_warmup=0) | changes))
+    return Corpus(SimpleNamespace(**dict(data=tuple(map(str, data)), curriculum=None, curriculum_steps=None,
+                                         curriculum_mix="cosine", total_batch_size=100 * T, batch_warmup=0) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,10 @@ def plain(corpus, seed, rows):
 @given(st.data())
 def test_the_stream_against_a_plain_loop_from_any_point_in_any_batches(folders, data):
     seed = data.draw(st.sampled_from([None, 7]))
-    words = data.draw(st.sampled_from([folders, [f"{folder}:{weight}" for folder, weight in zip(folders, (0.2, 3, 0))], folders[:1]]))
-    stage = {} if len(words) == 3 else dict(curriculum=str(folders[2]), curriculum_steps=2, curriculum_mix=data.draw(st.sampled_from(["cosine", "step"])))
+    words = data.draw(st.sampled_from([
+        folders, [f"{folder}:{weight}" for folder, weight in zip(folders, (0.2, 3, 0))], folders[:1]]))
+    stage = {} if len(words) == 3 else dict(curriculum=str(folders[2]), curriculum_steps=2,
+                                            curriculum_mix=data.draw(st.sampled_from(["cosine", "step"])))
     corpus, counts = corpus_of(*words, **stage), data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=8))
     want, chosen = plain(corpus, seed, sum(counts))
     mixture, states = mixture_of(corpus, seed), []
@@ -75,7 +77,8 @@ def test_the_stream_against_a_plain_loop_from_any_point_in_any_batches(folders, 
     for count in counts:
         states.append(json.loads(json.dumps(mixture.state_dict())))
         got.append(mixture.next(count * T).reshape(-1, T + 1))
-    assert (np.concatenate(got) == want).all() and list(mixture.state_dict()["tokens"]) == [int((chosen == i).sum()) * T for i in range(len(corpus.sources))]
+    assert (np.concatenate(got) == want).all()
+    assert list(mixture.state_dict()["tokens"]) == [int((chosen == i).sum()) * T for i in range(len(corpus.sources))]
     resumed = mixture_of(corpus, seed)
     resumed.load_state_dict(states[-1])
     assert (resumed.next(counts[-1] * T).reshape(-1, T + 1) == got[-1]).all() and resumed.state_dict() == mixture.state_dict()
@@ -102,21 +105,25 @@ def test_without_weights_a_source_has_its_size_and_no_weight_means_never(folders
 
 def test_a_curriculum_gives_way_as_its_formula_says(folders):
     for mix, want in {"cosine": [1.0, 0.5, 0.0, 0.0], "linear": [1.0, 0.5, 0.0, 0.0], "step": [1.0, 1.0, 0.0, 0.0]}.items():
-        corpus = corpus_of(*folders[:2], curriculum=str(folders[2]), curriculum_steps=10, curriculum_mix=mix)  # 10 x 100 T tokens
+        corpus = corpus_of(*folders[:2], curriculum=str(folders[2]), curriculum_steps=10,  # 10 x 100 T tokens
+                           curriculum_mix=mix)
         shares = corpus.shares(np.array([0, 500 * T, 1000 * T, 5000 * T]))
         assert shares[:, 2].tolist() == pytest.approx(want) and shares.sum(axis=1).tolist() == pytest.approx([1.0] * 4)
         assert (shares[:, 0] == pytest.approx(3 * shares[:, 1])) and corpus.weights[2] == 0
-    ramped = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10, batch_warmup=200 * T)  # its first 4 steps are half as large
+    ramped = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10,
+                       batch_warmup=200 * T)  # its first 4 steps are half as large
     assert ramped.stage == 800 * T
     quarter = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10).shares(np.array([250 * T]))[0, 1]
     assert quarter == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     corpus = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10, curriculum_mix="linear")
-    assert corpus.epochs(2000 * T) == pytest.approx([1500 * T / 4500, 500 * T / 750], rel=1e-3)  # half of the stage is the curriculum's
+    # half of the stage is the curriculum's
+    assert corpus.epochs(2000 * T) == pytest.approx([1500 * T / 4500, 500 * T / 750], rel=1e-3)
 
 
 def test_one_folder_is_what_it_was(folders):
     corpus, shards = corpus_of(folders[0]), Shards(folders[0])
-    assert (corpus.identity, corpus.tokens["train"], corpus.tokenizer) == (shards.identity, shards.tokens["train"], shards.tokenizer)
+    assert (corpus.identity, corpus.tokens["train"], corpus.tokenizer) == (
+        shards.identity, shards.tokens["train"], shards.tokenizer)
     assert corpus.weights.tolist() == [1.0] and corpus.tags("x", [1]) == {} and not corpus.is_mixed
     assert corpus_of(*folders[:2]).identity not in (corpus_of(folders[1], folders[0]).identity, corpus.identity)
     assert corpus_of(f"{folders[0]}:1", f"{folders[1]}:9").identity == corpus_of(*folders[:2]).identity
@@ -128,7 +135,8 @@ def test_no_source_is_named_as_another_or_as_a_tag_of_its_own(folders, tmp_path)
     assert names[1:3] == ["b", "c"] and names[0].endswith("_a") and len({*names, "bpb", "pretraining"}) == 8
 
 
-@pytest.mark.parametrize("word, want", [("a", ("a", None)), ("a:2", ("a", 2.0)), ("x/y:0.25", ("x/y", 0.25)), (r"C:\data", (r"C:\data", None))])
+@pytest.mark.parametrize("word, want", [
+    ("a", ("a", None)), ("a:2", ("a", 2.0)), ("x/y:0.25", ("x/y", 0.25)), (r"C:\data", (r"C:\data", None))])
 def test_a_weight_stands_behind_the_last_colon(word, want):
     assert split_weight(word) == want
 
@@ -147,8 +155,10 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
             *(((f"{folder}:{weight}", b), {}, "a weight is a number from 0 to 1,000,000,000")
               for folder, weight in ((a, "-1"), (a, "much"), (a, "nan"), (a, "1e10"), ("nowhere", "-1"), ("nowhere", "1e400"))),
             ((a, b, f"{a}/"), {}, "is named twice by --data: name it once, with the sum of the weights"),
-            ((b, a), dict(curriculum=str(a), curriculum_steps=3), "a is named by both --data and --curriculum: name another folder for one"),
-            ((a,), dict(curriculum="nowhere", curriculum_steps=3), "or name another --curriculum"), ((a, "nowhere"), {}, "or name another --data"),
+            ((b, a), dict(curriculum=str(a), curriculum_steps=3),
+             "a is named by both --data and --curriculum: name another folder for one"),
+            ((a,), dict(curriculum="nowhere", curriculum_steps=3), "or name another --curriculum"),
+            ((a, "nowhere"), {}, "or name another --data"),
             ((a,), dict(curriculum=str(b)), "--curriculum and --curriculum_steps belong together"),
             ((a,), dict(curriculum_steps=3), "--curriculum and --curriculum_steps belong together"),
             ((a, tmp_path / "void"), {}, "void hold no tokens"),
@@ -158,10 +168,12 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
             corpus_of(*data, **changes)
     run = dict(minutes=None, batch_warmup=0, total_batch_size=1000, curriculum_steps=None)
     corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=149, **run))  # 99 epochs of its 750 tokens
-    with pytest.raises(BadInput, match=r"c runs dry: the run would pass over its 750 tokens 133 times, more than 100; lower its weight"):
+    with pytest.raises(BadInput, match="c runs dry: the run would pass over its 750 tokens 133 times, more than 100; "
+                                       "lower its weight"):
         corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=200, **run))
     with pytest.raises(BadInput, match="c runs dry: .* 107 times, more than 100; lower --curriculum_steps"):
-        corpus_of(a, curriculum=str(c), curriculum_steps=200).check_length(SimpleNamespace(**run | dict(steps=200, curriculum_steps=200)))
+        corpus_of(a, curriculum=str(c), curriculum_steps=200).check_length(
+            SimpleNamespace(**run | dict(steps=200, curriculum_steps=200)))
     with pytest.raises(BadInput, match="--curriculum_steps 9 is longer than the run of 8 steps"):
         corpus_of(a).check_length(SimpleNamespace(**run | dict(steps=8, curriculum_steps=9)))
 
@@ -180,8 +192,8 @@ def sources(data, tokenizer, tmp_path_factory):
 
 
 def flags_of(sources, folder, *more):
-    return [*TINY_FLAGS, "--shuffle", "--micro_batch", "2", "--data", f"{sources[0]}:3", f"{sources[1]}:1", "--log_dir", str(folder.parent),
-            "--run_name", folder.name, *map(str, more)]
+    return [*TINY_FLAGS, "--shuffle", "--micro_batch", "2", "--data", f"{sources[0]}:3", f"{sources[1]}:1",
+            "--log_dir", str(folder.parent), "--run_name", folder.name, *map(str, more)]
 
 
 def scalars(folder):
@@ -194,7 +206,8 @@ def scalars(folder):
 def test_a_mixed_run_is_the_same_for_two_processes_and_after_a_stop(launch, sources, tmp_path, capsys):
     train_gpt2.main(flags_of(sources, tmp_path / "a", "--save_every", "3", "--keep", "0"))
     said, whole = capsys.readouterr().out, read_log(tmp_path / "a")
-    assert re.search(r"data    \S+toy: .*; 75.0% of the mixture, 0.\d\d epochs\n *data    \S+more: .*25.0% of the mixture", said)
+    assert re.search(r"data    \S+toy: .*; 75.0% of the mixture, 0.\d\d epochs\n"
+                     r" *data    \S+more: .*25.0% of the mixture", said)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "ckpt_00006.pt").unlink()
     train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "b"])
@@ -205,13 +218,15 @@ def test_a_mixed_run_is_the_same_for_two_processes_and_after_a_stop(launch, sour
     values = scalars(tmp_path / "b")
     assert values["data/tokens_toy"][5] + values["data/tokens_more"][5] == 6 * 256 and values["data/share_more"][5] == 0.25
     for step in (0, 4, 6):
-        assert values["Loss/val"][step] == pytest.approx(0.75 * values["Loss/val_toy"][step] + 0.25 * values["Loss/val_more"][step])
+        assert values["Loss/val"][step] == pytest.approx(
+            0.75 * values["Loss/val_toy"][step] + 0.25 * values["Loss/val_more"][step])
 
 
 def test_a_curriculum_runs_and_its_share_is_logged(sources, tmp_path):
     flags = [*TINY_FLAGS, "--data", str(sources[0]), "--log_dir", str(tmp_path)]
     train_gpt2.main([*flags, "--run_name", "plain"])
-    train_gpt2.main([*flags, "--run_name", "a", "--curriculum", str(sources[1]), "--curriculum_steps", "4", "--curriculum_mix", "step"])
+    train_gpt2.main([*flags, "--run_name", "a", "--curriculum", str(sources[1]), "--curriculum_steps", "4",
+                     "--curriculum_mix", "step"])
     values = scalars(tmp_path / "a")
     assert [values["data/tokens_more"][step] for step in range(6)] == [256, 512, 768, 1024, 1024, 1024]
     assert [values["data/share_more"][step] for step in range(6)] == [1, 1, 1, 0, 0, 0]  # of the row that comes next
@@ -222,7 +237,8 @@ def test_a_curriculum_runs_and_its_share_is_logged(sources, tmp_path):
 
 def test_a_curriculum_goes_by_the_steps_of_the_run_whatever_changes_on_the_way(sources, tmp_path):
     third = write_data(tmp_path / "third", load_tokenizer(str(sources[0])))
-    flags = [*TINY_FLAGS, "--log_dir", str(tmp_path), "--eval_every", "0", "--save_every", "2", "--keep", "0", "--max_steps", "10"]
+    flags = [*TINY_FLAGS, "--log_dir", str(tmp_path), "--eval_every", "0", "--save_every", "2", "--keep", "0",
+             "--max_steps", "10"]
     stage = ["--curriculum", str(sources[1]), "--curriculum_steps", "8", "--curriculum_mix", "linear"]
     train_gpt2.main([*flags, "--run_name", "a", "--data", str(sources[0]), *stage])
     start = ["--resume", str(tmp_path / "a" / "ckpt_00004.pt"), "--log_dir", str(tmp_path)]
@@ -231,7 +247,8 @@ def test_a_curriculum_goes_by_the_steps_of_the_run_whatever_changes_on_the_way(s
         for step in (8, 10):
             (tmp_path / name / f"ckpt_{step:05d}.pt").unlink()
         train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", name])
-        assert [scalars(tmp_path / name)["data/share_more"][step] for step in range(4, 10)] == [0.375, 0.25, 0.125, 0, 0, 0]  # of the next row
+        assert [scalars(tmp_path / name)["data/share_more"][step] for step in range(4, 10)] == [
+            0.375, 0.25, 0.125, 0, 0, 0]  # of the next row
     train_gpt2.main([*flags, "--run_name", "plain", "--data", str(sources[0])])
     with pytest.raises(BadInput, match="is at step 10, and --curriculum_steps 8 count from the run's first"):
         train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage])
@@ -251,7 +268,8 @@ def test_a_source_that_is_repeated_is_told_by_name(sources, tmp_path, capsys):
         given = flags if "--minutes" not in more else [flag for flag in flags if flag not in ("--max_steps", "6")]
         train_gpt2.main([*given, "--run_name", str(i), *map(str, more)])
         said = capsys.readouterr().out
-        assert said.count("warning") == bool(told) and (not told or re.search(f"warning: {told} epochs of few, more than 4", said))
+        assert said.count("warning") == bool(told)
+        assert not told or re.search(f"warning: {told} epochs of few, more than 4", said)
 
 
 def test_a_checkpoint_of_one_folder_named_as_text_goes_on(sources, tmp_path):
@@ -263,15 +281,16 @@ def test_a_checkpoint_of_one_folder_named_as_text_goes_on(sources, tmp_path):
     state = checkpoint.read(tmp_path / "a" / "ckpt_00003.pt")
     assert state["loader"].keys() == {"epoch", "shard", "offset"} and state["data"] == Shards(sources[0]).identity
     state["train_config"]["data"] = str(sources[0])
-    for name in ("curriculum", "curriculum_steps", "curriculum_mix", "tokens_per_param", "plan", "tok_per_sec", "price_per_hour"):
+    for name in ("curriculum", "curriculum_steps", "curriculum_mix", "tokens_per_param",
+                 "plan", "tok_per_sec", "price_per_hour"):
         del state["train_config"][name]
     checkpoint.write(tmp_path / "a" / "ckpt_00003.pt", state)
     train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "a"])
     assert read_log(tmp_path / "a") == whole
 
 
-@pytest.mark.parametrize("change", [dict(places=[[0, 0, 0]]), dict(places=[[0, 10**6, 0], [0, 0, 0]]), dict(rows=-1), dict(tokens=["x", 1]),
-                                    dict(places=[[0, 0], [0, 0, 0]])])
+@pytest.mark.parametrize("change", [dict(places=[[0, 0, 0]]), dict(places=[[0, 10**6, 0], [0, 0, 0]]), dict(rows=-1),
+                                    dict(tokens=["x", 1]), dict(places=[[0, 0], [0, 0, 0]])])
 def test_a_tampered_position_is_refused(change, sources, tmp_path):
     train_gpt2.main(flags_of(sources, tmp_path / "a", "--eval_every", "0"))
     path = tmp_path / "a" / "ckpt_00006.pt"

@@ -20,7 +20,8 @@ from lib.muon import orthogonalize
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, MLPS, TrainConfig
 
-EXPERTS = ["--n_experts", 4, "--mlp", "swiglu", "--optimizer", "muon", "--max_lr", 0.02, "--vector_lr", 5e-3, "--embedding_lr", 5e-3]
+EXPERTS = ["--n_experts", 4, "--mlp", "swiglu", "--optimizer", "muon",
+           "--max_lr", 0.02, "--vector_lr", 5e-3, "--embedding_lr", 5e-3]
 ALONE = SimpleNamespace(distributed=False)
 
 
@@ -88,7 +89,8 @@ def test_one_expert_is_the_dense_mlp(mlp):
     torch.testing.assert_close(layer(x), dense(y), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
     for module in ("c_fc", "c_proj"):
-        torch.testing.assert_close(getattr(layer, module).weight.grad[0], getattr(dense, module).weight.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(getattr(layer, module).weight.grad[0], getattr(dense, module).weight.grad,
+                                   rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -102,9 +104,11 @@ def test_groups_of_any_size_and_empty_ones_in_bf16(device):
     want = torch.cat([part @ matrix.T for part, matrix in zip(a.split(sizes), w, strict=True)])
     have = grouped_linear(a, w, ends)
     torch.testing.assert_close(have, want, rtol=2e-2, atol=0.1)
-    for mine, theirs in zip(torch.autograd.grad((have * away).sum(), (a, w)), torch.autograd.grad((want * away).sum(), (a, w)), strict=True):
+    for mine, theirs in zip(torch.autograd.grad((have * away).sum(), (a, w)),
+                            torch.autograd.grad((want * away).sum(), (a, w)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0.5)
-    assert not torch.autograd.grad(grouped_linear(a, w, ends).sum(), w)[0][0].any()  # zero, not missing; and a gradient without strides
+    # zero, not missing; and a gradient without strides
+    assert not torch.autograd.grad(grouped_linear(a, w, ends).sum(), w)[0][0].any()
 
 
 def test_the_router_is_in_fp32_under_autocast():
@@ -171,10 +175,12 @@ def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
             f = torch.zeros(E)
             for t in range(T):
                 f[p[t].topk(K).indices] += 1 / (T * K)
-            written_out = written_out + T * BALANCE_LOSS * E * (f * p.mean(0)).sum() + 0.3 * z.exp().sum(-1).log().square().sum()
+            written_out = (written_out + T * BALANCE_LOSS * E * (f * p.mean(0)).sum()
+                           + 0.3 * z.exp().sum(-1).log().square().sum())
     parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
     auxiliary = torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True)
-    want = [b + (0 if a is None else a) for a, b in zip(auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)]
+    want = [b + (0 if a is None else a)
+            for a, b in zip(auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)]
     for name, a, b in zip(names, torch.autograd.grad(loss, parameters), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     # of masked data, where the loop divides by fewer targets, they keep their weight per token
@@ -255,7 +261,8 @@ def test_a_collapsed_router_is_reported_and_evened_out():
         model(idx)
         told = balance(True)
         assert (told["moe/dead_00"], told["moe/dead_01"], told["moe/max_load_01"]) == (0, 2, 2.0)
-    assert lines == [f"experts with less than 1% of an even share of the tokens in each of {PATIENCE} steps: layer 1 2 of 4, its router has collapsed"]
+    assert lines == [f"experts with less than 1% of an even share of the tokens in each of {PATIENCE} steps: "
+                     "layer 1 2 of 4, its router has collapsed"]
     for _ in range(round(1.1 / BIAS_RATE / 2)):
         model(idx)
         told = balance(True)
@@ -288,7 +295,8 @@ def test_parameters_and_flops_by_hand():
     assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * 8 * 32          # the router's
 
 
-@pytest.mark.parametrize("settings, width", [(dict(), 64), (dict(n_shared=1), 40), (dict(mlp="swiglu", n_active=4), 16), (dict(expert_width=24), 24)])
+@pytest.mark.parametrize("settings, width", [
+    (dict(), 64), (dict(n_shared=1), 40), (dict(mlp="swiglu", n_active=4), 16), (dict(expert_width=24), 24)])
 def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width):
     with torch.device("meta"):
         mlp = GPT(tiny(n_experts=6, **settings)).transformer.h[0].mlp
@@ -322,7 +330,8 @@ def test_muon_orthogonalizes_each_expert_alone():
     for name, p in model.named_parameters():
         if p.dim() == 3:
             for e in range(3):
-                for part, old, grad in zip(*(t[e].split(p.size(1) // (2 if "c_fc" in name else 1)) for t in (p, before[name], p.grad)), strict=True):
+                for part, old, grad in zip(*(t[e].split(p.size(1) // (2 if "c_fc" in name else 1))
+                                             for t in (p, before[name], p.grad)), strict=True):
                     rows, cols = part.shape
                     want = old - 0.1 * max(1, rows / cols) ** 0.5 * orthogonalize(grad[None])[0]
                     torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-5)
@@ -331,7 +340,8 @@ def test_muon_orthogonalizes_each_expert_alone():
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(n_active=5), "--n_active 5 is above --n_experts 4"), (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.*: 16 or 24 is"),
+    (dict(n_active=5), "--n_active 5 is above --n_experts 4"),
+    (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.*: 16 or 24 is"),
     (dict(expert_width=3), "multiple of 8.*: 8 is"), (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.*: 32 or 40 is"),
     (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
 def test_experts_that_cannot_be_are_refused(settings, says):
@@ -371,7 +381,8 @@ def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path,
     assert "active per token" in capsys.readouterr().out
     log, shown = read_log(whole), scalars(whole)
     assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "val"] - 1
-    assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24 for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
+    assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24
+               for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
     bars = EventAccumulator(str(whole), size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")
     assert [sum(bar.histogram_value.bucket) for bar in bars] == pytest.approx([4] * 24)  # 4 experts, load 1 in the mean
     state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
@@ -383,10 +394,12 @@ def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path,
     half = cut(whole, tmp_path / "half", 8)
     assert_same_runs(again(half), whole)
     model, tokenizer, _ = train_gpt2.load_checkpoint(whole / "ckpt_00024.pt")
-    assert sample(model, tokenizer, ["The"], SampleConfig(max_new_tokens=5)) and load_tokenizer(tokenizer.spec).vocab_size == tokenizer.vocab_size
+    assert sample(model, tokenizer, ["The"], SampleConfig(max_new_tokens=5))
+    assert load_tokenizer(tokenizer.spec).vocab_size == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("flags", [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]], ids=["bias", "loss"])
+@pytest.mark.parametrize("flags", [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]],
+                         ids=["bias", "loss"])
 def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", data, *EXPERTS, *flags, "--max_steps", 12]
     for name, processes, micro_batch in (("one", 1, 8), ("accumulated", 1, 2), ("two", 2, 2)):
@@ -402,7 +415,8 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, da
 
 
 def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, capsys):
-    """Biases that a run has learned would stay as they are, and still pick; those of a run without are zero, and begin to move."""
+    """Biases that a run has learned would stay as they are, and still pick;
+    those of a run without are zero, and begin to move."""
     folder = train(data, tmp_path / "bias", *EXPERTS, "--max_steps", 4)
     with pytest.raises(BadInput, match="does not fit these flags: --balance bias -> loss"):
         again(folder, "--balance", "loss", "--max_steps", 8)

@@ -17,8 +17,8 @@ T, EOT = 16, 60
 MODELS = {
     "gpt2": {},
     "modern": dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False),
-    "speedrun": dict(mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False, token_shift=True, value_residual=True,
-                     residual_scalars=True, softcap=15.0),
+    "speedrun": dict(mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False, token_shift=True,
+                     value_residual=True, residual_scalars=True, softcap=15.0),
     "untied": dict(token_shift=True, tie_embeddings=False),
     "experts": dict(n_experts=4, n_active=2, pos="rope"),
 }
@@ -28,7 +28,8 @@ def items(n, seed=0, longest=T + 1):
     """Conversations as (ids, learned), some of the longest that fits a row."""
     rng = random.Random(seed)
     lengths = [rng.choice((longest, rng.randint(2, longest))) for _ in range(n)]
-    return [([EOT, *(rng.randrange(60) for _ in range(k - 1))], [False, *(rng.random() < 0.6 for _ in range(k - 2)), True]) for k in lengths]
+    return [([EOT, *(rng.randrange(60) for _ in range(k - 1))], [False, *(rng.random() < 0.6 for _ in range(k - 2)), True])
+            for k in lengths]
 
 
 def opinionated(**changes):
@@ -69,7 +70,8 @@ def test_packed_rows_have_the_losses_and_gradients_of_one_conversation_at_a_time
     loss.backward()
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-4)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-3 * wanted[name].abs().max().item() + 1e-6, msg=name)
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4,
+                                   atol=1e-3 * wanted[name].abs().max().item() + 1e-6, msg=name)
     with torch.no_grad():
         logits, seeing_all = model(ids, kv_cache=Packed(documents)), model(ids)
         for row, members in enumerate(packing.of(0)[0]):
@@ -83,7 +85,8 @@ def test_validation_is_the_mean_over_what_is_learned():
     model, conversations = opinionated(vocab_size=61, vocab_multiple=61).eval(), items(9)
     rows, learned = Packing(conversations, T, None, EOT).all(), sum(sum(yes[1:]) for _, yes in conversations)
     for micro_batch in (1, 3, 8):
-        assert evaluate(model, rows, micro_batch, Processes("cpu")) == pytest.approx(one_at_a_time(model, conversations).item() / learned, rel=1e-5)
+        assert evaluate(model, rows, micro_batch, Processes("cpu")) == pytest.approx(
+            one_at_a_time(model, conversations).item() / learned, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -117,7 +120,8 @@ def numbers(step):
     """A source of rows that hold step, 2 step, 3 step, ..."""
     def read_batch(n, at):
         return np.broadcast_to((np.arange(at, at + n // T)[:, None, None] + 1) * step, (n // T, 3, T)), at + n // T
-    return SimpleNamespace(names=("at",), position=(0,), block_size=T, read_batch=read_batch, where=lambda state: f"row {state['at']}")
+    return SimpleNamespace(names=("at",), position=(0,), block_size=T, read_batch=read_batch,
+                           where=lambda state: f"row {state['at']}")
 
 
 def test_every_epoch_has_every_conversation_once_in_another_packing():
@@ -128,18 +132,21 @@ def test_every_epoch_has_every_conversation_once_in_another_packing():
         assert sorted(i for row in rows for i in row) == list(range(40)) and count == len(rows)
         epochs.append([tuple(row) for row in rows])
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [tuple(row) for row in Packing(conversations, T, 7, EOT).of(2)[0]] == epochs[2]  # follows from the seed and the epoch alone
+    # follows from the seed and the epoch alone
+    assert [tuple(row) for row in Packing(conversations, T, 7, EOT).of(2)[0]] == epochs[2]
     assert [tuple(row) for row in Packing(conversations, T, 8, EOT).of(2)[0]] != epochs[2]
 
 
-@pytest.mark.parametrize("cut", [lambda seed: Packing(items(40), T, seed, EOT), lambda seed: Joined([ids for ids, _ in items(40)], T, seed, EOT)])
+@pytest.mark.parametrize("cut", [lambda seed: Packing(items(40), T, seed, EOT),
+                                 lambda seed: Joined([ids for ids, _ in items(40)], T, seed, EOT)])
 def test_the_stream_is_the_same_in_batches_of_any_size_and_after_a_resume(cut):
     whole = rows_of(Rows(cut(3), numbers(-1), 0.3), [60])
     assert (whole == rows_of(Rows(cut(3), numbers(-1), 0.3), [7, 1, 30, 22])).all()
     stream = Rows(cut(3), numbers(-1), 0.3)
     rows_of(stream, [37])
     state, later = stream.state_dict(), Rows(cut(3), numbers(-1), 0.3)
-    later.load_state_dict({name: list(value) if isinstance(value, tuple) else value for name, value in state.items()})  # as a checkpoint has it
+    # as a checkpoint has it
+    later.load_state_dict({name: list(value) if isinstance(value, tuple) else value for name, value in state.items()})
     assert (rows_of(later, [23]) == whole[37:]).all()
     assert "epoch" in stream.where(state) and "replay row" in stream.where(state)
     with pytest.raises(IndexError):
@@ -172,8 +179,10 @@ def test_micro_batches_and_processes_share_out_the_same_rows():
     for world_size, micro_batch in ((1, 4), (2, 2), (4, 1)):
         parts = [part for rank in range(world_size) for part in micro_batches(
             rows, micro_batch, SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu")), True)]
-        for got, want in ((torch.cat([part[0] for part in parts]), whole[0]), (torch.cat([part[1] for part in parts]), whole[1]),
-                          (torch.cat([part[2].mask for part in parts]), whole[2].mask), (torch.cat([part[2].positions for part in parts]), whole[2].positions)):
+        for got, want in ((torch.cat([part[0] for part in parts]), whole[0]),
+                          (torch.cat([part[1] for part in parts]), whole[1]),
+                          (torch.cat([part[2].mask for part in parts]), whole[2].mask),
+                          (torch.cat([part[2].positions for part in parts]), whole[2].positions)):
             assert torch.equal(got, want)
     assert not any(value.dim() == 4 for part in parts for value in vars(part[2]).values())  # masks would be the most of a batch
     assert all(len(part) == 2 for part in micro_batches(rows, 4, Processes("cpu"), False))

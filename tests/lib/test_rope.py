@@ -10,8 +10,8 @@ from lib.rope import ContextConfig, extend, frequencies
 from train_gpt2 import GPT
 
 
-@pytest.mark.parametrize("scaling, theirs", [("plain", {"rope_type": "default"}), ("ntk", {"rope_type": "dynamic", "factor": 1.0}),
-                                             ("yarn", {"rope_type": "yarn"})])
+@pytest.mark.parametrize("scaling, theirs", [
+    ("plain", {"rope_type": "default"}), ("ntk", {"rope_type": "dynamic", "factor": 1.0}), ("yarn", {"rope_type": "yarn"})])
 @pytest.mark.parametrize("head_dim, trained, factor", [(64, 1024, 4.0), (128, 2048, 2.0), (16, 256, 8.0), (64, 64, 1.5)])
 def test_frequencies_are_those_of_transformers(scaling, theirs, head_dim, trained, factor):
     from transformers import LlamaConfig
@@ -64,4 +64,5 @@ def test_learned_positions_end():
         with pytest.raises(BadInput, match="--rope_scaling yarn is for a --context longer than the 16 tokens"):
             extend(model, ContextConfig(context, "yarn"))
     want = model(idx)
-    assert torch.equal(extend(model, ContextConfig(8))(idx), want) and model.config.block_size == 8  # a shorter window is allowed
+    # a shorter window is allowed
+    assert torch.equal(extend(model, ContextConfig(8))(idx), want) and model.config.block_size == 8

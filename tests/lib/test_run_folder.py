@@ -66,7 +66,8 @@ def test_settings_younger_than_a_checkpoint_stay_off(whole):
     state = checkpoint.read(next(whole("gpt2").glob("ckpt_*.pt")))
     batch = state["train_config"]["total_batch_size"]
     state |= {"timed": (3, 2.0)}  # steps and their seconds, when steps were all alike
-    state["train_config"] = {name: v for name, v in state["train_config"].items() if name not in ("batch_warmup", "curriculum")} | {"data": "one"}
+    state["train_config"] = {name: v for name, v in state["train_config"].items()
+                             if name not in ("batch_warmup", "curriculum")} | {"data": "one"}
     state["model_config"] = {name: v for name, v in state["model_config"].items() if name not in ("token_shift", "n_experts")}
     cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(token_shift=True)  # as today's preset may say
     run_folder.Resume("old", state, set()).adopt(cfg, model_cfg, set())
@@ -231,7 +232,8 @@ def test_data_of_another_tokenizer_is_refused(size, whole, tmp_path):
 def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(whole, tokenizer, tmp_path, capsys):
     other = write_data(tmp_path / "data", tokenizer, shards=2)
     folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--data", other)
-    assert re.search(r"step 48; changed: --data \S+ -> \S+, other training data, read from its beginning\n", capsys.readouterr().out)
+    assert re.search(r"step 48; changed: --data \S+ -> \S+, other training data, read from its beginning\n",
+                     capsys.readouterr().out)
     loader = ShardLoader(Shards(other).train, tokenizer, 1337)
     for _ in range(12):
         loader.next(256)
@@ -249,7 +251,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(whole, data, tmp_path, capsys
     before = contents(folder)
     for start in (lambda: again(folder), lambda: train(data, folder, *KINDS["gpt2"])):
         start()
-        assert capsys.readouterr().out == f"{folder / 'ckpt_00060.pt'} is the end of a run of 60 steps: give more --max_steps to go on\n"
+        assert capsys.readouterr().out == (f"{folder / 'ckpt_00060.pt'} is the end of a run of 60 steps: "
+                                           "give more --max_steps to go on\n")
     assert contents(folder) == before
 
 
@@ -342,14 +345,15 @@ def test_resumed_weights_that_are_nan_end_a_run_in_one_line(whole, launch, tmp_p
     checkpoint.write(folder / "ckpt_00008.pt", state)
     result = launch("train_gpt2.py", "--run_name", "a", "--max_skipped", 3, "--sample_every", 2)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert re.fullmatch(r"train_gpt2.py: error: the last 3 steps were non-finite; \S+ckpt_00008.pt is from before: .*\n", result.stderr)
+    assert re.fullmatch(r"train_gpt2.py: error: the last 3 steps were non-finite; \S+ckpt_00008.pt is from before: .*\n",
+                        result.stderr)
     assert [f"step {step} | skipped because non-finite" in result.stdout for step in (7, 8, 9, 10, 11)] == [0, 1, 1, 1, 0]
     assert steps_saved(folder) == [8]
 
 
 def test_a_run_that_diverges_ends_with_a_checkpoint(launch, data, tmp_path):
-    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--run_name", "a", "--max_lr", "1e6", "--max_steps", 60, "--warmup_steps", 0,
-                    "--sample_every", 1, "--grad_clip", 0, "--weight_decay", 1e6, "--max_skipped", 2)
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--run_name", "a", "--max_lr", "1e6", "--max_steps", 60,
+                    "--warmup_steps", 0, "--sample_every", 1, "--grad_clip", 0, "--weight_decay", 1e6, "--max_skipped", 2)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "the last 2 steps were non-finite" in result.stderr
     [(step, path)] = checkpoint.found(tmp_path / "log" / "a")
     assert step < 60 and all(weights.isfinite().all() for weights in checkpoint.read(path)["model"].values())
@@ -398,7 +402,8 @@ def test_a_finished_run_without_checkpoints_is_refused(whole, data, tmp_path):
 
 
 def test_rewind(tmp_path):
-    names = ["ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt", "ckpt_100000.pt", "ckpt_00012.pt.tmp", "config.json.tmp", "notes.tmp"]
+    names = ["ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt", "ckpt_100000.pt",
+             "ckpt_00012.pt.tmp", "config.json.tmp", "notes.tmp"]
     for name in names:
         (tmp_path / name).write_text(name)
     kept = "a line of another kind\n0 val 5.000000\n0 train 5.000000\n7 train 4.000000\n"
@@ -412,9 +417,11 @@ def test_rewind(tmp_path):
 
 
 def test_a_run_folder_names_its_code(data, launch, tmp_path):
-    """A checkout of its own, changed after the commit: the folder holds commit and diff, and a later start's own code beside them."""
+    """A checkout of its own, changed after the commit: the folder holds commit and diff,
+    and a later start's own code beside them."""
     def git(*words):
-        return subprocess.run(["git", "-C", checkout, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(["git", "-C", checkout, "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                              check=True, capture_output=True, text=True).stdout
 
     checkout = tmp_path / "checkout"
     checkout.mkdir()
@@ -437,7 +444,8 @@ def test_a_run_folder_names_its_code(data, launch, tmp_path):
     (folder / "ckpt_00006.pt").unlink()
     assert launch(script, *words).returncode == 0
     assert "# another change" in (folder / "train_gpt2_from_00003.py").read_text()
-    assert "# another change" in (folder / "code_from_00003.diff").read_text() and "another" not in (folder / "code.diff").read_text()
+    assert "# another change" in (folder / "code_from_00003.diff").read_text()
+    assert "another" not in (folder / "code.diff").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,14 +468,16 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
         (place / "ckpt_00001.pt.tmp").write_text("x")
         (place / "thesis.tmp").write_text("x")
     before = [contents(place) for place in (tmp_path, folder)]
-    with pytest.raises(BadInput, match="is not a run folder, it holds no config.json" if name == "mine" else "is not the name of a folder|is empty"):
+    with pytest.raises(BadInput, match="is not a run folder, it holds no config.json" if name == "mine"
+                       else "is not the name of a folder|is empty"):
         train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", name])
     assert [contents(place) for place in (tmp_path, folder)] == before
 
 
 @pytest.mark.parametrize("name, make, refused", [
-    ("config.json", os.mkdir, True), ("config.json", os.mkfifo, True), ("log.txt", os.mkdir, True), ("log.txt", os.mkfifo, True),
-    ("train_gpt2.py", os.mkdir, False), ("code.diff", os.mkdir, False)], ids=lambda value: getattr(value, "__name__", value))
+    ("config.json", os.mkdir, True), ("config.json", os.mkfifo, True), ("log.txt", os.mkdir, True),
+    ("log.txt", os.mkfifo, True), ("train_gpt2.py", os.mkdir, False), ("code.diff", os.mkdir, False)],
+    ids=lambda value: getattr(value, "__name__", value))
 def test_a_folder_or_pipe_in_the_place_of_a_file(name, make, refused, whole, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", 56)
     (folder / name).unlink(missing_ok=True)
@@ -532,7 +542,8 @@ def test_a_run_whose_folder_goes_away_says_so_and_saves(moved, data, tmp_path):
             shutil.rmtree(folder)
         assert process.wait(60) == 0
     told = out.read_text()
-    assert f"{folder} was moved or removed while the run went on: made again" in told and "Traceback" not in told and "done: " in told
+    assert f"{folder} was moved or removed while the run went on: made again" in told
+    assert "Traceback" not in told and "done: " in told
     assert steps_saved(folder)[-3:] == [200, 225, 250] and (folder / "config.json").exists()
     assert checkpoint.read(folder / "ckpt_00250.pt")["finished"] and lines(folder)[-1].startswith("249 train")
     if moved:
@@ -546,7 +557,8 @@ def test_a_run_whose_folder_goes_away_says_so_and_saves(moved, data, tmp_path):
 def full_when(monkeypatch, condition):
     """From here on the disk has 1,000 bytes free whenever `condition(folder)` holds."""
     usage = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(folder)._replace(free=1000) if condition(folder) else usage(folder))
+    monkeypatch.setattr(shutil, "disk_usage",
+                        lambda folder: usage(folder)._replace(free=1000) if condition(folder) else usage(folder))
 
 
 def test_a_run_does_not_begin_on_a_full_disk(data, tmp_path, monkeypatch):
@@ -569,7 +581,8 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, m
 
 
 def test_a_log_that_cannot_grow_ends_a_run_in_one_line(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.Logger, "log_step", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(run_folder.Logger, "log_step",
+                        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(RankError, match=f"the disk of {tmp_path} is full: free some space"):
         train(data, tmp_path / "a")
 
@@ -659,7 +672,8 @@ def test_what_fails_in_the_background_comes_out_of_collect(tmp_path, monkeypatch
         file.write(b"half")
         raise RuntimeError("enforce fail: unexpected pos")
 
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"cannot save \S+ckpt_00002.pt \(RuntimeError: .*free some disk space"):
+    with monkeypatch.context() as patch, pytest.raises(
+            BadInput, match=r"cannot save \S+ckpt_00002.pt \(RuntimeError: .*free some disk space"):
         patch.setattr(torch, "save", half)
         write(writer, 2, {"x": torch.zeros(9)})
     with monkeypatch.context() as patch, pytest.raises(BadInput, match="no copy of it fits into memory"):

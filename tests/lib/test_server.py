@@ -108,7 +108,8 @@ def test_a_connection_is_kept_and_the_page_is_served(server):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_when_begun_anew(chatty, tokenizer, tmp_path, monkeypatch):
+def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_when_begun_anew(
+        chatty, tokenizer, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text(f"""{PAGE.read_text()}
 <script>(async () => {{
@@ -125,7 +126,8 @@ def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_
         return render(said, tokenizer, reply=True)[0]
 
     with started(chatty[0]) as (port, _, _, replies):
-        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--remote-debugging-port=0"]
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
+                   "--remote-debugging-port=0"]
         with subprocess.Popen([*browser, f"http://127.0.0.1:{port}"], stderr=subprocess.DEVNULL) as process:
             try:
                 until(lambda: replies and replies[-1].request.ids == conversation(*CHATS[1]))
@@ -153,7 +155,8 @@ def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_
     *((dict(messages=[{"role": "user", "content": "x", **more}]), "messages", says) for more, says in (
         ({"audio": {"id": "a"}}, "audio is not supported within messages"), ({"tool_calls": [{}]}, "tool_calls is not"),
         ({"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}, "cache_control is not"))),
-    (dict(stream=True, stream_options={"frobnicate": 1}), "stream_options", "frobnicate is not supported within stream_options"),
+    (dict(stream=True, stream_options={"frobnicate": 1}), "stream_options",
+     "frobnicate is not supported within stream_options"),
     (dict(messages=[{"role": "assistant", "content": "x"}]), "messages", "out of order"),
     (dict(messages=[{"role": role, "content": "x"} for role in ("user", "assistant")]), "messages", "the last one must be"),
     (dict(messages=[{"role": "user", "content": "the cat " * 100}]), "messages", "and the context of 128 has room for 127"),

@@ -32,8 +32,8 @@ def test_what_is_not_a_whole_shard_is_damaged(name, tmp_path):
         write_bin(path, ids[:0] if kind == "longer" else ids, 20240520 if kind != "magic" else 1, 1,
                   {"more": 1001, "negative": -1}.get(kind))
     else:
-        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64), "big": ids.astype(">u2"),
-               "0d": ids[7], "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]}
+        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64),
+               "big": ids.astype(">u2"), "0d": ids[7], "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]}
         np.save(path, odd.get(kind, ids))
     if kind == "longer":  # ids behind a header that lost its count
         assert len(read_shard(path)) == 0
@@ -210,7 +210,8 @@ def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(made, tmp_path)
             check_shards(Shards(folder), gpt2)
         assert "delete" not in str(caught.value)
 
-    refused("is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/0` again", complete=False, resume={"source": None, "drop": 0})
+    refused("is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/0` again",
+            complete=False, resume={"source": None, "drop": 0})
     refused("out_train_000001.npy is missing.*python fineweb.py --source", lambda f: (f / "out_train_000001.npy").unlink())
     refused("holds 3 tokens, not 200", lambda f: [(f / "out_train_000001.npy").unlink(), save(f, out_train_000001=[1, 2, 3])])
     refused("b_train_000009.npy is not one of the shards", lambda f: save(f, b_train_000009=[1, 2, 3]))
@@ -219,8 +220,8 @@ def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(made, tmp_path)
     refused("says eot 7,", eot=7)
     refused("tokenizer.json beside the shards is not the one they were made with", tokenizer_crc32=7)
     refused("cannot read .*tokenizer.json .*: put back the one that was made with these shards", tokenizer="tokenizer.json")
-    refused("tokenizer.json is damaged, or of other shards .*: put back the one", lambda f: (f / "tokenizer.json").write_text('{"model": {'),
-            tokenizer="tokenizer.json")
+    refused("tokenizer.json is damaged, or of other shards .*: put back the one",
+            lambda f: (f / "tokenizer.json").write_text('{"model": {'), tokenizer="tokenizer.json")
     splits = json.loads((made / "meta.json").read_text())["splits"]
     splits["train"]["tokens"] += 1
     refused("counts of train tokens contradict", splits=splits)
@@ -241,8 +242,9 @@ def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tm
 
 META = [b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000, b'{"tokenizer": ' + b"9" * 5000 + b"}"]
 WRONG = [dict(tokenizer=5), dict(tokenizer=None), dict(vocab_size="many"), dict(vocab_size=-1), dict(dtype="float32"),
-         dict(splits=[]), dict(splits={}), dict(splits={"val": {"tokens": -1}, "train": {}}), dict(complete="yes"), dict(settings=5),
-         dict(settings=None), dict(skipped_rows=1e999), dict(shards=5), dict(shards=[5]), dict(shards=[{}]), dict(resume="here"),
+         dict(splits=[]), dict(splits={}), dict(splits={"val": {"tokens": -1}, "train": {}}), dict(complete="yes"),
+         dict(settings=5), dict(settings=None), dict(skipped_rows=1e999),
+         dict(shards=5), dict(shards=[5]), dict(shards=[{}]), dict(resume="here"),
          dict(complete=False), dict(resume={"drop": -1}), dict(complete=False, resume={"source": 5}),
          dict(shards=[{"name": "../x_val_000000.npy", "tokens": 200, "crc32": 0, "start": {}}])]
 

@@ -52,7 +52,8 @@ def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
         assert process.wait(60) == 0
     out, step = (tmp_path / "out.txt").read_text(), len(lines(folder))
     assert step < 250 and lines(folder)[-1].startswith(f"{step - 1} train ")
-    assert out.count(f"{name}: this step is finished, then the run is saved; another signal, from 2 s on, ends it at once\n") == 1
+    assert out.count(f"{name}: this step is finished, then the run is saved; "
+                     "another signal, from 2 s on, ends it at once\n") == 1
     assert f"\nstopped at step {step} of 250: the same command with --run_name a goes on\n" in out and "Traceback" not in out
     assert steps_saved(folder)[-1] == step and not list(folder.glob("*.tmp"))
     train(data, folder, *LONG)
@@ -135,7 +136,8 @@ with signals.StopSignals(lambda line: print(line, flush=True), many) as stop:
 ], ids=["second signal", "patience", "heard"])
 def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path):
     with subprocess.Popen([sys.executable, "-c", HANGS, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=hang_up(signal.SIG_DFL)) as process:
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          preexec_fn=hang_up(signal.SIG_DFL)) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(getattr(signal, signals[0]))

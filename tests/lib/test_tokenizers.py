@@ -71,15 +71,17 @@ def test_trained_bpe_encodes_as_hugging_face_does(which, bpe, classic):
     assert bpe.eot not in bpe.encode(f"before {EOT} after")
 
 
-ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(
-    ["'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂", "日本", "!!\n", " #x", "\u0130", "ſ", "ﬆ", "\x85", "\u180e"]))).map("".join)
+ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([
+    "'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂", "日本", "!!\n", " #x",
+    "\u0130", "ſ", "ﬆ", "\x85", "\u180e"]))).map("".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=400)
 @given(ANY_TEXT)
 def test_any_text_has_the_ids_of_tiktoken_tokenizers_and_transformers_and_comes_back(bpe, as_transformers, text):
     ids = bpe.encode(text).tolist()
-    assert ids == HFTokenizer.from_str(bpe.spec).encode(text).ids == as_transformers(text, add_special_tokens=False)["input_ids"]
+    assert (ids == HFTokenizer.from_str(bpe.spec).encode(text).ids
+            == as_transformers(text, add_special_tokens=False)["input_ids"])
     assert bpe.decode(ids) == text == as_transformers.decode(ids, clean_up_tokenization_spaces=False)
 
 
@@ -91,10 +93,12 @@ def test_any_bytes_come_back(data):
 
 
 def test_every_character_is_split_alike_by_both_engines():
-    """Letters, digits, spaces and signs are told apart alike: in each pair the first byte of a character joins what stands before it, or not."""
+    """Letters, digits, spaces and signs are told apart alike: in each pair the first byte of a character joins
+    what stands before it, or not."""
     from tokenizers import Regex, pre_tokenizers
     ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {bytes([front, byte]): 256 + i for i, (front, byte) in enumerate((front, byte) for front in b"a1!" for byte in range(256))}
+    ranks |= {bytes([front, byte]): 256 + i
+              for i, (front, byte) in enumerate((front, byte) for front in b"a1!" for byte in range(256))}
     encoding = tiktoken.Encoding("joins", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     for code in (*range(0x80, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 7)):
@@ -115,7 +119,8 @@ def test_reserved_ids_lie_in_the_padding_and_text_never_gives_one(bpe):
     for tokenizer in (bpe, load_tokenizer("gpt2")):
         config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=tokenizer.vocab_size)
         assert config.padded_vocab_size > max(tokenizer.reserved.values()) == tokenizer.vocab_size + 3
-        assert GPT(config)(torch.zeros(1, 4, dtype=torch.long)).size(-1) == tokenizer.vocab_size == min(tokenizer.reserved.values())
+        assert (GPT(config)(torch.zeros(1, 4, dtype=torch.long)).size(-1) == tokenizer.vocab_size
+                == min(tokenizer.reserved.values()))
         for token in (*RESERVED, EOT):
             ids = tokenizer.encode(f"a{token}b").tolist()
             assert max(ids) < tokenizer.vocab_size and tokenizer.eot not in ids and tokenizer.decode(ids) == f"a{token}b"
@@ -262,7 +267,8 @@ def test_a_tokenizer_json_that_would_give_other_ids_is_refused(damage, bpe, tmp_
 def test_what_is_not_a_tokenizer_is_named(tmp_path):
     (tmp_path / "b.json").write_bytes(b"\xff\xfe{")
     os.mkfifo(tmp_path / "pipe.json")
-    for spec, message in (("gpt5", "unknown tokenizer 'gpt5': name one of .*gpt2"), ("{not json", "the checkpoint's tokenizer is damaged"),
+    for spec, message in (("gpt5", "unknown tokenizer 'gpt5': name one of .*gpt2"),
+                          ("{not json", "the checkpoint's tokenizer is damaged"),
                           (str(tmp_path), "cannot read .*tokenizer.json"), (str(tmp_path / "b.json"), "b.json is not UTF-8"),
                           (str(tmp_path / "pipe.json"), "not a regular file")):
         with pytest.raises(BadInput, match=message):

@@ -98,8 +98,9 @@ def test_parity_with_the_harness_s_own_adapter(adapters, manager, data):
             assert ours["results"][task][key] == (value if exact else pytest.approx(value, rel=1e-4)), (task, key)
 
 
-@pytest.mark.parametrize("kwargs", [{"until": [], "max_gen_toks": 12}, {"until": ["\n"]}, {"max_gen_toks": 5, "do_sample": False},
-                                    {"until": "e", "max_gen_toks": 20, "temperature": 0.0}, {"until": [], "max_gen_toks": 40}])
+@pytest.mark.parametrize("kwargs", [
+    {"until": [], "max_gen_toks": 12}, {"until": ["\n"]}, {"max_gen_toks": 5, "do_sample": False},
+    {"until": "e", "max_gen_toks": 20, "temperature": 0.0}, {"until": [], "max_gen_toks": 40}])
 def test_generation_parity(kwargs, adapters):
     from lm_eval.api.instance import Instance
 
@@ -156,7 +157,8 @@ def test_without_context_the_end_of_text_stands_before(adapters, model):
     (have, _), = lm.loglikelihood([request("loglikelihood", "", "The cat sat")], disable_tqdm=True)
     want = reference(model, [tokenizer.eot], tokenizer.encode("The cat sat").tolist())
     assert have == pytest.approx(want, abs=1e-4)
-    rolling, empty = lm.loglikelihood_rolling([request("loglikelihood_rolling", text) for text in ("The cat sat", "")], disable_tqdm=True)
+    rolling, empty = lm.loglikelihood_rolling([request("loglikelihood_rolling", text) for text in ("The cat sat", "")],
+                                              disable_tqdm=True)
     assert rolling == pytest.approx(want, abs=1e-4) and empty == 0
 
 
@@ -167,15 +169,17 @@ def test_rolling_windows_are_the_harness_s(adapters):
     for text in (" ".join(sentences(k)) for k in (1, 7, 20)):
         windows = get_rolling_token_windows(tokenizer.encode(text).tolist(), tokenizer.eot, WINDOW, context_len=1)
         want = sum(nats for nats, _ in lm.scores([make_disjoint_window(window) for window in windows]))
-        assert lm.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True) == [pytest.approx(want, abs=1e-3)]
+        have = lm.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
+        assert have == [pytest.approx(want, abs=1e-3)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
 
-@pytest.mark.parametrize("settings, want", [({}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.7}, 0.7),
-                                            ({"do_sample": True, "temperature": 0.7}, 0.7), ({"do_sample": False, "temperature": 0.7}, 0.0)])
+@pytest.mark.parametrize("settings, want", [
+    ({}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.7}, 0.7),
+    ({"do_sample": True, "temperature": 0.7}, 0.7), ({"do_sample": False, "temperature": 0.7}, 0.0)])
 def test_a_task_s_settings_decide_whether_it_samples(settings, want, adapters):
     assert adapters[0].prompts([("a", {"until": ["."], **settings})]).temperature == want
 
@@ -224,7 +228,8 @@ model, calls = GPT.from_pretrained(sys.argv[1]).eval(), []
 model.register_forward_hook(lambda *args: calls.append(1))
 with Processes("cpu") as processes:
     lm = harness.adapter(model, load_tokenizer("gpt2"), processes, batch_size=2)
-    asked = [(text, {"until": ["e"], "max_gen_toks": 5 + i // 3, "temperature": i % 2 * 0.5}) for i, text in enumerate(sentences(9))]
+    asked = [(text, {"until": ["e"], "max_gen_toks": 5 + i // 3, "temperature": i % 2 * 0.5})
+             for i, text in enumerate(sentences(9))]
     texts = lm.generate_until([Instance("generate_until", {}, args, 0) for args in asked])
     open(f"{processes.rank}_of_{processes.world_size}.json", "w").write(json.dumps([texts, len(calls)]))
 """
@@ -246,13 +251,15 @@ def test_generation_is_shared_out_and_the_same_for_two_processes(launch, hf_fold
 def foundry(task, item):
     """An item of the harness's columns as llm-foundry's files hold it."""
     if task in ("arc_easy", "arc_challenge"):
-        return {"query": f"Question: {item['question']}", "choices": item["choices"]["text"], "gold": "ABCD".index(item["answerKey"])}
+        return {"query": f"Question: {item['question']}", "choices": item["choices"]["text"],
+                "gold": "ABCD".index(item["answerKey"])}
     if task == "piqa":
         return {"query": f"Question: {item['goal']}\n", "choices": [item["sol1"], item["sol2"]], "gold": item["label"]}
     if task == "lambada_openai":
         context, _, word = item["text"].rpartition(" ")
         return {"context": context, "continuation": word}
-    return {"ctx": f"{item['ctx_a']} {item['ctx_b']}".strip(), "label": int(item["label"])} | {key: item[key] for key in ("activity_label", "endings")}
+    return ({"ctx": f"{item['ctx_a']} {item['ctx_b']}".strip(), "label": int(item["label"])}
+            | {key: item[key] for key in ("activity_label", "endings")})
 
 
 def prompts(task):
@@ -284,7 +291,8 @@ def test_both_kinds_of_files_give_the_harness_s_prompts(task, manager, tmp_path)
 def test_the_configuration_is_the_harness_s(manager, data):
     task, = harness.load_tasks(manager, ["arc_easy"], data)
     theirs, ours = manager.task_index["arc_easy"].cfg, task.config.to_dict()
-    changed = {"dataset_path", "dataset_name", "dataset_kwargs", "test_split", "validation_split", "training_split", "fewshot_split"}
+    changed = {"dataset_path", "dataset_name", "dataset_kwargs",
+               "test_split", "validation_split", "training_split", "fewshot_split"}
     assert {key for key in theirs.keys() - {"tag", "metadata"} if theirs[key] != ours.get(key)} <= changed
     assert task.config.dataset_path == "json" and len(task.eval_docs) == 6
 
@@ -339,12 +347,15 @@ GOLD = {"query": "Question: a", "choices": ["b", "c"], "gold": 0}
 
 @pytest.mark.parametrize("task, row", [
     *(("arc_easy", GOLD | {"gold": gold}) for gold in (-1, 2, "x", "0", 1.0, True, None)),
-    ("arc_easy", GOLD | {"choices": list("abcdefghi")}), ("arc_easy", GOLD | {"choices": ["b", 3]}), ("arc_easy", GOLD | {"query": 3}),
-    ("piqa", GOLD | {"choices": ["a", "b", "c"]}), ("lambada_openai", {"context": "a", "continuation": ["b"]}),
+    ("arc_easy", GOLD | {"choices": list("abcdefghi")}), ("arc_easy", GOLD | {"choices": ["b", 3]}),
+    ("arc_easy", GOLD | {"query": 3}), ("piqa", GOLD | {"choices": ["a", "b", "c"]}),
+    ("lambada_openai", {"context": "a", "continuation": ["b"]}),
     ("hellaswag", {"ctx": "a", "endings": ["b"] * 4, "label": -1, "activity_label": "c"}),
     # in the harness's own columns
-    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}), ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}),
-    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}), ("piqa", {"goal": None, "sol1": "b", "sol2": "c", "label": 1}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}),
+    ("piqa", {"goal": None, "sol1": "b", "sol2": "c", "label": 1}),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d"] * 4, "label": "7"}),
     ("winogrande", {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "3"}),
 ])
