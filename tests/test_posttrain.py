@@ -27,7 +27,8 @@ from lib.shards import Shards
 from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT, evaluate, load_checkpoint
 
-FLAGS = ["--total_batch_size", "256", "--device", "cpu", "--max_steps", "12", "--sample_every", "0", "--val_tokens", "330", "--eval_every", "4"]
+FLAGS = ["--total_batch_size", "256", "--device", "cpu", "--max_steps", "12", "--sample_every", "0",
+         "--val_tokens", "330", "--eval_every", "4"]
 
 
 def chats(n, seed=0):
@@ -48,7 +49,8 @@ def base(data, tmp_path_factory):
 
     def run(*flags):
         if flags not in made:
-            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(folder), "--run_name", f"run{len(made)}", "--max_steps", "20", *flags])
+            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(folder), "--run_name", f"run{len(made)}",
+                             "--max_steps", "20", *flags])
             made[flags] = checkpoint.found(folder / f"run{len(made)}")[0][1]
         return made[flags]
     return run
@@ -60,7 +62,8 @@ def chat_file(tmp_path):
 
 
 def command(base, data, folder, *flags):
-    return [str(word) for word in ("--checkpoint", base, "--data", data, "--log_dir", folder.parent, "--run_name", folder.name, *FLAGS, *flags)]
+    return [str(word) for word in ("--checkpoint", base, "--data", data, "--log_dir", folder.parent,
+                                   "--run_name", folder.name, *FLAGS, *flags)]
 
 
 def post(*words):
@@ -75,7 +78,8 @@ def newest(folder):
 KINDS = {
     "gpt2": (),
     "modern": ("--preset", "modern", "--n_head", "2"),
-    "speedrun": ("--preset", "speedrun", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_warmup", "0"),
+    "speedrun": ("--preset", "speedrun", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32",
+                 "--batch_warmup", "0"),
     "experts": ("--preset", "modern", "--n_head", "2", "--n_experts", "4", "--n_active", "2"),
 }
 
@@ -92,21 +96,28 @@ def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, tmp_path, c
     assert "80 conversations (layout messages)" in told and "> 'where is the" in told
     first, last = (log[step, "val_pretraining"] for step in (0, 12))
     found = re.search(r"forgetting: pretraining validation loss (\S+) -> (\S+) \((\S+) nats per token\)", told)
-    assert [float(number) for number in found.groups()] == pytest.approx([first, last, last - first], abs=2e-4) and abs(last - first) > 0.01
+    assert [float(number) for number in found.groups()] == pytest.approx([first, last, last - first], abs=2e-4)
+    assert abs(last - first) > 0.01
 
 
-PRETRAINED = {"optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "head_lr": 0.004, "vector_lr": None, "momentum": 0.9, "data": ["a:1", "b"]}
+PRETRAINED = {"optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "head_lr": 0.004, "vector_lr": None,
+              "momentum": 0.9, "data": ["a:1", "b"]}
 POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "replay_data": ["a"]}
 
 
 @pytest.mark.parametrize("before, flags, want", [
-    (PRETRAINED, {}, dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None, lr_scale=0.1, momentum=0.9, replay_data=("a:1", "b"))),
-    (PRETRAINED, dict(lr_scale=0.5, head_lr=0.2, momentum=0.8, replay_data=("d",)), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.2, momentum=0.8, replay_data=("d",))),
-    (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3), dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None, lr_scale=None)),  # Muon's rates do not fit
+    (PRETRAINED, {}, dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None,
+                          lr_scale=0.1, momentum=0.9, replay_data=("a:1", "b"))),
+    (PRETRAINED, dict(lr_scale=0.5, head_lr=0.2, momentum=0.8, replay_data=("d",)),
+     dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.2, momentum=0.8, replay_data=("d",))),
+    (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3),  # Muon's rates do not fit
+     dict(optimizer="adamw", max_lr=1e-3, embedding_lr=None, head_lr=None, lr_scale=None)),
     (POSTTRAINED, {}, dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, lr_scale=1.0, replay_data=("a",))),  # scaled before
     (POSTTRAINED, dict(lr_scale=0.5), dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.002)),
-    ({"max_lr": 6e-4, "data": "old"}, {}, dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",), val_tokens=2**20)),
-    (PRETRAINED | {"val_tokens": 65_536}, {}, dict(val_tokens=65_536)), (PRETRAINED | {"val_tokens": 10**7}, {}, dict(val_tokens=2**20)),
+    ({"max_lr": 6e-4, "data": "old"}, {},
+     dict(optimizer="adamw", max_lr=6e-5, momentum=0.95, replay_data=("old",), val_tokens=2**20)),
+    (PRETRAINED | {"val_tokens": 65_536}, {}, dict(val_tokens=65_536)),
+    (PRETRAINED | {"val_tokens": 10**7}, {}, dict(val_tokens=2**20)),
     (PRETRAINED | {"val_tokens": 65_536}, dict(val_tokens=99_999), dict(val_tokens=99_999)),
 ])
 def test_what_the_checkpoint_decides(before, flags, want):
@@ -118,7 +129,8 @@ def test_what_the_checkpoint_decides(before, flags, want):
 
 def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_file, tmp_path, capsys):
     """Two epochs of 78 rows, a quarter of all being replay, in steps of 8 rows: 26 steps, validated after every third."""
-    words = ["--checkpoint", base(), "--data", chat_file, "--log_dir", tmp_path, "--total_batch_size", "256", "--device", "cpu", "--val_tokens", "330"]
+    words = ["--checkpoint", base(), "--data", chat_file, "--log_dir", tmp_path, "--total_batch_size", "256",
+             "--device", "cpu", "--val_tokens", "330"]
     given = ["--epochs", "2", "--replay", "0.25", "--dropout", "0.1", "--sample_prompt", "the bird", "--max_lr", "1e-3"]
     posttrain.main([str(word) for word in (*words, "--run_name", "post", *given)])
     log, told = read_log(tmp_path / "post"), capsys.readouterr().out
@@ -131,22 +143,25 @@ def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_fil
 
 
 @pytest.mark.parametrize("tokens, row, want", [
-    (82 * 2048, 2048, 16_384), (79 * 2048, 2048, 4 * 2048), (10**9, 1024, 16_384), (10**9, 1000, 16_000), (10**9, 3 * 1024, 4 * 3 * 1024),
-    (10**9, 8 * 4096, 8 * 4096), (2496, 32, 128), (2496, 2 * 32, 128), (100, 32, 32)])
+    (82 * 2048, 2048, 16_384), (79 * 2048, 2048, 4 * 2048), (10**9, 1024, 16_384), (10**9, 1000, 16_000),
+    (10**9, 3 * 1024, 4 * 3 * 1024), (10**9, 8 * 4096, 8 * 4096), (2496, 32, 128), (2496, 2 * 32, 128), (100, 32, 32)])
 def test_steps_without_a_flag_are_small_enough_for_the_data(tokens, row, want):
     assert posttrain.pick_batch(tokens, row) == want
 
 
 def test_little_data_is_learned_without_a_flag_and_a_run_that_goes_on_keeps_its_batch(base, chat_file, tmp_path, capsys):
     words = ["--log_dir", str(tmp_path), "--device", "cpu", "--val_tokens", "330"]
-    posttrain.main([*words, "--run_name", "whole", "--checkpoint", str(base()), "--data", str(chat_file), "--save_every", "30", "--keep", "0"])
+    posttrain.main([*words, "--run_name", "whole", "--checkpoint", str(base()), "--data", str(chat_file),
+                    "--save_every", "30", "--keep", "0"])
     log, before = read_log(tmp_path / "whole"), checkpoint.read(newest(tmp_path / "whole"))
-    assert before["train_config"]["total_batch_size"] == 128 and max(log)[0] > 3 * 10 and log[max(log)[0], "val"] < log[0, "val"] - 0.3
+    assert before["train_config"]["total_batch_size"] == 128
+    assert max(log)[0] > 3 * 10 and log[max(log)[0], "val"] < log[0, "val"] - 0.3
     assert "teach little" not in capsys.readouterr().out
     again = cut(tmp_path / "whole", tmp_path / "again", 30)
     posttrain.main([*words, "--run_name", "again"])
     assert_same_runs(again, tmp_path / "whole")
-    posttrain.main([*words, "--run_name", "micro", "--checkpoint", str(base()), "--data", str(chat_file), "--micro_batch", "12", "--max_steps", "1"])
+    posttrain.main([*words, "--run_name", "micro", "--checkpoint", str(base()), "--data", str(chat_file),
+                    "--micro_batch", "12", "--max_steps", "1"])
     assert checkpoint.read(newest(tmp_path / "micro"))["train_config"]["total_batch_size"] == 12 * 32
     few = write_lines(tmp_path / "few.jsonl", chats(20))
     posttrain.main([*words, "--run_name", "again", "--data", str(few), "--max_steps", "60"])
@@ -168,7 +183,8 @@ def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_pat
 def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, chat_file, tmp_path):
     """No packing and no micro-batches there: each conversation a forward pass of its own, and the loss from its logits."""
     start = base()
-    folder = post(start, chat_file, tmp_path / "log" / "post", "--max_lr", "5e-3", "--weight_decay", "0.5", "--micro_batch", "2", "--seed", "5")
+    folder = post(start, chat_file, tmp_path / "log" / "post", "--max_lr", "5e-3", "--weight_decay", "0.5",
+                  "--micro_batch", "2", "--seed", "5")
     model, tokenizer, _ = load_checkpoint(start)
     examples, _ = read(str(chat_file))
     train, val = hold_out(examples, 0.05, 5)
@@ -185,11 +201,13 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
         for ids, learned in conversations:
             logits = hidden(model, torch.tensor([ids[:-1]])) @ model.lm_head.weight.T
             targets = torch.tensor([[token if yes else -1 for token, yes in zip(ids[1:], learned[1:])]])
-            nats, count = nats + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"), count + int((targets >= 0).sum())
+            nats = nats + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+            count = count + int((targets >= 0).sum())
         return nats, count
 
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}], lr=5e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=5e-3, betas=(0.9, 0.95))
     losses, epochs, epoch, row = {}, [], 0, 0
     for step in range(13):
         if step % 4 == 0:
@@ -237,7 +255,8 @@ def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, t
 
 
 def test_a_run_begun_with_the_warm_up_of_pretraining_goes_on_with_it(base, chat_file, tmp_path):
-    """As runs were before --warmup_steps' default became 0: of 12 steps a quarter, up to the 1e-3 that falls over the other 9."""
+    """As runs were before --warmup_steps' default became 0:
+    of 12 steps a quarter, up to the 1e-3 that falls over the other 9."""
     whole = post(base(), chat_file, tmp_path / "log" / "whole", "--save_every", "1", "--keep", "0", "--max_lr", "1e-3")
     path = newest(cut(whole, tmp_path / "log" / "old", 1))
     state = checkpoint.read(path)
@@ -251,7 +270,8 @@ def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file,
     flags = ["--replay", "0.2", "--max_lr", "5e-3"]
     one = read_log(post(base(), chat_file, tmp_path / "log" / "one", *flags, "--micro_batch", "8"))
     for name, processes, more in (("two", 2, ("--micro_batch", "2", "--compile")), ("half", 1, ("--micro_batch", "1"))):
-        result = launch("posttrain.py", *command(base(), chat_file, tmp_path / "log" / name, *flags, *more), processes=processes, timeout=300)
+        result = launch("posttrain.py", *command(base(), chat_file, tmp_path / "log" / name, *flags, *more),
+                        processes=processes, timeout=300)
         assert result.returncode == 0, result.stderr
         assert "was recompiled" not in result.stdout
         assert read_log(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)
@@ -260,12 +280,14 @@ def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file,
 
 def test_any_micro_batch_gives_the_same_losses_with_muon_and_experts(base, chat_file, tmp_path):
     start = base(*KINDS["speedrun"], "--n_experts", "4", "--n_active", "2")
-    one, half = (read_log(post(start, chat_file, tmp_path / "log" / size, "--replay", "0.2", "--micro_batch", size)) for size in "81")
+    one, half = (read_log(post(start, chat_file, tmp_path / "log" / size, "--replay", "0.2", "--micro_batch", size))
+                 for size in "81")
     assert half == pytest.approx(one, rel=1e-5)
 
 
 def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer, tmp_path):
-    """Shards: the stream, and so the losses, of train_gpt2.py's own loop with the same weights. Files: the same text learned."""
+    """Shards: the stream, and so the losses, of train_gpt2.py's own loop with the same weights.
+    Files: the same text learned."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -277,11 +299,13 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
         assert log[12, "val"] < log[0, "val"] - 0.2 and model.config.vocab_size == 280 and "chat_template" not in state
     assert log[0, "val"] == log[0, "val_pretraining"]  # of the shards that pretraining had
     shards = posttrain.ShardData(posttrain.Config(data=(str(data),), replay=0.1), tokenizer, 32)
-    assert shards.most_repeated(1000) == (pytest.approx(900 / Shards(data).tokens["train"]), "toy")  # a tenth is rows of --replay
+    # a tenth is rows of --replay
+    assert shards.most_repeated(1000) == (pytest.approx(900 / Shards(data).tokens["train"]), "toy")
     folder = post(base(), data, tmp_path / "log" / "plain", "--max_lr", "5e-3", "--weight_decay", "0.1")
     model = load_checkpoint(base())[0].train()
     cfg = train_gpt2.TrainConfig(steps=12, max_lr=5e-3)
-    stream, optimizer = train_gpt2.token_stream(train_gpt2.Corpus(train_gpt2.TrainConfig(data=(str(data),))), tokenizer, 1337, 32), train_gpt2.make_optimizer(model, cfg)
+    stream = train_gpt2.token_stream(train_gpt2.Corpus(train_gpt2.TrainConfig(data=(str(data),))), tokenizer, 1337, 32)
+    optimizer = train_gpt2.make_optimizer(model, cfg)
     for step in range(12):
         tokens = torch.from_numpy(stream.next(256))
         loss = model(tokens[:-1].view(8, 32), tokens[1:].contiguous().view(8, 32)) / 256
@@ -296,19 +320,23 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
 
 def test_a_mixture_of_shards_shows_how_far_every_source_is(base, data, tokenizer, tmp_path):
     other = write_data(tmp_path / "other", tokenizer, shards=1)
-    shown = scalars(post(base(), f"{data}:1", tmp_path / "log" / "post", "--data", f"{other}:3", "--max_lr", "5e-3", "--max_steps", "40"))
+    shown = scalars(post(base(), f"{data}:1", tmp_path / "log" / "post", "--data", f"{other}:3", "--max_lr", "5e-3",
+                         "--max_steps", "40"))
     tokens = {name: [n for _, n in shown[f"data/tokens_{name}"]] for name in ("toy", "other")}
     assert [sum(both) for both in zip(*tokens.values())] == [256 * (step + 1) for step in range(40)]
     assert abs(tokens["other"][-1] - 0.75 * 40 * 256) <= 3 * 32 and "data/epoch" not in shown
     size = Shards(other).tokens["train"]
-    assert shown["data/epoch_other"] == [(step, n // size) for step, n in enumerate(tokens["other"])] and tokens["other"][-1] > size
+    assert shown["data/epoch_other"] == [(step, n // size) for step, n in enumerate(tokens["other"])]
+    assert tokens["other"][-1] > size
 
 
 def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsys):
-    """Validation on other answers than those learned: its loss ends above its lowest, and --keep 1 keeps the newest and the best."""
+    """Validation on other answers than those learned: its loss ends above its lowest,
+    and --keep 1 keeps the newest and the best."""
     other = [{"prompt": "where is the cat?", "completion": text} for text in sentences(20)]
-    folder = post(base(), write_lines(tmp_path / "few.jsonl", chats(6)), tmp_path / "log" / "post", "--max_steps", "40", "--eval_every", "4",
-                  "--max_lr", "0.01", "--keep", "1", "--val_data", write_lines(tmp_path / "val.jsonl", other))
+    folder = post(base(), write_lines(tmp_path / "few.jsonl", chats(6)), tmp_path / "log" / "post", "--max_steps", "40",
+                  "--eval_every", "4", "--max_lr", "0.01", "--keep", "1",
+                  "--val_data", write_lines(tmp_path / "val.jsonl", other))
     losses = {step: value for (step, kind), value in read_log(folder).items() if kind == "val"}
     best = min((step for step in losses if step), key=losses.get)
     assert best < 40 and steps_saved(folder) == [best, 40]
@@ -324,12 +352,15 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
 def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, chat_file, tmp_path, capsys):
     """Both go on with losses no lower than the best before them, whose checkpoint, or whose data, is not theirs."""
     folder = post(base(), chat_file, tmp_path / "log" / "post", "--max_lr", "5e-3")
-    before, hard = checkpoint.read(newest(folder))["best"], [{"prompt": "the cat", "completion": text[::-1]} for text in sentences(20)]
+    before = checkpoint.read(newest(folder))["best"]
+    hard = [{"prompt": "the cat", "completion": text[::-1]} for text in sentences(20)]
     capsys.readouterr()
     for name, flags in (("branch", ["--max_lr", "0.5"]), ("post", ["--val_data", write_lines(tmp_path / "hard.jsonl", hard)])):
-        posttrain.main([str(word) for word in ("--resume", newest(folder), "--log_dir", folder.parent, "--run_name", name, "--max_steps", "20", *flags)])
+        posttrain.main([str(word) for word in ("--resume", newest(folder), "--log_dir", folder.parent, "--run_name", name,
+                                               "--max_steps", "20", *flags)])
         loss, step = checkpoint.read(newest(tmp_path / "log" / name))["best"]
-        assert step >= 12 and loss >= before[0] and loss == pytest.approx(read_log(tmp_path / "log" / name)[step, "val"], abs=1e-5)
+        assert step >= 12 and loss >= before[0]
+        assert loss == pytest.approx(read_log(tmp_path / "log" / name)[step, "val"], abs=1e-5)
         path = tmp_path / "log" / name / f"ckpt_{step:05d}.pt"
         assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
 
@@ -357,8 +388,10 @@ def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data
     first = newest(post(start, chat_file, tmp_path / "log" / "first"))
     second = newest(post(first, chat_file, tmp_path / "log" / "second"))
     before, after = checkpoint.read(first)["train_config"], checkpoint.read(second)["train_config"]
-    assert before["max_lr"] == pytest.approx(0.1 * 5e-3) and after["max_lr"] == before["max_lr"] and after["replay_data"] == [str(data)]
-    text = newest(post(second, write_lines(tmp_path / "t.jsonl", [{"text": text} for text in sentences(40)]), tmp_path / "log" / "text"))
+    assert before["max_lr"] == pytest.approx(0.1 * 5e-3) and after["max_lr"] == before["max_lr"]
+    assert after["replay_data"] == [str(data)]
+    text = newest(post(second, write_lines(tmp_path / "t.jsonl", [{"text": text} for text in sentences(40)]),
+                       tmp_path / "log" / "text"))
     assert checkpoint.read(text)["chat_template"] == JINJA and load_checkpoint(text)[0].config.vocab_size == 284
     result = launch("generate.py", "--checkpoint", second, "--prompt", "the cat", "--max_new_tokens", "40", "--device", "cpu")
     assert result.returncode == 0 and result.stdout.startswith("the cat"), result.stderr
@@ -375,13 +408,15 @@ def test_generate_ends_with_the_turn(chatty, tokenizer, launch):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     turn, more = (tokenizer.decode(part) for part in (ids[:ids.index(tokenizer.reserved[END])], ids))
     assert len(turn) > len(prompt) and len(more) > len(turn)  # so that what follows could show
-    result = launch("generate.py", "--checkpoint", path, "--prompt", prompt, "--max_new_tokens", "20", "--temperature", "0", "--samples", "1", "--device", "cpu")
+    result = launch("generate.py", "--checkpoint", path, "--prompt", prompt, "--max_new_tokens", "20", "--temperature", "0",
+                    "--samples", "1", "--device", "cpu")
     assert result.returncode == 0 and result.stdout == f"{turn}\n", result.stderr
 
 
 def test_growing_keeps_what_the_model_computes(tokenizer, tmp_path):
     """Tables with room for the ids of chat, with none, and with a head of its own. A turn is as likely to end as a text was."""
-    for name, changes in {"room": {}, "none": dict(vocab_multiple=1), "some": dict(vocab_multiple=94), "untied": dict(tie_embeddings=False, vocab_multiple=2)}.items():
+    for name, changes in {"room": {}, "none": dict(vocab_multiple=1), "some": dict(vocab_multiple=94),
+                          "untied": dict(tie_embeddings=False, vocab_multiple=2)}.items():
         before = tiny_checkpoint(tmp_path / f"{name}.pt", tokenizer, **changes)
         vocab_size, weights = posttrain.grow(before, tokenizer)
         after = GPT(type(before.config)(**before.config.__dict__ | {"vocab_size": vocab_size})).eval()
@@ -407,7 +442,8 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     lost = write_lines(tmp_path / "lost.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}, "nonsense"])
     some = tmp_path / "some.jsonl"
     some.write_text(json.dumps(chats(1)[0]) + "\nnonsense\n")
-    long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2 + [{"prompt": "the", "completion": "the cat " * 50}])
+    long = write_lines(tmp_path / "long.jsonl", [{"prompt": "the cat " * 50, "completion": "the dog"}] * 2
+                       + [{"prompt": "the", "completion": "the cat " * 50}])
     (tmp_path / "folder").mkdir()
     shutil.copy(chat_file, tmp_path / "folder")
     write_lines(tmp_path / "folder" / "dataset_infos.json", [{"default": {}}])
@@ -417,26 +453,33 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), tmp_path / "none", tmp_path / "log" / "x"), "cannot read"),
         (command(base(), csv, tmp_path / "log" / "x"), "cannot tell what"),
         (command(base(), odd, tmp_path / "log" / "x"), "no layout is known of a row with question, reply"),
-        (command(base(), tmp_path / "folder", tmp_path / "log" / "x"), "infos.json, line 1: .* default .*: rename its columns, or move it out of the folder"),
+        (command(base(), tmp_path / "folder", tmp_path / "log" / "x"),
+         "infos.json, line 1: .* default .*: rename its columns, or move it out of the folder"),
         (command(base(), bad, tmp_path / "log" / "x"), "no usable row.*line 1: no messages"),
         (command(base(), some, tmp_path / "log" / "x", "--strict"), "line 2: not JSON"),
         (command(base(), one, tmp_path / "log" / "x"), "--val_share 0"),
-        (command(base(), few, tmp_path / "log" / "x"), r"--val_share 0 \(.*few.jsonl: 1 conversations .*; skipped 2 malformed rows: line 2: not an object;"),
-        (command(base(), chat_file, tmp_path / "log" / "x", "--val_data", lost), r"nothing of --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
-        (command(base(), lost, tmp_path / "log" / "x", "--val_data", chat_file), "nothing of --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
+        (command(base(), few, tmp_path / "log" / "x"),
+         r"--val_share 0 \(.*few.jsonl: 1 conversations .*; skipped 2 malformed rows: line 2: not an object;"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--val_data", lost),
+         r"nothing of --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
+        (command(base(), lost, tmp_path / "log" / "x", "--val_data", chat_file),
+         "nothing of --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
         (command(base(), long, tmp_path / "log" / "x", "--strict"), "longer than the context"),
         (command(base(), other, tmp_path / "log" / "x"), "another tokenizer"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", other), "another tokenizer"),
-        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path), "does not hold any shards.*name another --replay_data$"),
+        (command(base(), chat_file, tmp_path / "log" / "x", "--replay", "0.1", "--replay_data", tmp_path),
+         "does not hold any shards.*name another --replay_data$"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--replay_data", no_val), "--val_tokens"),
         (command(base(), chat_file, tmp_path / "log" / "x", "--optimizer", "muon"), "give --max_lr"),
-        (command(base(), chat_file, tmp_path / "log" / "x", "--epochs", "2"), "--epochs and --max_steps each set the length"),  # no flag that it has not
+        (command(base(), chat_file, tmp_path / "log" / "x", "--epochs", "2"),
+         "--epochs and --max_steps each set the length"),  # no flag that it has not
         ([*command(base(), chat_file, tmp_path / "log" / "x"), "--data", data], "not mixed with files"),
         ([*command(base(), data, tmp_path / "log" / "x"), "--data", tmp_path / "typo"], "cannot read .*typo"),
         (command(base(), data, tmp_path / "log" / "x", "--val_share", "0.5"), "--val_share is for files"),
         (command(base(), data, tmp_path / "log" / "x", "--strict"), "--strict is for files"),
         (command(base(), data, tmp_path / "log" / "x", "--val_data", chat_file), "--val_data is for files"),
-        (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file), r"none to learn from.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
+        (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file),
+         r"none to learn from.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
         (["--run_name", pretraining.name, "--log_dir", pretraining.parent], "not a checkpoint of a post-training run"),
     ]
     for words, says in cases:
@@ -458,7 +501,8 @@ def test_a_run_goes_on_from_its_own_checkpoint_alone(base, data, chat_file, tmp_
         train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", "post"])
     shutil.rmtree(tmp_path / "old")
     same = base().parent / ".." / base().parent.name / base().name
-    posttrain.main([str(word) for word in ("--log_dir", folder.parent, "--run_name", "post", "--max_steps", "14", "--dropout", "0.1", "--checkpoint", same)])
+    posttrain.main([str(word) for word in ("--log_dir", folder.parent, "--run_name", "post", "--max_steps", "14",
+                                           "--dropout", "0.1", "--checkpoint", same)])
     assert (13, "train") in read_log(folder)
     told = capsys.readouterr().out
     assert "changed: --max_steps 12 -> 14, --dropout 0.0 -> 0.1\n" in told and "forgetting: pretraining" not in told
@@ -486,4 +530,5 @@ def test_replay_needs_no_validation_data(base, data, chat_file, tmp_path, capsys
     with_it, without = (read_log(post(base(), chat_file, tmp_path / "log" / name, *flags, "--replay_data", folder))
                         for name, folder in (("with", data), ("without", without_val(data, tmp_path / "no_val"))))
     assert without == {key: value for key, value in with_it.items() if key[1] != "val_pretraining"} != with_it
-    assert f"pretraining text for 20.0% of the rows: {tmp_path / 'no_val'}; not measuring forgetting: " in capsys.readouterr().out
+    assert (f"pretraining text for 20.0% of the rows: {tmp_path / 'no_val'}; not measuring forgetting: "
+            in capsys.readouterr().out)

@@ -71,7 +71,8 @@ def all_pairs(toggles):
 
 def go(data, folder, *flags):
     """A tiny run in this process -> its folder."""
-    train_gpt2.main([str(word) for word in (*TINY_FLAGS, "--data", data, "--log_dir", folder.parent, "--run_name", folder.name, *flags)])
+    train_gpt2.main([str(word) for word in (*TINY_FLAGS, "--data", data, "--log_dir", folder.parent,
+                                            "--run_name", folder.name, *flags)])
     return folder
 
 
@@ -114,7 +115,8 @@ def test_length_of_a_run(data):
     tokens = Shards(data).tokens["train"]
     base = ["--block_size", "32", "--total_batch_size", "256"]
     for argv, want in [(["--epochs", "2.5"], int(2.5 * tokens / 256)), (["--max_steps", "7"], 7),
-                       (["--preset", "tiny", "--epochs", "1"], tokens // 256), (["--preset", "tiny"], PRESETS["tiny"]["max_steps"]),
+                       (["--preset", "tiny", "--epochs", "1"], tokens // 256),
+                       (["--preset", "tiny"], PRESETS["tiny"]["max_steps"]),
                        (["--preset", "tiny", "--tokens_per_param", "20"], 20 * 1000 // 256)]:
         assert configured(data, *base, *argv)[0].steps == want
     with pytest.raises(BadInput, match="raise --epochs or lower --total_batch_size"):
@@ -135,8 +137,10 @@ def test_a_plan_needs_no_data_and_trains_nothing(launch, data, tmp_path, capsys)
 def test_tokens_per_parameter_set_the_length_of_a_run_and_its_price_is_said(data, tmp_path, capsys):
     flags = [word for word in TINY_FLAGS if word not in ("--max_steps", "6")]
     folder = tmp_path / "a"
-    train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a", "--tokens_per_param", "0.2", "--price_per_hour", "3.6"])
-    parameters = sum(p.numel() for p in GPT(GPTConfig(**json.loads((folder / "config.json").read_text())["model"])).parameters())
+    train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a",
+                     "--tokens_per_param", "0.2", "--price_per_hour", "3.6"])
+    model_config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
+    parameters = sum(p.numel() for p in GPT(model_config).parameters())
     steps, said = sum(kind == "train" for _, kind in read_log(folder)), capsys.readouterr().out
     assert steps == int(0.2 * parameters) // 256
     assert re.search(r"predicted: [0-9.]+ minutes, \$[0-9.]+ at \$3.6 per hour of training steps, at [0-9,]+ tok/s", said)
@@ -153,10 +157,13 @@ def test_every_number_has_its_bounds():
 
 
 def test_a_step_is_shared_out_evenly(data):
-    cfg, model_cfg, given = configured(data, "--preset", "gpt2", "--total_batch_size", "4096", "--max_steps", "9")  # 4 sequences of 1024
+    # 4 sequences of 1024
+    cfg, model_cfg, given = configured(data, "--preset", "gpt2", "--total_batch_size", "4096", "--max_steps", "9")
     for micro_batch, processes, says in [
-            (1, 4, None), (2, 2, None), ("auto", 1, None), ("auto", 3, "x 3 processes; 6144 is"), ("auto", 16, "fewer than 16 processes"),
-            (3, 2, "--micro_batch 3 must divide the 2 sequences .* / 2 processes"), (4, 2, "--micro_batch 4 must divide the 2")]:
+            (1, 4, None), (2, 2, None), ("auto", 1, None), ("auto", 3, "x 3 processes; 6144 is"),
+            ("auto", 16, "fewer than 16 processes"),
+            (3, 2, "--micro_batch 3 must divide the 2 sequences .* / 2 processes"),
+            (4, 2, "--micro_batch 4 must divide the 2")]:
         cfg.micro_batch = micro_batch
         if says is None:
             train_gpt2.check_run(cfg, model_cfg, given, processes)
@@ -196,7 +203,8 @@ def test_rope_against_transformers_llama():
     rotary = train_gpt2.Rotary(16, 64)
     for x, want in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):  # theirs: (B, H, T, D)
         torch.testing.assert_close(rotary(x.transpose(1, 2), slice(40)), want.transpose(1, 2), rtol=0, atol=1e-5)
-        torch.testing.assert_close(rotary(x.transpose(1, 2)[:, 7:], slice(7, 40)), want.transpose(1, 2)[:, 7:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(rotary(x.transpose(1, 2)[:, 7:], slice(7, 40)), want.transpose(1, 2)[:, 7:],
+                                   rtol=0, atol=1e-5)
     assert rotary(q.transpose(1, 2).bfloat16(), slice(40)).dtype == torch.bfloat16
     assert not rotary.state_dict()  # the tables follow from the config: not in checkpoints
 
@@ -292,7 +300,8 @@ def hidden(model, idx):
 
 @torch.no_grad()
 def test_the_speedrun_model_against_a_plain_one():
-    """Written out once more with nothing shared but the weights, drawn at random so that no gain or scalar hides at its start."""
+    """Written out once more with nothing shared but the weights, drawn at random
+    so that no gain or scalar hides at its start."""
     config = tiny(n_layer=3, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False, token_shift=True,
                   value_residual=True, residual_scalars=True, softcap=3.0, init="zero_proj")
     model, idx = GPT(config).eval(), torch.randint(61, (2, 16))
@@ -330,7 +339,8 @@ def test_the_speedrun_model_against_a_plain_one():
     z = norm(x, "transformer.ln_f.weight") @ w["transformer.wte.weight"].T
     z = 3 * z / (z.square() + 9).sqrt()
     torch.testing.assert_close(model(idx), z[..., :61], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(idx[:, :-1], idx[:, 1:]), F.cross_entropy(z[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="sum"))
+    torch.testing.assert_close(model(idx[:, :-1], idx[:, 1:]),
+                               F.cross_entropy(z[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="sum"))
 
 
 @pytest.mark.parametrize("preset", ["modern", "speedrun", "tiny"])
@@ -430,7 +440,8 @@ def test_optimizer_groups(toggles):
 @pytest.mark.parametrize("mlp, fc", [("relu2", 1), ("swiglu", 2)])
 def test_muon_takes_the_matrices_in_blocks_and_each_kind_its_rate(mlp, fc):
     model = GPT(tiny(mlp=mlp, tie_embeddings=False, residual_scalars=True, pos="rope"))
-    cfg = TrainConfig(optimizer="muon", max_lr=0.02, embedding_lr=0.3, head_lr=0.004, vector_lr=0.015, momentum=0.9, weight_decay=0.1)
+    cfg = TrainConfig(optimizer="muon", max_lr=0.02, embedding_lr=0.3, head_lr=0.004, vector_lr=0.015,
+                      momentum=0.9, weight_decay=0.1)
     groups = {id(p): g for g in train_gpt2.make_optimizer(model, cfg).param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         g = groups[id(p)]
@@ -646,7 +657,8 @@ def test_evaluate_is_the_plain_mean_by_equally_many_passes_of_one_shape(micro_ba
     parts, calls, tokens = [], [], np.random.default_rng(0).integers(61, size=(7, 17))
     x, y = tokens[:, :-1], tokens[:, 1:]
     for rank in range(world_size):
-        share = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sum=lambda v: parts.append(v) or (0.0, 1.0))
+        share = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"),
+                                sum=lambda v: parts.append(v) or (0.0, 1.0))
         model = HalfAndThird()
         train_gpt2.evaluate(model, (x, y), micro_batch, share)
         assert set(model.seen) == {((micro_batch, 16), (micro_batch, 16), torch.int64, False)}
@@ -671,11 +683,13 @@ def change_config(**changes):
 
 @pytest.mark.parametrize("change", [
     *(change_config(**changes) for changes in (
-        dict(n_head=3), dict(block_size=0), dict(n_layer=10**9), dict(n_layer=0), dict(n_layer=1000, n_embd=65_536), dict(n_layer=2.0),
-        dict(n_embd="32"), dict(mlp="geglu"), dict(mlp="swiglu"), dict(dropout=math.nan), dict(bias=None), dict(block_size=64),
-        dict(vocab_size=10**12), dict(vocab_size=512), dict(vocab_size=-1), dict(vocab_multiple=0), dict(unknown=1))),
+        dict(n_head=3), dict(block_size=0), dict(n_layer=10**9), dict(n_layer=0), dict(n_layer=1000, n_embd=65_536),
+        dict(n_layer=2.0), dict(n_embd="32"), dict(mlp="geglu"), dict(mlp="swiglu"), dict(dropout=math.nan),
+        dict(bias=None), dict(block_size=64), dict(vocab_size=10**12), dict(vocab_size=512), dict(vocab_size=-1),
+        dict(vocab_multiple=0), dict(unknown=1))),
     *(lambda state, changes=changes: state | changes for changes in (
-        dict(tokenizer="gpt2"), dict(tokenizer=7), dict(tokenizer="{}"), dict(model={}), dict(model=None), dict(model_config=[]))),
+        dict(tokenizer="gpt2"), dict(tokenizer=7), dict(tokenizer="{}"),
+        dict(model={}), dict(model=None), dict(model_config=[]))),
     lambda state: {"model": {}}, lambda state: [1],
 ])
 def test_a_checkpoint_whose_parts_do_not_fit_is_bad_input(change, tokenizer, tmp_path):
@@ -723,14 +737,16 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     x, y = val[:320].reshape(10, 32), val[1:321].reshape(10, 32)  # whole rows of 330 tokens
     with torch.no_grad():
         assert model(torch.tensor(x), torch.tensor(y)).item() / 320 == pytest.approx(log[42, "val"], rel=1e-5)
-    assert sample(model, same, ["the dog"], SampleConfig())[0] in [ast.literal_eval(line[2:]) for line in result.stdout.splitlines() if line.startswith("> ")]
+    assert sample(model, same, ["the dog"], SampleConfig())[0] in [
+        ast.literal_eval(line[2:]) for line in result.stdout.splitlines() if line.startswith("> ")]
 
     # TensorBoard, by its own reader
     events = EventAccumulator(str(folder)).Reload()
     scalars = set(events.Tags()["scalars"])
-    assert scalars >= {"Loss/train", "Loss/val", "Loss/val_bpb", "eval/hellaswag", "optim/lr", "optim/grad_norm", "optim/skipped_steps",
-                       "perf/tok_per_sec", "perf/step_ms", "perf/data_ms", "perf/recompilations", *(f"weights/grad_norm_{part}" for part in
-                       ("embedding", "block_00", "block_01", "rest"))}
+    assert scalars >= {"Loss/train", "Loss/val", "Loss/val_bpb", "eval/hellaswag",
+                       "optim/lr", "optim/grad_norm", "optim/skipped_steps",
+                       "perf/tok_per_sec", "perf/step_ms", "perf/data_ms", "perf/recompilations",
+                       *(f"weights/grad_norm_{part}" for part in ("embedding", "block_00", "block_01", "rest"))}
     for tag, kind in (("Loss/train", "train"), ("Loss/val", "val"), ("eval/hellaswag", "hella")):
         assert {(e.step, kind): e.value for e in events.Scalars(tag)} == pytest.approx(
             {key: value for key, value in log.items() if key[1] == kind}, abs=1e-5)
@@ -738,9 +754,11 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
     for nats, bits in zip(events.Scalars("Loss/val"), events.Scalars("Loss/val_bpb")):
         assert bits.value == pytest.approx(nats.value * 320 / (math.log(2) * n_bytes), rel=1e-5)
     cfg = TrainConfig(warmup_steps=2, steps=42)
-    assert [e.value for e in events.Scalars("optim/lr")] == pytest.approx([5e-3 * train_gpt2.lr_multiplier(s, cfg) for s in range(42)])
+    assert [e.value for e in events.Scalars("optim/lr")] == pytest.approx(
+        [5e-3 * train_gpt2.lr_multiplier(s, cfg) for s in range(42)])
     parts = [[e.value for e in events.Scalars(tag)] for tag in sorted(scalars) if tag.startswith("weights/")]
-    assert [e.value for e in events.Scalars("optim/grad_norm")] == pytest.approx(np.linalg.norm(parts, axis=0).tolist(), rel=1e-4)
+    assert [e.value for e in events.Scalars("optim/grad_norm")] == pytest.approx(
+        np.linalg.norm(parts, axis=0).tolist(), rel=1e-4)
     text = {tag: b"".join(events.Tensors(tag)[-1].tensor_proto.string_val).decode() for tag in events.Tags()["tensors"]
             if tag.endswith("/text_summary")}
     assert "the dog" in text["samples/text_summary"] and "|n_embd|32|" in text["hyperparameters/text_summary"]
@@ -770,14 +788,16 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
     torch.manual_seed(cfg.seed)
     model, loader = GPT(model_cfg), ShardLoader(Shards(data).train, SimpleNamespace(vocab_size=280, eot=279), cfg.seed)
     matrices, vectors = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95))
     losses, norms = {}, []
     for step in range(6):
         tokens = torch.from_numpy(loader.next(256))
         idx, targets = tokens[:-1].view(8, 32), tokens[1:].clone().view(8, 32)
         if masked:
             targets[targets % 7 == 3] = -1
-        loss = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden(model, idx))).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        logits = model.lm_head(model.transformer.ln_f(hidden(model, idx)))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.7).item())
@@ -791,7 +811,8 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
     (tmp_path / "masked.py").write_text(MASKED)
     logs, states = [], []
     for run, processes, micro_batch in (("one", 1, 8), ("small", 1, 1), ("two", 2, 2)):
-        result = launch(script, *TINY_FLAGS, "--data", data, *flags, "--run_name", run, "--micro_batch", micro_batch, processes=processes)
+        result = launch(script, *TINY_FLAGS, "--data", data, *flags, "--run_name", run, "--micro_batch", micro_batch,
+                        processes=processes)
         assert result.returncode == 0, result.stderr
         logs.append(read_log(tmp_path / "log" / run))
         states.append(torch.load(tmp_path / "log" / run / "ckpt_00006.pt", weights_only=True))
@@ -801,7 +822,8 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
 
 
 def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data, tmp_path):
-    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512, "--batch_warmup", 1100, "--save_every", 3]
+    flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512,
+             "--batch_warmup", 1100, "--save_every", 3]
     for run, processes in (("one", 1), ("two", 2), ("resumed", 1), ("resumed", 2)):
         result = launch("train_gpt2.py", *flags, "--run_name", run, processes=processes)
         assert result.returncode == 0, result.stderr
@@ -810,7 +832,8 @@ def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data,
     logs = {run: read_log(tmp_path / "log" / run) for run in ("one", "two", "resumed")}
     assert logs["two"] == pytest.approx(logs["one"], rel=1e-4) and logs["resumed"] == pytest.approx(logs["one"], rel=1e-4)
     assert logs["one"][5, "train"] < logs["one"][0, "train"] - 0.5
-    shown = events(tmp_path / "log" / "one")  # its speed, and so its MFU, knows of the half batches of steps 0 to 3, also in a resumed run
+    # its speed, and so its MFU, knows of the half batches of steps 0 to 3, also in a resumed run
+    shown = events(tmp_path / "log" / "one")
     tokens = [speed * ms / 1e3 for (_, speed), (_, ms) in zip(shown["perf/tok_per_sec"], shown["perf/step_ms"], strict=True)]
     assert tokens == pytest.approx([256, 256, 256, 256, 512, 512], rel=1e-5)
 
@@ -826,15 +849,18 @@ def test_a_run_resumed_beyond_its_length_ends(data, tmp_path):
 def test_minutes_set_the_length(data, tmp_path):
     flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
     folder = tmp_path / "short"
-    train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "short", "--minutes", "0.02", "--eval_every", "0"])
+    train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "short",
+                     "--minutes", "0.02", "--eval_every", "0"])
     state = torch.load(next(folder.glob("ckpt_*.pt")), weights_only=True)
-    assert state["finished"] and state["max_steps"] == state["step"] < 1000 and f"\n{state['step'] - 1} train " in (folder / "log.txt").read_text()
+    assert state["finished"] and state["max_steps"] == state["step"] < 1000
+    assert f"\n{state['step'] - 1} train " in (folder / "log.txt").read_text()
 
 
 def test_a_curriculum_longer_than_the_minutes_allow_is_told_once(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "simple")
     flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
-    flags += ["--data", str(data), "--curriculum", str(tmp_path / "simple"), "--log_dir", str(tmp_path), "--minutes", "0.02", "--eval_every", "0"]
+    flags += ["--data", str(data), "--curriculum", str(tmp_path / "simple"), "--log_dir", str(tmp_path),
+              "--minutes", "0.02", "--eval_every", "0"]
     for steps, times in (("900000", 1), ("1", 0)):
         train_gpt2.main([*flags, "--run_name", steps, "--curriculum_steps", steps])
         assert (out := capsys.readouterr().out).count("within the curriculum") == times
@@ -846,10 +872,11 @@ def test_a_curriculum_longer_than_the_minutes_allow_is_told_once(data, tmp_path,
 def test_a_run_that_ends_within_its_curriculum_goes_on_after_a_stop(data, tmp_path, capsys, monkeypatch):
     shutil.copytree(data, tmp_path / "simple")
     flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
-    flags += ["--data", str(data), "--curriculum", str(tmp_path / "simple"), "--log_dir", str(tmp_path), "--minutes", "0.05", "--eval_every", "0",
-              "--run_name", "a", "--curriculum_steps", "900000"]
+    flags += ["--data", str(data), "--curriculum", str(tmp_path / "simple"), "--log_dir", str(tmp_path),
+              "--minutes", "0.05", "--eval_every", "0", "--run_name", "a", "--curriculum_steps", "900000"]
     with monkeypatch.context() as patch:
-        patch.setattr(SpikeDetector, "__call__", lambda *_: capsys.readouterr().out.count("within the") and os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(SpikeDetector, "__call__", lambda *_: (
+            capsys.readouterr().out.count("within the") and os.kill(os.getpid(), signal.SIGTERM)))
         train_gpt2.main(flags)
     assert "\nstopped at step" in capsys.readouterr().out
     train_gpt2.main(flags)
@@ -861,7 +888,8 @@ def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_
              "--grad_clip", 0, "--micro_batch", 2, "--eval_every", 0, "--save_every", 0]
     threads = set(threading.enumerate())
     log = read_log(go(data, tmp_path / "modern", *flags))
-    assert not [thread for thread in set(threading.enumerate()) - threads if thread.daemon]  # with tensors, it may abort Python's exit
+    # with tensors, it may abort Python's exit
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.daemon]
     assert [kind for _, kind in log] == ["train"] * 5
     assert [p.name for p in (tmp_path / "modern").glob("ckpt*")] == ["ckpt_00005.pt"]  # the last step, always
     assert "2 sequences x 32 tokens x 4 accumulation steps x 1 processes" in capsys.readouterr().out
@@ -876,10 +904,13 @@ LONG = "x" * 5000  # longer than any file system lets a name be
 BAD_FLAGS = [
     (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"), (["--preset", "modem"], "modern"),
     (["--vocab_size", "3"], "unknown flag --vocab_size"),  # set by the data, not by a flag
-    (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""), (["--data", "{other}"], "their ids mean different text"),
-    (["--total_batch_size", "352", "--batch_warmup", "1000"], "352, which --batch_warmup halves, must be a multiple of 2 x --block_size 32 x 1 processes; 384 is"),
+    (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""),
+    (["--data", "{other}"], "their ids mean different text"),
+    (["--total_batch_size", "352", "--batch_warmup", "1000"],
+     "352, which --batch_warmup halves, must be a multiple of 2 x --block_size 32 x 1 processes; 384 is"),
     (["--total_batch_size", "250"], "--total_batch_size 250 must be a multiple of --block_size 32 x 1 processes; 256 is"),
-    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"), (["--epochs", "2"], "--epochs and --max_steps each set the length: give one"),
+    (["--warmup_steps", "6"], "--warmup_steps 6 must be below the run's 6 steps"),
+    (["--epochs", "2"], "--epochs and --max_steps each set the length: give one"),
     (["--curriculum_mix", "linear"], "is for a --curriculum"), (["--tok_per_sec", "1000"], "--tok_per_sec is for --plan"),
     (["--eval_tasks_limit", "2"], "are for --eval_tasks"), (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),
     (["--val_tokens", "20"], "validation needs 33 tokens"), (["--device", "mps"], "--device mps"),
@@ -887,17 +918,20 @@ BAD_FLAGS = [
     # what shapes the weights
     (["--n_embd", "64", "--n_head", "4"], "--n_head 2 -> 4, --n_embd 32 -> 64"), (["--n_layer", "3"], "--n_layer 2 -> 3"),
     (["--mlp", "swiglu"], "--mlp gelu -> swiglu"), (["--norm", "rmsnorm"], "--norm layernorm -> rmsnorm"),
-    (["--pos", "rope"], "--pos learned -> rope"), (["--no-bias"], "--bias True -> False"), (["--qk_norm"], "--qk_norm False -> True"),
+    (["--pos", "rope"], "--pos learned -> rope"), (["--no-bias"], "--bias True -> False"),
+    (["--qk_norm"], "--qk_norm False -> True"),
     (["--emb_norm"], "--emb_norm False -> True"), (["--no-tie_embeddings"], "--tie_embeddings True -> False"),
     (["--block_size", "16"], "--block_size 32 -> 16"), (["--preset", "modern"], "--mlp gelu -> swiglu"),
     # another run
     (["--run_name", ".."], "is not the name of a folder"), (["--run_name", ""], "--run_name is empty"),
     (["--run_name", "taken"], "already holds a run"), *((["--run_name", "new", *flags], says) for flags, says in (
         (["--n_embd", "33"], "--n_embd 33 must be a multiple"), (["--pos", "rope", "--n_embd", "30"], "even head size, not 15"),
-        (["--n_layer", "1000", "--n_embd", "65536"], "optimizer state need"), (["--max_lr", "1e300"], "--max_lr must be above 0"),
-        (["--n_layer", "1e5"], "--n_layer must be"), (["--n_embd", "1e308"], "--n_embd must be"), (["--max_steps", "1e18"], "--max_steps must be"),
+        (["--n_layer", "1000", "--n_embd", "65536"], "optimizer state need"),
+        (["--max_lr", "1e300"], "--max_lr must be above 0"), (["--n_layer", "1e5"], "--n_layer must be"),
+        (["--n_embd", "1e308"], "--n_embd must be"), (["--max_steps", "1e18"], "--max_steps must be"),
         (["--log_dir", "notes.txt"], "cannot write to notes.txt/new"), (["--log_dir", LONG], ""), (["--resume", LONG], ""),
-        (["--resume", "nowhere.pt"], "cannot read nowhere.pt"), (["--resume", "notes.txt"], "notes.txt is not a whole checkpoint"),
+        (["--resume", "nowhere.pt"], "cannot read nowhere.pt"),
+        (["--resume", "notes.txt"], "notes.txt is not a whole checkpoint"),
         (["--resume", "others.pt"], "others.pt is not a checkpoint of this project"),
         (["--resume", "untrained.pt"], "untrained.pt is not a checkpoint of this project"))),
 ]
@@ -940,19 +974,22 @@ def test_a_bad_start_is_one_line_and_changes_nothing_that_was_there(flags, says,
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(BadInput) as error:
-            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run_name", "half", *(flag.format(port=port, other="other") for flag in flags)])
+            train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--run_name", "half",
+                             *(flag.format(port=port, other="other") for flag in flags)])
     assert says.format(port=port) in str(error.value) and "\n" not in str(error.value)
     after = contents(place)
     assert {name: after.get(name) for name in before} == before and not any("ckpt" in name for name in after.keys() - before)
     assert sorted(os.listdir(place / "log" / "half")) == sorted(name[9:] for name in before if name.startswith("log/half/"))
 
 
-@pytest.mark.parametrize("flags", [["--n_embd", "2", "--preset", "modern", "--pos", "learned"], ["--block_size", "2", "--val_tokens", "6"],
-                                   ["--max_lr", "1e6", "--max_skipped", "99"], ["--val_tokens", "1e18"],
-                                   ["--min_lr_frac", "0", "--weight_decay", "1e6"]], ids=short)
+@pytest.mark.parametrize("flags", [
+    ["--n_embd", "2", "--preset", "modern", "--pos", "learned"], ["--block_size", "2", "--val_tokens", "6"],
+    ["--max_lr", "1e6", "--max_skipped", "99"], ["--val_tokens", "1e18"],
+    ["--min_lr_frac", "0", "--weight_decay", "1e6"]], ids=short)
 def test_odd_sizes_within_the_bounds_train(flags, data, tmp_path):
     go(data, tmp_path / "a", "--sample_every", 2, *flags)
-    assert len([kind for _, kind in read_log(tmp_path / "a") if kind == "train"]) == 6 and (tmp_path / "a" / "ckpt_00006.pt").exists()
+    assert len([kind for _, kind in read_log(tmp_path / "a") if kind == "train"]) == 6
+    assert (tmp_path / "a" / "ckpt_00006.pt").exists()
 
 
 @pytest.mark.parametrize("flags, says", [(["--max_step", 5], "unknown flag --max_step: did you mean --max_steps"),
@@ -962,7 +999,8 @@ def test_bad_input_of_a_real_process_is_one_line(flags, says, launch, tokenizer,
     path.write_bytes(path.read_bytes()[:-2])
     result = launch("train_gpt2.py", *flags)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("train_gpt2.py: error: ") and says in result.stderr and not list(tmp_path.glob("log/*/ckpt*"))
+    assert result.stderr.startswith("train_gpt2.py: error: ") and says in result.stderr
+    assert not list(tmp_path.glob("log/*/ckpt*"))
 
 
 def test_debug_shows_where_bad_input_was_found(launch, data):
@@ -977,7 +1015,8 @@ def test_bad_input_under_torchrun_is_said_once(launch, data):
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, processes=2)
     assert result.returncode != 0 and result.stderr.count("train_gpt2.py: error: ") == 1
     assert result.stderr.count("validation needs 33 tokens") == 1
-    frames = [line for line in result.stderr.splitlines() if 'File "' in line and "site-packages" not in line and "<frozen" not in line]
+    frames = [line for line in result.stderr.splitlines()
+              if 'File "' in line and "site-packages" not in line and "<frozen" not in line]
     assert not frames  # torchrun's own traceback is its own business
 
 
@@ -1048,8 +1087,10 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
     events = EventAccumulator(str(folder)).Reload()
     assert [e.value for e in events.Scalars("optim/skipped_steps")] == [0, 0, 0, 1, 1, 1, 1, 2]
     out = capsys.readouterr().out
-    assert out.count("skipped because non-finite: ") == 2 and "; its batch: epoch 0, from token 768 of toy_train_000001.npy" in out
-    assert f"step 3 | skipped because non-finite: loss {'nan' if how is nan_loss else log[3, 'train']:.3}" in out[:out.index("step 4 |")]
+    assert out.count("skipped because non-finite: ") == 2
+    assert "; its batch: epoch 0, from token 768 of toy_train_000001.npy" in out
+    assert (f"step 3 | skipped because non-finite: loss {'nan' if how is nan_loss else log[3, 'train']:.3}"
+            in out[:out.index("step 4 |")])
 
 
 def test_skipped_updates_that_are_not_in_a_row_do_not_end_a_run(data, tmp_path, monkeypatch):
@@ -1070,7 +1111,8 @@ def test_a_run_given_up_leaves_the_checkpoint_from_before(data, half_a_run, tmp_
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_skipped_update(first, data, tmp_path, monkeypatch):
+def test_a_run_given_up_without_a_checkpoint_writes_one_from_before_the_first_skipped_update(
+        first, data, tmp_path, monkeypatch):
     flags = ["--shuffle", "--dropout", 0.1, "--max_skipped", 3]
     whole, folder, saved = go(data, tmp_path / "undisturbed", *flags), tmp_path / "a", tmp_path / "a" / f"ckpt_{first:05d}.pt"
     with monkeypatch.context() as patch:
@@ -1188,8 +1230,9 @@ def test_compile_without_a_compiler_is_one_line(launch, data, tmp_path):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_run_on_a_gpu_compiled_in_bf16_and_resumed(deterministic, launch, data, tmp_path):
     """Its checkpoints are copied to the host by a stream of their own while training goes on."""
-    flags = [*TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 15, "--save_every", 5, "--keep", 0, "--dropout", 0.1,
-             "--micro_batch", "auto", "--device", "cuda", "--compile", *(["--deterministic"] if deterministic else [])]
+    flags = [*TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 15, "--save_every", 5, "--keep", 0,
+             "--dropout", 0.1, "--micro_batch", "auto", "--device", "cuda", "--compile",
+             *(["--deterministic"] if deterministic else [])]
     log = tmp_path / "log"
     done = launch("train_gpt2.py", *flags, "--run_name", "whole", timeout=400)
     assert done.returncode == 0, done.stderr
