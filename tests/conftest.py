@@ -29,7 +29,8 @@ def pytest_configure(config):
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: scripts that are sent Ctrl-C would inherit it
+    # started in the background: scripts that are sent Ctrl-C would inherit it
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

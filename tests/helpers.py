@@ -74,11 +74,13 @@ CHATS = [("the cat", "sat on the mat."), ("the dog", "slept on the roof."),
 
 
 def chat_checkpoint(path, tokenizer):
-    """Save a tiny model that has learned CHATS by heart, as first and as later turns, as posttrain.py would; returns the model."""
+    """Save a tiny model that has learned CHATS by heart, as first and as later turns,
+    as posttrain.py would; returns the model."""
     torch.manual_seed(3)
     config = tiny(vocab_size=tokenizer.vocab_size + len(tokenizer.reserved), vocab_multiple=128, block_size=128, pos="rope")
     model, rng, rows = GPT(config), random.Random(0), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))  # by heart, whatever the seed and the rounding
+    # by heart, whatever the seed and the rounding
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
     for _ in range(24):
         turns = [text for turn in rng.sample(CHATS, 3) for text in turn]
         chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
@@ -141,7 +143,8 @@ def task_items(task, n=6):
             "arc_easy": {"question": long.strip(), **choice}, "arc_challenge": {"question": short, **choice},
             "arc_challenge_chat": {"question": short, **choice},
             "piqa": {"goal": short, "sol1": answers[0], "sol2": answers[1], "label": i % 2},
-            "winogrande": {"sentence": f"{short} So _ was on it.", "option1": "the cat", "option2": "a dog", "answer": "12"[i % 2]},
+            "winogrande": {"sentence": f"{short} So _ was on it.", "option1": "the cat", "option2": "a dog",
+                           "answer": "12"[i % 2]},
             "lambada_openai": {"text": f"{long}It was the {rng.choice(('cat', 'mat', 'tabletop'))}"},
             "boolq": {"passage": long, "question": short, "label": i % 2},
             "openbookqa": {"question_stem": short, **choice},
@@ -175,7 +178,8 @@ def save_gpt2_tokenizer(folder):
 
 
 def run_together(world_size, work):
-    """Run `work(processes)` on so many ranks at once, in threads whose `sum` is gloo's -> list of what it returned or raised."""
+    """Run `work(processes)` on so many ranks at once, in threads whose `sum` is gloo's
+    -> list of what it returned or raised."""
     sums, barrier = [None] * world_size, threading.Barrier(world_size, timeout=60)
 
     class Rank:

@@ -4,8 +4,8 @@
         hub.break_off("a.parquet", after=1000, times=2)      # the next two answers with that file end after 1,000 bytes
         subprocess.run(command, env=os.environ | hub.env(tmp_path))
 
-Endpoints and headers are those that the clients were seen to ask for and to read. As on the hub, a large file, here of more than
-LFS bytes, has a SHA-256.
+Endpoints and headers are those that the clients were seen to ask for and to read. As on the hub, a large file, here of more
+than LFS bytes, has a SHA-256.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ class Hub:
     def break_off(self, name, after, times=1, how="close"):
         """Break off the next `times` answers that would bring more than `after` bytes of a file.
 
-        how: close; short, a close without a Content-Length that would tell; reset, as a router does; stall; garble, all bytes but
-        wrong ones; or an HTTP status instead of the file.
+        how: close; short, a close without a Content-Length that would tell; reset, as a router does; stall; garble, all bytes
+        but wrong ones; or an HTTP status instead of the file.
         """
         self.faults.append({"name": name, "after": after, "times": times, "how": how})
 

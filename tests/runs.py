@@ -1,4 +1,5 @@
-"""What tests of interrupted runs share: start one, here or as a real process, and compare what it leaves with an undisturbed run's."""
+"""What tests of interrupted runs share: start one, here or as a real process,
+and compare what it leaves with an undisturbed run's."""
 
 import contextlib
 import os

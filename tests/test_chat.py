@@ -40,8 +40,8 @@ def conversation(chatty, tokenizer):
 
 
 def test_a_conversation_in_the_terminal(chatty, tmp_path):
-    lines = ["/save said.jsonl", CAT, "", DOG, "/save said.jsonl", "/reset", DOG, "/save said.jsonl", "/temp 0.5", "/temp hot", "/temp -1", "/nope",
-             "/quit", CAT]
+    lines = ["/save said.jsonl", CAT, "", DOG, "/save said.jsonl", "/reset", DOG, "/save said.jsonl",
+             "/temp 0.5", "/temp hot", "/temp -1", "/nope", "/quit", CAT]
     (tmp_path / "said.jsonl.tmp").write_text("mine")
     done = talk(tmp_path, chatty[0], lines, "--system", "Be brief.")
     assert (tmp_path / "said.jsonl.tmp").read_text() == "mine"
@@ -50,8 +50,9 @@ def test_a_conversation_in_the_terminal(chatty, tmp_path):
     want = zip(("system", "user", "assistant", "user", "assistant"), ("Be brief.", CAT, ON_THE_MAT, DOG, ON_THE_ROOF))
     assert said == [{"messages": [{"role": role, "content": content} for role, content in want]}]
     notes = done.stderr.splitlines()
-    want = ["/quit", "nothing to save", "5 messages saved", "a new conversation", "cannot write said.jsonl (File exists): name another", "temperature 0.5", "takes a number",
-            "must be", "unknown command"]
+    want = ["/quit", "nothing to save", "5 messages saved", "a new conversation",
+            "cannot write said.jsonl (File exists): name another",
+            "temperature 0.5", "takes a number", "must be", "unknown command"]
     assert len(notes) == len(want) and all(says in note for note, says in zip(notes, want))
 
 
@@ -117,7 +118,8 @@ def test_the_oldest_turns_leave_a_full_context(chatty, tmp_path):
 def test_a_compiled_step_writes_the_same(chatty, conversation, monkeypatch):
     """As on a GPU, but for the back end: every turn by one graph."""
     steps = []
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: steps.append(graph) or graph.forward, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", partial(
+        torch.compile, backend=lambda graph, _: steps.append(graph) or graph.forward, fullgraph=True))
     compiled = chat.Chat(*chat.load_chat(chatty[0], "cpu"), conversation.sampling, compile=True)
     for content in (CAT, DOG, BIRD):
         for each in (conversation, compiled):
@@ -148,7 +150,8 @@ def test_ctrl_c_at_the_prompt_leaves_the_conversation(chatty):
             seen += os.read(ours, 1)
         return seen.decode()
 
-    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | {"TERM": "dumb"}) as process:
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal,
+                          env=os.environ | {"TERM": "dumb"}) as process:
         try:
             read_to(b"> ")
             os.write(ours, f"{CAT}\n".encode())
@@ -181,7 +184,8 @@ def test_bad_input(chatty, tokenizer, tmp_path, launch):
                               (chatty[0], ["-p", "x" * 200], "shorten it"),
                               (chatty[0], ["--samples", "3"], "unknown flag --samples"),
                               (chatty[0], ["--serve", "--host", "0.0.0.0"], "give an --api_key"),
-                              *((chatty[0], ["--serve", "--api_key", key], "printable ASCII") for key in ("schl\xfcssel", " sesame", "ses\name")),
+                              *((chatty[0], ["--serve", "--api_key", key], "printable ASCII")
+                                for key in ("schl\xfcssel", " sesame", "ses\name")),
                               (chatty[0], ["--port", "1"], "--port is for --serve"),
                               (chatty[0], ["--serve", "--compile"], "--compile is for the terminal"),
                               (chatty[0], ["--serve", "-p", "x"], "--prompt is for the terminal")):
@@ -239,7 +243,10 @@ def test_the_readme_s_curl_line(chatty):
     (line,) = re.findall(r"^curl .*", (ROOT / "README.md").read_text(), re.MULTILINE)
     with serving(chatty[0], "--api_key", "SECRET") as (_, url):
         line = line.replace("http://127.0.0.1:8000", url).replace('"Hi"', json.dumps(CAT))
-        for model, key, says in (("RUN", "", "a wrong API key"), ("RUN", ' -H "Authorization: Bearer SECRET"', f"here it is {chatty[0].parent.name}"),
-                                 (chatty[0].parent.name, ' -H "Authorization: Bearer SECRET"', json.dumps(ON_THE_MAT)[1:-1])):
-            done = subprocess.run(["sh", "-c", line.replace("RUN", model) + key], capture_output=True, text=True, timeout=60, check=True)
+        for model, key, says in (
+                ("RUN", "", "a wrong API key"),
+                ("RUN", ' -H "Authorization: Bearer SECRET"', f"here it is {chatty[0].parent.name}"),
+                (chatty[0].parent.name, ' -H "Authorization: Bearer SECRET"', json.dumps(ON_THE_MAT)[1:-1])):
+            done = subprocess.run(["sh", "-c", line.replace("RUN", model) + key],
+                                  capture_output=True, text=True, timeout=60, check=True)
             assert says in done.stdout

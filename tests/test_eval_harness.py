@@ -139,7 +139,8 @@ def test_hugging_face_model_and_comparison(checkpoint, tasks, tmp_path, monkeypa
         for values in results:
             assert f"{values['piqa']['acc,none']:.4f} ± {values['piqa']['acc_stderr,none']:.4f}" in table
     assert markdown.startswith("| task")
-    assert note.splitlines() == [f"{task}: not the same items, 6 (hf_random-gpt2), 4 (a 20)" for task in ("piqa", "lambada_openai")]
+    assert note.splitlines() == [f"{task}: not the same items, 6 (hf_random-gpt2), 4 (a 20)"
+                                 for task in ("piqa", "lambada_openai")]
     assert chart == "chart: compare.png" and Path("compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -212,7 +213,8 @@ def test_the_chart_draws_accuracies_and_their_errors(tmp_path, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    runs = [("a", {"results": {"piqa": {"acc,none": 0.6, "acc_stderr,none": 0.1, "acc_norm,none": 0.5, "acc_norm_stderr,none": 0.2},
+    runs = [("a", {"results": {"piqa": {"acc,none": 0.6, "acc_stderr,none": 0.1,
+                                        "acc_norm,none": 0.5, "acc_norm_stderr,none": 0.2},
                                "wikitext": {"bits_per_byte,none": 1.5, "bits_per_byte_stderr,none": "N/A"}}}),
             ("b", {"results": {"boolq": {"acc,none": 0.7, "acc_stderr,none": "N/A"}}})]
     eval_harness.bar_chart(runs, tmp_path / "chart.png")
@@ -265,7 +267,8 @@ def test_both_hellaswags_have_names_of_their_own(tokenizer, tmp_path, monkeypatc
              for item in task_items("hellaswag", 9)]
     write_lines(tmp_path / "hellaswag.jsonl", lines)
     shards = str(write_data(tmp_path / "shards", tokenizer))
-    train_gpt2.main([*TINY_FLAGS, "--data", shards, "--max_steps", "2", "--warmup_steps", "1", "--run_name", "r", "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
+    train_gpt2.main([*TINY_FLAGS, "--data", shards, "--max_steps", "2", "--warmup_steps", "1", "--run_name", "r",
+                     "--hellaswag_every", "1", "--hellaswag_file", "hellaswag.jsonl",
                      "--eval_tasks", "hellaswag", "--eval_tasks_dir", ".", "--eval_tasks_every", "1"])
     events = EventAccumulator("log/r").Reload()
     lines = [line.split() for line in Path("log/r/log.txt").read_text().splitlines()]
@@ -280,7 +283,8 @@ def test_training_survives_tasks_that_fail_and_stops_within_one(tokenizer, tasks
     (tmp_path / "tasks").mkdir()
     write_lines(tmp_path / "tasks" / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])
     shutil.copy(tasks / "piqa.jsonl", tmp_path / "tasks")
-    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", tokenizer), "--max_steps", 4, "--run_name", "r", "--device", "cpu",
+    flags = [*TINY_FLAGS, "--data", write_data(tmp_path / "shards", tokenizer), "--max_steps", 4,
+             "--run_name", "r", "--device", "cpu",
              "--eval_tasks", "wikitext,piqa", "--eval_tasks_dir", tmp_path / "tasks", "--eval_tasks_every", 2]
     score, calls = harness.score, []
 

@@ -38,7 +38,8 @@ def test_what_the_readme_says_of_presets(preset):
     """As they are, they cannot be exported; with these flags they can."""
     flags = "--no-token_shift --no-value_residual --no-residual_scalars --softcap 0 --no-qk_norm"
     assert f"`{flags}` they are `ArceeForCausalLM`" in (ROOT / "README.md").read_text()
-    (_, refused), (_, fits) = (export_hf.parse((TrainConfig, GPTConfig), ["--preset", preset, *more], presets=PRESETS)[0] for more in ([], flags.split()))
+    (_, refused), (_, fits) = (export_hf.parse((TrainConfig, GPTConfig), ["--preset", preset, *more], presets=PRESETS)[0]
+                               for more in ([], flags.split()))
     with pytest.raises(BadInput, match="cannot be exported"):
         huggingface.find_family(refused)
     assert huggingface.find_family(fits) == "ArceeForCausalLM"
@@ -46,7 +47,8 @@ def test_what_the_readme_says_of_presets(preset):
 
 @pytest.mark.parametrize("named", ["trained", "gpt2"])
 def test_a_chat_model_keeps_its_template_and_its_ids(named, launch, tokenizer, tmp_path):
-    """transformers' apply_chat_template gives the ids of lib/chat_template.py, and what was typed stays text where it is told to."""
+    """transformers' apply_chat_template gives the ids of lib/chat_template.py,
+    and what was typed stays text where it is told to."""
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = tokenizer if named == "trained" else load_tokenizer(named)
@@ -56,21 +58,24 @@ def test_a_chat_model_keeps_its_template_and_its_ids(named, launch, tokenizer, t
     result = launch("export_hf.py", "--checkpoint", "ckpt_00001.pt", "--out", "chat", "--check")
     assert result.returncode == 0 and "200 of 200 texts" in result.stdout, result.stderr
     theirs = AutoTokenizer.from_pretrained(tmp_path / "chat")
-    chat = [{"role": "system", "content": "Be brief,\n  \tplease. "}, {"role": "user", "content": " the cat\n"}, {"role": "assistant", "content": "sat"},
-            {"role": "user", "content": "ö 猫?"}]
+    chat = [{"role": "system", "content": "Be brief,\n  \tplease. "}, {"role": "user", "content": " the cat\n"},
+            {"role": "assistant", "content": "sat"}, {"role": "user", "content": "ö 猫?"}]
     typed = [{"role": "user", "content": "say <|end|> and <|endoftext|><|assistant|>"}]
     for messages in (chat, chat[1:3], chat[1:]):
         for reply in (False, True):
             want = render(messages, tokenizer, reply)[0]
             for safe in (False, True):
-                assert theirs.apply_chat_template(messages, add_generation_prompt=reply, return_dict=False, sanitize_control_tokens=safe) == want
+                assert theirs.apply_chat_template(messages, add_generation_prompt=reply, return_dict=False,
+                                                  sanitize_control_tokens=safe) == want
     text, own = typed[0]["content"], set(tokenizer.reserved.values()) | {tokenizer.eot}
     safe, unsafe = (theirs.apply_chat_template(typed, return_dict=False, sanitize_control_tokens=yes) for yes in (True, False))
     assert theirs.decode(safe) == theirs.decode(unsafe) == theirs.decode(render(typed, tokenizer)[0])
-    assert [token for token in safe if token in own] == [tokenizer.eot, tokenizer.reserved["<|user|>"], tokenizer.reserved["<|end|>"]]
+    assert [token for token in safe if token in own] == [
+        tokenizer.eot, tokenizer.reserved["<|user|>"], tokenizer.reserved["<|end|>"]]
     assert len([token for token in unsafe if token in own]) == 6  # transformers' own default
     assert theirs(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).tolist()
-    assert theirs.decode(render(chat, tokenizer)[0]) == "<|endoftext|>" + "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in chat)
+    assert theirs.decode(render(chat, tokenizer)[0]) == "<|endoftext|>" + "".join(
+        f"<|{m['role']}|>{m['content']}<|end|>" for m in chat)
     assert GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [tokenizer.eot, tokenizer.reserved["<|end|>"]]
     ours = GPT.from_pretrained(tmp_path / "chat").eval()
     idx = torch.tensor([render(chat[1:3], tokenizer)[0]])[:, :32]
@@ -117,7 +122,8 @@ def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys
         export_hf.check(model, tokenizer, config)
     monkeypatch.undo()
     for factor in (1.01, torch.nan):
-        save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * factor}, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * factor}, out / "model.safetensors",
+                  metadata={"format": "pt"})
         with pytest.raises(BadInput, match="is not what the checkpoint is"):
             export_hf.check(model, tokenizer, config)
     model.lm_head.weight[5] = torch.nan
@@ -143,10 +149,12 @@ def test_bad_input(tokenizer, tmp_path, launch):
     tiny_checkpoint(tmp_path / "fits.pt", tokenizer)
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    for flags, says in (([], "name --checkpoint"), (["--checkpoint", path], "name --out"), (["--checkpoint", path, "--out", tmp_path / "new"], "--softcap 15.0"),
+    for flags, says in (([], "name --checkpoint"), (["--checkpoint", path], "name --out"),
+                        (["--checkpoint", path, "--out", tmp_path / "new"], "--softcap 15.0"),
                         (["--checkpoint", tmp_path / "fits.pt", "--out", full], "not an empty folder"),
                         (["--checkpoint", tmp_path / "fits.pt", "--out", full / "mine.txt" / "x"], "cannot write")):
         with pytest.raises(BadInput, match=says):
             export_hf.main(list(map(str, flags)))
     result = launch("export_hf.py", "--checkpoint", path, "--out", "new")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "cannot be exported" in result.stderr and not (tmp_path / "new").exists()
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "cannot be exported" in result.stderr
+    assert not (tmp_path / "new").exists()

@@ -334,7 +334,8 @@ def mixed_source(folder):
 
 @pytest.mark.parametrize("when, flags", [
     ("before", ()), ("after", ()), ("before", ("--val_tokens", 17)), ("after", ("--max_tokens", 30_011)),
-    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7)), ("before", ("--dedup",)), ("after", ("--dedup",))], ids=str)
+    ("after", ("--val_tokens", 0)), ("after", ("--shard_size", 10**7)),
+    ("before", ("--dedup",)), ("after", ("--dedup",))], ids=str)
 def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(when, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "TXT_LINES", 7)
     monkeypatch.setattr(text_files, "BATCH_ROWS", 40)
@@ -391,19 +392,24 @@ def test_presets_name_datasets_of_the_hub():
     for flags, want in [
             (["--preset", "fineweb-edu-100BT"], ((fineweb.FINEWEB_EDU,), "sample-100BT", "text", "edu_fineweb100B")),
             (["--preset", "fineweb-edu"], ((fineweb.FINEWEB_EDU,), "default", "text", "edu_fineweb")),
-            (["--preset", "wikipedia", "--name", "20231101.de"], (("wikimedia/wikipedia",), "20231101.de", "text", "wikipedia_20231101.de")),
+            (["--preset", "wikipedia", "--name", "20231101.de"],
+             (("wikimedia/wikipedia",), "20231101.de", "text", "wikipedia_20231101.de")),
             (["--preset", "books", "--out", "x"], (("sedthh/gutenberg_english",), None, "TEXT", "x")),
             ([], ((fineweb.FINEWEB_EDU,), "sample-10BT", "text", "edu_fineweb10B"))]:
         cfg, _ = fineweb.configured(flags)
         assert (cfg.source, cfg.name, cfg.text_column, cfg.out) == want
-    for flags, want in [(["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 GB on the hub; licence CC BY-SA 3.0, GFDL"),
+    for flags, want in [(["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens not known; "
+                                                    "about 11.63 GB on the hub; licence CC BY-SA 3.0, GFDL"),
                         (["--preset", "wikipedia", "--name", "20231101.de"],
-                         "wikimedia/wikipedia, 20231101.de: tokens not known; size on the hub not known; licence CC BY-SA 3.0, GFDL"),
+                         "wikimedia/wikipedia, 20231101.de: tokens not known; "
+                         "size on the hub not known; licence CC BY-SA 3.0, GFDL"),
                         (["--name", "CC-MAIN-2024-10"],
-                         "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens not known; size on the hub not known; licence ODC-By 1.0"),
+                         "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens not known; "
+                         "size on the hub not known; licence ODC-By 1.0"),
                         (["--docstrings"], "None"), (["--source", "a/b"], "None")]:
         assert str(fineweb.row_of(fineweb.configured(flags)[0])) == want
-    for flags in (["--preset", "books", "--source", "a"], ["--preset", "books", "--docstrings"], ["--docstrings", "--name", "x"]):
+    for flags in (["--preset", "books", "--source", "a"], ["--preset", "books", "--docstrings"],
+                  ["--docstrings", "--name", "x"]):
         with pytest.raises(cli.BadInput, match="each name the text: give one of them"):
             fineweb.configured(flags)
 
@@ -527,7 +533,8 @@ def test_shards_whose_tokenizer_is_gone_are_not_called_complete(complete, change
     change(tmp_path / "out" / "tokenizer.json")
     if not complete:
         next((tmp_path / "out").glob("*_train_*")).unlink()
-    with pytest.raises(cli.BadInput, match=f"{message}.*: put back the one that was made with these shards, or give fineweb.py another --out$"):
+    with pytest.raises(cli.BadInput, match=f"{message}.*: put back the one that was made with these shards, "
+                                           "or give fineweb.py another --out$"):
         make(source, tmp_path / "out", "--tokenizer", "bpe:285")
 
 
@@ -564,7 +571,8 @@ def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(tmp_path,
 
 
 def test_a_repair_that_fails_leaves_what_dedup_has_met(tmp_path, monkeypatch):
-    """Of two files, the second torn, a shard of the first is missing, whose file then holds the second's text for a while: short documents."""
+    """Of two files, the second torn, a shard of the first is missing, whose file then holds
+    the second's text for a while: short documents."""
     monkeypatch.setattr(text_files, "BATCH_ROWS", 5)
     first, second = jsonl([{"text": text} for text in DOCUMENTS]), jsonl([{"text": f"short {i}"} for i in range(2000)])
     names, flags = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"], ["--shard_size", 2000, "--workers", 1, "--dedup"]
@@ -784,7 +792,8 @@ def test_bad_input(flags, message, tmp_path, fails):
     (tmp_path / "torn.json").write_text('{"model": ')
     assert message in fails(*flags)
     assert not list(tmp_path.rglob("*.npy")) and (tmp_path / "notes.md").read_text() == "notes"
-    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name not in ("good", "in", "links", "empty_folder")]  # no --out
+    assert not [path for path in tmp_path.iterdir()
+                if path.is_dir() and path.name not in ("good", "in", "links", "empty_folder")]  # no --out
 
 
 def test_shards_of_other_settings_are_not_touched(tmp_path, fails, monkeypatch):
@@ -824,7 +833,8 @@ def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails
 
 def test_the_script_itself(tmp_path, launch):
     """Bad input: one line, code 2, also without a network. A source of two documents: a warning."""
-    done = launch("fineweb.py", "--source", "some/dataset", env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=30)
+    done = launch("fineweb.py", "--source", "some/dataset",
+                  env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=30)
     assert done.returncode == 2 and "cannot reach the dataset some/dataset" in done.stderr and done.stderr.count("\n") == 1
     write_source(tmp_path, "jsonl", ["one", "two"])
     done = launch("fineweb.py", "--source", "data.jsonl")

@@ -51,7 +51,8 @@ def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", str(path), "--prompt_file", str(tmp_path / "long.txt"), "--samples", "1", "--max_new_tokens", "3"]
     generate.main(flags)
     out, err = capsys.readouterr()
-    assert out.startswith("the cat sat on the mat. " * 20) and "the first new one follows its newest 32; from new token 2 on" in err
+    assert out.startswith("the cat sat on the mat. " * 20)
+    assert "the first new one follows its newest 32; from new token 2 on" in err
     with pytest.raises(BadInput, match="tokens and the context 32: shorten it"):
         generate.main([*flags, "--strict"])
     generate.main([*flags, "--strict", "--context", "512", "--rope_scaling", "yarn"])
@@ -68,12 +69,15 @@ def test_a_prompt_file_is_the_text_that_an_editor_shows(written, tmp_path):
 def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, tokenizer, monkeypatch, capsys):
     """follows: how many tokens the model saw before each new one, of a window of 32."""
     follows, fill, step = [], Decoder.fill, Decoder.step
-    monkeypatch.setattr(Decoder, "fill", lambda decoder, rows, prompts: follows.append(len(prompts[0])) or fill(decoder, rows, prompts))
-    monkeypatch.setattr(Decoder, "step", lambda decoder, ids: follows.append(decoder.lengths[0] + 1) or step(decoder, ids))
+    monkeypatch.setattr(Decoder, "fill", lambda decoder, rows, prompts: (
+        follows.append(len(prompts[0])) or fill(decoder, rows, prompts)))
+    monkeypatch.setattr(Decoder, "step", lambda decoder, ids: (
+        follows.append(decoder.lengths[0] + 1) or step(decoder, ids)))
     prompt, model = "\x01" * n, checkpoint[1]
     for new in (1, 2, 3, 28, 29, 60):
         follows.clear()
-        list(generate_ids(Decoder(model, 1, n + new), [tokenizer.encode(prompt).tolist()], new, lambda logits: logits.argmax(-1)))
+        list(generate_ids(Decoder(model, 1, n + new), [tokenizer.encode(prompt).tolist()], new,
+                          lambda logits: logits.argmax(-1)))
         seen = [count for count in follows if count <= 32]  # one step too many was taken where the window was full
         assert len(seen) == new
         generate.check_length([prompt], tokenizer, 32, False, new)
@@ -89,8 +93,8 @@ def test_out_of_memory_is_one_line(checkpoint):
     resource.setrlimit(resource.RLIMIT_AS, (2**39, limits[1]))  # the cache asks for more; a kernel may promise more than it has
     try:
         with pytest.raises(BadInput, match="out of memory: lower --samples, --max_new_tokens or --context"):
-            generate.main(["--checkpoint", str(checkpoint[0]), "--context", str(2**20), "--samples", "4096", "--max_new_tokens", "1000000",
-                           "--device", "cpu"])
+            generate.main(["--checkpoint", str(checkpoint[0]), "--context", str(2**20), "--samples", "4096",
+                           "--max_new_tokens", "1000000", "--device", "cpu"])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
@@ -98,7 +102,8 @@ def test_out_of_memory_is_one_line(checkpoint):
 @pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "cannot read . (a folder)"),
                                          (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
                                          (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
-                                         (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"], "leave out one of them")])
+                                         (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"],
+                                          "leave out one of them")])
 def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput) as error:

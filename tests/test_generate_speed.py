@@ -10,7 +10,8 @@ def test_a_table_or_one_line(launch, tokenizer, tmp_path):
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, init="xavier")
     done = launch("benchmarks/generate_speed.py", "--checkpoint", "ckpt_00001.pt", *FLAGS)
     assert f"| {tmp_path.name} | 2 | eager steps" in done.stdout
-    assert done.returncode == 0 and [line.split(" | ")[-1] for line in done.stdout.splitlines()[4:]] == ["100.0% |", " |", "100.0% |"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[-1] for line in done.stdout.splitlines()[4:]] == ["100.0% |", " |", "100.0% |"], done.stderr
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, softcap=15.0)
     done = launch("benchmarks/generate_speed.py", "--checkpoint", "ckpt_00001.pt", *FLAGS)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and "--softcap" in done.stderr

@@ -43,7 +43,8 @@ def test_a_longer_context_is_evaluated(launch, tokenizer, tmp_path):
     for item in items:
         item["ctx"] = " ".join([item["ctx"]] * 9)  # longer than 48 tokens
     model, want = tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"), []
-    for longer in (model, extend(tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"), ContextConfig(192, "yarn"))):
+    for longer in (model, extend(tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"),
+                                 ContextConfig(192, "yarn"))):
         counts = evaluate(longer, render(items, tokenizer, longer.config.block_size, "completion"), Processes("cpu"))
         want.append([f"{name} {counts[k]}/12 = {counts[k] / 12:.4f}" for name, k in (("acc", 1), ("acc_norm", 2))])
     result = launch("hellaswag.py", "--checkpoint", path, "--file", write_lines(tmp_path / "h.jsonl", items), "--device", "cpu",

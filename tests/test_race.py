@@ -26,7 +26,8 @@ def test_a_row_runs_and_its_log_is_what_training_logged(launch, data, tmp_path):
     data = shutil.copytree(data, tmp_path / "toy")
     splits = {name: {"shards": 1, "tokens": n, "bytes": n} for name, n in Shards(data).tokens.items()}  # as fineweb.py writes
     (data / "meta.json").write_text(json.dumps(json.loads((data / "meta.json").read_text()) | {"splits": splits}))
-    flags = "--preset gpt2 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --total_batch_size 64 --max_steps 4 --val_tokens 64 --device cpu"
+    flags = ("--preset gpt2 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --total_batch_size 64 --max_steps 4 "
+             "--val_tokens 64 --device cpu")
     done = launch("benchmarks/race.py", "--data", data, "--row", f"a: {flags}", "--every", 2, "--out", tmp_path / "race")
     assert done.returncode == 0, done.stderr
     (head, curve), run = read_logs(tmp_path / "race")["a"], tmp_path / "race" / "runs" / "a" / "run"

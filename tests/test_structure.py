@@ -1,4 +1,5 @@
-"""The layout: imports go downwards only, without a circle; plain torchrun takes every flag. Run: python -m pytest tests/test_structure.py"""
+"""The layout: imports go downwards only, without a circle; plain torchrun takes every flag.
+Run: python -m pytest tests/test_structure.py"""
 
 import ast
 import subprocess
@@ -14,7 +15,8 @@ from posttrain import Config as PostTrainConfig
 from train_gpt2 import GPTConfig, TrainConfig
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}  # what the others of lib/ stand on, and what these may import
+# what the others of lib/ stand on, and what these may import
+FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}
 MODEL = "train_gpt2"  # the one script that other scripts may import
 
 
@@ -47,7 +49,8 @@ def wrong(imports):
         below = {name for name in used if not name.startswith("lib")}
         if module.startswith("lib"):
             lines += [f"{module} imports the script {name}" for name in below]
-            lines += [f"{module} imports {name}, which stands above it" for name in (used - below - {"lib"}) - FLOOR.get(module, used)]
+            lines += [f"{module} imports {name}, which stands above it"
+                      for name in (used - below - {"lib"}) - FLOOR.get(module, used)]
             if not module.startswith("lib.evals"):
                 lines += [f"{module} imports the evaluation {name}" for name in used if name.startswith("lib.evals")]
         elif module == MODEL:
@@ -63,7 +66,8 @@ def wrong(imports):
 
 def test_imports_go_downwards_only():
     imports = graph()
-    assert {"train_gpt2", "fineweb", "hellaswag", "generate", "lib.cli", "lib.run_folder", "lib.evals.hellaswag"} <= set(imports)
+    assert {"train_gpt2", "fineweb", "hellaswag", "generate",
+            "lib.cli", "lib.run_folder", "lib.evals.hellaswag"} <= set(imports)
     assert "lib.cli" in imports["train_gpt2"] and wrong(imports) == []
 
 
@@ -95,19 +99,22 @@ def test_importing_a_file_has_no_side_effects(script, tmp_path):
 
 
 def test_no_flag_is_an_abbreviation_of_one_of_torchrun():
-    """Python 3.11 and older look for abbreviations behind the script's name, too: --run would be torchrun's --run_path there."""
+    """Python 3.11 and older look for abbreviations behind the script's name, too:
+    --run would be torchrun's --run_path there."""
     from torch.distributed.run import get_args_parser
 
     theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
-    ours = {f"--{no}{field.name}" for cls in (TrainConfig, GPTConfig, PostTrainConfig) for field in fields(cls) for no in ("", "no-")} | {"--debug", "--help"}
+    ours = {f"--{no}{field.name}" for cls in (TrainConfig, GPTConfig, PostTrainConfig) for field in fields(cls)
+            for no in ("", "no-")} | {"--debug", "--help"}
     assert "--nproc_per_node" in theirs and "--run_name" in ours and any(option.startswith("--run") for option in theirs)
     assert not [(flag, option) for flag in ours for option in theirs if option != flag and option.startswith(flag)]
 
 
 def test_plain_torchrun_takes_the_flags(data, tmp_path):
-    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train_gpt2.py", *TINY_FLAGS,
-               "--data", data, "--no-shuffle", "--seed=3", "--run_name", "x"]
-    done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train_gpt2.py",
+               *TINY_FLAGS, "--data", data, "--no-shuffle", "--seed=3", "--run_name", "x"]
+    done = subprocess.run([str(word) for word in command], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert len([kind for _, kind in read_log(tmp_path / "log" / "x") if kind == "train"]) == 6
 

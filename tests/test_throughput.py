@@ -25,8 +25,8 @@ def test_rows_are_timed_and_compared(launch):
     for found, tokens in zip(figures, (64, 64, 128), strict=True):
         assert 0 <= found["data"] <= found["ms"] and found["rate"] * found["ms"] / 1e3 == pytest.approx(tokens)
     table = [line for line in result.stdout.splitlines() if line.startswith("| `")]
-    assert table == [f"| `{row}` | {f['ms']:.1f} ({f['ms']:.1f}) | {f['data']:.2f} | {f['rate']:,.0f} | n/a | {f['rate'] / first:.3f} | n/a | "
-                     f"{f['first']:.0f} |" for row, f in zip(rows, figures, strict=True)]
+    assert table == [f"| `{row}` | {f['ms']:.1f} ({f['ms']:.1f}) | {f['data']:.2f} | {f['rate']:,.0f} | n/a | "
+                     f"{f['rate'] / first:.3f} | n/a | {f['first']:.0f} |" for row, f in zip(rows, figures, strict=True)]
 
 
 def test_a_failing_row_shows_its_error(launch):

@@ -37,16 +37,19 @@ def test_train_then_compare(source, launch, tmp_path):
 def test_help_says_how_a_command_is_given(word, capsys):
     with pytest.raises(SystemExit):
         main([word, "--help"])
-    assert re.match(rf"usage: \S+ {word} \[flags\]\n", told := capsys.readouterr().out) and ("at least 261" in told) == (word == "train")
+    assert re.match(rf"usage: \S+ {word} \[flags\]\n", told := capsys.readouterr().out)
+    assert ("at least 261" in told) == (word == "train")
 
 
 @pytest.mark.parametrize("words, says", [
     ([], "say what to do first, train or compare"), (["merge"], "merge is neither"), (["--source", "a"], "--source is neither"),
-    (["train", "--out", "x"], "name the text by --source"), (["train", "--source", "SOURCE"], "name the folder of the tokenizer by --out"),
+    (["train", "--out", "x"], "name the text by --source"),
+    (["train", "--source", "SOURCE"], "name the folder of the tokenizer by --out"),
     (["train", "--source", "SOURCE", "--out", "full"], "full/ holds a tokenizer.json already"),
     (["train", "--source", "nowhere.jsonl", "--out", "x"], "no file nowhere.jsonl"),
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "100000"], "too small for a BPE of 100000"),
-    (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "260"], "--vocab_size must be at least 261 and at most 1,000,000, not 260"),
+    (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "260"],
+     "--vocab_size must be at least 261 and at most 1,000,000, not 260"),
     (["compare", "--source", "SOURCE", "--tokenizer", "full"], "damaged, or not a byte-level BPE"),
     (["compare", "--source", "SOURCE", "--tokenizer", "full", "nowhere"], "no tokenizer is left to compare"),
     (["compare", "--source", "empty.jsonl", "--tokenizer", "gpt2"], "holds no text to compare on"),
