@@ -1,4 +1,4 @@
-"""Loss against seconds of training: our presets and the scripts they are measured by, side by side on one GPU.
+r"""Loss against seconds of training: our presets and the scripts they are measured by, side by side on one GPU.
 
     python fineweb.py --source ../shared/corpus/val.parquet "../shared/corpus/train-0000[0-8].parquet" \
         --val_tokens 2495235 --out race_data         # GPT-2 tokens; the val split is val.parquet, no more and no less
