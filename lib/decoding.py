@@ -91,7 +91,7 @@ class KVCache:
 
 
 class BiasApart(nn.Linear):
-    """Adds its bias apart: inductor takes apart a bare product of one row, as Decoder has it do, not one with a bias."""
+    """Adds its bias apart: inductor turns a bare product of one row into sums (see Decoder), not one with a bias."""
 
     def forward(self, x):
         return F.linear(x, self.weight) + self.bias
@@ -129,13 +129,14 @@ class Decoder:
 
     def __init__(self, model, rows, length, graphs=False, compile=False):
         device = next(model.parameters()).device
-        self.model, self.length = cast_weights(model, bias_apart=compile and rows == 1), min(length, model.config.block_size)
+        # of one row, inductor turns products into sums that fuse with their neighbors, if it tunes them
+        alone = compile and rows == 1 and device.type == "cuda"
+        self.model, self.length = cast_weights(model, bias_apart=alone), min(length, model.config.block_size)
         self.cache = KVCache(rows, -(-self.length // SPAN) * SPAN)
         self.lengths = [0] * rows  # of the texts, known without asking the GPU
         self.every = torch.arange(rows, device=device)
         self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(self.every)  # (rows,), what the step reads
-        # with it, inductor turns products of one row into sums that fuse with their neighbors, and tunes them
-        tuning = {"coordinate_descent_tuning": True} if rows == 1 and device.type == "cuda" else None
+        tuning = {"coordinate_descent_tuning": True} if alone else None
         self.compiled = torch.compile(self._step, dynamic=False, options=tuning) if compile else None
         graphs = graphs and device.type == "cuda" and is_capturable(self.model, device)
         self.graphs = {} if graphs else None                                            # (rows, span) -> (graph, its logits)
@@ -169,8 +170,8 @@ class Decoder:
         """
         n = len(tokens)
         self.token[:n].copy_(tokens)
-        span = -(-min(max(self.lengths[:n]) + 1, self.length) // SPAN) * SPAN
-        span = self.cache.length if self.compiled or self.flash else span
+        needed = min(max(self.lengths[:n]) + 1, self.length)
+        span = self.cache.length if self.compiled or self.flash else -(-needed // SPAN) * SPAN
         # what is captured or compiled is so for powers of two
         rows = min(1 << (n - 1).bit_length(), self.cache.rows) if self.compiled or self.graphs is not None else n
         with any_shape():
