@@ -144,7 +144,10 @@ def load_optimizer(optimizer, state, updates):
     settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     if len(state["param_groups"]) != len(settings):
         raise ValueError("its parameter groups are others: an older version wrote it")
-    state = copy.deepcopy(state)  # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped
+    # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped; a GPU gets copies anyway,
+    # and the host may lack the room for one per process
+    on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
+    state = {**state, "param_groups": copy.deepcopy(state["param_groups"])} if on_gpu else copy.deepcopy(state)
     # before loading: a fused AdamW wants its step counts on the GPU
     for group, own in zip(state["param_groups"], settings, strict=True):
         group.update(own)
