@@ -357,7 +357,8 @@ class PostTraining(Pretraining):
             runs.append(validation(cfg, new, tokenizer, block_size, processes))
         elif new.val:
             rows = new.rows()
-            runs.append(lambda model, compiled, stopped: {"Loss/val": evaluate(compiled, rows, cfg.sequences, processes)})
+            runs.append(lambda model, compiled, stopped: {
+                "Loss/val": evaluate(compiled, rows, cfg.sequences, processes, stopped)})
         if self.forgetting:
             runs.append(validation(cfg, self.pretraining, tokenizer, block_size, processes, "Loss/val_pretraining"))
         return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}

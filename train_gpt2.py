@@ -663,11 +663,12 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model, rows, micro_batch, processes):
+def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
     """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of all processes.
 
     Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. `model` may be
     compiled: it sees one shape, (micro_batch, T), equally often on every process, filled up with rows without targets.
+    nan once `stopped()`, which every process asks equally often.
     """
     losses = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
@@ -678,6 +679,8 @@ def evaluate(model, rows, micro_batch, processes):
         with autocast(processes.device):
             idx, targets, *documents = (to_device(part, processes.device) for part in batch)
             losses.append(model(idx, targets, *map(Packed, documents)))
+        if stopped():
+            return math.nan
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), int((mine[1] >= 0).sum())])
     return nats / count
 
@@ -689,7 +692,7 @@ def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
     def run(model, compiled, stopped):
-        losses = [evaluate(compiled, part, cfg.sequences, processes) for part in rows]
+        losses = [evaluate(compiled, part, cfg.sequences, processes, stopped) for part in rows]
         loss = float(corpus.weights @ losses)
         return {tag: loss, f"{tag}_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags(tag, losses)}
 

@@ -666,6 +666,10 @@ def test_evaluate_is_the_plain_mean_by_equally_many_passes_of_one_shape(micro_ba
     nats, count = np.sum(parts, axis=0)
     assert count == y.size and nats / count == pytest.approx((x / 2 + y / 3).mean(), rel=1e-6)
     assert len(set(calls)) == 1  # a sharded model needs every process in every forward pass
+    model, asked = HalfAndThird(), []
+    assert math.isnan(train_gpt2.evaluate(model, (x, y), micro_batch, share, lambda: asked.append(1) or len(asked) == 2)
+                      ) == (calls[0] > 1)
+    assert len(model.seen) == len(asked) == min(calls[0], 2)  # after each pass, so that no stop waits for a long validation
 
 
 @pytest.mark.parametrize("toggles", [{}, dict(mlp="swiglu", pos="rope", norm="rmsnorm", bias=False, tie_embeddings=False)])
