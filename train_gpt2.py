@@ -26,7 +26,6 @@ Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard eve
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -895,9 +894,6 @@ def build_model(model_cfg, cfg, device):
     """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
     like = on_meta(model_cfg)
     check_memory((*like.parameters(), *like.parameters(), *state_like(make_optimizer(like, cfg))), device)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     try:
@@ -950,7 +946,7 @@ class Pretraining:
 
 def launch(cfg, model_cfg, explicit, resume, task):
     """Train what `task`, a Pretraining, says: on all processes, in a run folder, anew or from `resume`."""
-    processes, corpus, T = Processes(cfg.device), task.corpus, model_cfg.block_size
+    processes, corpus, T = Processes(cfg.device, cfg.deterministic), task.corpus, model_cfg.block_size
     size = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
     cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], size)
     check_run(cfg, model_cfg, explicit, processes.world_size)

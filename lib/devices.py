@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import socket
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -126,17 +127,22 @@ class Processes:
     """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere), joined by `with`.
 
     rank, world_size: this process and how many there are. device: this process's. main: whether this is rank 0.
-    Raises BadInput if the environment of a launcher is not whole (lib/cli.py's `launched`), or there is no such device.
+    deterministic: take kernels that add in one order, from the joining on. Raises BadInput if the environment of a launcher
+    is not whole (lib/cli.py's `launched`), or there is no such device.
     """
 
-    def __init__(self, device_name):
+    def __init__(self, device_name, deterministic=False):
         env = launched()
-        self.distributed = env is not None
+        self.distributed, self.store, self.met = env is not None, None, 0
         env = env or {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
         self.rank, self.world_size, self.main = env["rank"], env["world_size"], env["rank"] == 0
         self.device = pick_device(device_name, env["local_rank"], env["local_world_size"])
+        self.deterministic = deterministic
 
     def __enter__(self):
+        if self.deterministic:  # before the group is made: NCCL chooses its algorithms then
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
@@ -149,9 +155,13 @@ class Processes:
             attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             try:
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # an unknown name would be looked up again for half an hour
-                store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+                base = next(dist.rendezvous("env://"))[0]
+                self.store = dist.PrefixStore(attempt, base)
+                if self.device.type == "cuda":
+                    # what NCCL's watchdog leaves after a timeout, beneath any prefix; it would end the next attempt, too
+                    base.delete_key("exception_dump")
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                        store=store, rank=self.rank, world_size=self.world_size)
+                                        store=self.store, rank=self.rank, world_size=self.world_size)
             except (RuntimeError, ValueError, OSError) as error:
                 raise RankError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                                 f"({str(error).splitlines()[0][:100]}): start with torchrun") from error
@@ -160,6 +170,10 @@ class Processes:
     def __exit__(self, kind, error, trace):
         if self.distributed and kind is None:  # after an error the others may be gone: waiting for them would hang
             dist.destroy_process_group()
+        if isinstance(error, dist.DistBackendError) and self.device.type == "cuda":
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+            raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another process has ended, its error "
+                            "stands above; else NCCL_DEBUG=WARN tells more") from error
         if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise RankError("another process has ended: torchrun names the first one below, its error stands above") from error
 
@@ -174,17 +188,29 @@ class Processes:
     @contextlib.contextmanager
     def main_first(self):
         """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too."""
-        if not self.main:
-            self.barrier()
+        how = "done" if self.main else self.barrier()
         try:
             yield
+        except BaseException as error:
+            if isinstance(error, BadInput) and how == "done" and not self.main:
+                raise RankError(str(error)) from error  # what all meet rank 0 says, but it has not met this
+            how = "failed"
+            raise
         finally:
             if self.main:
-                self.barrier()
+                self.barrier(how)
 
-    def barrier(self):
+    def barrier(self, word="done"):
+        """Wait until all processes are here -> rank 0's word. However long rank 0 takes to come: it may download or save,
+        and a collective gives up after ten minutes."""
         if self.distributed:
+            self.met += 1
+            if self.main:
+                self.store.set(f"met {self.met}", word)
+            self.store.wait([f"met {self.met}"], timedelta(days=1))
+            word = self.store.get(f"met {self.met}").decode()
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return word
 
 
 def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx: ()):
@@ -212,6 +238,7 @@ def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx:
 
     free, total = torch.cuda.mem_get_info()
     free = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+    reserved = [*reserved, *(model.parameters() if processes.distributed else ())]  # DDP's buckets
     room = 0.9 * free - sum(t.numel() * t.element_size() for t in reserved)
     choice = 1
     with contextlib.suppress(torch.cuda.OutOfMemoryError):

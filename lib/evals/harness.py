@@ -382,7 +382,7 @@ def evaluate(lm, tasks, limit=None, bootstrap=BOOTSTRAP, progress=False):
         try:
             with redirect_stdout(sys.stderr):  # it announces bootstraps
                 part = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap, log_samples=False) or {}
-        except (NonFinite, RankError):
+        except (NonFinite, RankError, torch.distributed.DistBackendError):
             raise
         except Exception as error:  # an item that does not fit, too little memory, what a metric makes of a strange model
             name = next(iter(loaded["groups"] or loaded["tasks"]))

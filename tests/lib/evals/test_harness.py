@@ -398,6 +398,15 @@ def test_too_little_memory_has_its_own_remedy(adapters, manager, data, monkeypat
     assert results == {"failed": {"piqa": "out of memory: eval_harness.py with a smaller --batch_size takes less"}}
 
 
+def test_processes_that_lost_each_other_are_no_failed_task(adapters, manager, data, monkeypatch):
+    def score(*args):
+        raise torch.distributed.DistBackendError("NCCL error")
+
+    monkeypatch.setattr(harness, "score", score)
+    with pytest.raises(torch.distributed.DistBackendError):
+        harness.evaluate(adapters[0], harness.load_tasks(manager, ["piqa"], data))
+
+
 def test_a_task_that_fails_loses_no_other_s_results(adapters, manager, data, tmp_path):
     write_lines(tmp_path / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
     shutil.copy(data / "piqa.jsonl", tmp_path)
