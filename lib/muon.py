@@ -140,4 +140,4 @@ class Muon(torch.optim.Optimizer):
         mine = torch.nn.functional.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
         whole = X.new_empty(world * share, *X.shape[1:])
         mine = orthogonalize(mine, self.coefficients).contiguous()
-        return whole, dist.all_gather(list(whole.chunk(world)), mine, async_op=True)
+        return whole, dist.all_gather_into_tensor(whole, mine, async_op=True)
