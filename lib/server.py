@@ -279,6 +279,11 @@ class Server(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 request.send("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                              f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                request.shutdown(socket.SHUT_WR)
+                request.settimeout(0.05)
+                for _ in range(256):  # a connection closed with its request unread is reset, and the answer lost
+                    if not request.recv(65_536):
+                        break
             self.shutdown_request(request)
         else:
             super().process_request(request, client_address)

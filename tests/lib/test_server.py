@@ -285,6 +285,8 @@ def test_one_connection_more_than_may_is_a_503(chatty, monkeypatch):
             status, answer, headers = ask(port, "/v1/models", "GET")
             assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "too_many_connections", "1")
             assert answer["error"]["type"] == "server_error"
+            for _ in range(5):  # also to a client that is still sending, as http.client sends a body after its head
+                assert ask(port, body=chat("word " * 100_000))[0] == 503
         until(lambda: ask(port, "/v1/models", "GET")[0] == 200)
 
 
