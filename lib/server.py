@@ -30,6 +30,7 @@ PATIENCE = 0.25      # seconds between looks whether the client is still there
 EVERY = 0.02         # seconds between the pieces of a stream: else Python would spend more on 64 streams than the model does
 SILENCE = 60         # seconds until a connection that says nothing, or takes nothing, is closed
 FAREWELL = 3.0       # seconds that answers have for their last words when the server ends
+DRAIN = 0.1          # seconds in which a connection too many may still send what is not read
 PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
                "frame-ancestors 'none'")
@@ -280,8 +281,10 @@ class Server(ThreadingHTTPServer):
                 request.send("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                              f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
                 request.shutdown(socket.SHUT_WR)
-                request.settimeout(0.05)
-                for _ in range(256):  # a connection closed with its request unread is reset, and the answer lost
+                # a connection closed with its request unread is reset, and the answer lost; no client may keep others waiting
+                end = time.monotonic() + DRAIN
+                while (left := end - time.monotonic()) > 0:
+                    request.settimeout(left)
                     if not request.recv(65_536):
                         break
             self.shutdown_request(request)
