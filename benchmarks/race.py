@@ -9,9 +9,9 @@ A row is a set of flags of train_gpt2.py, with a name if wanted. race_contestant
 they are patched.
 
 Seconds are those of training steps, without evaluation and without compilation, for all alike: the device is
-synchronized before and after a step; the first step, and any that takes COMPILED times the median of its neighbours
-(a new shape is compiled), counts as that median. Losses are per GPT-2 token over the first VAL_TOKENS of the val split;
-bits per byte over the same, or over the whole split for a row with as many --val_tokens (2495235) and for autoresearch.
+synchronized before and after a step, and one that compiles a new shape counts as its neighbours do
+(`without_compilation`). Losses are per GPT-2 token over the first VAL_TOKENS of the val split; bits per byte over the
+same, or over the whole split for a row with as many --val_tokens (2495235) and for autoresearch.
 
 --out gets <name>.log, lines of `seconds step val_loss` (autoresearch: bits per byte), and a table of all logs is printed,
 without --contestants and --row that alone. What has a log is not run again, so a race may take several calls.
@@ -24,7 +24,6 @@ import os
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -35,9 +34,11 @@ import numpy as np
 from race_contestants import PATCHES, VAL_TOKENS, lay_out, patch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from lib.logger import read_scalars, without_compilation  # noqa: E402
+
 TAG_STEP_MS, TAG_BPB, VAL = "perf/step_ms", "Loss/val_bpb", "val"  # what train_gpt2.py logs: to TensorBoard, in log.txt
 BARS = {"R1": ("build_nanogpt", 5.144), "R2": ("train_gpt_simple", 3.880)}  # whom to beat, and the loss it ends with
-COMPILED = 10
 
 
 @dataclass
@@ -53,12 +54,7 @@ class Result:
 
     def curve(self):
         """-> [(seconds of training, updates, val loss), ...], compilation left out."""
-        seconds = []
-        for i, measured in enumerate(self.steps):
-            near = self.steps[max(i - 10, 1):max(i, 1)] + self.steps[i + 1:i + 11]
-            typical = statistics.median(near or self.steps)
-            seconds.append(typical if i == 0 or measured > COMPILED * typical else measured)
-        total = [0.0, *np.cumsum(seconds).tolist()]
+        total = [0.0, *np.cumsum(without_compilation(self.steps)).tolist()]
         return [(total[step], step, loss) for step, loss in self.val]
 
 
@@ -104,24 +100,15 @@ def row_command(flags, folder, args):
 
 def read_row(folder, data):
     """What train_gpt2.py logged -> Result."""
-    import torch
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    sys.path.insert(0, str(ROOT))
-    from train_gpt2 import GPT, GPTConfig
-
     config = json.loads((folder / "config.json").read_text())
     settings, (trained_on,) = config["train"], config["train"]["data"]
     tokens = val_split(trained_on)["tokens"]
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
     device = re.search(r"^device  (.*), torch", (folder.parent / "console.txt").read_text(), re.M)[1]
-    with torch.device("meta"):
-        parameters = GPT(GPTConfig(**config["model"])).parameter_counts()["total"]
     same = settings["val_tokens"] == VAL_TOKENS and Path(trained_on) == data.resolve()
-    return Result("gpt2" if same else "other", parameters, f"{device}, torch {config['torch']}",
-                  bpb=events.Scalars(TAG_BPB)[-1].value, whole=settings["val_tokens"] >= tokens - 1,
-                  steps=[event.value / 1e3 for event in events.Scalars(TAG_STEP_MS)],
+    return Result("gpt2" if same else "other", config["parameters"]["total"], f"{device}, torch {config['torch']}",
+                  bpb=[*read_scalars(folder, TAG_BPB).values()][-1], whole=settings["val_tokens"] >= tokens - 1,
+                  steps=[ms / 1e3 for ms in read_scalars(folder, TAG_STEP_MS).values()],
                   val=[(int(step), float(loss)) for step, kind, loss in lines if kind == VAL])
 
 

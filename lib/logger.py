@@ -19,6 +19,7 @@ from lib.cli import BadInput
 RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}
 LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "Loss/val_pretraining": "pretraining val loss",
           "Loss/val_pretraining_bpb": "pretraining bits per byte", "eval/hellaswag": "HellaSwag acc_norm"}
+COMPILED = 10  # times as long as its neighbours: a step that compiled a new shape
 
 
 class Null:
@@ -166,6 +167,22 @@ def histogram(counts):
     return {"min": -0.5, "max": len(counts) - 0.5, "num": sum(counts), "sum": sum(i * n for i, n in enumerate(counts)),
             "sum_squares": sum(i * i * n for i, n in enumerate(counts)),
             "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts}
+
+
+def read_scalars(folder, tag):
+    """{step: value} of what a run folder's TensorBoard events hold under `tag`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+
+
+def without_compilation(seconds):
+    """Seconds of steps -> the same, where the first, and any that takes COMPILED times the median of its neighbours, counts
+    as that median."""
+    typical = [statistics.median(seconds[max(i - 10, 1):max(i, 1)] + seconds[i + 1:i + 11] or seconds)
+               for i in range(len(seconds))]
+    return [usual if i == 0 or took > COMPILED * usual else took for i, (took, usual) in enumerate(zip(seconds, typical))]
 
 
 class SpikeDetector:

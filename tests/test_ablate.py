@@ -1,0 +1,119 @@
+"""ablate.py, launched for real at a tiny size: python -m pytest tests/test_ablate.py"""
+
+import dataclasses
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, TINY_FLAGS, read_log
+from runs import LONG, logged, wait_for
+
+import ablate
+import train_gpt2
+from lib.cli import BadInput
+
+
+def rows(folder):
+    """ablation.md -> {change: cells}."""
+    lines = [line for line in (folder / "ablation.md").read_text().splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+
+
+def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(launch, data, tmp_path):
+    out, changes = tmp_path / "out", tmp_path / "changes.txt"
+    changes.write_text("# two\n--no-bias\n\nwide: --n_embd 64 --n_head 4  # twice\n")
+    ours = ["--changes", changes, "--seeds", "1", "2", "--price_per_hour", "36000", "--out", out, "--"]
+    result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
+    assert result.returncode == 0, result.stderr
+    head, table = rows(out)["change"], rows(out)
+    assert [*table] == ["change", "base", *sorted(("no-bias", "wide"), key=lambda name: -float(table[name][3].split(",")[0]))]
+    losses = {name: [read_log(out / f"{name}_seed{seed}")[6, "val"] for seed in (1, 2)] for name in ("base", "no-bias", "wide")}
+    assert len({loss for found in losses.values() for loss in found}) == 6  # each its own run
+    for name, found in losses.items():
+        cells = dict(zip(head, table[name], strict=True))
+        assert cells["val loss, each seed"] == ", ".join(f"{loss:.4f}" for loss in found)
+        apart = [float(d) for d in cells["difference in loss"].split(", ") if d]
+        assert apart == pytest.approx([] if name == "base" else [a - b for a, b in zip(found, losses["base"])], abs=1.1e-4)
+        assert float(cells["dollars"]) == pytest.approx(10 * float(cells["seconds"]), abs=0.51)
+    assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in result.stdout
+    assert not [*out.glob("*/*.pt")] and (out / "ablation.png").stat().st_size > 5000
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+    again = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
+    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in out.glob("*/*")} == before
+    assert again.stdout.strip() == result.stdout[result.stdout.index("| change"):].strip()
+    with pytest.raises(BadInput, match="base_seed1 is a run of other flags"):
+        ablate.main([*map(str, ours), *TINY_FLAGS, "--data", str(data), "--max_lr", "1e-3"])
+
+
+def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
+    base = ["--preset", "speedrun"]
+    changes = ablate.parts_taken_out(base)
+    assert [*changes] == ["mlp_gelu", "norm_layernorm", "pos_learned", "no-emb_norm", "no-qk_norm", "bias", "no-token_shift",
+                          "no-value_residual", "no-residual_scalars", "softcap_0.0", "init_gpt2"]
+    whole, classic = (dataclasses.asdict(train_gpt2.settings(["--preset", name])[1]) for name in ("speedrun", "gpt2"))
+    for words in changes.values():
+        changed = dataclasses.asdict(train_gpt2.settings([*base, *words])[1])
+        (field, value), = changed.items() - whole.items()
+        assert value == classic[field]
+    with pytest.raises(BadInput, match="no part that --preset gpt2 has not"):
+        ablate.parts_taken_out(["--preset", "gpt2", "--n_layer", "3"])
+
+
+@pytest.mark.parametrize("text, base, told", [
+    ("--no-bias\nx: --mlp gelo", "", "x: --mlp: invalid choice: 'gelo'"),
+    ("--n_head 5", "", "n_head_5: --n_embd 32 must be a multiple of --n_head 5"),
+    ("--seed 3", "", "seed_3: leave --seed out and give --seeds"),
+    ("--no-bias", "--run_name mine", "base: leave --run_name out"),
+    ("--no-bias", "--eval_every 0", "base: --eval_every 0 would measure no loss"),
+    ("a: --no-bias\na: --pos rope", "", "two changes are called 'a'"),
+    ("base: --no-bias", "", "two changes are called 'base'"),
+    ("--data 'a b", "", "is not a list of flags (No closing quotation): close its quotes"),
+    ("# nothing\n", "", "holds no change")])
+def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, told):
+    (tmp_path / "changes.txt").write_text(text)
+    ours = ["--changes", str(tmp_path / "changes.txt"), "--out", str(tmp_path / "out"), "--"]
+    with pytest.raises(BadInput, match=re.escape(told)):
+        ablate.main([*ours, *TINY_FLAGS, "--data", str(data), *base.split()])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(launch, data, tmp_path):
+    (tmp_path / "changes.txt").write_text("lost: --data missing\n--no-bias")
+    result = launch("ablate.py", "--changes", "changes.txt", "--out", "out", "--seeds", "1", "--", *TINY_FLAGS, "--data", data)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "1 of 3 runs did not finish; lost_seed1 says: train_gpt2.py: error: missing" in result.stderr
+    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"]
+
+
+def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_path):
+    (tmp_path / "changes.txt").write_text("--no-bias")
+    flags = [*TINY_FLAGS, *LONG, "--eval_every", "1000000", "--data", str(data)]
+    words = ["--changes", str(tmp_path / "changes.txt"), "--out", str(tmp_path / "out"), "--seeds", "7", "--", *flags]
+    with subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: logged(tmp_path / "out" / "base_seed7") > 40, process)
+        process.send_signal(signal.SIGTERM)
+        assert "stopped: the same command goes on" in process.stderr.read()
+        assert process.wait(60) == 130
+    assert not (tmp_path / "out" / "no-bias_seed7").exists()
+    stopped = max(step for step, kind in read_log(tmp_path / "out" / "base_seed7") if kind == "train")
+    assert 30 < stopped < 249
+    assert launch("ablate.py", *words).returncode == 0
+    train_gpt2.main([*flags, "--seed", "7", "--log_dir", str(tmp_path), "--run_name", "whole"])
+    whole = read_log(tmp_path / "whole")
+    assert rows(tmp_path / "out")["base"][1] == f"{whole[250, 'val']:.4f}"
+    assert {key: loss for key, loss in read_log(tmp_path / "out" / "base_seed7").items() if key[1] == "train"} == {
+        key: loss for key, loss in whole.items() if key[1] == "train"}
+
+
+def test_one_run_at_a_time_on_every_gpu_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ablate.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert ablate.gpus() == ["3", "GPU-5"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ablate.gpus() == [None]
