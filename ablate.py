@@ -21,6 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,16 +190,18 @@ def run_all(runs, cfg):
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     pool = ThreadPoolExecutor(slots.qsize())
+    left = [pool.submit(work, one) for one in runs if not one.finished]
     try:
-        for done in [pool.submit(work, one) for one in runs if not one.finished]:
+        for done in left:
             done.result()
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("stopped: the same command goes on") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.terminate()  # nothing where it has ended; else train_gpt2.py saves, and ends
-        pool.shutdown()
+        while not all(done.done() for done in left):
+            while children:
+                children.pop().terminate()  # once: train_gpt2.py saves and ends; a second time, it would end unsaved
+            time.sleep(0.1)
         for number, handler in before.items():
             signal.signal(number, handler)
     if failed:
