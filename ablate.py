@@ -17,7 +17,6 @@ import os
 import queue
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,14 +28,20 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
+from lib.budget import LENGTHS, settle
 from lib.cli import BadInput, flag, parse, run
-from lib.files import make_folder, read_json, read_text, write_json
+from lib.devices import Processes
+from lib.files import locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import read_scalars, without_compilation
+from lib.mixture import Corpus
 from lib.moe import ExpertConfig
-from train_gpt2 import check_model, settings
+from lib.signals import StopSignals
+from train_gpt2 import check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
-OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard"}  # flags that are set here, or have no use
+OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help"}  # flags that are set here, or have no use
+# what all runs must share, or their losses do not compare
+SHARED = {"data", "val_tokens", *LENGTHS}
 # a loss at the end is all that is asked for; the base may say otherwise
 QUIET = [f"--{name}=0" for name in ("hellaswag_every", "sample_every", "save_every")] + ["--eval_every=1000000"]
 SHAPE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", *ExpertConfig.__annotations__}
@@ -58,13 +63,14 @@ class Run:
     change: str
     seed: int
     flags: list[str]
-    folder: Path
+    folder: str
+    finished: bool = False
+    commit: str | None = None
     parameters: int = 0
     loss: float = 0.0
     bpb: float = 0.0
     step_ms: float = 0.0
     seconds: float = 0.0
-    finished: bool = False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,118 +102,144 @@ def read_changes(path):
         except ValueError as error:
             raise BadInput(f"{path}: {text} is not a list of flags ({error}): close its quotes") from error
         if words:
-            name = re.sub(r"[^\w.-]+", "_", name or " ".join(words)).strip("_-.")
+            name = re.sub(r"[^\w.-]+", "_", name or " ".join(words), flags=re.ASCII).strip("_-.")
             if name in ("", "base", *changes):
-                raise BadInput(f"{path}: two changes are called {name!r}: give each a name, `name: flags`")
+                raise BadInput(f"{path}: {line.strip()}: {name!r} is no name of its own: give it one, `name: flags`")
             changes[name] = words
     if not changes:
         raise BadInput(f"{path} holds no change: write one per line, flags or `name: flags`")
     return changes
 
 
+def check_flags(base, words, seeds):
+    """-> the --device of the base with these flags added. Raises BadInput if train_gpt2.py cannot run that, or
+    its loss would not compare with the base's."""
+    named = {word.partition("=")[0].removeprefix("--") for word in [*base, *words]}
+    if taken := sorted(OURS & named):
+        raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
+    _, _, added, _ = settings(words)  # alone: a stray word would be taken for one more --data
+    if unlike := sorted(added & SHARED):
+        raise BadInput(f"--{unlike[0]} is the base's to set, or losses do not compare: give two commands with an --out each")
+    train, model, explicit, _ = settings([*QUIET, *base, *words])
+    check_model(model)
+    if not (explicit & set(LENGTHS) or train.max_steps):
+        raise BadInput("the base has no length: give --max_steps or --minutes")
+    if not train.eval_every:
+        raise BadInput("--eval_every 0 would measure no loss: leave it out")
+    corpus = Corpus(train)
+    settle(train, model, explicit, corpus, size_of(model, corpus), world_size=1)
+    for seed in seeds:
+        settings([*base, *words, f"--seed={seed}"])
+    return train.device
+
+
 def plan(cfg, base):
-    """All runs, the base's first, each checked before any begins. Raises BadInput."""
+    """-> (all runs, the base's first, each checked before any begins; the base's --device). Raises BadInput."""
     changes = {"base": []} | (read_changes(cfg.changes) if cfg.changes else parts_taken_out(base))
-    runs = []
+    runs, devices = [], set()
     for change, words in changes.items():
-        flags = [*base, *words]
         try:
-            train, model, explicit, _ = settings([*QUIET, *flags])
-            check_model(model)
-            for seed in cfg.seeds:
-                settings([*flags, f"--seed={seed}"])
-            if taken := sorted(explicit & OURS):
-                raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
-            if not train.eval_every:
-                raise BadInput("--eval_every 0 would measure no loss: leave it out")
+            devices.add(check_flags(base, words, cfg.seeds))
+            if len(change) > 150:
+                raise BadInput("too long for the name of a folder: give it a short one, `name: flags`")
         except BadInput as error:
-            raise BadInput(f"{change}: {error}") from error
-        runs += [Run(change, seed, flags, Path(cfg.out, f"{change}_seed{seed}")) for seed in dict.fromkeys(cfg.seeds)]
+            raise BadInput(f"{change[:60]}: {error}") from error
+        for seed in dict.fromkeys(cfg.seeds):
+            runs.append(Run(change, seed, [*base, *words], str(Path(cfg.out, f"{change}_seed{seed}"))))
     for one in runs:
-        if (found := one.folder / "ablation.json").exists():
-            kept = read_json(found, "give another --out")
-            if kept["flags"] != one.flags:
-                raise BadInput(f"{one.folder} is a run of other flags, {shlex.join(kept['flags'])}: give another --out")
-            vars(one).update(kept | {"folder": one.folder})
-    return runs
+        kept = read_json(record(one), "give another --out") if record(one).exists() else {}
+        if kept and (kept.keys() != vars(one).keys() or kept["flags"] != one.flags):
+            raise BadInput(f"{one.folder} is a run of other flags, {shlex.join(kept.get('flags', []))}: give another --out")
+        if not kept and Path(one.folder).exists():
+            raise BadInput(f"{one.folder} was not begun by ablate.py: give another --out")
+        vars(one).update(kept | {"folder": one.folder})
+    return runs, devices
+
+
+def record(one):
+    """The file beside a run's folder that says what it is, from before it begins."""
+    return Path(f"{one.folder}.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Running it
 
 
-def gpus():
-    """What CUDA_VISIBLE_DEVICES is to say for each run that may go on at a time; None: nothing, on a machine without GPUs."""
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+def slots(devices):
+    """What CUDA_VISIBLE_DEVICES is to say for each run that may go on at a time; [None]: one, and nothing is said."""
+    count, named = torch.cuda.device_count() if devices <= {"auto", "cuda"} else 0, os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count] or [None]
 
 
 def run_one(one, gpu, cfg, children):
-    """Run it to its end, on this GPU, its console in <folder>.txt. False if it ended before."""
+    """Run it to its end on this GPU, its console in <folder>.txt -> None, or why it has not come to its end."""
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    command = [sys.executable, str(SCRIPT), *QUIET, *one.flags, f"--seed={one.seed}", f"--log_dir={one.folder.parent}",
-               f"--run_name={one.folder.name}"]
-    with open(f"{one.folder}.txt", "a") as console:
-        # a session of its own: Ctrl-C reaches it through `run_all` alone, once
-        child = subprocess.Popen(command, env=env, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
+    command = [sys.executable, str(SCRIPT), *QUIET, *one.flags, f"--seed={one.seed}", f"--log_dir={Path(one.folder).parent}",
+               f"--run_name={Path(one.folder).name}"]
+    write_json(record(one), vars(one))
+    console = Path(f"{one.folder}.txt")
+    with open(console, "w") as file:
+        # a session of its own: a signal reaches it through `run_all` alone, once
+        child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         children.append(child)
-        return child.wait() == 0 and read_result(one, cfg)
+        code = child.wait()
+    if code < 0:
+        return f"ended by signal {-code}, {console} has its last words"
+    if code:
+        return (console.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+    return None if read_result(one, cfg) else "stopped before its end"
 
 
 def read_result(one, cfg):
-    """Fill in what a finished run logged, and keep it in ablation.json. False if it was stopped before its end."""
-    config = read_json(one.folder / "config.json", "see its console")
-    losses, bits = (read_scalars(one.folder, tag) for tag in ("Loss/val", "Loss/val_bpb"))
+    """Fill in what a finished run logged, and keep it. False if it was stopped before its end."""
+    folder = Path(one.folder)
+    config = read_json(folder / "config.json", "see its console")
+    losses, bits, ms = read_scalars(folder, "Loss/val", "Loss/val_bpb", "perf/step_ms")
     if (last := config["max_steps"]) not in losses:
         return False
-    took = without_compilation([ms / 1e3 for ms in read_scalars(one.folder, "perf/step_ms").values()])
+    took = without_compilation([value / 1e3 for value in ms.values()])
     one.parameters, one.loss, one.bpb = config["parameters"]["total"], losses[last], bits[last]
-    one.seconds, one.step_ms, one.finished = sum(took), 1e3 * statistics.median(took[len(took) // 2:]), True
-    write_json(one.folder / "ablation.json", {**vars(one), "folder": str(one.folder)})
-    for _, path in () if cfg.checkpoints else checkpoint.found(one.folder):
+    one.seconds, one.step_ms = sum(took), 1e3 * statistics.median(took[len(took) // 2:])
+    one.commit, one.finished = config["starts"][-1].get("commit"), True
+    write_json(record(one), vars(one))
+    for _, path in () if cfg.checkpoints else checkpoint.found(folder):
         path.unlink()
     return True
 
 
-def run_all(runs, cfg):
-    """Run what is not finished, one at a time on each GPU. Raises BadInput if some cannot be."""
-    slots, children, failed = queue.SimpleQueue(), [], []
-    for gpu in gpus():
-        slots.put(gpu)
+def run_all(runs, devices, cfg, processes):
+    """Run what is not finished, one at a time on each GPU. Raises BadInput if some do not come to their end."""
+    free, children, failed = queue.SimpleQueue(), [], {}
+    for gpu in slots(devices):
+        free.put(gpu)
 
     def work(one):
-        gpu = slots.get()
+        gpu, name = free.get(), Path(one.folder).name
         try:
-            if run_one(one, gpu, cfg, children):
-                print(f"{one.folder.name}: val loss {one.loss:.4f}, {one.seconds:.1f} s of steps", flush=True)
-            else:
-                failed.append(one)
+            failed[name] = run_one(one, gpu, cfg, children)
+        except (OSError, BadInput) as error:
+            failed[name] = str(error)
         finally:
-            slots.put(gpu)
+            free.put(gpu)
+        print(f"{name}: {failed[name] or f'val loss {one.loss:.4f}, {one.seconds:.1f} s of steps'}", flush=True)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    pool = ThreadPoolExecutor(slots.qsize())
-    left = [pool.submit(work, one) for one in runs if not one.finished]
-    try:
-        for done in left:
-            done.result()
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("stopped: the same command goes on") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        while not all(done.done() for done in left):
-            while children:
-                children.pop().terminate()  # once: train_gpt2.py saves and ends; a second time, it would end unsaved
+    left = [one for one in runs if not one.finished]
+    print(f"{len(left)} of {len(runs)} runs to go, {free.qsize()} at a time; what they say is in {cfg.out}/*.txt", flush=True)
+    with StopSignals(lambda line: print(line, flush=True), processes) as stop, ThreadPoolExecutor(free.qsize()) as pool:
+        waiting = [pool.submit(work, one) for one in left]
+        while not all(done.done() for done in waiting):
+            if stop.requested:
+                pool.shutdown(wait=False, cancel_futures=True)
+                while children:
+                    children.pop().terminate()  # once: train_gpt2.py saves and ends; a second time, it would end unsaved
             time.sleep(0.1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if failed:
-        lines = Path(f"{failed[0].folder}.txt").read_text().strip().splitlines() or ["nothing was said"]
-        raise BadInput(f"{len(failed)} of {len(runs)} runs did not finish; {failed[0].folder.name} says: {lines[-1]} "
-                       f"({failed[0].folder}.txt has the rest): mend it and give the same command, or leave that change out")
+    if stop.requested:
+        raise KeyboardInterrupt("stopped: the same command goes on")
+    for name, why in failed.items():
+        if why:
+            count = sum(bool(why) for why in failed.values())
+            raise BadInput(f"{count} of {len(runs)} runs did not come to their end, {name} as it says: {why} "
+                           "Mend it and give the same command, or leave that change out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,45 +247,46 @@ def run_all(runs, cfg):
 
 
 def differences(runs):
-    """{change: [loss less the base's of the same seed, ...]}, for finished runs; the base's own among them, all 0."""
-    base = {one.seed: one.loss for one in runs if one.change == "base" and one.finished}
-    found = {}
+    """{change: {seed: loss less the base's of the same seed}}, for finished runs; the base's own among them, all 0."""
+    base, found = {one.seed: one.loss for one in runs if one.change == "base" and one.finished}, {}
     for one in runs:
         if one.finished and one.seed in base:
-            found.setdefault(one.change, []).append(one.loss - base[one.seed])
+            found.setdefault(one.change, {})[one.seed] = one.loss - base[one.seed]
     return found
 
 
 def table(runs, price):
-    """A Markdown table of what is finished, what costs most loss first, and what the base's seeds differ by."""
+    """A Markdown table of what is finished, what costs most loss first."""
     worth = differences(runs)
-    groups = {change: [one for one in runs if one.change == change and one.finished] for change in worth}
+    groups = {change: [one for one in runs if one.change == change and one.seed in found and one.finished]
+              for change, found in worth.items()}
     ms = {change: statistics.mean(one.step_ms for one in group) for change, group in groups.items()}
-    lines = ["| change | parameters | val loss, each seed | bits per byte | difference in loss | ms per step | seconds |"
+    lines = ["| change | parameters | val loss, by seed | bits per byte | difference in loss | ms per step | seconds |"
              + " dollars |" * bool(price), "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * bool(price)]
-    for change in sorted(groups, key=lambda change: (change != "base", -statistics.mean(worth[change]))):
+    for change in sorted(groups, key=lambda change: (change != "base", -statistics.mean(worth[change].values()))):
         group = groups[change]
         seconds = statistics.mean(one.seconds for one in group)
-        cells = [change, f"{group[0].parameters / 1e6:.1f}M", ", ".join(f"{one.loss:.4f}" for one in group),
+        cells = [change, f"{group[0].parameters / 1e6:.1f}M", ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group),
                  f"{statistics.mean(one.bpb for one in group):.4f}",
-                 "" if change == "base" else ", ".join(f"{d:+.4f}" for d in worth[change]),
+                 "" if change == "base" else ", ".join(f"{d:+.4f}" for d in worth[change].values()),
                  f"{ms[change]:.1f}" + ("" if change == "base" else f" ({ms[change] / ms['base'] - 1:+.1%})"), f"{seconds:.1f}"]
         lines.append("| " + " | ".join(cells + ([f"{seconds / 3600 * price:.4f}"] if price else [])) + " |")
     losses = [one.loss for one in groups["base"]]
-    spread = f"by {max(losses) - min(losses):.4f}" if len(losses) > 1 else "by what one of them does not tell"
-    noise = (f"The base's seeds differ {spread}. A difference is between runs of one seed, of the same text in the same order: "
-             "believe it where the seeds agree.")
-    return "\n".join([*lines, "", noise])
+    lines += ["", f"The base's seeds differ by {max(losses) - min(losses):.4f}; a difference is between runs of one seed: "
+              "believe it where the seeds agree." if len(losses) > 1 else "One seed proves little: give more --seeds."]
+    if len(commits := {one.commit for group in groups.values() for one in group}) > 1:
+        lines.append(f"Runs of {len(commits)} commits: what changed between them counts, too.")
+    return "\n".join(lines)
 
 
 def picture(runs, path):
-    """Each change's difference in loss, a dot per seed, and what it adds to a step's time."""
+    """Each change's difference in loss, a dot per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    worth = {change: found for change, found in differences(runs).items() if change != "base"}
+    worth = {change: [*found.values()] for change, found in differences(runs).items() if change != "base"}
     order = sorted(worth, key=lambda change: statistics.mean(worth[change]))
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(order)))
     axes.barh(order, [statistics.mean(worth[change]) for change in order], color="C0", alpha=0.4)
@@ -268,21 +301,27 @@ def picture(runs, path):
 
 
 def main(argv):
+    if "--" not in argv and not {"-h", "--help"} & set(argv):
+        raise BadInput('flags of train_gpt2.py, the base, stand behind "--": give at least --preset and a length')
     cut = argv.index("--") if "--" in argv else len(argv)
     (cfg,), _ = parse((Config,), argv[:cut], __doc__)
-    runs = plan(cfg, argv[cut + 1:])
-    make_folder(Path(cfg.out), "name another --out")
-    try:
-        run_all(runs, cfg)
-    finally:
-        if differences(runs):
-            text = table(runs, cfg.price_per_hour)
-            print(f"\n{text}")
-            Path(cfg.out, "ablation.md").write_text(f"`{shlex.join(['python', 'ablate.py', *argv])}`\n\n{text}\n")
-            try:
-                picture(runs, Path(cfg.out, "ablation.png"))
-            except ImportError:
-                print("no picture: `pip install -r requirements-dev.txt` has matplotlib")
+    processes = Processes("cpu")
+    if processes.distributed:
+        raise BadInput("ablate.py uses every GPU by itself: start it without torchrun")
+    runs, devices = plan(cfg, argv[cut + 1:])
+    make_folder(cfg.out, "name another --out")
+    with locked(cfg.out, "end that ablate.py first, or name another --out"):
+        try:
+            run_all(runs, devices, cfg, processes)
+        finally:
+            if differences(runs):
+                text, to = table(runs, cfg.price_per_hour), Path(cfg.out, "ablation.md")
+                replace(to, lambda file: file.write(f"`{shlex.join(['python', 'ablate.py', *argv])}`\n\n{text}\n".encode()))
+                print(f"\n{text}", flush=True)
+                try:
+                    picture(runs, to.with_suffix(".png"))
+                except ImportError:
+                    print("no picture: `pip install -r requirements-dev.txt` has matplotlib")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from lib import checkpoint, huggingface, rope
 from lib.attention import attention
-from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, check_run, describe, plan, steps_left, steps_of
+from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, plan, settle
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
@@ -944,13 +944,15 @@ class Pretraining:
         """Say what is left to say."""
 
 
+def size_of(model_cfg, corpus):
+    """Parameters of the model that a Corpus trains, before its tokenizer is loaded; None where its vocabulary is not told."""
+    return corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
+
+
 def launch(cfg, model_cfg, explicit, resume, task):
     """Train what `task`, a Pretraining, says: on all processes, in a run folder, anew or from `resume`."""
     processes, corpus, T = Processes(cfg.device, cfg.deterministic), task.corpus, model_cfg.block_size
-    size = corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
-    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], size)
-    check_run(cfg, model_cfg, explicit, processes.world_size)
-    corpus.check_length(cfg)
+    settle(cfg, model_cfg, explicit, corpus, size_of(model_cfg, corpus), processes.world_size, resume)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
         if processes.main:
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")

@@ -72,6 +72,13 @@ def steps_left(cfg, explicit, resume):
     return resume.state["max_steps"] if resume and (fitted or not lengths) else None
 
 
+def settle(cfg, c, explicit, corpus, parameters, world_size, resume=None):
+    """Set cfg.steps and check a run's settings against each other, its data and the number of processes. Raises BadInput."""
+    cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], parameters)
+    check_run(cfg, c, explicit, world_size)
+    corpus.check_length(cfg)
+
+
 def hours_and_dollars(seconds, price_per_hour):
     """So many seconds as text, with what they cost where the machine's price per hour is known (None: it is not)."""
     hours = seconds / 3600

@@ -169,12 +169,13 @@ def histogram(counts):
             "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts}
 
 
-def read_scalars(folder, tag):
-    """{step: value} of what a run folder's TensorBoard events hold under `tag`."""
+def read_scalars(folder, *tags):
+    """What a run folder's TensorBoard events hold: {step: value} of each tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+    there = events.Tags()["scalars"]
+    return [{event.step: event.value for event in events.Scalars(tag)} if tag in there else {} for tag in tags]
 
 
 def without_compilation(seconds):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, TINY_FLAGS, read_log
-from runs import LONG, logged, wait_for
+from runs import LONG, contents, logged, train, wait_for
 
 import ablate
 import train_gpt2
@@ -29,22 +29,23 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(la
     result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
     assert result.returncode == 0, result.stderr
     head, table = rows(out)["change"], rows(out)
-    assert [*table] == ["change", "base", *sorted(("no-bias", "wide"), key=lambda name: -float(table[name][3].split(",")[0]))]
+    worth = {name: sum(map(float, table[name][3].split(", "))) for name in ("no-bias", "wide")}
+    assert [*table] == ["change", "base", *sorted(worth, key=worth.get, reverse=True)]
     losses = {name: [read_log(out / f"{name}_seed{seed}")[6, "val"] for seed in (1, 2)] for name in ("base", "no-bias", "wide")}
     assert len({loss for found in losses.values() for loss in found}) == 6  # each its own run
     for name, found in losses.items():
         cells = dict(zip(head, table[name], strict=True))
-        assert cells["val loss, each seed"] == ", ".join(f"{loss:.4f}" for loss in found)
+        assert cells["val loss, by seed"] == f"1: {found[0]:.4f}, 2: {found[1]:.4f}"
         apart = [float(d) for d in cells["difference in loss"].split(", ") if d]
         assert apart == pytest.approx([] if name == "base" else [a - b for a, b in zip(found, losses["base"])], abs=1.1e-4)
         assert float(cells["dollars"]) == pytest.approx(10 * float(cells["seconds"]), abs=0.51)
     assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in result.stdout
     assert not [*out.glob("*/*.pt")] and (out / "ablation.png").stat().st_size > 5000
 
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+    before = {path: path.stat().st_mtime_ns for path in (*out.glob("*/*"), *out.glob("*.json"))}
     again = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
-    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in out.glob("*/*")} == before
-    assert again.stdout.strip() == result.stdout[result.stdout.index("| change"):].strip()
+    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.stdout[again.stdout.index("| change"):].strip() == result.stdout[result.stdout.index("| change"):].strip()
     with pytest.raises(BadInput, match="base_seed1 is a run of other flags"):
         ablate.main([*map(str, ours), *TINY_FLAGS, "--data", str(data), "--max_lr", "1e-3"])
 
@@ -69,8 +70,16 @@ def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
     ("--seed 3", "", "seed_3: leave --seed out and give --seeds"),
     ("--no-bias", "--run_name mine", "base: leave --run_name out"),
     ("--no-bias", "--eval_every 0", "base: --eval_every 0 would measure no loss"),
-    ("a: --no-bias\na: --pos rope", "", "two changes are called 'a'"),
-    ("base: --no-bias", "", "two changes are called 'base'"),
+    ("--no-bias", "--minutes 1", "base: --max_steps and --minutes each set the length"),
+    ("--total_batch_size 250", "", "total_batch_size_250: --total_batch_size 250 must be a multiple of"),
+    ("--val_tokens 99", "", "val_tokens_99: --val_tokens is the base's to set, or losses do not compare"),
+    ("--data missing", "", "data_missing: --data is the base's to set"),
+    ("x:--no-bias", "", "x_--no-bias: unexpected argument x:--no-bias"),
+    ("--help", "", "help: leave --help out"),
+    ("--no-bias", "--resume auto", "base: leave --resume out"),
+    ("--sample_prompt " + 300 * "x", "", "give it a short one, `name: flags`"),
+    ("a: --no-bias\na: --pos rope", "", "'a' is no name of its own"),
+    ("base: --no-bias", "", "'base' is no name of its own"),
     ("--data 'a b", "", "is not a list of flags (No closing quotation): close its quotes"),
     ("# nothing\n", "", "holds no change")])
 def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, told):
@@ -81,12 +90,20 @@ def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_is_not_its_own_is_left_alone(data, tmp_path):
+    folder = train(data, tmp_path / "base_seed1", "--max_steps", "6")
+    before = contents(folder)
+    with pytest.raises(BadInput, match="base_seed1 was not begun by ablate.py: give another --out"):
+        ablate.main(["--out", str(tmp_path), "--seeds", "1", "--", *TINY_FLAGS, "--data", str(data), "--pos", "rope"])
+    assert contents(folder) == before
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(launch, data, tmp_path):
-    (tmp_path / "changes.txt").write_text("lost: --data missing\n--no-bias")
+    (tmp_path / "changes.txt").write_text("lost: --hellaswag_every 1 --hellaswag_file missing\n--no-bias")
     result = launch("ablate.py", "--changes", "changes.txt", "--out", "out", "--seeds", "1", "--", *TINY_FLAGS, "--data", data)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "1 of 3 runs did not finish; lost_seed1 says: train_gpt2.py: error: missing" in result.stderr
-    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"]
+    assert "1 of 3 runs did not come to their end, lost_seed1 as it says: train_gpt2.py: error: " in result.stderr
+    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"] and "One seed proves little" in result.stdout
 
 
 def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_path):
@@ -101,10 +118,12 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_pat
     assert not (tmp_path / "out" / "no-bias_seed7").exists()
     stopped = max(step for step, kind in read_log(tmp_path / "out" / "base_seed7") if kind == "train")
     assert 30 < stopped < 249
+    with pytest.raises(BadInput, match="base_seed7 is a run of other flags"):
+        ablate.main([*words, "--max_lr", "1e-3"])
     assert launch("ablate.py", *words).returncode == 0
     train_gpt2.main([*flags, "--seed", "7", "--log_dir", str(tmp_path), "--run_name", "whole"])
     whole = read_log(tmp_path / "whole")
-    assert rows(tmp_path / "out")["base"][1] == f"{whole[250, 'val']:.4f}"
+    assert rows(tmp_path / "out")["base"][1] == f"7: {whole[250, 'val']:.4f}"
     assert {key: loss for key, loss in read_log(tmp_path / "out" / "base_seed7").items() if key[1] == "train"} == {
         key: loss for key, loss in whole.items() if key[1] == "train"}
 
@@ -112,8 +131,8 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_pat
 def test_one_run_at_a_time_on_every_gpu_that_may_be_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert ablate.gpus() == ["0", "1"]
+    assert ablate.slots({"auto"}) == ["0", "1"] and ablate.slots({"cpu"}) == [None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
-    assert ablate.gpus() == ["3", "GPU-5"]
+    assert ablate.slots({"auto", "cuda"}) == ["3", "GPU-5"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert ablate.gpus() == [None]
+    assert ablate.slots({"auto"}) == [None]

@@ -37,7 +37,7 @@ from runs import events
 
 import train_gpt2
 from lib import devices
-from lib.budget import steps_of
+from lib.budget import check_run, steps_of
 from lib.cli import BadInput, parse
 from lib.decoding import SampleConfig, sample
 from lib.logger import SpikeDetector
@@ -166,10 +166,10 @@ def test_a_step_is_shared_out_evenly(data):
             (4, 2, "--micro_batch 4 must divide the 2")]:
         cfg.micro_batch = micro_batch
         if says is None:
-            train_gpt2.check_run(cfg, model_cfg, given, processes)
+            check_run(cfg, model_cfg, given, processes)
         else:
             with pytest.raises(BadInput, match=says):
-                train_gpt2.check_run(cfg, model_cfg, given, processes)
+                check_run(cfg, model_cfg, given, processes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
