@@ -945,7 +945,7 @@ class Pretraining:
 
 
 def size_of(model_cfg, corpus):
-    """Parameters of the model that a Corpus trains, before its tokenizer is loaded; None where its vocabulary is not told."""
+    """Parameters of the model for a Corpus, whose tokenizer is not loaded; None if it does not tell its vocabulary."""
     return corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
 
 
