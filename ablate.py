@@ -309,6 +309,8 @@ def main(argv):
     if processes.distributed:
         raise BadInput("ablate.py uses every GPU by itself: start it without torchrun")
     runs, devices = plan(cfg, argv[cut + 1:])
+    if taken := [path for path in map(Path(cfg.out).joinpath, ("ablation.md", "ablation.png")) if path.is_dir()]:
+        raise BadInput(f"{taken[0]} is a folder: name another --out")
     make_folder(cfg.out, "name another --out")
     with locked(cfg.out, "end that ablate.py first, or name another --out"):
         try:

@@ -1,6 +1,7 @@
 """ablate.py, launched for real at a tiny size: python -m pytest tests/test_ablate.py"""
 
 import dataclasses
+import os
 import re
 import signal
 import subprocess
@@ -96,6 +97,9 @@ def test_a_run_that_is_not_its_own_is_left_alone(data, tmp_path):
     with pytest.raises(BadInput, match="base_seed1 was not begun by ablate.py: give another --out"):
         ablate.main(["--out", str(tmp_path), "--seeds", "1", "--", *TINY_FLAGS, "--data", str(data), "--pos", "rope"])
     assert contents(folder) == before
+    (tmp_path / "out" / "ablation.md").mkdir(parents=True)
+    with pytest.raises(BadInput, match="ablation.md is a folder: name another --out"):
+        ablate.main(["--out", str(tmp_path / "out"), "--", *TINY_FLAGS, "--data", str(data), "--pos", "rope"])
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(launch, data, tmp_path):
@@ -110,7 +114,8 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_pat
     (tmp_path / "changes.txt").write_text("--no-bias")
     flags = [*TINY_FLAGS, *LONG, "--eval_every", "1000000", "--data", str(data)]
     words = ["--changes", str(tmp_path / "changes.txt"), "--out", str(tmp_path / "out"), "--seeds", "7", "--", *flags]
-    with subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         wait_for(lambda: logged(tmp_path / "out" / "base_seed7") > 40, process)
         process.send_signal(signal.SIGTERM)
         assert "stopped: the same command goes on" in process.stderr.read()
@@ -121,7 +126,7 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_pat
     with pytest.raises(BadInput, match="base_seed7 is a run of other flags"):
         ablate.main([*words, "--max_lr", "1e-3"])
     assert launch("ablate.py", *words).returncode == 0
-    train_gpt2.main([*flags, "--seed", "7", "--log_dir", str(tmp_path), "--run_name", "whole"])
+    assert launch("train_gpt2.py", *flags, "--seed", 7, "--log_dir", tmp_path, "--run_name", "whole").returncode == 0
     whole = read_log(tmp_path / "whole")
     assert rows(tmp_path / "out")["base"][1] == f"7: {whole[250, 'val']:.4f}"
     assert {key: loss for key, loss in read_log(tmp_path / "out" / "base_seed7").items() if key[1] == "train"} == {
