@@ -4,8 +4,8 @@
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
 
 Behind "--" stand flags of train_gpt2.py: the base. A line of --changes is flags that are added to the base's, or
-`name: flags`; # begins a comment. At so many --max_steps a change is judged by its loss and by its time per step, in so
-many --minutes by its loss alone, which both make.
+`name: flags`; # begins a comment. With --max_steps a change is judged by its loss and its time per step; with --minutes by
+its loss alone, as slower steps are then fewer.
 
 Runs go to <out>/<change>_seed<N>, one at a time on every GPU at hand. The same command again goes on: what is finished is
 not run again, and a run that was interrupted goes on from its checkpoint. Differences in loss are between runs of one seed.
@@ -39,7 +39,7 @@ from lib.signals import StopSignals
 from train_gpt2 import check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
-OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help"}  # flags that are set here, or have no use
+OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help", "h"}  # flags that are set here, or have no use
 # what all runs must share, or their losses do not compare
 SHARED = {"data", "val_tokens", *LENGTHS}
 # a loss at the end is all that is asked for; the base may say otherwise
@@ -111,10 +111,10 @@ def read_changes(path):
     return changes
 
 
-def check_flags(base, words, seeds):
+def check_flags(base, words):
     """-> the --device of the base with these flags added. Raises BadInput if train_gpt2.py cannot run that, or
     its loss would not compare with the base's."""
-    named = {word.partition("=")[0].removeprefix("--") for word in [*base, *words]}
+    named = {word.partition("=")[0].lstrip("-") for word in [*base, *words] if word.startswith("-")}
     if taken := sorted(OURS & named):
         raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
     _, _, added, _ = settings(words)  # alone: a stray word would be taken for one more --data
@@ -128,18 +128,18 @@ def check_flags(base, words, seeds):
         raise BadInput("--eval_every 0 would measure no loss: leave it out")
     corpus = Corpus(train)
     settle(train, model, explicit, corpus, size_of(model, corpus), world_size=1)
-    for seed in seeds:
-        settings([*base, *words, f"--seed={seed}"])
     return train.device
 
 
 def plan(cfg, base):
-    """-> (all runs, the base's first, each checked before any begins; the base's --device). Raises BadInput."""
+    """-> (all runs, the base's first, each checked before any begins; the --device of each). Raises BadInput."""
+    for seed in cfg.seeds:
+        settings([f"--seed={seed}"])
     changes = {"base": []} | (read_changes(cfg.changes) if cfg.changes else parts_taken_out(base))
     runs, devices = [], set()
     for change, words in changes.items():
         try:
-            devices.add(check_flags(base, words, cfg.seeds))
+            devices.add(check_flags(base, words))
             if len(change) > 150:
                 raise BadInput("too long for the name of a folder: give it a short one, `name: flags`")
         except BadInput as error:
@@ -178,7 +178,7 @@ def run_one(one, gpu, cfg, children):
                f"--run_name={Path(one.folder).name}"]
     write_json(record(one), vars(one))
     console = Path(f"{one.folder}.txt")
-    with open(console, "w") as file:
+    with open(console, "a") as file:
         # a session of its own: a signal reaches it through `run_all` alone, once
         child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         children.append(child)
@@ -194,11 +194,11 @@ def read_result(one, cfg):
     """Fill in what a finished run logged, and keep it. False if it was stopped before its end."""
     folder = Path(one.folder)
     config = read_json(folder / "config.json", "see its console")
-    losses, bits, ms = read_scalars(folder, "Loss/val", "Loss/val_bpb", "perf/step_ms")
-    if (last := config["max_steps"]) not in losses:
+    scalars, last = read_scalars(folder), config["max_steps"]
+    if last not in scalars.get("Loss/val", ()):
         return False
-    took = without_compilation([value / 1e3 for value in ms.values()])
-    one.parameters, one.loss, one.bpb = config["parameters"]["total"], losses[last], bits[last]
+    took = without_compilation([ms / 1e3 for ms in scalars["perf/step_ms"].values()])
+    one.parameters, one.loss, one.bpb = config["parameters"]["total"], scalars["Loss/val"][last], scalars["Loss/val_bpb"][last]
     one.seconds, one.step_ms = sum(took), 1e3 * statistics.median(took[len(took) // 2:])
     one.commit, one.finished = config["starts"][-1].get("commit"), True
     write_json(record(one), vars(one))
@@ -209,19 +209,21 @@ def read_result(one, cfg):
 
 def run_all(runs, devices, cfg, processes):
     """Run what is not finished, one at a time on each GPU. Raises BadInput if some do not come to their end."""
-    free, children, failed = queue.SimpleQueue(), [], {}
+    free, children, failed = queue.SimpleQueue(), [], []
     for gpu in slots(devices):
         free.put(gpu)
 
     def work(one):
         gpu, name = free.get(), Path(one.folder).name
         try:
-            failed[name] = run_one(one, gpu, cfg, children)
+            why = run_one(one, gpu, cfg, children)
         except (OSError, BadInput) as error:
-            failed[name] = str(error)
+            why = str(error)
         finally:
             free.put(gpu)
-        print(f"{name}: {failed[name] or f'val loss {one.loss:.4f}, {one.seconds:.1f} s of steps'}", flush=True)
+        print(f"{name}: {why or f'val loss {one.loss:.4f}, {one.seconds:.1f} s of steps'}", flush=True)
+        if why:
+            failed.append(f"{name} as it says: {why}")
 
     left = [one for one in runs if not one.finished]
     print(f"{len(left)} of {len(runs)} runs to go, {free.qsize()} at a time; what they say is in {cfg.out}/*.txt", flush=True)
@@ -235,11 +237,11 @@ def run_all(runs, devices, cfg, processes):
             time.sleep(0.1)
     if stop.requested:
         raise KeyboardInterrupt("stopped: the same command goes on")
-    for name, why in failed.items():
-        if why:
-            count = sum(bool(why) for why in failed.values())
-            raise BadInput(f"{count} of {len(runs)} runs did not come to their end, {name} as it says: {why} "
-                           "Mend it and give the same command, or leave that change out")
+    for done in waiting:
+        done.result()  # a bug shows itself
+    if failed:
+        raise BadInput(f"{len(failed)} of {len(runs)} runs did not come to their end, {failed[0]} "
+                       "Mend it and give the same command, or leave that change out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

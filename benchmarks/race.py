@@ -103,13 +103,13 @@ def read_row(folder, data):
     config = json.loads((folder / "config.json").read_text())
     settings, (trained_on,) = config["train"], config["train"]["data"]
     tokens = val_split(trained_on)["tokens"]
-    bpb, step_ms = read_scalars(folder, TAG_BPB, TAG_STEP_MS)
+    scalars = read_scalars(folder)
     lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
     device = re.search(r"^device  (.*), torch", (folder.parent / "console.txt").read_text(), re.M)[1]
     same = settings["val_tokens"] == VAL_TOKENS and Path(trained_on) == data.resolve()
     return Result("gpt2" if same else "other", config["parameters"]["total"], f"{device}, torch {config['torch']}",
-                  bpb=[*bpb.values()][-1], whole=settings["val_tokens"] >= tokens - 1,
-                  steps=[ms / 1e3 for ms in step_ms.values()],
+                  bpb=[*scalars[TAG_BPB].values()][-1], whole=settings["val_tokens"] >= tokens - 1,
+                  steps=[ms / 1e3 for ms in scalars[TAG_STEP_MS].values()],
                   val=[(int(step), float(loss)) for step, kind, loss in lines if kind == VAL])
 
 

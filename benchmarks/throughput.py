@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2
 from lib.devices import peak_flops, pick_device
+from lib.logger import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
@@ -80,15 +81,12 @@ def settings(flags, steps, args):
 def ours(flags, folder, args):
     """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent waiting for it),
     rate, mfu, peak, first."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
     command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args),
                f"--log_dir={folder / 'runs'}"]
     _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
     (log,) = (folder / "runs").iterdir()  # this run's; build-nanogpt's script writes to log/
-    events = EventAccumulator(str(log)).Reload()
-    found = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: [*values.values()] for tag, values in read_scalars(log).items()}
     shutil.rmtree(log)  # a checkpoint of 1.5 GB in each
     assert len(found["perf/step_ms"]) == steps, f"{len(found['perf/step_ms'])} steps of {steps}"
     median = {tag: statistics.median(values[args.warmup:]) for tag, values in found.items() if tag.startswith("perf/")}

@@ -169,13 +169,12 @@ def histogram(counts):
             "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts}
 
 
-def read_scalars(folder, *tags):
-    """What a run folder's TensorBoard events hold: {step: value} of each tag."""
+def read_scalars(folder):
+    """What a run folder's TensorBoard events hold: {tag: {step: value}}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    there = events.Tags()["scalars"]
-    return [{event.step: event.value for event in events.Scalars(tag)} if tag in there else {} for tag in tags]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def without_compilation(seconds):

@@ -77,6 +77,7 @@ def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
     ("--data missing", "", "data_missing: --data is the base's to set"),
     ("x:--no-bias", "", "x_--no-bias: unexpected argument x:--no-bias"),
     ("--help", "", "help: leave --help out"),
+    ("--sample_prompt seed --n_head 5", "", "must be a multiple of --n_head 5"),  # a value, not the flag
     ("--no-bias", "--resume auto", "base: leave --resume out"),
     ("--sample_prompt " + 300 * "x", "", "give it a short one, `name: flags`"),
     ("a: --no-bias\na: --pos rope", "", "'a' is no name of its own"),
