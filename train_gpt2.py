@@ -170,7 +170,7 @@ SPEEDRUN = dict(
 TINY = SPEEDRUN | dict(
     n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
     data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=230,
-    hellaswag_every=0, sample_every=460, sample_prompt="Return the", compile=False, weight_decay=0.03)
+    hellaswag_every=0, sample_every=460, sample_prompt="Return the", compile=False, weight_decay=0.03, cooldown=0.4)
 PRESETS = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
 SIZES = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
