@@ -40,8 +40,6 @@ from train_gpt2 import check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
 OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help", "h"}  # flags that are set here, or have no use
-# what all runs must share, or their losses do not compare
-SHARED = {"data", "val_tokens", *LENGTHS}
 # a loss at the end is all that is asked for; the base may say otherwise
 QUIET = [f"--{name}=0" for name in ("hellaswag_every", "sample_every", "save_every")] + ["--eval_every=1000000"]
 SHAPE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", *ExpertConfig.__annotations__}
@@ -111,16 +109,25 @@ def read_changes(path):
     return changes
 
 
+def shared(train):
+    """What all runs must have in common, or their losses do not compare, {name: value}: data, validation, length."""
+    lengths = {name: getattr(train, name) for name in LENGTHS}
+    length = {name: value for name, value in lengths.items() if name != "epochs" and value} or {"epochs": train.epochs}
+    return {"data": train.data, "val_tokens": train.val_tokens} | length
+
+
 def check_flags(base, words):
     """-> the --device of the base with these flags added. Raises BadInput if train_gpt2.py cannot run that, or
     its loss would not compare with the base's."""
     named = {word.partition("=")[0].lstrip("-") for word in [*base, *words] if word.startswith("-")}
     if taken := sorted(OURS & named):
         raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
-    _, _, added, _ = settings(words)  # alone: a stray word would be taken for one more --data
-    if unlike := sorted(added & SHARED):
+    settings(words)  # alone: a stray word would be taken for one more --data
+    whole, (train, model, explicit, _) = settings([*QUIET, *base])[0], settings([*QUIET, *base, *words])
+    if unlike := [name for name, value in shared(whole).items() if shared(train).get(name) != value]:
         raise BadInput(f"--{unlike[0]} is the base's to set, or losses do not compare: give two commands with an --out each")
-    train, model, explicit, _ = settings([*QUIET, *base, *words])
+    if train.tokens_per_param:
+        raise BadInput("--tokens_per_param would give changes lengths of their own: give --max_steps or --minutes")
     check_model(model)
     if not (explicit & set(LENGTHS) or train.max_steps):
         raise BadInput("the base has no length: give --max_steps or --minutes")

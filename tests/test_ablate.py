@@ -75,6 +75,7 @@ def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
     ("--total_batch_size 250", "", "total_batch_size_250: --total_batch_size 250 must be a multiple of"),
     ("--val_tokens 99", "", "val_tokens_99: --val_tokens is the base's to set, or losses do not compare"),
     ("--data missing", "", "data_missing: --data is the base's to set"),
+    ("--max_steps 3", "", "max_steps_3: --max_steps is the base's to set"),
     ("x:--no-bias", "", "x_--no-bias: unexpected argument x:--no-bias"),
     ("--help", "", "help: leave --help out"),
     ("--sample_prompt seed --n_head 5", "", "must be a multiple of --n_head 5"),  # a value, not the flag
@@ -90,6 +91,15 @@ def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, 
     with pytest.raises(BadInput, match=re.escape(told)):
         ablate.main([*ours, *TINY_FLAGS, "--data", str(data), *base.split()])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("base, words, told", [
+    ("--preset modern --max_steps 3", "--preset tiny", "--val_tokens is the base's to set"),
+    ("--preset gpt2 --epochs 1", "--preset modern --epochs 2", "--epochs is the base's to set"),
+    ("--preset tiny --tokens_per_param 1", "--pos learned", "--tokens_per_param would give changes lengths of their own")])
+def test_what_a_preset_brings_must_compare_too(data, base, words, told):
+    with pytest.raises(BadInput, match=re.escape(told)):
+        ablate.check_flags([*base.split(), "--data", str(data)], words.split())
 
 
 def test_a_run_that_is_not_its_own_is_left_alone(data, tmp_path):
