@@ -188,8 +188,9 @@ class Rows(Stream):
     def __init__(self, data, replay=None, share=0.0, transform=None):
         """data, replay: a RowSource or Tokens each. transform: callable run in the prefetch thread,
         rows (n, 3, T) -> what `next` returns."""
-        self.sources, self.share, self.transform = (data, replay), share if replay else 0.0, transform or (lambda rows: rows)
-        super().__init__(0, data.position, replay.position if replay else ())
+        self.sources, self.share = (data, replay), 0.0 if replay is None else share
+        self.transform = transform or (lambda rows: rows)
+        super().__init__(0, data.position, () if replay is None else replay.position)
 
     def read_batch(self, n, rows, *places):
         """-> (the rows of n tokens from a position on, transformed; the position after them: rows, data, replay)."""
@@ -204,8 +205,8 @@ class Rows(Stream):
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        places = zip(self.sources, (state["data"], state["replay"]))
-        return "; replay ".join(source.where(dict(zip(source.names, place, strict=True))) for source, place in places if source)
+        return "; replay ".join(source.where(dict(zip(source.names, state[name], strict=True)))
+                                for source, name in zip(self.sources, ("data", "replay")) if source is not None)
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""

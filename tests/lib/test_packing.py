@@ -157,6 +157,7 @@ def test_asking_for_a_place_leaves_what_the_prefetch_thread_reads_from():
     packing = Packing(items(40), T, 3, EOT)
     rows, _ = packing.of(1)
     assert packing.where({"epoch": 0, "row": 2}) == "epoch 0, from row 2" and packing.of(1)[0] is rows
+    assert Rows(packing).where({"data": (0, 2), "replay": ()}) == "epoch 0, from row 2" and packing.of(1)[0] is rows
 
 
 def test_replay_has_its_share_of_every_span():
