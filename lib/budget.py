@@ -66,7 +66,8 @@ def steps_of(cfg, train_tokens, parameters):
 
 def steps_left(cfg, explicit, resume):
     """The steps that the run of a Resume was to have; None without one, or if a flag now given sets another length."""
-    lengths = {"data", "total_batch_size", "batch_warmup", *LENGTHS} & explicit
+    of_data = {"data", "replay", "val_share", "val_data", "strict"}  # those of posttrain.py too: so much is one epoch
+    lengths = {*of_data, "total_batch_size", "batch_warmup", *LENGTHS} & explicit
     same = ("minutes", "total_batch_size", "batch_warmup")
     fitted = resume and cfg.minutes and all(getattr(cfg, name) == resume.state["train_config"].get(name, 0) for name in same)
     return resume.state["max_steps"] if resume and (fitted or not lengths) else None
@@ -136,6 +137,8 @@ def check_run(cfg, c, explicit, world_size):
     of_experts = sorted(explicit & ExpertConfig.__annotations__.keys() - {"n_experts"})
     need(c.n_experts or not of_experts,
          f"{', '.join(f'--{name}' for name in of_experts)}: for Mixture of Experts, give --n_experts above 0")
+    need("keep_best" not in explicit or not cfg.keep_best or cfg.eval_every != 0,
+         "--keep_best needs validations: give --eval_every above 0")
     need((cfg.warmup_steps or 0) < cfg.steps,
          f"--warmup_steps {cfg.warmup_steps} must be below the run's {cfg.steps} steps: give a smaller one")
     B, T = batch_size(0, cfg), c.block_size
@@ -150,7 +153,7 @@ def check_run(cfg, c, explicit, world_size):
     rows = B // T // world_size
     need(cfg.micro_batch == "auto" or rows % cfg.micro_batch == 0,
          f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per process and step "
-         f"(--total_batch_size {B} / --block_size {T} / {world_size} processes)")
+         f"(--total_batch_size {cfg.total_batch_size}{at_first} / --block_size {T} / {world_size} processes)")
 
 
 def check_memory(tensors, device):

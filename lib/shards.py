@@ -297,7 +297,8 @@ def read_validation(shards, val_tokens, block_size, tokenizer):
     rows = min(val_tokens, shards.tokens["val"] - 1) // block_size
     if rows < 1:
         raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
-                       f"--val_tokens is {val_tokens}; lower --block_size or make a larger val split")
+                       f"--val_tokens is {val_tokens}; "
+                       + ("raise it" if val_tokens < shards.tokens["val"] else "lower --block_size or make a larger val split"))
     pieces, missing = [], rows * block_size + 1
     for path in shards.val:
         pieces.append(read_shard(path)[:missing])

@@ -16,7 +16,7 @@ class StopSignals:
     one after ECHO seconds ends the process.
 
     A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after another
-    process has died. Under a launcher (`processes.distributed`) the main thread has PATIENCE seconds after the first signal to
+    process has died. With other processes (`world_size` above 1) the main thread has PATIENCE seconds after the first signal to
     ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. Repeats before ECHO seconds
     count as one: torchrun passes on what the terminal has already sent, timeout(1) signals its child, then its group.
     """

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from helpers import tiny
 
-from lib.budget import StepTimer, batch_size, describe, hours_and_dollars, plan, steps_in, steps_of, tokens_of
+from lib.budget import StepTimer, batch_size, describe, hours_and_dollars, plan, steps_in, steps_left, steps_of, tokens_of
 from lib.cli import BadInput
 from lib.mixture import Corpus
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 
 def length(tokens, batch=256, epochs=1.0, max_steps=None, ratio=None, parameters=None):
@@ -131,3 +131,9 @@ def test_the_plan_does_not_repeat_a_size_under_the_name_of_a_preset():
 def test_hours_and_dollars():
     assert hours_and_dollars(5400, None) == "90.0 minutes"
     assert hours_and_dollars(9000, 2.5) == "2.50 hours, $6.25 at $2.5 per hour"
+
+
+@pytest.mark.parametrize("flag, steps", [("max_lr", 43), ("epochs", None), ("data", None), ("replay", None)])
+def test_a_run_keeps_its_length_unless_a_flag_sets_another(flag, steps):
+    resume = SimpleNamespace(state={"max_steps": 43, "train_config": {}})
+    assert steps_left(TrainConfig(), {flag}, resume) == steps
