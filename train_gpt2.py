@@ -107,8 +107,9 @@ class TrainConfig:
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
     max_steps: int | None = flag(None, "optimizer steps; instead of --epochs", above=0, below=2**31)
-    minutes: float | None = flag(None, "minutes of training steps, not of evaluations; instead of --epochs", above=0)
-    tokens_per_param: float | None = flag(None, "tokens per parameter, 20: Chinchilla's; instead of --epochs", above=0)
+    minutes: float | None = flag(None, "minutes of training steps alone; instead of --epochs", above=0, at_most=1e7)
+    tokens_per_param: float | None = flag(None, "tokens per parameter, 20: Chinchilla's; instead of --epochs", above=0,
+                                          at_most=1e6)
     total_batch_size: int = flag(524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
     batch_warmup: int = flag(0, "first tokens, trained on in steps of half --total_batch_size", at_least=0)
     micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: what fits in memory", above=0)
@@ -365,8 +366,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer, GPT-2's by default (Radford et al. 2019); parameter names are Hugging Face's.
 
-    Features, by GPTConfig: GELU, SwiGLU or ReLU^2; LayerNorm or RMSNorm; learned positions or RoPE; post-embedding
-    norm (Kumar et al. 2023, https://arxiv.org/abs/2302.01327); query-key norm; biases or none; tied or untied head.
+    GPTConfig lists what it may have instead. Post-embedding norm: Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
     """
 
     def __init__(self, config):
@@ -713,7 +713,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
     timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")
-    compiled = torch.compile(model, dynamic=False) if cfg.compile else model  # the plain one is sampled from and saved
+    compile = device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = torch.compile(model, dynamic=False) if compile else model  # the plain one is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
@@ -820,7 +821,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
-            if consecutive_skips == cfg.max_skipped:
+            if consecutive_skips >= cfg.max_skipped:
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
                 processes.barrier()
                 raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower "
@@ -957,7 +958,6 @@ def launch(cfg, model_cfg, explicit, resume, task):
         if processes.main:
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")
         return
-    cfg.compile = processes.device.type == "cuda" if cfg.compile is None else cfg.compile
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:

@@ -123,7 +123,7 @@ class Resume:
         """The best validation loss so far, and its step; None if its checkpoint is in another folder,
         or it is of other data."""
         best = self.state.get("best")
-        remeasured = any(line.startswith(("--val_", "--block_size", "other training data")) for line in self.changed)
+        remeasured = any(line.startswith(("--data ", "--val_", "--block_size", "other training data")) for line in self.changed)
         return best if best and best[1] in self.seen and not remeasured else None
 
 
@@ -267,7 +267,7 @@ def restarted(log_dir):
 
 
 class RunFolder:
-    """log/<run> on rank 0, from `open` to `close`: the lock, config.json, the log, checkpoints in the background."""
+    """log/<run> on rank 0, from its making to `close`: the lock, config.json, the log, checkpoints in the background."""
 
     def __init__(self, cfg, resume, corpus):
         """Create the folder, or take up that of an interrupted run. Raises BadInput if it holds something else."""
@@ -539,8 +539,10 @@ class Writer:
         """None while there is nothing to say, else a line about the checkpoint written. Raises BadInput if that failed."""
         if self.future is None or not (wait or self.future.done()):
             return None
-        future, self.future = self.future, None
-        if isinstance(error := future.exception(), OSError):  # the folder is gone, or not ours to change
+        (future, self.future), started = (self.future, None), time.perf_counter()
+        error = future.exception()  # waits for it
+        self.stall += time.perf_counter() - started
+        if isinstance(error, OSError):  # the folder is gone, or not ours to change
             raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): see what became of it") from error
         return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
 

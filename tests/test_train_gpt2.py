@@ -36,7 +36,7 @@ from helpers import (
 from runs import events
 
 import train_gpt2
-from lib import devices
+from lib import checkpoint, devices
 from lib.budget import check_run, steps_of
 from lib.cli import BadInput, parse
 from lib.decoding import SampleConfig, sample
@@ -917,7 +917,11 @@ BAD_FLAGS = [
     (["--epochs", "2"], "--epochs and --max_steps each set the length: give one"),
     (["--curriculum_mix", "linear"], "is for a --curriculum"), (["--tok_per_sec", "1000"], "--tok_per_sec is for --plan"),
     (["--eval_tasks_limit", "2"], "are for --eval_tasks"), (["--tensorboard", "{port}"], "TensorBoard cannot use port {port}"),
-    (["--val_tokens", "20"], "validation needs 33 tokens"), (["--device", "mps"], "--device mps"),
+    (["--val_tokens", "20"], "validation needs 33 tokens"), (["--val_tokens", "20"], "--val_tokens is 20; raise it"),
+    (["--device", "mps"], "--device mps"), (["--minutes", "1e308"], "--minutes must be above 0 and at most"),
+    (["--keep_best", "--eval_every", "0"], "--keep_best needs validations"),
+    (["--total_batch_size", "384", "--batch_warmup", "1000", "--micro_batch", "4"],
+     "(--total_batch_size 384, which --batch_warmup halves, / --block_size 32 / 1 processes)"),
     (["--hellaswag_every", "2", "--hellaswag_file", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
     # what shapes the weights
     (["--n_embd", "64", "--n_head", "4"], "--n_head 2 -> 4, --n_embd 32 -> 64"), (["--n_layer", "3"], "--n_layer 2 -> 3"),
@@ -1112,6 +1116,28 @@ def test_a_run_given_up_leaves_the_checkpoint_from_before(data, half_a_run, tmp_
            "--save_every", 6, "--keep_best", "--eval_every", 7)  # which would be of the skipped updates
     assert len(calls) == 4 and [p.name for p in (tmp_path / "half").glob("ckpt*")] == ["ckpt_00004.pt"]
     assert (tmp_path / "half" / "ckpt_00004.pt").read_bytes() == before
+
+
+def test_a_run_stopped_amid_skipped_updates_is_given_up_by_a_lower_bound(data, half_a_run, tmp_path, monkeypatch):
+    shutil.copytree(half_a_run, tmp_path / "half")
+    checkpoint.write(tmp_path / "half" / "ckpt_00004.pt",
+                     checkpoint.read(half_a_run / "ckpt_00004.pt") | {"skipped": 3, "consecutive_skips": 3})
+    calls = patch_training(monkeypatch, at({0}, nan_loss))
+    with pytest.raises(BadInput, match="the last 4 steps were non-finite"):
+        go(data, tmp_path / "half", "--max_steps", 20, "--max_skipped", 2)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("weights, kept", [((1, 9), True), ((9, 1), False)])
+def test_the_best_loss_is_forgotten_when_the_sources_weigh_otherwise(weights, kept, data, tokenizer, tmp_path):
+    other, folder = write_data(tmp_path / "other", tokenizer, shards=1), tmp_path / "a"
+    flags = ["--keep_best", "--eval_every", 2]
+    go(f"{data}:1", folder, "--data", f"{other}:9", "--max_steps", 4, *flags)
+    state = checkpoint.read(folder / "ckpt_00004.pt")
+    checkpoint.write(folder / "ckpt_00004.pt", state | {"best": [0.1, 4]})
+    go(f"{data}:{weights[0]}", folder, "--data", f"{other}:{weights[1]}", "--max_steps", 6, *flags)
+    loss, step = checkpoint.read(folder / "ckpt_00006.pt")["best"]
+    assert (loss, step) == (0.1, 4) if kept else loss > 1 and step == 6
 
 
 @pytest.mark.parametrize("first", [0, 3])
