@@ -286,13 +286,18 @@ def read_own_meta(out, cfg):
     for key, value in settings(cfg).items():
         made = meta.settings.get(key, False if key == "dedup" else None)  # older folders do not say
         if made != value and not (key == "tokenizer_flag" and is_same_file(value, meta)):
-            key_flag = "--tokenizer" if key == "tokenizer_flag" else f"--{key}"
-            raise BadInput(f"{out}/ holds shards made with {key_flag} {made}, not {value}: "
-                           "give another --out")
+            then, now = (as_flag("tokenizer" if key == "tokenizer_flag" else key, setting) for setting in (made, value))
+            raise BadInput(f"{out}/ holds shards made with {then}, not with {now}: give another --out")
     if meta.shards is None and not meta.complete:
         raise BadInput(f"{out}/ was begun by an older fineweb.py, whose meta.json does not say how to continue: "
                        "give another --out")
     return meta
+
+
+def as_flag(name, value):
+    """A setting as it stands on a command line."""
+    unset = value is None or value is False
+    return f"no --{name}" if unset else f"--{name}" if value is True else f"--{name} {value}"
 
 
 def is_same_file(tokenizer, meta):
@@ -644,6 +649,8 @@ def write_shards(cfg, out, source, tokenizer, meta):
     if row:
         print(row)
     total = min(filter(None, (cfg.max_tokens, row and row.tokens or source.guess_tokens())), default=None)
+    if cfg.val_tokens is None and not writer.written and total and cfg.shard_size <= total < 5 * cfg.shard_size:
+        print(f"warning: the first {cfg.shard_size:,} of about {total:,} tokens go to validation: give --val_tokens for fewer")
     documents, started = sum(split.documents for split in meta.splits.values()), time.perf_counter()
     with (contextlib.closing(encoded(source.batches(before), tokenizer, writer.dtype, cfg.workers)) as stream,
           tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=1.0,

@@ -267,8 +267,13 @@ class Shards:
             missing = "train" if self.val else "val" if self.train else "any"
             make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
                 str(folder), f"python fineweb.py --source <text files or dataset id> --out {folder}")
+            if folder.is_file():
+                shard = folder.name.endswith((".npy", ".bin"))
+                raise BadInput(f"{named_by} {folder} is a file, not a folder of shards: name "
+                               + ("the folder that it is in" if shard else "one that fineweb.py --source made of it"))
             named = f" ({others[0]} does not end in _train_<index> or _val_<index>)" if others else ""
-            raise BadInput(f"{folder}/ does not hold {missing} shards{named}: make them with `{make}`, "
+            lack = f"does not hold {missing} shards{named}" if folder.is_dir() else f"is not there (in {os.getcwd()})"
+            raise BadInput(f"{folder}/ {lack}: make them with `{make}`, "
                            f"or name another {named_by}")
 
     def _compare_dtypes(self, headers):

@@ -257,12 +257,13 @@ def find_parts(source):
         files = [source]
     elif glob.has_magic(source):
         files = sorted(path for path in glob.glob(source, recursive=True) if not os.path.isdir(path))
-    elif source.endswith(FORMATS):
+    elif source.endswith((*FORMATS, "/")):  # no name of a dataset
         files = []
     else:
         return [source]
     if not files:
-        raise BadInput(f"no file {source}: --source takes parquet, jsonl(.gz|.zst) and txt")
+        there = f"{source} holds no file of text" if os.path.isdir(source) else f"no file {source}"
+        raise BadInput(f"{there}: --source takes parquet, jsonl(.gz|.zst) and txt")
     for file in files:
         if not file.endswith(FORMATS):
             raise BadInput(f"cannot tell what {file} is: --source takes parquet, jsonl(.gz|.zst) and txt")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_a_bpe_is_trained_once_kept_and_used_again(tmp_path, capsys):
     make(source, tmp_path / "other", "--tokenizer", tmp_path / "out", "--shard_size", 2000)  # the same file
     (tmp_path / "another").mkdir()
     train_bpe(DOCUMENTS, 300).save(tmp_path / "another" / "tokenizer.json")
-    with pytest.raises(cli.BadInput, match="holds shards made with --tokenizer .*tokenizer.json, not .*another"):
+    with pytest.raises(cli.BadInput, match="holds shards made with --tokenizer .*tokenizer.json, not with .*another"):
         make(source, tmp_path / "other", "--tokenizer", tmp_path / "another", "--shard_size", 2000)
 
 
@@ -384,7 +385,7 @@ def test_exact_duplicates_are_left_out_and_counted(tmp_path, capsys):
     (tmp_path / "out" / "out_train_000003.npy").unlink()  # written again from its own place
     make(source, tmp_path / "out", "--shard_size", 2000, "--dedup")
     assert read_shards(tmp_path / "out") == before
-    with pytest.raises(cli.BadInput, match="holds shards made with --dedup True, not False"):
+    with pytest.raises(cli.BadInput, match="holds shards made with --dedup, not with no --dedup"):
         make(source, tmp_path / "out", "--shard_size", 2000)
 
 
@@ -762,7 +763,8 @@ def test_no_documents(rows, form, tmp_path, fails):
 
 @pytest.mark.parametrize("flags, message", [
     (["--source", "absent.parquet"], "no file absent.parquet"), (["--source", "*.jsonl.gz"], "no file *.jsonl.gz"),
-    (["--source", "empty_folder"], "no file empty_folder"), (["--source", "notes.*"], "cannot tell what notes.md is"),
+    (["--source", "empty_folder"], "empty_folder holds no file of text"),
+    (["--source", "gone/"], "no file gone/"), (["--source", "notes.*"], "cannot tell what notes.md is"),
     (["--source", "pipe.jsonl"], "cannot read pipe.jsonl (not a regular file)"),
     (["--source", "good", "links"], "cannot read links/dangling.txt (a link to nowhere, which does not exist)"),
     (["--source", "some/dataset"], "cannot reach the dataset some/dataset (ConnectionError: "),
@@ -805,7 +807,7 @@ def test_shards_of_other_settings_are_not_touched(tmp_path, fails, monkeypatch):
     for changed in (["--shard_size", 400], ["--tokenizer", "cl100k_base"], ["--tokenizer", "bpe:300"], ["--val_tokens", 0],
                     ["--max_tokens", 9], ["--text_column", "body"], ["--source", "x.txt"]):
         line = fails(*flags, *changed)
-        assert f"out/ holds shards made with {changed[0]} " in line and "give another --out" in line
+        assert re.search(f"out/ holds shards made with (no )?{changed[0]}[ ,]", line) and "give another --out" in line
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     np.save(foreign / "edufineweb_train_000001.npy", np.zeros(3, np.uint16))
