@@ -166,7 +166,7 @@ def talk(chat):
                 if chat.dropped > before:
                     say(f"the context was full: the model no longer sees the {chat.dropped} oldest messages")
                 if ended != "stop":
-                    say({"length": "the reply ended at its longest", "interrupted": "stopped"}[ended])
+                    say({"length": "cut off at --max_new_tokens, or where the context ends", "interrupted": "stopped"}[ended])
         except NonFinite:
             raise
         except BadInput as error:

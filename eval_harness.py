@@ -98,8 +98,8 @@ def newest_results(path):
     else:
         found = [read_results(path)]
     if not found:
-        raise BadInput(f"no eval_<step>.json in {path}, but for those with --context: run eval_harness.py --checkpoint "
-                       "on a checkpoint there first, or name a file")
+        raise BadInput(f"{path} holds no eval_<step>.json (those with --context do not count): run eval_harness.py "
+                       "--checkpoint on a checkpoint there first, or name a file")
     merged = {key: {name: row for data in found for name, row in data[key].items()} for key in TABLES}
     where = path.resolve()
     return (where.name + (f" {step}" if step else "") if is_folder else f"{where.parent.name}/{where.stem}"), merged
@@ -154,7 +154,6 @@ def bar_chart(runs, path):
 def compare(paths, chart):
     """Print one table of runs as text and as markdown, and draw their accuracies."""
     try:
-        import matplotlib  # noqa: F401, bar_chart needs it
         from tabulate import tabulate
     except ImportError as error:
         raise BadInput(harness.MISSING.format(error.name)) from error
@@ -170,6 +169,9 @@ def compare(paths, chart):
     print("\n".join(notes), end="\n\n" if notes else "")
     try:
         bar_chart(runs, chart)
+    except ImportError:
+        print("no chart: pip install -r requirements-dev.txt has matplotlib")
+        return
     except (OSError, ValueError) as error:  # ValueError: not the ending of a picture
         raise BadInput(f"cannot write {chart} ({error}): name another --chart, for instance compare.png") from error
     print(f"chart: {chart}")
@@ -211,7 +213,8 @@ def pick_output(cfg, context):
         beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}{stretch}.json") if cfg.checkpoint else
         Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", "eval.json"))
     if os.path.lexists(output):
-        raise BadInput(f"{output} exists: {remedy}")
+        more = "" if cfg.output or stretch else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
+        raise BadInput(f"{output} exists: {remedy}{more}")
     if len(os.fsencode(output.name)) > 250:  # 255 with .tmp, under which it is written
         raise BadInput(f"{output.name[:40]}... is too long for the name of a file: {remedy}")
     files.make_folder(output.parent, remedy)

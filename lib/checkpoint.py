@@ -38,6 +38,8 @@ def path_of(folder, step):
 
 def require(path):
     """Raises BadInput where there is no file that could be a checkpoint."""
+    if steps := found(path):
+        raise BadInput(f"{path} is a folder of checkpoints: name one, the newest is {steps[0][1]}")
     open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
 
 

@@ -12,13 +12,16 @@ and starts its `main` through `run`:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
+import json
 import operator
 import os
 import re
 import sys
+import time
 import traceback
 import types
 import typing
@@ -73,8 +76,12 @@ def _run(main):
     except BadInput as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
+        line = f"{script}: error: {' '.join(str(error).split())}"
         if isinstance(error, RankError) or is_main_process():  # under torchrun every process meets the same: say it once
-            print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(line, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun, which takes no notice of a SystemExit, shows it
+            with contextlib.suppress(OSError), open(report, "w") as file:
+                json.dump({"message": line, "timestamp": int(time.time())}, file)
         _leave(2)
     except BrokenPipeError:  # `| head` has read enough
         _leave(1)
@@ -260,7 +267,7 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized"):
             word, known = message.partition(": ")[2].partition(" ")[0], list(self._option_string_actions)
             if not word.startswith("--") or word == "--" or word in known:  # behind a "--", flags are none
-                raise BadInput(f"unexpected argument {word}: every setting is a flag, see --help")
+                raise BadInput(f"unexpected argument {word}: flags are --name or --no-name, see --help")
             near = difflib.get_close_matches(word.partition("=")[0], known, n=2)
             raise BadInput(f"unknown flag {word}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
         raise BadInput(message.removeprefix("argument "))

@@ -128,7 +128,9 @@ def read(path, strict=False):
                 odd = odd or f"{path}, {place}: no layout is known of a row with {', '.join(row)[:200] or 'nothing in it'}"
                 raise ValueError(f"no layout is known of {', '.join(row)[:60] or 'nothing'}")
             if not layout[1] <= row.keys():
-                raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}")
+                known = any(other[1] <= row.keys() for other in LAYOUTS)
+                raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}"
+                                 + "; of another layout, it belongs in a file of its own" * known)
             examples.append(_check(layout[2](row)))
         except ValueError as error:
             problems.append(f"{place}: {error}")

@@ -74,7 +74,7 @@ class Resume:
             check(config)
         if misfits:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; "
-                           "give them as it was made, or begin another --run_name")
+                           "give them as it was made, or begin another --run_name without --resume")
         numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0),
                    self.state.get("consecutive_skips", 0), *numbers_of(self.state["loader"])]
         if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (

@@ -179,7 +179,7 @@ def test_results_with_a_context_are_apart(checkpoint, tasks, tmp_path):
     for path, name in ((checkpoint.parent, trained), (checkpoint.with_name(longer), longer)):
         assert eval_harness.newest_results(path)[1]["results"]["wikitext"]["bits_per_byte,none"] == results[name]
     checkpoint.with_name("eval_00020.json").unlink()
-    with pytest.raises(BadInput, match="but for those with --context"):
+    with pytest.raises(BadInput, match="those with --context do not count"):
         eval_harness.newest_results(checkpoint.parent)
     results_file(checkpoint.with_name("eval_00010.json"), **{"acc,none": 0.5})
     assert eval_harness.newest_results(checkpoint.parent)[0] == "a 10"
@@ -194,7 +194,7 @@ def test_what_does_not_hold_results_is_bad_input(text, tmp_path):
     if text is not None:
         odd.get(text, lambda path: path.write_text(text, encoding="latin-1"))(path)
     for name in (tmp_path, path):
-        with pytest.raises(BadInput, match="eval_1.json.*: name a run folder|no eval_<step>.json in"):
+        with pytest.raises(BadInput, match="eval_1.json.*: name a run folder|holds no eval_<step>.json"):
             eval_harness.newest_results(name)
 
 

@@ -99,7 +99,8 @@ def test_out_of_memory_is_one_line(checkpoint):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"), (["--checkpoint", "."], "cannot read . (a folder)"),
+@pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"),
+                                         (["--checkpoint", "."], "name one, the newest is ckpt_00001.pt"),
                                          (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
                                          (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
                                          (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"],

@@ -88,7 +88,7 @@ def test_presets_are_overridden_by_flags():
     (["--n", "3"], "unknown flag --n: "),  # no abbreviations
     (["--zzzzzz"], "unknown flag --zzzzzz: see --help"),
     (["--hidden", "3"], "unknown flag --hidden"),  # a field, but no flag
-    (["stray"], "unexpected argument stray: every setting is a flag"),
+    (["stray"], "unexpected argument stray: flags are --name or --no-name"),
     (["T", "--n_layer", "2"], "unexpected argument T"),
     (["--", "--n_layer", "2"], "unexpected argument --"),
     (["--lr", "1", "--", "--tied"], "unexpected argument --"),

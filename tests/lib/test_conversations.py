@@ -67,6 +67,9 @@ def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"comment": "mine"}, ROWS[6][1], {"x": 1}])
     examples, line = read(str(path))
     assert examples == [PAIR] and "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
+    assert "another layout" not in line
+    _, line = read(str(write_lines(tmp_path / "b.jsonl", [ROWS[6][1], {"text": "plain"}])))
+    assert line.endswith("line 2: no completion and prompt; of another layout, it belongs in a file of its own")
     with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are messages, conversations, .*\): "
                                        "mend it, or leave out --strict$"):
         read(str(path), strict=True)
