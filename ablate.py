@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.budget import LENGTHS, settle
+from lib.budget import LENGTHS, length_flag, settle
 from lib.cli import BadInput, flag, parse, run
 from lib.devices import Processes
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
@@ -111,9 +111,7 @@ def read_changes(path):
 
 def shared(train):
     """What all runs must have in common, or their losses do not compare, {name: value}: data, validation, length."""
-    lengths = {name: getattr(train, name) for name in LENGTHS}
-    length = {name: value for name, value in lengths.items() if name != "epochs" and value} or {"epochs": train.epochs}
-    return {"data": train.data, "val_tokens": train.val_tokens} | length
+    return {name: getattr(train, name) for name in ("data", "val_tokens", length_flag(train))}
 
 
 def check_flags(base, words):

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from lib import checkpoint, huggingface, rope
 from lib.attention import attention
-from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, plan, settle
+from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
@@ -956,7 +956,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
     settle(cfg, model_cfg, explicit, corpus, size_of(model_cfg, corpus), processes.world_size, resume)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
         if processes.main:
-            print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --max_steps to go on")
+            print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --{length_flag(cfg)} to go on")
         return
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:

@@ -21,6 +21,11 @@ RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
 MANY_EPOCHS = 4
 
 
+def length_flag(cfg):
+    """The one of LENGTHS that sets the length."""
+    return next((name for name in LENGTHS if name != "epochs" and getattr(cfg, name)), "epochs")
+
+
 def batch_size(step, cfg):
     """Tokens of update `step`: half of --total_batch_size within the first --batch_warmup tokens. Small steps learn more per
     token at first, and the batch from which on they do not grows with training (McCandlish et al. 2018,

@@ -908,7 +908,9 @@ LONG = "x" * 5000  # longer than any file system lets a name be
 BAD_FLAGS = [
     (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"), (["--preset", "modem"], "modern"),
     (["--vocab_size", "3"], "unknown flag --vocab_size"),  # set by the data, not by a flag
-    (["--data", "nowhere"], "nowhere/ does not hold any shards"), (["--data", LONG], ""),
+    (["--data", "nowhere"], "nowhere/ is not there (in /"), (["--data", LONG], ""),
+    (["--data", "notes.txt"], "--data notes.txt is a file, not a folder of shards: name one that fineweb.py --source made"),
+    (["--data", "{other}/toy_val_000000.npy"], "is a file, not a folder of shards: name the folder that it is in"),
     (["--data", "{other}"], "their ids mean different text"),
     (["--total_batch_size", "352", "--batch_warmup", "1000"],
      "352, which --batch_warmup halves, must be a multiple of 2 x --block_size 32 x 1 processes; 384 is"),
@@ -1019,11 +1021,12 @@ def test_debug_shows_where_bad_input_was_found(launch, data):
     assert line.startswith("train_gpt2.py: error: validation needs 33 tokens")
 
 
-def test_bad_input_under_torchrun_is_said_once(launch, data):
+def test_bad_input_under_torchrun_is_said_once_and_closes_its_report(launch, data):
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, processes=2)
-    assert result.returncode != 0 and result.stderr.count("train_gpt2.py: error: ") == 1
-    assert result.stderr.count("validation needs 33 tokens") == 1
-    frames = [line for line in result.stderr.splitlines()
+    lines, said = result.stderr.splitlines(), "train_gpt2.py: error: validation needs 33 tokens"
+    assert result.returncode != 0 and sum(line.startswith(said) for line in lines) == 1
+    assert any(line.strip(" :").startswith("traceback : " + said) for line in lines[-3:])
+    frames = [line for line in lines
               if 'File "' in line and "site-packages" not in line and "<frozen" not in line]
     assert not frames  # torchrun's own traceback is its own business
 
