@@ -296,8 +296,9 @@ def read_own_meta(out, cfg):
 
 def as_flag(name, value):
     """A setting as it stands on a command line."""
-    unset = value is None or value is False
-    return f"no --{name}" if unset else f"--{name}" if value is True else f"--{name} {value}"
+    if value is None or value is False:
+        return f"no --{name}"
+    return f"--{name}" if value is True else f"--{name} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def is_same_file(tokenizer, meta):

@@ -713,8 +713,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
     timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")
-    compile = device.type == "cuda" if cfg.compile is None else cfg.compile
-    compiled = torch.compile(model, dynamic=False) if compile else model  # the plain one is sampled from and saved
+    compiling = device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = torch.compile(model, dynamic=False) if compiling else model  # the plain one is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))

@@ -71,7 +71,7 @@ def steps_of(cfg, train_tokens, parameters):
 
 def steps_left(cfg, explicit, resume):
     """The steps that the run of a Resume was to have; None without one, or if a flag now given sets another length."""
-    of_data = {"data", "replay", "val_share", "val_data", "strict"}  # those of posttrain.py too: so much is one epoch
+    of_data = {"data", "replay", "val_share", "val_data", "strict"}  # what an epoch holds; all but the first are posttrain.py's
     lengths = {*of_data, "total_batch_size", "batch_warmup", *LENGTHS} & explicit
     same = ("minutes", "total_batch_size", "batch_warmup")
     fitted = resume and cfg.minutes and all(getattr(cfg, name) == resume.state["train_config"].get(name, 0) for name in same)

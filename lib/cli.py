@@ -76,13 +76,8 @@ def _run(main):
     except BadInput as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        line = f"{script}: error: {' '.join(str(error).split())}"
-        if isinstance(error, RankError) or is_main_process():  # under torchrun every process meets the same: say it once
-            print(line, file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun, which takes no notice of a SystemExit, shows it
-            with contextlib.suppress(OSError), open(report, "w") as file:
-                json.dump({"message": line, "timestamp": int(time.time())}, file)
-        _leave(2)
+        # under torchrun every process meets the same: say it once
+        _fail(f"{script}: error: {' '.join(str(error).split())}", say=isinstance(error, RankError) or is_main_process())
     except BrokenPipeError:  # `| head` has read enough
         _leave(1)
     except KeyboardInterrupt as interrupt:
@@ -92,8 +87,17 @@ def _run(main):
         if "--debug" in sys.argv or not (error.errno in EXHAUSTED or _is_broken(sys.stdout)):
             raise
         remedy = EXHAUSTED.get(error.errno, "see where the output goes")
-        print(f"{script}: error: cannot go on ({error.strerror}): {remedy}", file=sys.stderr)
-        _leave(2)
+        _fail(f"{script}: error: cannot go on ({error.strerror}): {remedy}")
+
+
+def _fail(line, say=True):
+    """Exit with code 2 and this line, on stderr and in the report with which torchrun closes."""
+    if say:
+        print(line, file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun itself takes no notice of a SystemExit
+        with contextlib.suppress(OSError), open(report, "w") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+    _leave(2)
 
 
 def _leave(code):

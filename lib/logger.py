@@ -233,8 +233,7 @@ def serve_tensorboard(log_dir, port):
     board = program.TensorBoard()
     board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--bind_all"])
     try:
-        url = board.launch()
+        board.launch()
     except program.TensorBoardServerException as error:
         raise BadInput(f"TensorBoard cannot use port {port}: {remedy}") from error
     print(f"TensorBoard at http://localhost:{port}, open to every host that reaches this port")
-    return url

@@ -52,7 +52,7 @@ class Resume:
         notes the others that differ.
         """
         if "checkpoint" in self.state["train_config"] and not hasattr(cfg, "checkpoint"):
-            raise BadInput("is of a post-training run: go on with posttrain.py, or begin another --run_name")
+            raise BadInput("is of a post-training run: go on with posttrain.py, or begin another --run_name without --resume")
         folders = self.state["train_config"]["data"]  # older versions knew one
         self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
         if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
@@ -103,7 +103,7 @@ class Resume:
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
                            f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
-                           "or begin another --run_name") from error
+                           "or begin another --run_name without --resume") from error
         if state.get("data", identity) == identity:
             try:
                 stream.where(state["loader"])  # which looks it up
