@@ -450,8 +450,10 @@ def init_weights(model):
     logits would favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where
     several are fused, of one expert.
     """
-    config, residual_scale = model.config, (2 * model.config.n_layer) ** -0.5
-    zero_proj, tied_small = config.init == "zero_proj", config.tie_embeddings and config.emb_norm
+    config = model.config
+    zero_proj = config.init == "zero_proj"
+    projection_scale = 0.0 if zero_proj else (2 * config.n_layer) ** -0.5
+    tied_small = config.tie_embeddings and config.emb_norm
     fused = row_blocks(config)
     for name, p in model.named_parameters():
         module, kind = f".{name}".split(".")[-2:]
@@ -473,7 +475,7 @@ def init_weights(model):
                    "xavier": math.sqrt(2 / (fan_in + fan_out)),
                    "kaiming": math.sqrt((2 if module == "c_fc" else 1) / fan_in),
                    "zero_proj": math.sqrt(1 / 3 / fan_in)}[config.init]
-            p.normal_(std=std * ((0.0 if zero_proj else residual_scale) if module == "c_proj" else 1.0))
+            p.normal_(std=std * projection_scale if module == "c_proj" else std)
         else:
             raise ValueError(f"init_weights does not know the parameter {name}")
 
@@ -556,6 +558,11 @@ def gradient_groups(model):
         _, module, layer, *_ = f"{name}..".split(".")
         groups.setdefault(f"block_{int(layer):02d}" if module == "h" else parts.get(module, "rest"), []).append(p)
     return groups
+
+
+def gradient_norm(parameters):
+    """The 2-norm of the gradients of several parameters together, a scalar on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -785,7 +792,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in told)])
             if processes.distributed:
                 dist.all_reduce(shared)
-            norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts.values()])
+            norms = torch.stack([gradient_norm(part) for part in parts.values()])
             total_norm = norms.norm()
             loss, stop_requests, save_due, took, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
             stop.agree(stop_requests)
