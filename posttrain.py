@@ -357,8 +357,8 @@ class PostTraining(Pretraining):
             runs.append(validation(cfg, new, tokenizer, block_size, processes))
         elif new.val:
             rows = new.rows()
-            runs.append(lambda model, compiled, stopped: {
-                "Loss/val": evaluate(compiled, rows, cfg.sequences, processes, stopped)})
+            runs.append(lambda model, stopped: {
+                "Loss/val": evaluate(model, rows, cfg.sequences, processes, stopped)})
         if self.forgetting:
             runs.append(validation(cfg, self.pretraining, tokenizer, block_size, processes, "Loss/val_pretraining"))
         return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}
@@ -372,7 +372,7 @@ class PostTraining(Pretraining):
             question = [{"role": "user", "content": cfg.sample_prompt}]
         ids, settings = render(question, tokenizer, reply=True)[0], SampleConfig(max_new_tokens=64, samples=2)
 
-        def run(model, compiled, stopped):
+        def run(model, stopped):
             texts = continuations(model, tokenizer, [ids] * settings.samples, settings)
             return {"samples": [f"{question[-1]['content']} -> {text}" for text in texts]}
 

@@ -39,11 +39,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint, huggingface, rope
+from lib import checkpoint, compiler, huggingface, rope
 from lib.attention import attention
-from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle
+from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle, tokens_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
-from lib.cross_entropy import linear_cross_entropy, soft_cap
+from lib.cross_entropy import LinearCrossEntropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
@@ -154,7 +154,7 @@ class TrainConfig:
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
-    compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda only")
+    compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda where it saves time")
     # derived, not flags
     steps: int | None = None      # how long the run is, from --max_steps, --epochs or --minutes
     sequences: int | None = None  # per forward pass, from --micro_batch
@@ -190,6 +190,9 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, dim, bias):
         super().__init__(dim, bias=bias)
+
+    def forward(self, x):
+        return super().forward(x)  # torch.compile skips modules that are torch's own
 
 
 class RMSNorm(nn.RMSNorm):
@@ -255,6 +258,27 @@ class First(nn.Module):
         return x
 
 
+class ValueMix(Mix):
+    """Value residual (Zhou et al. 2024, https://arxiv.org/abs/2410.17897): a layer's values and the first layer's."""
+
+    def forward(self, v, v_first):
+        return super().forward(v, v_first), v_first
+
+
+class FirstValues(nn.Module):
+    """The value residual of the first layer, whose values are the others' v_first."""
+
+    def forward(self, v, v_first):
+        return v, v
+
+
+class OwnValues(nn.Module):
+    """No value residual: all layers alike, for then one compiled block serves them all."""
+
+    def forward(self, v, v_first):
+        return v, v_first
+
+
 class TokenShift(nn.Module):
     """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two tokens, after Primer
     (So et al. 2021, https://arxiv.org/abs/2109.08668). Keys then tell what came before, which else takes a layer."""
@@ -279,19 +303,32 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
         self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else NoPositions()
-        # value residual: Zhou et al. 2024, https://arxiv.org/abs/2410.17897
-        self.mix_values = Mix((0.5, 0.5)) if config.value_residual and layer > 0 else First()
+        if not config.value_residual:
+            self.mix_values = OwnValues()
+        elif layer == 0:
+            self.mix_values = FirstValues()
+        else:
+            self.mix_values = ValueMix((0.5, 0.5))
 
     def forward(self, x, v_first, positions, kv_cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
         q, k = self.rotary(self.q_norm(q), positions), self.rotary(self.k_norm(k), positions)
-        v_first = v if v_first is None else v_first                                     # those of the first layer
-        v = self.mix_values(v, v_first)
-        # SDPA drops out whenever it is told to, also in evaluation
-        dropout = self.dropout if self.training else 0.0
+        v, v_first = self.mix_values(v, v_first)                                        # v_first: the first layer's
         attend = attention if kv_cache is None else partial(kv_cache.attend, self)
-        return self.c_proj(attend(q, k, v, dropout=dropout).reshape(B, T, C)), v_first  # from (B, T, H, D)
+        y = attend(q, k, v, dropout=self.dropout_p())                                   # (B, T, H, D)
+        return self.c_proj(y.reshape(B, T, C)), v_first
+
+    def dropout_p(self):
+        """SDPA applies dropout even in eval mode. Without dropout, both modes share a compiled graph."""
+        if self.dropout == 0.0:
+            return 0.0
+        return self.dropout if self.training else 0.0
+
+
+def dropout(p):
+    """Dropout, or nothing at all: then training and evaluation share a compiled graph."""
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 class MLP(nn.Module):
@@ -354,7 +391,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = NORMS[config.norm](config.n_embd, config.bias)
         self.mlp = MoE(config, MLPS[config.mlp]) if config.n_experts else MLPS[config.mlp](config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = dropout(config.dropout)
 
     def forward(self, x, x0, v_first, positions, kv_cache=None):
         x = self.mix_residual(x, x0)
@@ -377,13 +414,14 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=LearnedPositions(config.block_size, config.n_embd) if learned else NoPositions(),
             emb_norm=NORMS[config.norm](config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
-            drop=nn.Dropout(config.dropout),
+            drop=dropout(config.dropout),
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config.n_embd, config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+        self.loss = LinearCrossEntropy(config.softcap)
         init_weights(self)
 
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
@@ -394,8 +432,7 @@ class GPT(nn.Module):
         With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
         positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
-        x = self.transformer.wpe(self.transformer.wte(idx), positions)                  # (B, T, C)
-        x = x0 = self.transformer.drop(cast(self.transformer.emb_norm(x)))              # now in the autocast dtype
+        x = x0 = self.embed(idx, positions)                                             # (B, T, C)
         v_first = None
         for block in self.transformer.h:
             x, v_first = block(x, x0, v_first, positions, kv_cache)
@@ -403,8 +440,19 @@ class GPT(nn.Module):
         if targets is None:
             logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size]           # (B, T, V), cut
             return soft_cap(logits, self.config.softcap)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
+        loss = self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with auxiliary gradients
+
+    def embed(self, idx, positions):
+        x = self.transformer.wpe(self.transformer.wte(idx), positions)                  # (B, T, C)
+        return self.transformer.drop(cast(self.transformer.emb_norm(x)))                # now in the autocast dtype
+
+    def compile(self, **settings):
+        """torch.compile part by part. The blocks have one structure, so one compiled block serves
+        them all: the time that compiling takes does not grow with depth."""
+        self.embed = torch.compile(self.embed, **settings)
+        for part in (*self.transformer.h, self.transformer.ln_f, self.loss):
+            part.compile(**settings)
 
     def parameter_counts(self):
         """dict: total, active (per token), embedding (tokens, positions and an untied head), layer (one block)."""
@@ -654,26 +702,30 @@ def token_stream(corpus, tokenizer, seed, block_size, transform=None):
 
 
 class Evaluation(NamedTuple):
-    """run: (model, compiled, stopped) -> {tag: number or texts}, called by every process. every: steps, 0: never.
+    """run: (model, stopped) -> {tag: number or texts}, called by every process. every: steps, 0: never.
 
-    model: the plain module, whose shapes may change freely; compiled: the same with one shape. stopped: whether to stop
-    early, to be asked by every process equally often.
+    stopped: whether to stop early, to be asked by every process equally often. compiled: the batches have the shape
+    of training's; others run as plain PyTorch.
     """
     name: str
     every: int
     run: Callable
     at_start: bool = True
+    compiled: bool = False
+
+    def shapes(self):
+        return contextlib.nullcontext() if self.compiled else compiler.off()
 
     def due(self, step, last):
         return self.every and (last or step % self.every == 0) and (step > 0 or self.at_start)
 
 
-@torch.no_grad()
 def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
     """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of all processes.
 
-    Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. `model` may be
-    compiled: it sees one shape, (micro_batch, T), equally often on every process, filled up with rows without targets.
+    Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. The model, in
+    eval mode, sees one shape, (micro_batch, T), equally often on every process, filled up with rows without targets.
+    Gradients stay enabled: a compiled forward pass is then that of training. The loss asks for none in eval mode.
     nan once `stopped()`, which every process asks equally often.
     """
     losses = [torch.zeros((), device=processes.device)]
@@ -697,8 +749,8 @@ def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
     sizes = tokenizer.token_bytes()
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
-    def run(model, compiled, stopped):
-        losses = [evaluate(compiled, part, cfg.sequences, processes, stopped) for part in rows]
+    def run(model, stopped):
+        losses = [evaluate(model, part, cfg.sequences, processes, stopped) for part in rows]
         loss = float(corpus.weights @ losses)
         return {tag: loss, f"{tag}_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags(tag, losses)}
 
@@ -720,9 +772,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
     timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")
-    compiling = device.type == "cuda" if cfg.compile is None else cfg.compile
-    compiled = torch.compile(model, dynamic=False) if compiling else model  # the plain one is sampled from and saved
-    ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
+    ddp, parameters, parts = parallel(model, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
     balance = LoadBalancer(model, processes, lambda line: run.say(f"step {step} | {line}"))
@@ -748,8 +798,8 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                     break
                 model.eval()
                 try:
-                    with monitor(evaluation.name):
-                        results = evaluation.run(model, compiled, stop.agree)
+                    with monitor(evaluation.name), evaluation.shapes():
+                        results = evaluation.run(model, stop.agree)
                     if not stop.agree():
                         run.log_evaluation(step, results)
                         val = results.get("Loss/val", math.inf)  # the same on every process
@@ -905,7 +955,8 @@ def build_model(model_cfg, cfg, device):
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     try:
-        return GPT(model_cfg).to(device)
+        with device:
+            return GPT(model_cfg)
     except (RuntimeError, MemoryError) as error:
         raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer") from error
 
@@ -930,7 +981,8 @@ class Pretraining:
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
-        return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes)),
+        return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes),
+                           compiled=True),
                 Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, block_size, processes)),
                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every,
                            harness.tracked(cfg, tokenizer, processes)),
@@ -941,7 +993,7 @@ class Pretraining:
 
     def samples(self, cfg, tokenizer):
         prompts = [cfg.sample_prompt]
-        return lambda model, compiled, stopped: {"samples": sample(model, tokenizer, prompts, SampleConfig())}
+        return lambda model, stopped: {"samples": sample(model, tokenizer, prompts, SampleConfig())}
 
     def stream(self, cfg, tokenizer, block_size, processes):
         batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed,
@@ -955,6 +1007,16 @@ class Pretraining:
 def size_of(model_cfg, corpus):
     """Parameters of the model for a Corpus, whose tokenizer is not loaded; None if it does not tell its vocabulary."""
     return corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
+
+
+def compiles(cfg, model_cfg, processes):
+    """Whether to torch.compile: as --compile says, else where a run is long enough for that to pay."""
+    if cfg.compile is not None:
+        return cfg.compile
+    if cfg.minutes:  # what counts is what is learned in them
+        return processes.device.type == "cuda"
+    flops = tokens_of(cfg.steps, cfg) * on_meta(model_cfg).flops_per_token()
+    return compiler.worth_compiling(flops / processes.world_size, processes.device)
 
 
 def launch(cfg, model_cfg, explicit, resume, task):
@@ -972,6 +1034,9 @@ def launch(cfg, model_cfg, explicit, resume, task):
         with processes.main_first():
             tokenizer = task.tokenizer(model_cfg)
         evaluations = task.evaluations(cfg, tokenizer, T, processes)
+        compiling = compiles(cfg, model_cfg, processes)
+        if compiling:
+            compiler.prepare()
         model = build_model(model_cfg, cfg, processes.device)
         optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
         cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, state_like(optimizer), task.packed)
@@ -986,6 +1051,11 @@ def launch(cfg, model_cfg, explicit, resume, task):
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
         run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, like)
+        if compiling:
+            idx = torch.zeros(cfg.sequences, T, dtype=torch.long, device=processes.device)
+            compiler.compile_ahead(model, (idx, idx, *task.packed(idx)), cfg.eval_every > 0, run.say)
+        elif cfg.compile is None and processes.device.type == "cuda":
+            run.say("not compiled: a run this short would not win back the time that takes; --compile overrules")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 

@@ -247,9 +247,11 @@ class MoE(nn.Module):
             gates = (scores[..., None, :] * chosen).sum(dim=-1)                         # not gather: its gradient takes atomics
             gates = gates / gates.sum(dim=-1, keepdim=True).clamp_min(1e-20)
             counts, probs = chosen.sum(dim=(1, 2)), scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-            losses = [loss(logits, probs, counts) for loss in self.losses]
-            self.penalty = self.scale * sum(loss - loss.detach() for loss in losses) if losses else 0.0
+            self.penalty = 0.0
             if self.training:
+                for loss_of in self.losses:
+                    loss = loss_of(logits, probs, counts)
+                    self.penalty = self.penalty + self.scale * (loss - loss.detach())
                 entropies = torch.special.entr(probs.detach()).sum()
                 self.seen += torch.cat((counts.sum(dim=0), torch.stack((logits.detach().norm(dim=-1).sum(), entropies))))
         return gates, picked, counts

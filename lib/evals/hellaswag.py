@@ -123,12 +123,12 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
 
 def tracked(cfg, tokenizer, block_size, processes):
     """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
-    (model, compiled, stopped) -> {tag: acc_norm}."""
+    (model, stopped) -> {tag: acc_norm}."""
     with processes.main_first():
         items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
     questions = render(items, tokenizer, block_size)
 
-    def run(model, compiled, stopped):
+    def run(model, stopped):
         with autocast(processes.device):
             n, _, correct, _ = evaluate(model, questions, processes, stopped)
         return {"eval/hellaswag": correct / n}

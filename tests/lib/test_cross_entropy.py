@@ -5,10 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import cross_entropy
-from lib.cross_entropy import linear_cross_entropy
+from lib.cross_entropy import LinearCrossEntropy
+
+
+def linear_cross_entropy(x, weight, targets, cap=0.0):
+    return LinearCrossEntropy(cap)(x, weight, targets)
 
 
 def plain(x, weight, targets):
@@ -191,24 +196,28 @@ def test_under_autocast_gradients_are_about_as_good_as_torchs(chunks, chunk):
         assert 0 < (a - want).norm() < 1.5 * (b - want).norm() < 0.02 * want.norm()
 
 
-def test_compiled_is_as_eager(chunk):
+@pytest.mark.parametrize("backend, cap", [("inductor", 15.0), ("aot_eager", 0.0)])
+def test_compiled_is_as_eager_and_one_graph_serves_all_chunks(backend, cap, chunk):
     chunk(6)
     torch._dynamo.reset()
-    x, weight, targets = problem(16)
+    x, weight, targets = problem(24)
     targets[3] = -1
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
-    close(with_gradients(compiled, x, weight, targets), with_gradients(linear_cross_entropy, x, weight, targets))
+    graphs = counters["stats"]["unique_graphs"]
+    compiled = LinearCrossEntropy(cap)
+    compiled.compile(fullgraph=True, dynamic=False, backend=backend)
+    close(with_gradients(compiled, x, weight, targets),
+          with_gradients(LinearCrossEntropy(cap), x, weight, targets))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    evaluated = compiled.eval()(x.requires_grad_(), weight, targets)
+    torch.testing.assert_close(evaluated, linear_cross_entropy(x, weight, targets, cap).detach())
+    assert not evaluated.requires_grad and counters["stats"]["unique_graphs"] == graphs + 2
 
 
-@pytest.mark.parametrize("compiled_with", ["eager", "aot_eager"])
-def test_a_graph_without_breaks_in_every_mode(compiled_with, chunk):
+@pytest.mark.parametrize("n, sizes", [(24, [6] * 4), (25, [5] * 5), (7, [4, 3]), (23, [6, 6, 6, 5]), (5, [5])])
+def test_chunks_have_one_size_where_there_is_one(n, sizes, chunk):
     chunk(6)
-    torch._dynamo.reset()
-    x, weight, targets = problem(16)
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False, backend=compiled_with)
-    close(with_gradients(compiled, x, weight, targets), with_gradients(linear_cross_entropy, x, weight, targets))
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, weight, targets), plain(x, weight, targets))
+    x, weight, _ = problem(n)
+    assert [len(part) for part, in cross_entropy._chunks(weight, x)] == sizes
 
 
 class Sizes(TorchDispatchMode):

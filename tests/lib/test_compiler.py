@@ -1,0 +1,95 @@
+"""compiler.py: python -m pytest tests/lib/test_compiler.py"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+from torch._dynamo.utils import counters
+
+from lib import compiler
+from train_gpt2 import GPT, GPTConfig
+
+H200 = torch.device("cuda")
+
+
+def tiny(**settings):
+    return GPTConfig(vocab_size=61, block_size=8, n_embd=16, n_head=2, **settings)
+
+
+def graphs_of(n_layer, **settings):
+    """-> graphs compiled for training, for evaluation besides."""
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    model = GPT(tiny(n_layer=n_layer, **settings))
+    model.compile(dynamic=False, backend="aot_eager")
+    idx = torch.zeros(2, 8, dtype=torch.long)
+    model(idx, idx).backward()
+    training = counters["stats"]["unique_graphs"] - before
+    model.eval()
+    assert not model(idx, idx).requires_grad
+    return training, counters["stats"]["unique_graphs"] - before - training
+
+
+@pytest.mark.parametrize("settings, training", [
+    (dict(), 4),  # embedding, block, last norm, loss
+    (dict(value_residual=True), 5)])  # whose first block has nothing to mix
+def test_compiling_does_not_grow_with_depth_and_evaluation_adds_its_loss_alone(settings, training):
+    assert graphs_of(3, **settings) == graphs_of(6, **settings) == (training, 1)
+
+
+def test_off_runs_as_plain_pytorch():
+    torch._dynamo.reset()
+    model = GPT(tiny(n_layer=2)).eval()
+    model.compile(dynamic=False, backend="aot_eager")
+    before = counters["stats"]["unique_graphs"]
+    with compiler.off(), torch.no_grad():
+        for length in (3, 5, 8):
+            idx = torch.zeros(1, length, dtype=torch.long)
+            assert model(idx).shape == (1, length, 61)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_whether_compiling_pays_follows_from_length_and_speed(monkeypatch):
+    monkeypatch.setattr(compiler, "peak_flops", lambda device: 1e15)
+    seconds = 20 * 1e15 * compiler.MFU_COMPILED  # FLOPs of so long a run
+    assert compiler.worth_compiling(seconds, H200) and not compiler.worth_compiling(seconds / 10, H200)
+    assert not compiler.worth_compiling(seconds, torch.device("cpu"))
+    monkeypatch.setattr(compiler, "peak_flops", lambda device: None)  # an unknown GPU
+    assert compiler.worth_compiling(1.0, H200)
+
+
+COMPILE = """
+import torch
+from lib.compiler import compile_ahead
+
+class Half(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, idx, targets):
+        return (self.weight * idx.float()).sin().sum()
+
+idx = torch.ones(4, 8, dtype=torch.long)
+compile_ahead(Half(), (idx, idx), False, print)
+"""
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_kept_and_a_damaged_cache_costs_a_warning(tmp_path):
+    def run():
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", COMPILE], cwd=tmp_path, env=env, timeout=600,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "compiled 1 graphs, 0 of them from the cache" in run()
+    assert "compiled 1 graphs, 1 of them from the cache" in run()
+    for library in (tmp_path / "cache").rglob("*.so"):
+        library.write_bytes(b"torn")
+    damaged = run()
+    assert "warning: compiling failed with what" in damaged and "compiled 1 graphs" in damaged.splitlines()[-1]
