@@ -6,13 +6,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, hellaswag_items, write_lines
 from runs import train
 
 from lib.cli import BadInput
-from lib.logger import Logger, Null, SpikeDetector
+from lib.logger import Logger, Null, SpikeDetector, read_scalars
 
 STEP = {"Loss/train": 3.25, "optim/lr": 0.5, "optim/grad_norm": 1.0,
         "perf/tok_per_sec": 1234.5, "perf/mfu": None, "perf/memory_gb": None}
@@ -76,6 +77,25 @@ def test_steps_that_run_again_are_forgotten(tmp_path):
     log.close()
     assert points(tmp_path, "Loss/train") == [(0, 200)]
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 11  # log.txt is rewound by run_folder.py
+
+
+@pytest.mark.parametrize("by_clock", ["1700000000", "700000000"], ids=["2023", "1992"])
+def test_event_files_are_read_in_the_order_of_the_starts_whatever_the_clock_says(
+        by_clock, tmp_path, monkeypatch):
+    """The first file is named by the clock, as earlier versions and SummaryWriter do."""
+    now = [1_700_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for first, last, value, clock in ((0, 8, 0, 0), (5, 7, 100, -3600), (2, 6, 200, -7200), (1, 3, 300, -10800)):
+        now[0] = 1_700_000_000.0 + clock
+        log = Logger(tmp_path, 10, first)
+        for step in range(first, last):
+            log.scalars(step, {"Loss/train": value + step})
+        log.close()
+        if first == 0:
+            [file] = tmp_path.glob("events*")
+            file.rename(tmp_path / f"events.out.tfevents.{by_clock}.another-host.7")
+    want = {0: 0, 1: 301, 2: 302}
+    assert dict(points(tmp_path, "Loss/train")) == read_scalars(tmp_path)["Loss/train"] == want
 
 
 def test_tensorboard_shows_what_matters_first(data, tmp_path):

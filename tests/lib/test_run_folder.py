@@ -366,7 +366,6 @@ def test_a_run_that_diverges_ends_with_a_checkpoint(launch, data, tmp_path):
 def test_log_tensorboard_and_config_after_resuming_twice(whole, data, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", 24)
     for step in (24, 16):
-        time.sleep(1.1)  # TensorBoard reads its files in the order of the seconds in their names
         for later, path in checkpoint.found(folder):
             if later > step:
                 path.unlink()
@@ -386,7 +385,6 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, data, tmp_p
     folder = cut(whole("gpt2"), tmp_path / "a", -1)
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines(folder)[:5]) + "5 tra")
     (folder / "ckpt_00008.pt.tmp").write_bytes(b"half")
-    time.sleep(1.1)  # as above
     train(data, folder, *KINDS["gpt2"])
     assert "holds no checkpoint: its run begins anew" in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
