@@ -121,7 +121,7 @@ class Data:
             found = "; ".join(self.lines[:MOST_TOLD]) + "; ..." * (len(self.lines) > MOST_TOLD)
             raise BadInput(f"{error} ({found})") from error
         self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
-        self.identity = self._hash(self.source)
+        self.identity = self.former_identity = self._hash(self.source)
 
     def _read(self, words):
         examples, lines = [], []
@@ -326,6 +326,7 @@ class PostTraining(Pretraining):
         self.corpus.lines.append(line)
         if cfg.replay:
             self.corpus.identity += self.pretraining.identity
+            self.corpus.former_identity += self.pretraining.former_identity
         if model:
             model_cfg.vocab_size, weights = (grow(model, tokenizer) if self.corpus.chat else
                                              (model_cfg.vocab_size, model.state_dict()))

@@ -965,6 +965,8 @@ def launch(cfg, model_cfg, explicit, resume, task):
         if processes.main:
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --{length_flag(cfg)} to go on")
         return
+    if resume:
+        resume.compare_text(cfg, corpus, explicit)
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
@@ -977,7 +979,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, state_like(optimizer), task.packed)
         stream, position = task.stream(cfg, tokenizer, T, processes), {"step": 0, "skipped": 0, "consecutive_skips": 0}
         if resume:
-            position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
+            position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
             model.load_state_dict(task.weights.pop())  # so that they go from memory
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:

@@ -28,6 +28,7 @@ from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, rea
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}  # flags that choose it
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
 
 
@@ -43,6 +44,7 @@ class Resume:
     state: dict
     seen: set  # steps of the checkpoints in the run folder, before this one was read
     changed: list = field(default_factory=list)
+    other_text: bool = False  # see compare_text
 
     def adopt(self, cfg, model_cfg, explicit):
         """Take every setting that was not given on the command line from the checkpoint,
@@ -87,11 +89,26 @@ class Resume:
             raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} "
                            "count from the run's first: give more of them, or leave --curriculum out")
 
-    def restore(self, model, optimizer, stream, tokenizer, identity):
+    def compare_text(self, cfg, corpus, explicit):
+        """Note whether the training data holds other text than the checkpoint was trained on.
+
+        Raises BadInput if it does and no flag that chooses the text was given.
+        """
+        known = (corpus.identity, corpus.former_identity)
+        self.other_text = self.state.get("data", corpus.identity) not in known
+        if not self.other_text:
+            return
+        if not explicit & OF_THE_TEXT:
+            folders = shlex.join(cfg.data)
+            raise BadInput(f"{folders} no longer holds the text that {self.path} was trained on: put it back, "
+                           f"or give --data {folders} to train on the new text, from its beginning")
+        self.changed.append("other training data, read from its beginning")
+
+    def restore(self, model, optimizer, stream, tokenizer):
         """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best.
         Raises BadInput, with nothing written yet.
 
-        tokenizer: the spec of the data's. identity: Shards.identity of the training data.
+        tokenizer: the spec of the data's.
         """
         state = self.state
         if state["tokenizer"] != tokenizer:
@@ -104,14 +121,12 @@ class Resume:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
                            f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
                            "or begin another --run_name without --resume") from error
-        if state.get("data", identity) == identity:
+        if not self.other_text:  # a position means nothing in other files
             try:
                 stream.where(state["loader"])  # which looks it up
                 stream.load_state_dict(state["loader"])
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise BadInput(f"{self.path} stands at a place that the data does not have: name another checkpoint") from error
-        else:  # a position means nothing in other files
-            self.changed.append("other training data, read from its beginning")
         stream.resume_at(state["step"])
         position = {"step": state["step"], "skipped": state.get("skipped", 0),
                     "consecutive_skips": state.get("consecutive_skips", 0),

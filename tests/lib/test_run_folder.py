@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, TINY_FLAGS, read_log, sentences, write_data
+from helpers import ROOT, TINY_FLAGS, read_log, sentences, write_data, write_lines
 from runs import (
     KINDS,
     LONG,
@@ -39,6 +39,7 @@ from runs import (
     worker,
 )
 
+import fineweb
 import train_gpt2
 from lib import checkpoint, run_folder
 from lib.cli import BadInput, RankError
@@ -238,6 +239,46 @@ def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(whole, toke
     for _ in range(12):
         loader.next(256)
     assert final(folder)["loader"] == loader.state_dict()
+
+
+def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path, capsys):
+    """What --max_tokens makes of two sources. The text has changed without a word: only --data goes on in it."""
+    data, folder = tmp_path / "data", tmp_path / "a"
+    tokenizer.save(tmp_path / "tokenizer.json")
+
+    def make(seed):
+        shutil.rmtree(data, ignore_errors=True)
+        source = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(400, seed)])
+        words = ["--source", source, "--out", data, "--tokenizer", tmp_path / "tokenizer.json", "--max_tokens", 9000,
+                 "--shard_size", 3000, "--val_tokens", 1000]
+        fineweb.main([str(word) for word in words])
+        return Shards(data)
+
+    first = make(seed=1)
+    train(data, folder, "--max_steps", 6)
+    other = make(seed=2)
+    assert (other.former_identity, other.tokens) == (first.former_identity, first.tokens)
+    before = contents(folder)
+    with pytest.raises(BadInput, match=f"{data} no longer holds the text that .*ckpt_00006.pt was trained on: "
+                                       f"put it back, or give --data {data} to train on the new text"):
+        again(folder, "--max_steps", 8)
+    assert contents(folder) == before
+
+    capsys.readouterr()
+    made_before = cut(folder, tmp_path / "made_before", 6)  # by a version that knew names and lengths alone
+    state = checkpoint.read(made_before / "ckpt_00006.pt")
+    checkpoint.write(made_before / "ckpt_00006.pt", state | {"data": first.former_identity})
+    again(made_before, "--max_steps", 8)
+    assert "other training data" not in capsys.readouterr().out
+    assert checkpoint.read(made_before / "ckpt_00008.pt")["data"] == other.identity
+
+    again(folder, "--max_steps", 8, "--data", data)
+    assert "other training data, read from its beginning" in capsys.readouterr().out
+    assert final(folder)["loader"]["offset"] == 2 * 256
+
+    make(seed=1)
+    again(cut(folder, tmp_path / "back", 6), "--max_steps", 8)
+    assert "other training data" not in capsys.readouterr().out
 
 
 def test_the_same_data_elsewhere_goes_on_where_it_was(whole, data, tmp_path, capsys):
