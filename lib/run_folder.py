@@ -205,7 +205,8 @@ def find_resume(cfg, explicit):
         check_name(cfg.run_name)
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
     home = start and (start if os.path.isdir(start) else start.parent).absolute()
-    if cfg.run_name is None and start and "log_dir" not in explicit and os.path.exists(home / "config.json"):
+    in_a_run = start and os.path.exists(home / "config.json") and not has_foreign_config(home)
+    if cfg.run_name is None and in_a_run and "log_dir" not in explicit:
         cfg.log_dir, cfg.run_name = str(home.parent), home.name
     begun = restarted(cfg.log_dir)
     if cfg.run_name is None and begun:
@@ -237,10 +238,20 @@ def check_name(name):
 
 
 def check_ours(folder):
-    """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be rewound or removed."""
+    """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be
+    rewound, replaced or removed."""
     names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if os.path.isdir(folder) else set()
-    if names and "config.json" not in names and not checkpoint.found(folder):
-        raise BadInput(f"{folder} is not a run folder, it holds no config.json: give another --run_name")
+    if has_foreign_config(folder):
+        raise BadInput(f"{folder} is not a run folder, its config.json is another program's: give another --run_name")
+    if names and not read_config(folder) and not checkpoint.found(folder):
+        raise BadInput(f"{folder} is not a run folder, it holds no config.json of a run: give another --run_name")
+
+
+def has_foreign_config(folder):
+    """Whether a folder holds another program's config.json, a Hugging Face model's for one; a
+    damaged one may be a run's."""
+    config = read_config(folder)
+    return bool(config) and not {"train", "starts"} & config.keys()
 
 
 def read_config(folder):

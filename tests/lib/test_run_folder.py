@@ -513,6 +513,27 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
     assert [contents(place) for place in (tmp_path, folder)] == before
 
 
+def test_a_folder_with_the_config_of_another_program_is_left_as_it_is(whole, data, tmp_path, monkeypatch):
+    """A Hugging Face export, into which someone put a checkpoint of ours: no run's folder, but a place to begin from."""
+    export = tmp_path / "runs" / "hfexp"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (export / "model.safetensors").write_bytes(b"weights")
+    before = contents(export)
+    with pytest.raises(BadInput, match="hfexp is not a run folder, its config.json is another program's"):
+        train(data, export)
+    assert contents(export) == before
+
+    shutil.copy(whole("gpt2") / "ckpt_00056.pt", export)
+    before = contents(export)
+    with pytest.raises(BadInput, match="hfexp is not a run folder, its config.json is another program's"):
+        train(data, export, *KINDS["gpt2"])
+    monkeypatch.chdir(tmp_path)
+    train_gpt2.main(["--resume", str(export / "ckpt_00056.pt")])
+    [begun] = (tmp_path / "log").iterdir()
+    assert contents(export) == before and steps_saved(begun) == [60]
+
+
 @pytest.mark.parametrize("name, make, refused", [
     ("config.json", os.mkdir, True), ("config.json", os.mkfifo, True), ("log.txt", os.mkdir, True),
     ("log.txt", os.mkfifo, True), ("train_gpt2.py", os.mkdir, False), ("code.diff", os.mkdir, False)],
