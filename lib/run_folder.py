@@ -478,18 +478,29 @@ def rewind(folder, step):
     """Make a run folder what it was when its checkpoint of `step` was saved.
 
     Half-written files go. The lines of log.txt from `step` on go, since these steps run again. Checkpoints of later steps
-    (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside. TensorBoard is rewound by the log.
+    (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside, or .aside.2 and so
+    on where an earlier course left one. TensorBoard is rewound by the log.
     """
     folder = Path(folder)
     for unfinished in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
         unfinished.unlink()
     for later, path in checkpoint.found(folder):
         if later > step:
-            os.replace(path, path.with_suffix(".pt.aside"))
+            os.replace(path, free_name(path.with_suffix(".pt.aside")))
     (folder / "log.txt").touch()
     lines = [line for line in (folder / "log.txt").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     kept = b"".join(line for line in lines if not (number := re.match(rb"(\d{1,12}) ", line)) or int(number[1]) < step)
     replace(folder / "log.txt", lambda file: file.write(kept))
+
+
+def free_name(path):
+    """`path` if nothing has that name, else the first of <path>.2, <path>.3, ... that nothing has."""
+    candidate = path
+    number = 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
 
 
 def commit():

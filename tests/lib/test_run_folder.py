@@ -455,6 +455,14 @@ def test_rewind(tmp_path):
         assert (tmp_path / "ckpt_00012.pt.aside").read_text() == "ckpt_00012.pt"
 
 
+def test_going_back_again_and_again_sets_every_course_aside(tmp_path):
+    for course in ("first", "second", "third"):
+        (tmp_path / "ckpt_00012.pt").write_text(course)
+        rewind(tmp_path, 8)
+    kept = [(tmp_path / f"ckpt_00012.pt.aside{number}").read_text() for number in ("", ".2", ".3")]
+    assert kept == ["first", "second", "third"] and not checkpoint.found(tmp_path)
+
+
 def test_a_run_folder_names_its_code(data, launch, tmp_path):
     """A checkout of its own, changed after the commit: the folder holds commit and diff,
     and a later start's own code beside them."""
