@@ -738,9 +738,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         while True:
             last = step >= cfg.steps  # beyond: resumed as a shorter run
             # ---- save, in the background; not after skipped steps: the checkpoints from before may be better
-            save_due = save_due or (cfg.save_every and step % cfg.save_every == 0)
-            if save_due and first < step < cfg.steps and not consecutive_skips:
+            save_due = save_due or (cfg.save_every and step > first and step % cfg.save_every == 0)
+            if save_due and step < cfg.steps and not consecutive_skips:
                 run.save(snapshot())
+                save_due = False
 
             # ---- evaluate
             for evaluation in (e for e in evaluations if e.due(step, last)):
@@ -794,8 +795,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 dist.all_reduce(shared)
             norms = torch.stack([gradient_norm(part) for part in parts.values()])
             total_norm = norms.norm()
-            loss, stop_requests, save_due, took, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
+            numbers = torch.cat((shared, total_norm[None], norms)).tolist()
+            loss, stop_requests, save_requests, took, norm, *norms = numbers
             stop.agree(stop_requests)
+            save_due = save_due or save_requests > 0
             if step > first + 1:  # the first step compiles
                 run.set_length(timer.fit(step, took), timer.stands)
 
