@@ -389,10 +389,10 @@ class PostTraining(Pretraining):
         return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
 
     def conclude(self, run):
-        new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
+        losses = run.recorded("val_pretraining") or {}
         if len(losses) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
             first, last = min(losses), self.steps
-            best = min((step for step in new if step), key=new.get, default=last)
+            best = run.best[1] if run.best else last
             told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
             at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
             run.say(f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")

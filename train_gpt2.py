@@ -719,7 +719,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     """
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
-    timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")
+    timer, seconds = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0
     compiling = device.type == "cuda" if cfg.compile is None else cfg.compile
     compiled = torch.compile(model, dynamic=False) if compiling else model  # the plain one is sampled from and saved
     ddp, parameters, parts = parallel(compiled, processes), list(model.parameters()), gradient_groups(model)
@@ -729,7 +729,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False,
-                "loader": stream.state_dict(), "max_steps": cfg.steps, "timed": timer.timed, "best": best,
+                "loader": stream.state_dict(), "max_steps": cfg.steps, "timed": timer.timed,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
 
     save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
@@ -753,10 +753,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                         results = evaluation.run(model, compiled, stop.agree)
                     if not stop.agree():
                         run.log_evaluation(step, results)
-                        val = results.get("Loss/val", math.inf)  # the same on every process
-                        if cfg.keep_best and step and not consecutive_skips and val < (best or [math.inf])[0]:
-                            best = [val, step]
-                            if not last:
+                        if cfg.keep_best and "Loss/val" in results and step and not consecutive_skips:
+                            # only rank 0 knows which checkpoints were written
+                            best = processes.sum([bool(run.is_best(results["Loss/val"], step))])[0]
+                            if best and not last:
                                 run.save(snapshot())
                 except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
                     run.say(f"step {step} | {evaluation.name} | {error}")
@@ -839,7 +839,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         stop.heard()
         run.save(snapshot(finished=last and not stop.agreed), wait=True)
         processes.barrier()
-        run.conclude(step, finished=last and not stop.agreed, best=best)
+        run.conclude(step, finished=last and not stop.agreed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -990,7 +990,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
-        run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, like)
+        run.begin(config, describe(cfg, model, corpus, processes), position, resume, like)
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 

@@ -6,6 +6,7 @@ the others a `RunFolder.null()`.
 
 import contextlib
 import copy
+import math
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ import torch
 
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
-from lib.cli import BadInput, RankError, check, is_main_process, launched
+from lib.cli import EXHAUSTED, BadInput, RankError, check, is_main_process, launched
 from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
 
@@ -301,6 +302,9 @@ class RunFolder:
         self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
+        self.saved = None      # step of the newest checkpoint that this start wrote, or is writing
+        self.best = None       # [validation loss, step] of the best checkpoint that was written
+        self.candidate = None  # the same of the one to replace it
         check_name(self.folder.name)
         make_folder(self.folder, "give another --log_dir")
         self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
@@ -327,13 +331,15 @@ class RunFolder:
     def _old_log(self):
         return read_text(self.folder / "log.txt", "give another --run_name")
 
-    def begin(self, config, description, step, resume, like):
-        """Rewind the folder to `step`, write config.json and open the log.
+    def begin(self, config, description, position, resume, like):
+        """Rewind the folder to where the run begins, write config.json and open the log.
 
-        config: dict of what says which run this is: goes into config.json and into every checkpoint. like: tensors (shapes and
-        dtypes) of a checkpoint, for which there must be room on the disk, and for which memory is allocated; raises BadInput
-        if there is none.
+        config: dict of what says which run this is: goes into config.json and into every checkpoint.
+        position: as Resume.restore gives it. like: tensors (shapes and dtypes) of a checkpoint, for
+        which there must be room on the disk, and for which memory is allocated; raises BadInput if
+        there is none.
         """
+        step = position["step"]
         check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint", checkpoint.NO_ROOM)
         changed, command = ", ".join(resume.changed) if resume else "", shlex.join([*launcher(), *sys.argv])
         start = {"step": step, "from": resume and str(resume.path), "changed": changed, "command": command,
@@ -350,7 +356,9 @@ class RunFolder:
         if self.anew:
             self.say(f"{self.folder} holds no checkpoint: its run begins anew")
         self.log.hyperparameters(step, config["train"] | config["model"] | {"parameters": config.get("parameters")})
-        self.first, self.saved_at = step, time.monotonic()
+        self.best = position.get("best")
+        self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
+        self.saved_at = time.monotonic()
         self.writer = Writer(self.folder, self.keep)
         self.writer.reserve(like)
 
@@ -368,23 +376,49 @@ class RunFolder:
         """Whether so many minutes (0: never) have passed since the last checkpoint."""
         return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
+    def is_best(self, loss, step):
+        """Whether a validation loss is below that of the best checkpoint. If so, the checkpoint of
+        this `step` replaces it, once it is written."""
+        self.poll(wait=True)  # the best one may be on its way
+        if not loss < (self.best or [math.inf])[0]:
+            return False
+        self.candidate = [loss, step]
+        return True
+
     def save(self, state, wait=False):
-        """Begin to write a checkpoint of `state`; with `wait`, raise BadInput if it cannot be written."""
-        self.poll(wait=True)  # the one before
-        self.log.flush()
+        """Begin to write a checkpoint of `state`, unless that step's is there, or on its way; with
+        `wait`, raise BadInput if it cannot be written."""
         if not self.folder.is_dir():  # moved or removed: the run goes on in a new one
-            self.log.close()
-            make_folder(self.folder, "see what became of it, and start again")
-            self.open_locks.enter_context(locked(self.folder, "end that run first"))
-            self._open(state["step"])
-            self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
-        write_json(self.folder / "config.json", self.config)
-        self.saved_at = time.monotonic()
-        again = state["step"] == self.first < self.config["max_steps"] and checkpoint.path_of(self.folder, self.first).exists()
-        if not again:
-            self.writer.start(state["step"], self.constants | state)
+            self._make_again(state["step"])
+        if wait:
+            self.poll(wait=True)  # if the step's own failed, it is tried again
+        if state["step"] != self.saved or state["finished"]:
+            self._start(state)
         if wait and (error := self.poll(wait=True)):
             raise error
+
+    def _start(self, state):
+        self.poll(wait=True)  # the one before
+        self.log.flush()
+        self.saved_at = time.monotonic()
+        self.saved = state["step"]
+        best = self.best
+        if self.candidate and self.candidate[1] == self.saved:
+            best = self.candidate
+        # its max_steps may have followed --minutes
+        config = partial(write_json, self.folder / "config.json", dict(self.config))
+        former_best = self.best and self.best[1]
+        state = self.constants | state | {"best": best}
+        self.writer.start(self.saved, state, config, former_best)
+
+    def _make_again(self, step):
+        self.poll(wait=True)
+        self.log.close()
+        make_folder(self.folder, "see what became of it, and start again")
+        self.open_locks.enter_context(locked(self.folder, "end that run first"))
+        self._open(step)
+        self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
+        self.saved = self.best = None
 
     def wait_copied(self):
         """Wait until the tensors being saved may change."""
@@ -393,23 +427,28 @@ class RunFolder:
     def poll(self, wait=False):
         """Say that the checkpoint begun is written, or why not: that alone does not end a run. Returns the error or None."""
         try:
-            if line := self.writer.collect(wait):
-                self.log.say(line)
+            line = self.writer.collect(wait)
         except BadInput as error:
+            self.saved = None
             self.log.say(str(error))
             return error
+        if line:
+            self.log.say(line)
+        if self.candidate and self.candidate[1] == self.saved and self.writer.future is None:
+            self.best = self.candidate
         return None
 
     def give_up(self, state):
         """The newest checkpoint from before too many updates in a row were skipped; `state` is saved if there is none."""
         self.poll(wait=True)
         if not checkpoint.found(self.folder):
+            self.saved = None
             self.save(state, wait=True)
         return checkpoint.found(self.folder)[0][1]
 
-    def conclude(self, step, finished, best=None):
-        """Say how the run ended and what to do next. best: the lowest validation loss and its step,
-        where its checkpoint was kept."""
+    def conclude(self, step, finished):
+        """Say how the run ended and what to do next."""
+        best = self.best
         if best:
             self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
@@ -556,14 +595,20 @@ class Writer:
         """Allocate, in the background, pinned memory for a checkpoint of tensors like these; a CPU's need none."""
         self.executor.submit(lambda: [self._allocate(t) for t in like if t.is_cuda])
 
-    def start(self, step, state):
-        """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first."""
+    def start(self, step, state, before=lambda: None, former_best=None):
+        """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first.
+
+        before: called right before it is written; if it fails, the checkpoint does. former_best: step
+        of a checkpoint that must not make room for this one, whatever state["best"] says.
+        """
         started = time.perf_counter()
         assert self.future is None, "collect the previous checkpoint first"
         self.copied.clear()
         device = next((t.device for t in checkpoint.tensors(state) if t.is_cuda), None)
         ready = device and (device, torch.cuda.current_stream(device).record_event())
-        self.future = self.executor.submit(self._write, checkpoint.path_of(self.folder, step), state, ready)
+        copy = partial(self._to_host, state, ready)
+        path = checkpoint.path_of(self.folder, step)
+        self.future = self.executor.submit(self._write, path, copy, before, former_best)
         self.stall = time.perf_counter() - started
 
     def wait_copied(self):
@@ -580,25 +625,29 @@ class Writer:
         error = future.exception()  # waits for it
         self.stall += time.perf_counter() - started
         if isinstance(error, OSError):  # the folder is gone, or not ours to change
-            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): see what became of it") from error
+            remedy = EXHAUSTED.get(error.errno, "see what became of it")
+            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): {remedy}") from error
         return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
 
-    def _write(self, path, state, ready):
+    def _write(self, path, copy, before, former_best):
         started = time.perf_counter()
         try:
-            state = self._to_host(state, ready)
+            state = copy()
         except Exception as error:
             raise BadInput(f"cannot save {path}: no copy of it fits into memory "
                            f"({type(error).__name__}: {str(error)[:80]})") from error
         finally:
             self.copied.set()
-        size, best = checkpoint.n_bytes(state), (state.get("best") or (None, None))[1]  # the step of the one that always stays
+        size = checkpoint.n_bytes(state)
         if self.keep:
-            for old in self._others(best)[:0:-1]:  # from the oldest on, all but the newest make room if they must
+            # from the oldest on, all but the newest make room if they must
+            for old in self._others(former_best)[:0:-1]:
                 if shutil.disk_usage(self.folder).free < size:
                     old.unlink(missing_ok=True)
+        before()
         checkpoint.write(path, state)
         if self.keep:
+            best = (state.get("best") or (None, None))[1]
             for old in self._others(best)[self.keep:]:
                 old.unlink(missing_ok=True)
         return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"

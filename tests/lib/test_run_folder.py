@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 import zipfile
@@ -662,6 +663,76 @@ def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The best checkpoint, and saving once per step
+
+
+def with_losses(monkeypatch, losses):
+    """Validations find these losses, one after the other, the last one again and again."""
+    left = list(losses)
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+
+
+@pytest.mark.parametrize("later, best", [(3.5, [3.5, 32]), (6.0, [4.0, 16])])
+def test_the_best_checkpoint_is_one_that_was_written(later, best, data, tmp_path, monkeypatch, capsys):
+    """The lowest loss is that of step 24, whose checkpoint cannot be written; --keep 1 prunes all others but the best."""
+    with_losses(monkeypatch, [9.0, 5.0, 4.0, 3.0, later, 6.0])
+    written = checkpoint.write
+
+    def fails(path, state):
+        if path.name == "ckpt_00024.pt":
+            raise BadInput("no room for it")
+        written(path, state)
+
+    monkeypatch.setattr(checkpoint, "write", fails)
+    folder = train(data, tmp_path / "a", "--keep_best", "--keep", 1, "--save_every", 0)
+    out, kept = capsys.readouterr().out, checkpoint.path_of(folder, best[1])
+    assert "no room for it" in out and steps_saved(folder) == [best[1], 60]
+    assert checkpoint.read(folder / "ckpt_00060.pt")["best"] == best
+    assert f"best    validation loss {best[0]:.4f}, at step {best[1]}: {kept}\n" in out
+
+
+def test_a_step_is_saved_once(data, tmp_path, monkeypatch, capsys):
+    """It may be due, the best, and the last before a signal."""
+    with_losses(monkeypatch, [9.0, 5.0, 4.0])
+    logged = run_folder.RunFolder.log_step
+
+    def interrupt(run, step, *args):
+        logged(run, step, *args)
+        if step == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_folder.RunFolder, "log_step", interrupt)
+    folder = train(data, tmp_path / "a", "--keep_best")
+    saved = re.findall(r"saved \S+ckpt_(\d+).pt", capsys.readouterr().out)
+    assert saved == ["00008", "00016"] and steps_saved(folder) == [8, 16]
+    monkeypatch.undo()
+    with_losses(monkeypatch, [4.0, 5.0])
+    again(folder)
+    assert checkpoint.read(folder / "ckpt_00060.pt")["best"] == [4.0, 16]  # measured again, as it was not noted
+
+
+def test_a_run_outlives_a_folder_that_cannot_be_written_for_a_while(whole, data, tmp_path, monkeypatch, capsys):
+    """config.json comes first: what holds for the checkpoint beside it holds for it."""
+    folder, whole_run = tmp_path / "a", whole("gpt2")
+    logged = run_folder.RunFolder.log_step
+
+    def in_the_way(run, step, *args):
+        logged(run, step, *args)
+        if step == 10:
+            (folder / "config.json.tmp").mkdir()
+        if step == 30:
+            (folder / "config.json.tmp").rmdir()
+
+    monkeypatch.setattr(run_folder.RunFolder, "log_step", in_the_way)
+    capsys.readouterr()
+    train(data, folder, *KINDS["gpt2"])
+    out = capsys.readouterr().out
+    assert out.count(f"cannot save a checkpoint in {folder} (Is a directory): see what became of it") == 2
+    assert steps_saved(folder) == [8, 32, 40, 48, 56, 60] and "done: " in out
+    assert_same_runs(folder, whole_run)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Writing in the background
 
 
@@ -697,6 +768,17 @@ def test_the_writer_makes_room_but_for_the_newest(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="free some disk space"):
         write(writer, 5, {"x": torch.ones(1000)})
     assert steps_saved(tmp_path) == [4]  # the newest stays
+
+
+def test_the_best_checkpoint_makes_no_room(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, keep=5)
+    for step in (1, 2, 3):
+        checkpoint.write(checkpoint.path_of(tmp_path, step), {"x": torch.ones(1000)})
+    full_when(monkeypatch, lambda _: True)
+    writer.start(4, {"x": torch.ones(1000), "best": [2.0, 4]}, former_best=1)
+    with pytest.raises(BadInput, match="free some disk space"):
+        writer.collect(wait=True)
+    assert steps_saved(tmp_path) == [1, 3]  # and the newest
 
 
 def test_tied_tensors_stay_one(tmp_path):
