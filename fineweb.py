@@ -193,6 +193,8 @@ def writing(out):
         traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
         raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; the same command continues after them") from None
     except OSError as error:
+        if error.filename is None:  # the console's
+            raise
         if error.errno in DISK_FULL:
             raise BadInput(f"the disk of {out}/ is full: free some space and give the same command again; "
                            "the shards already there stay") from error

@@ -75,13 +75,23 @@ def read_rows(path, remedy, check=lambda row: row):
     return rows
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Let an OSError of writing a file name it, as one of opening it does; one of the console names nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def replace(path, write):
     """Call `write` with a binary file, so that `path` holds either what it held before or all that was written,
     flushed to the disk."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +103,7 @@ def replace(path, write):
 
 def move(source, path):
     """Give a whole file of the same disk another name, flushed to the disk first."""
-    with open(source, "r+b") as file:
+    with naming(source), open(source, "r+b") as file:
         os.fsync(file.fileno())
     _rename(source, Path(path))
 
@@ -102,7 +112,8 @@ def _rename(source, path):
     os.replace(source, path)
     if os.name == "posix":  # the new name itself is on the disk once its folder is
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with naming(path.parent):
+            os.fsync(folder)
         os.close(folder)
 
 

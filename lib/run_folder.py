@@ -24,7 +24,7 @@ import torch
 
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
-from lib.cli import EXHAUSTED, BadInput, RankError, check, is_main_process, launched
+from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, is_main_process, launched
 from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
 
@@ -497,7 +497,7 @@ def explained(cfg):
         raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): "
                         "see to its compiler, or give --no-compile") from error
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL or is_broken(sys.stdout):  # the console's disk, it may be
             raise
         raise RankError(f"the disk of {cfg.log_dir} is full: free some space, "
                         "and the same command goes on from the newest checkpoint") from error

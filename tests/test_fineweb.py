@@ -863,6 +863,18 @@ def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails
     check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 500), DOCUMENTS)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("to, says", [
+    ("> /dev/full", "fineweb.py: error: cannot go on (No space left on device): free some disk space\n"),
+    ("| true", "")], ids=["full", "closed"])
+def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(to, says, tmp_path):
+    source = write_source(tmp_path / "in", "jsonl")
+    words = f"{sys.executable} {ROOT / 'fineweb.py'} --source {source} --out out --shard_size 500 {to}"
+    done = subprocess.run(words, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == says
+
+
 def test_the_script_itself(tmp_path, launch):
     """Bad input: one line, code 2, also without a network. A source of two documents: a warning."""
     done = launch("fineweb.py", "--source", "some/dataset",
