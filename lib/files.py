@@ -123,30 +123,41 @@ def write_json(path, value):
 
 
 def make_folder(folder, remedy):
-    """Make a folder, with its parents, and see that files can be written there. Raises BadInput, ending in `remedy`."""
+    """Make a folder, with its parents, and see that files can be written there.
+
+    Returns the folders made, the innermost first. Raises BadInput, ending in `remedy`, with none of
+    them left.
+    """
+    made = []
     try:
+        for path in (*reversed(Path(folder).parents), Path(folder)):
+            with contextlib.suppress(OSError, ValueError):  # there already, or the next line says why not
+                path.mkdir()
+                made.insert(0, path)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
+        remove_empty(made)
         raise BadInput(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): {remedy}") from error
+    return made
+
+
+def remove_empty(folders):
+    """Remove nested folders, the innermost first, up to one in which something was written."""
+    with contextlib.suppress(OSError):  # not empty
+        for path in folders:
+            path.rmdir()
 
 
 @contextlib.contextmanager
 def new_folder(folder, remedy):
     """`make_folder`. If what follows fails, those made here go again, unless something was written there."""
-    made = []
+    made = make_folder(folder, remedy)
     try:
-        for path in (*reversed(Path(folder).parents), Path(folder)):
-            with contextlib.suppress(OSError, ValueError):  # there already, or make_folder says why not
-                path.mkdir()
-                made.insert(0, path)
-        make_folder(folder, remedy)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
+        remove_empty(made)
         raise
 
 

@@ -25,7 +25,17 @@ import torch
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
 from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, is_main_process, launched
-from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
+from lib.files import (
+    DISK_FULL,
+    check_room,
+    locked,
+    make_folder,
+    read_json,
+    read_text,
+    remove_empty,
+    replace,
+    write_json,
+)
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -306,9 +316,9 @@ class RunFolder:
         self.best = None       # [validation loss, step] of the best checkpoint that was written
         self.candidate = None  # the same of the one to replace it
         check_name(self.folder.name)
-        make_folder(self.folder, "give another --log_dir")
-        self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
+        self.made = make_folder(self.folder, "give another --log_dir")
         try:
+            self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
             check_ours(self.folder)
             if {step for step, _ in checkpoint.found(self.folder)} != (resume.seen if resume else set()):
                 raise RankError(f"{self.folder} has just been written by another process: start again")
@@ -321,7 +331,7 @@ class RunFolder:
                 raise BadInput(f"{self.folder} already holds a run, finished and without checkpoints: "
                                "give another --run_name, or move it away")
         except BaseException:
-            self.open_locks.close()
+            self.close()
             raise
 
     @staticmethod
@@ -480,6 +490,7 @@ class RunFolder:
 
     def close(self):
         self.log.close()
+        remove_empty(self.made)  # of a start that failed; a run's holds its files
         self.open_locks.close()
 
 

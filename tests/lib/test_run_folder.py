@@ -634,7 +634,18 @@ def test_a_run_does_not_begin_on_a_full_disk(data, tmp_path, monkeypatch):
     full_when(monkeypatch, lambda folder: True)
     with pytest.raises(BadInput, match="free some disk space"):
         train(data, tmp_path / "a")
-    assert not os.listdir(tmp_path / "a")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_start_that_fails_leaves_no_empty_folder(data, tmp_path):
+    bad = ["--hellaswag_every", 2, "--hellaswag_file", "nowhere.jsonl"]
+    with pytest.raises(BadInput, match="nowhere.jsonl"):
+        train(data, tmp_path / "log" / "a", *bad)
+    assert not os.listdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadInput, match="nowhere.jsonl"):
+        train(data, tmp_path / "mine", *bad)
+    assert os.listdir(tmp_path) == ["mine"]  # made by the user
 
 
 def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, monkeypatch, capsys):
