@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib import conversations, packing
+from lib import checkpoint, conversations, packing
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput, check, flag, launched, parse, run
 from lib.decoding import SampleConfig, continuations
@@ -457,6 +457,7 @@ def prepare(cfg, explicit, resume):
             if getattr(cfg, name) is None:
                 raise BadInput(f"name --{name}, {what}")
         model, _, state = load_checkpoint(cfg.checkpoint)
+        checkpoint.check_finite(state["model"], cfg.checkpoint)
         model_cfg = model.config
         before = state.get("train_config")
         settle(cfg, before if isinstance(before, dict) else {}, explicit)

@@ -831,7 +831,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
-            if consecutive_skips >= cfg.max_skipped:
+            if consecutive_skips >= min(cfg.max_skipped, cfg.steps - first):  # or every step of a short start
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
                 processes.barrier()
                 raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower "

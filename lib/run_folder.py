@@ -125,6 +125,7 @@ class Resume:
         if state["tokenizer"] != tokenizer:
             raise BadInput(f"{self.path} was made with another tokenizer than the data: its ids mean other text; "
                            "give --data of its own tokenizer")
+        checkpoint.check_finite(state["model"], self.path)
         try:
             model.load_state_dict(state["model"])
             load_optimizer(optimizer, state["optimizer"], updates=state["step"] - state.get("skipped", 0))

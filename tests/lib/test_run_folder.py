@@ -380,16 +380,34 @@ def test_a_disk_that_cannot_be_read_for_now_sets_nothing_aside(whole, data, tmp_
     assert_same_runs(train(data, folder, *KINDS["gpt2"]), whole("gpt2"))
 
 
-def test_resumed_weights_that_are_nan_end_a_run_in_one_line(whole, launch, tmp_path):
-    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
+def with_weights(folder, value):
+    """The gains of the last norm in a run's checkpoint of step 8 become `value`."""
     state = checkpoint.read(folder / "ckpt_00008.pt")
-    state["model"]["transformer.ln_f.weight"] = torch.full((32,), float("nan"))
+    state["model"]["transformer.ln_f.weight"] = torch.full((32,), value)
     checkpoint.write(folder / "ckpt_00008.pt", state)
-    result = launch("train_gpt2.py", "--run_name", "a", "--max_skipped", 3, "--sample_every", 2)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert re.fullmatch(r"train_gpt2.py: error: the last 3 steps were non-finite; \S+ckpt_00008.pt is from before: .*\n",
-                        result.stderr)
-    assert [f"step {step} | skipped because non-finite" in result.stdout for step in (7, 8, 9, 10, 11)] == [0, 1, 1, 1, 0]
+
+
+def test_weights_that_are_nan_are_refused(whole, launch, tmp_path):
+    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
+    with_weights(folder, math.nan)
+    before = contents(folder)
+    for script, *flags in (("train_gpt2.py", "--run_name", "a", "--max_steps", 10),
+                           ("posttrain.py", "--checkpoint", folder / "ckpt_00008.pt", "--data", tmp_path)):
+        result = launch(script, *flags)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stdout == ""
+        assert "ckpt_00008.pt holds weights that are NaN or infinite (transformer.ln_f.weight)" in result.stderr
+    assert contents(folder) == before and os.listdir(tmp_path / "log") == ["a"]
+
+
+@pytest.mark.parametrize("steps, skipped", [(10, 2), (20, 3)])
+def test_weights_without_a_finite_loss_end_a_run(steps, skipped, whole, tmp_path, capsys):
+    """Also one with fewer steps to go than --max_skipped."""
+    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
+    with_weights(folder, 3e38)
+    with pytest.raises(BadInput, match=f"the last {skipped} steps were non-finite; .*ckpt_00008.pt is from before: "):
+        again(folder, "--max_steps", steps, "--max_skipped", 3, "--sample_every", 2)
+    out = capsys.readouterr().out
+    assert out.count("skipped because non-finite") == skipped and "done: " not in out
     assert steps_saved(folder) == [8]
 
 
