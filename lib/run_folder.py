@@ -40,6 +40,7 @@ from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}  # flags that choose it
+FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr")  # of HPARAMS
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
 
 
@@ -366,7 +367,9 @@ class RunFolder:
             self.say(f"resume  {resume.path}, step {step}; " + (f"changed: {changed}" if changed else "as before"))
         if self.anew:
             self.say(f"{self.folder} holds no checkpoint: its run begins anew")
-        self.log.hyperparameters(step, config["train"] | config["model"] | {"parameters": config.get("parameters")})
+        settings = config["train"] | config["model"] | {"parameters": config.get("parameters")}
+        first = {name: settings[name] for name in FIRST_COLUMNS}
+        self.log.hyperparameters(step, first | settings)
         self.best = position.get("best")
         self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
         self.saved_at = time.monotonic()

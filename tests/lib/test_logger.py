@@ -112,6 +112,16 @@ def test_tensorboard_shows_what_matters_first(data, tmp_path):
                         (folder / "log.txt").read_text())
 
 
+def test_the_columns_of_hparams_begin_with_what_tells_runs_apart(data, tmp_path):
+    from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
+
+    folder = train(data, tmp_path / "a", "--max_steps", "1", "--warmup_steps", "0", "--eval_every", "0")
+    content = read(folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = [info.name for info in parse_experiment_plugin_data(content).hparam_infos]
+    assert columns[:8] == ["preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr"]
+    assert len(set(columns)) == len(columns) > 60
+
+
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     log = Logger(tmp_path, 10, 4)
