@@ -548,6 +548,21 @@ def lr_multiplier(step, cfg):
     return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
 
+def rate_rise(cfg, state):
+    """A line for a run that is extended, if its learning rate goes back up; else None. state: the checkpoint's."""
+    if cfg.minutes or cfg.steps <= state["max_steps"]:
+        return None
+    shape = ("schedule", "cooldown", "warmup_steps", "min_lr_frac", "max_lr")
+    settings = {name: state["train_config"].get(name, getattr(cfg, name)) for name in shape}
+    before = replace(cfg, steps=state["max_steps"], **settings)
+    was = before.max_lr * lr_multiplier(state["step"], before)
+    now = cfg.max_lr * lr_multiplier(state["step"], cfg)
+    if now <= 1.01 * was:
+        return None
+    return (f"rate    rises again, from {was:.2e} to {now:.2e}: the {cfg.schedule} schedule now ends "
+            f"at step {cfg.steps:,}, not {state['max_steps']:,}; a lower --max_lr keeps it low")
+
+
 def gradient_groups(model):
     """dict: name of a part (embedding, block_00, ..., rest) -> its parameters; every parameter in exactly one part.
 
@@ -970,6 +985,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         return
     if resume:
         resume.compare_text(cfg, corpus, explicit)
+    rise = resume and rate_rise(cfg, resume.state)
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
@@ -987,10 +1003,11 @@ def launch(cfg, model_cfg, explicit, resume, task):
             model.load_state_dict(task.weights.pop())  # so that they go from memory
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
+        description = "\n".join(filter(None, [describe(cfg, model, corpus, processes), rise]))
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
-        run.begin(config, describe(cfg, model, corpus, processes), position, resume, like)
+        run.begin(config, description, position, resume, like)
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 

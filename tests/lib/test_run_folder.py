@@ -308,6 +308,28 @@ def test_a_finished_run_goes_on_with_a_greater_length(flags, whole, data, tmp_pa
     assert steps_saved(folder)[-1] == checkpoint.read(folder / "ckpt_00066.pt")["max_steps"] == 66
 
 
+@pytest.mark.parametrize("kind, flags, says", [
+    # half a cosine from 5e-3 down to a tenth of it: at its end, and 58 of 118 steps behind the warm-up
+    ("gpt2", ["--max_steps", "120"], "rate    rises again, from 5.00e-04 to 2.81e-03: the cosine schedule now ends"),
+    ("modern", ["--max_steps", "120"], "the wsd schedule now ends at step 120, not 60"),
+    ("gpt2", ["--max_steps", "120", "--max_lr", "2e-4"], None),
+], ids=["cosine", "wsd", "lower"])
+def test_a_longer_run_says_that_its_rate_rises_again(kind, flags, says, whole, tmp_path, capsys, monkeypatch):
+    folder = cut(whole(kind), tmp_path / "a", 60)
+    logged = run_folder.RunFolder.log_step
+
+    def interrupt(run, step, scalars, seconds):
+        logged(run, step, scalars, seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_folder.RunFolder, "log_step", interrupt)
+    again(folder, *flags)
+    out = capsys.readouterr().out
+    assert says in out if says else "rises again" not in out
+    if kind == "gpt2" and says:
+        assert dict(scalars(folder)["optim/lr"])[60] == pytest.approx(2.81e-3, abs=5e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints that must not be resumed
 
