@@ -47,8 +47,29 @@ from lib.cli import BadInput, RankError
 from lib.files import locked
 from lib.run_folder import Writer, check_name, rewind
 from lib.shards import Shards
+from lib.signals import StopSignals
 from lib.tokenizers import train_bpe
 from train_gpt2 import GPTConfig, ShardLoader, TrainConfig
+
+
+def stop_in_step(last, monkeypatch):
+    """A run in this process gets SIGTERM in this step, and has heard it before the next one."""
+    logged, signals = run_folder.RunFolder.log_step, []
+
+    def listening(*args):
+        signals.append(StopSignals(*args))
+        return signals[0]
+
+    def interrupt(run, step, *args):
+        logged(run, step, *args)
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while signals[0].received is None:
+                time.sleep(0.001)
+
+    monkeypatch.setattr(train_gpt2, "StopSignals", listening)
+    monkeypatch.setattr(run_folder.RunFolder, "log_step", interrupt)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming
@@ -316,13 +337,7 @@ def test_a_finished_run_goes_on_with_a_greater_length(flags, whole, data, tmp_pa
 ], ids=["cosine", "wsd", "lower"])
 def test_a_longer_run_says_that_its_rate_rises_again(kind, flags, says, whole, tmp_path, capsys, monkeypatch):
     folder = cut(whole(kind), tmp_path / "a", 60)
-    logged = run_folder.RunFolder.log_step
-
-    def interrupt(run, step, scalars, seconds):
-        logged(run, step, scalars, seconds)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(run_folder.RunFolder, "log_step", interrupt)
+    stop_in_step(60, monkeypatch)
     again(folder, *flags)
     out = capsys.readouterr().out
     assert says in out if says else "rises again" not in out
@@ -745,14 +760,7 @@ def test_the_best_checkpoint_is_one_that_was_written(later, best, data, tmp_path
 def test_a_step_is_saved_once(data, tmp_path, monkeypatch, capsys):
     """It may be due, the best, and the last before a signal."""
     with_losses(monkeypatch, [9.0, 5.0, 4.0])
-    logged = run_folder.RunFolder.log_step
-
-    def interrupt(run, step, *args):
-        logged(run, step, *args)
-        if step == 15:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(run_folder.RunFolder, "log_step", interrupt)
+    stop_in_step(15, monkeypatch)
     folder = train(data, tmp_path / "a", "--keep_best")
     saved = re.findall(r"saved \S+ckpt_(\d+).pt", capsys.readouterr().out)
     assert saved == ["00008", "00016"] and steps_saved(folder) == [8, 16]
