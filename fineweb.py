@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from lib import hub
 from lib.cli import BadInput, flag, parse, run
-from lib.files import DISK_FULL, check_room, locked, move, new_folder, open_file, replace, write_json
+from lib.files import DISK_FULL, check_room, locked, move, new_folder, open_file, read_text, replace, write_json
 from lib.shards import (
     SPLITS,
     Meta,
@@ -172,7 +172,8 @@ def make_shards(cfg, out, parts, meta, given):
         extract_docstrings(out)
     source = Source(cfg, parts, Seen(out / "hashes.bin") if cfg.dedup else None)
     tokenizer = find_tokenizer(cfg, out, source, meta)
-    meta = meta or new_meta(cfg, tokenizer, given)
+    if not meta or not meta.shards:
+        meta = new_meta(cfg, tokenizer, given)
     if not all(map(builder_of, parts)):  # a run goes on in the text that it began with
         source.commits = meta.settings["commits"] = source.commits | meta.settings.get("commits", {})
     for record in missing_records(out, meta):
@@ -192,6 +193,8 @@ def writing(out):
         traceback.clear_frames(interrupt.__traceback__)  # they may hold a reader of pyarrow, which aborts at exit
         raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; the same command continues after them") from None
     except OSError as error:
+        if error.filename is None:  # the console's
+            raise
         if error.errno in DISK_FULL:
             raise BadInput(f"the disk of {out}/ is full: free some space and give the same command again; "
                            "the shards already there stay") from error
@@ -280,6 +283,8 @@ def read_own_meta(out, cfg):
         paths, _ = find_shards(out)
         if shards := paths["val"] + paths["train"]:
             raise BadInput(f"{out}/ holds shards of another program ({shards[0].name}): give another --out")
+        if cfg.tokenizer.startswith("bpe:"):
+            check_tokenizer_place(out, meta)
         return None
     if meta.settings is None:
         raise BadInput(f"{out}/ holds shards of another program, says its meta.json: give another --out")
@@ -292,6 +297,22 @@ def read_own_meta(out, cfg):
         raise BadInput(f"{out}/ was begun by an older fineweb.py, whose meta.json does not say how to continue: "
                        "give another --out")
     return meta
+
+
+def check_tokenizer_place(out, meta, tokenizer=None):
+    """Raises BadInput if the folder holds a tokenizer.json that is neither its own nor `tokenizer`'s.
+
+    It may have cost hours to train, and shards elsewhere may need it.
+    """
+    path = out / "tokenizer.json"
+    if not os.path.lexists(path):
+        return
+    ours = [meta.tokenizer_crc32] if meta else []
+    if tokenizer:
+        ours.append(zlib.crc32(tokenizer.spec.encode()))
+    if zlib.crc32(read_text(path, "give another --out").encode()) not in ours:
+        raise BadInput(f"{path} was made by another command and would be replaced: give another --out, "
+                       f"or --tokenizer {path} to use it")
 
 
 def as_flag(name, value):
@@ -411,6 +432,7 @@ def find_their_tokenizer(cfg, out, dataset, meta, given):
     check_tokenizer(theirs, tokenizer, odd)
     check_tokenizer(meta, tokenizer)
     if tokenizer.is_trained:
+        check_tokenizer_place(out, meta, tokenizer)
         tokenizer.save(out / "tokenizer.json")
     return theirs, tokenizer
 
@@ -492,10 +514,14 @@ def extract_docstrings(out):
 
 def find_tokenizer(cfg, out, source, meta):
     """The --tokenizer; bpe:<n> is trained on the source once. The Writer keeps a trained one beside meta.json."""
-    if meta:  # a tokenizer.json without meta.json may be of a run with other settings that came to no shard
+    if meta and meta.shards:
         return own_tokenizer(out, meta)
     if not cfg.tokenizer.startswith("bpe:"):
-        return load_tokenizer(cfg.tokenizer)
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        if tokenizer.is_trained:
+            check_tokenizer_place(out, meta, tokenizer)
+        return tokenizer
+    check_tokenizer_place(out, meta)
     print(f"training a BPE of {cfg.tokenizer[4:]} ids")
     return train_bpe(source.texts(BPE_TEXT), int(cfg.tokenizer[4:]))
 
@@ -589,9 +615,9 @@ class Writer:
     def _write(self, split, ids, resume):
         """Write one shard. resume: the Start of the next one; None after the very last."""
         if not self.written:  # a run killed right after its first shard must find whose it is
+            write_json(self.out / "meta.json", asdict(self.meta))  # whose tokenizer.json comes next
             if self.tokenizer.is_trained:
                 self.tokenizer.save(self.out / "tokenizer.json")
-            write_json(self.out / "meta.json", asdict(self.meta))
         name = f"{self.prefix}_{split}_{len(self.meta.shards):06d}.npy"
         save_shard(self.out / name, ids)
         counts = sum(np.bincount(ids[i:i + 2**20], minlength=self.tokenizer.vocab_size) for i in range(0, len(ids), 2**20))

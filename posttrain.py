@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib import conversations, packing
+from lib import checkpoint, conversations, packing
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput, check, flag, launched, parse, run
 from lib.decoding import SampleConfig, continuations
@@ -121,7 +121,7 @@ class Data:
             found = "; ".join(self.lines[:MOST_TOLD]) + "; ..." * (len(self.lines) > MOST_TOLD)
             raise BadInput(f"{error} ({found})") from error
         self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
-        self.identity = self._hash(self.source)
+        self.identity = self.former_identity = self._hash(self.source)
 
     def _read(self, words):
         examples, lines = [], []
@@ -326,6 +326,7 @@ class PostTraining(Pretraining):
         self.corpus.lines.append(line)
         if cfg.replay:
             self.corpus.identity += self.pretraining.identity
+            self.corpus.former_identity += self.pretraining.former_identity
         if model:
             model_cfg.vocab_size, weights = (grow(model, tokenizer) if self.corpus.chat else
                                              (model_cfg.vocab_size, model.state_dict()))
@@ -388,10 +389,10 @@ class PostTraining(Pretraining):
         return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
 
     def conclude(self, run):
-        new, losses = (run.recorded(kind) or {} for kind in ("val", "val_pretraining"))
+        losses = run.recorded("val_pretraining") or {}
         if len(losses) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
             first, last = min(losses), self.steps
-            best = min((step for step in new if step), key=new.get, default=last)
+            best = run.best[1] if run.best else last
             told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
             at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
             run.say(f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
@@ -456,6 +457,7 @@ def prepare(cfg, explicit, resume):
             if getattr(cfg, name) is None:
                 raise BadInput(f"name --{name}, {what}")
         model, _, state = load_checkpoint(cfg.checkpoint)
+        checkpoint.check_finite(state["model"], cfg.checkpoint)
         model_cfg = model.config
         before = state.get("train_config")
         settle(cfg, before if isinstance(before, dict) else {}, explicit)

@@ -61,8 +61,9 @@ def train(argv):
     if cfg.out is None:
         raise BadInput("name the folder of the tokenizer by --out")
     out = Path(cfg.out)
-    if os.path.lexists(out / "tokenizer.json"):
-        raise BadInput(f"{out}/ holds a tokenizer.json already: give another --out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if os.path.lexists(out / name):
+            raise BadInput(f"{out}/ holds a {name} already: give another --out")
     texts = read(text, BPE_TEXT)
     with new_folder(out, "give another --out"):  # before the work, which may take long
         started = time.perf_counter()

@@ -596,6 +596,21 @@ def lr_multiplier(step, cfg):
     return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
 
+def rate_rise(cfg, state):
+    """A line for a run that is extended, if its learning rate goes back up; else None. state: the checkpoint's."""
+    if cfg.minutes or cfg.steps <= state["max_steps"]:
+        return None
+    shape = ("schedule", "cooldown", "warmup_steps", "min_lr_frac", "max_lr")
+    settings = {name: state["train_config"].get(name, getattr(cfg, name)) for name in shape}
+    before = replace(cfg, steps=state["max_steps"], **settings)
+    was = before.max_lr * lr_multiplier(state["step"], before)
+    now = cfg.max_lr * lr_multiplier(state["step"], cfg)
+    if now <= 1.01 * was:
+        return None
+    return (f"rate    rises again, from {was:.2e} to {now:.2e}: the {cfg.schedule} schedule now ends "
+            f"at step {cfg.steps:,}, not {state['max_steps']:,}; a lower --max_lr keeps it low")
+
+
 def gradient_groups(model):
     """dict: name of a part (embedding, block_00, ..., rest) -> its parameters; every parameter in exactly one part.
 
@@ -771,7 +786,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     """
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
-    timer, seconds, best = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0, position.get("best")
+    timer, seconds = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0
     ddp, parameters, parts = parallel(model, processes), list(model.parameters()), gradient_groups(model)
     flops, peak = model.flops_per_token(), peak_flops(device)
     is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
@@ -779,7 +794,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False,
-                "loader": stream.state_dict(), "max_steps": cfg.steps, "timed": timer.timed, "best": best,
+                "loader": stream.state_dict(), "max_steps": cfg.steps, "timed": timer.timed,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
 
     save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
@@ -788,9 +803,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         while True:
             last = step >= cfg.steps  # beyond: resumed as a shorter run
             # ---- save, in the background; not after skipped steps: the checkpoints from before may be better
-            save_due = save_due or (cfg.save_every and step % cfg.save_every == 0)
-            if save_due and first < step < cfg.steps and not consecutive_skips:
+            save_due = save_due or (cfg.save_every and step > first and step % cfg.save_every == 0)
+            if save_due and step < cfg.steps and not consecutive_skips:
                 run.save(snapshot())
+                save_due = False
 
             # ---- evaluate
             for evaluation in (e for e in evaluations if e.due(step, last)):
@@ -802,10 +818,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                         results = evaluation.run(model, stop.agree)
                     if not stop.agree():
                         run.log_evaluation(step, results)
-                        val = results.get("Loss/val", math.inf)  # the same on every process
-                        if cfg.keep_best and step and not consecutive_skips and val < (best or [math.inf])[0]:
-                            best = [val, step]
-                            if not last:
+                        if cfg.keep_best and "Loss/val" in results and step and not consecutive_skips:
+                            # only rank 0 knows which checkpoints were written
+                            best = processes.sum([bool(run.is_best(results["Loss/val"], step))])[0]
+                            if best and not last:
                                 run.save(snapshot())
                 except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
                     run.say(f"step {step} | {evaluation.name} | {error}")
@@ -844,8 +860,10 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 dist.all_reduce(shared)
             norms = torch.stack([gradient_norm(part) for part in parts.values()])
             total_norm = norms.norm()
-            loss, stop_requests, save_due, took, norm, *norms = torch.cat((shared, total_norm[None], norms)).tolist()
+            numbers = torch.cat((shared, total_norm[None], norms)).tolist()
+            loss, stop_requests, save_requests, took, norm, *norms = numbers
             stop.agree(stop_requests)
+            save_due = save_due or save_requests > 0
             if step > first + 1:  # the first step compiles
                 run.set_length(timer.fit(step, took), timer.stands)
 
@@ -878,7 +896,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             if line := is_spike(loss):
                 run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
             step += 1
-            if consecutive_skips >= cfg.max_skipped:
+            if consecutive_skips >= min(cfg.max_skipped, cfg.steps - first):  # or every step of a short start
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
                 processes.barrier()
                 raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower "
@@ -886,7 +904,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         stop.heard()
         run.save(snapshot(finished=last and not stop.agreed), wait=True)
         processes.barrier()
-        run.conclude(step, finished=last and not stop.agreed, best=best)
+        run.conclude(step, finished=last and not stop.agreed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1027,6 +1045,9 @@ def launch(cfg, model_cfg, explicit, resume, task):
         if processes.main:
             print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --{length_flag(cfg)} to go on")
         return
+    if resume:
+        resume.compare_text(cfg, corpus, explicit)
+    rise = resume and rate_rise(cfg, resume.state)
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
@@ -1042,15 +1063,16 @@ def launch(cfg, model_cfg, explicit, resume, task):
         cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, state_like(optimizer), task.packed)
         stream, position = task.stream(cfg, tokenizer, T, processes), {"step": 0, "skipped": 0, "consecutive_skips": 0}
         if resume:
-            position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
+            position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
             model.load_state_dict(task.weights.pop())  # so that they go from memory
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
+        description = "\n".join(filter(None, [describe(cfg, model, corpus, processes), rise]))
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
-        run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, like)
+        run.begin(config, description, position, resume, like)
         if compiling:
             idx = torch.zeros(cfg.sequences, T, dtype=torch.long, device=processes.device)
             compiler.compile_ahead(model, (idx, idx, *task.packed(idx)), cfg.eval_every > 0, run.say)

@@ -83,6 +83,12 @@ def read(path):
                    "try an earlier ckpt_<step>.pt") from error
 
 
+def check_finite(weights, path):
+    """Raises BadInput if a checkpoint's weights, {name: tensor}, hold NaN or infinity: nothing can be trained from them."""
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise BadInput(f"{path} holds weights that are NaN or infinite ({bad[0]}): name an earlier ckpt_<step>.pt")
+
+
 def newest(folder, warn):
     """(path, state) of the newest whole checkpoint of a run folder, or None if there are none at all.
 

@@ -84,7 +84,7 @@ def _run(main):
         print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         _leave(130)
     except OSError as error:
-        if "--debug" in sys.argv or not (error.errno in EXHAUSTED or _is_broken(sys.stdout)):
+        if "--debug" in sys.argv or not (error.errno in EXHAUSTED or is_broken(sys.stdout)):
             raise
         remedy = EXHAUSTED.get(error.errno, "see where the output goes")
         _fail(f"{script}: error: cannot go on ({error.strerror}): {remedy}")
@@ -102,12 +102,13 @@ def _fail(line, say=True):
 
 def _leave(code):
     """Exit with this code; Python itself would end with another, and a traceback, if what is left to print cannot be."""
-    if _is_broken(sys.stdout):
+    if is_broken(sys.stdout):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
-def _is_broken(stream):
+def is_broken(stream):
+    """Whether what was printed to a stream cannot be written: its disk is full, or its reader gone."""
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -75,13 +75,23 @@ def read_rows(path, remedy, check=lambda row: row):
     return rows
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Let an OSError of writing a file name it, as one of opening it does; one of the console names nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def replace(path, write):
     """Call `write` with a binary file, so that `path` holds either what it held before or all that was written,
     flushed to the disk."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +103,7 @@ def replace(path, write):
 
 def move(source, path):
     """Give a whole file of the same disk another name, flushed to the disk first."""
-    with open(source, "r+b") as file:
+    with naming(source), open(source, "r+b") as file:
         os.fsync(file.fileno())
     _rename(source, Path(path))
 
@@ -102,7 +112,8 @@ def _rename(source, path):
     os.replace(source, path)
     if os.name == "posix":  # the new name itself is on the disk once its folder is
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with naming(path.parent):
+            os.fsync(folder)
         os.close(folder)
 
 
@@ -112,30 +123,41 @@ def write_json(path, value):
 
 
 def make_folder(folder, remedy):
-    """Make a folder, with its parents, and see that files can be written there. Raises BadInput, ending in `remedy`."""
+    """Make a folder, with its parents, and see that files can be written there.
+
+    Returns the folders made, the innermost first. Raises BadInput, ending in `remedy`, with none of
+    them left.
+    """
+    made = []
     try:
+        for path in (*reversed(Path(folder).parents), Path(folder)):
+            with contextlib.suppress(OSError, ValueError):  # there already, or the next line says why not
+                path.mkdir()
+                made.insert(0, path)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
+        remove_empty(made)
         raise BadInput(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): {remedy}") from error
+    return made
+
+
+def remove_empty(folders):
+    """Remove nested folders, the innermost first, up to one in which something was written."""
+    with contextlib.suppress(OSError):  # not empty
+        for path in folders:
+            path.rmdir()
 
 
 @contextlib.contextmanager
 def new_folder(folder, remedy):
     """`make_folder`. If what follows fails, those made here go again, unless something was written there."""
-    made = []
+    made = make_folder(folder, remedy)
     try:
-        for path in (*reversed(Path(folder).parents), Path(folder)):
-            with contextlib.suppress(OSError, ValueError):  # there already, or make_folder says why not
-                path.mkdir()
-                made.insert(0, path)
-        make_folder(folder, remedy)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
+        remove_empty(made)
         raise
 
 

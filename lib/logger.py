@@ -5,6 +5,7 @@ import datetime
 import logging
 import math
 import os
+import re
 import socket
 import statistics
 import sys
@@ -19,6 +20,7 @@ from lib.cli import BadInput
 RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}
 LABELS = {"Loss/val": "val loss", "Loss/val_bpb": "bits per byte", "Loss/val_pretraining": "pretraining val loss",
           "Loss/val_pretraining_bpb": "pretraining bits per byte", "eval/hellaswag": "HellaSwag acc_norm"}
+EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\.")
 COMPILED = 10  # times as long as its neighbours: a step that compiled a new shape
 
 
@@ -48,12 +50,12 @@ class Logger:
         self.price_per_hour = price_per_hour
         self.recent = deque(maxlen=20)  # seconds per unit of work in the latest steps, but for the first, which compiles
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        again = any(folder.glob("events*"))
+        number = next_events_number(folder)
         # written here and not by SummaryWriter, whose thread meets a full disk or a folder that is gone with a traceback
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
         self.records = RecordWriter(open(folder / name, "ab"))  # noqa: SIM115
         self._event(file_version="brain.Event:2", step=0)
-        if again:
+        if number > 1:
             self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=first_step)
         self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
 
@@ -160,6 +162,18 @@ class Logger:
         for file in (self.records, self.file):
             with contextlib.suppress(OSError):  # a full disk has been reported by now
                 file.close()
+
+
+def next_events_number(folder):
+    """One more than the largest number in the names of a folder's event files; 1 for the first.
+
+    TensorBoard reads the files in the order of their names, and a start forgets steps only in the
+    files before its own. Earlier versions, like TensorBoard's writers, number them by the clock,
+    which may go back or be another machine's.
+    """
+    names = [EVENTS.match(path.name) for path in folder.glob("events.out.tfevents.*")]
+    numbers = [int(name[1].ljust(10, "0")) for name in names if name]  # names are compared as text
+    return max(numbers, default=0) + 1
 
 
 def histogram(counts):

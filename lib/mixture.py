@@ -4,7 +4,6 @@
 background, and `Mixture` the stream of more than one folder.
 """
 
-import hashlib
 import math
 import os
 from collections import Counter
@@ -19,7 +18,7 @@ import torch
 from lib.budget import tokens_of
 from lib.cli import BadInput, RankError
 from lib.devices import to_device
-from lib.shards import SPLITS, Shards, check_shards
+from lib.shards import SPLITS, Shards, check_shards, digest
 from lib.tokenizers import load_tokenizer
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
@@ -43,9 +42,9 @@ class Corpus:
 
     tokens: {"train": count} of --data alone, without sources of weight 0. weights: float64 (sources,), shares of the tokens
     once the curriculum is over, and of the sources' losses in the validation loss of the whole; without a weight given, by
-    size. tokenizer, vocab_size: as of Shards, the same in every folder. identity: what a checkpoint remembers; that of a single
-    folder is its own. needed: the splits that every folder must have. Raises BadInput, also for folders of different
-    tokenizers, naming both.
+    size. tokenizer, vocab_size: as of Shards, the same in every folder. identity, former_identity: as of
+    Shards; those of a single folder are its own. needed: the splits that every folder must have.
+    Raises BadInput, also for folders of different tokenizers, naming both.
     """
 
     def __init__(self, cfg, needed=SPLITS):
@@ -74,9 +73,11 @@ class Corpus:
         self.stage = self.tokens_of(cfg.curriculum_steps or 0)  # tokens of the run until the curriculum is over
         self._compare_tokenizers()
         first = self.sources[0].shards
-        self.tokenizer, self.vocab_size, self.identity = first.tokenizer, first.vocab_size, first.identity
+        self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
+        self.identity, self.former_identity = first.identity, first.former_identity
         if self.is_mixed:
-            self.identity = hashlib.sha256(repr([source.shards.identity for source in self.sources]).encode()).hexdigest()
+            self.identity = digest([source.shards.identity for source in self.sources])
+            self.former_identity = digest([source.shards.former_identity for source in self.sources])
 
     @property
     def is_mixed(self):

@@ -6,6 +6,7 @@ the others a `RunFolder.null()`.
 
 import contextlib
 import copy
+import math
 import os
 import re
 import shlex
@@ -23,11 +24,23 @@ import torch
 
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
-from lib.cli import BadInput, RankError, check, is_main_process, launched
-from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
+from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, is_main_process, launched
+from lib.files import (
+    DISK_FULL,
+    check_room,
+    locked,
+    make_folder,
+    read_json,
+    read_text,
+    remove_empty,
+    replace,
+    write_json,
+)
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}  # flags that choose it
+FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr")  # of HPARAMS
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
 
 
@@ -43,6 +56,7 @@ class Resume:
     state: dict
     seen: set  # steps of the checkpoints in the run folder, before this one was read
     changed: list = field(default_factory=list)
+    other_text: bool = False  # see compare_text
 
     def adopt(self, cfg, model_cfg, explicit):
         """Take every setting that was not given on the command line from the checkpoint,
@@ -87,16 +101,32 @@ class Resume:
             raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} "
                            "count from the run's first: give more of them, or leave --curriculum out")
 
-    def restore(self, model, optimizer, stream, tokenizer, identity):
+    def compare_text(self, cfg, corpus, explicit):
+        """Note whether the training data holds other text than the checkpoint was trained on.
+
+        Raises BadInput if it does and no flag that chooses the text was given.
+        """
+        known = (corpus.identity, corpus.former_identity)
+        self.other_text = self.state.get("data", corpus.identity) not in known
+        if not self.other_text:
+            return
+        if not explicit & OF_THE_TEXT:
+            folders = shlex.join(cfg.data)
+            raise BadInput(f"{folders} no longer holds the text that {self.path} was trained on: put it back, "
+                           f"or give --data {folders} to train on the new text, from its beginning")
+        self.changed.append("other training data, read from its beginning")
+
+    def restore(self, model, optimizer, stream, tokenizer):
         """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best.
         Raises BadInput, with nothing written yet.
 
-        tokenizer: the spec of the data's. identity: Shards.identity of the training data.
+        tokenizer: the spec of the data's.
         """
         state = self.state
         if state["tokenizer"] != tokenizer:
             raise BadInput(f"{self.path} was made with another tokenizer than the data: its ids mean other text; "
                            "give --data of its own tokenizer")
+        checkpoint.check_finite(state["model"], self.path)
         try:
             model.load_state_dict(state["model"])
             load_optimizer(optimizer, state["optimizer"], updates=state["step"] - state.get("skipped", 0))
@@ -104,14 +134,12 @@ class Resume:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
                            f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
                            "or begin another --run_name without --resume") from error
-        if state.get("data", identity) == identity:
+        if not self.other_text:  # a position means nothing in other files
             try:
                 stream.where(state["loader"])  # which looks it up
                 stream.load_state_dict(state["loader"])
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise BadInput(f"{self.path} stands at a place that the data does not have: name another checkpoint") from error
-        else:  # a position means nothing in other files
-            self.changed.append("other training data, read from its beginning")
         stream.resume_at(state["step"])
         position = {"step": state["step"], "skipped": state.get("skipped", 0),
                     "consecutive_skips": state.get("consecutive_skips", 0),
@@ -190,7 +218,8 @@ def find_resume(cfg, explicit):
         check_name(cfg.run_name)
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
     home = start and (start if os.path.isdir(start) else start.parent).absolute()
-    if cfg.run_name is None and start and "log_dir" not in explicit and os.path.exists(home / "config.json"):
+    in_a_run = start and os.path.exists(home / "config.json") and not has_foreign_config(home)
+    if cfg.run_name is None and in_a_run and "log_dir" not in explicit:
         cfg.log_dir, cfg.run_name = str(home.parent), home.name
     begun = restarted(cfg.log_dir)
     if cfg.run_name is None and begun:
@@ -222,10 +251,20 @@ def check_name(name):
 
 
 def check_ours(folder):
-    """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be rewound or removed."""
+    """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be
+    rewound, replaced or removed."""
     names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if os.path.isdir(folder) else set()
-    if names and "config.json" not in names and not checkpoint.found(folder):
-        raise BadInput(f"{folder} is not a run folder, it holds no config.json: give another --run_name")
+    if has_foreign_config(folder):
+        raise BadInput(f"{folder} is not a run folder, its config.json is another program's: give another --run_name")
+    if names and not read_config(folder) and not checkpoint.found(folder):
+        raise BadInput(f"{folder} is not a run folder, it holds no config.json of a run: give another --run_name")
+
+
+def has_foreign_config(folder):
+    """Whether a folder holds another program's config.json, a Hugging Face model's for one; a
+    damaged one may be a run's."""
+    config = read_config(folder)
+    return bool(config) and not {"train", "starts"} & config.keys()
 
 
 def read_config(folder):
@@ -275,10 +314,13 @@ class RunFolder:
         self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
+        self.saved = None      # step of the newest checkpoint that this start wrote, or is writing
+        self.best = None       # [validation loss, step] of the best checkpoint that was written
+        self.candidate = None  # the same of the one to replace it
         check_name(self.folder.name)
-        make_folder(self.folder, "give another --log_dir")
-        self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
+        self.made = make_folder(self.folder, "give another --log_dir")
         try:
+            self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
             check_ours(self.folder)
             if {step for step, _ in checkpoint.found(self.folder)} != (resume.seen if resume else set()):
                 raise RankError(f"{self.folder} has just been written by another process: start again")
@@ -291,7 +333,7 @@ class RunFolder:
                 raise BadInput(f"{self.folder} already holds a run, finished and without checkpoints: "
                                "give another --run_name, or move it away")
         except BaseException:
-            self.open_locks.close()
+            self.close()
             raise
 
     @staticmethod
@@ -301,13 +343,15 @@ class RunFolder:
     def _old_log(self):
         return read_text(self.folder / "log.txt", "give another --run_name")
 
-    def begin(self, config, description, step, resume, like):
-        """Rewind the folder to `step`, write config.json and open the log.
+    def begin(self, config, description, position, resume, like):
+        """Rewind the folder to where the run begins, write config.json and open the log.
 
-        config: dict of what says which run this is: goes into config.json and into every checkpoint. like: tensors (shapes and
-        dtypes) of a checkpoint, for which there must be room on the disk, and for which memory is allocated; raises BadInput
-        if there is none.
+        config: dict of what says which run this is: goes into config.json and into every checkpoint.
+        position: as Resume.restore gives it. like: tensors (shapes and dtypes) of a checkpoint, for
+        which there must be room on the disk, and for which memory is allocated; raises BadInput if
+        there is none.
         """
+        step = position["step"]
         check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint", checkpoint.NO_ROOM)
         changed, command = ", ".join(resume.changed) if resume else "", shlex.join([*launcher(), *sys.argv])
         start = {"step": step, "from": resume and str(resume.path), "changed": changed, "command": command,
@@ -323,8 +367,12 @@ class RunFolder:
             self.say(f"resume  {resume.path}, step {step}; " + (f"changed: {changed}" if changed else "as before"))
         if self.anew:
             self.say(f"{self.folder} holds no checkpoint: its run begins anew")
-        self.log.hyperparameters(step, config["train"] | config["model"] | {"parameters": config.get("parameters")})
-        self.first, self.saved_at = step, time.monotonic()
+        settings = config["train"] | config["model"] | {"parameters": config.get("parameters")}
+        first = {name: settings[name] for name in FIRST_COLUMNS}
+        self.log.hyperparameters(step, first | settings)
+        self.best = position.get("best")
+        self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
+        self.saved_at = time.monotonic()
         self.writer = Writer(self.folder, self.keep)
         self.writer.reserve(like)
 
@@ -342,23 +390,49 @@ class RunFolder:
         """Whether so many minutes (0: never) have passed since the last checkpoint."""
         return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
+    def is_best(self, loss, step):
+        """Whether a validation loss is below that of the best checkpoint. If so, the checkpoint of
+        this `step` replaces it, once it is written."""
+        self.poll(wait=True)  # the best one may be on its way
+        if not loss < (self.best or [math.inf])[0]:
+            return False
+        self.candidate = [loss, step]
+        return True
+
     def save(self, state, wait=False):
-        """Begin to write a checkpoint of `state`; with `wait`, raise BadInput if it cannot be written."""
-        self.poll(wait=True)  # the one before
-        self.log.flush()
+        """Begin to write a checkpoint of `state`, unless that step's is there, or on its way; with
+        `wait`, raise BadInput if it cannot be written."""
         if not self.folder.is_dir():  # moved or removed: the run goes on in a new one
-            self.log.close()
-            make_folder(self.folder, "see what became of it, and start again")
-            self.open_locks.enter_context(locked(self.folder, "end that run first"))
-            self._open(state["step"])
-            self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
-        write_json(self.folder / "config.json", self.config)
-        self.saved_at = time.monotonic()
-        again = state["step"] == self.first < self.config["max_steps"] and checkpoint.path_of(self.folder, self.first).exists()
-        if not again:
-            self.writer.start(state["step"], self.constants | state)
+            self._make_again(state["step"])
+        if wait:
+            self.poll(wait=True)  # if the step's own failed, it is tried again
+        if state["step"] != self.saved or state["finished"]:
+            self._start(state)
         if wait and (error := self.poll(wait=True)):
             raise error
+
+    def _start(self, state):
+        self.poll(wait=True)  # the one before
+        self.log.flush()
+        self.saved_at = time.monotonic()
+        self.saved = state["step"]
+        best = self.best
+        if self.candidate and self.candidate[1] == self.saved:
+            best = self.candidate
+        # its max_steps may have followed --minutes
+        config = partial(write_json, self.folder / "config.json", dict(self.config))
+        former_best = self.best and self.best[1]
+        state = self.constants | state | {"best": best}
+        self.writer.start(self.saved, state, config, former_best)
+
+    def _make_again(self, step):
+        self.poll(wait=True)
+        self.log.close()
+        make_folder(self.folder, "see what became of it, and start again")
+        self.open_locks.enter_context(locked(self.folder, "end that run first"))
+        self._open(step)
+        self.log.say(f"{self.folder} was moved or removed while the run went on: made again")
+        self.saved = self.best = None
 
     def wait_copied(self):
         """Wait until the tensors being saved may change."""
@@ -367,23 +441,28 @@ class RunFolder:
     def poll(self, wait=False):
         """Say that the checkpoint begun is written, or why not: that alone does not end a run. Returns the error or None."""
         try:
-            if line := self.writer.collect(wait):
-                self.log.say(line)
+            line = self.writer.collect(wait)
         except BadInput as error:
+            self.saved = None
             self.log.say(str(error))
             return error
+        if line:
+            self.log.say(line)
+        if self.candidate and self.candidate[1] == self.saved and self.writer.future is None:
+            self.best = self.candidate
         return None
 
     def give_up(self, state):
         """The newest checkpoint from before too many updates in a row were skipped; `state` is saved if there is none."""
         self.poll(wait=True)
         if not checkpoint.found(self.folder):
+            self.saved = None
             self.save(state, wait=True)
         return checkpoint.found(self.folder)[0][1]
 
-    def conclude(self, step, finished, best=None):
-        """Say how the run ended and what to do next. best: the lowest validation loss and its step,
-        where its checkpoint was kept."""
+    def conclude(self, step, finished):
+        """Say how the run ended and what to do next."""
+        best = self.best
         if best:
             self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
@@ -415,6 +494,7 @@ class RunFolder:
 
     def close(self):
         self.log.close()
+        remove_empty(self.made)  # of a start that failed; a run's holds its files
         self.open_locks.close()
 
 
@@ -432,7 +512,7 @@ def explained(cfg):
         raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): "
                         "see to its compiler, or give --no-compile") from error
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL or is_broken(sys.stdout):  # the console's disk, it may be
             raise
         raise RankError(f"the disk of {cfg.log_dir} is full: free some space, "
                         "and the same command goes on from the newest checkpoint") from error
@@ -452,18 +532,29 @@ def rewind(folder, step):
     """Make a run folder what it was when its checkpoint of `step` was saved.
 
     Half-written files go. The lines of log.txt from `step` on go, since these steps run again. Checkpoints of later steps
-    (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside. TensorBoard is rewound by the log.
+    (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside, or .aside.2 and so
+    on where an earlier course left one. TensorBoard is rewound by the log.
     """
     folder = Path(folder)
     for unfinished in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
         unfinished.unlink()
     for later, path in checkpoint.found(folder):
         if later > step:
-            os.replace(path, path.with_suffix(".pt.aside"))
+            os.replace(path, free_name(path.with_suffix(".pt.aside")))
     (folder / "log.txt").touch()
     lines = [line for line in (folder / "log.txt").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     kept = b"".join(line for line in lines if not (number := re.match(rb"(\d{1,12}) ", line)) or int(number[1]) < step)
     replace(folder / "log.txt", lambda file: file.write(kept))
+
+
+def free_name(path):
+    """`path` if nothing has that name, else the first of <path>.2, <path>.3, ... that nothing has."""
+    candidate = path
+    number = 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
 
 
 def commit():
@@ -519,14 +610,20 @@ class Writer:
         """Allocate, in the background, pinned memory for a checkpoint of tensors like these; a CPU's need none."""
         self.executor.submit(lambda: [self._allocate(t) for t in like if t.is_cuda])
 
-    def start(self, step, state):
-        """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first."""
+    def start(self, step, state, before=lambda: None, former_best=None):
+        """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first.
+
+        before: called right before it is written; if it fails, the checkpoint does. former_best: step
+        of a checkpoint that must not make room for this one, whatever state["best"] says.
+        """
         started = time.perf_counter()
         assert self.future is None, "collect the previous checkpoint first"
         self.copied.clear()
         device = next((t.device for t in checkpoint.tensors(state) if t.is_cuda), None)
         ready = device and (device, torch.cuda.current_stream(device).record_event())
-        self.future = self.executor.submit(self._write, checkpoint.path_of(self.folder, step), state, ready)
+        copy = partial(self._to_host, state, ready)
+        path = checkpoint.path_of(self.folder, step)
+        self.future = self.executor.submit(self._write, path, copy, before, former_best)
         self.stall = time.perf_counter() - started
 
     def wait_copied(self):
@@ -543,25 +640,29 @@ class Writer:
         error = future.exception()  # waits for it
         self.stall += time.perf_counter() - started
         if isinstance(error, OSError):  # the folder is gone, or not ours to change
-            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): see what became of it") from error
+            remedy = EXHAUSTED.get(error.errno, "see what became of it")
+            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): {remedy}") from error
         return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
 
-    def _write(self, path, state, ready):
+    def _write(self, path, copy, before, former_best):
         started = time.perf_counter()
         try:
-            state = self._to_host(state, ready)
+            state = copy()
         except Exception as error:
             raise BadInput(f"cannot save {path}: no copy of it fits into memory "
                            f"({type(error).__name__}: {str(error)[:80]})") from error
         finally:
             self.copied.set()
-        size, best = checkpoint.n_bytes(state), (state.get("best") or (None, None))[1]  # the step of the one that always stays
+        size = checkpoint.n_bytes(state)
         if self.keep:
-            for old in self._others(best)[:0:-1]:  # from the oldest on, all but the newest make room if they must
+            # from the oldest on, all but the newest make room if they must
+            for old in self._others(former_best)[:0:-1]:
                 if shutil.disk_usage(self.folder).free < size:
                     old.unlink(missing_ok=True)
+        before()
         checkpoint.write(path, state)
         if self.keep:
+            best = (state.get("best") or (None, None))[1]
             for old in self._others(best)[self.keep:]:
                 old.unlink(missing_ok=True)
         return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"

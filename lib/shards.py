@@ -218,7 +218,8 @@ def find_shards(folder):
 
 class Shards:
     """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count),
-    `tokenizer` (a spec), `meta`.
+    `tokenizer` (a spec), `meta`, `identity` (of the training text, as a checkpoint remembers it)
+    and `former_identity` (as checkpoints of earlier versions remember it).
 
     Reads every header and holds no file open. needed: the splits without which it is of no use. named_by: the flag that names
     it. Raises BadInput unless the folder has these splits, is whole, finished and of one tokenizer.
@@ -238,8 +239,7 @@ class Shards:
             self._compare_names(folder, headers, command)
         self._check_needed(folder, others, needed, named_by)
         self._compare_dtypes(headers)
-        # the same shards give the same stream of tokens, wherever they lie
-        self.identity = hashlib.sha256(repr([(p.name, headers[p].tokens) for p in self.train]).encode()).hexdigest()
+        self.identity, self.former_identity = self._identify(headers)
         self.tokens = {split: sum(headers[p].tokens for p in paths[split]) for split in ("train", "val")}
         for split in SPLITS if self.meta and self.meta.splits else ():
             if (told := self.meta.splits[split].tokens) != self.tokens[split]:
@@ -251,6 +251,20 @@ class Shards:
         if spec.endswith(".json"):
             check_tokenizer_file(folder / spec, self.meta)
         self.vocab_size = self.meta.vocab_size if self.meta else 50257  # None where meta.json, written by hand, does not say
+
+    def _identify(self, headers):
+        """(identity, former_identity): hashes that are the same wherever the shards lie.
+
+        By the checksums that meta.json lists: other text may fill shards of the same names and
+        lengths, as it does with --max_tokens. Without them, and in earlier versions, by names and
+        lengths.
+        """
+        named = [(path.name, headers[path].tokens) for path in self.train]
+        if not self.meta or self.meta.shards is None:
+            return digest(named), digest(named)
+        checksums = {record.name: record.crc32 for record in self.meta.shards}
+        summed = [(tokens, checksums[name]) for name, tokens in named]
+        return digest(summed), digest(named)
 
     def _compare_names(self, folder, headers, command):
         listed = {record.name: record.tokens for record in self.meta.shards}
@@ -294,6 +308,11 @@ class Shards:
             if same and (twin := next((p for p, first in ((p, ends(val)) for p in same) if ends(p) == first), None)):
                 raise BadInput(f"{twin} and {val.name} hold the same tokens: validation would measure the training "
                                "text; move one of them to another folder")
+
+
+def digest(value):
+    """The SHA-256 of nested lists, tuples, numbers and strings, as hexadecimal digits."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def read_validation(shards, val_tokens, block_size, tokenizer):

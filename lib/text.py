@@ -19,7 +19,7 @@ import numpy as np
 
 from lib import cli, hub
 from lib.cli import BadInput, flag
-from lib.files import open_file
+from lib.files import naming, open_file
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # format -> loader of `datasets`
 FORMATS = (".parquet", *(f"{end}{packed}" for end in (".jsonl", ".json", ".txt") for packed in ("", ".gz", ".zst")))
@@ -88,8 +88,9 @@ class Seen:
                 kept.append(text)
                 hashes.append(one)
         if self.keep:
-            self.file.write(np.array(hashes, dtype=np.uint64).tobytes())
-            self.file.flush()  # before meta.json counts them
+            with naming(self.path):
+                self.file.write(np.array(hashes, dtype=np.uint64).tobytes())
+                self.file.flush()  # before meta.json counts them
         self.count += len(hashes)
         return kept
 

@@ -24,8 +24,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import tokenizer
 from lib import cli, files
 from lib import text as text_files
+from lib.shards import Shards
 from lib.tokenizers import EOT, load_tokenizer, train_bpe
 
 EOT_ID = 50256
@@ -277,6 +279,34 @@ def test_a_tokenizer_of_a_run_that_came_to_no_shard_is_not_taken_for_another(tmp
     make(source, tmp_path / "out", "--shard_size", 1000)
     check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 1000), DOCUMENTS)
     assert read_shards(tmp_path / "out") == cut(reference(DOCUMENTS), 1000)
+
+
+@pytest.mark.parametrize("flag", ["bpe:300", "other/tokenizer.json"])
+def test_a_tokenizer_of_another_command_is_not_replaced(flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, mine, other = write_source(tmp_path / "in", "jsonl"), Path("mine"), Path("other")
+    for folder, size in ((mine, 320), (other, 310)):
+        tokenizer.main(["train", "--source", str(source), "--vocab_size", str(size), "--out", str(folder)])
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    with pytest.raises(cli.BadInput, match="mine/tokenizer.json was made by another command and would be replaced: "
+                                           "give another --out, or --tokenizer mine/tokenizer.json"):
+        make(source, mine, "--tokenizer", flag, "--shard_size", 2000)
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+    make(source, mine, "--tokenizer", mine / "tokenizer.json", "--shard_size", 2000)  # its own, beside its shards
+    assert (mine / "tokenizer.json").read_bytes() == before["tokenizer.json"]
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_run_killed_before_its_first_shard_trains_its_tokenizer_again(missing, tmp_path, monkeypatch):
+    source, out = write_source(tmp_path / "in", "jsonl"), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb, "save_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        make(source, out, "--tokenizer", "bpe:300", "--shard_size", 2000)
+    assert {path.name for path in out.iterdir()} == {"meta.json", "tokenizer.json"}
+    if missing:  # killed between the two
+        (out / "tokenizer.json").unlink()
+    make(source, out, "--tokenizer", "bpe:300", "--shard_size", 2000)
+    assert load_tokenizer(str(out)).vocab_size == 296 and Shards(out).tokens["val"] == 2000
 
 
 def test_a_vocabulary_beyond_uint16_gives_uint32(tmp_path, monkeypatch):
@@ -831,6 +861,18 @@ def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails
     fineweb.main([str(flag) for flag in flags])
     assert read_shards(tmp_path / "out") == cut(reference(DOCUMENTS), 500)
     check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 500), DOCUMENTS)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("to, says", [
+    ("> /dev/full", "fineweb.py: error: cannot go on (No space left on device): free some disk space\n"),
+    ("| true", "")], ids=["full", "closed"])
+def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(to, says, tmp_path):
+    source = write_source(tmp_path / "in", "jsonl")
+    words = f"{sys.executable} {ROOT / 'fineweb.py'} --source {source} --out out --shard_size 500 {to}"
+    done = subprocess.run(words, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == says
 
 
 def test_the_script_itself(tmp_path, launch):

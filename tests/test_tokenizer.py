@@ -46,6 +46,7 @@ def test_help_says_how_a_command_is_given(word, capsys):
     (["train", "--out", "x"], "name the text by --source"),
     (["train", "--source", "SOURCE"], "name the folder of the tokenizer by --out"),
     (["train", "--source", "SOURCE", "--out", "full"], "full/ holds a tokenizer.json already"),
+    (["train", "--source", "SOURCE", "--out", "slow"], "slow/ holds a tokenizer_config.json already"),
     (["train", "--source", "nowhere.jsonl", "--out", "x"], "no file nowhere.jsonl"),
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "100000"], "too small for a BPE of 100000"),
     (["train", "--source", "SOURCE", "--out", "x", "--vocab_size", "260"],
@@ -56,9 +57,11 @@ def test_help_says_how_a_command_is_given(word, capsys):
 ])
 def test_bad_input(words, says, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "tokenizer.json").write_text("{}")
+    for folder, name in (("full", "tokenizer.json"), ("slow", "tokenizer_config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(BadInput, match=says):
         main([str(source) if word == "SOURCE" else word for word in words])
     assert (tmp_path / "full" / "tokenizer.json").read_text() == "{}" and not (tmp_path / "x").exists()
+    assert (tmp_path / "slow" / "tokenizer_config.json").read_text() == "{}"

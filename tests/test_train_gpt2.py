@@ -33,7 +33,7 @@ from helpers import (
     write_data,
     write_lines,
 )
-from runs import events
+from runs import events, steps_saved
 
 import train_gpt2
 from lib import checkpoint, devices
@@ -1106,6 +1106,12 @@ def test_an_update_without_a_finite_loss_or_gradient_is_left_out(how, data, tmp_
     assert "; its batch: epoch 0, from token 768 of toy_train_000001.npy" in out
     assert (f"step 3 | skipped because non-finite: loss {'nan' if how is nan_loss else log[3, 'train']:.3}"
             in out[:out.index("step 4 |")])
+
+
+def test_a_checkpoint_due_after_a_skipped_update_comes_later(data, tmp_path, monkeypatch):
+    patch_training(monkeypatch, at({3, 4}, nan_loss))
+    folder = go(data, tmp_path / "a", "--max_steps", 9, "--save_every", 4, "--eval_every", 0)
+    assert steps_saved(folder) == [6, 8, 9]
 
 
 def test_skipped_updates_that_are_not_in_a_row_do_not_end_a_run(data, tmp_path, monkeypatch):

@@ -6,13 +6,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, hellaswag_items, write_lines
 from runs import train
 
 from lib.cli import BadInput
-from lib.logger import Logger, Null, SpikeDetector
+from lib.logger import Logger, Null, SpikeDetector, read_scalars
 
 STEP = {"Loss/train": 3.25, "optim/lr": 0.5, "optim/grad_norm": 1.0,
         "perf/tok_per_sec": 1234.5, "perf/mfu": None, "perf/memory_gb": None}
@@ -78,6 +79,25 @@ def test_steps_that_run_again_are_forgotten(tmp_path):
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 11  # log.txt is rewound by run_folder.py
 
 
+@pytest.mark.parametrize("by_clock", ["1700000000", "700000000"], ids=["2023", "1992"])
+def test_event_files_are_read_in_the_order_of_the_starts_whatever_the_clock_says(
+        by_clock, tmp_path, monkeypatch):
+    """The first file is named by the clock, as earlier versions and SummaryWriter do."""
+    now = [1_700_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for first, last, value, clock in ((0, 8, 0, 0), (5, 7, 100, -3600), (2, 6, 200, -7200), (1, 3, 300, -10800)):
+        now[0] = 1_700_000_000.0 + clock
+        log = Logger(tmp_path, 10, first)
+        for step in range(first, last):
+            log.scalars(step, {"Loss/train": value + step})
+        log.close()
+        if first == 0:
+            [file] = tmp_path.glob("events*")
+            file.rename(tmp_path / f"events.out.tfevents.{by_clock}.another-host.7")
+    want = {0: 0, 1: 301, 2: 302}
+    assert dict(points(tmp_path, "Loss/train")) == read_scalars(tmp_path)["Loss/train"] == want
+
+
 def test_tensorboard_shows_what_matters_first(data, tmp_path):
     """Its groups are sorted by name, capitals first; the norms of many blocks come last."""
     items = write_lines(tmp_path / "hellaswag_val.jsonl", hellaswag_items(4))
@@ -90,6 +110,16 @@ def test_tensorboard_shows_what_matters_first(data, tmp_path):
     assert {"hyperparameters/text_summary", "samples/text_summary"} <= set(tags["tensors"])
     assert re.fullmatch(r"0 val \S+\n0 hella \S+\n0 train \S+\n1 train \S+\n2 val \S+\n2 hella \S+\n",
                         (folder / "log.txt").read_text())
+
+
+def test_the_columns_of_hparams_begin_with_what_tells_runs_apart(data, tmp_path):
+    from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
+
+    folder = train(data, tmp_path / "a", "--max_steps", "1", "--warmup_steps", "0", "--eval_every", "0")
+    content = read(folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = [info.name for info in parse_experiment_plugin_data(content).hparam_infos]
+    assert columns[:8] == ["preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr"]
+    assert len(set(columns)) == len(columns) > 60
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 import zipfile
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, TINY_FLAGS, read_log, sentences, write_data
+from helpers import ROOT, TINY_FLAGS, read_log, sentences, write_data, write_lines
 from runs import (
     KINDS,
     LONG,
@@ -39,14 +40,36 @@ from runs import (
     worker,
 )
 
+import fineweb
 import train_gpt2
 from lib import checkpoint, run_folder
 from lib.cli import BadInput, RankError
 from lib.files import locked
 from lib.run_folder import Writer, check_name, rewind
 from lib.shards import Shards
+from lib.signals import StopSignals
 from lib.tokenizers import train_bpe
 from train_gpt2 import GPTConfig, ShardLoader, TrainConfig
+
+
+def stop_in_step(last, monkeypatch):
+    """A run in this process gets SIGTERM in this step, and has heard it before the next one."""
+    logged, signals = run_folder.RunFolder.log_step, []
+
+    def listening(*args):
+        signals.append(StopSignals(*args))
+        return signals[0]
+
+    def interrupt(run, step, *args):
+        logged(run, step, *args)
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while signals[0].received is None:
+                time.sleep(0.001)
+
+    monkeypatch.setattr(train_gpt2, "StopSignals", listening)
+    monkeypatch.setattr(run_folder.RunFolder, "log_step", interrupt)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming
@@ -240,6 +263,46 @@ def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(whole, toke
     assert final(folder)["loader"] == loader.state_dict()
 
 
+def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path, capsys):
+    """What --max_tokens makes of two sources. The text has changed without a word: only --data goes on in it."""
+    data, folder = tmp_path / "data", tmp_path / "a"
+    tokenizer.save(tmp_path / "tokenizer.json")
+
+    def make(seed):
+        shutil.rmtree(data, ignore_errors=True)
+        source = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(400, seed)])
+        words = ["--source", source, "--out", data, "--tokenizer", tmp_path / "tokenizer.json", "--max_tokens", 9000,
+                 "--shard_size", 3000, "--val_tokens", 1000]
+        fineweb.main([str(word) for word in words])
+        return Shards(data)
+
+    first = make(seed=1)
+    train(data, folder, "--max_steps", 6)
+    other = make(seed=2)
+    assert (other.former_identity, other.tokens) == (first.former_identity, first.tokens)
+    before = contents(folder)
+    with pytest.raises(BadInput, match=f"{data} no longer holds the text that .*ckpt_00006.pt was trained on: "
+                                       f"put it back, or give --data {data} to train on the new text"):
+        again(folder, "--max_steps", 8)
+    assert contents(folder) == before
+
+    capsys.readouterr()
+    made_before = cut(folder, tmp_path / "made_before", 6)  # by a version that knew names and lengths alone
+    state = checkpoint.read(made_before / "ckpt_00006.pt")
+    checkpoint.write(made_before / "ckpt_00006.pt", state | {"data": first.former_identity})
+    again(made_before, "--max_steps", 8)
+    assert "other training data" not in capsys.readouterr().out
+    assert checkpoint.read(made_before / "ckpt_00008.pt")["data"] == other.identity
+
+    again(folder, "--max_steps", 8, "--data", data)
+    assert "other training data, read from its beginning" in capsys.readouterr().out
+    assert final(folder)["loader"]["offset"] == 2 * 256
+
+    make(seed=1)
+    again(cut(folder, tmp_path / "back", 6), "--max_steps", 8)
+    assert "other training data" not in capsys.readouterr().out
+
+
 def test_the_same_data_elsewhere_goes_on_where_it_was(whole, data, tmp_path, capsys):
     folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--data", shutil.copytree(data, tmp_path / "moved"))
     assert "other training data" not in capsys.readouterr().out
@@ -264,6 +327,22 @@ def test_a_finished_run_goes_on_with_a_greater_length(flags, whole, data, tmp_pa
     log = read_log(folder)
     assert [step for step, kind in log if kind == "train"] == list(range(66)) and (66, "val") in log
     assert steps_saved(folder)[-1] == checkpoint.read(folder / "ckpt_00066.pt")["max_steps"] == 66
+
+
+@pytest.mark.parametrize("kind, flags, says", [
+    # half a cosine from 5e-3 down to a tenth of it: at its end, and 58 of 118 steps behind the warm-up
+    ("gpt2", ["--max_steps", "120"], "rate    rises again, from 5.00e-04 to 2.81e-03: the cosine schedule now ends"),
+    ("modern", ["--max_steps", "120"], "the wsd schedule now ends at step 120, not 60"),
+    ("gpt2", ["--max_steps", "120", "--max_lr", "2e-4"], None),
+], ids=["cosine", "wsd", "lower"])
+def test_a_longer_run_says_that_its_rate_rises_again(kind, flags, says, whole, tmp_path, capsys, monkeypatch):
+    folder = cut(whole(kind), tmp_path / "a", 60)
+    stop_in_step(60, monkeypatch)
+    again(folder, *flags)
+    out = capsys.readouterr().out
+    assert says in out if says else "rises again" not in out
+    if kind == "gpt2" and says:
+        assert dict(scalars(folder)["optim/lr"])[60] == pytest.approx(2.81e-3, abs=5e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,16 +417,34 @@ def test_a_disk_that_cannot_be_read_for_now_sets_nothing_aside(whole, data, tmp_
     assert_same_runs(train(data, folder, *KINDS["gpt2"]), whole("gpt2"))
 
 
-def test_resumed_weights_that_are_nan_end_a_run_in_one_line(whole, launch, tmp_path):
-    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
+def with_weights(folder, value):
+    """The gains of the last norm in a run's checkpoint of step 8 become `value`."""
     state = checkpoint.read(folder / "ckpt_00008.pt")
-    state["model"]["transformer.ln_f.weight"] = torch.full((32,), float("nan"))
+    state["model"]["transformer.ln_f.weight"] = torch.full((32,), value)
     checkpoint.write(folder / "ckpt_00008.pt", state)
-    result = launch("train_gpt2.py", "--run_name", "a", "--max_skipped", 3, "--sample_every", 2)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert re.fullmatch(r"train_gpt2.py: error: the last 3 steps were non-finite; \S+ckpt_00008.pt is from before: .*\n",
-                        result.stderr)
-    assert [f"step {step} | skipped because non-finite" in result.stdout for step in (7, 8, 9, 10, 11)] == [0, 1, 1, 1, 0]
+
+
+def test_weights_that_are_nan_are_refused(whole, launch, tmp_path):
+    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
+    with_weights(folder, math.nan)
+    before = contents(folder)
+    for script, *flags in (("train_gpt2.py", "--run_name", "a", "--max_steps", 10),
+                           ("posttrain.py", "--checkpoint", folder / "ckpt_00008.pt", "--data", tmp_path)):
+        result = launch(script, *flags)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stdout == ""
+        assert "ckpt_00008.pt holds weights that are NaN or infinite (transformer.ln_f.weight)" in result.stderr
+    assert contents(folder) == before and os.listdir(tmp_path / "log") == ["a"]
+
+
+@pytest.mark.parametrize("steps, skipped", [(10, 2), (20, 3)])
+def test_weights_without_a_finite_loss_end_a_run(steps, skipped, whole, tmp_path, capsys):
+    """Also one with fewer steps to go than --max_skipped."""
+    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
+    with_weights(folder, 3e38)
+    with pytest.raises(BadInput, match=f"the last {skipped} steps were non-finite; .*ckpt_00008.pt is from before: "):
+        again(folder, "--max_steps", steps, "--max_skipped", 3, "--sample_every", 2)
+    out = capsys.readouterr().out
+    assert out.count("skipped because non-finite") == skipped and "done: " not in out
     assert steps_saved(folder) == [8]
 
 
@@ -366,7 +463,6 @@ def test_a_run_that_diverges_ends_with_a_checkpoint(launch, data, tmp_path):
 def test_log_tensorboard_and_config_after_resuming_twice(whole, data, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", 24)
     for step in (24, 16):
-        time.sleep(1.1)  # TensorBoard reads its files in the order of the seconds in their names
         for later, path in checkpoint.found(folder):
             if later > step:
                 path.unlink()
@@ -386,7 +482,6 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, data, tmp_p
     folder = cut(whole("gpt2"), tmp_path / "a", -1)
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines(folder)[:5]) + "5 tra")
     (folder / "ckpt_00008.pt.tmp").write_bytes(b"half")
-    time.sleep(1.1)  # as above
     train(data, folder, *KINDS["gpt2"])
     assert "holds no checkpoint: its run begins anew" in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
@@ -414,6 +509,14 @@ def test_rewind(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {
             "ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt.aside", "ckpt_100000.pt.aside", "notes.tmp", "log.txt"}
         assert (tmp_path / "ckpt_00012.pt.aside").read_text() == "ckpt_00012.pt"
+
+
+def test_going_back_again_and_again_sets_every_course_aside(tmp_path):
+    for course in ("first", "second", "third"):
+        (tmp_path / "ckpt_00012.pt").write_text(course)
+        rewind(tmp_path, 8)
+    kept = [(tmp_path / f"ckpt_00012.pt.aside{number}").read_text() for number in ("", ".2", ".3")]
+    assert kept == ["first", "second", "third"] and not checkpoint.found(tmp_path)
 
 
 def test_a_run_folder_names_its_code(data, launch, tmp_path):
@@ -472,6 +575,27 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
                        else "is not the name of a folder|is empty"):
         train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", name])
     assert [contents(place) for place in (tmp_path, folder)] == before
+
+
+def test_a_folder_with_the_config_of_another_program_is_left_as_it_is(whole, data, tmp_path, monkeypatch):
+    """A Hugging Face export, into which someone put a checkpoint of ours: no run's folder, but a place to begin from."""
+    export = tmp_path / "runs" / "hfexp"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (export / "model.safetensors").write_bytes(b"weights")
+    before = contents(export)
+    with pytest.raises(BadInput, match="hfexp is not a run folder, its config.json is another program's"):
+        train(data, export)
+    assert contents(export) == before
+
+    shutil.copy(whole("gpt2") / "ckpt_00056.pt", export)
+    before = contents(export)
+    with pytest.raises(BadInput, match="hfexp is not a run folder, its config.json is another program's"):
+        train(data, export, *KINDS["gpt2"])
+    monkeypatch.chdir(tmp_path)
+    train_gpt2.main(["--resume", str(export / "ckpt_00056.pt")])
+    [begun] = (tmp_path / "log").iterdir()
+    assert contents(export) == before and steps_saved(begun) == [60]
 
 
 @pytest.mark.parametrize("name, make, refused", [
@@ -565,7 +689,18 @@ def test_a_run_does_not_begin_on_a_full_disk(data, tmp_path, monkeypatch):
     full_when(monkeypatch, lambda folder: True)
     with pytest.raises(BadInput, match="free some disk space"):
         train(data, tmp_path / "a")
-    assert not os.listdir(tmp_path / "a")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_start_that_fails_leaves_no_empty_folder(data, tmp_path):
+    bad = ["--hellaswag_every", 2, "--hellaswag_file", "nowhere.jsonl"]
+    with pytest.raises(BadInput, match="nowhere.jsonl"):
+        train(data, tmp_path / "log" / "a", *bad)
+    assert not os.listdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadInput, match="nowhere.jsonl"):
+        train(data, tmp_path / "mine", *bad)
+    assert os.listdir(tmp_path) == ["mine"]  # made by the user
 
 
 def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, monkeypatch, capsys):
@@ -591,6 +726,69 @@ def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
     full_when(monkeypatch, lambda _: logged(tmp_path / "a") > 3)
     with pytest.raises(BadInput, match="free some disk space"):
         train(data, tmp_path / "a", "--max_steps", "4")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The best checkpoint, and saving once per step
+
+
+def with_losses(monkeypatch, losses):
+    """Validations find these losses, one after the other, the last one again and again."""
+    left = list(losses)
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+
+
+@pytest.mark.parametrize("later, best", [(3.5, [3.5, 32]), (6.0, [4.0, 16])])
+def test_the_best_checkpoint_is_one_that_was_written(later, best, data, tmp_path, monkeypatch, capsys):
+    """The lowest loss is that of step 24, whose checkpoint cannot be written; --keep 1 prunes all others but the best."""
+    with_losses(monkeypatch, [9.0, 5.0, 4.0, 3.0, later, 6.0])
+    written = checkpoint.write
+
+    def fails(path, state):
+        if path.name == "ckpt_00024.pt":
+            raise BadInput("no room for it")
+        written(path, state)
+
+    monkeypatch.setattr(checkpoint, "write", fails)
+    folder = train(data, tmp_path / "a", "--keep_best", "--keep", 1, "--save_every", 0)
+    out, kept = capsys.readouterr().out, checkpoint.path_of(folder, best[1])
+    assert "no room for it" in out and steps_saved(folder) == [best[1], 60]
+    assert checkpoint.read(folder / "ckpt_00060.pt")["best"] == best
+    assert f"best    validation loss {best[0]:.4f}, at step {best[1]}: {kept}\n" in out
+
+
+def test_a_step_is_saved_once(data, tmp_path, monkeypatch, capsys):
+    """It may be due, the best, and the last before a signal."""
+    with_losses(monkeypatch, [9.0, 5.0, 4.0])
+    stop_in_step(15, monkeypatch)
+    folder = train(data, tmp_path / "a", "--keep_best")
+    saved = re.findall(r"saved \S+ckpt_(\d+).pt", capsys.readouterr().out)
+    assert saved == ["00008", "00016"] and steps_saved(folder) == [8, 16]
+    monkeypatch.undo()
+    with_losses(monkeypatch, [4.0, 5.0])
+    again(folder)
+    assert checkpoint.read(folder / "ckpt_00060.pt")["best"] == [4.0, 16]  # measured again, as it was not noted
+
+
+def test_a_run_outlives_a_folder_that_cannot_be_written_for_a_while(whole, data, tmp_path, monkeypatch, capsys):
+    """config.json comes first: what holds for the checkpoint beside it holds for it."""
+    folder, whole_run = tmp_path / "a", whole("gpt2")
+    logged = run_folder.RunFolder.log_step
+
+    def in_the_way(run, step, *args):
+        logged(run, step, *args)
+        if step == 10:
+            (folder / "config.json.tmp").mkdir()
+        if step == 30:
+            (folder / "config.json.tmp").rmdir()
+
+    monkeypatch.setattr(run_folder.RunFolder, "log_step", in_the_way)
+    capsys.readouterr()
+    train(data, folder, *KINDS["gpt2"])
+    out = capsys.readouterr().out
+    assert out.count(f"cannot save a checkpoint in {folder} (Is a directory): see what became of it") == 2
+    assert steps_saved(folder) == [8, 32, 40, 48, 56, 60] and "done: " in out
+    assert_same_runs(folder, whole_run)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -629,6 +827,17 @@ def test_the_writer_makes_room_but_for_the_newest(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="free some disk space"):
         write(writer, 5, {"x": torch.ones(1000)})
     assert steps_saved(tmp_path) == [4]  # the newest stays
+
+
+def test_the_best_checkpoint_makes_no_room(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, keep=5)
+    for step in (1, 2, 3):
+        checkpoint.write(checkpoint.path_of(tmp_path, step), {"x": torch.ones(1000)})
+    full_when(monkeypatch, lambda _: True)
+    writer.start(4, {"x": torch.ones(1000), "best": [2.0, 4]}, former_best=1)
+    with pytest.raises(BadInput, match="free some disk space"):
+        writer.collect(wait=True)
+    assert steps_saved(tmp_path) == [1, 3]  # and the newest
 
 
 def test_tied_tensors_stay_one(tmp_path):
