@@ -24,7 +24,7 @@ import torch
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
 from lib.cli import BadInput, RankError, check, is_main_process, launched
-from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
+from lib.files import DISK_FULL, check_room, leftovers, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,7 +223,8 @@ def check_name(name):
 
 def check_ours(folder):
     """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be rewound or removed."""
-    names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if os.path.isdir(folder) else set()
+    names = {path.name for path in folder.iterdir()} if os.path.isdir(folder) else set()
+    names -= {path.name for path in leftovers(folder, "config.json")}
     if names and "config.json" not in names and not checkpoint.found(folder):
         raise BadInput(f"{folder} is not a run folder, it holds no config.json: give another --run_name")
 
@@ -455,8 +456,9 @@ def rewind(folder, step):
     (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside. TensorBoard is rewound by the log.
     """
     folder = Path(folder)
-    for unfinished in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
-        unfinished.unlink()
+    for name in ("ckpt_*.pt", "*.json", "log.txt"):
+        for unfinished in leftovers(folder, name):
+            unfinished.unlink()
     for later, path in checkpoint.found(folder):
         if later > step:
             os.replace(path, path.with_suffix(".pt.aside"))
