@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -17,10 +18,14 @@ ELSEWHERE = "name a local hellaswag_val.jsonl by --file, in training by --hellas
 BATCH_TOKENS = 16_384  # tokens per forward pass, padding included; bounds the memory of the logits
 
 
+class NotDownloaded(BadInput):
+    """HellaSwag is not on this machine and cannot be downloaded."""
+
+
 def load(path=None):
     """The items of a jsonl file (default: the validation split, downloaded once) as a list of dict.
 
-    Raises BadInput if the file cannot be had, or a line is not an item with ctx, four endings and a label.
+    Raises NotDownloaded, or BadInput if the file cannot be read, or a line is not an item with ctx, four endings and a label.
     """
     remedy = ELSEWHERE if path else f"move the file away to download it again, or {ELSEWHERE}"
     path = path or _download(Path("hellaswag/hellaswag_val.jsonl"))
@@ -45,16 +50,30 @@ def check_item(item):
 
 
 def _download(path):
+    """The file at `path`, downloaded if it is not there. Of several processes one downloads, the others wait.
+
+    Raises NotDownloaded, or BadInput if it cannot be written.
+    """
     if path.exists():
         return path
     files.make_folder(path.parent, ELSEWHERE)
-    try:
-        with urllib.request.urlopen(URL, timeout=5) as response:
-            content = response.read()
-        files.replace(path, lambda file: file.write(content))
-    except (OSError, http.client.HTTPException) as error:
-        raise BadInput(f"cannot download HellaSwag from {URL} ({error}): {ELSEWHERE}, or train with "
-                       "--hellaswag_every 0") from error
+
+    def wait():
+        print("waiting for another process that is downloading HellaSwag", file=sys.stderr, flush=True)
+
+    with files.locked(path.parent, ELSEWHERE, wait):
+        if path.exists():  # downloaded by another process meanwhile
+            return path
+        try:
+            with urllib.request.urlopen(URL, timeout=5) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise NotDownloaded(f"cannot download HellaSwag from {URL} ({error}): {ELSEWHERE}, or train with "
+                                "--hellaswag_every 0") from error
+        try:
+            files.replace(path, lambda file: file.write(content))
+        except OSError as error:
+            raise BadInput(f"cannot write {path} ({error.strerror}): {ELSEWHERE}") from error
     return path
 
 
