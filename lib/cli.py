@@ -31,12 +31,15 @@ EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk
              errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
 
 
+PATIENCE = 30  # seconds that rank 0 has to print what all processes meet
+
+
 class BadInput(Exception):
     """What the user gave cannot work. The message is one line that names the cause and the remedy."""
 
 
 class RankError(BadInput):
-    """A BadInput that one process of several may meet alone: said by whichever meets it."""
+    """A BadInput that one process of several may meet alone: printed by the one that meets it."""
 
 
 def flag(default, help, short=None, **bounds):
@@ -76,8 +79,7 @@ def _run(main):
     except BadInput as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        # under torchrun every process meets the same: say it once
-        _fail(f"{script}: error: {' '.join(str(error).split())}", say=isinstance(error, RankError) or is_main_process())
+        _fail(f"{script}: error: {' '.join(str(error).split())}", alone=isinstance(error, RankError))
     except BrokenPipeError:  # `| head` has read enough
         _leave(1)
     except KeyboardInterrupt as interrupt:
@@ -90,11 +92,19 @@ def _run(main):
         _fail(f"{script}: error: cannot go on ({error.strerror}): {remedy}")
 
 
-def _fail(line, say=True):
-    """Exit with code 2 and this line, on stderr and in the report with which torchrun closes."""
-    if say:
-        print(line, file=sys.stderr)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun itself takes no notice of a SystemExit
+def _fail(line, alone=True):
+    """Exit with code 2 and this line, on stderr and in the report with which torchrun closes.
+
+    alone: False if every process of several meets this error. Rank 0 then prints it, whereupon torchrun ends the others.
+    One that is still there after PATIENCE seconds has met it alone after all.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not alone and not is_main_process():
+        if report is None:  # not torchrun: nobody ends this process
+            _leave(2)
+        time.sleep(PATIENCE)
+    print(line, file=sys.stderr)
+    if report:  # torchrun itself takes no notice of a SystemExit
         with contextlib.suppress(OSError), open(report, "w") as file:
             json.dump({"message": line, "timestamp": int(time.time())}, file)
     _leave(2)

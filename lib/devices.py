@@ -175,7 +175,7 @@ class Processes:
             raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another process has ended, its error "
                             "stands above; else NCCL_DEBUG=WARN tells more") from error
         if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            raise RankError("another process has ended: torchrun names the first one below, its error stands above") from error
+            raise BadInput("another process has ended: torchrun names the first one below, its error stands above") from error
 
     def sum(self, values):
         """Sum a list of numbers over all processes, in double precision -> list of float."""
@@ -187,18 +187,23 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self):
-        """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too."""
-        how = "done" if self.main else self.barrier()
+        """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too,
+        without running it."""
+        if self.main:
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the others may be gone
+                    self.barrier("failed")
+                raise
+            self.barrier("done")
+            return
+        if self.barrier() == "failed":
+            raise BadInput("rank 0 has failed")
         try:
             yield
-        except BaseException as error:
-            if isinstance(error, BadInput) and how == "done" and not self.main:
-                raise RankError(str(error)) from error  # what all meet rank 0 says, but it has not met this
-            how = "failed"
-            raise
-        finally:
-            if self.main:
-                self.barrier(how)
+        except BadInput as error:
+            raise RankError(str(error)) from error  # rank 0 has not met this
 
     def barrier(self, word="done"):
         """Wait until all processes are here -> rank 0's word. However long rank 0 takes to come: it may download or save,

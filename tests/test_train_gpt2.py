@@ -1021,10 +1021,16 @@ def test_debug_shows_where_bad_input_was_found(launch, data):
     assert line.startswith("train_gpt2.py: error: validation needs 33 tokens")
 
 
-def test_bad_input_under_torchrun_is_said_once_and_closes_its_report(launch, data):
-    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, processes=2)
-    lines, said = result.stderr.splitlines(), "train_gpt2.py: error: validation needs 33 tokens"
+@pytest.mark.parametrize("flags, says", [
+    (["--val_tokens", 20], "validation needs 33 tokens"),  # which all processes meet
+    (["--hellaswag_every", 1, "--hellaswag_file", "h.jsonl"], "h.jsonl, line 1: "),  # rank 0 meets it first
+], ids=["all", "first"])
+def test_bad_input_under_torchrun_is_said_once_and_closes_its_report(flags, says, launch, data, tmp_path):
+    (tmp_path / "h.jsonl").write_text("{")
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, *flags, processes=2)
+    lines, said = result.stderr.splitlines(), f"train_gpt2.py: error: {says}"
     assert result.returncode != 0 and sum(line.startswith(said) for line in lines) == 1
+    assert sum(said in line for line in lines) == 2  # that line, and once in torchrun's report
     assert any(line.strip(" :").startswith("traceback : " + said) for line in lines[-3:])
     frames = [line for line in lines
               if 'File "' in line and "site-packages" not in line and "<frozen" not in line]

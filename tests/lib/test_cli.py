@@ -1,5 +1,6 @@
 """Flags made from dataclasses, their bounds, and errors of one line. Run: python -m pytest tests/lib/test_cli.py"""
 
+import json
 import os
 import signal
 import subprocess
@@ -308,8 +309,8 @@ def script(tmp_path):
     """script("--how bad", RANK="1") runs the script above in a shell -> CompletedProcess (text)."""
     (tmp_path / "script.py").write_text(SCRIPT)
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
-    return lambda words="", **env: subprocess.run(
-        f"{sys.executable} script.py {words}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    return lambda words="", seconds=60, **env: subprocess.run(
+        f"exec {sys.executable} script.py {words}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=seconds,
         env=clean | env, check=False)
 
 
@@ -338,6 +339,23 @@ FULL_DISK = "script.py: error: cannot go on (No space left on device): free some
 def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, script):
     result = script(words, **env)
     assert (result.returncode, result.stderr) == (code, err) and result.stdout == out
+
+
+@pytest.mark.parametrize("rank, patience, said", [("0", 60, True), ("1", 60, False), ("1", 0, True)])
+def test_rank_0_reports_what_all_meet_and_another_only_what_it_met_alone(rank, patience, said, script, tmp_path):
+    """Under torchrun, which ends the others (here: this test) as soon as one has failed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import lib.cli; lib.cli.PATIENCE = {patience}")
+    env = WHOLE | {"RANK": rank, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report"), "PYTHONPATH": str(tmp_path)}
+    line = "script.py: error: first second third"
+    if said:
+        result = script("--how bad", **env)
+        assert (result.returncode, result.stderr) == (2, f"{line}\n")
+        assert json.loads((tmp_path / "report").read_text())["message"] == line
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            script("--how bad", seconds=2, **env)
+        assert not (tmp_path / "report").exists()
 
 
 def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_bad_input(script):
