@@ -1013,6 +1013,20 @@ def test_bad_input_of_a_real_process_is_one_line(flags, says, launch, tokenizer,
     assert not list(tmp_path.glob("log/*/ckpt*"))
 
 
+def test_without_internet_hellaswag_is_left_out_unless_asked_for(launch, data, tmp_path, monkeypatch):
+    flags = [*TINY_FLAGS, "--data", data, "--max_steps", 2, "--warmup_steps", 1, "--run_name", "a"]
+    at = flags.index("--hellaswag_every")
+    del flags[at:at + 2]
+    result = launch("train_gpt2.py", *flags, processes=2, env={"https_proxy": "http://127.0.0.1:9"})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: training goes on without HellaSwag: cannot download") == 1
+    assert (1, "train") in read_log(tmp_path / "log" / "a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="cannot download HellaSwag"):
+        train_gpt2.main([str(word) for word in (*flags[:-1], "b", "--hellaswag_every", 250)])
+
+
 def test_debug_shows_where_bad_input_was_found(launch, data):
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, "--debug")
     assert result.returncode == 2 and result.stdout == ""

@@ -140,11 +140,18 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
     return [len(rendered), *right]
 
 
-def tracked(cfg, tokenizer, block_size, processes):
+def tracked(cfg, tokenizer, block_size, processes, required):
     """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
-    (model, compiled, stopped) -> {tag: acc_norm}."""
-    with processes.main_first():
-        items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+    (model, compiled, stopped) -> {tag: acc_norm}. None, after a warning, if it cannot be downloaded and is not `required`."""
+    try:
+        with processes.main_first():
+            items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+    except NotDownloaded as error:
+        if required:
+            raise
+        if processes.main:
+            print(f"warning: training goes on without HellaSwag: {error}", file=sys.stderr, flush=True)
+        return None
     questions = render(items, tokenizer, block_size)
 
     def run(model, compiled, stopped):
