@@ -210,8 +210,8 @@ class Processes:
             raise RankError(str(error)) from error  # rank 0 has not met this
 
     def barrier(self, word=DONE):
-        """Wait until all processes are here -> rank 0's word, bytes. However long rank 0 takes to come: it may download or save,
-        and a collective gives up after ten minutes."""
+        """Wait until all processes are here -> rank 0's word, bytes. However long rank 0 takes to come: it may download
+        or save, and a collective gives up after ten minutes."""
         if self.distributed:
             self.met += 1
             if self.main:

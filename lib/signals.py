@@ -73,6 +73,8 @@ class StopSignals:
         # the last one to hold a tensor (through `say`) must not drop it while Python shuts down: that aborts
         for thread in self.threads:
             thread.join()
+        if self.before is not None:
+            self.reader.close()
 
     def _start(self, target):
         self.threads.append(threading.Thread(target=target, daemon=True))

@@ -150,6 +150,17 @@ def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path
     assert out == ("heard SIGTERM\n" if code == 0 else "")
 
 
+def test_nothing_is_left_open():
+    code = """
+from types import SimpleNamespace
+from lib.signals import StopSignals
+with StopSignals(print, SimpleNamespace(world_size=1)):
+    pass
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 @linux
 def test_an_echo_that_waits_behind_a_slow_console_is_no_second_signal():
     code = """
