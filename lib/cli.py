@@ -125,14 +125,24 @@ def _is_broken(stream):
     return False
 
 
+RANKS = {"SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMIX_RANK": "mpirun", "PMI_RANK": "mpirun",
+         "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "mpiexec", "FLUX_TASK_RANK": "flux"}  # 0 in an allocation's shell
+
+
 def launched():
     """What torchrun tells its processes: dict of rank, world_size, local_rank, local_world_size; None without a launcher.
 
-    Raises BadInput if the variables are not whole and sane: half of them would train on half of each batch without a word.
+    Raises BadInput if the variables are not whole and sane: half of them would train on half of each batch without a word;
+    and in a process that is not the first of a launcher without them: each would train a model of its own, on the first GPU.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ[name] for name in names if name in os.environ}
     if not found:
+        for name, launcher in RANKS.items():
+            rank = os.environ.get(name, "")
+            if rank.isdecimal() and int(rank) > 0:
+                raise BadInput(f"{launcher} started another copy of the script ({name}={rank}), which would train alone: "
+                               f"start one torchrun per node instead, or unset {name} for runs of their own")
         return None
     remedy = "start with torchrun, which sets them all, or unset them"
     if missing := [name for name in names if name not in found]:

@@ -251,6 +251,22 @@ def test_a_whole_environment_or_none(monkeypatch):
     assert launched()["local_world_size"] == 4
 
 
+@pytest.mark.parametrize("name, launcher", cli.RANKS.items())
+def test_copies_that_srun_or_mpirun_start_are_refused_and_the_first_runs(name, launcher, monkeypatch):
+    put(monkeypatch, {})
+    for other in cli.RANKS:
+        monkeypatch.delenv(other, raising=False)
+    for rank in ("0", "", "x"):
+        monkeypatch.setenv(name, rank)
+        assert launched() is None
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(BadInput, match=f"{launcher} started .*{name}=3.*start one torchrun per node"):
+        launched()
+    assert cli.is_main_process()  # which prints it
+    put(monkeypatch, WHOLE)  # srun that starts a torchrun per node
+    assert launched()["world_size"] == 4
+
+
 @pytest.mark.parametrize("values", [
     {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"},
     {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
