@@ -71,7 +71,8 @@ def _run(main):
         if getattr(sys, name) is None:  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
         # an odd character must not end a run on a console without UTF-8
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError):  # a notebook's streams take any character
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     script = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])

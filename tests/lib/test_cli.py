@@ -374,6 +374,28 @@ def test_rank_0_reports_what_all_meet_and_another_only_what_it_met_alone(rank, p
         assert not (tmp_path / "report").exists()
 
 
+NOTEBOOK = """
+import runpy, sys
+
+class OutStream:
+    def __init__(self, stream):
+        self.write, self.flush = stream.write, stream.flush
+
+sys.stdout, sys.stderr = OutStream(sys.stdout), OutStream(sys.stderr)
+sys.argv = ["script.py", "--how", sys.argv[1]]
+runpy.run_path("script.py", run_name="__main__")
+"""
+
+
+def test_a_script_runs_where_a_notebook_has_put_its_own_streams(script, tmp_path):
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    for how, code, out, err in (("fine", 0, "started fine\n", ""),
+                                ("bad", 2, "started bad\n", "script.py: error: first second third\n")):
+        done = subprocess.run([sys.executable, "notebook.py", how], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
 def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_bad_input(script):
     for words, code in (("--how bug", 1), ("--how bad --debug", 2)):
         result = script(words)
