@@ -931,13 +931,15 @@ class Pretraining:
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
+        validated = self.validation(cfg, tokenizer, block_size, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
         questions = hellaswag.tracked(cfg, tokenizer, block_size, processes, required=asked)
-        found = [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes)),
+        tasks = harness.tracked(cfg, tokenizer, processes)
+        samples = self.samples(cfg, tokenizer)
+        found = [Evaluation("validation", cfg.eval_every, validated),
                  Evaluation("HellaSwag", cfg.hellaswag_every, questions),
-                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every,
-                            harness.tracked(cfg, tokenizer, processes)),
-                 Evaluation("samples", cfg.sample_every, self.samples(cfg, tokenizer), at_start=False)]
+                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every, tasks),
+                 Evaluation("samples", cfg.sample_every, samples, at_start=False)]
         return [evaluation for evaluation in found if evaluation.run is not None]
 
     def validation(self, cfg, tokenizer, block_size, processes):

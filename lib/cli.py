@@ -29,8 +29,6 @@ import typing
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
              errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
-
-
 PATIENCE = 30  # seconds that rank 0 has to print what all processes meet
 
 
@@ -80,7 +78,8 @@ def _run(main):
     except BadInput as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _fail(f"{script}: error: {' '.join(str(error).split())}", alone=isinstance(error, RankError))
+        message = " ".join(str(error).split())
+        _fail(f"{script}: error: {message}", alone=isinstance(error, RankError))
     except BrokenPipeError:  # `| head` has read enough
         _leave(1)
     except KeyboardInterrupt as interrupt:
@@ -96,14 +95,14 @@ def _run(main):
 def _fail(line, alone=True):
     """Exit with code 2 and this line, on stderr and in the report with which torchrun closes.
 
-    alone: False if every process of several meets this error. Rank 0 then prints it, whereupon torchrun ends the others.
-    One that is still there after PATIENCE seconds has met it alone after all.
+    alone: False if every process of several meets this error. Rank 0 then prints it, whereupon
+    torchrun ends the others. One that is still there after PATIENCE seconds has met it alone.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not alone and not is_main_process():
         if report is None:  # not torchrun: nobody ends this process
             _leave(2)
-        time.sleep(PATIENCE)
+        time.sleep(PATIENCE + launched()["rank"])  # one after another: the first ends the rest
     print(line, file=sys.stderr)
     if report:  # torchrun itself takes no notice of a SystemExit
         with contextlib.suppress(OSError), open(report, "w") as file:
@@ -126,15 +125,18 @@ def _is_broken(stream):
     return False
 
 
-RANKS = {"SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMIX_RANK": "mpirun", "PMI_RANK": "mpirun",
-         "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "mpiexec", "FLUX_TASK_RANK": "flux"}  # 0 in an allocation's shell
+RANKS = {  # of launchers other than torchrun; 0 in the shell of an allocation
+    "SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMIX_RANK": "mpirun",
+    "PMI_RANK": "mpirun", "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "mpiexec",
+    "FLUX_TASK_RANK": "flux"}
 
 
 def launched():
     """What torchrun tells its processes: dict of rank, world_size, local_rank, local_world_size; None without a launcher.
 
-    Raises BadInput if the variables are not whole and sane: half of them would train on half of each batch without a word;
-    and in a process that is not the first of a launcher without them: each would train a model of its own, on the first GPU.
+    Raises BadInput if the variables are not whole and sane: half of them would train on half of
+    each batch without a word. Likewise in a process that is not the first of another launcher:
+    each would train a model of its own, on the first GPU.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ[name] for name in names if name in os.environ}
@@ -142,8 +144,9 @@ def launched():
         for name, launcher in RANKS.items():
             rank = os.environ.get(name, "")
             if rank.isdecimal() and int(rank) > 0:
-                raise BadInput(f"{launcher} started another copy of the script ({name}={rank}), which would train alone: "
-                               f"start one torchrun per node instead, or unset {name} for runs of their own")
+                raise BadInput(
+                    f"{launcher} started another copy of the script ({name}={rank}), which would run "
+                    f"alone: start one torchrun per node, or unset {name} for separate runs")
         return None
     remedy = "start with torchrun, which sets them all, or unset them"
     if missing := [name for name in names if name not in found]:

@@ -177,7 +177,8 @@ class Processes:
             raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another process has ended, its error "
                             "stands above; else NCCL_DEBUG=WARN tells more") from error
         if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            raise BadInput("another process has ended: torchrun names the first one below, its error stands above") from error
+            raise BadInput("another process has ended: torchrun names the first one below, "
+                           "its error stands above") from error
 
     def sum(self, values):
         """Sum a list of numbers over all processes, in double precision -> list of float."""
@@ -189,8 +190,8 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self):
-        """Rank 0 runs the block before the others do: what it downloads, they find. Where it fails they raise its BadInput,
-        without running the block."""
+        """Rank 0 runs the block before the others do: what it downloads, they find.
+        Where it fails they raise its BadInput, without running the block."""
         if self.main:
             try:
                 yield
@@ -210,8 +211,8 @@ class Processes:
             raise RankError(str(error)) from error  # rank 0 has not met this
 
     def barrier(self, word=DONE):
-        """Wait until all processes are here -> rank 0's word, bytes. However long rank 0 takes to come: it may download
-        or save, and a collective gives up after ten minutes."""
+        """Wait until all processes are here -> rank 0's word, bytes. However long rank 0 takes to
+        come: it may download or save, and a collective gives up after ten minutes."""
         if self.distributed:
             self.met += 1
             if self.main:

@@ -78,11 +78,11 @@ def read_rows(path, remedy, check=lambda row: row):
 
 
 def replace(path, write):
-    """Call `write` with a binary file, so that `path` holds either what it held before or all that was written,
-    flushed to the disk. Any number of processes may replace one path at once: the last one wins.
+    """Call `write` with a binary file, so that `path` holds either what it held before or all that
+    was written, flushed to the disk. Several processes may replace one path at once: the last wins.
 
-    Until it is whole, the content is in <name>.<8 hex digits>.tmp. A killed process leaves that file behind;
-    the next `replace` of the same path removes it.
+    Until it is whole, the content is in <name>.<8 hex digits>.tmp. A killed process leaves that
+    file behind; the next `replace` of the same path removes it.
     """
     path = Path(path)
     for leftover in leftovers(path.parent, glob.escape(path.name)):
@@ -94,7 +94,7 @@ def replace(path, write):
             file.flush()
             os.fsync(file.fileno())
             if os.name == "nt":
-                file.close()  # Windows renames closed files only; elsewhere the lock lasts until the rename
+                file.close()  # only closed files are renamed there; elsewhere that would unlock it
             _rename(partial, path)
     finally:
         with contextlib.suppress(OSError):
@@ -102,13 +102,13 @@ def replace(path, write):
 
 
 def leftovers(folder, name):
-    """The temporary files that `replace` has or had in `folder` for files whose names match the glob `name`."""
+    """The temporary files of `replace` in `folder`, of files whose names match the glob `name`."""
     earlier = folder.glob(f"{name}.tmp")  # as earlier versions named them
     return [*earlier, *folder.glob(f"{name}.{'[0-9a-f]' * 8}.tmp")]
 
 
 def _open_partial(path):
-    """A new temporary file beside `path`, locked for as long as it is open -> (its path, the open file)."""
+    """-> (path, open file) of a new temporary file beside `path`, locked while it is open."""
     while True:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         file = open(partial, "xb")  # noqa: SIM115 (closed by the caller)
@@ -126,8 +126,11 @@ def _remove_unlocked(partial):
 
 
 def _lock(file, wait=False):
-    """Lock an open file or a folder's descriptor until it is closed -> whether that worked: False if another process
-    holds the lock (without `wait`), None where the system or the file system has no such locks."""
+    """Lock an open file, or a folder's descriptor, until it is closed -> whether that worked.
+
+    False if another process holds the lock and `wait` is not set; None where the system or the
+    file system has no such locks.
+    """
     try:
         import fcntl  # not on Windows
 
@@ -196,9 +199,11 @@ def check_room(folder, needed, what, remedy):
 
 @contextlib.contextmanager
 def locked(folder, remedy, wait=None):
-    """Hold the lock of a folder; it goes with the process, however that ends. Where folders cannot be locked, do without.
+    """Hold the lock of a folder; it goes with the process, however that ends.
+    Where folders cannot be locked, do without.
 
-    If another process holds it: raises BadInput, ending in `remedy`; with `wait`, a function, calls that and waits.
+    wait: a function, called before waiting for another process that holds it. Without one, raises
+    BadInput, ending in `remedy`, if there is such a process.
     """
     handle = None
     with contextlib.suppress(OSError):  # Windows does not open folders

@@ -24,7 +24,17 @@ import torch
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
 from lib.cli import BadInput, RankError, check, is_main_process, launched
-from lib.files import DISK_FULL, check_room, leftovers, locked, make_folder, read_json, read_text, replace, write_json
+from lib.files import (
+    DISK_FULL,
+    check_room,
+    leftovers,
+    locked,
+    make_folder,
+    read_json,
+    read_text,
+    replace,
+    write_json,
+)
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,7 +35,8 @@ SILENCE = 60         # seconds until a connection that says nothing, or takes no
 ARRIVAL = 30         # seconds from the first byte of a request to its last
 FAREWELL = 3.0       # seconds that answers have for their last words when the server ends
 DRAIN = 0.1          # seconds in which a connection too many may still send what is not read
-HEADER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r?\n|\r?\n")  # or the end of the head; RFC 9112, section 5
+# a header line, or the empty one that ends the head (RFC 9112, section 5)
+HEADER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r?\n|\r?\n")
 PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
                "frame-ancestors 'none'")
@@ -51,8 +52,8 @@ ONLY = {  # accepted with these values, which ask for nothing
     "response_format": ({"type": "text"},), "modalities": (["text"],)}
 
 
-METHODS = {"/": "GET", "/v1/models": "GET", "/v1/models/{model}": "GET", "/v1/chat/completions": "POST",
-           "/v1/completions": "POST"}
+METHODS = {"/": "GET", "/v1/models": "GET", "/v1/models/{model}": "GET",
+           "/v1/chat/completions": "POST", "/v1/completions": "POST"}
 
 
 class ApiError(Exception):
@@ -191,7 +192,8 @@ class Api:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local", **own}
 
     def read(self, body, kind):
-        """A request's body, "chat" or "text" -> Request, and whether a stream ends with its usage. Raises ApiError.
+        """A request's body, "chat" or "text" -> Request, and whether a stream ends with its usage.
+        Raises ApiError.
 
         Any model's name is taken for the only one that is served: many clients insist on theirs.
         """
@@ -255,7 +257,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host, port):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.most, self.open, self.changed, self.api = most_connections(), set(), threading.Condition(), None
-        self.waiting = {}  # open connections whose request has not come in whole, the longest waiting one first
+        self.waiting = {}  # open connections whose request is incomplete, the longest waiting first
         self.loopback = is_loopback(host)
         try:
             super().__init__((host, port), Handler)
@@ -297,8 +299,8 @@ class Server(ThreadingHTTPServer):
                 self.open.add(request)
                 self.waiting[request] = True
         if full:
-            error = ApiError(503, f"{self.most:,} requests are being answered, as many as may: try again in a moment",
-                             code="too_many_connections")
+            message = f"{self.most:,} requests are being answered: try again in a moment"
+            error = ApiError(503, message, code="too_many_connections")
             body = json.dumps(error.body())
             with contextlib.suppress(OSError):
                 request.send("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
@@ -346,9 +348,8 @@ class Server(ThreadingHTTPServer):
 
 
 class Incoming(io.RawIOBase):
-    """The bytes that a connection receives: the first within SILENCE seconds, all others of a request within ARRIVAL.
-
-    A timeout of the socket alone would let a client send a byte a minute for ever. Raises TimeoutError.
+    """The bytes that a connection receives: the first of a request within SILENCE seconds, the
+    others within ARRIVAL. A socket's own timeout begins again with each byte. Raises TimeoutError.
     """
 
     def __init__(self, connection):
@@ -375,8 +376,11 @@ class Incoming(io.RawIOBase):
 
 
 class HeadLines:
-    """The header lines of a request. Raises ValueError for one that another server may read otherwise (RFC 9112, section 5):
-    where http.server takes `Content-Length : 9` for the end of the head, the body would become the next request."""
+    """The header lines of a request. Raises ValueError for one that RFC 9112 does not allow.
+
+    http.server takes `Content-Length : 9` for the end of the head: the body would become the next
+    request.
+    """
 
     def __init__(self, file):
         self.file = file
@@ -400,12 +404,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         self.incoming.deadline = None
-        self.unread, self.expects_100, self.answered = 0, False, False
+        self.unread = 0  # bytes of the request that may still come, at most
+        self.expects_100 = False
+        self.answered = False
         self.server.set_waiting(self.connection, True)
         super().handle_one_request()
 
     def parse_request(self):
-        whole, self.rfile = self.rfile, HeadLines(self.rfile)
+        connection_file = self.rfile
+        self.rfile = HeadLines(connection_file)
         try:
             return super().parse_request()
         except ValueError as error:
@@ -413,7 +420,7 @@ class Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             self.send_error(408)
         finally:
-            self.rfile = whole
+            self.rfile = connection_file
         return False
 
     def handle_expect_100(self):
@@ -423,22 +430,25 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self):
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         self.unread = BODY_LIMIT if has_body else 0
-        self.close_connection |= has_body and self.command != "POST"  # it would be taken for the next request
+        # the body would be taken for the next request
+        self.close_connection |= has_body and self.command != "POST"
         try:
             self.route()
         except ApiError as error:
             self.send_api_error(error)
-        except OSError:  # the client has gone
+        except (ConnectionError, TimeoutError):  # the client has gone
             raise
         except Exception as error:
             if not self.answered:
-                self.send_api_error(ApiError(500, f"the server failed ({type(error).__name__})", code="server_error"))
+                message = f"the server failed ({type(error).__name__})"
+                self.send_api_error(ApiError(500, message, code="server_error"))
             raise
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond
 
     def discard_unread(self):
-        """Read on until the client closes: a connection closed with unread bytes is reset, and its answer lost."""
+        """Read on until the client closes: a connection that is closed with unread bytes is reset,
+        and its answer lost."""
         self.server.set_waiting(self.connection, True)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -449,7 +459,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.unread -= len(piece)
 
     def route(self):
-        """Answer the request, its body read last: only from those who may ask, and where it is wanted."""
+        """Answer the request. Its body is read last, once it is clear that it is wanted."""
         path, api = split_url(self.path).path, self.server.api
         self.check_origin()
         if path.startswith("/v1/"):
@@ -458,10 +468,12 @@ class Handler(BaseHTTPRequestHandler):
             api.check_model(urllib.parse.unquote(path.removeprefix("/v1/models/")))
             path = "/v1/models/{model}"
         if path not in METHODS:
-            raise ApiError(404, f"nothing at {path[:80]}: there are {', '.join(METHODS)}", code="unknown_url")
-        if self.command != METHODS[path]:
-            raise ApiError(405, f"{path} takes {METHODS[path]}, not {self.command}", code="method_not_supported",
-                           headers={"Allow": METHODS[path]})
+            known = ", ".join(METHODS)
+            raise ApiError(404, f"nothing at {path[:80]}: there are {known}", code="unknown_url")
+        method = METHODS[path]
+        if self.command != method:
+            raise ApiError(405, f"{path} takes {method}, not {self.command}",
+                           code="method_not_supported", headers={"Allow": method})
         body = self.read_body() if self.command == "POST" else None
         self.server.set_waiting(self.connection, False)
         if path == "/":
@@ -507,7 +519,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = self.rfile.read(self.unread)
         except TimeoutError as error:
-            raise ApiError(408, f"the request did not arrive within {ARRIVAL} s", code="request_timeout") from error
+            message = f"the request did not arrive within {ARRIVAL} s"
+            raise ApiError(408, message, code="request_timeout") from error
         if len(body) < self.unread:
             raise ConnectionResetError
         self.unread = 0

@@ -10,7 +10,7 @@ import time
 PATIENCE = 20.0  # seconds
 ECHO = 2.0       # seconds
 ORDERS = ("SIGTERM", "SIGINT", "SIGHUP")
-NOTICES = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # schedulers send these some time before the end (SLURM's --signal, SGE, LSF)
+NOTICES = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # from schedulers, ahead of the end: SLURM, SGE, LSF
 
 
 class StopSignals:
@@ -55,7 +55,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self.reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
-            names = [name for name in (*ORDERS, *NOTICES) if hasattr(signal, name)]  # Windows has few
+            names = [name for name in (*ORDERS, *NOTICES) if hasattr(signal, name)]
             self.before = dict.fromkeys(getattr(signal, name) for name in names)
             for name in ("SIGHUP", *NOTICES):
                 number = getattr(signal, name, None)
@@ -94,8 +94,10 @@ class StopSignals:
                 self.received = name
                 if self.patience:
                     self._start(self._impatient)
-                self.say(f"{name}: this step is finished, then the run is saved" + (
-                    f"; another signal, from {ECHO:g} s on, ends it at once" if name in ORDERS else ""))
+                line = f"{name}: this step is finished, then the run is saved"
+                if name in ORDERS:
+                    line += f"; another signal, from {ECHO:g} s on, ends it at once"
+                self.say(line)
             if name in NOTICES:
                 continue
             if first_order is None:

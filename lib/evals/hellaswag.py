@@ -25,7 +25,8 @@ class NotDownloaded(BadInput):
 def load(path=None):
     """The items of a jsonl file (default: the validation split, downloaded once) as a list of dict.
 
-    Raises NotDownloaded, or BadInput if the file cannot be read, or a line is not an item with ctx, four endings and a label.
+    Raises NotDownloaded, or BadInput if the file cannot be read, or a line is not an item with
+    ctx, four endings and a label.
     """
     remedy = ELSEWHERE if path else f"move the file away to download it again, or {ELSEWHERE}"
     path = path or _download(Path("hellaswag/hellaswag_val.jsonl"))
@@ -50,7 +51,7 @@ def check_item(item):
 
 
 def _download(path):
-    """The file at `path`, downloaded if it is not there. Of several processes one downloads, the others wait.
+    """The file at `path`, downloaded if it is not there; of several processes by one.
 
     Raises NotDownloaded, or BadInput if it cannot be written.
     """
@@ -59,7 +60,8 @@ def _download(path):
     files.make_folder(path.parent, ELSEWHERE)
 
     def wait():
-        print("waiting for another process that is downloading HellaSwag", file=sys.stderr, flush=True)
+        line = "another process is downloading HellaSwag: waiting for it"
+        print(line, file=sys.stderr, flush=True)
 
     with files.locked(path.parent, ELSEWHERE, wait):
         if path.exists():  # downloaded by another process meanwhile
@@ -68,8 +70,8 @@ def _download(path):
             with urllib.request.urlopen(URL, timeout=5) as response:
                 content = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise NotDownloaded(f"cannot download HellaSwag from {URL} ({error}): {ELSEWHERE}, or train with "
-                                "--hellaswag_every 0") from error
+            raise NotDownloaded(f"cannot download HellaSwag from {URL} ({error}): {ELSEWHERE}, "
+                                "or train with --hellaswag_every 0") from error
         try:
             files.replace(path, lambda file: file.write(content))
         except OSError as error:
@@ -142,7 +144,10 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
 
 def tracked(cfg, tokenizer, block_size, processes, required):
     """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
-    (model, compiled, stopped) -> {tag: acc_norm}. None, after a warning, if it cannot be downloaded and is not `required`."""
+    (model, compiled, stopped) -> {tag: acc_norm}.
+
+    Returns None, after a warning, if it cannot be downloaded and is not `required`.
+    """
     try:
         with processes.main_first():
             items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
@@ -150,7 +155,8 @@ def tracked(cfg, tokenizer, block_size, processes, required):
         if required:
             raise
         if processes.main:
-            print(f"warning: training goes on without HellaSwag: {error}", file=sys.stderr, flush=True)
+            line = f"warning: training goes on without HellaSwag: {error}"
+            print(line, file=sys.stderr, flush=True)
         return None
     questions = render(items, tokenizer, block_size)
 

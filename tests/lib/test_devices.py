@@ -147,8 +147,15 @@ class Missing(BadInput):
     """As a library module has its own."""
 
 
-@pytest.mark.parametrize("error, known", [(Missing("no such file"), True), (RankError("only here"), False),
-                                          (ValueError("a bug"), False), (KeyboardInterrupt(), False)])
+@pytest.mark.parametrize(
+    "error, known",
+    [
+        (Missing("no such file"), True),
+        (RankError("only here"), False),
+        (ValueError("a bug"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
 def test_where_rank_0_goes_first_and_fails_the_others_fail_alike(error, known, env, monkeypatch):
     """They must not wait for ever, nor try again."""
     words = []

@@ -120,7 +120,11 @@ def test_a_lock_may_be_waited_for(tmp_path):
         waits.append("said")
         first.__exit__(None, None, None)
 
-    with locked(tmp_path, "", wait=give_up), pytest.raises(BadInput, match="in use"), locked(tmp_path, ""):
+    with (
+        locked(tmp_path, "", wait=give_up),
+        pytest.raises(BadInput, match="in use"),
+        locked(tmp_path, ""),
+    ):
         pass
     assert waits == ["said"]
 

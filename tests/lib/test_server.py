@@ -225,7 +225,9 @@ def test_bytes_that_are_not_http(server):
 def test_an_address_that_is_not_one_is_a_400(server):
     with contextlib.closing(connect(server[0])) as connection:
         connection.connect()
-        connection.sock.sendall(b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        connection.sock.sendall(
+            b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
         answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
     assert answer.startswith(b"HTTP/1.1 400 ") and b"invalid_url" in answer
 
@@ -248,15 +250,22 @@ def test_no_request_hides_in_anothers_body(head, status, server):
 
 def test_the_key_comes_before_the_body(chatty):
     with started(chatty[0], api_key="sesame") as (port, *_):
-        for path, more, status in (("/v1/completions", "", 401), ("/v1/completions", "Expect: 100-continue\r\n", 401),
-                                   ("/nowhere", "", 404)):
+        for path, more, status in (
+            ("/v1/completions", "", 401),
+            ("/v1/completions", "Expect: 100-continue\r\n", 401),
+            ("/nowhere", "", 404),
+        ):
             with contextlib.closing(connect(port)) as connection:
                 connection.connect()
-                connection.sock.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n{more}"
-                                        "\r\n".encode())  # and no body
+                connection.sock.sendall(
+                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n{more}"
+                    "\r\n".encode()
+                )  # and no body
                 answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
             assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"toy" not in answer
-        status, answer, _ = ask(port, body="x" * BODY_LIMIT)  # whoever sends a body before reading gets the answer, too
+        status, answer, _ = ask(
+            port, body="x" * BODY_LIMIT
+        )  # whoever sends a body before reading gets the answer, too
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
 
 
@@ -264,17 +273,26 @@ def test_a_body_is_asked_for_where_it_is_welcome(server):
     with contextlib.closing(connect(server[0])) as connection:
         connection.connect()
         body = json.dumps(chat()).encode()
-        connection.sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
-                                b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+        connection.sock.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
         assert connection.sock.recv(2**16) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sock.sendall(body)
         answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
     assert answer.startswith(b"HTTP/1.1 200 ") and b"sat on the mat." in answer
 
 
-@pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\nX: ", b"POST / HTTP/1.1\r\nContent-Length: 999999\r\n\r\n",
-                                  b"POST /v1/completions HTTP/1.1\r\nContent-Length: 999999\r\n\r\n"],
-                         ids=["line", "head", "unread", "body"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST / HTTP/1.1\r\nContent-Length: 999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 999999\r\n\r\n",
+    ],
+    ids=["line", "head", "unread", "body"],
+)
 def test_a_request_has_a_deadline_however_its_bytes_come(head, chatty, monkeypatch):
     monkeypatch.setattr(lib.server, "ARRIVAL", 0.2)
 
@@ -362,9 +380,15 @@ def test_one_connection_more_than_may_is_a_503(chatty, monkeypatch):
         first = pool.submit(ask, port, body=chat())
         until(lambda: replies)
         status, answer, headers = ask(port, "/v1/models", "GET")
-        assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "too_many_connections", "1")
+        assert (status, answer["error"]["code"], headers["Retry-After"]) == (
+            503,
+            "too_many_connections",
+            "1",
+        )
         assert answer["error"]["type"] == "server_error"
-        for _ in range(5):  # also to a client that is still sending, as http.client sends a body after its head
+        for _ in range(
+            5
+        ):  # also to a client that is still sending, as http.client sends a body after its head
             assert ask(port, body=chat("word " * 100_000))[0] == 503
         gate.opened.set()
         assert first.result()[0] == 200

@@ -152,12 +152,19 @@ def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path
 
 
 @pytest.mark.parametrize("notice", ["SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_what_schedulers_send_before_the_end_is_a_request_and_never_ends_the_process(notice, monkeypatch):
+def test_what_schedulers_send_before_the_end_is_a_request_and_never_ends_the_process(
+    notice, monkeypatch
+):
     monkeypatch.setattr(signals, "ECHO", -1.0)  # any second order would end it
     said, before = [], signal.signal(getattr(signal, notice), lambda *_: None)
     try:
         with signals.StopSignals(said.append, SimpleNamespace(world_size=1)) as stop:
-            for name in (notice, notice, "SIGTERM", notice):  # at the limit itself, SIGTERM is the first order
+            for name in (
+                notice,
+                notice,
+                "SIGTERM",
+                notice,
+            ):  # at the limit itself, SIGTERM is the first order
                 os.kill(os.getpid(), getattr(signal, name))
                 end = time.monotonic() + 30
                 while not said and time.monotonic() < end:
@@ -174,7 +181,13 @@ from lib.signals import StopSignals
 with StopSignals(print, SimpleNamespace(world_size=1)):
     pass
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr == ""
 
 

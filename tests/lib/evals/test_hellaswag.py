@@ -232,7 +232,9 @@ def test_runs_that_start_together_download_once(tmp_path, monkeypatch):
         return hellaswag.load()
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site, ThreadPoolExecutor(8) as pool:
-        threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=site.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{site.server_port}/h.jsonl")
         assert list(pool.map(start, range(8))) == [[ITEM]] * 8
         site.shutdown()
