@@ -127,7 +127,8 @@ def lines(prompt):
             import readline  # noqa: F401 (gives input() a history)
     else:
         prompt = ""
-    sys.stdin.reconfigure(errors="replace")
+    with contextlib.suppress(AttributeError):  # not in a notebook
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input(prompt)

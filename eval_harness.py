@@ -215,7 +215,7 @@ def pick_output(cfg, context):
     if os.path.lexists(output):
         more = "" if cfg.output or stretch else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
         raise BadInput(f"{output} exists: {remedy}{more}")
-    if len(os.fsencode(output.name)) > 250:  # 255 with .tmp, under which it is written
+    if len(os.fsencode(output.name)) > 242:  # 255 with the ending of the temporary name
         raise BadInput(f"{output.name[:40]}... is too long for the name of a file: {remedy}")
     files.make_folder(output.parent, remedy)
     return output

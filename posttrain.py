@@ -320,6 +320,7 @@ class PostTraining(Pretraining):
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
         """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
+        self.explicit = explicit
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
         self.corpus = read_data(cfg, explicit, tokenizer, model_cfg.block_size)
         self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer, model_cfg.block_size)

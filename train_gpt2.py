@@ -987,8 +987,9 @@ class Pretraining:
 
     weights, extra, packed = (), {}, staticmethod(lambda idx: ())
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, explicit):
         self.corpus = Corpus(cfg)
+        self.explicit = explicit
 
     def tokenizer(self, model_cfg):
         """-> the data's Tokenizer; sets vocab_size."""
@@ -999,12 +1000,16 @@ class Pretraining:
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
-        return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes),
-                           compiled=True),
-                Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, block_size, processes)),
-                Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every,
-                           harness.tracked(cfg, tokenizer, processes)),
-                Evaluation("samples", cfg.sample_every, self.samples(cfg, tokenizer), at_start=False)]
+        validated = self.validation(cfg, tokenizer, block_size, processes)
+        asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
+        questions = hellaswag.tracked(cfg, tokenizer, block_size, processes, required=asked)
+        tasks = harness.tracked(cfg, tokenizer, processes)
+        samples = self.samples(cfg, tokenizer)
+        found = [Evaluation("validation", cfg.eval_every, validated, compiled=True),
+                 Evaluation("HellaSwag", cfg.hellaswag_every, questions),
+                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every, tasks),
+                 Evaluation("samples", cfg.sample_every, samples, at_start=False)]
+        return [evaluation for evaluation in found if evaluation.run is not None]
 
     def validation(self, cfg, tokenizer, block_size, processes):
         return validation(cfg, self.corpus, tokenizer, block_size, processes)
@@ -1091,7 +1096,7 @@ def main(argv):
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
     else:
-        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))
+        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, explicit))
 
 
 if __name__ == "__main__":

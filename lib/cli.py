@@ -29,6 +29,7 @@ import typing
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
              errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
+PATIENCE = 30  # seconds that rank 0 has to print what all processes meet
 
 
 class BadInput(Exception):
@@ -36,7 +37,7 @@ class BadInput(Exception):
 
 
 class RankError(BadInput):
-    """A BadInput that one process of several may meet alone: said by whichever meets it."""
+    """A BadInput that one process of several may meet alone: printed by the one that meets it."""
 
 
 def flag(default, help, short=None, **bounds):
@@ -68,7 +69,8 @@ def _run(main):
         if getattr(sys, name) is None:  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
         # an odd character must not end a run on a console without UTF-8
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError):  # a notebook's streams take any character
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     script = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])
@@ -76,8 +78,8 @@ def _run(main):
     except BadInput as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        # under torchrun every process meets the same: say it once
-        _fail(f"{script}: error: {' '.join(str(error).split())}", say=isinstance(error, RankError) or is_main_process())
+        message = " ".join(str(error).split())
+        _fail(f"{script}: error: {message}", alone=isinstance(error, RankError))
     except BrokenPipeError:  # `| head` has read enough
         _leave(1)
     except KeyboardInterrupt as interrupt:
@@ -90,11 +92,19 @@ def _run(main):
         _fail(f"{script}: error: cannot go on ({error.strerror}): {remedy}")
 
 
-def _fail(line, say=True):
-    """Exit with code 2 and this line, on stderr and in the report with which torchrun closes."""
-    if say:
-        print(line, file=sys.stderr)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun itself takes no notice of a SystemExit
+def _fail(line, alone=True):
+    """Exit with code 2 and this line, on stderr and in the report with which torchrun closes.
+
+    alone: False if every process of several meets this error. Rank 0 then prints it, whereupon
+    torchrun ends the others. One that is still there after PATIENCE seconds has met it alone.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not alone and not is_main_process():
+        if report is None:  # not torchrun: nobody ends this process
+            _leave(2)
+        time.sleep(PATIENCE + launched()["rank"])  # one after another: the first ends the rest
+    print(line, file=sys.stderr)
+    if report:  # torchrun itself takes no notice of a SystemExit
         with contextlib.suppress(OSError), open(report, "w") as file:
             json.dump({"message": line, "timestamp": int(time.time())}, file)
     _leave(2)
@@ -116,14 +126,28 @@ def is_broken(stream):
     return False
 
 
+RANKS = {  # of launchers other than torchrun; 0 in the shell of an allocation
+    "SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMIX_RANK": "mpirun",
+    "PMI_RANK": "mpirun", "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "mpiexec",
+    "FLUX_TASK_RANK": "flux"}
+
+
 def launched():
     """What torchrun tells its processes: dict of rank, world_size, local_rank, local_world_size; None without a launcher.
 
-    Raises BadInput if the variables are not whole and sane: half of them would train on half of each batch without a word.
+    Raises BadInput if the variables are not whole and sane: half of them would train on half of
+    each batch without a word. Likewise in a process that is not the first of another launcher:
+    each would train a model of its own, on the first GPU.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ[name] for name in names if name in os.environ}
     if not found:
+        for name, launcher in RANKS.items():
+            rank = os.environ.get(name, "")
+            if rank.isdecimal() and int(rank) > 0:
+                raise BadInput(
+                    f"{launcher} started another copy of the script ({name}={rank}), which would run "
+                    f"alone: start one torchrun per node, or unset {name} for separate runs")
         return None
     remedy = "start with torchrun, which sets them all, or unset them"
     if missing := [name for name in names if name not in found]:

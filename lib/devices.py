@@ -6,6 +6,7 @@ One process, or as many as torchrun started, each with a GPU of its own (NCCL), 
 import contextlib
 import inspect
 import os
+import pickle
 import re
 import socket
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lib.cli import BadInput, RankError, launched
 
+DONE = b"done"
 PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the data sheets; the first name found as a word in the GPU's
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
@@ -175,7 +177,8 @@ class Processes:
             raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another process has ended, its error "
                             "stands above; else NCCL_DEBUG=WARN tells more") from error
         if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            raise RankError("another process has ended: torchrun names the first one below, its error stands above") from error
+            raise BadInput("another process has ended: torchrun names the first one below, "
+                           "its error stands above") from error
 
     def sum(self, values):
         """Sum a list of numbers over all processes, in double precision -> list of float."""
@@ -187,28 +190,35 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self):
-        """Rank 0 runs the block before the others do: what it downloads, they find; where it fails, they fail too."""
-        how = "done" if self.main else self.barrier()
+        """Rank 0 runs the block before the others do: what it downloads, they find.
+        Where it fails they raise its BadInput, without running the block."""
+        if self.main:
+            try:
+                yield
+            except BaseException as error:
+                known = isinstance(error, BadInput) and not isinstance(error, RankError)
+                with contextlib.suppress(RuntimeError):  # the others may be gone
+                    self.barrier(pickle.dumps(error if known else BadInput("rank 0 has failed")))
+                raise
+            self.barrier(DONE)
+            return
+        word = self.barrier()
+        if word != DONE:
+            raise pickle.loads(word)
         try:
             yield
-        except BaseException as error:
-            if isinstance(error, BadInput) and how == "done" and not self.main:
-                raise RankError(str(error)) from error  # what all meet rank 0 says, but it has not met this
-            how = "failed"
-            raise
-        finally:
-            if self.main:
-                self.barrier(how)
+        except BadInput as error:
+            raise RankError(str(error)) from error  # rank 0 has not met this
 
-    def barrier(self, word="done"):
-        """Wait until all processes are here -> rank 0's word. However long rank 0 takes to come: it may download or save,
-        and a collective gives up after ten minutes."""
+    def barrier(self, word=DONE):
+        """Wait until all processes are here -> rank 0's word, bytes. However long rank 0 takes to
+        come: it may download or save, and a collective gives up after ten minutes."""
         if self.distributed:
             self.met += 1
             if self.main:
                 self.store.set(f"met {self.met}", word)
             self.store.wait([f"met {self.met}"], timedelta(days=1))
-            word = self.store.get(f"met {self.met}").decode()
+            word = self.store.get(f"met {self.met}")
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         return word
 

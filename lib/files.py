@@ -6,8 +6,10 @@ Writing: `replace` leaves a path as it was or whole. `locked` keeps two processe
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -86,19 +88,68 @@ def naming(path):
 
 
 def replace(path, write):
-    """Call `write` with a binary file, so that `path` holds either what it held before or all that was written,
-    flushed to the disk."""
+    """Call `write` with a binary file, so that `path` holds either what it held before or all that
+    was written, flushed to the disk. Several processes may replace one path at once: the last wins.
+
+    Until it is whole, the content is in <name>.<8 hex digits>.tmp. A killed process leaves that
+    file behind; the next `replace` of the same path removes it.
+    """
     path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
+    for leftover in leftovers(path.parent, glob.escape(path.name)):
+        _remove_unlocked(leftover)
+    partial, file = _open_partial(path)
     try:
-        with naming(path), open(partial, "wb") as file:
+        with naming(path), file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        _rename(partial, path)
+            if os.name == "nt":
+                file.close()  # only closed files are renamed there; elsewhere that would unlock it
+            _rename(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def leftovers(folder, name):
+    """The temporary files of `replace` in `folder`, of files whose names match the glob `name`."""
+    earlier = folder.glob(f"{name}.tmp")  # as earlier versions named them
+    return [*earlier, *folder.glob(f"{name}.{'[0-9a-f]' * 8}.tmp")]
+
+
+def _open_partial(path):
+    """-> (path, open file) of a new temporary file beside `path`, locked while it is open."""
+    while True:
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        file = open(partial, "xb")  # noqa: SIM115 (closed by the caller)
+        if _lock(file) is not False and os.fstat(file.fileno()).st_nlink:
+            return partial, file
+        file.close()  # another process removed it before it was locked
+
+
+def _remove_unlocked(partial):
+    """Remove a temporary file whose writer was killed: its lock is free.
+    Where files cannot be locked, nothing tells it from one that is being written, and it stays."""
+    with contextlib.suppress(OSError), open(partial, "r+b") as file:
+        if _lock(file):
+            partial.unlink()
+
+
+def _lock(file, wait=False):
+    """Lock an open file, or a folder's descriptor, until it is closed -> whether that worked.
+
+    False if another process holds the lock and `wait` is not set; None where the system or the
+    file system has no such locks.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
 
 
 def move(source, path):
@@ -169,21 +220,22 @@ def check_room(folder, needed, what, remedy):
 
 
 @contextlib.contextmanager
-def locked(folder, remedy):
-    """Hold the lock of a folder; it goes with the process, however that ends. Raises BadInput, ending in `remedy`,
-    if another holds it."""
-    handle = None
-    try:
-        import fcntl  # not on Windows
+def locked(folder, remedy, wait=None):
+    """Hold the lock of a folder; it goes with the process, however that ends.
+    Where folders cannot be locked, do without.
 
+    wait: a function, called before waiting for another process that holds it. Without one, raises
+    BadInput, ending in `remedy`, if there is such a process.
+    """
+    handle = None
+    with contextlib.suppress(OSError):  # Windows does not open folders
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BadInput(f"{folder} is in use by another process: {remedy}") from error
-    except (ImportError, OSError):
-        pass  # no such locks here
     try:
+        if handle is not None and _lock(handle) is False:
+            if wait is None:
+                raise BadInput(f"{folder} is in use by another process: {remedy}")
+            wait()
+            _lock(handle, wait=True)
         yield
     finally:
         if handle is not None:

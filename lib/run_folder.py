@@ -28,6 +28,7 @@ from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, is_main_pr
 from lib.files import (
     DISK_FULL,
     check_room,
+    leftovers,
     locked,
     make_folder,
     read_json,
@@ -253,7 +254,8 @@ def check_name(name):
 def check_ours(folder):
     """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be
     rewound, replaced or removed."""
-    names = {path.name for path in folder.iterdir()} - {"config.json.tmp"} if os.path.isdir(folder) else set()
+    names = {path.name for path in folder.iterdir()} if os.path.isdir(folder) else set()
+    names -= {path.name for path in leftovers(folder, "config.json")}
     if has_foreign_config(folder):
         raise BadInput(f"{folder} is not a run folder, its config.json is another program's: give another --run_name")
     if names and not read_config(folder) and not checkpoint.found(folder):
@@ -536,8 +538,9 @@ def rewind(folder, step):
     on where an earlier course left one. TensorBoard is rewound by the log.
     """
     folder = Path(folder)
-    for unfinished in (*folder.glob("ckpt_*.pt.tmp"), *folder.glob("*.json.tmp"), *folder.glob("log.txt.tmp")):
-        unfinished.unlink()
+    for name in ("ckpt_*.pt", "*.json", "log.txt"):
+        for unfinished in leftovers(folder, name):
+            unfinished.unlink()
     for later, path in checkpoint.found(folder):
         if later > step:
             os.replace(path, free_name(path.with_suffix(".pt.aside")))

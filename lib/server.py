@@ -6,8 +6,10 @@ and this server cannot do is refused, not left out. Errors are {"error": {"messa
 
 import contextlib
 import hmac
+import io
 import ipaddress
 import json
+import re
 import socket
 import socketserver
 import sys
@@ -25,12 +27,16 @@ from lib.cli import BadInput
 from lib.decoding import NonFinite, SampleConfig
 from lib.serving import Busy, Closed, Engine, Request
 
-BODY_LIMIT = 2**20   # bytes of a request
+BODY_LIMIT = 2**20   # bytes of a request's body
+UNREAD_LIMIT = 2**26  # bytes of a body that is too long, read so that the client sees the answer
 PATIENCE = 0.25      # seconds between looks whether the client is still there
 EVERY = 0.02         # seconds between the pieces of a stream: else Python would spend more on 64 streams than the model does
 SILENCE = 60         # seconds until a connection that says nothing, or takes nothing, is closed
+ARRIVAL = 30         # seconds from the first byte of a request to its last
 FAREWELL = 3.0       # seconds that answers have for their last words when the server ends
 DRAIN = 0.1          # seconds in which a connection too many may still send what is not read
+# a header line, or the empty one that ends the head (RFC 9112, section 5)
+HEADER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r?\n|\r?\n")
 PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
                "frame-ancestors 'none'")
@@ -44,6 +50,10 @@ ONLY = {  # accepted with these values, which ask for nothing
     "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
     "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "tools": ([],), "functions": ([],),
     "response_format": ({"type": "text"},), "modalities": (["text"],)}
+
+
+METHODS = {"/": "GET", "/v1/models": "GET", "/v1/models/{model}": "GET",
+           "/v1/chat/completions": "POST", "/v1/completions": "POST"}
 
 
 class ApiError(Exception):
@@ -79,6 +89,14 @@ def most_connections():
         return 256
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1024 if limit == resource.RLIM_INFINITY else max(min(1024, limit - 64), 1)
+
+
+def split_url(url):
+    """urllib's parts of a URL. Raises ApiError where there is none."""
+    try:
+        return urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise ApiError(400, f"{url[:80]} is not a URL ({error})", code="invalid_url") from error
 
 
 def is_loopback(host):
@@ -174,7 +192,11 @@ class Api:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local", **own}
 
     def read(self, body, kind):
-        """A request's body, "chat" or "text" -> Request, and whether a stream ends with its usage. Raises ApiError."""
+        """A request's body, "chat" or "text" -> Request, and whether a stream ends with its usage.
+        Raises ApiError.
+
+        Any model's name is taken for the only one that is served: many clients insist on theirs.
+        """
         if not isinstance(body, dict):
             raise ApiError(400, "the body must be a JSON object", code="invalid_type")
         for name in body:
@@ -186,7 +208,6 @@ class Api:
         model = value_of(body, "model", None, str)
         if model is None:
             raise ApiError(400, f"name a model: here it is {self.name}", "model", "missing_required_parameter")
-        self.check_model(model)
         stream = value_of(body, "stream", False, bool)
         options = value_of(body, "stream_options", {}, dict)
         if options and not stream:
@@ -236,6 +257,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host, port):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.most, self.open, self.changed, self.api = most_connections(), set(), threading.Condition(), None
+        self.waiting = {}  # open connections whose request is incomplete, the longest waiting first
         self.loopback = is_loopback(host)
         try:
             super().__init__((host, port), Handler)
@@ -270,12 +292,15 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         with self.changed:
+            if len(self.open) >= self.most:
+                self.close_longest_waiting()
             full = len(self.open) >= self.most
             if not full:
                 self.open.add(request)
+                self.waiting[request] = True
         if full:
-            error = ApiError(503, f"{self.most:,} connections are open, as many as may: try again in a moment",
-                             code="too_many_connections")
+            message = f"{self.most:,} requests are being answered: try again in a moment"
+            error = ApiError(503, message, code="too_many_connections")
             body = json.dumps(error.body())
             with contextlib.suppress(OSError):
                 request.send("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
@@ -291,11 +316,30 @@ class Server(ThreadingHTTPServer):
         else:
             super().process_request(request, client_address)
 
+    def close_longest_waiting(self):
+        """Make room: slow and idle clients must not keep others out."""
+        connection = next(iter(self.waiting), None)
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
+            self.forget(connection)
+
+    def forget(self, connection):
+        self.open.discard(connection)
+        self.waiting.pop(connection, None)
+        self.changed.notify_all()
+
+    def set_waiting(self, connection, waits):
+        """A connection waits for its next request, or has one to answer."""
+        with self.changed:
+            self.waiting.pop(connection, None)
+            if waits and connection in self.open:
+                self.waiting[connection] = True
+
     def shutdown_request(self, request):
         super().shutdown_request(request)
         with self.changed:
-            self.open.discard(request)
-            self.changed.notify_all()
+            self.forget(request)
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
@@ -303,36 +347,135 @@ class Server(ThreadingHTTPServer):
             print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
+class Incoming(io.RawIOBase):
+    """The bytes that a connection receives: the first of a request within SILENCE seconds, the
+    others within ARRIVAL. A socket's own timeout begins again with each byte. Raises TimeoutError.
+    """
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.deadline = None  # of the request whose bytes arrive
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        seconds = SILENCE
+        if self.deadline is not None:
+            seconds = self.deadline - time.monotonic()
+            if seconds <= 0:
+                raise TimeoutError
+        self.connection.settimeout(seconds)
+        try:
+            count = self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(SILENCE)  # what an answer has
+        if self.deadline is None:
+            self.deadline = time.monotonic() + ARRIVAL
+        return count
+
+
+class HeadLines:
+    """The header lines of a request. Raises ValueError for one that RFC 9112 does not allow.
+
+    http.server takes `Content-Length : 9` for the end of the head: the body would become the next
+    request.
+    """
+
+    def __init__(self, file):
+        self.file = file
+
+    def readline(self, limit):
+        line = self.file.readline(limit)
+        if line and len(line) < limit and not HEADER.fullmatch(line):
+            raise ValueError(f"{line[:40]!r} is not a header line")
+        return line
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout, disable_nagle_algorithm = SILENCE, True
 
+    def setup(self):
+        super().setup()
+        self.rfile.close()
+        self.incoming = Incoming(self.connection)
+        self.rfile = io.BufferedReader(self.incoming)
+
+    def handle_one_request(self):
+        self.incoming.deadline = None
+        self.unread = 0  # bytes of the request that may still come, at most
+        self.expects_100 = False
+        self.answered = False
+        self.server.set_waiting(self.connection, True)
+        super().handle_one_request()
+
+    def parse_request(self):
+        connection_file = self.rfile
+        self.rfile = HeadLines(connection_file)
+        try:
+            return super().parse_request()
+        except ValueError as error:
+            self.send_error(400, str(error))
+        except TimeoutError:
+            self.send_error(408)
+        finally:
+            self.rfile = connection_file
+        return False
+
+    def handle_expect_100(self):
+        self.expects_100 = True  # the client is asked for the body once its key has been checked
+        return True
+
     def respond(self):
-        self.body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
-        self.close_connection |= not self.body_read and self.command != "POST"  # it would be taken for the next request
+        has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        self.unread = BODY_LIMIT if has_body else 0
+        # the body would be taken for the next request
+        self.close_connection |= has_body and self.command != "POST"
         try:
             self.route()
         except ApiError as error:
-            self.close_connection |= not self.body_read
-            self.send_json(error.status, error.body(), error.headers)
+            self.send_api_error(error)
+        except (ConnectionError, TimeoutError):  # the client has gone
+            raise
+        except Exception as error:
+            if not self.answered:
+                message = f"the server failed ({type(error).__name__})"
+                self.send_api_error(ApiError(500, message, code="server_error"))
+            raise
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond
 
+    def discard_unread(self):
+        """Read on until the client closes: a connection that is closed with unread bytes is reset,
+        and its answer lost."""
+        self.server.set_waiting(self.connection, True)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.unread > 0:
+                piece = self.rfile.read1(2**16)
+                if not piece:
+                    break
+                self.unread -= len(piece)
+
     def route(self):
-        path, api = urllib.parse.urlsplit(self.path).path, self.server.api
+        """Answer the request. Its body is read last, once it is clear that it is wanted."""
+        path, api = split_url(self.path).path, self.server.api
         self.check_origin()
-        body = self.read_body() if self.command == "POST" else None
         if path.startswith("/v1/"):
             self.check_key()
-        methods = {"/": "GET", "/v1/models": "GET", f"/v1/models/{urllib.parse.quote(api.name)}": "GET",
-                   "/v1/chat/completions": "POST", "/v1/completions": "POST"}
-        if path.startswith("/v1/models/") and path not in methods:
+        if path.startswith("/v1/models/"):
             api.check_model(urllib.parse.unquote(path.removeprefix("/v1/models/")))
-        if path not in methods:
-            raise ApiError(404, f"nothing at {path[:80]}: there are {', '.join(sorted(methods))}", code="unknown_url")
-        if self.command != methods[path]:
-            raise ApiError(405, f"{path} takes {methods[path]}, not {self.command}", code="method_not_supported",
-                           headers={"Allow": methods[path]})
+            path = "/v1/models/{model}"
+        if path not in METHODS:
+            known = ", ".join(METHODS)
+            raise ApiError(404, f"nothing at {path[:80]}: there are {known}", code="unknown_url")
+        method = METHODS[path]
+        if self.command != method:
+            raise ApiError(405, f"{path} takes {method}, not {self.command}",
+                           code="method_not_supported", headers={"Allow": method})
+        body = self.read_body() if self.command == "POST" else None
+        self.server.set_waiting(self.connection, False)
         if path == "/":
             self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8", {"Content-Security-Policy": PAGE_POLICY,
                       "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"})
@@ -353,7 +496,7 @@ class Handler(BaseHTTPRequestHandler):
             name = ""
         if self.server.loopback and not is_loopback(name):
             raise ApiError(403, "this server answers to localhost alone", code="invalid_host")
-        if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+        if origin is not None and split_url(origin).netloc != host:
             raise ApiError(403, "this server does not answer to other web pages", code="invalid_origin")
 
     def check_key(self):
@@ -367,14 +510,20 @@ class Handler(BaseHTTPRequestHandler):
         if others or "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise ApiError(411, "one Content-Length is needed, and no Transfer-Encoding", code="length_required")
         if len(length) > 12 or int(length) > BODY_LIMIT:
-            rest = int(length[:12])  # a client that is still sending would not see the answer
-            while 0 < rest <= 64 * BODY_LIMIT and (read := len(self.rfile.read(min(rest, 2**16)))):
-                rest -= read
+            self.unread = min(int(length[:12]), UNREAD_LIMIT)
             raise ApiError(413, f"a request has at most {BODY_LIMIT:,} bytes", code="request_too_large")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+        if self.expects_100:
+            self.send_response_only(HTTPStatus.CONTINUE)
+            self.end_headers()
+        self.unread = int(length)
+        try:
+            body = self.rfile.read(self.unread)
+        except TimeoutError as error:
+            message = f"the request did not arrive within {ARRIVAL} s"
+            raise ApiError(408, message, code="request_timeout") from error
+        if len(body) < self.unread:
             raise ConnectionResetError
-        self.body_read = True
+        self.unread = 0
         return body
 
     def complete(self, body, kind):
@@ -441,6 +590,10 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(SILENCE)
 
+    def send_api_error(self, error):
+        self.close_connection |= self.unread > 0
+        self.send_json(error.status, error.body(), error.headers)
+
     def send_json(self, status, value, headers=()):
         self.send(status, json.dumps(value).encode(), "application/json", dict(headers))
 
@@ -451,6 +604,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_head(self, status, headers):
+        self.answered = True
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -459,6 +613,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """What http.server itself finds wrong, in our form."""
         self.close_connection, self.command = True, getattr(self, "command", None)
+        self.unread = BODY_LIMIT
         error = ApiError(code, message or HTTPStatus(code).phrase)
         if self.request_version != "HTTP/0.9":
             self.send_json(code, error.body())
@@ -472,6 +627,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self):
         with contextlib.suppress(ConnectionError, TimeoutError):
             super().handle()
+            if self.unread:
+                self.discard_unread()
 
 
 def usage_of(reply):

@@ -9,11 +9,13 @@ import time
 
 PATIENCE = 20.0  # seconds
 ECHO = 2.0       # seconds
+ORDERS = ("SIGTERM", "SIGINT", "SIGHUP")
+NOTICES = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # from schedulers, ahead of the end: SLURM, SGE, LSF
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP, while `with` lasts: the first sets `received` to its name;
-    one after ECHO seconds ends the process.
+    """ORDERS and NOTICES, while `with` lasts: the first sets `received` to its name.
+    An order that comes ECHO seconds or more after the first order ends the process.
 
     A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after another
     process has died. With other processes (`world_size` above 1) the main thread has PATIENCE seconds after the first signal to
@@ -53,10 +55,12 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self.reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
-            names = ("SIGTERM", "SIGINT", "SIGHUP")
-            self.before = {getattr(signal, name): None for name in names if hasattr(signal, name)}
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-                del self.before[signal.SIGHUP]  # nohup: the run is meant to outlive its terminal
+            names = [name for name in (*ORDERS, *NOTICES) if hasattr(signal, name)]
+            self.before = dict.fromkeys(getattr(signal, name) for name in names)
+            for name in ("SIGHUP", *NOTICES):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+                    del self.before[number]  # nohup: the run is meant to outlive its terminal
             for number in self.before:  # a handler must exist for the number to be written to the socket
                 self.before[number] = signal.signal(number, lambda *_: None)
             self.before_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
@@ -73,24 +77,32 @@ class StopSignals:
         # the last one to hold a tensor (through `say`) must not drop it while Python shuts down: that aborts
         for thread in self.threads:
             thread.join()
+        if self.before is not None:
+            self.reader.close()
 
     def _start(self, target):
         self.threads.append(threading.Thread(target=target, daemon=True))
         self.threads[-1].start()
 
     def _listen(self):
-        first = 0.0
+        first_order = None
         while number := self.reader.recv(1):
             if number[0] not in self.before:
                 continue
+            name = signal.Signals(number[0]).name
             if self.received is None:
-                self.received = signal.Signals(number[0]).name
+                self.received = name
                 if self.patience:
                     self._start(self._impatient)
-                self.say(f"{self.received}: this step is finished, then the run is saved; another signal, from "
-                         f"{ECHO:g} s on, ends it at once")
-                first = time.monotonic()  # a slow console holds up what came meanwhile, too
-            elif time.monotonic() - first > ECHO:
+                line = f"{name}: this step is finished, then the run is saved"
+                if name in ORDERS:
+                    line += f"; another signal, from {ECHO:g} s on, ends it at once"
+                self.say(line)
+            if name in NOTICES:
+                continue
+            if first_order is None:
+                first_order = time.monotonic()  # a slow console holds up what came meanwhile, too
+            elif time.monotonic() - first_order > ECHO:
                 os._exit(128 + number[0])
 
     def _impatient(self):

@@ -850,12 +850,16 @@ def test_shards_of_other_settings_are_not_touched(tmp_path, fails, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails):
+def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails, monkeypatch):
     flags = ["--source", good(tmp_path), "--out", "out", "--shard_size", 500]
-    (tmp_path / "out").mkdir()
     for name in ("out_val_000000.npy", "out_train_000002.npy", "meta.json"):
-        (tmp_path / "out" / f"{name}.tmp").symlink_to("/dev/full")  # writing it fails as on a full disk
-        assert "the disk of out/ is full: free some space and give the same command again" in fails(*flags)
+        def open_full(path, mode, name=name):
+            full = mode == "xb" and path.name.startswith(f"{name}.")
+            return open("/dev/full", "wb") if full else open(path, mode)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open", open_full, raising=False)
+            assert "the disk of out/ is full: free some space and give the same command again" in fails(*flags)
         shards = read_shards(tmp_path / "out")
         assert shards == cut(reference(DOCUMENTS), 500)[:len(shards)]
     fineweb.main([str(flag) for flag in flags])

@@ -1017,6 +1017,22 @@ def test_bad_input_of_a_real_process_is_one_line(flags, says, launch, tokenizer,
     assert not list(tmp_path.glob("log/*/ckpt*"))
 
 
+def test_without_internet_hellaswag_is_left_out_unless_asked_for(
+    launch, data, tmp_path, monkeypatch
+):
+    flags = [*TINY_FLAGS, "--data", data, "--max_steps", 2, "--warmup_steps", 1, "--run_name", "a"]
+    at = flags.index("--hellaswag_every")
+    del flags[at : at + 2]
+    result = launch("train_gpt2.py", *flags, processes=2, env={"https_proxy": "http://127.0.0.1:9"})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: training goes on without HellaSwag: cannot download") == 1
+    assert (1, "train") in read_log(tmp_path / "log" / "a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="cannot download HellaSwag"):
+        train_gpt2.main([str(word) for word in (*flags[:-1], "b", "--hellaswag_every", 250)])
+
+
 def test_debug_shows_where_bad_input_was_found(launch, data):
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, "--debug")
     assert result.returncode == 2 and result.stdout == ""
@@ -1025,13 +1041,31 @@ def test_debug_shows_where_bad_input_was_found(launch, data):
     assert line.startswith("train_gpt2.py: error: validation needs 33 tokens")
 
 
-def test_bad_input_under_torchrun_is_said_once_and_closes_its_report(launch, data):
-    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--val_tokens", 20, processes=2)
-    lines, said = result.stderr.splitlines(), "train_gpt2.py: error: validation needs 33 tokens"
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--val_tokens", 20], "validation needs 33 tokens"),  # which all processes meet
+        (
+            ["--hellaswag_every", 1, "--hellaswag_file", "h.jsonl"],
+            "h.jsonl, line 1: ",
+        ),  # rank 0 meets it first
+    ],
+    ids=["all", "first"],
+)
+def test_bad_input_under_torchrun_is_said_once_and_closes_its_report(
+    flags, says, launch, data, tmp_path
+):
+    (tmp_path / "h.jsonl").write_text("{")
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, *flags, processes=2)
+    lines, said = result.stderr.splitlines(), f"train_gpt2.py: error: {says}"
     assert result.returncode != 0 and sum(line.startswith(said) for line in lines) == 1
+    assert sum(said in line for line in lines) == 2  # that line, and once in torchrun's report
     assert any(line.strip(" :").startswith("traceback : " + said) for line in lines[-3:])
-    frames = [line for line in lines
-              if 'File "' in line and "site-packages" not in line and "<frozen" not in line]
+    frames = [
+        line
+        for line in lines
+        if 'File "' in line and "site-packages" not in line and "<frozen" not in line
+    ]
     assert not frames  # torchrun's own traceback is its own business
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -17,10 +18,15 @@ ELSEWHERE = "name a local hellaswag_val.jsonl by --file, in training by --hellas
 BATCH_TOKENS = 16_384  # tokens per forward pass, padding included; bounds the memory of the logits
 
 
+class NotDownloaded(BadInput):
+    """HellaSwag is not on this machine and cannot be downloaded."""
+
+
 def load(path=None):
     """The items of a jsonl file (default: the validation split, downloaded once) as a list of dict.
 
-    Raises BadInput if the file cannot be had, or a line is not an item with ctx, four endings and a label.
+    Raises NotDownloaded, or BadInput if the file cannot be read, or a line is not an item with
+    ctx, four endings and a label.
     """
     remedy = ELSEWHERE if path else f"move the file away to download it again, or {ELSEWHERE}"
     path = path or _download(Path("hellaswag/hellaswag_val.jsonl"))
@@ -45,16 +51,31 @@ def check_item(item):
 
 
 def _download(path):
+    """The file at `path`, downloaded if it is not there; of several processes by one.
+
+    Raises NotDownloaded, or BadInput if it cannot be written.
+    """
     if path.exists():
         return path
     files.make_folder(path.parent, ELSEWHERE)
-    try:
-        with urllib.request.urlopen(URL, timeout=5) as response:
-            content = response.read()
-        files.replace(path, lambda file: file.write(content))
-    except (OSError, http.client.HTTPException) as error:
-        raise BadInput(f"cannot download HellaSwag from {URL} ({error}): {ELSEWHERE}, or train with "
-                       "--hellaswag_every 0") from error
+
+    def wait():
+        line = "another process is downloading HellaSwag: waiting for it"
+        print(line, file=sys.stderr, flush=True)
+
+    with files.locked(path.parent, ELSEWHERE, wait):
+        if path.exists():  # downloaded by another process meanwhile
+            return path
+        try:
+            with urllib.request.urlopen(URL, timeout=5) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise NotDownloaded(f"cannot download HellaSwag from {URL} ({error}): {ELSEWHERE}, "
+                                "or train with --hellaswag_every 0") from error
+        try:
+            files.replace(path, lambda file: file.write(content))
+        except OSError as error:
+            raise BadInput(f"cannot write {path} ({error.strerror}): {ELSEWHERE}") from error
     return path
 
 
@@ -121,11 +142,22 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
     return [len(rendered), *right]
 
 
-def tracked(cfg, tokenizer, block_size, processes):
+def tracked(cfg, tokenizer, block_size, processes, required):
     """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
-    (model, stopped) -> {tag: acc_norm}."""
-    with processes.main_first():
-        items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+    (model, stopped) -> {tag: acc_norm}.
+
+    Returns None, after a warning, if it cannot be downloaded and is not `required`.
+    """
+    try:
+        with processes.main_first():
+            items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
+    except NotDownloaded as error:
+        if required:
+            raise
+        if processes.main:
+            line = f"warning: training goes on without HellaSwag: {error}"
+            print(line, file=sys.stderr, flush=True)
+        return None
     questions = render(items, tokenizer, block_size)
 
     def run(model, stopped):

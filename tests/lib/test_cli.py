@@ -1,5 +1,6 @@
 """Flags made from dataclasses, their bounds, and errors of one line. Run: python -m pytest tests/lib/test_cli.py"""
 
+import json
 import os
 import signal
 import subprocess
@@ -250,6 +251,26 @@ def test_a_whole_environment_or_none(monkeypatch):
     assert launched()["local_world_size"] == 4
 
 
+@pytest.mark.parametrize("name, launcher", cli.RANKS.items())
+def test_copies_that_srun_or_mpirun_start_are_refused_and_the_first_runs(
+    name, launcher, monkeypatch
+):
+    put(monkeypatch, {})
+    for other in cli.RANKS:
+        monkeypatch.delenv(other, raising=False)
+    for rank in ("0", "", "x"):
+        monkeypatch.setenv(name, rank)
+        assert launched() is None
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(
+        BadInput, match=f"{launcher} started .*{name}=3.*start one torchrun per node"
+    ):
+        launched()
+    assert cli.is_main_process()  # which prints it
+    put(monkeypatch, WHOLE)  # srun that starts a torchrun per node
+    assert launched()["world_size"] == 4
+
+
 @pytest.mark.parametrize("values", [
     {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"},
     {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
@@ -308,9 +329,16 @@ def script(tmp_path):
     """script("--how bad", RANK="1") runs the script above in a shell -> CompletedProcess (text)."""
     (tmp_path / "script.py").write_text(SCRIPT)
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
-    return lambda words="", **env: subprocess.run(
-        f"{sys.executable} script.py {words}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env=clean | env, check=False)
+    return lambda words="", seconds=60, **env: subprocess.run(
+        f"exec {sys.executable} script.py {words}",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=clean | env,
+        check=False,
+    )
 
 
 FULL_DISK = "script.py: error: cannot go on (No space left on device): free some disk space\n"
@@ -338,6 +366,62 @@ FULL_DISK = "script.py: error: cannot go on (No space left on device): free some
 def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, script):
     result = script(words, **env)
     assert (result.returncode, result.stderr) == (code, err) and result.stdout == out
+
+
+@pytest.mark.parametrize(
+    "rank, patience, said", [("0", 60, True), ("1", 60, False), ("1", 0, True)]
+)
+def test_rank_0_reports_what_all_meet_and_another_only_what_it_met_alone(
+    rank, patience, said, script, tmp_path
+):
+    """Under torchrun, which ends the others (here: this test) as soon as one has failed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import lib.cli; lib.cli.PATIENCE = {patience}"
+    )
+    env = WHOLE | {
+        "RANK": rank,
+        "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report"),
+        "PYTHONPATH": str(tmp_path),
+    }
+    line = "script.py: error: first second third"
+    if said:
+        result = script("--how bad", **env)
+        assert (result.returncode, result.stderr) == (2, f"{line}\n")
+        assert json.loads((tmp_path / "report").read_text())["message"] == line
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            script("--how bad", seconds=2, **env)
+        assert not (tmp_path / "report").exists()
+
+
+NOTEBOOK = """
+import runpy, sys
+
+class OutStream:
+    def __init__(self, stream):
+        self.write, self.flush = stream.write, stream.flush
+
+sys.stdout, sys.stderr = OutStream(sys.stdout), OutStream(sys.stderr)
+sys.argv = ["script.py", "--how", sys.argv[1]]
+runpy.run_path("script.py", run_name="__main__")
+"""
+
+
+def test_a_script_runs_where_a_notebook_has_put_its_own_streams(script, tmp_path):
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    for how, code, out, err in (
+        ("fine", 0, "started fine\n", ""),
+        ("bad", 2, "started bad\n", "script.py: error: first second third\n"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "notebook.py", how],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_bad_input(script):

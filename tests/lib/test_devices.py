@@ -1,6 +1,5 @@
 """Devices that are pretended, processes that are not there, and two that are: python -m pytest tests/lib/test_devices.py"""
 
-import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,20 +143,40 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_own_host(env, monkeypatch):
     assert devices.Processes("cpu").device == torch.device("cpu")  # a CPU is shared
 
 
-@pytest.mark.parametrize("rank, word, want", [(0, "done", ["block", "done"]), (0, "failed", ["block", "failed"]),
-                                             (1, "done", ["barrier", "block"]), (1, "failed", ["barrier", "block"])])
-def test_main_goes_first_also_when_it_fails(rank, word, want, env, monkeypatch):
-    """The others must not wait for ever; and what rank 0 has not met, the one that has must say."""
-    env(**TORCHRUN | dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2))
-    processes, order = devices.Processes("cpu"), []
-    monkeypatch.setattr(processes, "barrier", lambda own="barrier": order.append(own) or word)
-    alone = rank == 1 and word == "done"
-    fails = pytest.raises(RankError if alone else BadInput, match="no such file") if rank or word == "failed" else None
-    with fails or contextlib.nullcontext() as caught, processes.main_first():
-        order.append("block")
-        if fails:
-            raise BadInput("no such file")
-    assert order == want and (not caught or isinstance(caught.value, RankError) == alone)
+class Missing(BadInput):
+    """As a library module has its own."""
+
+
+@pytest.mark.parametrize(
+    "error, known",
+    [
+        (Missing("no such file"), True),
+        (RankError("only here"), False),
+        (ValueError("a bug"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_where_rank_0_goes_first_and_fails_the_others_fail_alike(error, known, env, monkeypatch):
+    """They must not wait for ever, nor try again."""
+    words = []
+    for rank in (0, 1):
+        env(**TORCHRUN | dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2))
+        processes = devices.Processes("cpu")
+        monkeypatch.setattr(processes, "barrier", lambda *word: words.extend(word) or words[0])
+        with pytest.raises(BaseException) as caught, processes.main_first():
+            assert rank == 0
+            raise error
+        other = Missing if known else BadInput
+        assert type(caught.value) is (type(error) if rank == 0 else other)
+    assert str(caught.value) == (str(error) if known else "rank 0 has failed")
+
+
+def test_what_rank_0_has_not_met_is_said_by_the_one_that_has(env, monkeypatch):
+    env(**TORCHRUN | dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2))
+    processes = devices.Processes("cpu")
+    monkeypatch.setattr(processes, "barrier", lambda: devices.DONE)
+    with pytest.raises(RankError, match="no such file"), processes.main_first():
+        raise BadInput("no such file")
 
 
 def test_an_error_of_nccl_is_said_with_its_reason(env, monkeypatch):
@@ -198,7 +217,7 @@ with devices.Processes("cpu") as processes:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
     if processes.main:
         time.sleep(3)
-    assert processes.barrier("met" if processes.main else "not this") == "met"
+    assert processes.barrier(b"met" if processes.main else b"not this") == b"met"
     model = torch.nn.Linear(1, 1, bias=False)
     ddp, grads = devices.parallel(model, processes), []
     for last in (False, True):

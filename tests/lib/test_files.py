@@ -1,6 +1,8 @@
 """Files read and written as promised, in processes that die. Run: python -m pytest tests/lib/test_files.py"""
 
 import contextlib
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +13,18 @@ from helpers import ROOT
 
 from lib import files
 from lib.cli import BadInput
-from lib.files import Unreadable, locked, make_folder, new_folder, open_file, read_json, read_rows, replace, write_json
+from lib.files import (
+    Unreadable,
+    leftovers,
+    locked,
+    make_folder,
+    new_folder,
+    open_file,
+    read_json,
+    read_rows,
+    replace,
+    write_json,
+)
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -59,6 +72,33 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert read_json(path, "") == {"a": 2} and list(tmp_path.iterdir()) == [path]
 
 
+def test_writers_of_one_path_do_not_break_each_other(tmp_path):
+    path = tmp_path / "a.json"
+
+    def slow(file):
+        file.write(b"[1")
+        file.flush()
+        for value in (2, 3):  # others begin and end meanwhile
+            write_json(path, value)
+            assert read_json(path, "") == value
+        file.write(b"]")
+
+    replace(path, slow)
+    assert read_json(path, "") == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_where_files_cannot_be_locked_files_are_written_and_folders_taken(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "a.json.0123abcd.tmp").write_text("perhaps another process is writing this")
+    write_json(tmp_path / "a.json", 1)
+    assert read_json(tmp_path / "a.json", "") == 1 and len(leftovers(tmp_path, "*.json")) == 1
+    with locked(tmp_path, ""), locked(tmp_path, "", wait=lambda: None):
+        pass
+
+
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     code = ("import sys, time; from lib.files import locked\n"
             "with locked(sys.argv[1], ''): print('held', flush=True); time.sleep(60)")
@@ -70,6 +110,23 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     for _ in range(2):
         with locked(tmp_path, ""):
             assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_may_be_waited_for(tmp_path):
+    first, waits = locked(tmp_path, ""), []
+    first.__enter__()
+
+    def give_up():
+        waits.append("said")
+        first.__exit__(None, None, None)
+
+    with (
+        locked(tmp_path, "", wait=give_up),
+        pytest.raises(BadInput, match="in use"),
+        locked(tmp_path, ""),
+    ):
+        pass
+    assert waits == ["said"]
 
 
 @pytest.mark.parametrize("error", [BadInput, KeyboardInterrupt])

@@ -498,7 +498,8 @@ def test_a_finished_run_without_checkpoints_is_refused(whole, data, tmp_path):
 
 def test_rewind(tmp_path):
     names = ["ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt", "ckpt_100000.pt",
-             "ckpt_00012.pt.tmp", "config.json.tmp", "notes.tmp"]
+             "ckpt_00012.pt.0123abcd.tmp", "config.json.0123abcd.tmp", "log.txt.0123abcd.tmp", "notes.tmp",
+             "ckpt_00012.pt.tmp", "config.json.tmp"]  # the last two are an earlier version's
     for name in names:
         (tmp_path / name).write_text(name)
     kept = "a line of another kind\n0 val 5.000000\n0 train 5.000000\n7 train 4.000000\n"

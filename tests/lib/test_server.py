@@ -172,7 +172,7 @@ def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says
     dict(n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], user="me", metadata={},
          response_format={"type": "text"}),
     dict(temperature=None, top_p=None, stop=None, seed=None, max_tokens=None, stream=None, n=None),
-    dict(temperature=0, seed=-1, top_p=0.5, stop=[]),
+    dict(temperature=0, seed=-1, top_p=0.5, stop=[]), dict(model="gpt-4"),
     dict(messages=[{"role": "developer", "content": "Be brief.", "name": "bob", "refusal": None, "tool_calls": []},
                    {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}])])
 def test_what_asks_for_nothing_special_is_taken(fields, server):
@@ -193,7 +193,7 @@ def test_limits_and_stops(server):
 @pytest.mark.parametrize("request_, status, code", [
     (dict(path="/nowhere", method="GET"), 404, "unknown_url"),
     (dict(path="/v1/models/other", method="GET"), 404, "model_not_found"),
-    (dict(body={**chat(), "model": "gpt-4"}), 404, "model_not_found"), (dict(method="GET"), 405, "method_not_supported"),
+    (dict(method="GET"), 405, "method_not_supported"),
     (dict(path="/", method="DELETE"), 405, "method_not_supported"), (dict(method="OPTIONS"), 405, "method_not_supported"),
     (dict(body="{"), 400, "invalid_json"), (dict(body="[" * 100_000), 400, "invalid_json"),
     (dict(body=b"\xff"), 400, "invalid_json"), (dict(body=[1]), 400, "invalid_type"),
@@ -203,7 +203,8 @@ def test_limits_and_stops(server):
     (dict(body=chat(), headers={"Host": "evil.example"}), 403, "invalid_host"),
     (dict(body=chat(), headers={"Host": "["}), 403, "invalid_host"),
     (dict(body=chat(), headers={"Origin": "http://evil.example"}), 403, "invalid_origin"),
-    (dict(body=chat(), headers={"Origin": "null"}), 403, "invalid_origin")])
+    (dict(body=chat(), headers={"Origin": "null"}), 403, "invalid_origin"),
+    (dict(body=chat(), headers={"Origin": "http://["}), 400, "invalid_url")])
 def test_what_is_not_a_request_is_told_by_its_status(request_, status, code, server):
     got, answer, headers = ask(server[0], **request_)
     assert (got, answer["error"]["code"]) == (status, code) and answer["error"]["message"]
@@ -221,10 +222,23 @@ def test_bytes_that_are_not_http(server):
     assert ask(server[0], "/", "GET")[0] == 200
 
 
+def test_an_address_that_is_not_one_is_a_400(server):
+    with contextlib.closing(connect(server[0])) as connection:
+        connection.connect()
+        connection.sock.sendall(
+            b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"invalid_url" in answer
+
+
 @pytest.mark.parametrize("head, status", [
     ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}", b"200"),
     ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}\r\nTransfer-Encoding: chunked", b"411"),
-    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: {n}", b"411")])
+    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: {n}", b"411"),
+    *((f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{line}", b"400") for line in (
+        "Content-Length : {n}", "Content-Length\t: {n}", "X: a\r\n Content-Length: {n}", "X: a\rContent-Length: {n}",
+        ": a\r\nContent-Length: {n}", "Content-Length {n}"))])
 def test_no_request_hides_in_anothers_body(head, status, server):
     hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with contextlib.closing(connect(server[0])) as connection:
@@ -232,6 +246,89 @@ def test_no_request_hides_in_anothers_body(head, status, server):
         connection.sock.sendall(f"{head.format(n=len(hidden))}\r\n\r\n".encode() + hidden)
         answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))  # to the end: it is closed
     assert answer.split()[1] == status and answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_the_key_comes_before_the_body(chatty):
+    with started(chatty[0], api_key="sesame") as (port, *_):
+        for path, more, status in (
+            ("/v1/completions", "", 401),
+            ("/v1/completions", "Expect: 100-continue\r\n", 401),
+            ("/nowhere", "", 404),
+        ):
+            with contextlib.closing(connect(port)) as connection:
+                connection.connect()
+                connection.sock.sendall(
+                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n{more}"
+                    "\r\n".encode()
+                )  # and no body
+                answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"toy" not in answer
+        status, answer, _ = ask(
+            port, body="x" * BODY_LIMIT
+        )  # whoever sends a body before reading gets the answer, too
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_body_is_asked_for_where_it_is_welcome(server):
+    with contextlib.closing(connect(server[0])) as connection:
+        connection.connect()
+        body = json.dumps(chat()).encode()
+        connection.sock.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
+        assert connection.sock.recv(2**16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sock.sendall(body)
+        answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"sat on the mat." in answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST / HTTP/1.1\r\nContent-Length: 999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 999999\r\n\r\n",
+    ],
+    ids=["line", "head", "unread", "body"],
+)
+def test_a_request_has_a_deadline_however_its_bytes_come(head, chatty, monkeypatch):
+    monkeypatch.setattr(lib.server, "ARRIVAL", 0.2)
+
+    def still_open(connection):
+        try:
+            connection.sock.sendall(b"x")
+            connection.sock.settimeout(0.02)
+            return bool(connection.sock.recv(2**16))
+        except TimeoutError:
+            return True
+        except ConnectionError:
+            return False
+
+    with started(chatty[0]) as (port, *_), contextlib.closing(connect(port)) as connection:
+        connection.connect()
+        connection.sock.sendall(head)
+        until(lambda: not still_open(connection))
+
+
+def test_slow_and_idle_clients_make_room(chatty, monkeypatch):
+    monkeypatch.setattr(lib.server, "most_connections", lambda: 3)
+    with started(chatty[0]) as (port, *_), contextlib.ExitStack() as slow:
+        connections = [slow.enter_context(contextlib.closing(connect(port))) for _ in range(4)]
+        for connection in connections:
+            connection.connect()
+            connection.sock.sendall(b"GET / HT")
+        assert ask(port, body=chat())[0] == 200
+        assert connections[0].sock.recv(1) == connections[1].sock.recv(1) == b""  # the longest waiting two
+
+
+def test_a_bug_is_a_500(chatty, capfd):
+    with started(chatty[0]) as (port, engine, *_):
+        engine.submit = None
+        status, answer, _ = ask(port, body=chat())
+        assert (status, answer["error"]["code"]) == (500, "server_error")
+    assert "a request failed: TypeError" in capfd.readouterr().err
 
 
 def test_an_api_key(chatty):
@@ -278,15 +375,23 @@ def test_a_full_queue_is_a_429(chatty):
 
 def test_one_connection_more_than_may_is_a_503(chatty, monkeypatch):
     monkeypatch.setattr(lib.server, "most_connections", lambda: 1)
-    with started(chatty[0]) as (port, *_):
-        with contextlib.closing(connect(port)) as connection:
-            connection.request("GET", "/v1/models")
-            assert connection.getresponse().read()  # and the connection stays
-            status, answer, headers = ask(port, "/v1/models", "GET")
-            assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "too_many_connections", "1")
-            assert answer["error"]["type"] == "server_error"
-            for _ in range(5):  # also to a client that is still sending, as http.client sends a body after its head
-                assert ask(port, body=chat("word " * 100_000))[0] == 503
+    with started(chatty[0]) as (port, engine, gate, replies), ThreadPoolExecutor(1) as pool:
+        gate.opened.clear()
+        first = pool.submit(ask, port, body=chat())
+        until(lambda: replies)
+        status, answer, headers = ask(port, "/v1/models", "GET")
+        assert (status, answer["error"]["code"], headers["Retry-After"]) == (
+            503,
+            "too_many_connections",
+            "1",
+        )
+        assert answer["error"]["type"] == "server_error"
+        for _ in range(
+            5
+        ):  # also to a client that is still sending, as http.client sends a body after its head
+            assert ask(port, body=chat("word " * 100_000))[0] == 503
+        gate.opened.set()
+        assert first.result()[0] == 200
         until(lambda: ask(port, "/v1/models", "GET")[0] == 200)
 
 

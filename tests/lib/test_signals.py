@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
@@ -26,7 +27,7 @@ from runs import (
 )
 
 import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, signals
 from lib.cli import BadInput
 
 TWO = ["--max_steps", "300", "--save_every", "50", "--eval_every", "100", "--micro_batch", "2"]
@@ -150,6 +151,46 @@ def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path
     assert out == ("heard SIGTERM\n" if code == 0 else "")
 
 
+@pytest.mark.parametrize("notice", ["SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_what_schedulers_send_before_the_end_is_a_request_and_never_ends_the_process(
+    notice, monkeypatch
+):
+    monkeypatch.setattr(signals, "ECHO", -1.0)  # any second order would end it
+    said, before = [], signal.signal(getattr(signal, notice), lambda *_: None)
+    try:
+        with signals.StopSignals(said.append, SimpleNamespace(world_size=1)) as stop:
+            for name in (
+                notice,
+                notice,
+                "SIGTERM",
+                notice,
+            ):  # at the limit itself, SIGTERM is the first order
+                os.kill(os.getpid(), getattr(signal, name))
+                end = time.monotonic() + 30
+                while not said and time.monotonic() < end:
+                    time.sleep(0.01)
+    finally:
+        signal.signal(getattr(signal, notice), before)
+    assert said == [f"{notice}: this step is finished, then the run is saved"] and stop.received == notice
+
+
+def test_nothing_is_left_open():
+    code = """
+from types import SimpleNamespace
+from lib.signals import StopSignals
+with StopSignals(print, SimpleNamespace(world_size=1)):
+    pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
 @linux
 def test_an_echo_that_waits_behind_a_slow_console_is_no_second_signal():
     code = """
@@ -179,10 +220,11 @@ def test_torchrun_ends_when_a_process_dies(data, tmp_path):
 
 @pytest.mark.slow
 @linux
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_torchrun_passes_a_signal_on(name, data, tmp_path):
     folder, out = tmp_path / "a", tmp_path / "out.txt"
-    with running(command(data, folder, *TWO), out, ["--standalone", "--nproc_per_node=2"]) as agent:
+    handled = [f"--signals-to-handle=SIGTERM,{name}"]  # as the README says
+    with running(command(data, folder, *TWO), out, ["--standalone", "--nproc_per_node=2", *handled]) as agent:
         wait_for(lambda: logged(folder) > 20, agent)
         if name == "SIGINT":  # as a terminal does: to every process; torchrun then passes it on once more
             for rank in (0, 1):

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +209,36 @@ def test_download(tmp_path, monkeypatch):
     with pytest.raises(BadInput) as error:
         hellaswag.load()
     assert "move the file away" in str(error.value) and not re.search("delete", str(error.value))
+
+
+def test_runs_that_start_together_download_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked, together = [], threading.Barrier(8, timeout=60)
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = json.dumps(ITEM).encode() + b"\n"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    def start(_):
+        together.wait()
+        return hellaswag.load()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site, ThreadPoolExecutor(8) as pool:
+        threading.Thread(
+            target=site.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
+        monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{site.server_port}/h.jsonl")
+        assert list(pool.map(start, range(8))) == [[ITEM]] * 8
+        site.shutdown()
+    assert len(asked) == 1 and os.listdir("hellaswag") == ["hellaswag_val.jsonl"]
 
 
 def test_a_file_where_the_download_folder_should_be(tmp_path, monkeypatch):
