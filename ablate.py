@@ -12,6 +12,10 @@ not run again, and a run that was interrupted goes on from its checkpoint. Diffe
 The table also goes to <out>/ablation.md, a picture to <out>/ablation.png (needs requirements-dev.txt).
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import dataclasses
 import os
 import queue

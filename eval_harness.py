@@ -15,6 +15,10 @@ examples. Files of arc_easy, arc_challenge, piqa, lambada_openai and hellaswag m
 context and continuation; or ctx alone.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import dataclasses
 import datetime
 import io

@@ -12,6 +12,10 @@ Three accuracies, which must not be compared with one another:
 The 10,042 items of the validation split are downloaded once into hellaswag/, or read from --file.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import time
 from dataclasses import dataclass
 from typing import Literal

@@ -12,6 +12,10 @@ chat afterwards. A run begins with the checkpoint's weights and an optimizer of 
 Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import hashlib
 import os
 from dataclasses import dataclass, replace

@@ -7,6 +7,10 @@
 The folder holds what Hugging Face's libraries load, too: AutoTokenizer.from_pretrained("bpe32k") gives the same ids.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import os
 import sys
 import time

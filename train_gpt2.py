@@ -24,6 +24,10 @@ Improvements over the baseline and their flags:
 Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard events, ckpt_<step>.pt.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import contextlib
 import math
 import time

@@ -16,7 +16,7 @@ from train_gpt2 import GPTConfig, TrainConfig
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # what the others of lib/ stand on, and what these may import
-FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}
+FLOOR = {"lib.startup": set(), "lib.cli": {"lib.startup"}, "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}
 MODEL = "train_gpt2"  # the one script that other scripts may import
 
 
