@@ -149,7 +149,8 @@ class TrainConfig:
     keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
     keep_best: bool = flag(False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
-    spike: float = flag(1.0, "report losses so many nats above the median of the last 50; 0: none", at_least=0)
+    spike: float = flag(0.2, "report losses that are 8 times the usual spread, and so many nats, above the median of "
+                        "the last 50; 0: none", at_least=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")

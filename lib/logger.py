@@ -186,18 +186,47 @@ def without_compilation(seconds):
 
 
 class SpikeDetector:
-    """Losses more than `threshold` nats (0: none) above the median of the 50 before."""
+    """Losses far above the median of the 50 before, judged by how far those lie apart.
 
-    def __init__(self, threshold):
-        self.threshold, self.losses = threshold, deque(maxlen=50)
+    Batches of a few documents differ by nats, batches of half a million tokens by hundredths. A spike is
+    SPREADS standard deviations above the median, and where losses hardly differ, at least `floor` nats; a
+    floor of 0: nothing is a spike.
+    """
+
+    SPREADS = 8  # healthy runs in benchmarks/, of 2,048 to 524,288 tokens per step, stay below 6.5
+
+    def __init__(self, floor):
+        self.floor = floor
+        self.losses = deque(maxlen=50)
 
     def __call__(self, loss):
         """A line if `loss` is a spike, else None; finite losses count for the next."""
-        median = statistics.median(self.losses) if len(self.losses) >= 10 else math.inf
+        line = self._judge(loss)
         if math.isfinite(loss):
             self.losses.append(loss)
-        return (f"spike: loss {loss:.4f}, median before {median:.4f}"
-                if self.threshold and loss > median + self.threshold else None)
+        return line
+
+    def _judge(self, loss):
+        if not self.floor or len(self.losses) < 10:
+            return None
+        median = statistics.median(self.losses)
+        spread = spread_of(self.losses)
+        if loss > median + max(self.SPREADS * spread, self.floor):
+            return f"spike: loss {loss:.4f}, median before {median:.4f}, spread {spread:.4f}"
+        return None
+
+
+def spread_of(losses):
+    """The standard deviation of losses around their trend, of medians, which no spike among them moves.
+
+    1.4826 times the median absolute deviation is that of a normal distribution (Rousseeuw & Croux 1993).
+    """
+    losses = list(losses)
+    half = len(losses) // 2
+    slope = (statistics.median(losses[-half:]) - statistics.median(losses[:half])) / (len(losses) - half)
+    residuals = [loss - slope * i for i, loss in enumerate(losses)]
+    center = statistics.median(residuals)
+    return 1.4826 * statistics.median(abs(residual - center) for residual in residuals)
 
 
 class RecompileMonitor:

@@ -1204,7 +1204,7 @@ def test_a_spike_names_its_batch(shuffle, data, tmp_path, monkeypatch, capsys):
     assert [line.split()[1] for line in lines] == ["15", "30"]
     log, files, tokens = read_log(tmp_path / "a"), Shards(data).train, load_tokenizer(str(data / "tokenizer.json"))
     for line, step in zip(lines, (15, 30)):
-        found = re.search(r"spike: loss ([\d.]+), median before ([\d.]+); "
+        found = re.search(r"spike: loss ([\d.]+), median before ([\d.]+), spread [\d.]+; "
                           r"its batch: epoch (\d+), from token ([\d,]+) of (\S+?)(, permuted)?$", line)
         assert float(found[1]) == pytest.approx(log[step, "train"], abs=1e-4)
         assert float(found[2]) == pytest.approx(np.median([log[s, "train"] for s in range(step)]), abs=1e-4)

@@ -13,6 +13,7 @@ from runs import train
 
 from lib.cli import BadInput
 from lib.logger import Logger, Null, SpikeDetector
+from train_gpt2 import TrainConfig
 
 STEP = {"Loss/train": 3.25, "optim/lr": 0.5, "optim/grad_norm": 1.0,
         "perf/tok_per_sec": 1234.5, "perf/mfu": None, "perf/memory_gb": None}
@@ -113,10 +114,26 @@ def test_null_does_nothing(capsys):
 def test_a_spike_is_a_loss_above_the_median_of_those_before():
     is_spike = SpikeDetector(1.0)
     assert [is_spike(loss) for loss in [9.0] * 9 + [2.0, 10.0, math.nan]] == [None] * 12  # not before ten; NaN does not count
-    assert is_spike(10.1) == "spike: loss 10.1000, median before 9.0000"
+    assert is_spike(10.1) == "spike: loss 10.1000, median before 9.0000, spread 0.0000"
     assert not any(is_spike(5.0) for _ in range(50)) and is_spike(6.1)
     never = SpikeDetector(0)
     assert not any(never(loss) for loss in [1.0] * 20 + [1000.0])
+
+
+def test_a_healthy_run_of_small_batches_has_no_spike_and_a_planted_one_is_found():
+    """The losses of a `make train` with 22 batches a nat or more above the median; a run of large batches is judged
+    as strictly as its losses lie together."""
+    log = (ROOT / "benchmarks" / "tiny_cpu_202611" / "make_train_cooldown_log.txt").read_text()
+    losses = [float(line.split()[2]) for line in log.splitlines() if " train " in line]
+    floor = TrainConfig().spike
+    is_spike = SpikeDetector(floor)
+    assert len(losses) == 920 and not any(map(is_spike, losses))
+    for planted in (100, 500, 900):
+        is_spike = SpikeDetector(floor)
+        found = [step for step, loss in enumerate(losses) if is_spike(loss + 6 * (step == planted))]
+        assert found == [planted]
+    is_spike = SpikeDetector(floor)
+    assert not any(is_spike(3.0 + 0.02 * math.sin(step)) for step in range(100)) and is_spike(3.25)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
