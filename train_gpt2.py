@@ -151,6 +151,8 @@ class TrainConfig:
     max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
     spike: float = flag(0.2, "report losses that are 8 times the usual spread, and so many nats, above the median of "
                         "the last 50; 0: none", at_least=0)
+    log_every: int | None = flag(None, "steps between lines on the console; unset: each of the first ten, then about one "
+                                 "per second, or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")

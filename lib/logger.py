@@ -36,10 +36,12 @@ class Logger:
     sorts their groups by name with capitals first, shows Loss, eval, optim, perf, and the norms of parts (weights) last.
     """
 
-    def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps):
+    def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps, log_every=None):
         """work: what the first so many steps amount to, by which the time left is predicted;
-        steps may grow, as with --batch_warmup."""
+        steps may grow, as with --batch_warmup. log_every: steps per line on the console; None: see `_is_shown`."""
         self.work = work
+        self.log_every = log_every
+        self.shown = (first_step, -math.inf)  # the latest step that has a line on the console, and when, seconds
         from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
         from tensorboard.summary.writer.record_writer import RecordWriter
         from tqdm import tqdm
@@ -96,15 +98,26 @@ class Logger:
         text = (f"loss {scalars['Loss/train']:.4f} | lr {scalars['optim/lr']:.2e} | norm {scalars['optim/grad_norm']:.3f} | "
                 f"{seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | "
                 f"{f'{memory:.1f} GB | ' if memory else ''}ETA {datetime.timedelta(seconds=round(ahead(step + 1)))}")
-        if self.bar is None:
-            self.say(f"step {step} | {text}")
-        else:
+        if self.bar is not None:
             with self._console():
                 self.bar.set_postfix_str(text, refresh=False)
                 self.bar.update(step + 1 - self.bar.n)
+        elif self._is_shown(step):
+            self.say(f"step {step} | {text}")
+            self.shown = (step, time.monotonic())
         if step + 1 - self.first_step == min(10, self.max_steps):
             left = hours_and_dollars(ahead(self.first_step), self.price_per_hour)
             self.say(f"predicted: {left} of training steps, at {rate * pace / typical:,.0f} tok/s")
+
+    def _is_shown(self, step):
+        """Whether the console gets a line for this step: every --log_every; without it each of the first ten,
+        the last, and between them one per second or per hundred steps, whichever comes first."""
+        if self.log_every:
+            return step % self.log_every == 0
+        if step < self.first_step + 10 or step + 1 == self.max_steps:
+            return True
+        shown, shown_at = self.shown
+        return step - shown >= 100 or time.monotonic() - shown_at >= 1
 
     def log_evaluation(self, step, results):
         """What an evaluation found: by tag, a number or a list of texts."""
@@ -114,7 +127,7 @@ class Logger:
             self.say(f"step {step} | " + " | ".join(f"{LABELS.get(tag, tag)} {value:.4f}" for tag, value in numbers.items()))
         for tag, texts in results.items():
             if isinstance(texts, list):
-                self.say("\n".join(f"> {text!r}" for text in texts))
+                self.say("\n\n".join(textwrap.indent(text, "> ", lambda line: True) for text in texts))
                 self.text(step, tag, "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
     def scalars(self, step, scalars):

@@ -331,7 +331,8 @@ class RunFolder:
     def _open(self, step):
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
-        self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"], self.work)
+        train = self.config["train"]
+        self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"], self.work, train["log_every"])
 
     def recorded(self, kind):
         """{step: value} of the lines of this kind in log.txt."""

@@ -61,7 +61,7 @@ def test_what_is_logged_is_read_back_while_the_run_goes_on(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[:3] == ["one", "two",
                        "step 0 | loss 3.2500 | lr 5.00e-01 | norm 1.000 | 500 ms | 1,234 tok/s | MFU n/a | ETA 0:00:04"]
-    assert "step 2 | val loss 2.0000 | bits per byte 1.5000" in out and "> 'the dog\\n\\nsat'" in out
+    assert "step 2 | val loss 2.0000 | bits per byte 1.5000" in out and out[-5:] == ["> the dog", "> ", "> sat", "", "> a cat"]
     log.close()
 
 
@@ -103,6 +103,25 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
     log.close()
     out = capsys.readouterr()
     assert "predicted: a minute\n" in out.out and "step 4 |" not in out.out + out.err
+
+
+@pytest.mark.parametrize("seconds, log_every, shown", [
+    (0.25, None, [*range(10), *range(13, 240, 4), 239]),  # about one per second
+    (2.0, None, [*range(240)]),
+    (0.001, None, [*range(10), 109, 209, 239]),           # one per hundred steps
+    (0.001, 60, [0, 60, 120, 180]),
+    (0.001, 1, [*range(240)])])
+def test_step_lines_thin_out_on_the_console_alone(seconds, log_every, shown, tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("lib.logger.time.monotonic", lambda: now[0])
+    log = Logger(tmp_path, 240, 0, log_every=log_every)
+    for step in range(240):
+        now[0] += seconds
+        log.log_step(step, STEP, seconds)
+    log.close()
+    printed = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert printed == shown
+    assert (tmp_path / "log.txt").read_text().count(" train ") == len(points(tmp_path, "Loss/train")) == 240
 
 
 def test_null_does_nothing(capsys):

@@ -86,8 +86,9 @@ def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole,
 
 def test_a_run_outlives_its_console(data, tmp_path, whole):
     folder = tmp_path / "a"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *command(data, folder, *LONG)], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *command(data, folder, *LONG, "--log_every", 1)],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not process.stdout.readline().startswith(b"step 10 |"):
         assert process.poll() is None
     process.stdout.close()  # as when Ctrl-C has ended `| tee`
