@@ -48,7 +48,7 @@ from lib.attention import attention
 from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
-from lib.decoding import NonFinite, SampleConfig, sample
+from lib.decoding import SHOWN, NonFinite, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
 from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
@@ -149,14 +149,17 @@ class TrainConfig:
     keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
     keep_best: bool = flag(False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
-    spike: float = flag(0.2, "report losses that are 8 times the usual spread, and so many nats, above the median of "
-                        "the last 50; 0: none", at_least=0)
-    log_every: int | None = flag(None, "steps between lines on the console; unset: each of the first ten, then about one "
-                                 "per second, or per hundred steps", above=0)
+    spike: float = flag(0.2, "report losses that are 8 times their spread, and so many nats, above "
+                        "the median of the last 50; 0: none", at_least=0)
+    log_every: int | None = flag(
+        None, "steps between lines on the console; unset: each of the first ten, then about one "
+              "per second, or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")
-    resume: str | None = flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
+    resume: str | None = flag(
+        None, "checkpoint or run folder to go on from; auto: --run_name's newest, as without the flag; "
+              "without a name, the last run of this same command, unless it is finished")
     tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
@@ -948,7 +951,7 @@ class Pretraining:
 
     def samples(self, cfg, tokenizer):
         prompts = [cfg.sample_prompt]
-        return lambda model, compiled, stopped: {"samples": sample(model, tokenizer, prompts, SampleConfig())}
+        return lambda model, compiled, stopped: {"samples": sample(model, tokenizer, prompts, SHOWN)}
 
     def stream(self, cfg, tokenizer, block_size, processes):
         batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed,

@@ -127,7 +127,8 @@ class Logger:
             self.say(f"step {step} | " + " | ".join(f"{LABELS.get(tag, tag)} {value:.4f}" for tag, value in numbers.items()))
         for tag, texts in results.items():
             if isinstance(texts, list):
-                self.say("\n\n".join(textwrap.indent(text, "> ", lambda line: True) for text in texts))
+                if step < self.max_steps:  # those of the end are said at the end
+                    self.say(quoted(texts))
                 self.text(step, tag, "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
     def scalars(self, step, scalars):
@@ -173,6 +174,11 @@ class Logger:
         for file in (self.records, self.file):
             with contextlib.suppress(OSError):  # a full disk has been reported by now
                 file.close()
+
+
+def quoted(texts):
+    """Texts as a mail quotes them, a blank line between two."""
+    return "\n\n".join(textwrap.indent(text, "> ", lambda line: True) for text in texts)
 
 
 def histogram(counts):

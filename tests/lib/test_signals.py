@@ -78,7 +78,7 @@ def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole,
     assert steps_saved(folder)[-1] == step
     train(data, folder, *sampling)
     out = capsys.readouterr().out
-    assert "\ndone: " in out and out.count("> ") >= 4  # the samples of the last step were made, too
+    assert "\ndone: " in out and "\n> " in out  # the samples of the last step were made, too
     assert_same_runs(folder, whole("gpt2", "--sample_every", "4"))
     train(data, folder, *sampling)
     assert "is the end of a run of 60 steps" in capsys.readouterr().out
