@@ -322,6 +322,8 @@ def grow(model, tokenizer):
 class PostTraining(Pretraining):
     """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting: whether that is measured."""
 
+    has_learned = True
+
     def __init__(self, cfg, model_cfg, explicit, state, model):
         """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])

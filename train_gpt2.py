@@ -51,7 +51,7 @@ from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import SHOWN, NonFinite, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
-from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
+from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
 from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
@@ -688,7 +688,8 @@ def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
     """
     losses = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
-    for i in range(0, -(-len(rows[0]) // processes.world_size), micro_batch):
+    starts = range(0, -(-len(rows[0]) // processes.world_size), micro_batch)
+    for i in progress(starts, "validation", processes):
         batch = [part[i:i + micro_batch] for part in mine]
         missing = ((0, micro_batch - len(batch[0])), (0, 0))
         batch = [np.pad(part, missing, constant_values=fill) for part, fill in zip(batch, (0, -1, 0))]
@@ -940,11 +941,21 @@ class Pretraining:
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
-        return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes)),
-                Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, block_size, processes)),
-                Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every,
-                           harness.tracked(cfg, tokenizer, processes)),
-                Evaluation("samples", cfg.sample_every, self.samples(cfg, tokenizer), at_start=False)]
+        # of random weights, a CPU would take minutes to find out what is known
+        at_start = self.has_learned or processes.device.type != "cpu"
+        own_loss = self.validation(cfg, tokenizer, block_size, processes)
+        questions = hellaswag.tracked(cfg, tokenizer, block_size, processes)
+        tasks = harness.tracked(cfg, tokenizer, processes)
+        texts = self.samples(cfg, tokenizer)
+        return [Evaluation("validation", cfg.eval_every, own_loss, at_start),
+                Evaluation("HellaSwag", cfg.hellaswag_every, questions, at_start),
+                Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every, tasks, at_start),
+                Evaluation("samples", cfg.sample_every, texts, at_start=False)]
+
+    @property
+    def has_learned(self):
+        """Whether a run that is not resumed begins with learned weights."""
+        return bool(self.weights)
 
     def validation(self, cfg, tokenizer, block_size, processes):
         return validation(cfg, self.corpus, tokenizer, block_size, processes)
@@ -995,7 +1006,12 @@ def launch(cfg, model_cfg, explicit, resume, task):
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
-        run.begin(config, describe(cfg, model, corpus, processes), position["step"], resume, like)
+        first = position["step"]
+        description = describe(cfg, model, corpus, processes, first)
+        run.begin(config, description, first, resume, like)
+        if first == 0 and not any(evaluation.at_start for evaluation in evaluations):
+            run.say(f"step 0 | random weights are not evaluated on a CPU; their loss is about ln {model_cfg.vocab_size:,} = "
+                    f"{math.log(model_cfg.vocab_size):.2f}")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 

@@ -266,6 +266,14 @@ class RecompileMonitor:
         self.done.add(what)
 
 
+def progress(iterable, what, processes):
+    """The iterable, with a bar on a terminal if it takes long; one process draws it."""
+    from tqdm import tqdm
+
+    disable = None if processes.main else True  # None: only where there is no terminal
+    return tqdm(iterable, desc=what, leave=False, delay=2, disable=disable)
+
+
 def serve_tensorboard(log_dir, port):
     """Serve TensorBoard from a thread of this process, so that it ends with the run. Raises BadInput if the port is taken."""
     from tensorboard import program
