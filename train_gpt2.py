@@ -1009,7 +1009,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         first = position["step"]
         description = describe(cfg, model, corpus, processes, first)
         run.begin(config, description, first, resume, like)
-        if first == 0 and not any(evaluation.at_start for evaluation in evaluations):
+        if first == 0 and cfg.eval_every and not evaluations[0].at_start:
             run.say(f"step 0 | random weights are not evaluated on a CPU; their loss is about ln {model_cfg.vocab_size:,} = "
                     f"{math.log(model_cfg.vocab_size):.2f}")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)

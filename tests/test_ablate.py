@@ -28,7 +28,7 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(la
     out, changes = tmp_path / "out", tmp_path / "changes.txt"
     changes.write_text("# two\n--no-bias\n\nwide: --n_embd 64 --n_head 4  # twice\n")
     ours = ["--changes", changes, "--seeds", "1", "2", "--price_per_hour", "36000", "--out", out, "--"]
-    result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
+    result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data, timeout=400)
     assert result.returncode == 0, result.stderr
     head, table = rows(out)["change"], rows(out)
     worth = {name: sum(map(float, table[name][3].split(", "))) for name in ("no-bias", "wide")}

@@ -410,7 +410,7 @@ def test_log_tensorboard_and_config_after_resuming_twice(whole, data, tmp_path):
     shown = scalars(folder)
     assert shown == scalars(whole("gpt2"))
     assert [step for step, _ in shown["Loss/train"]] == list(range(60))
-    assert [step for step, _ in shown["Loss/val"]] == [*range(0, 60, 8), 60]
+    assert [step for step, _ in shown["Loss/val"]] == [*range(8, 60, 8), 60]
     config, first = (json.loads((path / "config.json").read_text()) for path in (folder, whole("gpt2")))
     assert [start["step"] for start in config["starts"]] == [0, 24, 16] and config["starts"][:1] == first["starts"]
     assert [start["from"] for start in config["starts"]] == [None, str(folder / "ckpt_00024.pt"), str(folder / "ckpt_00016.pt")]
