@@ -39,9 +39,9 @@ def what_was_reached(results, training_losses):
         return [f"result  mean loss {statistics.mean(latest):.4f} in the last {len(latest)} training steps; "
                 "nothing was measured on validation text"]
     loss = results["Loss/val"]
-    choices = math.exp(min(loss, 700))  # beyond it, exp overflows
+    choices = math.exp(min(loss, 30))  # a diverged run's has hundreds of digits
     lines = [f"result  validation loss {loss:.4f} nats per token: as unsure of the next token as of one of "
-             f"{choices:,.3g} equally likely ones"]
+             f"{choices:,.1f} equally likely ones"]
     if (bits := results.get("Loss/val_bpb")) is not None:
         lines.append(f"        {bits:.4f} bits per byte: a compressor made of this model would shrink the "
                      f"validation text to {bits / 8:.1%}")

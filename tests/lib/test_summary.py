@@ -16,7 +16,7 @@ from lib.summary import sparkline, summarize
 def test_the_block_says_what_the_loss_means(tmp_path):
     training = {step: 5.0 - step / 100 for step in range(100)}
     block = summarize(tmp_path, (0, 100), {"Loss/val": math.log(50), "Loss/val_bpb": 2.0}, (training, {100: 3.9}), (50.0, 6400))
-    assert "validation loss 3.9120 nats per token: as unsure of the next token as of one of 50 equally likely" in block
+    assert "validation loss 3.9120 nats per token: as unsure of the next token as of one of 50.0 equally likely" in block
     assert "2.0000 bits per byte" in block and "to 25.0%" in block  # of 8 bits
     assert "0:00:50 of training steps, 6,400 tokens, 128 tok/s" in block
     assert f"curve   {tmp_path}/loss.png" in block and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
