@@ -1,4 +1,5 @@
-# make train: a small model on this machine in minutes, nothing to download but packages.
+# make train: a small model on this machine in minutes, nothing to download but packages. Given again, it goes on with
+# the last run of the same ARGS if that was interrupted; else it begins a new one.
 # make lint, make test, make test-slow: the checks .ci/run makes. Settings: PYTHON (3.10 or newer), ARGS (flags of train_gpt2.py).
 PYTHON ?= python3
 BIN = .venv/bin
@@ -35,7 +36,7 @@ export TORCHRUN
 
 train: $(BIN)/.main
 	@$(BIN)/python fineweb.py --docstrings --tokenizer bpe:4096
-	@$(BIN)/python train_gpt2.py --preset tiny $(ARGS)
+	@$(BIN)/python train_gpt2.py --preset tiny --resume auto $(ARGS)
 	@echo 'in the commands above and below, python means the one of `source .venv/bin/activate`'
 	@echo 'the real run:  python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py'
 

@@ -12,7 +12,12 @@ not run again, and a run that was interrupted goes on from its checkpoint. Diffe
 The table also goes to <out>/ablation.md, a picture to <out>/ablation.png (needs requirements-dev.txt).
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import dataclasses
+import datetime
 import os
 import queue
 import re
@@ -212,6 +217,13 @@ def read_result(one, cfg):
     return True
 
 
+def time_left(ended, all_of_them, seconds):
+    """How many runs are still to come, and how long they will take, as text, after `ended` took so many seconds."""
+    to_go = all_of_them - ended
+    eta = datetime.timedelta(seconds=round(seconds / ended * to_go))
+    return f"{to_go} to go, ETA {eta}" if to_go else "the last one"
+
+
 def run_all(runs, devices, cfg, processes):
     """Run what is not finished, one at a time on each GPU. Raises BadInput if some do not come to their end."""
     free, children, failed = queue.SimpleQueue(), [], []
@@ -226,11 +238,15 @@ def run_all(runs, devices, cfg, processes):
             why = str(error)
         finally:
             free.put(gpu)
-        print(f"{name}: {why or f'val loss {one.loss:.4f}, {one.seconds:.1f} s of steps'}", flush=True)
+        ended.append(one)
+        result = why or f"val loss {one.loss:.4f}, {one.seconds:.1f} s of steps"
+        print(f"{name}: {result}; {time_left(len(ended), len(left), time.monotonic() - started)}", flush=True)
         if why:
             failed.append(f"{name} as it says: {why}")
 
     left = [one for one in runs if not one.finished]
+    ended = []
+    started = time.monotonic()
     print(f"{len(left)} of {len(runs)} runs to go, {free.qsize()} at a time; what they say is in {cfg.out}/*.txt", flush=True)
     with StopSignals(lambda line: print(line, flush=True), processes) as stop, ThreadPoolExecutor(free.qsize()) as pool:
         waiting = [pool.submit(work, one) for one in left]
@@ -262,6 +278,12 @@ def differences(runs):
     return found
 
 
+def with_spread(values):
+    """The mean of a figure over the seeds, and half of their range where there are several."""
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.1f}"
+
+
 def table(runs, price):
     """A Markdown table of what is finished, what costs most loss first."""
     worth = differences(runs)
@@ -276,11 +298,15 @@ def table(runs, price):
         cells = [change, f"{group[0].parameters / 1e6:.1f}M", ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group),
                  f"{statistics.mean(one.bpb for one in group):.4f}",
                  "" if change == "base" else ", ".join(f"{d:+.4f}" for d in worth[change].values()),
-                 f"{ms[change]:.1f}" + ("" if change == "base" else f" ({ms[change] / ms['base'] - 1:+.1%})"), f"{seconds:.1f}"]
+                 with_spread([one.step_ms for one in group])
+                 + ("" if change == "base" else f" ({ms[change] / ms['base'] - 1:+.1%})"),
+                 with_spread([one.seconds for one in group])]
         lines.append("| " + " | ".join(cells + ([f"{seconds / 3600 * price:.4f}"] if price else [])) + " |")
     losses = [one.loss for one in groups["base"]]
     lines += ["", f"The base's seeds differ by {max(losses) - min(losses):.4f}; a difference is between runs of one seed: "
               "believe it where the seeds agree." if len(losses) > 1 else "One seed proves little: give more --seeds."]
+    lines.append("The base comes first, then what costs most loss, on average over the seeds, down to what gains most; "
+                 "seconds and ms per step are means over the seeds ± half their range.")
     if len(commits := {one.commit for group in groups.values() for one in group}) > 1:
         lines.append(f"Runs of {len(commits)} commits: what changed between them counts, too.")
     return "\n".join(lines)

@@ -7,6 +7,10 @@
 A conversation that outgrows the model's context loses its oldest turns. Ctrl-C ends a reply, Ctrl-D the chat.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import contextlib
 import json
 import signal

@@ -15,6 +15,10 @@ examples. Files of arc_easy, arc_challenge, piqa, lambada_openai and hellaswag m
 context and continuation; or ctx alone.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import dataclasses
 import datetime
 import io
@@ -166,7 +170,8 @@ def compare(paths, chart):
     for style in ("simple", "github"):
         align = ["left"] * 2 + ["right"] * len(runs)
         print(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align), end="\n\n")
-    print("\n".join(notes), end="\n\n" if notes else "")
+    notes.append("Tasks in the order in which the runs measured them, runs in the order given: neither is a ranking.")
+    print("\n".join(notes), end="\n\n")
     try:
         bar_chart(runs, chart)
     except ImportError:

@@ -24,6 +24,10 @@ A chat model's folder has its chat template: tokenizer.apply_chat_template(messa
 sanitize_control_tokens=True where users may type <|end|> or the like.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import contextlib
 import warnings
 from dataclasses import dataclass

@@ -13,6 +13,10 @@ stream and encoded by threads (tiktoken releases the interpreter lock), so memor
 command given again continues after the last whole shard of an interrupted run, and writes anew what is missing or damaged.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import ast
 import contextlib
 import gc

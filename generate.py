@@ -7,6 +7,10 @@
 A text may outgrow the model's context: its oldest half is then dropped, and what is left begins anew at position 0.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from functools import partial

@@ -12,6 +12,11 @@ Three accuracies, which must not be compared with one another:
 The 10,042 items of the validation split are downloaded once into hellaswag/, or read from --file.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +28,8 @@ from lib.rope import ContextConfig, extend
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, load_checkpoint
 
+CHANCE = 0.25  # one ending of four
+
 
 @dataclass
 class Config:
@@ -31,6 +38,13 @@ class Config:
     file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     limit: int | None = flag(None, "score only the first so many items", at_least=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+
+
+def accuracy(name, right, n):
+    """A line: so many of n items right, the standard error of that share, and what guessing makes."""
+    share = right / n
+    error = math.sqrt(share * (1 - share) / max(n - 1, 1))
+    return f"{name} {right}/{n} = {share:.4f} ± {error:.4f} (chance: {CHANCE})"
 
 
 def main(argv):
@@ -56,7 +70,7 @@ def main(argv):
             results |= {name: counts[k] for name, k in names.items()}
         if processes.main:
             for name, right in results.items():
-                print(f"{name} {right}/{len(items)} = {right / len(items):.4f}")
+                print(accuracy(name, right, len(items)))
             if "lm_eval" not in styles:
                 print("lm_eval_acc_norm n/a: an item has no activity_label")
             print(f"{time.perf_counter() - started:.1f} s")

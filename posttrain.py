@@ -12,6 +12,10 @@ chat afterwards. A run begins with the checkpoint's weights and an optimizer of 
 Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -317,6 +321,8 @@ def grow(model, tokenizer):
 
 class PostTraining(Pretraining):
     """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting: whether that is measured."""
+
+    has_learned = True
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
         """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""

@@ -7,6 +7,10 @@
 The folder holds what Hugging Face's libraries load, too: AutoTokenizer.from_pretrained("bpe32k") gives the same ids.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import os
 import sys
 import time
@@ -67,6 +71,7 @@ def train(argv):
     texts = read(text, BPE_TEXT)
     with new_folder(out, "give another --out"):  # before the work, which may take long
         started = time.perf_counter()
+        print(f"training a BPE of {cfg.vocab_size:,} ids on up to {BPE_TEXT:,} characters", flush=True)
         tokenizer = train_bpe(texts, cfg.vocab_size)
         write_json(out / "tokenizer_config.json",
                    {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})

@@ -24,6 +24,10 @@ Improvements over the baseline and their flags:
 Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard events, ckpt_<step>.pt.
 """
 
+import lib.startup  # noqa: F401 (before torch)
+
+# isort: split
+
 import contextlib
 import math
 import time
@@ -44,10 +48,10 @@ from lib.attention import attention
 from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle, tokens_of
 from lib.cli import BadInput, RankError, check, flag, parse, run
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
-from lib.decoding import NonFinite, SampleConfig, sample
+from lib.decoding import SHOWN, NonFinite, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
 from lib.evals import harness, hellaswag
-from lib.logger import RecompileMonitor, SpikeDetector, serve_tensorboard
+from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
 from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
@@ -145,11 +149,17 @@ class TrainConfig:
     keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
     keep_best: bool = flag(False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
-    spike: float = flag(1.0, "report losses so many nats above the median of the last 50; 0: none", at_least=0)
+    spike: float = flag(0.2, "report losses that are 8 times their spread, and so many nats, above "
+                        "the median of the last 50; 0: none", at_least=0)
+    log_every: int | None = flag(
+        None, "steps between lines on the console; unset: each of the first ten, then about one "
+              "per second, or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")
-    resume: str | None = flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
+    resume: str | None = flag(
+        None, "checkpoint or run folder to go on from; auto: --run_name's newest, as without the flag; "
+              "without a name, the last run of this same command, unless it is finished")
     tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
@@ -745,7 +755,8 @@ def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
     """
     losses = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
-    for i in range(0, -(-len(rows[0]) // processes.world_size), micro_batch):
+    starts = range(0, -(-len(rows[0]) // processes.world_size), micro_batch)
+    for i in progress(starts, "validation", processes):
         batch = [part[i:i + micro_batch] for part in mine]
         missing = ((0, micro_batch - len(batch[0])), (0, 0))
         batch = [np.pad(part, missing, constant_values=fill) for part, fill in zip(batch, (0, -1, 0))]
@@ -1000,23 +1011,30 @@ class Pretraining:
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
-        validated = self.validation(cfg, tokenizer, block_size, processes)
+        # of random weights, a CPU would take minutes to find out what is known
+        at_start = self.has_learned or processes.device.type != "cpu"
+        own_loss = self.validation(cfg, tokenizer, block_size, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
         questions = hellaswag.tracked(cfg, tokenizer, block_size, processes, required=asked)
         tasks = harness.tracked(cfg, tokenizer, processes)
-        samples = self.samples(cfg, tokenizer)
-        found = [Evaluation("validation", cfg.eval_every, validated, compiled=True),
-                 Evaluation("HellaSwag", cfg.hellaswag_every, questions),
-                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every, tasks),
-                 Evaluation("samples", cfg.sample_every, samples, at_start=False)]
+        texts = self.samples(cfg, tokenizer)
+        found = [Evaluation("validation", cfg.eval_every, own_loss, at_start, compiled=True),
+                 Evaluation("HellaSwag", cfg.hellaswag_every, questions, at_start),
+                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every, tasks, at_start),
+                 Evaluation("samples", cfg.sample_every, texts, at_start=False)]
         return [evaluation for evaluation in found if evaluation.run is not None]
+
+    @property
+    def has_learned(self):
+        """Whether a run that is not resumed begins with learned weights."""
+        return bool(self.weights)
 
     def validation(self, cfg, tokenizer, block_size, processes):
         return validation(cfg, self.corpus, tokenizer, block_size, processes)
 
     def samples(self, cfg, tokenizer):
         prompts = [cfg.sample_prompt]
-        return lambda model, stopped: {"samples": sample(model, tokenizer, prompts, SampleConfig())}
+        return lambda model, stopped: {"samples": sample(model, tokenizer, prompts, SHOWN)}
 
     def stream(self, cfg, tokenizer, block_size, processes):
         batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed,
@@ -1073,7 +1091,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
             model.load_state_dict(task.weights.pop())  # so that they go from memory
         if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
             raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
-        description = "\n".join(filter(None, [describe(cfg, model, corpus, processes), rise]))
+        description = "\n".join(filter(None, [describe(cfg, model, corpus, processes, position["step"]), rise]))
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
@@ -1083,6 +1101,9 @@ def launch(cfg, model_cfg, explicit, resume, task):
             compiler.compile_ahead(model, (idx, idx, *task.packed(idx)), cfg.eval_every > 0, run.say)
         elif cfg.compile is None and processes.device.type == "cuda":
             run.say("not compiled: a run this short would not win back the time that takes; --compile overrules")
+        if position["step"] == 0 and cfg.eval_every and not evaluations[0].at_start:
+            run.say(f"step 0 | random weights are not evaluated on a CPU; their loss is about ln {model_cfg.vocab_size:,} = "
+                    f"{math.log(model_cfg.vocab_size):.2f}")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 

@@ -6,6 +6,9 @@ section 1.3) leave embeddings out, which is much of why the two disagree (Pearce
 Tied matrices count once.
 """
 
+import math
+import time
+
 import torch
 
 from lib.cli import BadInput
@@ -19,6 +22,8 @@ LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # the flags th
 RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
 # up to so many, repeated text is worth nearly as much as new one (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264)
 MANY_EPOCHS = 4
+DAY = 86_400   # seconds
+SLOWEST = 1e9  # FLOP/s that any machine makes
 
 
 def length_flag(cfg):
@@ -204,8 +209,33 @@ def warnings(cfg, corpus):
     return lines
 
 
-def describe(cfg, model, corpus, processes):
-    """What is about to happen, in a few lines."""
+def matmul_flops(device):
+    """FLOP/s of this device's matrix multiplications, measured in 0.1 s: what no training step exceeds."""
+    n = 4096 if device.type == "cuda" else 512
+    a = torch.ones(n, n, device=device, dtype=compute_dtype(device))
+    fastest = math.inf
+    end = time.perf_counter() + 0.1
+    while time.perf_counter() < end or fastest == math.inf:
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * n**3 / fastest
+
+
+def days(cfg, model, processes, first):
+    """A line, before the step `first`, if the steps from there on take days on this machine; else none."""
+    flops = model.flops_per_token() * (tokens_of(cfg.steps, cfg) - tokens_of(first, cfg))
+    if cfg.minutes or flops < DAY * SLOWEST or not processes.main:
+        return []
+    speed = matmul_flops(processes.device) * processes.world_size
+    if flops < DAY * speed:
+        return []
+    return [f"warning: this run takes at least {flops / speed / DAY:,.0f} days on this machine, whose matmuls make "
+            f"{speed / 1e9:,.0f} GFLOP/s: shorten it by --max_steps or --minutes, or choose a smaller model"]
+
+
+def describe(cfg, model, corpus, processes, first=0):
+    """What is about to happen from the step `first` on, in a few lines."""
     counts, flops, c, device = model.parameter_counts(), model.flops_per_token(), model.config, processes.device
     rows, tokens, halved = batch_size(0, cfg) // c.block_size // processes.world_size, tokens_of(cfg.steps, cfg), _halved(cfg)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
@@ -225,4 +255,5 @@ def describe(cfg, model, corpus, processes):
         f"{processes.world_size} processes"
         + (f"; twice the accumulation from step {halved:,} on" if 0 < halved < cfg.steps else ""),
         f"device  {name}, {str(compute_dtype(device)).removeprefix('torch.')}, torch {torch.__version__}",
+        *days(cfg, model, processes, first),
     ])

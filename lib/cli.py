@@ -26,6 +26,8 @@ import traceback
 import types
 import typing
 
+from lib import startup
+
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
              errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
@@ -73,6 +75,7 @@ def _run(main):
             getattr(sys, name).reconfigure(errors="backslashreplace")
     script = os.path.basename(sys.argv[0])
     try:
+        startup.interrupt_as_usual()
         main(sys.argv[1:])
         sys.stdout.flush()
     except BadInput as error:

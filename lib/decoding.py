@@ -47,6 +47,10 @@ class SampleConfig:
     seed: int = flag(42, "seed of the samples", at_least=0, below=2**63)
 
 
+# what a run shows of its model: long enough to judge, and without a small model's wildest words
+SHOWN = SampleConfig(samples=1, max_new_tokens=120, temperature=0.8)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The decoding step
 

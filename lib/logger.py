@@ -38,10 +38,12 @@ class Logger:
     sorts their groups by name with capitals first, shows Loss, eval, optim, perf, and the norms of parts (weights) last.
     """
 
-    def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps):
+    def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps, log_every=None):
         """work: what the first so many steps amount to, by which the time left is predicted;
-        steps may grow, as with --batch_warmup."""
+        steps may grow, as with --batch_warmup. log_every: steps per line on the console; None: see `_is_shown`."""
         self.work = work
+        self.log_every = log_every
+        self.shown = (first_step, -math.inf)  # the latest step that has a line on the console, and when, seconds
         from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
         from tensorboard.summary.writer.record_writer import RecordWriter
         from tqdm import tqdm
@@ -98,15 +100,26 @@ class Logger:
         text = (f"loss {scalars['Loss/train']:.4f} | lr {scalars['optim/lr']:.2e} | norm {scalars['optim/grad_norm']:.3f} | "
                 f"{seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | "
                 f"{f'{memory:.1f} GB | ' if memory else ''}ETA {datetime.timedelta(seconds=round(ahead(step + 1)))}")
-        if self.bar is None:
-            self.say(f"step {step} | {text}")
-        else:
+        if self.bar is not None:
             with self._console():
                 self.bar.set_postfix_str(text, refresh=False)
                 self.bar.update(step + 1 - self.bar.n)
+        elif self._is_shown(step):
+            self.say(f"step {step} | {text}")
+            self.shown = (step, time.monotonic())
         if step + 1 - self.first_step == min(10, self.max_steps):
             left = hours_and_dollars(ahead(self.first_step), self.price_per_hour)
             self.say(f"predicted: {left} of training steps, at {rate * pace / typical:,.0f} tok/s")
+
+    def _is_shown(self, step):
+        """Whether the console gets a line for this step: every --log_every; without it each of the first ten,
+        the last, and between them one per second or per hundred steps, whichever comes first."""
+        if self.log_every:
+            return step % self.log_every == 0
+        if step < self.first_step + 10 or step + 1 == self.max_steps:
+            return True
+        shown, shown_at = self.shown
+        return step - shown >= 100 or time.monotonic() - shown_at >= 1
 
     def log_evaluation(self, step, results):
         """What an evaluation found: by tag, a number or a list of texts."""
@@ -116,7 +129,8 @@ class Logger:
             self.say(f"step {step} | " + " | ".join(f"{LABELS.get(tag, tag)} {value:.4f}" for tag, value in numbers.items()))
         for tag, texts in results.items():
             if isinstance(texts, list):
-                self.say("\n".join(f"> {text!r}" for text in texts))
+                if step < self.max_steps:  # those of the end are said at the end
+                    self.say(quoted(texts))
                 self.text(step, tag, "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
 
     def scalars(self, step, scalars):
@@ -176,6 +190,11 @@ def next_events_number(folder):
     return max(numbers, default=0) + 1
 
 
+def quoted(texts):
+    """Texts as a mail quotes them, a blank line between two."""
+    return "\n\n".join(textwrap.indent(text, "> ", lambda line: True) for text in texts)
+
+
 def histogram(counts):
     """The fields of TensorBoard's histogram in which the bar from i - 0.5 to i + 0.5 is counts[i]."""
     return {"min": -0.5, "max": len(counts) - 0.5, "num": sum(counts), "sum": sum(i * n for i, n in enumerate(counts)),
@@ -200,18 +219,47 @@ def without_compilation(seconds):
 
 
 class SpikeDetector:
-    """Losses more than `threshold` nats (0: none) above the median of the 50 before."""
+    """Losses far above the median of the 50 before, judged by how far those lie apart.
 
-    def __init__(self, threshold):
-        self.threshold, self.losses = threshold, deque(maxlen=50)
+    Batches of a few documents differ by nats, batches of half a million tokens by hundredths. A spike is
+    SPREADS standard deviations above the median, and where losses hardly differ, at least `floor` nats; a
+    floor of 0: nothing is a spike.
+    """
+
+    SPREADS = 8  # healthy runs in benchmarks/, of 2,048 to 524,288 tokens per step, stay below 6.5
+
+    def __init__(self, floor):
+        self.floor = floor
+        self.losses = deque(maxlen=50)
 
     def __call__(self, loss):
         """A line if `loss` is a spike, else None; finite losses count for the next."""
-        median = statistics.median(self.losses) if len(self.losses) >= 10 else math.inf
+        line = self._judge(loss)
         if math.isfinite(loss):
             self.losses.append(loss)
-        return (f"spike: loss {loss:.4f}, median before {median:.4f}"
-                if self.threshold and loss > median + self.threshold else None)
+        return line
+
+    def _judge(self, loss):
+        if not self.floor or len(self.losses) < 10:
+            return None
+        median = statistics.median(self.losses)
+        spread = spread_of(self.losses)
+        if loss > median + max(self.SPREADS * spread, self.floor):
+            return f"spike: loss {loss:.4f}, median before {median:.4f}, spread {spread:.4f}"
+        return None
+
+
+def spread_of(losses):
+    """The standard deviation of losses around their trend, of medians, which no spike among them moves.
+
+    1.4826 times the median absolute deviation is that of a normal distribution (Rousseeuw & Croux 1993).
+    """
+    losses = list(losses)
+    half = len(losses) // 2
+    slope = (statistics.median(losses[-half:]) - statistics.median(losses[:half])) / (len(losses) - half)
+    residuals = [loss - slope * i for i, loss in enumerate(losses)]
+    center = statistics.median(residuals)
+    return 1.4826 * statistics.median(abs(residual - center) for residual in residuals)
 
 
 class RecompileMonitor:
@@ -230,6 +278,14 @@ class RecompileMonitor:
             self.count += 1
             self.say(f"{what} was recompiled, {self.count} times by now: TORCH_LOGS=recompiles tells why")
         self.done.add(what)
+
+
+def progress(iterable, what, processes):
+    """The iterable, with a bar on a terminal if it takes long; one process draws it."""
+    from tqdm import tqdm
+
+    disable = None if processes.main else True  # None: only where there is no terminal
+    return tqdm(iterable, desc=what, leave=False, delay=2, disable=disable)
 
 
 def serve_tensorboard(log_dir, port):

@@ -25,6 +25,7 @@ import torch
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
 from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, is_main_process, launched
+from lib.decoding import SHOWN
 from lib.files import (
     DISK_FULL,
     check_room,
@@ -37,7 +38,8 @@ from lib.files import (
     replace,
     write_json,
 )
-from lib.logger import Logger, Null
+from lib.logger import Logger, Null, quoted
+from lib.summary import summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}  # flags that choose it
@@ -225,8 +227,8 @@ def find_resume(cfg, explicit):
     begun = restarted(cfg.log_dir)
     if cfg.run_name is None and begun:
         cfg.run_name = begun.name
-    if cfg.run_name is None and cfg.resume == "auto":
-        raise BadInput("--resume auto continues the run that --run_name names: give its name, or --resume PATH")
+    if cfg.run_name is None and cfg.resume == "auto" and (begun := interrupted(cfg.log_dir)):
+        cfg.run_name = begun.name
     own = cfg.run_name and (Path(cfg.log_dir) / cfg.run_name).absolute()
     if own:
         check_ours(own)
@@ -303,6 +305,35 @@ def restarted(log_dir):
     return None
 
 
+def interrupted(log_dir):
+    """The folder of the last run that this same command started, unless that run is finished; or None."""
+    mine = {}
+    for path in Path(log_dir).glob("*/config.json"):
+        for start in starts(path.parent):
+            if start.get("command") == this_command():
+                mine[str(start.get("time"))] = path.parent
+    if not mine or is_finished(mine[max(mine)]):
+        return None
+    return mine[max(mine)]
+
+
+def is_finished(folder):
+    """Whether the newest checkpoint of a run folder is that of the run's end."""
+    found = checkpoint.found(folder)
+    length = read_config(folder).get("max_steps")
+    if not found or not isinstance(length, int) or found[0][0] < length:
+        return False
+    try:
+        return bool(checkpoint.read(found[0][1]).get("finished", True))
+    except BadInput:  # torn: the run goes on from the one before
+        return False
+
+
+def this_command():
+    """The command that started this process, as text."""
+    return shlex.join([*launcher(), *sys.argv])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder of a run
 
@@ -315,6 +346,8 @@ class RunFolder:
         self.folder = Path(cfg.log_dir) / (cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
         self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
+        self.seconds = 0.0  # of training steps, in this start
+        self.results = {}   # the latest of each evaluation, by tag
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
         self.saved = None      # step of the newest checkpoint that this start wrote, or is writing
         self.best = None       # [validation loss, step] of the best checkpoint that was written
@@ -355,7 +388,7 @@ class RunFolder:
         """
         step = position["step"]
         check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint", checkpoint.NO_ROOM)
-        changed, command = ", ".join(resume.changed) if resume else "", shlex.join([*launcher(), *sys.argv])
+        changed, command = ", ".join(resume.changed) if resume else "", this_command()
         start = {"step": step, "from": resume and str(resume.path), "changed": changed, "command": command,
                  "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id(), **commit()}
         self.constants = {"model_config": config["model"], "train_config": config["train"],
@@ -381,7 +414,8 @@ class RunFolder:
     def _open(self, step):
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
-        self.log = Logger(self.folder, self.config["max_steps"], step, self.config["train"]["price_per_hour"], self.work)
+        train = self.config["train"]
+        self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"], self.work, train["log_every"])
 
     def recorded(self, kind):
         """{step: value} of the lines of this kind in log.txt."""
@@ -465,16 +499,30 @@ class RunFolder:
     def conclude(self, step, finished):
         """Say how the run ended and what to do next."""
         best = self.best
+        if finished:
+            cost = self.seconds, self.work(step) - self.work(self.first)
+            with contextlib.suppress(BadInput):  # log.txt is gone: the run is finished all the same
+                losses = self.recorded("train"), self.recorded("val")
+                self.say(summarize(self.folder, (self.first, step), self.results, losses, cost))
+            if "samples" in self.results:
+                self.say(quoted(self.results["samples"]))
         if best:
             self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
-            command = "chat.py" if self.constants.get("chat_template") else "generate.py"
-            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, "
-                     + ("talk to it" if command == "chat.py" else "sample again")
-                     + f" with `python {command} --checkpoint {checkpoint.path_of(self.folder, best[1] if best else step)}`")
+            path = checkpoint.path_of(self.folder, best[1] if best else step)
+            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, {self._try_it(path)}")
         else:
-            self.say(f"stopped at step {step} of {self.config['max_steps']}: "
-                     f"the same command with --run_name {self.folder.name} goes on")
+            same = self.config["train"]["resume"] == "auto"
+            named = "" if same else f" with --run_name {self.folder.name}"
+            self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command{named} goes on")
+
+    def _try_it(self, path):
+        """The command that lets its user see what the checkpoint at `path` has learned, as text."""
+        if self.constants.get("chat_template"):
+            return f"talk to it with `python chat.py --checkpoint {path}`"
+        prompt = shlex.quote(self.config["train"]["sample_prompt"])
+        return (f"sample again with `python generate.py --checkpoint {path} --prompt {prompt} --samples {SHOWN.samples} "
+                f"--max_new_tokens {SHOWN.max_new_tokens} --temperature {SHOWN.temperature}`")
 
     def set_length(self, steps, stands):
         """The run has so many steps, as --minutes of them turn out to be. Once that stands, says what speaks against it."""
@@ -489,9 +537,11 @@ class RunFolder:
         self.log.say(line)
 
     def log_step(self, step, scalars, seconds):
+        self.seconds += seconds
         self.log.log_step(step, scalars, seconds)
 
     def log_evaluation(self, step, results):
+        self.results.update(results)
         self.log.log_evaluation(step, results)
 
     def close(self):

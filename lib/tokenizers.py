@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -203,7 +204,7 @@ def train_bpe(texts, vocab_size):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=False,
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=sys.stderr.isatty(),
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     bpe.add_special_tokens(special)
     if bpe.get_vocab_size() != vocab_size:

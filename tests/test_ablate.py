@@ -1,6 +1,7 @@
 """ablate.py, launched for real at a tiny size: python -m pytest tests/test_ablate.py"""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(la
     out, changes = tmp_path / "out", tmp_path / "changes.txt"
     changes.write_text("# two\n--no-bias\n\nwide: --n_embd 64 --n_head 4  # twice\n")
     ours = ["--changes", changes, "--seeds", "1", "2", "--price_per_hour", "36000", "--out", out, "--"]
-    result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
+    result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data, timeout=400)
     assert result.returncode == 0, result.stderr
     head, table = rows(out)["change"], rows(out)
     worth = {name: sum(map(float, table[name][3].split(", "))) for name in ("no-bias", "wide")}
@@ -39,7 +40,14 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(la
         assert cells["val loss, by seed"] == f"1: {found[0]:.4f}, 2: {found[1]:.4f}"
         apart = [float(d) for d in cells["difference in loss"].split(", ") if d]
         assert apart == pytest.approx([] if name == "base" else [a - b for a, b in zip(found, losses["base"])], abs=1.1e-4)
-        assert float(cells["dollars"]) == pytest.approx(10 * float(cells["seconds"]), abs=0.51)
+        seconds, spread = map(float, cells["seconds"].split(" ± "))
+        assert float(cells["dollars"]) == pytest.approx(10 * seconds, abs=0.51)
+        each = [json.loads((out / f"{name}_seed{seed}.json").read_text())["seconds"] for seed in (1, 2)]
+        assert spread == pytest.approx((max(each) - min(each)) / 2, abs=0.051)
+        assert re.match(r"\d+\.\d ± \d+\.\d", cells["ms per step"])
+    ends = [line for line in result.stdout.splitlines() if "_seed" in line]
+    assert [re.search(r"; (\d) to go, ETA \d:\d\d:\d\d$", line)[1] for line in ends[:5]] == ["5", "4", "3", "2", "1"]
+    assert ends[5].endswith("; the last one") and "The base comes first, then what costs most loss" in result.stdout
     assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in result.stdout
     assert not [*out.glob("*/*.pt")] and (out / "ablation.png").stat().st_size > 5000
 

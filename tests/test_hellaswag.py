@@ -25,12 +25,20 @@ def figures(text):
     return [line for line in text.splitlines() if line.startswith(("acc", "lm_eval"))]
 
 
+def line(name, right, n):
+    """What is printed: the standard error is that of lm-evaluation-harness."""
+    from lm_eval.api.metrics import mean_stderr
+
+    error = mean_stderr([1] * right + [0] * (n - right))
+    return f"{name} {right}/{n} = {right / n:.4f} ± {error:.4f} (chance: 0.25)"
+
+
 def test_one_and_two_processes_give_the_same_figures(launch, checkpoint, tokenizer, tmp_path):
     path, model = checkpoint
     items, want = hellaswag_items(12), []
     for style, names in (("completion", {"acc": 1, "acc_norm": 2}), ("lm_eval", {"lm_eval_acc_norm": 3})):
         counts = evaluate(model, render(items[:9], tokenizer, 48, style), Processes("cpu"))
-        want += [f"{name} {counts[k]}/9 = {counts[k] / 9:.4f}" for name, k in names.items()]
+        want += [line(name, counts[k], 9) for name, k in names.items()]
     flags = ["--checkpoint", path, "--file", write_lines(tmp_path / "h.jsonl", items), "--limit", 9, "--device", "cpu"]
     for processes in (1, 2):
         result = launch("hellaswag.py", *flags, processes=processes)
@@ -46,7 +54,7 @@ def test_a_longer_context_is_evaluated(launch, tokenizer, tmp_path):
     for longer in (model, extend(tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"),
                                  ContextConfig(192, "yarn"))):
         counts = evaluate(longer, render(items, tokenizer, longer.config.block_size, "completion"), Processes("cpu"))
-        want.append([f"{name} {counts[k]}/12 = {counts[k] / 12:.4f}" for name, k in (("acc", 1), ("acc_norm", 2))])
+        want.append([line(name, counts[k], 12) for name, k in (("acc", 1), ("acc_norm", 2))])
     result = launch("hellaswag.py", "--checkpoint", path, "--file", write_lines(tmp_path / "h.jsonl", items), "--device", "cpu",
                     "--context", 192, "--rope_scaling", "yarn")
     assert result.returncode == 0, result.stderr

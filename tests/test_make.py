@@ -25,13 +25,14 @@ def test_make_train_from_a_clean_copy_and_again(tmp_path):
 
     first = make_train()
     assert f"keeping torch {__import__('torch').__version__}" in first and "training a BPE of 4096 ids" in first
-    assert "step 12 | val loss" in first and "bits per byte" in first and "> 'Return the" in first
+    assert "step 12 | val loss" in first and "bits per byte" in first and "\n> Return the" in first
+    assert "\nresult  validation loss" in first
     for hint in ("tensorboard --logdir log", "python generate.py --checkpoint log/tiny_", "the real run:  python fineweb.py"):
         assert hint in first
     meta = json.loads((tmp_path / "docstrings" / "meta.json").read_text())
     assert meta["vocab_size"] == 4092  # 4 of the 4,096 ids are reserved for chat
     assert sum(split["bytes"] for split in meta["splits"].values()) > 5_000_000
-    again = make_train()
+    again = make_train()  # the first has come to its end: a new run
     assert "docstrings/ is complete" in again and "training a BPE" not in again
     runs = sorted((tmp_path / "log").glob("tiny_*"))
     assert len(runs) == 2 and all((run / "ckpt_00012.pt").exists() and list(run.glob("events*")) for run in runs)

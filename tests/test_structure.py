@@ -16,7 +16,7 @@ from train_gpt2 import GPTConfig, TrainConfig
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # what the others of lib/ stand on, and what these may import
-FLOOR = {"lib.cli": set(), "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}
+FLOOR = {"lib.startup": set(), "lib.cli": {"lib.startup"}, "lib.files": {"lib.cli"}, "lib.devices": {"lib.cli"}}
 MODEL = "train_gpt2"  # the one script that other scripts may import
 
 
@@ -159,3 +159,18 @@ def test_the_script_keeps_to_the_rules_of_readability():
 ])
 def test_what_breaks_the_rules_is_found(source, says):
     assert any(says in line for line in hard_to_read(source)), hard_to_read(source)
+
+
+def test_git_ignores_every_output_folder_and_nothing_of_the_project(tmp_path):
+    def git(*words, cwd=tmp_path):
+        return subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=True).stdout.split()
+
+    outputs = ["edu_fineweb10B/a.npy", "mine/meta.json", "bpe32k/tokenizer.json", "exported/config.json",
+               "hellaswag/hellaswag_val.jsonl", "log/a/log.txt", "log/ablation/ablation.md", ".venv/bin/python"]
+    git("init", "-q")
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    for name in (*outputs, "lib/new.py", "log/.gitkeep"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert git("ls-files", "--others", "--exclude-standard") == [".gitignore", "lib/new.py", "log/.gitkeep"]
+    assert git("ls-files", "--cached", "--ignored", "--exclude-standard", cwd=ROOT) == []

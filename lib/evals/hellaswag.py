@@ -135,7 +135,7 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
     """
     rows = [row for _, four in rendered for row in four]
     pairs = ((ids[:-ending], ids[-ending:]) for ids, ending, _ in rows)
-    nats, _ = score(model, pairs, processes, BATCH_TOKENS, stopped=stopped)
+    nats, _ = score(model, pairs, processes, BATCH_TOKENS, progress=processes.main, stopped=stopped)
     nats, n_tokens, n_chars = (np.reshape(x, (-1, 4)) for x in (nats, [row[1] for row in rows], [row[2] for row in rows]))
     labels = np.array([label for label, _ in rendered])
     right = [int((scores.argmax(axis=1) == labels).sum()) for scores in (nats, nats / n_tokens, nats / n_chars)]

@@ -54,7 +54,8 @@ def score(model, pairs, processes, batch_tokens, batch_size=None, progress=False
         batches.append(order[start:start + n])
         start += n
 
-    owners, nats, hits, bar = [], [], [], tqdm(total=len(rows), desc="scoring", disable=not progress)
+    owners, nats, hits, bar = [], [], [], tqdm(total=len(rows), desc="scoring", leave=False, delay=2,
+                                              disable=None if progress else True)  # None: only without a terminal
     for first in range(0, len(batches), processes.world_size):
         if stopped():
             break

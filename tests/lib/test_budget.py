@@ -4,9 +4,22 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import tiny
 
-from lib.budget import StepTimer, batch_size, describe, hours_and_dollars, plan, steps_in, steps_left, steps_of, tokens_of
+from lib.budget import (
+    StepTimer,
+    batch_size,
+    days,
+    describe,
+    hours_and_dollars,
+    matmul_flops,
+    plan,
+    steps_in,
+    steps_left,
+    steps_of,
+    tokens_of,
+)
 from lib.cli import BadInput
 from lib.mixture import Corpus
 from train_gpt2 import GPT, GPTConfig, TrainConfig
@@ -21,6 +34,23 @@ def length(tokens, batch=256, epochs=1.0, max_steps=None, ratio=None, parameters
 def test_steps_are_given_or_follow_from_epochs():
     assert length(10_000_000_000, 524_288) == 19_073  # build-nanogpt's
     assert (length(2560), length(2559), length(2560, epochs=2.5), length(2560, max_steps=7)) == (10, 9, 25, 7)
+
+
+def test_a_run_of_days_is_told_before_its_first_step(monkeypatch):
+    device = torch.device("cpu")
+    assert matmul_flops(device) > 1e6
+    monkeypatch.setattr("lib.budget.matmul_flops", lambda device: 50e9)
+    model = GPT(tiny())
+    steps_per_day = 50e9 * 86_400 / (256 * model.flops_per_token())
+    cfg = SimpleNamespace(minutes=None, total_batch_size=256, batch_warmup=0, steps=round(10.2 * steps_per_day))
+    processes = SimpleNamespace(world_size=1, main=True, device=device)
+    line, = days(cfg, model, processes, 0)
+    assert line.startswith("warning: this run takes at least 10 days on this machine, whose matmuls make 50 GFLOP/s: ")
+    assert days(cfg, model, SimpleNamespace(world_size=2, main=True, device=device), 0)[0].count("least 5 days") == 1
+    assert days(cfg, model, processes, round(9.5 * steps_per_day)) == []  # resumed near its end
+    assert days(cfg, model, SimpleNamespace(world_size=2, main=False, device=device), 0) == []
+    cfg.minutes = 1.0
+    assert days(cfg, model, processes, 0) == []
 
 
 def test_a_run_may_begin_with_half_batches():

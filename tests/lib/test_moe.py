@@ -380,7 +380,7 @@ def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path,
     whole = train(data, tmp_path / "whole", *EXPERTS, "--max_steps", 24, "--sample_every", 12)
     assert "active per token" in capsys.readouterr().out
     log, shown = read_log(whole), scalars(whole)
-    assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "val"] - 1
+    assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "train"] - 1
     assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24
                for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
     bars = EventAccumulator(str(whole), size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")

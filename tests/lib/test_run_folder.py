@@ -4,6 +4,7 @@ The slow test kills a real run twenty times: python -m pytest tests/lib/test_run
 """
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -12,8 +13,10 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +25,7 @@ from helpers import ROOT, TINY_FLAGS, read_log, sentences, write_data, write_lin
 from runs import (
     KINDS,
     LONG,
+    RUN,
     again,
     assert_same_runs,
     command,
@@ -143,7 +147,6 @@ def test_a_path_into_the_run_itself_counts_however_it_is_written(whole, tmp_path
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--resume", "auto"], "--resume auto continues the run that --run_name names"),
     (["--resume", "nowhere.pt"], "cannot read nowhere.pt"),
     (["--resume", "empty"], "--resume empty: this folder holds no ckpt_<step>.pt"),
 ])
@@ -153,6 +156,38 @@ def test_a_resume_that_cannot_be(flags, says, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=says):
         train_gpt2.main(flags)
     assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_resume_auto_without_a_name_goes_on_with_the_same_command_alone(data, tmp_path, monkeypatch, capsys):
+    """What `make train` is: given again, it goes on after an interruption and begins a new run after the end."""
+    def start(*flags, stop_at=None):
+        """-> the folder of the run, the step it began at, whether it is finished."""
+        words = [*RUN, "--data", str(data), "--log_dir", str(tmp_path), "--resume", "auto", "--max_steps", "24", *flags]
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words])
+        monkeypatch.setattr("lib.run_folder.time.strftime", lambda form: f"{next(clock):04d}")
+        with monkeypatch.context() as patch:
+            if stop_at:
+                patch.setattr(train_gpt2.StopSignals, "requested", property(lambda self: logged_steps(tmp_path) >= stop_at))
+            before = set(tmp_path.iterdir())
+            train_gpt2.main(words)
+        out = capsys.readouterr().out
+        begun = re.search(r"resume  (\S+)/ckpt_(\d+).pt", out)
+        folder = Path(begun[1]) if begun else (set(tmp_path.iterdir()) - before).pop()
+        return folder.name, int(begun[2]) if begun else 0, "done: " in out
+
+    def logged_steps(folder):
+        return max(logged(run) for run in folder.iterdir())
+
+    clock = itertools.count()
+    first, at, finished = start(stop_at=12)
+    assert (at, finished) == (0, False)
+    other, at, finished = start("--max_lr", "1e-3")  # other flags: a run of its own
+    assert other != first and (at, finished) == (0, True)
+    again_at = steps_saved(tmp_path / first)[-1]
+    assert start() == (first, again_at, True) and 0 < again_at < 24
+    new, at, finished = start()
+    assert new not in (first, other) and (at, finished) == (0, True)
+    assert start("--max_lr", "1e-3")[0] not in (first, other, new)
 
 
 def test_resume_auto_begins_and_goes_on(whole, data, tmp_path):
@@ -471,7 +506,7 @@ def test_log_tensorboard_and_config_after_resuming_twice(whole, data, tmp_path):
     shown = scalars(folder)
     assert shown == scalars(whole("gpt2"))
     assert [step for step, _ in shown["Loss/train"]] == list(range(60))
-    assert [step for step, _ in shown["Loss/val"]] == [*range(0, 60, 8), 60]
+    assert [step for step, _ in shown["Loss/val"]] == [*range(8, 60, 8), 60]
     config, first = (json.loads((path / "config.json").read_text()) for path in (folder, whole("gpt2")))
     assert [start["step"] for start in config["starts"]] == [0, 24, 16] and config["starts"][:1] == first["starts"]
     assert [start["from"] for start in config["starts"]] == [None, str(folder / "ckpt_00024.pt"), str(folder / "ckpt_00016.pt")]

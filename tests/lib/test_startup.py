@@ -1,0 +1,66 @@
+"""What each script does before torch is imported: python -m pytest tests/lib/test_startup.py"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+# stands in for numpy and torch, one of which every script imports first of the slow modules
+REPORT = f"import os; print(*[os.environ.get(name) for name in {OURS}], flush=True); os._exit(0)"
+INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+
+
+def start(words, tmp_path, module, **environment):
+    """Run Python on `words`, with this source in place of the libraries that take long to import."""
+    for name in ("numpy.py", "torch.py"):
+        (tmp_path / name).write_text(module)
+    env = {name: value for name, value in os.environ.items() if name not in OURS}
+    env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    return subprocess.run([sys.executable, *map(str, words)], env=env, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, check=False)
+
+
+def waiting(words, tmp_path, **environment):
+    """How OpenMP is to wait when the slow imports begin."""
+    return start(words, tmp_path, REPORT, **environment).stdout.split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_waiting_threads_sleep(script, tmp_path):
+    assert waiting([ROOT / script], tmp_path) == ["PASSIVE", "1000", "None", "None"]
+
+
+@pytest.mark.parametrize("environment, want", [
+    ({"OMP_NUM_THREADS": "1"}, ["PASSIVE", "1000", "None", "1"]),  # torchrun's
+    ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None", "None", "None"]),
+    ({"KMP_BLOCKTIME": "0"}, ["None", "None", "0", "None"])])
+def test_what_the_environment_says_of_threads_stays(environment, want, tmp_path):
+    assert waiting([ROOT / "train_gpt2.py"], tmp_path, **environment) == want
+
+
+def test_importing_a_script_leaves_the_environment_and_ctrl_c_alone(tmp_path):
+    assert waiting(["-c", "import train_gpt2"], tmp_path) == 4 * ["None"]
+    assert "KeyboardInterrupt" in start(["-c", "import train_gpt2"], tmp_path, INTERRUPT).stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_imports_is_one_line(script, tmp_path):
+    done = start([ROOT / script], tmp_path, INTERRUPT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
+def test_of_several_processes_one_speaks(tmp_path):
+    done = start([ROOT / "train_gpt2.py"], tmp_path, INTERRUPT, RANK="1")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_later_is_an_exception_again(tmp_path):
+    code = ("import os, signal, sys\nfrom lib import startup\nstartup.interrupt_quietly()\nfrom lib.cli import run\n"
+            "def main(argv):\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        signal.pause()\n"
+            "    finally:\n        print('saved', flush=True)\nrun(main)")
+    done = start(["-c", code], tmp_path, "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "saved\n", "\ninterrupted\n")
