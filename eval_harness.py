@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a checkpoint.
 
-    python eval_harness.py --checkpoint log/<run>/ckpt_<step>.pt        # --group small: tasks that tell 124M models apart
+    python eval_harness.py --checkpoint log/<run>                       # --group small: tasks that tell 124M models apart
     python eval_harness.py --checkpoint PATH --tasks hellaswag,arc_easy,wikitext --limit 200
     python eval_harness.py --model gpt2                                 # a Hugging Face model, the harness's own adapter
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
@@ -43,9 +43,8 @@ TABLES = ("results", "n-samples", "higher_is_better")  # of the harness's result
 
 
 @dataclass
-class Config:
+class Config(checkpoint.ModelConfig):
     # what is evaluated
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
     model: str | None = flag(None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
     tasks: str | None = flag(None, "names of harness tasks, groups or tags, joined by commas; * matches any letters")
     group: Literal["small"] = flag("small", "a set of tasks, where --tasks is not given")
@@ -209,7 +208,8 @@ def pick_output(cfg, context):
     beside, remedy = Path(cfg.checkpoint or ""), "name another --output"
     stretch = f"_context{context.context}" if context.context else ""
     stretch += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
-    output = Path(cfg.output) if cfg.output else (
+    folder = cfg.checkpoint and os.path.isdir(cfg.checkpoint)  # one that export_hf.py made
+    output = Path(cfg.output) if cfg.output else Path(cfg.checkpoint, "eval.json") if folder else (
         beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}{stretch}.json") if cfg.checkpoint else
         Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", "eval.json"))
     if os.path.lexists(output):
@@ -229,22 +229,24 @@ def main(argv):
         return compare(cfg.compare, cfg.chart)
     if "chart" in given:
         raise BadInput("--chart is for --compare: leave it out")
-    if (cfg.checkpoint is None) == (cfg.model is None):
-        raise BadInput("name either --checkpoint or --model, or runs to --compare")
+    checkpoint.named(cfg)
     if cfg.model and {"context", "rope_scaling"} & given:
         raise BadInput("--context and --rope_scaling are for a --checkpoint: leave them out")
     if cfg.checkpoint:
-        checkpoint.require(cfg.checkpoint)
+        cfg.checkpoint = checkpoint.pick(cfg.checkpoint)
     output = pick_output(cfg, context)
     manager, names = harness.find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
     with Processes(cfg.device) as processes:
         with processes.main_first():  # the first to load downloads, the others find
-            model, tokenizer, _ = load_checkpoint(cfg.checkpoint) if cfg.checkpoint else (None, None, None)
-            if model:
+            step = 0
+            if cfg.checkpoint:
+                model, tokenizer, state = load_checkpoint(cfg.checkpoint)
                 extend(model, context)
+                step = state.get("step", 0)
             tasks = harness.load_tasks(manager, names, cfg.data_dir)
             lm = (harness.adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype, processes.main)
                   if cfg.checkpoint else load_hugging_face(cfg, processes))
+        processes.check_same(step, "the processes found different checkpoints: name one ckpt_<step>.pt")
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # for tasks that draw, the same on every process
             seed(harness.FEWSHOT_SEED)
         results = harness.evaluate(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0, processes.main)

@@ -843,17 +843,32 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 # The command
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (GPT in eval mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is not one."""
-    state = checkpoint.read(path)
-    with checkpoint.ours(path):
-        config = GPTConfig(**state["model_config"])
-        check_model(config)
-        on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
-        model, tokenizer = GPT(config), load_tokenizer(state["tokenizer"])
-        model.load_state_dict(state["model"])
-        if tokenizer.vocab_size > config.vocab_size:
-            raise BadInput(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}: name another")
+def load_checkpoint(name, device="cpu"):
+    """The model that a user named -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
+
+    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl" (lib/checkpoint.py's
+    `pick`). Of the last two the checkpoint is a dict of model_config, tokenizer and, if it can chat, chat_template.
+    Raises BadInput if there is no such model.
+    """
+    name = checkpoint.pick(name)
+    if checkpoint.is_hugging_face(name):
+        model = GPT.from_pretrained(name)
+        tokenizer, template = huggingface.read_tokenizer(name)
+        state = {"model_config": asdict(model.config), "tokenizer": tokenizer.spec}
+        if template:
+            state["chat_template"] = template
+    else:
+        state = checkpoint.read(name)
+        with checkpoint.ours(name):
+            config = GPTConfig(**state["model_config"])
+            check_model(config)
+            on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
+            model = GPT(config)
+            model.load_state_dict(state["model"])
+            tokenizer = load_tokenizer(state["tokenizer"])
+    ids = model.config.vocab_size
+    if tokenizer.vocab_size > ids:
+        raise BadInput(f"{name}: its tokenizer has {tokenizer.vocab_size} ids, its model {ids}: name another")
     return model.to(device).eval(), tokenizer, state
 
 
@@ -908,6 +923,25 @@ def build_model(model_cfg, cfg, device):
         return GPT(model_cfg).to(device)
     except (RuntimeError, MemoryError) as error:
         raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer") from error
+
+
+@torch.no_grad()
+def fit_vocabulary(model, vocab_size):
+    """Give a GPT, before it is trained, tables for `vocab_size` ids, padded as GPTConfig pads them.
+
+    A model of Hugging Face has no padding. New rows begin as the mean of the others: their logits are then the mean of the
+    others', so that each takes at most 1 / vocab_size of the probability (Jensen's inequality).
+    """
+    c = model.config
+    c.vocab_size = vocab_size
+    c.vocab_multiple = GPTConfig.vocab_multiple
+    for module in (model.transformer.wte, model.lm_head):
+        rows = module.weight[:c.padded_vocab_size]
+        missing = c.padded_vocab_size - len(rows)
+        mean = rows[:vocab_size].mean(dim=0).expand(missing, -1)
+        module.weight = nn.Parameter(torch.cat([rows, mean]))
+    if c.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
 
 
 class Pretraining:
@@ -980,8 +1014,8 @@ def launch(cfg, model_cfg, explicit, resume, task):
             position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
         elif task.weights:
             model.load_state_dict(task.weights.pop())  # so that they go from memory
-        if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
-            raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
+        processes.check_same(position["step"], "the processes found different checkpoints: see that all read one folder, "
+                                               "and start again")
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]

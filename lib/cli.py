@@ -147,6 +147,12 @@ def is_main_process():
         return True
 
 
+def note(line):
+    """Print a line on stderr, from the main process alone."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
 def check(config):
     """Compare every flag's value with its field's type and bounds. Raises BadInput naming the flag.
 

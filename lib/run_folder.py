@@ -23,12 +23,13 @@ import torch
 
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
-from lib.cli import BadInput, RankError, check, is_main_process, launched
+from lib.cli import BadInput, RankError, check, launched, note
 from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
+OF_THE_BEGINNING = ("checkpoint", "model", "lr_scale")  # what weights and rates a run began with
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,20 +59,13 @@ class Resume:
         if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
             steps, seconds = self.state["timed"]
             self.state["timed"] = steps * self.state["train_config"]["total_batch_size"], seconds
-        misfits, rope = [], self.state["model_config"]["pos"] == "rope"
-        free = {"dropout", "init", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
-        # biases, once nudged, pick experts as weights do: with the loss nothing moves them, and the classes for it have none
-        free |= {"balance"} if self.state["model_config"].get("balance") == "loss" else set()
-        for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
-            # a setting younger than the checkpoint was off, whatever its preset says today
-            for name, was in ((f.name, before.get(f.name, f.default)) for f in fields(config) if f.name not in OF_A_START):
-                was, own = tuple(was) if isinstance(was, list) else was, getattr(config, name)
-                if name not in explicit:
-                    setattr(config, name, was)
-                elif own != was:
-                    fits = name in free if config is model_cfg else name != "optimizer"
-                    (self.changed if fits else misfits).append(f"--{name} {words(was)} -> {words(own)}")
-            check(config)
+        self._check_beginning(cfg, explicit)
+        free = {field.name for field in fields(cfg)} - {"optimizer"}
+        changed, misfits = take_settings(cfg, self.state["train_config"], explicit, free)
+        free = may_change(self.state["model_config"])
+        of_model = take_settings(model_cfg, self.state["model_config"], explicit, free)
+        self.changed += changed + of_model[0]
+        misfits += of_model[1]
         if misfits:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; "
                            "give them as it was made, or begin another --run_name without --resume")
@@ -86,6 +80,18 @@ class Resume:
         if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= self.state["step"]:
             raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} "
                            "count from the run's first: give more of them, or leave --curriculum out")
+
+    def _check_beginning(self, cfg, explicit):
+        """Raises BadInput if what a run begins with was given and is not what this one began with."""
+        for name in OF_THE_BEGINNING:
+            if name not in explicit:
+                continue
+            own = getattr(cfg, name)
+            was = self.state["train_config"].get(name)
+            if own != was and not (isinstance(was, str) and checkpoint.leads_to(own, was)):
+                how = "without" if was is None else f"with --{name} {was}, not"
+                raise BadInput(f"is of a run that began {how} --{name} {own}: leave that out, or give another --run_name")
+            setattr(cfg, name, was)
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
         """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best.
@@ -125,6 +131,35 @@ class Resume:
         best = self.state.get("best")
         remeasured = any(line.startswith(("--data ", "--val_", "--block_size", "other training data")) for line in self.changed)
         return best if best and best[1] in self.seen and not remeasured else None
+
+
+def may_change(before):
+    """The settings of a GPTConfig that weights do not depend on. before: the settings that the weights were trained with."""
+    free = {"dropout", "init", "router_z_loss"}
+    if before["pos"] == "rope":
+        free.add("block_size")
+    if before.get("balance") == "loss":
+        # biases, once nudged, pick experts as weights do: with the loss nothing moves them, and the classes for it have none
+        free.add("balance")
+    return free
+
+
+def take_settings(config, before, explicit, free):
+    """Take every setting not in `explicit` from `before`, a dict -> two lists about those given that differ, as text: those
+    in `free`, and the others. Raises BadInput for what is out of bounds."""
+    changed, misfits = [], []
+    defaults = {setting.name: setting.default for setting in fields(config) if setting.name not in OF_A_START}
+    for name, default in defaults.items():
+        was = before.get(name, default)  # one younger than `before` was off, whatever its preset says today
+        was = tuple(was) if isinstance(was, list) else was
+        own = getattr(config, name)
+        if name not in explicit:
+            setattr(config, name, was)
+        elif own != was:
+            differing = changed if name in free else misfits
+            differing.append(f"--{name} {words(was)} -> {words(own)}")
+    check(config)
+    return changed, misfits
 
 
 def words(value):
@@ -182,10 +217,6 @@ def find_resume(cfg, explicit):
 
     A run's own checkpoints come before the one it began with: the same command, given again, continues.
     """
-    def warn(line):
-        if is_main_process():
-            print(line, file=sys.stderr)
-
     if cfg.run_name is not None:
         check_name(cfg.run_name)
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
@@ -203,14 +234,14 @@ def find_resume(cfg, explicit):
     seen = {step for step, _ in checkpoint.found(own)} if own else set()
     if seen and (home is None or own.resolve() != home.resolve() or begun == Path(cfg.log_dir) / cfg.run_name):
         if start:
-            warn(f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these")
-        return Resume(*checkpoint.newest(own, warn), seen)
+            note(f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these")
+        return Resume(*checkpoint.newest(own, note), seen)
     if start is None:
         return None
     if os.path.isdir(start):
         if not checkpoint.found(start):
             raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-        return Resume(*checkpoint.newest(start, warn), seen)
+        return Resume(*checkpoint.newest(start, note), seen)
     return Resume(start, checkpoint.read(start), seen)
 
 

@@ -149,7 +149,7 @@ def test_bad_input(tokenizer, tmp_path, launch):
     tiny_checkpoint(tmp_path / "fits.pt", tokenizer)
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    for flags, says in (([], "name --checkpoint"), (["--checkpoint", path], "name --out"),
+    for flags, says in (([], "name either --checkpoint"), (["--checkpoint", path], "name --out"),
                         (["--checkpoint", path, "--out", tmp_path / "new"], "--softcap 15.0"),
                         (["--checkpoint", tmp_path / "fits.pt", "--out", full], "not an empty folder"),
                         (["--checkpoint", tmp_path / "fits.pt", "--out", full / "mine.txt" / "x"], "cannot write")):
