@@ -121,7 +121,7 @@ def check_flags(base, words):
     if taken := sorted(OURS & named):
         raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
     settings(words)  # alone: a stray word would be taken for one more --data
-    whole, (train, model, explicit, _) = settings([*QUIET, *base])[0], settings([*QUIET, *base, *words])
+    whole, (train, model, explicit, *_) = settings([*QUIET, *base])[0], settings([*QUIET, *base, *words])
     if unlike := [name for name, value in shared(whole).items() if shared(train).get(name) != value]:
         raise BadInput(f"--{unlike[0]} is the base's to set, or losses do not compare: give two commands with an --out each")
     if train.tokens_per_param:

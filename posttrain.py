@@ -97,6 +97,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
     # what only pretraining has, no flags here
     preset: Literal["posttrain"] = flag("posttrain", None)
+    init_from: str | None = flag(None, None)
     size: str | None = flag(None, None)
     curriculum: str | None = flag(None, None)
     curriculum_steps: int | None = flag(None, None)

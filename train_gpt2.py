@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py       # eight GPUs
     python train_gpt2.py --preset gpt2                           # the classic baseline, nothing modern
     python train_gpt2.py --mlp gelu --no-emb_norm --run_name no_swiglu_no_embnorm
+    python train_gpt2.py --init_from gpt2 --max_lr 1e-4          # begin with OpenAI's weights
     tensorboard --logdir log                                     # watch it
 
 Improvements over the baseline and their flags:
@@ -52,7 +53,7 @@ from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
-from lib.run_folder import RunFolder, explained, find_resume
+from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
@@ -150,6 +151,9 @@ class TrainConfig:
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = flag("log", "where run folders go")
     resume: str | None = flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
+    init_from: str | None = flag(
+        None, "weights of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint or a folder that export_hf.py made; "
+              "the model's shape is theirs")
     tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
@@ -873,15 +877,35 @@ def load_checkpoint(name, device="cpu"):
 
 
 def settings(argv):
-    """The command line -> TrainConfig, GPTConfig, the names given explicitly, the Resume to continue from or None."""
+    """The command line -> TrainConfig, GPTConfig, the names given explicitly, the Resume to continue from or None, and
+    what `begin_with` returns, or None."""
     (cfg, model_cfg), explicit = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     if cfg.size:
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
     resume = find_resume(cfg, explicit)
+    start = begin_with(cfg, model_cfg, explicit) if cfg.init_from and not resume else None
     adopt(resume, cfg, model_cfg, explicit)
-    return cfg, model_cfg, explicit, resume
+    return cfg, model_cfg, explicit, resume, start
+
+
+def begin_with(cfg, model_cfg, explicit):
+    """--init_from -> [(a GPT, its Tokenizer)]. Gives model_cfg its settings, but for those given that do not shape weights.
+
+    Raises BadInput for others, and if there is no such model.
+    """
+    cfg.init_from = checkpoint.pick(cfg.init_from)
+    model, tokenizer, _ = load_checkpoint(cfg.init_from)
+    before = asdict(model.config) | {"vocab_multiple": model_cfg.vocab_multiple}
+    free = may_change(before, model_cfg.block_size) - {"init"}
+    _, misfits = take_settings(model_cfg, before, explicit, free)
+    if misfits:
+        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: {', '.join(misfits)}; leave them out")
+    if model_cfg.pos == "learned":
+        positions = model.transformer.wpe.weight
+        model.transformer.wpe.weight = nn.Parameter(positions[:model_cfg.block_size].detach().clone())
+    return [(model, tokenizer)]
 
 
 def adopt(resume, cfg, model_cfg, explicit):
@@ -952,8 +976,14 @@ class Pretraining:
 
     weights, extra, packed = (), {}, staticmethod(lambda idx: ())
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, start=None):
+        """start: what `begin_with` returns, or None. Raises BadInput if its tokenizer is not the data's."""
         self.corpus = Corpus(cfg)
+        if start:
+            model, tokenizer = start.pop()  # so that it leaves memory
+            self.corpus.check_tokenizer(tokenizer)
+            fit_vocabulary(model, tokenizer.vocab_size)
+            self.weights = [model.state_dict()]
 
     def tokenizer(self, model_cfg):
         """-> the data's Tokenizer; sets vocab_size."""
@@ -1025,7 +1055,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
 
 
 def main(argv):
-    cfg, model_cfg, explicit, resume = settings(argv)
+    cfg, model_cfg, explicit, resume, start = settings(argv)
     check_model(model_cfg)
     if cfg.plan:
         own, ids = cfg.size or cfg.preset, "data" in explicit and Corpus(cfg).vocab_size  # it needs no data
@@ -1033,7 +1063,7 @@ def main(argv):
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
     else:
-        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))
+        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, start))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the others a `RunFolder.null()`.
 
 import contextlib
 import copy
+import math
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
-OF_THE_BEGINNING = ("checkpoint", "model", "lr_scale")  # what weights and rates a run began with
+OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale")  # what weights and rates a run began with
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,10 +134,13 @@ class Resume:
         return best if best and best[1] in self.seen and not remeasured else None
 
 
-def may_change(before):
-    """The settings of a GPTConfig that weights do not depend on. before: the settings that the weights were trained with."""
+def may_change(before, block_size=None):
+    """The settings of a GPTConfig that weights do not depend on. before: the settings that the weights were trained with.
+
+    block_size: of weights that are to be cut to it, the context wanted, tokens; None if they cannot be cut.
+    """
     free = {"dropout", "init", "router_z_loss"}
-    if before["pos"] == "rope":
+    if before["pos"] == "rope" or (block_size or math.inf) <= before["block_size"]:
         free.add("block_size")
     if before.get("balance") == "loss":
         # biases, once nudged, pick experts as weights do: with the loss nothing moves them, and the classes for it have none
