@@ -6,8 +6,9 @@
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
     python eval_harness.py --compare log/a log/b log/hf_gpt2            # one table of runs, and a bar chart
 
-Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Those with --context N go to
-eval_<step>_context<N>.json: --compare takes them where it is given the file, not the run. Needs requirements-dev.txt.
+Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Those with --context N or --limit N, which do
+not stand for the whole, go to eval_<step>_context<N>.json or eval_<step>_limit<N>.json: --compare takes them where it is given
+the file, not the run. Needs requirements-dev.txt.
 
 Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or <task>_test, _val,
 _validation) with the columns that the harness's task reads, and <task>_train.jsonl, which few-shot tasks need for their
@@ -39,6 +40,7 @@ from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
 GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
+ORDER = "tasks in alphabetical order"  # of tables and charts
 TABLES = ("results", "n-samples", "higher_is_better")  # of the harness's results, each a dict of one per task
 
 
@@ -76,28 +78,28 @@ def read_results(path):
     return data
 
 
-def has_context(data):
-    """Whether results are of another context than the one trained with."""
+def is_whole(data):
+    """Whether results are of all items, in the context trained with."""
     config = data.get("config")
-    return isinstance(config, dict) and config.get("context") is not None
+    return not isinstance(config, dict) or (config.get("context") is None and config.get("limit") is None)
 
 
 def newest_results(path):
     """A results file, or all eval_<step>*.json of a run folder's newest step -> (name of run and step, results).
 
-    Of a folder, those with a --context of their own are left out. Raises BadInput if there are none.
+    Of a folder, those with a --context or --limit of their own are left out. Raises BadInput if there are none.
     """
     path, found, step = Path(path), [], 0
     if is_folder := os.path.isdir(path):
         steps = {file: int(re.match(r"eval_?(\d*)", file.name)[1] or 0) for file in path.glob("eval*.json")}
         for step in sorted(set(steps.values()), reverse=True):
             of_step = sorted((file for file in steps if steps[file] == step), key=lambda file: file.lstat().st_mtime)
-            if found := [data for data in map(read_results, of_step) if not has_context(data)]:
+            if found := [data for data in map(read_results, of_step) if is_whole(data)]:
                 break
     else:
         found = [read_results(path)]
     if not found:
-        raise BadInput(f"{path} holds no eval_<step>.json (those with --context do not count): run eval_harness.py "
+        raise BadInput(f"{path} holds no eval_<step>.json (those with --context or --limit do not count): run eval_harness.py "
                        "--checkpoint on a checkpoint there first, or name a file")
     merged = {key: {name: row for data in found for name, row in data[key].items()} for key in TABLES}
     where = path.resolve()
@@ -105,9 +107,13 @@ def newest_results(path):
 
 
 def tabulate_runs(runs):
-    """list of (run, results) -> (headers, rows of str: one per task and metric, lines on what is not comparable)."""
+    """list of (run, results) -> (headers, rows of str: one per task and metric, lines on what is not comparable).
+
+    Rows follow ORDER: the harness itself sorts the tasks of one evaluation, and files are joined by their age.
+    """
     keys = dict.fromkeys((task, key) for _, data in runs for task, values in data["results"].items() for key in values
                          if "," in key and "_stderr," not in key)
+    keys = sorted(keys, key=lambda key: key[0])  # stable: metrics stay as they are
     rows, notes = [], []
     for task, key in keys:
         metric, _, kind = key.partition(",")
@@ -136,6 +142,7 @@ def bar_chart(runs, path):
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     bars = {task: key for _, data in runs for task, key in harness.headlines(data).items() if "bits" not in key}
+    bars = dict(sorted(bars.items()))
     figure = Figure(figsize=(min(max(6, 0.6 * len(bars) * (len(runs) + 1)), 200), 4), layout="constrained")
     axes, width = figure.add_subplot(), 0.8 / len(runs)
     for i, (name, data) in enumerate(runs):
@@ -144,6 +151,7 @@ def bar_chart(runs, path):
         axes.bar(np.arange(len(bars)) + (i - (len(runs) - 1) / 2) * width, height, width, yerr=error, capsize=2, label=name)
     axes.set_xticks(range(len(bars)), [f"{task}\n{key.partition(',')[0]}" for task, key in bars.items()])
     axes.set_ylabel("accuracy ± standard error")
+    axes.set_xlabel(f"{ORDER}, bars in that of --compare")
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=Path(path).suffix[1:] or "png")
@@ -165,7 +173,8 @@ def compare(paths, chart):
     for style in ("simple", "github"):
         align = ["left"] * 2 + ["right"] * len(runs)
         print(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align), end="\n\n")
-    print("\n".join(notes), end="\n\n" if notes else "")
+    notes = [f"rows: {ORDER}, metrics as the harness lists them; columns as given to --compare", *notes]
+    print("\n".join(notes), end="\n\n")
     try:
         bar_chart(runs, chart)
     except ImportError:
@@ -205,15 +214,21 @@ def load_hugging_face(cfg, processes):
 
 def pick_output(cfg, context):
     """Settings -> where the results go. Raises BadInput if they cannot go there."""
-    beside, remedy = Path(cfg.checkpoint or ""), "name another --output"
-    stretch = f"_context{context.context}" if context.context else ""
-    stretch += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
-    folder = cfg.checkpoint and os.path.isdir(cfg.checkpoint)  # one that export_hf.py made
-    output = Path(cfg.output) if cfg.output else Path(cfg.checkpoint, "eval.json") if folder else (
-        beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}{stretch}.json") if cfg.checkpoint else
-        Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", "eval.json"))
+    remedy = "name another --output"
+    part = f"_context{context.context}" if context.context else ""
+    part += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
+    part += f"_limit{cfg.limit}" if cfg.limit else ""
+    if cfg.output:
+        output = Path(cfg.output)
+    elif cfg.model:
+        output = Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", f"eval{part}.json")
+    elif os.path.isdir(cfg.checkpoint):  # one that export_hf.py made
+        output = Path(cfg.checkpoint, f"eval{part}.json")
+    else:
+        path = Path(cfg.checkpoint)
+        output = path.with_name(f"eval_{path.stem.removeprefix('ckpt_')}{part}.json")
     if os.path.lexists(output):
-        more = "" if cfg.output or stretch else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
+        more = "" if cfg.output or part else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
         raise BadInput(f"{output} exists: {remedy}{more}")
     if len(os.fsencode(output.name)) > 250:  # 255 with .tmp, under which it is written
         raise BadInput(f"{output.name[:40]}... is too long for the name of a file: {remedy}")
