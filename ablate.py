@@ -29,7 +29,7 @@ import torch
 
 from lib import checkpoint
 from lib.budget import LENGTHS, length_flag, settle
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.devices import Processes
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import read_scalars, without_compilation
@@ -47,11 +47,12 @@ SHAPE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multi
 
 @dataclass
 class Config:
-    changes: str | None = flag(None, "file of changes, one per line; without it, each part of the model that the base has and "
-                                     "--preset gpt2 has not is taken out")
+    changes: str | None = path_flag(
+        None, "file of changes, one per line; without it, each part of the model that the base has and "
+              "--preset gpt2 has not is taken out")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
-    out: str = flag("log/ablation", "folder of the runs, the table and the picture")
+    out: str = path_flag("log/ablation", "folder of the runs, the table and the picture")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
 
 

@@ -11,6 +11,7 @@ A model that posttrain.py has not taught to chat continues each text in the term
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -211,6 +212,7 @@ def save(messages, path):
         raise BadInput("there is nothing to save yet")
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
+        path = os.path.expanduser(path)
         with open(path, "xb") as file:
             try:
                 file.write(line.encode("utf-8", "replace"))

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from lib import checkpoint, files
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.devices import Processes
 from lib.evals import harness
 from lib.huggingface import cache_only_without_network
@@ -47,11 +47,11 @@ TABLES = ("results", "n-samples", "higher_is_better")  # of the harness's result
 @dataclass
 class Config(checkpoint.ModelConfig):
     # what is evaluated
-    model: str | None = flag(None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
+    model: str | None = path_flag(None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
     tasks: str | None = flag(None, "names of harness tasks, groups or tags, joined by commas; * matches any letters")
     group: Literal["small"] = flag("small", "a set of tasks, where --tasks is not given")
     limit: int | None = flag(None, "score only the first so many items of each task", at_least=1, at_most=10**9)
-    data_dir: str | None = flag(None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
+    data_dir: str | None = path_flag(None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
     # how
     batch_size: int | Literal["auto"] = flag(
         "auto", f"sequences per forward pass; auto: as many as make {harness.BATCH_TOKENS} tokens, "
@@ -60,9 +60,9 @@ class Config(checkpoint.ModelConfig):
         "auto", "of matmuls; auto: bfloat16 where the GPU has it, and what a --model comes in")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     # what comes out
-    output: str | None = flag(None, "results as json; without it, beside the checkpoint")
-    compare: tuple[str, ...] | None = flag(None, "print one table of these runs (folders or results) instead, and draw it")
-    chart: str = flag("compare.png", "where --compare draws its bars")
+    output: str | None = path_flag(None, "results as json; without it, beside the checkpoint")
+    compare: tuple[str, ...] | None = path_flag(None, "print one table of these runs (folders or results) instead, and draw it")
+    chart: str = path_flag("compare.png", "where --compare draws its bars")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

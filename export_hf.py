@@ -33,14 +33,14 @@ import torch
 
 from lib import checkpoint, huggingface
 from lib.chat_template import ROLES, render
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import NonFinite
 from train_gpt2 import load_checkpoint
 
 
 @dataclass
 class Config(checkpoint.ModelConfig):
-    out: str | None = flag(None, "folder to write, new or empty")
+    out: str | None = path_flag(None, "folder to write, new or empty")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights")
     check: bool = flag(False, "load what was written and compare its logits and tokens with the checkpoint's")
 

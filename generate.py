@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from lib import checkpoint, files
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import SampleConfig, sample
 from lib.devices import pick_device
 from lib.rope import ContextConfig, extend
@@ -26,7 +26,7 @@ from train_gpt2 import load_checkpoint
 @dataclass
 class Config(checkpoint.ModelConfig):
     prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
-    prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
+    prompt_file: str | None = path_flag(None, "a file whose text, without the newline at its end, is the prompt instead")
     strict: bool = flag(False, "refuse a prompt longer than the context; "
                         "what outgrows it while it is written is told, not refused")
     graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")

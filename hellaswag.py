@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lib import checkpoint
-from lib.cli import flag, parse, run
+from lib.cli import flag, parse, path_flag, run
 from lib.devices import Processes, autocast
 from lib.evals.hellaswag import evaluate, load, render
 from lib.rope import ContextConfig, extend
@@ -26,7 +26,7 @@ from train_gpt2 import load_checkpoint
 
 @dataclass
 class Config(checkpoint.ModelConfig):
-    file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    file: str | None = path_flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     limit: int | None = flag(None, "score only the first so many items", at_least=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 

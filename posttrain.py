@@ -23,7 +23,7 @@ import torch
 
 from lib import checkpoint, conversations, packing
 from lib.chat_template import JINJA, render
-from lib.cli import BadInput, check, flag, launched, parse, run
+from lib.cli import BadInput, check, flag, launched, parse, path_flag, run
 from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
 from lib.run_folder import find_resume
@@ -55,7 +55,8 @@ MOST_TOLD = 5  # lines about the data in an error
 class Config(TrainConfig, checkpoint.ModelConfig):
     """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
     # data
-    data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
+    data: tuple[str, ...] | None = path_flag(
+        None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
     val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split; "
                            "if unset, no more than in pretraining", above=0)
     # length and batch: small steps, for there is little data
@@ -87,11 +88,11 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     # its own
     val_share: float = flag(0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
                             at_least=0, below=1)
-    val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
+    val_data: tuple[str, ...] | None = path_flag(None, "files of validation data, instead of --val_share")
     strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
     replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
-    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
-                                               "what is forgotten; if unset, those the checkpoint was trained on")
+    replay_data: tuple[str, ...] | None = path_flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
+                                                    "what is forgotten; if unset, those the checkpoint was trained on")
     lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, "
                                   "1 after post-training", above=0, at_most=1e3)
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from lib import checkpoint, huggingface, rope
 from lib.attention import attention
 from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle
-from lib.cli import BadInput, RankError, check, flag, parse, run
+from lib.cli import BadInput, RankError, check, flag, parse, path_flag, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
@@ -98,9 +98,9 @@ class TrainConfig:
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
     # data
-    data: tuple[str, ...] = flag(
+    data: tuple[str, ...] = path_flag(
         ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each: shares of the tokens; without, mixed by size")
-    curriculum: str | None = flag(None, "folder of shards to begin with, simple text, which gives way to --data")
+    curriculum: str | None = path_flag(None, "folder of shards to begin with, simple text, which gives way to --data")
     curriculum_steps: int | None = flag(None, "steps until it has given way", above=0, below=2**31)
     curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "how: half a cosine, a line, or at once")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
@@ -134,10 +134,10 @@ class TrainConfig:
     # what happens along the way (0: never)
     eval_every: int = flag(250, "steps between validations", at_least=0)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
-    hellaswag_file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    hellaswag_file: str | None = path_flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     eval_tasks: str | None = flag(None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
     eval_tasks_every: int = flag(1000, "steps between evaluations on them", at_least=0)
-    eval_tasks_dir: str | None = flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
+    eval_tasks_dir: str | None = path_flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
     eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all", above=0)
     sample_every: int = flag(250, "steps between printed samples", at_least=0)
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
@@ -149,9 +149,9 @@ class TrainConfig:
     spike: float = flag(1.0, "report losses so many nats above the median of the last 50; 0: none", at_least=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
-    log_dir: str = flag("log", "where run folders go")
-    resume: str | None = flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
-    init_from: str | None = flag(
+    log_dir: str = path_flag("log", "where run folders go")
+    resume: str | None = path_flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
+    init_from: str | None = path_flag(
         None, "weights of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint or a folder that export_hf.py made; "
               "the model's shape is theirs")
     tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)

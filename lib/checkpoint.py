@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lib.cli import BadInput, RankError, flag, note
+from lib.cli import BadInput, RankError, flag, note, path_flag
 from lib.files import check_room, open_file, read_json, replace
 
 NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
@@ -45,7 +45,7 @@ GPT2 = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 class ModelConfig:
     """The flags by which a script takes a trained model; train_gpt2.py's `load_checkpoint` reads what they name."""
 
-    checkpoint: str | None = flag(
+    checkpoint: str | None = path_flag(
         None, "a run folder, of which the best checkpoint counts where --keep_best kept it, else the newest; "
               "a ckpt_<step>.pt; or a folder that export_hf.py made")
     model: GPT2 | None = flag(None, "OpenAI's GPT-2 instead, from Hugging Face")

@@ -166,6 +166,11 @@ def take_settings(config, before, explicit, free):
     return changed, misfits
 
 
+def quoted(path):
+    """A path as a word of a shell's command."""
+    return shlex.quote(str(path))
+
+
 def words(value):
     """A setting as text."""
     return " ".join(value) if isinstance(value, tuple) else value
@@ -423,12 +428,13 @@ class RunFolder:
             self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
             command = "chat.py" if self.constants.get("chat_template") else "generate.py"
-            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, "
+            last = checkpoint.path_of(self.folder, best[1] if best else step)
+            self.say(f"done: watch it with `tensorboard --logdir {quoted(self.folder.parent)}`, "
                      + ("talk to it" if command == "chat.py" else "sample again")
-                     + f" with `python {command} --checkpoint {checkpoint.path_of(self.folder, best[1] if best else step)}`")
+                     + f" with `python {command} --checkpoint {quoted(last)}`")
         else:
             self.say(f"stopped at step {step} of {self.config['max_steps']}: "
-                     f"the same command with --run_name {self.folder.name} goes on")
+                     f"the same command with --run_name {quoted(self.folder.name)} goes on")
 
     def set_length(self, steps, stands):
         """The run has so many steps, as --minutes of them turn out to be. Once that stands, says what speaks against it."""

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -898,6 +899,18 @@ def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_
     assert [p.name for p in (tmp_path / "modern").glob("ckpt*")] == ["ckpt_00005.pt"]  # the last step, always
     assert "2 sequences x 32 tokens x 4 accumulation steps x 1 processes" in capsys.readouterr().out
     assert read_log(go(data, tmp_path / "again", *flags)) == log
+
+
+def test_printed_commands_work_with_spaces_and_a_tilde_is_the_home_folder(launch, data, tmp_path):
+    (tmp_path / "home").mkdir()
+    flags = [*TINY_FLAGS, "--max_steps", 3, "--data", data, "--log_dir=~/my log", "--run_name", "a run"]
+    result = launch("train_gpt2.py", *flags, env={"HOME": str(tmp_path / "home")})
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "home" / "my log" / "a run"
+    tensorboard, generate = (shlex.split(command) for command in re.findall("`(.*?)`", result.stdout.splitlines()[-1]))
+    assert tensorboard[-1] == str(folder.parent) and not (tmp_path / "~").exists()
+    result = launch(*generate[1:], "--max_new_tokens", 1, "--samples", 1)
+    assert result.returncode == 0, result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
