@@ -6,7 +6,7 @@
     python chat.py --model gpt2                                          # a base model: it continues what you type
 
 A conversation that outgrows the model's context loses its oldest turns. Ctrl-C ends a reply, Ctrl-D the chat.
-A model that posttrain.py has not taught to chat continues each text in the terminal, and is not served.
+In the terminal, a model that has not learned to chat continues each text; it is not served.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class ChatSampling(SampleConfig):
 
 
 def load_chat(path, device):
-    """-> (model, tokenizer, whether it has learned to chat). Raises BadInput if it has learned to in another way."""
+    """-> (model, tokenizer, whether it has learned to chat). Raises BadInput for another template."""
     model, tokenizer, state = load_checkpoint(path, device)
     if "chat_template" not in state:
         return model, tokenizer, False
@@ -89,7 +89,10 @@ class Chat:
         self.said = list(self.messages)
 
     def prompt(self, messages, limit):
-        """The newest messages whose prompt has at most `limit` tokens -> (they, its ids). Raises BadInput if there is none."""
+        """-> (the newest messages whose prompt has at most `limit` tokens, the prompt's ids).
+
+        Raises BadInput if the last message alone is too long.
+        """
         return chat_template.fit(messages, self.tokenizer, limit)
 
     def reply(self, content, show):
@@ -126,7 +129,8 @@ class Completion(Chat):
     def prompt(self, messages, limit):
         ids = self.tokenizer.encode(messages[-1]["content"]).tolist() or [self.tokenizer.eot]
         if len(ids) > limit:
-            raise BadInput(f"the text has {len(ids):,} tokens, and the context has room for {limit:,}: shorten it")
+            raise BadInput(f"the text has {len(ids):,} tokens, and the context has room for {limit:,}: "
+                           "shorten it")
         return messages, ids
 
     def reply(self, content, show):
@@ -226,8 +230,10 @@ def save(messages, path):
 
 
 def serve(name, cfg, serving, sampling, load):
-    """Answer HTTP until SIGINT or SIGTERM. load: () -> model, tokenizer, whether it has learned to chat; the port is taken
-    before that takes its time."""
+    """Answer HTTP until SIGINT or SIGTERM.
+
+    load: () -> model, tokenizer, whether it has learned to chat; called once the port is taken.
+    """
     if not is_loopback(serving.host) and serving.api_key is None:
         raise BadInput(f"--host {serving.host} lets other machines in: give an --api_key, or leave --host out")
     key = serving.api_key or ""
@@ -236,7 +242,7 @@ def serve(name, cfg, serving, sampling, load):
     with Server(serving.host, serving.port) as server:
         model, tokenizer, chats = load()
         if not chats:
-            raise BadInput(f"{name} has not learned to chat: make a model that has with posttrain.py, "
+            raise BadInput(f"{name} has not learned to chat: teach it with posttrain.py, "
                            "or leave out --serve to have texts continued")
         slots = serving.slots or (64 if next(model.parameters()).device.type == "cuda" else 16)
         engine = Engine(model, tokenizer, slots, serving.waiting, sampling.top_k, sampling.seed, cfg.graphs)
@@ -279,10 +285,11 @@ def main(argv):
     model, tokenizer, chats = load()
     if not chats:
         if cfg.system is not None:
-            raise BadInput(f"--system is for a model that has learned to chat, and {name} has not: leave it out")
-        say(f"{name} has not learned to chat: it continues what you type; make a model that chats with posttrain.py")
+            raise BadInput(f"--system is for a model that can chat, and {name} has not learned to: leave it out")
+        say(f"{name} has not learned to chat: it continues what you type; posttrain.py teaches it to")
     kind = Chat if chats else Completion
-    chat = kind(model, tokenizer, sampling, cfg.system, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
+    compiled = cfg.compile and device.type == "cuda"
+    chat = kind(model, tokenizer, sampling, cfg.system, graphs=cfg.graphs, compile=compiled)
     if cfg.prompt is None:
         talk(chat)
     elif chat.reply(cfg.prompt, partial(print, end="", flush=True)) == "interrupted":

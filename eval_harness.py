@@ -81,7 +81,8 @@ def read_results(path):
 def is_whole(data):
     """Whether results are of all items, in the context trained with."""
     config = data.get("config")
-    return not isinstance(config, dict) or (config.get("context") is None and config.get("limit") is None)
+    config = config if isinstance(config, dict) else {}
+    return config.get("context") is None and config.get("limit") is None
 
 
 def newest_results(path):
@@ -107,9 +108,9 @@ def newest_results(path):
 
 
 def tabulate_runs(runs):
-    """list of (run, results) -> (headers, rows of str: one per task and metric, lines on what is not comparable).
+    """list of (run, results) -> (headers, rows of str, lines on what is not comparable).
 
-    Rows follow ORDER: the harness itself sorts the tasks of one evaluation, and files are joined by their age.
+    One row per task and metric, in ORDER: files are joined by their age, which means nothing here.
     """
     keys = dict.fromkeys((task, key) for _, data in runs for task, values in data["results"].items() for key in values
                          if "," in key and "_stderr," not in key)
@@ -173,8 +174,8 @@ def compare(paths, chart):
     for style in ("simple", "github"):
         align = ["left"] * 2 + ["right"] * len(runs)
         print(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align), end="\n\n")
-    notes = [f"rows: {ORDER}, metrics as the harness lists them; columns as given to --compare", *notes]
-    print("\n".join(notes), end="\n\n")
+    order = f"rows: {ORDER}, metrics as the harness lists them; columns as given to --compare"
+    print("\n".join([order, *notes]), end="\n\n")
     try:
         bar_chart(runs, chart)
     except ImportError:
@@ -221,7 +222,8 @@ def pick_output(cfg, context):
     if cfg.output:
         output = Path(cfg.output)
     elif cfg.model:
-        output = Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", f"eval{part}.json")
+        name = os.path.basename(os.path.normpath(cfg.model))
+        output = Path("log", f"hf_{name}", f"eval{part}.json")
     elif os.path.isdir(cfg.checkpoint):  # one that export_hf.py made
         output = Path(cfg.checkpoint, f"eval{part}.json")
     else:
@@ -261,7 +263,7 @@ def main(argv):
             tasks = harness.load_tasks(manager, names, cfg.data_dir)
             lm = (harness.adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype, processes.main)
                   if cfg.checkpoint else load_hugging_face(cfg, processes))
-        processes.check_same(step, "the processes found different checkpoints: name one ckpt_<step>.pt")
+        processes.check_same(step, checkpoint.DIFFERENT)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # for tasks that draw, the same on every process
             seed(harness.FEWSHOT_SEED)
         results = harness.evaluate(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0, processes.main)

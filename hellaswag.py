@@ -38,7 +38,7 @@ def main(argv):
         with processes.main_first():
             items = load(cfg.file)[:cfg.limit]
             model, tokenizer, state = load_checkpoint(name, processes.device)
-        processes.check_same(state.get("step", 0), "the processes found different checkpoints: name one ckpt_<step>.pt")
+        processes.check_same(state.get("step", 0), checkpoint.DIFFERENT)
         extend(model, context)
         started, results = time.perf_counter(), {}
         styles = {"completion": {"acc": 1, "acc_norm": 2}, "lm_eval": {"lm_eval_acc_norm": 3}}

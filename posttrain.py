@@ -45,7 +45,7 @@ from train_gpt2 import (
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
 MOMENTS = 10  # validations in a run, without --eval_every
 BATCH = 16_384  # tokens per step at most, without --total_batch_size
-# peak learning rates of GPT-3's models of these sizes (Brown et al. 2020, table 2.1): OpenAI told none of GPT-2's
+# GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not published
 GPT3_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 ENOUGH = 10  # steps: at least so many per epoch without --total_batch_size, and fewer in all are warned of
 MOST_TOLD = 5  # lines about the data in an error

@@ -152,8 +152,8 @@ class TrainConfig:
     log_dir: str = path_flag("log", "where run folders go")
     resume: str | None = path_flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
     init_from: str | None = path_flag(
-        None, "weights of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint or a folder that export_hf.py made; "
-              "the model's shape is theirs")
+        None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
+              "or a folder that export_hf.py made")
     tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
@@ -850,9 +850,9 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 def load_checkpoint(name, device="cpu"):
     """The model that a user named -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
-    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl" (lib/checkpoint.py's
-    `pick`). Of the last two the checkpoint is a dict of model_config, tokenizer and, if it can chat, chat_template.
-    Raises BadInput if there is no such model.
+    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl", as
+    lib/checkpoint.py's `pick` takes it. The checkpoint of the last two is a dict of model_config,
+    tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
@@ -866,19 +866,23 @@ def load_checkpoint(name, device="cpu"):
         with checkpoint.ours(name):
             config = GPTConfig(**state["model_config"])
             check_model(config)
-            on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
+            # shapes alone, before memory is taken for them
+            on_meta(config).load_state_dict(state["model"], assign=True)
             model = GPT(config)
             model.load_state_dict(state["model"])
             tokenizer = load_tokenizer(state["tokenizer"])
     ids = model.config.vocab_size
     if tokenizer.vocab_size > ids:
-        raise BadInput(f"{name}: its tokenizer has {tokenizer.vocab_size} ids, its model {ids}: name another")
+        raise BadInput(f"{name}: its tokenizer has {tokenizer.vocab_size} ids, its model {ids}: "
+                       "name another")
     return model.to(device).eval(), tokenizer, state
 
 
 def settings(argv):
-    """The command line -> TrainConfig, GPTConfig, the names given explicitly, the Resume to continue from or None, and
-    what `begin_with` returns, or None."""
+    """The command line -> (TrainConfig, GPTConfig, the names given explicitly, a Resume, a beginning).
+
+    The Resume is None for a new run; the beginning is what `begin_with` returns, or None.
+    """
     (cfg, model_cfg), explicit = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     if cfg.size:
         for name, value in SIZES[cfg.size].items():
@@ -891,8 +895,9 @@ def settings(argv):
 
 
 def begin_with(cfg, model_cfg, explicit):
-    """--init_from -> [(a GPT, its Tokenizer)]. Gives model_cfg its settings, but for those given that do not shape weights.
+    """--init_from -> [(a GPT, its Tokenizer)], a list so that whoever takes them can let go of them.
 
+    Gives model_cfg the settings of the weights, but for given ones that these do not depend on.
     Raises BadInput for others, and if there is no such model.
     """
     cfg.init_from = checkpoint.pick(cfg.init_from)
@@ -901,10 +906,11 @@ def begin_with(cfg, model_cfg, explicit):
     free = may_change(before, model_cfg.block_size) - {"init"}
     _, misfits = take_settings(model_cfg, before, explicit, free)
     if misfits:
-        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: {', '.join(misfits)}; leave them out")
+        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: {', '.join(misfits)}; "
+                       "leave them out")
     if model_cfg.pos == "learned":
-        positions = model.transformer.wpe.weight
-        model.transformer.wpe.weight = nn.Parameter(positions[:model_cfg.block_size].detach().clone())
+        positions = model.transformer.wpe.weight[:model_cfg.block_size]
+        model.transformer.wpe.weight = nn.Parameter(positions.detach().clone())
     return [(model, tokenizer)]
 
 
@@ -953,8 +959,8 @@ def build_model(model_cfg, cfg, device):
 def fit_vocabulary(model, vocab_size):
     """Give a GPT, before it is trained, tables for `vocab_size` ids, padded as GPTConfig pads them.
 
-    A model of Hugging Face has no padding. New rows begin as the mean of the others: their logits are then the mean of the
-    others', so that each takes at most 1 / vocab_size of the probability (Jensen's inequality).
+    A model of Hugging Face has no padding. New rows begin as the mean of the others: their logits
+    are then the others' mean, so each takes at most 1 / vocab_size of the probability (Jensen).
     """
     c = model.config
     c.vocab_size = vocab_size
@@ -977,7 +983,7 @@ class Pretraining:
     weights, extra, packed = (), {}, staticmethod(lambda idx: ())
 
     def __init__(self, cfg, start=None):
-        """start: what `begin_with` returns, or None. Raises BadInput if its tokenizer is not the data's."""
+        """start: as `begin_with` returns it, or None. Raises BadInput for data of another tokenizer."""
         self.corpus = Corpus(cfg)
         if start:
             model, tokenizer = start.pop()  # so that it leaves memory
@@ -1044,8 +1050,8 @@ def launch(cfg, model_cfg, explicit, resume, task):
             position = resume.restore(model, optimizer, stream, tokenizer.spec, corpus.identity)
         elif task.weights:
             model.load_state_dict(task.weights.pop())  # so that they go from memory
-        processes.check_same(position["step"], "the processes found different checkpoints: see that all read one folder, "
-                                               "and start again")
+        processes.check_same(position["step"], "the processes found different checkpoints: "
+                                               "see that all read one folder, and start again")
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]

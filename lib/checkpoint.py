@@ -38,28 +38,29 @@ def path_of(folder, step):
     return Path(folder) / f"ckpt_{step:05d}.pt"
 
 
+DIFFERENT = "the processes found different checkpoints: name one ckpt_<step>.pt"
 GPT2 = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
 @dataclass
 class ModelConfig:
-    """The flags by which a script takes a trained model; train_gpt2.py's `load_checkpoint` reads what they name."""
+    """The flags that name a trained model, for train_gpt2.py's `load_checkpoint`."""
 
     checkpoint: str | None = path_flag(
-        None, "a run folder, of which the best checkpoint counts where --keep_best kept it, else the newest; "
+        None, "a run folder: its best checkpoint where --keep_best kept it, else the newest; "
               "a ckpt_<step>.pt; or a folder that export_hf.py made")
     model: GPT2 | None = flag(None, "OpenAI's GPT-2 instead, from Hugging Face")
 
 
 def named(cfg):
-    """What --checkpoint or --model of a ModelConfig names. Raises BadInput unless it is one of them."""
+    """The name that a ModelConfig gives. Raises BadInput unless one of its flags is given."""
     if (cfg.checkpoint is None) == (cfg.model is None):
         raise BadInput("name either --checkpoint or --model, for instance --checkpoint log/<run>")
     return cfg.checkpoint or cfg.model
 
 
 def is_hugging_face(name):
-    """Whether it names a model for lib/huggingface.py: one of OpenAI's, or a folder that transformers loads."""
+    """Whether lib/huggingface.py reads it: one of OpenAI's models, or a folder of transformers."""
     if name in get_args(GPT2):
         return True
     if not os.path.isdir(name) or found(name):
@@ -70,10 +71,10 @@ def is_hugging_face(name):
 
 
 def pick(name):
-    """What a ModelConfig names -> what to load: of a run folder one of its checkpoints, after a line that says which.
+    """The name of a model -> what to load; of a run folder a checkpoint, after a line that says which.
 
-    That is the one of the lowest validation loss, where --keep_best kept it, else the newest whole one.
-    Raises BadInput if there is none.
+    That is the one of the lowest validation loss, where --keep_best kept it, else the newest that
+    is whole. Raises BadInput if there is none.
     """
     if is_hugging_face(name):
         return name
@@ -82,7 +83,7 @@ def pick(name):
         return name
     candidate = newest(name, note, "name another run folder")
     if candidate is None:
-        raise BadInput(f"{name} holds neither a ckpt_<step>.pt nor a model that export_hf.py wrote: "
+        raise BadInput(f"{name} holds neither a ckpt_<step>.pt nor a model of transformers: "
                        "name a run folder under log/")
     path, state = candidate
     what = "the newest"
@@ -97,7 +98,7 @@ def pick(name):
 
 
 def leads_to(name, picked):
-    """Whether `pick` returned this for what a user names: itself, or a checkpoint of that run folder."""
+    """Whether `picked` is what a user names: itself, or a checkpoint of that run folder."""
     places = [picked]
     if NAME.fullmatch(os.path.basename(picked)):
         places.append(os.path.dirname(picked))

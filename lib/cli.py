@@ -48,11 +48,12 @@ def flag(default, help, short=None, path=False, **bounds):
     integer below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    return dataclasses.field(default=default, metadata={"help": help, "short": short, "path": path, "bounds": bounds})
+    metadata = {"help": help, "short": short, "path": path, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def path_flag(default, help):
-    """A flag that names files or folders: "~" in front is the home folder, also in --out=~/x, where a shell leaves it."""
+    """A flag that names files or folders. A leading "~" is the home folder: a shell leaves it in --out=~/x."""
     return flag(default, help, path=True)
 
 
@@ -270,12 +271,13 @@ def parse(classes, argv, doc=None, presets=None, command=None):
 
 
 def _expand(name, value):
-    """A path flag's value, or a tuple of them, with the home folder for a leading "~". Raises BadInput if there is none."""
+    """The value of a path flag with the home folder for a leading "~". Raises BadInput if there is none."""
     if isinstance(value, tuple):
         return tuple(_expand(name, part) for part in value)
     expanded = os.path.expanduser(value)
     if expanded.startswith("~") and not os.path.lexists(expanded):
-        raise BadInput(f"--{name} {value}: there is no such home folder; write the path out, or ./{value} for such a name")
+        raise BadInput(f"--{name} {value}: there is no such home folder; write the path out, "
+                       f"or ./{value} for such a name")
     return expanded
 
 

@@ -30,7 +30,7 @@ ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 CONTEXT = ("input", "context")  # columns of what a question is about
 SYSTEM = ("system", "system_prompt")  # columns of a system message
-# columns that at 0 or false keep an answer from being learned: OpenAI's, two of axolotl's, ms-swift's
+# at 0 or false, an answer is not learned: OpenAI's, two of axolotl's, ms-swift's
 MARKS = ("weight", "train", "training", "loss")
 WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
 SHOWN = 3  # malformed rows that are shown
@@ -90,7 +90,9 @@ def _words(row, name):
 def _history(row):
     """The turns before a pair, [[question, answer], ...] in the column history, as messages."""
     turns = row.get("history") or []
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    if not isinstance(turns, list):
+        raise ValueError("history is not a list")
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise ValueError("history is not a list of pairs")
     messages = []
     for asked, told in turns:
@@ -137,8 +139,8 @@ def _text(row):
     return row["text"], Used(row, {"text"}).others
 
 
-# name, the keys by which it is known, row -> (example, names of what it does not read); the first that
-# fits counts
+# name, the keys by which it is known, row -> (example, names of what it does not read);
+# the first that fits counts
 LAYOUTS = [
     ("messages", {"messages"}, _turns("messages")),
     ("ShareGPT", {"conversations"}, _turns("conversations")),

@@ -310,12 +310,12 @@ def read(name, build):
 
 
 def read_tokenizer(name):
-    """The Tokenizer and the chat template (None: it has none) of what `read` reads. Raises BadInput."""
+    """The Tokenizer of what `read` reads, and its chat template or None. Raises BadInput."""
     if not os.path.isdir(name):
         return load_tokenizer("gpt2"), None
     file = Path(name, "tokenizer.json")
     if not file.exists():
-        raise BadInput(f"{name} holds no tokenizer.json: save the model's tokenizer there, too, by its save_pretrained")
+        raise BadInput(f"{name} holds no tokenizer.json: save the model's tokenizer there, too")
     path = Path(name, "tokenizer_config.json")
     settings = read_json(path, "name another folder") if path.exists() else {}
     template = settings.get("chat_template") if isinstance(settings, dict) else None

@@ -122,11 +122,12 @@ class Corpus:
         return max(zip(self.epochs(tokens).tolist(), [source.name for source in self.sources]))
 
     def check_tokenizer(self, tokenizer):
-        """Raises BadInput if the folders hold tokens of another tokenizer than that of a model, `tokenizer`."""
+        """Raises BadInput if the folders hold tokens of another tokenizer than a model's, `tokenizer`."""
         own = load_tokenizer(self.tokenizer)
         if not own.same_ids(tokenizer):
-            raise BadInput(f"{self.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, "
-                           f"{tokenizer.name}: make the shards anew with fineweb.py --tokenizer, or name another --data")
+            raise BadInput(f"{self.sources[0].shards.folder} holds tokens of another tokenizer than "
+                           f"the checkpoint's, {tokenizer.name}: make the shards again with "
+                           "fineweb.py --tokenizer, or name another --data")
         self.check_shards(own)
 
     def check_shards(self, tokenizer):

@@ -30,7 +30,7 @@ from lib.logger import Logger, Null
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
-OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale")  # what weights and rates a run began with
+OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale")  # the weights and rates it began with
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Resume:
                            "count from the run's first: give more of them, or leave --curriculum out")
 
     def _check_beginning(self, cfg, explicit):
-        """Raises BadInput if what a run begins with was given and is not what this one began with."""
+        """Raises BadInput if flags name another beginning than this run's."""
         for name in OF_THE_BEGINNING:
             if name not in explicit:
                 continue
@@ -91,7 +91,8 @@ class Resume:
             was = self.state["train_config"].get(name)
             if own != was and not (isinstance(was, str) and checkpoint.leads_to(own, was)):
                 how = "without" if was is None else f"with --{name} {was}, not"
-                raise BadInput(f"is of a run that began {how} --{name} {own}: leave that out, or give another --run_name")
+                raise BadInput(f"is of a run that began {how} --{name} {own}: "
+                               "leave that out, or give another --run_name")
             setattr(cfg, name, was)
 
     def restore(self, model, optimizer, stream, tokenizer, identity):
@@ -135,26 +136,32 @@ class Resume:
 
 
 def may_change(before, block_size=None):
-    """The settings of a GPTConfig that weights do not depend on. before: the settings that the weights were trained with.
+    """Names of a GPTConfig's settings that weights do not depend on.
 
-    block_size: of weights that are to be cut to it, the context wanted, tokens; None if they cannot be cut.
+    before: the settings that the weights were trained with. block_size: the context, in tokens, that
+    learned positions are to be cut to; None if they must stay as they are.
     """
     free = {"dropout", "init", "router_z_loss"}
     if before["pos"] == "rope" or (block_size or math.inf) <= before["block_size"]:
         free.add("block_size")
     if before.get("balance") == "loss":
-        # biases, once nudged, pick experts as weights do: with the loss nothing moves them, and the classes for it have none
+        # biases, once nudged, pick experts as weights do; with the loss nothing moves them
         free.add("balance")
     return free
 
 
 def take_settings(config, before, explicit, free):
-    """Take every setting not in `explicit` from `before`, a dict -> two lists about those given that differ, as text: those
-    in `free`, and the others. Raises BadInput for what is out of bounds."""
+    """Take every setting that is not in `explicit` from `before`, a dict.
+
+    -> (list of text about those given that differ and are in `free`, the same of the others).
+    Raises BadInput for what is out of bounds.
+    """
     changed, misfits = [], []
-    defaults = {setting.name: setting.default for setting in fields(config) if setting.name not in OF_A_START}
+    defaults = {setting.name: setting.default for setting in fields(config)}
     for name, default in defaults.items():
-        was = before.get(name, default)  # one younger than `before` was off, whatever its preset says today
+        if name in OF_A_START:
+            continue
+        was = before.get(name, default)  # one younger than `before` was off, whatever its preset says
         was = tuple(was) if isinstance(was, list) else was
         own = getattr(config, name)
         if name not in explicit:

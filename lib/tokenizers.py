@@ -61,8 +61,10 @@ class Tokenizer:
         return self.spec != self.name
 
     def same_ids(self, other):
-        """Whether another Tokenizer gives every text the same ids. Their specs may differ: a folder that export_hf.py made
-        spells "gpt2" out, and leaves the reserved ids out."""
+        """Whether another Tokenizer gives every text the same ids.
+
+        Their specs may differ: an exported folder spells "gpt2" out, and leaves the reserved ids out.
+        """
         mine = self.encoding
         theirs = other.encoding
         return (mine._pat_str == theirs._pat_str and mine._special_tokens == theirs._special_tokens
@@ -257,8 +259,11 @@ def _from_json(text, origin):
 
 
 def _adds_no_ids(post_processor):
-    """Whether a tokenizer.json's post_processor leaves ids as they are: None, or one that moves offsets alone, or a template
-    without special tokens, as transformers writes for GPT-2."""
+    """Whether a tokenizer.json's post_processor leaves ids as they are.
+
+    So do none, ByteLevel, which moves offsets, and a template without special tokens, as
+    transformers writes for GPT-2.
+    """
     if post_processor is None or post_processor["type"] == "ByteLevel":
         return True
     return post_processor["type"] == "TemplateProcessing" and not post_processor["special_tokens"]

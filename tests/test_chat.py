@@ -178,8 +178,8 @@ def test_bad_input(chatty, tokenizer, tmp_path, launch):
     checkpoint.write(short, checkpoint.read(short) | {"chat_template": state["chat_template"]})
     with pytest.raises(BadInput, match="name either --checkpoint or --model"):
         chat.main([])
-    for path, flags, says in ((plain, ["--serve", "--port", "0"], "not learned to chat: make .* posttrain.py"),
-                              (plain, ["--system", "x"], "--system is for a model that has learned to chat"),
+    for path, flags, says in ((plain, ["--serve", "--port", "0"], "not learned to chat: teach it with posttrain.py"),
+                              (plain, ["--system", "x"], "--system is for a model that can chat"),
                               (chatty[0], ["--model", "gpt2"], "name either --checkpoint or --model"),
                               (foreign, [], "another chat template"),
                               (short, [], "has 280 ids and its tokenizer with those of chat 284"),
@@ -205,7 +205,7 @@ def test_a_base_model_continues_each_text_by_itself(tokenizer, tmp_path):
     written = [sample(model, tokenizer, [text], settings)[0].removeprefix(text) for text in (DOG, CAT)]
     assert done.returncode == 0 and done.stdout == "".join(f"{text}\n" for text in written)
     notes = done.stderr.splitlines()
-    assert notes[0].endswith(": ckpt_00001.pt, the newest") and "make a model that chats with posttrain.py" in notes[1]
+    assert notes[0].endswith(": ckpt_00001.pt, the newest") and "posttrain.py teaches it to" in notes[1]
     assert "shorten it" in notes[-1]
 
 
