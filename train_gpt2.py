@@ -150,7 +150,8 @@ class TrainConfig:
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = path_flag("log", "where run folders go")
-    resume: str | None = path_flag(None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
+    resume: str | None = path_flag(
+        None, "checkpoint or run folder to go on from; auto, the default: --run_name's newest")
     init_from: str | None = path_flag(
         None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
               "or a folder that export_hf.py made")
