@@ -34,7 +34,7 @@ import torch
 
 from lib import checkpoint
 from lib.budget import LENGTHS, length_flag, settle
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.devices import Processes
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import read_scalars, without_compilation
@@ -52,11 +52,12 @@ SHAPE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multi
 
 @dataclass
 class Config:
-    changes: str | None = flag(None, "file of changes, one per line; without it, each part of the model that the base has and "
-                                     "--preset gpt2 has not is taken out")
+    changes: str | None = path_flag(
+        None, "file of changes, one per line; without it, each part of the model that the base has and "
+              "--preset gpt2 has not is taken out")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
-    out: str = flag("log/ablation", "folder of the runs, the table and the picture")
+    out: str = path_flag("log/ablation", "folder of the runs, the table and the picture")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
 
 
@@ -126,7 +127,7 @@ def check_flags(base, words):
     if taken := sorted(OURS & named):
         raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
     settings(words)  # alone: a stray word would be taken for one more --data
-    whole, (train, model, explicit, _) = settings([*QUIET, *base])[0], settings([*QUIET, *base, *words])
+    whole, (train, model, explicit, *_) = settings([*QUIET, *base])[0], settings([*QUIET, *base, *words])
     if unlike := [name for name, value in shared(whole).items() if shared(train).get(name) != value]:
         raise BadInput(f"--{unlike[0]} is the base's to set, or losses do not compare: give two commands with an --out each")
     if train.tokens_per_param:

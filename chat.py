@@ -1,10 +1,12 @@
 """Chat with a post-trained checkpoint: in the terminal, in a browser, through an OpenAI-style API.
 
-    python chat.py --checkpoint log/<run>/ckpt_<step>.pt                 # /reset  /temp X  /save FILE  /quit
+    python chat.py --checkpoint log/<run>                                # /reset  /temp X  /save FILE  /quit
     python chat.py --checkpoint PATH -p "What is a cat?"                 # one answer
     python chat.py --checkpoint PATH --serve --port 8000                 # http://127.0.0.1:8000, and /v1/chat/completions
+    python chat.py --model gpt2                                          # a base model: it continues what you type
 
 A conversation that outgrows the model's context loses its oldest turns. Ctrl-C ends a reply, Ctrl-D the chat.
+In the terminal, a model that has not learned to chat continues each text; it is not served.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -13,6 +15,7 @@ import lib.startup  # noqa: F401 (before torch)
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -23,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from lib import chat_template
+from lib import chat_template, checkpoint
 from lib.cli import BadInput, check, flag, parse, run
 from lib.decoding import Decoder, NonFinite, SampleConfig, Text, draw, generate
 from lib.devices import autocast, pick_device
@@ -36,8 +39,7 @@ COMMANDS = "/reset, /temp X, /save FILE, /quit"
 
 
 @dataclass
-class Config:
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt that posttrain.py made")
+class Config(checkpoint.ModelConfig):
     prompt: str | None = flag(None, "answer this alone, and end", short="p")
     system: str | None = flag(None, "a system message to begin with")
     serve: bool = flag(False, "serve the chat to a browser and to OpenAI's clients")
@@ -62,16 +64,16 @@ class ChatSampling(SampleConfig):
 
 
 def load_chat(path, device):
-    """-> (model, tokenizer) of a checkpoint that can chat. Raises BadInput."""
+    """-> (model, tokenizer, whether it has learned to chat). Raises BadInput for another template."""
     model, tokenizer, state = load_checkpoint(path, device)
     if "chat_template" not in state:
-        raise BadInput(f"{path} has not learned to chat, it holds no chat template: make one that has with posttrain.py")
+        return model, tokenizer, False
     if state["chat_template"] != chat_template.JINJA:
         raise BadInput(f"{path} has learned another chat template than lib/chat_template.py's: make one anew with posttrain.py")
     if model.config.vocab_size != (needed := tokenizer.vocab_size + len(tokenizer.reserved)):
         raise BadInput(f"{path}: its model has {model.config.vocab_size:,} ids and its tokenizer with those of chat {needed:,}"
                        ": make one anew with posttrain.py")
-    return model, tokenizer
+    return model, tokenizer, True
 
 
 class Chat:
@@ -90,12 +92,19 @@ class Chat:
         self.messages, self.dropped = [] if self.system is None else [{"role": "system", "content": self.system}], 0
         self.said = list(self.messages)
 
+    def prompt(self, messages, limit):
+        """-> (the newest messages whose prompt has at most `limit` tokens, the prompt's ids).
+
+        Raises BadInput if the last message alone is too long.
+        """
+        return chat_template.fit(messages, self.tokenizer, limit)
+
     def reply(self, content, show):
         """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by Ctrl-C. show: called with its
         pieces. Raises BadInput, before anything is said, if the message does not fit the context."""
         sampling, messages = self.sampling, [*self.messages, {"role": "user", "content": content}]
         room = min(sampling.max_new_tokens, max(self.window // 4, 1))  # for the reply, at least
-        kept, ids = chat_template.fit(messages, self.tokenizer, self.window - room)
+        kept, ids = self.prompt(messages, self.window - room)
         self.messages, self.dropped = kept, self.dropped + len(messages) - len(kept)
         limit = min(sampling.max_new_tokens, self.window - len(ids))
         text = Text(self.tokenizer, limit, sampling.stop or (), self.tokenizer.control)  # going on as the user ends it, too
@@ -116,6 +125,21 @@ class Chat:
         self.messages.append({"role": "assistant", "content": text.text})
         self.said += [{"role": "user", "content": content}, self.messages[-1]] if text.text else []
         return ended
+
+
+class Completion(Chat):
+    """A base model in the terminal: it continues each text by itself."""
+
+    def prompt(self, messages, limit):
+        ids = self.tokenizer.encode(messages[-1]["content"]).tolist() or [self.tokenizer.eot]
+        if len(ids) > limit:
+            raise BadInput(f"the text has {len(ids):,} tokens, and the context has room for {limit:,}: "
+                           "shorten it")
+        return messages, ids
+
+    def reply(self, content, show):
+        self.messages = []
+        return super().reply(content, show)
 
 
 def say(note):
@@ -197,6 +221,7 @@ def save(messages, path):
         raise BadInput("there is nothing to save yet")
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
+        path = os.path.expanduser(path)
         with open(path, "xb") as file:
             try:
                 file.write(line.encode("utf-8", "replace"))
@@ -209,19 +234,24 @@ def save(messages, path):
     say(f"{len(messages)} messages saved to {path}")
 
 
-def serve(cfg, serving, sampling, load):
-    """Answer HTTP until SIGINT or SIGTERM. load: () -> model, tokenizer; the port is taken before that takes its time."""
+def serve(name, cfg, serving, sampling, load):
+    """Answer HTTP until SIGINT or SIGTERM.
+
+    load: () -> model, tokenizer, whether it has learned to chat; called once the port is taken.
+    """
     if not is_loopback(serving.host) and serving.api_key is None:
         raise BadInput(f"--host {serving.host} lets other machines in: give an --api_key, or leave --host out")
     key = serving.api_key or ""
     if not (key.isascii() and key.isprintable() and key == key.strip()):
         raise BadInput("--api_key goes into a header of HTTP: give one of printable ASCII characters, without blanks around it")
     with Server(serving.host, serving.port) as server:
-        model, tokenizer = load()
+        model, tokenizer, chats = load()
+        if not chats:
+            raise BadInput(f"{name} has not learned to chat: teach it with posttrain.py, "
+                           "or leave out --serve to have texts continued")
         slots = serving.slots or (64 if next(model.parameters()).device.type == "cuda" else 16)
         engine = Engine(model, tokenizer, slots, serving.waiting, sampling.top_k, sampling.seed, cfg.graphs)
         del model  # the engine has a copy of it in the dtype it computes in
-        path = Path(cfg.checkpoint).resolve()
         stop = threading.Event()
 
         def ask_to_stop(number, _):
@@ -230,15 +260,20 @@ def serve(cfg, serving, sampling, load):
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
-        with server.serving(Api(engine, path.parent.name or path.stem, sampling, serving.api_key)), engine:
+        with server.serving(Api(engine, public_name(name), sampling, serving.api_key)), engine:
             print(f"chat at {server.url}, API at {server.url}/v1, up to {slots} texts at once; Ctrl-C ends it", flush=True)
             stop.wait()
 
 
+def public_name(name):
+    """What clients call the model: the name of its folder."""
+    path = Path(name).resolve()
+    return path.name if path.is_dir() else path.parent.name or path.stem
+
+
 def main(argv):
     (cfg, serving, context, sampling), given = parse((Config, ServeConfig, ContextConfig, ChatSampling), argv, __doc__)
-    if cfg.checkpoint is None:
-        raise BadInput("name a --checkpoint, one that posttrain.py made")
+    name = checkpoint.named(cfg)
     others = {"prompt", "system", "compile"} if cfg.serve else {field.name for field in fields(ServeConfig)}
     if wrong := sorted(given & others):
         where = f"the terminal: leave out --{wrong[0]} or --serve" if cfg.serve else "--serve: give that, too"
@@ -246,13 +281,20 @@ def main(argv):
     device = pick_device(cfg.device)
 
     def load():
-        model, tokenizer = load_chat(cfg.checkpoint, device)
-        return extend(model, context), tokenizer
+        model, tokenizer, chats = load_chat(name, device)
+        return extend(model, context), tokenizer, chats
 
     if cfg.serve:
-        serve(cfg, serving, sampling, load)
+        serve(name, cfg, serving, sampling, load)
         return
-    chat = Chat(*load(), sampling, cfg.system, graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
+    model, tokenizer, chats = load()
+    if not chats:
+        if cfg.system is not None:
+            raise BadInput(f"--system is for a model that can chat, and {name} has not learned to: leave it out")
+        say(f"{name} has not learned to chat: it continues what you type; posttrain.py teaches it to")
+    kind = Chat if chats else Completion
+    compiled = cfg.compile and device.type == "cuda"
+    chat = kind(model, tokenizer, sampling, cfg.system, graphs=cfg.graphs, compile=compiled)
     if cfg.prompt is None:
         talk(chat)
     elif chat.reply(cfg.prompt, partial(print, end="", flush=True)) == "interrupted":

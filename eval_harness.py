@@ -1,13 +1,14 @@
 """EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a checkpoint.
 
-    python eval_harness.py --checkpoint log/<run>/ckpt_<step>.pt        # --group small: tasks that tell 124M models apart
+    python eval_harness.py --checkpoint log/<run>                       # --group small: tasks that tell 124M models apart
     python eval_harness.py --checkpoint PATH --tasks hellaswag,arc_easy,wikitext --limit 200
     python eval_harness.py --model gpt2                                 # a Hugging Face model, the harness's own adapter
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
     python eval_harness.py --compare log/a log/b log/hf_gpt2            # one table of runs, and a bar chart
 
-Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Those with --context N go to
-eval_<step>_context<N>.json: --compare takes them where it is given the file, not the run. Needs requirements-dev.txt.
+Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Those with --context N or --limit N, which do
+not stand for the whole, go to eval_<step>_context<N>.json or eval_<step>_limit<N>.json: --compare takes them where it is given
+the file, not the run. Needs requirements-dev.txt.
 
 Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or <task>_test, _val,
 _validation) with the columns that the harness's task reads, and <task>_train.jsonl, which few-shot tasks need for their
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 
 from lib import checkpoint, files
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.devices import Processes
 from lib.evals import harness
 from lib.huggingface import cache_only_without_network
@@ -43,18 +44,18 @@ from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
 GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
+ORDER = "tasks in alphabetical order"  # of tables and charts
 TABLES = ("results", "n-samples", "higher_is_better")  # of the harness's results, each a dict of one per task
 
 
 @dataclass
-class Config:
+class Config(checkpoint.ModelConfig):
     # what is evaluated
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
-    model: str | None = flag(None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
+    model: str | None = path_flag(None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
     tasks: str | None = flag(None, "names of harness tasks, groups or tags, joined by commas; * matches any letters")
     group: Literal["small"] = flag("small", "a set of tasks, where --tasks is not given")
     limit: int | None = flag(None, "score only the first so many items of each task", at_least=1, at_most=10**9)
-    data_dir: str | None = flag(None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
+    data_dir: str | None = path_flag(None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
     # how
     batch_size: int | Literal["auto"] = flag(
         "auto", f"sequences per forward pass; auto: as many as make {harness.BATCH_TOKENS} tokens, "
@@ -63,9 +64,9 @@ class Config:
         "auto", "of matmuls; auto: bfloat16 where the GPU has it, and what a --model comes in")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     # what comes out
-    output: str | None = flag(None, "results as json; without it, beside the checkpoint")
-    compare: tuple[str, ...] | None = flag(None, "print one table of these runs (folders or results) instead, and draw it")
-    chart: str = flag("compare.png", "where --compare draws its bars")
+    output: str | None = path_flag(None, "results as json; without it, beside the checkpoint")
+    compare: tuple[str, ...] | None = path_flag(None, "print one table of these runs (folders or results) instead, and draw it")
+    chart: str = path_flag("compare.png", "where --compare draws its bars")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,28 +82,29 @@ def read_results(path):
     return data
 
 
-def has_context(data):
-    """Whether results are of another context than the one trained with."""
+def is_whole(data):
+    """Whether results are of all items, in the context trained with."""
     config = data.get("config")
-    return isinstance(config, dict) and config.get("context") is not None
+    config = config if isinstance(config, dict) else {}
+    return config.get("context") is None and config.get("limit") is None
 
 
 def newest_results(path):
     """A results file, or all eval_<step>*.json of a run folder's newest step -> (name of run and step, results).
 
-    Of a folder, those with a --context of their own are left out. Raises BadInput if there are none.
+    Of a folder, those with a --context or --limit of their own are left out. Raises BadInput if there are none.
     """
     path, found, step = Path(path), [], 0
     if is_folder := os.path.isdir(path):
         steps = {file: int(re.match(r"eval_?(\d*)", file.name)[1] or 0) for file in path.glob("eval*.json")}
         for step in sorted(set(steps.values()), reverse=True):
             of_step = sorted((file for file in steps if steps[file] == step), key=lambda file: file.lstat().st_mtime)
-            if found := [data for data in map(read_results, of_step) if not has_context(data)]:
+            if found := [data for data in map(read_results, of_step) if is_whole(data)]:
                 break
     else:
         found = [read_results(path)]
     if not found:
-        raise BadInput(f"{path} holds no eval_<step>.json (those with --context do not count): run eval_harness.py "
+        raise BadInput(f"{path} holds no eval_<step>.json (those with --context or --limit do not count): run eval_harness.py "
                        "--checkpoint on a checkpoint there first, or name a file")
     merged = {key: {name: row for data in found for name, row in data[key].items()} for key in TABLES}
     where = path.resolve()
@@ -110,9 +112,13 @@ def newest_results(path):
 
 
 def tabulate_runs(runs):
-    """list of (run, results) -> (headers, rows of str: one per task and metric, lines on what is not comparable)."""
+    """list of (run, results) -> (headers, rows of str, lines on what is not comparable).
+
+    One row per task and metric, in ORDER: files are joined by their age, which means nothing here.
+    """
     keys = dict.fromkeys((task, key) for _, data in runs for task, values in data["results"].items() for key in values
                          if "," in key and "_stderr," not in key)
+    keys = sorted(keys, key=lambda key: key[0])  # stable: metrics stay as they are
     rows, notes = [], []
     for task, key in keys:
         metric, _, kind = key.partition(",")
@@ -141,6 +147,7 @@ def bar_chart(runs, path):
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     bars = {task: key for _, data in runs for task, key in harness.headlines(data).items() if "bits" not in key}
+    bars = dict(sorted(bars.items()))
     figure = Figure(figsize=(min(max(6, 0.6 * len(bars) * (len(runs) + 1)), 200), 4), layout="constrained")
     axes, width = figure.add_subplot(), 0.8 / len(runs)
     for i, (name, data) in enumerate(runs):
@@ -149,6 +156,7 @@ def bar_chart(runs, path):
         axes.bar(np.arange(len(bars)) + (i - (len(runs) - 1) / 2) * width, height, width, yerr=error, capsize=2, label=name)
     axes.set_xticks(range(len(bars)), [f"{task}\n{key.partition(',')[0]}" for task, key in bars.items()])
     axes.set_ylabel("accuracy ± standard error")
+    axes.set_xlabel(f"{ORDER}, bars in that of --compare")
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=Path(path).suffix[1:] or "png")
@@ -170,8 +178,8 @@ def compare(paths, chart):
     for style in ("simple", "github"):
         align = ["left"] * 2 + ["right"] * len(runs)
         print(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align), end="\n\n")
-    notes.append("Tasks in the order in which the runs measured them, runs in the order given: neither is a ranking.")
-    print("\n".join(notes), end="\n\n")
+    order = f"rows: {ORDER}, metrics as the harness lists them; columns as given to --compare"
+    print("\n".join([order, *notes]), end="\n\n")
     try:
         bar_chart(runs, chart)
     except ImportError:
@@ -211,14 +219,22 @@ def load_hugging_face(cfg, processes):
 
 def pick_output(cfg, context):
     """Settings -> where the results go. Raises BadInput if they cannot go there."""
-    beside, remedy = Path(cfg.checkpoint or ""), "name another --output"
-    stretch = f"_context{context.context}" if context.context else ""
-    stretch += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
-    output = Path(cfg.output) if cfg.output else (
-        beside.with_name(f"eval_{beside.stem.removeprefix('ckpt_')}{stretch}.json") if cfg.checkpoint else
-        Path("log", f"hf_{os.path.basename(os.path.normpath(cfg.model))}", "eval.json"))
+    remedy = "name another --output"
+    part = f"_context{context.context}" if context.context else ""
+    part += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
+    part += f"_limit{cfg.limit}" if cfg.limit else ""
+    if cfg.output:
+        output = Path(cfg.output)
+    elif cfg.model:
+        name = os.path.basename(os.path.normpath(cfg.model))
+        output = Path("log", f"hf_{name}", f"eval{part}.json")
+    elif os.path.isdir(cfg.checkpoint):  # one that export_hf.py made
+        output = Path(cfg.checkpoint, f"eval{part}.json")
+    else:
+        path = Path(cfg.checkpoint)
+        output = path.with_name(f"eval_{path.stem.removeprefix('ckpt_')}{part}.json")
     if os.path.lexists(output):
-        more = "" if cfg.output or stretch else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
+        more = "" if cfg.output or part else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
         raise BadInput(f"{output} exists: {remedy}{more}")
     if len(os.fsencode(output.name)) > 242:  # 255 with the ending of the temporary name
         raise BadInput(f"{output.name[:40]}... is too long for the name of a file: {remedy}")
@@ -234,22 +250,24 @@ def main(argv):
         return compare(cfg.compare, cfg.chart)
     if "chart" in given:
         raise BadInput("--chart is for --compare: leave it out")
-    if (cfg.checkpoint is None) == (cfg.model is None):
-        raise BadInput("name either --checkpoint or --model, or runs to --compare")
+    checkpoint.named(cfg)
     if cfg.model and {"context", "rope_scaling"} & given:
         raise BadInput("--context and --rope_scaling are for a --checkpoint: leave them out")
     if cfg.checkpoint:
-        checkpoint.require(cfg.checkpoint)
+        cfg.checkpoint = checkpoint.pick(cfg.checkpoint)
     output = pick_output(cfg, context)
     manager, names = harness.find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
     with Processes(cfg.device) as processes:
         with processes.main_first():  # the first to load downloads, the others find
-            model, tokenizer, _ = load_checkpoint(cfg.checkpoint) if cfg.checkpoint else (None, None, None)
-            if model:
+            step = 0
+            if cfg.checkpoint:
+                model, tokenizer, state = load_checkpoint(cfg.checkpoint)
                 extend(model, context)
+                step = state.get("step", 0)
             tasks = harness.load_tasks(manager, names, cfg.data_dir)
             lm = (harness.adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size, cfg.dtype, processes.main)
                   if cfg.checkpoint else load_hugging_face(cfg, processes))
+        processes.check_same(step, checkpoint.DIFFERENT)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # for tasks that draw, the same on every process
             seed(harness.FEWSHOT_SEED)
         results = harness.evaluate(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0, processes.main)

@@ -1,6 +1,6 @@
 """Write a checkpoint as a folder that stock transformers loads, without code of ours: weights, config.json, tokenizer.
 
-    python export_hf.py --checkpoint log/<run>/ckpt_<step>.pt --out exported
+    python export_hf.py --checkpoint log/<run> --out exported
     python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
 
     model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # theirs
@@ -35,17 +35,16 @@ from typing import Literal
 
 import torch
 
-from lib import huggingface
+from lib import checkpoint, huggingface
 from lib.chat_template import ROLES, render
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import NonFinite
 from train_gpt2 import load_checkpoint
 
 
 @dataclass
-class Config:
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
-    out: str | None = flag(None, "folder to write, new or empty")
+class Config(checkpoint.ModelConfig):
+    out: str | None = path_flag(None, "folder to write, new or empty")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights")
     check: bool = flag(False, "load what was written and compare its logits and tokens with the checkpoint's")
 
@@ -109,10 +108,10 @@ def check(model, tokenizer, cfg, chat_template=None):
 
 def main(argv):
     (cfg,), _ = parse((Config,), argv, __doc__)
-    for name in ("checkpoint", "out"):
-        if getattr(cfg, name) is None:
-            raise BadInput(f"name --{name}: --checkpoint is what to export, --out the folder to write")
-    model, tokenizer, state = load_checkpoint(cfg.checkpoint)
+    name = checkpoint.named(cfg)
+    if cfg.out is None:
+        raise BadInput("name --out, the folder to write")
+    model, tokenizer, state = load_checkpoint(name)
     with quiet():
         huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), state.get("chat_template"))
         print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")

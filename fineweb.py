@@ -40,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import hub
-from lib.cli import BadInput, flag, parse, run
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.files import DISK_FULL, check_room, locked, move, new_folder, open_file, read_text, replace, write_json
 from lib.shards import (
     SPLITS,
@@ -121,8 +121,8 @@ LARGEST = 1_000_000_000      # tokens per shard; a shard is made in memory
 @dataclass
 class Config:
     preset: Literal[tuple(HUB)] | None = flag(None, "a corpus of the hub: sets --source, --name and --text_column")
-    source: tuple[str, ...] = flag((FINEWEB_EDU,), "a dataset id, or local files, folders and globs of "
-                                   "parquet, jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
+    source: tuple[str, ...] = path_flag((FINEWEB_EDU,), "a dataset id, or local files, folders and globs of "
+                                        "parquet, jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, sample-100BT, sample-350BT, ...")
     text_column: str = flag("text", "column that holds the text")
     dedup: bool = flag(False, "leave out documents met before, told by a hash, in about 1.1 GB of memory; "
@@ -132,9 +132,9 @@ class Config:
     shards: int | None = flag(None, "train shards that --pretokenized downloads; without it, all, or enough for --max_tokens",
                               at_least=1)
     docstrings: bool = flag(False, "the documentation strings of this Python's packages, instead of a source")
-    tokenizer: str = flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source; "
-                          "of --pretokenized shards, theirs, where they bring no meta.json")
-    out: str | None = flag(None, "folder of the shards; without it, named after the source")
+    tokenizer: str = path_flag("gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the source; "
+                               "of --pretokenized shards, theirs, where they bring no meta.json")
+    out: str | None = path_flag(None, "folder of the shards; without it, named after the source")
     shard_size: int = flag(100_000_000, "tokens per shard", at_least=1, at_most=LARGEST)
     val_tokens: int | None = flag(None, "tokens of the validation shard, the first; without it, one shard, or a tenth of a "
                                   "source that is smaller", at_least=0, at_most=LARGEST)

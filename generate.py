@@ -1,8 +1,9 @@
 """Generate text with a checkpoint.
 
-    python generate.py --checkpoint log/<run>/ckpt_<step>.pt --prompt "Once upon a time" --max_new_tokens 100
+    python generate.py --checkpoint log/<run> --prompt "Once upon a time" --max_new_tokens 100
     python generate.py --checkpoint PATH --prompt "One" "Another, longer" --samples 8      # all side by side
     python generate.py --checkpoint PATH --prompt_file story.txt --samples 1               # one text appears as it is written
+    python generate.py --model gpt2                                                        # OpenAI's weights
 
 A text may outgrow the model's context: its oldest half is then dropped, and what is left begins anew at position 0.
 """
@@ -18,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from lib import files
-from lib.cli import BadInput, flag, parse, run
+from lib import checkpoint, files
+from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import SampleConfig, sample
 from lib.devices import pick_device
 from lib.rope import ContextConfig, extend
@@ -27,10 +28,9 @@ from train_gpt2 import load_checkpoint
 
 
 @dataclass
-class Config:
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
+class Config(checkpoint.ModelConfig):
     prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
-    prompt_file: str | None = flag(None, "a file whose text, without the newline at its end, is the prompt instead")
+    prompt_file: str | None = path_flag(None, "a file whose text, without the newline at its end, is the prompt instead")
     strict: bool = flag(False, "refuse a prompt longer than the context; "
                         "what outgrows it while it is written is told, not refused")
     graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
@@ -66,10 +66,9 @@ def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):
 
 def main(argv):
     (cfg, context, sampling), given = parse((Config, ContextConfig, SampleConfig), argv, __doc__)
-    if cfg.checkpoint is None:
-        raise BadInput("name a --checkpoint, for instance one under log/")
+    name = checkpoint.named(cfg)
     prompts, device = read_prompts(cfg, given), pick_device(cfg.device)
-    model, tokenizer, _ = load_checkpoint(cfg.checkpoint, device)
+    model, tokenizer, _ = load_checkpoint(name, device)
     one = len(prompts) == sampling.samples == 1
     show = partial(print, end="", flush=True) if one else lambda piece: None
     try:

@@ -1,7 +1,7 @@
 """HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): choose the right one of four endings by likelihood.
 
-    python hellaswag.py --checkpoint log/<run>/ckpt_<step>.pt
-    python hellaswag.py --model gpt2                                 # Hugging Face weights
+    python hellaswag.py --checkpoint log/<run>
+    python hellaswag.py --model gpt2                                 # OpenAI's weights
     torchrun --standalone --nproc_per_node=8 hellaswag.py --checkpoint PATH
 
 Three accuracies, which must not be compared with one another:
@@ -21,21 +21,19 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from lib.cli import BadInput, flag, parse, run
+from lib import checkpoint
+from lib.cli import flag, parse, path_flag, run
 from lib.devices import Processes, autocast
 from lib.evals.hellaswag import evaluate, load, render
 from lib.rope import ContextConfig, extend
-from lib.tokenizers import load_tokenizer
-from train_gpt2 import GPT, load_checkpoint
+from train_gpt2 import load_checkpoint
 
 CHANCE = 0.25  # one ending of four
 
 
 @dataclass
-class Config:
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of this project")
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(None, "a Hugging Face GPT-2 instead")
-    file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+class Config(checkpoint.ModelConfig):
+    file: str | None = path_flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     limit: int | None = flag(None, "score only the first so many items", at_least=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
@@ -49,15 +47,12 @@ def accuracy(name, right, n):
 
 def main(argv):
     (cfg, context), _ = parse((Config, ContextConfig), argv, __doc__)
-    if (cfg.checkpoint is None) == (cfg.model is None):
-        raise BadInput("name either --checkpoint or --model")
+    name = checkpoint.named(cfg)
     with Processes(cfg.device) as processes:
         with processes.main_first():
             items = load(cfg.file)[:cfg.limit]
-            if cfg.checkpoint:
-                model, tokenizer, _ = load_checkpoint(cfg.checkpoint, processes.device)
-            else:
-                model, tokenizer = GPT.from_pretrained(cfg.model).to(processes.device).eval(), load_tokenizer("gpt2")
+            model, tokenizer, state = load_checkpoint(name, processes.device)
+        processes.check_same(state.get("step", 0), checkpoint.DIFFERENT)
         extend(model, context)
         started, results = time.perf_counter(), {}
         styles = {"completion": {"acc": 1, "acc_norm": 2}, "lm_eval": {"lm_eval_acc_norm": 3}}

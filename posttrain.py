@@ -1,7 +1,8 @@
 """Post-train a checkpoint on your own data: instructions, conversations, or more text.
 
-    python posttrain.py --checkpoint log/<run>/ckpt_<step>.pt --data instructions.jsonl
+    python posttrain.py --checkpoint log/<run> --data instructions.jsonl
     python posttrain.py --checkpoint PATH --data chats.parquet more/ --replay 0.1      # a tenth of the rows is pretraining text
+    python posttrain.py --model gpt2 --data chats.jsonl                                # OpenAI's weights
     python posttrain.py --checkpoint PATH --data book.txt --epochs 1                   # continued pretraining
     torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint PATH --data chats.json
 
@@ -17,7 +18,6 @@ import lib.startup  # noqa: F401 (before torch)
 # isort: split
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -27,26 +27,40 @@ import torch
 
 from lib import checkpoint, conversations, packing
 from lib.chat_template import JINJA, render
-from lib.cli import BadInput, check, flag, launched, parse, run
+from lib.cli import BadInput, check, flag, launched, parse, path_flag, run
 from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
 from lib.run_folder import find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import END, RESERVED, load_tokenizer
-from train_gpt2 import GPTConfig, Pretraining, TrainConfig, adopt, evaluate, launch, load_checkpoint, token_stream, validation
+from train_gpt2 import (
+    GPTConfig,
+    Pretraining,
+    TrainConfig,
+    adopt,
+    evaluate,
+    fit_vocabulary,
+    launch,
+    load_checkpoint,
+    token_stream,
+    validation,
+)
 
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
 MOMENTS = 10  # validations in a run, without --eval_every
 BATCH = 16_384  # tokens per step at most, without --total_batch_size
+# GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not published
+GPT3_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 ENOUGH = 10  # steps: at least so many per epoch without --total_batch_size, and fewer in all are warned of
 MOST_TOLD = 5  # lines about the data in an error
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(TrainConfig, checkpoint.ModelConfig):
     """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
     # data
-    data: tuple[str, ...] | None = flag(None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
+    data: tuple[str, ...] | None = path_flag(
+        None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
     val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split; "
                            "if unset, no more than in pretraining", above=0)
     # length and batch: small steps, for there is little data
@@ -76,19 +90,19 @@ class Config(TrainConfig):
     # the run
     seed: int = flag(1337, "seed of what is held out, of shuffling and of dropout", at_least=0, below=2**63)
     # its own
-    checkpoint: str | None = flag(None, "a ckpt_<step>.pt of train_gpt2.py or of this script, to begin with")
     val_share: float = flag(0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
                             at_least=0, below=1)
-    val_data: tuple[str, ...] | None = flag(None, "files of validation data, instead of --val_share")
+    val_data: tuple[str, ...] | None = path_flag(None, "files of validation data, instead of --val_share")
     strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
     replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
-    replay_data: tuple[str, ...] | None = flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
-                                               "what is forgotten; if unset, those the checkpoint was trained on")
+    replay_data: tuple[str, ...] | None = path_flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
+                                                    "what is forgotten; if unset, those the checkpoint was trained on")
     lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, "
                                   "1 after post-training", above=0, at_most=1e3)
     dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
     # what only pretraining has, no flags here
     preset: Literal["posttrain"] = flag("posttrain", None)
+    init_from: str | None = flag(None, None)
     size: str | None = flag(None, None)
     curriculum: str | None = flag(None, None)
     curriculum_steps: int | None = flag(None, None)
@@ -215,7 +229,7 @@ class ShardData(Corpus):
 
     def __init__(self, cfg, tokenizer, block_size):
         super().__init__(TrainConfig(data=cfg.data))
-        check_tokenizer(self, tokenizer)
+        self.check_tokenizer(tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
         self.tokens, self.replay = {"train": int(self.tokens["train"] / (1 - cfg.replay))}, cfg.replay
         self.lines = []
@@ -235,14 +249,6 @@ def described(lines):
 def token_rows(corpus, tokenizer, seed, block_size):
     """The training tokens of a Corpus as a source of rows."""
     return packing.Tokens(token_stream(corpus, tokenizer, seed, block_size), block_size, block_size + corpus.is_mixed)
-
-
-def check_tokenizer(corpus, tokenizer):
-    """Raises BadInput if a Corpus holds tokens of another tokenizer than the checkpoint's."""
-    if corpus.tokenizer != tokenizer.spec and load_tokenizer(corpus.tokenizer).spec != tokenizer.spec:
-        raise BadInput(f"{corpus.sources[0].shards.folder} holds tokens of another tokenizer than the checkpoint's, "
-                       f"{tokenizer.name}: make the shards anew with fineweb.py --tokenizer, or name another --data")
-    corpus.check_shards(tokenizer)
 
 
 def read_data(cfg, explicit, tokenizer, block_size):
@@ -274,7 +280,7 @@ def find_pretraining(cfg, explicit, tokenizer, block_size):
         if not cfg.replay_data:
             raise BadInput("the checkpoint does not say what it was trained on: name it by --replay_data")
         corpus = Corpus(TrainConfig(data=cfg.replay_data), needed=("train",))
-        check_tokenizer(corpus, tokenizer)
+        corpus.check_tokenizer(tokenizer)
     except BadInput as error:
         if cfg.replay or "replay_data" in explicit:
             raise BadInput(f"pretraining data: {named(error)}") from error
@@ -335,8 +341,10 @@ class PostTraining(Pretraining):
             self.corpus.identity += self.pretraining.identity
             self.corpus.former_identity += self.pretraining.former_identity
         if model:
-            model_cfg.vocab_size, weights = (grow(model, tokenizer) if self.corpus.chat else
-                                             (model_cfg.vocab_size, model.state_dict()))
+            fit_vocabulary(model, model_cfg.vocab_size)
+            weights = model.state_dict()
+            if self.corpus.chat:
+                model_cfg.vocab_size, weights = grow(model, tokenizer)
             self.weights = [weights]
         elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
             raise BadInput("the run that goes on has learned plain text and has no ids for conversations: "
@@ -436,18 +444,12 @@ def settle(cfg, before, explicit):
     cfg.replay_data = (folders,) if isinstance(folders, str) else tuple(folders)
 
 
-def begun(resume, cfg, explicit):
-    """The GPTConfig of a Resume. Raises BadInput unless it is of this script, and began as the flags say."""
+def begun(resume):
+    """The GPTConfig of a Resume. Raises BadInput unless it is of this script."""
     before, config = resume.state.get("train_config"), resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
         raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, "
                        "and give another --run_name")
-    if cfg.checkpoint and os.path.realpath(cfg.checkpoint) == os.path.realpath(str(before["checkpoint"])):
-        cfg.checkpoint = before["checkpoint"]  # the same, spelled another way
-    for name in {"checkpoint", "lr_scale"} & explicit:  # what a run began with
-        if getattr(cfg, name) != before[name]:
-            raise BadInput(f"{resume.path} is of a run that began with --{name} {before[name]}: "
-                           "leave it out, or give another --run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:
@@ -458,15 +460,17 @@ def prepare(cfg, explicit, resume):
     """-> the GPTConfig and the PostTraining of a run. Sets what cfg leaves open.
     Holds nothing else of the checkpoint: a run may be long."""
     if resume:
-        state, model, model_cfg = resume.state, None, begun(resume, cfg, explicit)
+        state, model, model_cfg = resume.state, None, begun(resume)
     else:
-        for name, what in (("checkpoint", "what to begin with"), ("data", "what to train on")):
-            if getattr(cfg, name) is None:
-                raise BadInput(f"name --{name}, {what}")
-        model, _, state = load_checkpoint(cfg.checkpoint)
-        checkpoint.check_finite(state["model"], cfg.checkpoint)
+        start = checkpoint.pick(checkpoint.named(cfg))
+        if cfg.checkpoint:
+            cfg.checkpoint = start
+        if cfg.data is None:
+            raise BadInput("name --data, what to train on")
+        model, _, state = load_checkpoint(start)
+        checkpoint.check_finite(state["model"], start)
         model_cfg = model.config
-        before = state.get("train_config")
+        before = state.get("train_config", {"max_lr": GPT3_RATES[cfg.model]} if cfg.model else {})
         settle(cfg, before if isinstance(before, dict) else {}, explicit)
     if cfg.dropout is not None:
         model_cfg.dropout, cfg.dropout = cfg.dropout, None  # the model's setting from here on

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.cli import BadInput, flag, parse, run, subcommand
+from lib.cli import BadInput, flag, parse, path_flag, run, subcommand
 from lib.files import new_folder, write_json
 from lib.text import Source, find_parts
 from lib.tokenizers import BPE_TEXT, EOT, MAX_BPE, MIN_BPE, RESERVED, load_tokenizer, train_bpe
@@ -28,8 +28,8 @@ PADDED = 128           # rows of the embedding are padded to a multiple, as in t
 
 @dataclass
 class Text:
-    source: tuple[str, ...] = flag((), "local files, folders and globs of parquet, jsonl(.gz|.zst) or txt, "
-                                   "or a dataset id of the hub")
+    source: tuple[str, ...] = path_flag((), "local files, folders and globs of parquet, jsonl(.gz|.zst) or txt, "
+                                        "or a dataset id of the hub")
     name: str | None = flag(None, "configuration of the dataset")
     text_column: str = flag("text", "column that holds the text")
 
@@ -38,13 +38,13 @@ class Text:
 class Train:
     vocab_size: int = flag(32_768, f"ids: bytes, merges, end-of-text and {len(RESERVED)} reserved for chat", at_least=MIN_BPE,
                            at_most=MAX_BPE)
-    out: str | None = flag(None, "folder of the tokenizer")
+    out: str | None = path_flag(None, "folder of the tokenizer")
 
 
 @dataclass
 class Compare:
-    tokenizer: tuple[str, ...] = flag(("gpt2", "cl100k_base", "o200k_base"), "tiktoken names, and tokenizer.json files or "
-                                      "folders that hold one")
+    tokenizer: tuple[str, ...] = path_flag(("gpt2", "cl100k_base", "o200k_base"), "tiktoken names, and tokenizer.json files or "
+                                           "folders that hold one")
     width: int = flag(768, "n_embd of the model", above=0, at_most=65_536)
 
 

@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py       # eight GPUs
     python train_gpt2.py --preset gpt2                           # the classic baseline, nothing modern
     python train_gpt2.py --mlp gelu --no-emb_norm --run_name no_swiglu_no_embnorm
+    python train_gpt2.py --init_from gpt2 --max_lr 1e-4          # begin with OpenAI's weights
     tensorboard --logdir log                                     # watch it
 
 Improvements over the baseline and their flags:
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 from lib import checkpoint, compiler, huggingface, rope
 from lib.attention import attention
 from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle, tokens_of
-from lib.cli import BadInput, RankError, check, flag, parse, run
+from lib.cli import BadInput, RankError, check, flag, parse, path_flag, run
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
 from lib.decoding import SHOWN, NonFinite, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
@@ -56,7 +57,7 @@ from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
-from lib.run_folder import RunFolder, explained, find_resume
+from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
@@ -101,9 +102,9 @@ class TrainConfig:
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
     # data
-    data: tuple[str, ...] = flag(
+    data: tuple[str, ...] = path_flag(
         ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each: shares of the tokens; without, mixed by size")
-    curriculum: str | None = flag(None, "folder of shards to begin with, simple text, which gives way to --data")
+    curriculum: str | None = path_flag(None, "folder of shards to begin with, simple text, which gives way to --data")
     curriculum_steps: int | None = flag(None, "steps until it has given way", above=0, below=2**31)
     curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "how: half a cosine, a line, or at once")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
@@ -137,10 +138,10 @@ class TrainConfig:
     # what happens along the way (0: never)
     eval_every: int = flag(250, "steps between validations", at_least=0)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
-    hellaswag_file: str | None = flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    hellaswag_file: str | None = path_flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     eval_tasks: str | None = flag(None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
     eval_tasks_every: int = flag(1000, "steps between evaluations on them", at_least=0)
-    eval_tasks_dir: str | None = flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
+    eval_tasks_dir: str | None = path_flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
     eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all", above=0)
     sample_every: int = flag(250, "steps between printed samples", at_least=0)
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
@@ -156,10 +157,13 @@ class TrainConfig:
               "per second, or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
-    log_dir: str = flag("log", "where run folders go")
-    resume: str | None = flag(
+    log_dir: str = path_flag("log", "where run folders go")
+    resume: str | None = path_flag(
         None, "checkpoint or run folder to go on from; auto: --run_name's newest, as without the flag; "
               "without a name, the last run of this same command, unless it is finished")
+    init_from: str | None = path_flag(
+        None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
+              "or a folder that export_hf.py made")
     tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
     seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
@@ -922,30 +926,71 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 # The command
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (GPT in eval mode on `device`, its Tokenizer, the whole checkpoint). Raises BadInput if it is not one."""
-    state = checkpoint.read(path)
-    with checkpoint.ours(path):
-        config = GPTConfig(**state["model_config"])
-        check_model(config)
-        on_meta(config).load_state_dict(state["model"], assign=True)  # shapes alone, before memory is taken for them
-        model, tokenizer = GPT(config), load_tokenizer(state["tokenizer"])
-        model.load_state_dict(state["model"])
-        if tokenizer.vocab_size > config.vocab_size:
-            raise BadInput(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}: name another")
+def load_checkpoint(name, device="cpu"):
+    """The model that a user named -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
+
+    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl", as
+    lib/checkpoint.py's `pick` takes it. The checkpoint of the last two is a dict of model_config,
+    tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
+    """
+    name = checkpoint.pick(name)
+    if checkpoint.is_hugging_face(name):
+        model = GPT.from_pretrained(name)
+        tokenizer, template = huggingface.read_tokenizer(name)
+        state = {"model_config": asdict(model.config), "tokenizer": tokenizer.spec}
+        if template:
+            state["chat_template"] = template
+    else:
+        state = checkpoint.read(name)
+        with checkpoint.ours(name):
+            config = GPTConfig(**state["model_config"])
+            check_model(config)
+            # shapes alone, before memory is taken for them
+            on_meta(config).load_state_dict(state["model"], assign=True)
+            model = GPT(config)
+            model.load_state_dict(state["model"])
+            tokenizer = load_tokenizer(state["tokenizer"])
+    ids = model.config.vocab_size
+    if tokenizer.vocab_size > ids:
+        raise BadInput(f"{name}: its tokenizer has {tokenizer.vocab_size} ids, its model {ids}: "
+                       "name another")
     return model.to(device).eval(), tokenizer, state
 
 
 def settings(argv):
-    """The command line -> TrainConfig, GPTConfig, the names given explicitly, the Resume to continue from or None."""
+    """The command line -> (TrainConfig, GPTConfig, the names given explicitly, a Resume, a beginning).
+
+    The Resume is None for a new run; the beginning is what `begin_with` returns, or None.
+    """
     (cfg, model_cfg), explicit = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     if cfg.size:
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
     resume = find_resume(cfg, explicit)
+    start = begin_with(cfg, model_cfg, explicit) if cfg.init_from and not resume else None
     adopt(resume, cfg, model_cfg, explicit)
-    return cfg, model_cfg, explicit, resume
+    return cfg, model_cfg, explicit, resume, start
+
+
+def begin_with(cfg, model_cfg, explicit):
+    """--init_from -> [(a GPT, its Tokenizer)], a list so that whoever takes them can let go of them.
+
+    Gives model_cfg the settings of the weights, but for given ones that these do not depend on.
+    Raises BadInput for others, and if there is no such model.
+    """
+    cfg.init_from = checkpoint.pick(cfg.init_from)
+    model, tokenizer, _ = load_checkpoint(cfg.init_from)
+    before = asdict(model.config) | {"vocab_multiple": model_cfg.vocab_multiple}
+    free = may_change(before, model_cfg.block_size) - {"init"}
+    _, misfits = take_settings(model_cfg, before, explicit, free)
+    if misfits:
+        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: {', '.join(misfits)}; "
+                       "leave them out")
+    if model_cfg.pos == "learned":
+        positions = model.transformer.wpe.weight[:model_cfg.block_size]
+        model.transformer.wpe.weight = nn.Parameter(positions.detach().clone())
+    return [(model, tokenizer)]
 
 
 def adopt(resume, cfg, model_cfg, explicit):
@@ -990,6 +1035,25 @@ def build_model(model_cfg, cfg, device):
         raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer") from error
 
 
+@torch.no_grad()
+def fit_vocabulary(model, vocab_size):
+    """Give a GPT, before it is trained, tables for `vocab_size` ids, padded as GPTConfig pads them.
+
+    A model of Hugging Face has no padding. New rows begin as the mean of the others: their logits
+    are then the others' mean, so each takes at most 1 / vocab_size of the probability (Jensen).
+    """
+    c = model.config
+    c.vocab_size = vocab_size
+    c.vocab_multiple = GPTConfig.vocab_multiple
+    for module in (model.transformer.wte, model.lm_head):
+        rows = module.weight[:c.padded_vocab_size]
+        missing = c.padded_vocab_size - len(rows)
+        mean = rows[:vocab_size].mean(dim=0).expand(missing, -1)
+        module.weight = nn.Parameter(torch.cat([rows, mean]))
+    if c.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+
+
 class Pretraining:
     """What `launch` trains on and measures; posttrain.py has another. corpus: a Corpus, or what tells as much.
 
@@ -998,9 +1062,15 @@ class Pretraining:
 
     weights, extra, packed = (), {}, staticmethod(lambda idx: ())
 
-    def __init__(self, cfg, explicit):
+    def __init__(self, cfg, explicit, start=None):
+        """start: as `begin_with` returns it, or None. Raises BadInput for data of another tokenizer."""
         self.corpus = Corpus(cfg)
         self.explicit = explicit
+        if start:
+            model, tokenizer = start.pop()  # so that it leaves memory
+            self.corpus.check_tokenizer(tokenizer)
+            fit_vocabulary(model, tokenizer.vocab_size)
+            self.weights = [model.state_dict()]
 
     def tokenizer(self, model_cfg):
         """-> the data's Tokenizer; sets vocab_size."""
@@ -1089,8 +1159,8 @@ def launch(cfg, model_cfg, explicit, resume, task):
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
             model.load_state_dict(task.weights.pop())  # so that they go from memory
-        if processes.sum([position["step"]])[0] != position["step"] * processes.world_size:
-            raise RankError("the processes found different checkpoints: see that all read one folder, and start again")
+        processes.check_same(position["step"], "the processes found different checkpoints: "
+                                                "see that all read one folder, and start again")
         description = "\n".join(filter(None, [describe(cfg, model, corpus, processes, position["step"]), rise]))
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
                   "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
@@ -1109,7 +1179,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
 
 
 def main(argv):
-    cfg, model_cfg, explicit, resume = settings(argv)
+    cfg, model_cfg, explicit, resume, start = settings(argv)
     check_model(model_cfg)
     if cfg.plan:
         own, ids = cfg.size or cfg.preset, "data" in explicit and Corpus(cfg).vocab_size  # it needs no data
@@ -1117,7 +1187,7 @@ def main(argv):
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
     else:
-        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, explicit))
+        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, explicit, start))
 
 
 if __name__ == "__main__":

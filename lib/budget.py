@@ -248,6 +248,7 @@ def describe(cfg, model, corpus, processes, first=0):
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, "
         f"{c.n_layer} layers of {counts['layer']:,}; vocabulary {c.vocab_size:,}, padded to {c.padded_vocab_size:,}; "
         f"{flops / 1e6:,.1f} MFLOPs per token",
+        *([f"start   with the weights of {cfg.init_from}"] if cfg.init_from else []),
         *corpus.describe(cfg, c.block_size),
         f"length  {length}",
         *([] if cfg.minutes else warnings(cfg, corpus)),  # RunFolder tells those once its length stands

@@ -3,8 +3,8 @@
     <|endoftext|> <|user|>Hi<|end|> <|assistant|>Hello!<|end|>          without the spaces
 
 A conversation is a list of messages, {"role": "system", "user" or "assistant", "content": str}: a system message may stand
-first, then user and assistant take turns. The control tokens are ids that text never encodes to (lib/tokenizers.py), so nothing
-that a user types or that stands in data is taken for one.
+first, then user and assistant take turns. An answer with "learned": False is read, and not learned. The control tokens are ids
+that text never encodes to (lib/tokenizers.py), so nothing that a user types or that stands in data is taken for one.
 """
 
 from lib.cli import BadInput
@@ -42,7 +42,8 @@ def render(messages, tokenizer, reply=False):
     for message in messages:
         text = tokenizer.encode(message["content"]).tolist()
         ids += [tokenizer.reserved[f"<|{message['role']}|>"], *text, tokenizer.reserved[END]]
-        learned += [False, *[message["role"] == "assistant"] * (len(text) + 1)]
+        is_learned = message["role"] == "assistant" and message.get("learned", True)
+        learned += [False, *[is_learned] * (len(text) + 1)]
     if reply:
         ids.append(tokenizer.reserved["<|assistant|>"])
         learned.append(False)

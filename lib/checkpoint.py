@@ -1,4 +1,4 @@
-"""One checkpoint file: write it, read it, verify it.
+"""One checkpoint file: name it, write it, read it, verify it.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, ckpt_<step>.pt, as torch.save writes it: a zip archive
 whose every record carries a CRC-32. torch.load does not look at these; `read` does. It is written under a temporary
@@ -10,12 +10,14 @@ import errno
 import os
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
-from lib.cli import BadInput, RankError
-from lib.files import check_room, open_file, replace
+from lib.cli import BadInput, RankError, flag, note, path_flag
+from lib.files import check_room, open_file, read_json, replace
 
 NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
 NOT_THE_FILE = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass
@@ -36,11 +38,71 @@ def path_of(folder, step):
     return Path(folder) / f"ckpt_{step:05d}.pt"
 
 
-def require(path):
-    """Raises BadInput where there is no file that could be a checkpoint."""
-    if steps := found(path):
-        raise BadInput(f"{path} is a folder of checkpoints: name one, the newest is {steps[0][1]}")
-    open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
+DIFFERENT = "the processes found different checkpoints: name one ckpt_<step>.pt"
+GPT2 = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+
+@dataclass
+class ModelConfig:
+    """The flags that name a trained model, for train_gpt2.py's `load_checkpoint`."""
+
+    checkpoint: str | None = path_flag(
+        None, "a run folder: its best checkpoint where --keep_best kept it, else the newest; "
+              "a ckpt_<step>.pt; or a folder that export_hf.py made")
+    model: GPT2 | None = flag(None, "OpenAI's GPT-2 instead, from Hugging Face")
+
+
+def named(cfg):
+    """The name that a ModelConfig gives. Raises BadInput unless one of its flags is given."""
+    if (cfg.checkpoint is None) == (cfg.model is None):
+        raise BadInput("name either --checkpoint or --model, for instance --checkpoint log/<run>")
+    return cfg.checkpoint or cfg.model
+
+
+def is_hugging_face(name):
+    """Whether lib/huggingface.py reads it: one of OpenAI's models, or a folder of transformers."""
+    if name in get_args(GPT2):
+        return True
+    if not os.path.isdir(name) or found(name):
+        return False
+    path = Path(name, "config.json")
+    config = read_json(path, "name another") if path.exists() else {}
+    return isinstance(config, dict) and "model_type" in config  # which a run's config.json has not
+
+
+def pick(name):
+    """The name of a model -> what to load; of a run folder a checkpoint, after a line that says which.
+
+    That is the one of the lowest validation loss, where --keep_best kept it, else the newest that
+    is whole. Raises BadInput if there is none.
+    """
+    if is_hugging_face(name):
+        return name
+    if not os.path.isdir(name):
+        open_file(name, "name a run folder under log/, or a ckpt_<step>.pt in one").close()
+        return name
+    candidate = newest(name, note, "name another run folder")
+    if candidate is None:
+        raise BadInput(f"{name} holds neither a ckpt_<step>.pt nor a model of transformers: "
+                       "name a run folder under log/")
+    path, state = candidate
+    what = "the newest"
+    with ours(path):
+        if best := state.get("best"):
+            loss, step = best
+            if path_of(name, step).exists():
+                path = path_of(name, step)
+                what = f"the best, of validation loss {loss:.4f}"
+    note(f"{name}: {path.name}, {what}")
+    return str(path)
+
+
+def leads_to(name, picked):
+    """Whether `picked` is what a user names: itself, or a checkpoint of that run folder."""
+    places = [picked]
+    if NAME.fullmatch(os.path.basename(picked)):
+        places.append(os.path.dirname(picked))
+    return name == picked or os.path.realpath(name) in map(os.path.realpath, places)
 
 
 @contextlib.contextmanager
@@ -60,7 +122,7 @@ def read(path):
 
     Loaded with weights_only=True: nothing in a downloaded file can run.
     """
-    require(path)
+    open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -89,7 +151,7 @@ def check_finite(weights, path):
         raise BadInput(f"{path} holds weights that are NaN or infinite ({bad[0]}): name an earlier ckpt_<step>.pt")
 
 
-def newest(folder, warn):
+def newest(folder, warn, remedy="move them away to begin anew there, or give another --run_name"):
     """(path, state) of the newest whole checkpoint of a run folder, or None if there are none at all.
 
     Torn ones are skipped, after `warn` has been called with a line about each. Raises BadInput if all are torn.
@@ -101,8 +163,7 @@ def newest(folder, warn):
         except Torn as error:
             warn(f"skipped: {error}")
     if candidates:
-        raise BadInput(f"none of the checkpoints in {folder} is whole: move them away to begin anew there, "
-                       "or give another --run_name")
+        raise BadInput(f"none of the checkpoints in {folder} is whole: {remedy}")
     return None
 
 

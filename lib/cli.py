@@ -42,16 +42,22 @@ class RankError(BadInput):
     """A BadInput that one process of several may meet alone: printed by the one that meets it."""
 
 
-def flag(default, help, short=None, **bounds):
+def flag(default, help, short=None, path=False, **bounds):
     """A dataclass field that `parse` turns into the flag --<name of the field>;
     without a help text (None), a setting without a flag.
 
-    short: a letter, for the same flag as -<letter>.
+    short: a letter, for the same flag as -<letter>. path: see path_flag.
     bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any
     integer below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    return dataclasses.field(default=default, metadata={"help": help, "short": short, "bounds": bounds})
+    metadata = {"help": help, "short": short, "path": path, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def path_flag(default, help):
+    """A flag that names files or folders. A leading "~" is the home folder: a shell leaves it in --out=~/x."""
+    return flag(default, help, path=True)
 
 
 def run(main):
@@ -175,6 +181,12 @@ def is_main_process():
         return True
 
 
+def note(line):
+    """Print a line on stderr, from the main process alone."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
 def check(config):
     """Compare every flag's value with its field's type and bounds. Raises BadInput naming the flag.
 
@@ -274,12 +286,27 @@ def parse(classes, argv, doc=None, presets=None, command=None):
     if empty := [name for name, value in given.items() if value in ([], ())]:  # argparse drops a value of "--"
         raise BadInput(f"--{empty[0]}: expected one argument")
 
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            if field.metadata.get("path") and field.name in given:
+                given[field.name] = _expand(field.name, given[field.name])
     values = {**overrides, **given}
     names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
     configs = [cls(**{k: v for k, v in values.items() if k in own}) for cls, own in zip(classes, names)]
     for config in configs:
         check(config)
     return configs, set(given)
+
+
+def _expand(name, value):
+    """The value of a path flag with the home folder for a leading "~". Raises BadInput if there is none."""
+    if isinstance(value, tuple):
+        return tuple(_expand(name, part) for part in value)
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise BadInput(f"--{name} {value}: there is no such home folder; write the path out, "
+                       f"or ./{value} for such a name")
+    return expanded
 
 
 def subcommand(argv, commands, doc):

@@ -2,10 +2,15 @@
 
     messages        {"messages": [{"role": "user", "content": ...}, ...]}
     ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
-    alpaca          {"instruction": ..., "input": ..., "output": ...}
-    dolly           {"instruction": ..., "context": ..., "response": ...}
+    alpaca          {"instruction": ..., "output": ...}
+    dolly           {"instruction": ..., "response": ...}
     prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:" around a prompt is taken off
     text            {"text": ...}; a .txt is one text
+
+Alpaca, dolly and prompt may also have "input" or "context", which the question is about, and
+"history", the pairs before; all but text may have "system" or "system_prompt". An answer with
+"weight": 0 or "train": false, in its message or its row, is read and not learned: its message has
+"learned": False. Whatever else a row holds is named, once per file, as not used.
 
 A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py,
 or a text, a str.
@@ -23,6 +28,10 @@ from lib.files import open_file, read_text
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+CONTEXT = ("input", "context")  # columns of what a question is about
+SYSTEM = ("system", "system_prompt")  # columns of a system message
+# at 0 or false, an answer is not learned: OpenAI's, two of axolotl's, ms-swift's
+MARKS = ("weight", "train", "training", "loss")
 WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
 SHOWN = 3  # malformed rows that are shown
 
@@ -35,37 +44,108 @@ def _turns(key):
     def convert(row):
         if not isinstance(row[key], list) or not all(isinstance(turn, dict) for turn in row[key]):
             raise ValueError(f"{key} is not a list of messages")
-        roles = [turn.get("role", turn.get("from")) for turn in row[key]]
-        contents = [turn.get("content", turn.get("value")) for turn in row[key]]
-        return [{"role": ROLES.get(str(role), role), "content": content} for role, content in zip(roles, contents)]
+        used = Used(row, {key, *SYSTEM})
+        messages = []
+        for turn in row[key]:
+            role = turn.get("role", turn.get("from"))
+            content = turn.get("content", turn.get("value"))
+            message = {"role": ROLES.get(str(role), role), "content": content}
+            used.turn(turn, {"role", "from", "content", "value"})
+            if used.is_masked(turn) or used.is_masked(row):
+                message["learned"] = False
+            messages.append(message)
+        return _with_system(row, messages), used.others
     return convert
 
 
-def _pair(question, answer, context=None):
+def _pair(question, answer):
     def convert(row):
-        asked, told, more = (row.get(key) or "" for key in (question, answer, context))
-        if not all(isinstance(text, str) for text in (asked, told, more)):
-            raise ValueError(f"{' and '.join(key for key in (question, answer, context) if key)} must be text")
+        used = Used(row, {question, answer, "history", *CONTEXT, *SYSTEM})
+        asked = _words(row, question)
+        more = [_words(row, name) for name in CONTEXT]
         if wrapped := WRAPPED.fullmatch(asked):
-            asked, more = wrapped[1], wrapped[2] or ""
+            asked = wrapped[1]
+            more.insert(0, wrapped[2] or "")
+        told = _words(row, answer)
         if not asked.strip() or not told.strip():
             raise ValueError(f"{question if told.strip() else answer} is empty")
-        asked = f"{asked.strip()}\n\n{more.strip()}".rstrip()
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": told.strip()}]
+        asked = "\n\n".join(part.strip() for part in (asked, *more) if part.strip())
+        question_message = {"role": "user", "content": asked}
+        answer_message = {"role": "assistant", "content": told.strip()}
+        if used.is_masked(row):
+            answer_message["learned"] = False
+        messages = [*_history(row), question_message, answer_message]
+        return _with_system(row, messages), used.others
     return convert
+
+
+def _words(row, name):
+    """The text in a column, "" where there is none."""
+    text = row.get(name) or ""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text")
+    return text
+
+
+def _history(row):
+    """The turns before a pair, [[question, answer], ...] in the column history, as messages."""
+    turns = row.get("history") or []
+    if not isinstance(turns, list):
+        raise ValueError("history is not a list")
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise ValueError("history is not a list of pairs")
+    messages = []
+    for asked, told in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    return messages
+
+
+def _with_system(row, messages):
+    """Messages behind the system message that a column of their row holds."""
+    texts = [text for name in SYSTEM if (text := _words(row, name).strip())]
+    if not texts:
+        return messages
+    if len(texts) > 1 or (messages and messages[0]["role"] == "system"):
+        raise ValueError("two system messages")
+    return [{"role": "system", "content": texts[0]}, *messages]
+
+
+class Used:
+    """What a layout reads of a row. others: the names of what it leaves out, to be printed."""
+
+    def __init__(self, row, names):
+        self.others = set()
+        self._note(row, names, "")
+
+    def turn(self, turn, names):
+        """Note a message of the row."""
+        self._note(turn, names, "a message's ")
+
+    def _note(self, row, names, where):
+        for name, value in row.items():
+            is_read = name in names or (name in MARKS and value in (0, 1))
+            if not is_read and value not in (None, "", [], {}):
+                self.others.add(f"{where}{name}")
+
+    @staticmethod
+    def is_masked(row):
+        """Whether a row, or a message of one, says that its answer is not to be learned."""
+        return any(row.get(name) is not None and row[name] == 0 for name in MARKS)
 
 
 def _text(row):
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise ValueError("text is empty, or not text")
-    return row["text"]
+    return row["text"], Used(row, {"text"}).others
 
 
-LAYOUTS = [  # name, the keys by which it is known, how a row is read; the first that fits counts
+# name, the keys by which it is known, row -> (example, names of what it does not read);
+# the first that fits counts
+LAYOUTS = [
     ("messages", {"messages"}, _turns("messages")),
     ("ShareGPT", {"conversations"}, _turns("conversations")),
-    ("alpaca", {"instruction", "output"}, _pair("instruction", "output", "input")),
-    ("dolly", {"instruction", "response"}, _pair("instruction", "response", "context")),
+    ("alpaca", {"instruction", "output"}, _pair("instruction", "output")),
+    ("dolly", {"instruction", "response"}, _pair("instruction", "response")),
     ("prompt/completion", {"prompt", "completion"}, _pair("prompt", "completion")),
     ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
     ("text", {"text"}, _text),
@@ -81,9 +161,11 @@ def _check(example):
         check_messages(example)
     except BadInput as error:
         raise ValueError(str(error)) from error
-    answers = [message["content"] for message in example if message["role"] == "assistant"]
-    if not answers or not all(answer.strip() for answer in answers):
+    answers = [message for message in example if message["role"] == "assistant"]
+    if not answers or not all(answer["content"].strip() for answer in answers):
         raise ValueError("an empty answer of the assistant" if answers else "no answer of the assistant")
+    if not any(answer.get("learned", True) for answer in answers):
+        raise ValueError("every answer is marked as not to be learned")
     return example
 
 
@@ -114,6 +196,7 @@ def read(path, strict=False):
     Raises BadInput where no layout fits or no row is usable.
     """
     examples, problems, layout, name, odd = [], [], None, None, None
+    unused = {}  # names, in the order met
     for place, row in _rows(path):
         if isinstance(row, dict) and layout is None:
             layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
@@ -131,7 +214,9 @@ def read(path, strict=False):
                 known = any(other[1] <= row.keys() for other in LAYOUTS)
                 raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}"
                                  + "; of another layout, it belongs in a file of its own" * known)
-            examples.append(_check(layout[2](row)))
+            example, others = layout[2](row)
+            examples.append(_check(example))
+            unused |= dict.fromkeys(sorted(others))
         except ValueError as error:
             problems.append(f"{place}: {error}")
             if strict:
@@ -143,6 +228,8 @@ def read(path, strict=False):
         raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): "
                        "see what is in it, or name another")
     line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
+    if unused:
+        line += f"; not used: {', '.join(unused)}"
     if problems:
         line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (len(problems) > SHOWN)
     return examples, line

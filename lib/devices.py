@@ -188,6 +188,11 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
+    def check_same(self, number, message):
+        """Raises RankError with `message` on every process unless all have the same number."""
+        if self.sum([number])[0] != number * self.world_size:
+            raise RankError(message)
+
     @contextlib.contextmanager
     def main_first(self):
         """Rank 0 runs the block before the others do: what it downloads, they find.

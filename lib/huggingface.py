@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from lib.cli import BadInput
-from lib.files import check_room, make_folder, replace, write_json
-from lib.tokenizers import END, EOT
+from lib.files import check_room, make_folder, read_json, replace, write_json
+from lib.tokenizers import END, EOT, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which class computes which of our models. Parameters go by module: ours -> theirs,
@@ -307,6 +307,19 @@ def read(name, build):
         weights[key] = value.t() if family.config is _gpt2 and key.endswith(CONV1D) else value
     model.load_state_dict(weights)
     return model
+
+
+def read_tokenizer(name):
+    """The Tokenizer of what `read` reads, and its chat template or None. Raises BadInput."""
+    if not os.path.isdir(name):
+        return load_tokenizer("gpt2"), None
+    file = Path(name, "tokenizer.json")
+    if not file.exists():
+        raise BadInput(f"{name} holds no tokenizer.json: save the model's tokenizer there, too")
+    path = Path(name, "tokenizer_config.json")
+    settings = read_json(path, "name another folder") if path.exists() else {}
+    template = settings.get("chat_template") if isinstance(settings, dict) else None
+    return load_tokenizer(str(file)), template if isinstance(template, str) else None
 
 
 def _is(config, key, value):

@@ -122,6 +122,15 @@ class Corpus:
         """The most passes over one source in a run of so many tokens, and its name."""
         return max(zip(self.epochs(tokens).tolist(), [source.name for source in self.sources]))
 
+    def check_tokenizer(self, tokenizer):
+        """Raises BadInput if the folders hold tokens of another tokenizer than a model's, `tokenizer`."""
+        own = load_tokenizer(self.tokenizer)
+        if not own.same_ids(tokenizer):
+            raise BadInput(f"{self.sources[0].shards.folder} holds tokens of another tokenizer than "
+                           f"the checkpoint's, {tokenizer.name}: make the shards again with "
+                           "fineweb.py --tokenizer, or name another --data")
+        self.check_shards(own)
+
     def check_shards(self, tokenizer):
         """Raises BadInput if a shard cannot be the tokenizer's."""
         for source in self.sources:

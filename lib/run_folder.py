@@ -24,7 +24,7 @@ import torch
 
 from lib import checkpoint
 from lib.budget import tokens_of, warnings
-from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, is_main_process, launched
+from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, launched, note
 from lib.decoding import SHOWN
 from lib.files import (
     DISK_FULL,
@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}  # flags that choose it
 FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr")  # of HPARAMS
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
+OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale")  # the weights and rates it began with
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,20 +76,13 @@ class Resume:
         if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
             steps, seconds = self.state["timed"]
             self.state["timed"] = steps * self.state["train_config"]["total_batch_size"], seconds
-        misfits, rope = [], self.state["model_config"]["pos"] == "rope"
-        free = {"dropout", "init", "router_z_loss"} | ({"block_size"} if rope else set())  # do not shape the weights
-        # biases, once nudged, pick experts as weights do: with the loss nothing moves them, and the classes for it have none
-        free |= {"balance"} if self.state["model_config"].get("balance") == "loss" else set()
-        for config, before in ((cfg, self.state["train_config"]), (model_cfg, self.state["model_config"])):
-            # a setting younger than the checkpoint was off, whatever its preset says today
-            for name, was in ((f.name, before.get(f.name, f.default)) for f in fields(config) if f.name not in OF_A_START):
-                was, own = tuple(was) if isinstance(was, list) else was, getattr(config, name)
-                if name not in explicit:
-                    setattr(config, name, was)
-                elif own != was:
-                    fits = name in free if config is model_cfg else name != "optimizer"
-                    (self.changed if fits else misfits).append(f"--{name} {words(was)} -> {words(own)}")
-            check(config)
+        self._check_beginning(cfg, explicit)
+        free = {field.name for field in fields(cfg)} - {"optimizer"}
+        changed, misfits = take_settings(cfg, self.state["train_config"], explicit, free)
+        free = may_change(self.state["model_config"])
+        of_model = take_settings(model_cfg, self.state["model_config"], explicit, free)
+        self.changed += changed + of_model[0]
+        misfits += of_model[1]
         if misfits:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; "
                            "give them as it was made, or begin another --run_name without --resume")
@@ -118,6 +112,19 @@ class Resume:
             raise BadInput(f"{folders} no longer holds the text that {self.path} was trained on: put it back, "
                            f"or give --data {folders} to train on the new text, from its beginning")
         self.changed.append("other training data, read from its beginning")
+
+    def _check_beginning(self, cfg, explicit):
+        """Raises BadInput if flags name another beginning than this run's."""
+        for name in OF_THE_BEGINNING:
+            if name not in explicit:
+                continue
+            own = getattr(cfg, name)
+            was = self.state["train_config"].get(name)
+            if own != was and not (isinstance(was, str) and checkpoint.leads_to(own, was)):
+                how = "without" if was is None else f"with --{name} {was}, not"
+                raise BadInput(f"is of a run that began {how} --{name} {own}: "
+                               "leave that out, or give another --run_name")
+            setattr(cfg, name, was)
 
     def restore(self, model, optimizer, stream, tokenizer):
         """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best.
@@ -156,6 +163,49 @@ class Resume:
         best = self.state.get("best")
         remeasured = any(line.startswith(("--data ", "--val_", "--block_size", "other training data")) for line in self.changed)
         return best if best and best[1] in self.seen and not remeasured else None
+
+
+def may_change(before, block_size=None):
+    """Names of a GPTConfig's settings that weights do not depend on.
+
+    before: the settings that the weights were trained with. block_size: the context, in tokens, that
+    learned positions are to be cut to; None if they must stay as they are.
+    """
+    free = {"dropout", "init", "router_z_loss"}
+    if before["pos"] == "rope" or (block_size or math.inf) <= before["block_size"]:
+        free.add("block_size")
+    if before.get("balance") == "loss":
+        # biases, once nudged, pick experts as weights do; with the loss nothing moves them
+        free.add("balance")
+    return free
+
+
+def take_settings(config, before, explicit, free):
+    """Take every setting that is not in `explicit` from `before`, a dict.
+
+    -> (list of text about those given that differ and are in `free`, the same of the others).
+    Raises BadInput for what is out of bounds.
+    """
+    changed, misfits = [], []
+    defaults = {setting.name: setting.default for setting in fields(config)}
+    for name, default in defaults.items():
+        if name in OF_A_START:
+            continue
+        was = before.get(name, default)  # one younger than `before` was off, whatever its preset says
+        was = tuple(was) if isinstance(was, list) else was
+        own = getattr(config, name)
+        if name not in explicit:
+            setattr(config, name, was)
+        elif own != was:
+            differing = changed if name in free else misfits
+            differing.append(f"--{name} {words(was)} -> {words(own)}")
+    check(config)
+    return changed, misfits
+
+
+def in_shell(path):
+    """A path as a word of a shell's command."""
+    return shlex.quote(str(path))
 
 
 def words(value):
@@ -213,10 +263,6 @@ def find_resume(cfg, explicit):
 
     A run's own checkpoints come before the one it began with: the same command, given again, continues.
     """
-    def warn(line):
-        if is_main_process():
-            print(line, file=sys.stderr)
-
     if cfg.run_name is not None:
         check_name(cfg.run_name)
     start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
@@ -235,14 +281,14 @@ def find_resume(cfg, explicit):
     seen = {step for step, _ in checkpoint.found(own)} if own else set()
     if seen and (home is None or own.resolve() != home.resolve() or begun == Path(cfg.log_dir) / cfg.run_name):
         if start:
-            warn(f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these")
-        return Resume(*checkpoint.newest(own, warn), seen)
+            note(f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these")
+        return Resume(*checkpoint.newest(own, note), seen)
     if start is None:
         return None
     if os.path.isdir(start):
         if not checkpoint.found(start):
             raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-        return Resume(*checkpoint.newest(start, warn), seen)
+        return Resume(*checkpoint.newest(start, note), seen)
     return Resume(start, checkpoint.read(start), seen)
 
 
@@ -510,19 +556,19 @@ class RunFolder:
             self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
         if finished:
             path = checkpoint.path_of(self.folder, best[1] if best else step)
-            self.say(f"done: watch it with `tensorboard --logdir {self.folder.parent}`, {self._try_it(path)}")
+            self.say(f"done: watch it with `tensorboard --logdir {in_shell(self.folder.parent)}`, {self._try_it(path)}")
         else:
             same = self.config["train"]["resume"] == "auto"
-            named = "" if same else f" with --run_name {self.folder.name}"
+            named = "" if same else f" with --run_name {in_shell(self.folder.name)}"
             self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command{named} goes on")
 
     def _try_it(self, path):
         """The command that lets its user see what the checkpoint at `path` has learned, as text."""
         if self.constants.get("chat_template"):
-            return f"talk to it with `python chat.py --checkpoint {path}`"
+            return f"talk to it with `python chat.py --checkpoint {in_shell(path)}`"
         prompt = shlex.quote(self.config["train"]["sample_prompt"])
-        return (f"sample again with `python generate.py --checkpoint {path} --prompt {prompt} --samples {SHOWN.samples} "
-                f"--max_new_tokens {SHOWN.max_new_tokens} --temperature {SHOWN.temperature}`")
+        return (f"sample again with `python generate.py --checkpoint {in_shell(path)} --prompt {prompt} "
+                f"--samples {SHOWN.samples} --max_new_tokens {SHOWN.max_new_tokens} --temperature {SHOWN.temperature}`")
 
     def set_length(self, steps, stands):
         """The run has so many steps, as --minutes of them turn out to be. Once that stands, says what speaks against it."""

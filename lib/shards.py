@@ -280,7 +280,8 @@ class Shards:
         if any(not found[split] for split in needed):
             missing = "train" if self.val else "val" if self.train else "any"
             make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
-                str(folder), f"python fineweb.py --source <text files or dataset id> --out {folder}")
+                str(folder), "python fineweb.py --source <text files or dataset id> "
+                             f"--out {shlex.quote(str(folder))}")
             if folder.is_file():
                 shard = folder.name.endswith((".npy", ".bin"))
                 raise BadInput(f"{named_by} {folder} is a file, not a folder of shards: name "

@@ -61,6 +61,16 @@ class Tokenizer:
         """Whether it came from a tokenizer.json rather than from tiktoken's list."""
         return self.spec != self.name
 
+    def same_ids(self, other):
+        """Whether another Tokenizer gives every text the same ids.
+
+        Their specs may differ: an exported folder spells "gpt2" out, and leaves the reserved ids out.
+        """
+        mine = self.encoding
+        theirs = other.encoding
+        return (mine._pat_str == theirs._pat_str and mine._special_tokens == theirs._special_tokens
+                and mine._mergeable_ranks == theirs._mergeable_ranks)
+
     def encode(self, text):
         """str -> uint32 array (n,). Special tokens written out in the text are encoded as plain text."""
         try:
@@ -238,7 +248,7 @@ def _from_json(text, origin):
                   and all(bytes([byte]) in ranks for byte in range(256))
                   and merged == sorted(rank for token, rank in ranks.items() if len(token) > 1)
                   and not any(model.get(key) for key in CHANGES_IDS) and not any(data.get(key) for key in CHANGES_IDS)
-                  and (data.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel")  # moves offsets alone
+                  and _adds_no_ids(data.get("post_processor")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable:
@@ -247,6 +257,17 @@ def _from_json(text, origin):
     encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special,
                                  explicit_n_vocab=len(ids) - len(reserved))
     return Tokenizer(encoding, text)
+
+
+def _adds_no_ids(post_processor):
+    """Whether a tokenizer.json's post_processor leaves ids as they are.
+
+    So do none, ByteLevel, which moves offsets, and a template without special tokens, as
+    transformers writes for GPT-2.
+    """
+    if post_processor is None or post_processor["type"] == "ByteLevel":
+        return True
+    return post_processor["type"] == "TemplateProcessing" and not post_processor["special_tokens"]
 
 
 def _pattern_of(splitter):

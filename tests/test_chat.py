@@ -20,7 +20,7 @@ import chat
 from lib import checkpoint
 from lib.chat_template import render
 from lib.cli import BadInput
-from lib.decoding import Decoder, generate
+from lib.decoding import Decoder, SampleConfig, generate, sample
 
 (CAT, ON_THE_MAT), (DOG, ON_THE_ROOF), (BIRD, _) = CHATS
 
@@ -35,7 +35,7 @@ def talk(launch_in, path, lines, *flags):
 @pytest.fixture
 def conversation(chatty, tokenizer):
     """A Chat in this process, greedy."""
-    model, tokenizer = chat.load_chat(chatty[0], "cpu")
+    model, tokenizer, _ = chat.load_chat(chatty[0], "cpu")
     return chat.Chat(model, tokenizer, chat.ChatSampling(temperature=0.0))
 
 
@@ -120,7 +120,7 @@ def test_a_compiled_step_writes_the_same(chatty, conversation, monkeypatch):
     steps = []
     monkeypatch.setattr(torch, "compile", partial(
         torch.compile, backend=lambda graph, _: steps.append(graph) or graph.forward, fullgraph=True))
-    compiled = chat.Chat(*chat.load_chat(chatty[0], "cpu"), conversation.sampling, compile=True)
+    compiled = chat.Chat(*chat.load_chat(chatty[0], "cpu")[:2], conversation.sampling, compile=True)
     for content in (CAT, DOG, BIRD):
         for each in (conversation, compiled):
             each.reply(content, lambda piece: None)
@@ -176,9 +176,11 @@ def test_bad_input(chatty, tokenizer, tmp_path, launch):
     checkpoint.write(foreign, state | {"chat_template": "{{ messages }}"})
     tiny_checkpoint(short, tokenizer)
     checkpoint.write(short, checkpoint.read(short) | {"chat_template": state["chat_template"]})
-    with pytest.raises(BadInput, match="name a --checkpoint"):
+    with pytest.raises(BadInput, match="name either --checkpoint or --model"):
         chat.main([])
-    for path, flags, says in ((plain, [], "no chat template: make one that has with posttrain.py"),
+    for path, flags, says in ((plain, ["--serve", "--port", "0"], "not learned to chat: teach it with posttrain.py"),
+                              (plain, ["--system", "x"], "--system is for a model that can chat"),
+                              (chatty[0], ["--model", "gpt2"], "name either --checkpoint or --model"),
                               (foreign, [], "another chat template"),
                               (short, [], "has 280 ids and its tokenizer with those of chat 284"),
                               (chatty[0], ["-p", "x" * 200], "shorten it"),
@@ -191,8 +193,20 @@ def test_bad_input(chatty, tokenizer, tmp_path, launch):
                               (chatty[0], ["--serve", "-p", "x"], "--prompt is for the terminal")):
         with pytest.raises(BadInput, match=says):
             chat.main(["--checkpoint", str(path), *flags])
-    done = launch("chat.py", "--checkpoint", plain)
+    done = launch("chat.py", "--checkpoint", plain, "--serve", "--port", 0)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "posttrain.py" in done.stderr
+
+
+def test_a_base_model_continues_each_text_by_itself(tokenizer, tmp_path):
+    """Named by its run folder; what it writes is what generate.py writes."""
+    model = tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, init="xavier")
+    done = talk(tmp_path, tmp_path, [DOG, CAT, "x" * 99], "--max_new_tokens", "9")
+    settings = SampleConfig(max_new_tokens=9, temperature=0.0)
+    written = [sample(model, tokenizer, [text], settings)[0].removeprefix(text) for text in (DOG, CAT)]
+    assert done.returncode == 0 and done.stdout == "".join(f"{text}\n" for text in written)
+    notes = done.stderr.splitlines()
+    assert notes[0].endswith(": ckpt_00001.pt, the newest") and "posttrain.py teaches it to" in notes[1]
+    assert "shorten it" in notes[-1]
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def test_one_and_two_processes_give_the_same_results(launch, checkpoint, tasks, 
     one = launch("eval_harness.py", *flags, env=env)
     assert one.returncode == 0, one.stderr
     assert "|arc_easy" in one.stdout and "bits_per_byte" in one.stdout
-    beside = checkpoint.with_name("eval_00020.json")
+    beside = checkpoint.with_name("eval_00020_limit5.json")
     assert f"results: {beside}" in one.stdout
     two = launch("eval_harness.py", *flags, "--output", tmp_path / "two.json", processes=2, env=env)
     assert two.returncode == 0, two.stderr
@@ -131,17 +131,20 @@ def test_hugging_face_model_and_comparison(checkpoint, tasks, tmp_path, monkeypa
     eval_harness.main(["--model", str(save_random_gpt2(tmp_path / "random-gpt2")), *flags])
     eval_harness.main(["--checkpoint", str(checkpoint), *flags, "--limit", "4", "--batch_size", "2"])
     capsys.readouterr()
-    eval_harness.main(["--compare", "log/hf_random-gpt2", "log/a"])
+    eval_harness.main(["--compare", "log/hf_random-gpt2", "log/a/eval_00020_limit4.json"])
     text, markdown, note, chart = capsys.readouterr().out.strip().split("\n\n")
-    results = [accuracies(Path("log", name)) for name in ("hf_random-gpt2/eval.json", "a/eval_00020.json")]
+    results = [accuracies(Path("log", name)) for name in ("hf_random-gpt2/eval.json", "a/eval_00020_limit4.json")]
     for table in (text, markdown):
         assert "random-gpt2" in table and "lambada_openai" in table and "perplexity (lower is better)" in table
         for values in results:
             assert f"{values['piqa']['acc,none']:.4f} ± {values['piqa']['acc_stderr,none']:.4f}" in table
     assert markdown.startswith("| task")
-    assert note.splitlines()[:-1] == [f"{task}: not the same items, 6 (hf_random-gpt2), 4 (a 20)"
-                                      for task in ("piqa", "lambada_openai")]
-    assert "runs in the order given" in note.splitlines()[-1]
+    rows, *unequal = note.splitlines()
+    assert rows.startswith("rows: tasks in alphabetical order")
+    order = [line.split()[1] for line in markdown.splitlines()[2:]]
+    assert order == sorted(order) and set(order) == {"lambada_openai", "piqa"}
+    assert unequal == [f"{task}: not the same items, 6 (hf_random-gpt2), 4 (a/eval_00020_limit4)"
+                       for task in ("lambada_openai", "piqa")]
     assert chart == "chart: compare.png" and Path("compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -169,6 +172,19 @@ def test_a_run_is_its_newest_results(tmp_path):
     assert rows == [["t", "acc", "0.3000", ""], ["t", "exact_match (strict)", "", "0.5000 ± 0.1250"]]
 
 
+def test_a_limited_trial_stands_for_nothing_and_blocks_nothing(checkpoint, tasks, tmp_path):
+    """The checkpoint is named by its run folder."""
+    flags = ["--checkpoint", str(checkpoint.parent), "--tasks", "piqa", "--data_dir", str(tasks), "--device", "cpu"]
+    eval_harness.main([*flags, "--limit", "2"])
+    with pytest.raises(BadInput, match="those with --context or --limit do not count"):
+        eval_harness.newest_results(checkpoint.parent)
+    eval_harness.main(flags)
+    assert {path.name for path in checkpoint.parent.glob("eval*")} == {"eval_00020_limit2.json", "eval_00020.json"}
+    assert eval_harness.newest_results(checkpoint.parent)[1]["n-samples"]["piqa"]["effective"] == 6
+    saved = json.loads(checkpoint.with_name("eval_00020.json").read_text())
+    assert saved["config"]["checkpoint"] == str(checkpoint)
+
+
 def test_results_with_a_context_are_apart(checkpoint, tasks, tmp_path):
     """The texts are longer than 48 tokens, so that what is seen of them counts."""
     flags = ["--checkpoint", str(checkpoint), "--tasks", "wikitext", "--data_dir", str(tasks), "--device", "cpu"]
@@ -180,7 +196,7 @@ def test_results_with_a_context_are_apart(checkpoint, tasks, tmp_path):
     for path, name in ((checkpoint.parent, trained), (checkpoint.with_name(longer), longer)):
         assert eval_harness.newest_results(path)[1]["results"]["wikitext"]["bits_per_byte,none"] == results[name]
     checkpoint.with_name("eval_00020.json").unlink()
-    with pytest.raises(BadInput, match="those with --context do not count"):
+    with pytest.raises(BadInput, match="those with --context or --limit do not count"):
         eval_harness.newest_results(checkpoint.parent)
     results_file(checkpoint.with_name("eval_00010.json"), **{"acc,none": 0.5})
     assert eval_harness.newest_results(checkpoint.parent)[0] == "a 10"
@@ -220,9 +236,10 @@ def test_the_chart_draws_accuracies_and_their_errors(tmp_path, monkeypatch):
             ("b", {"results": {"boolq": {"acc,none": 0.7, "acc_stderr,none": "N/A"}}})]
     eval_harness.bar_chart(runs, tmp_path / "chart.png")
     (axes,) = drawn[0].axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["piqa\nacc_norm", "boolq\nacc"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["boolq\nacc", "piqa\nacc_norm"]
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")]
-    assert heights == [[0.5, pytest.approx(math.nan, nan_ok=True)], [pytest.approx(math.nan, nan_ok=True), 0.7]]
+    assert heights == [[pytest.approx(math.nan, nan_ok=True), 0.5], [0.7, pytest.approx(math.nan, nan_ok=True)]]
+    assert "alphabetical" in axes.get_xlabel()
 
 
 @pytest.mark.parametrize("chart", ["nowhere/a.png", "a.xyz", "a", "/dev/null"])
@@ -253,7 +270,7 @@ def test_training_logs_what_the_script_finds_in_its_checkpoint(processes, launch
     scored = launch("eval_harness.py", "--checkpoint", "log/r/ckpt_00003.pt", "--tasks", "piqa,arc_easy,wikitext",
                     "--data_dir", tasks, "--limit", 4, "--device", "cpu")
     assert scored.returncode == 0, scored.stderr
-    results = json.loads((tmp_path / "log" / "r" / "eval_00003.json").read_text())["results"]
+    results = json.loads((tmp_path / "log" / "r" / "eval_00003_limit4.json").read_text())["results"]
     for task, metric in (("piqa", "acc_norm,none"), ("arc_easy", "acc_norm,none"), ("wikitext", "bits_per_byte,none")):
         assert logged[task][-1][1] == pytest.approx(results[task][metric], rel=1e-4)
         assert f"eval/{task} {results[task][metric]:.4f}" in run.stdout

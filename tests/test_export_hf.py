@@ -8,6 +8,7 @@ from helpers import ROOT, tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+import chat as chat_script
 import export_hf
 from lib import checkpoint, huggingface
 from lib.chat_template import JINJA, render
@@ -20,8 +21,9 @@ MODERN = dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=Fals
 
 def test_a_checkpoint_is_exported_checked_and_read_back(launch, tokenizer, tmp_path):
     model = tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, **MODERN | dict(n_experts=4, n_active=2))
-    result = launch("export_hf.py", "--checkpoint", "ckpt_00001.pt", "--out", "a/b", "--check")
-    assert (result.returncode, result.stderr) == (0, "")  # neither bars nor warnings of transformers and torch
+    result = launch("export_hf.py", "--checkpoint", ".", "--out", "a/b", "--check")
+    # neither bars nor warnings of transformers and torch
+    assert (result.returncode, result.stderr) == (0, ".: ckpt_00001.pt, the newest\n")
     assert "Glm4MoeForCausalLM" in result.stdout and "200 of 200 texts" in result.stdout
     assert len({path.stat().st_mode for path in (tmp_path / "a" / "b").iterdir()}) == 1
     idx = torch.randint(tokenizer.vocab_size, (2, 32))
@@ -77,7 +79,8 @@ def test_a_chat_model_keeps_its_template_and_its_ids(named, launch, tokenizer, t
     assert theirs.decode(render(chat, tokenizer)[0]) == "<|endoftext|>" + "".join(
         f"<|{m['role']}|>{m['content']}<|end|>" for m in chat)
     assert GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [tokenizer.eot, tokenizer.reserved["<|end|>"]]
-    ours = GPT.from_pretrained(tmp_path / "chat").eval()
+    ours, again, chats = chat_script.load_chat(str(tmp_path / "chat"), "cpu")
+    assert chats and again.same_ids(tokenizer)
     idx = torch.tensor([render(chat[1:3], tokenizer)[0]])[:, :32]
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), model(idx), rtol=0, atol=1e-4)
@@ -149,7 +152,7 @@ def test_bad_input(tokenizer, tmp_path, launch):
     tiny_checkpoint(tmp_path / "fits.pt", tokenizer)
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    for flags, says in (([], "name --checkpoint"), (["--checkpoint", path], "name --out"),
+    for flags, says in (([], "name either --checkpoint"), (["--checkpoint", path], "name --out"),
                         (["--checkpoint", path, "--out", tmp_path / "new"], "--softcap 15.0"),
                         (["--checkpoint", tmp_path / "fits.pt", "--out", full], "not an empty folder"),
                         (["--checkpoint", tmp_path / "fits.pt", "--out", full / "mine.txt" / "x"], "cannot write")):

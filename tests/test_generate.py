@@ -99,14 +99,16 @@ def test_out_of_memory_is_one_line(checkpoint):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("flags, says", [([], "name a --checkpoint"),
-                                         (["--checkpoint", "."], "name one, the newest is ckpt_00001.pt"),
+@pytest.mark.parametrize("flags, says", [([], "name either --checkpoint or --model"),
+                                         (["--checkpoint", "ckpt_00001.pt", "--model", "gpt2"], "name either"),
+                                         (["--checkpoint", "empty"], "holds neither a ckpt_<step>.pt nor"),
                                          (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
                                          (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
                                          (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"],
                                           "leave out one of them")])
 def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput) as error:
         generate.main(flags)
     assert says in str(error.value)

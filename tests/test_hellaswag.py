@@ -39,11 +39,12 @@ def test_one_and_two_processes_give_the_same_figures(launch, checkpoint, tokeniz
     for style, names in (("completion", {"acc": 1, "acc_norm": 2}), ("lm_eval", {"lm_eval_acc_norm": 3})):
         counts = evaluate(model, render(items[:9], tokenizer, 48, style), Processes("cpu"))
         want += [line(name, counts[k], 9) for name, k in names.items()]
-    flags = ["--checkpoint", path, "--file", write_lines(tmp_path / "h.jsonl", items), "--limit", 9, "--device", "cpu"]
+    flags = ["--checkpoint", path.parent, "--file", write_lines(tmp_path / "h.jsonl", items), "--limit", 9, "--device", "cpu"]
     for processes in (1, 2):
         result = launch("hellaswag.py", *flags, processes=processes)
         assert result.returncode == 0, result.stderr
         assert figures(result.stdout) == want
+        assert result.stderr.count("ckpt_00001.pt, the newest\n") == 1  # of the run folder
 
 
 def test_a_longer_context_is_evaluated(launch, tokenizer, tmp_path):

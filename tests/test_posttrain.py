@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TINY_FLAGS, hellaswag_items, read_log, sentences, tiny_checkpoint, write_data, write_lines
+from helpers import (
+    ROOT,
+    TINY_FLAGS,
+    hellaswag_items,
+    read_log,
+    save_random_gpt2,
+    sentences,
+    tiny_checkpoint,
+    write_data,
+    write_lines,
+)
 from runs import assert_same_runs, cut, lines, scalars, steps_saved
 
+import chat
+import generate
 import posttrain
 import train_gpt2
 from lib import checkpoint
@@ -383,6 +395,29 @@ def test_what_a_run_begins_with_leaves_memory(base, chat_file, tmp_path, monkeyp
     assert newest(post(start, chat_file, tmp_path / "log" / "post")).name == "ckpt_00012.pt"
 
 
+def test_gpt2_learns_to_chat_and_is_named_by_its_run_folder(chat_file, tmp_path, monkeypatch, capsys):
+    """From "gpt2", here a folder of that name, to a model that chat.py talks with; the base before is one that completes."""
+    monkeypatch.chdir(tmp_path)
+    save_random_gpt2(tmp_path / "gpt2")
+    flags = ["--temperature", "0", "--max_new_tokens", "4", "--device", "cpu"]
+    generate.main(["--model", "gpt2", "--prompt", "the cat", "--samples", "1", *flags])
+    assert capsys.readouterr().out.startswith("the cat")
+    chat.main(["--model", "gpt2", "-p", "the cat", *flags])
+    assert "gpt2 has not learned to chat: it continues what you type" in capsys.readouterr().err
+    words = ["--model", "gpt2", "--data", str(chat_file), "--run_name", "post", *FLAGS, "--max_steps", "4", "--eval_every", "2",
+             "--total_batch_size", "192"]
+    posttrain.main(words)
+    state = checkpoint.read(newest(tmp_path / "log" / "post"))
+    assert state["train_config"]["max_lr"] == pytest.approx(6e-5) and state["train_config"]["model"] == "gpt2"
+    assert (state["model_config"]["vocab_size"], len(state["model"]["transformer.wte.weight"])) == (50261, 50304)
+    shutil.rmtree("gpt2")
+    posttrain.main([*words, "--max_steps", "6"])  # goes on without it
+    best = checkpoint.read(newest(tmp_path / "log" / "post"))["best"][1]
+    capsys.readouterr()
+    chat.main(["--checkpoint", "log/post", "-p", "where is the cat?", *flags])
+    assert f"log/post: ckpt_{best:05d}.pt, the " in capsys.readouterr().err
+
+
 def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, launch):
     start = base(*KINDS["modern"])
     first = newest(post(start, chat_file, tmp_path / "log" / "first"))
@@ -448,7 +483,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
     shutil.copy(chat_file, tmp_path / "folder")
     write_lines(tmp_path / "folder" / "dataset_infos.json", [{"default": {}}])
     cases = [
-        (["--data", chat_file], "name --checkpoint"), (["--checkpoint", base()], "name --data"),
+        (["--data", chat_file], "name either --checkpoint"), (["--checkpoint", base()], "name --data"),
         (command(base(), tmp_path / "none.jsonl", tmp_path / "log" / "x"), "cannot read"),
         (command(base(), tmp_path / "none", tmp_path / "log" / "x"), "cannot read"),
         (command(base(), csv, tmp_path / "log" / "x"), "cannot tell what"),

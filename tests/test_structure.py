@@ -2,9 +2,11 @@
 Run: python -m pytest tests/test_structure.py"""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -96,6 +98,18 @@ def test_importing_a_file_has_no_side_effects(script, tmp_path):
                             env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_that_names_files_or_folders_takes_a_tilde(script):
+    """By what its help says: a new one must not make a folder named ~."""
+    module = importlib.import_module(script)
+    configs = [value for value in vars(module).values() if is_dataclass(value)]
+    for field in (field for config in configs for field in fields(config) if field.metadata.get("help")):
+        says = field.metadata["help"].partition(";")[0]
+        names_one = re.search(r"\b(files?|folders?|jsonl|json|checkpoint)\b", says) and "str" in str(field.type)
+        is_path = field.metadata["path"] or field.name in ("run_name", "pretokenized")  # a name, an id of the hub
+        assert is_path or not names_one, f"--{field.name}: {says}"
 
 
 def test_no_flag_is_an_abbreviation_of_one_of_torchrun():

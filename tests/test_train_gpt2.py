@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -35,7 +36,7 @@ from helpers import (
 from runs import events, steps_saved
 
 import train_gpt2
-from lib import checkpoint, devices
+from lib import checkpoint, devices, huggingface
 from lib.budget import check_run, steps_of
 from lib.cli import BadInput, parse
 from lib.decoding import SHOWN, sample
@@ -81,7 +82,7 @@ def go(data, folder, *flags):
 
 def configured(data, *argv):
     """TrainConfig with the length of the run, GPTConfig and the names given, as main reads them."""
-    cfg, model_cfg, explicit, _ = train_gpt2.settings(["--data", str(data), *argv])
+    cfg, model_cfg, explicit, *_ = train_gpt2.settings(["--data", str(data), *argv])
     cfg.steps = steps_of(cfg, Shards(data).tokens["train"], 1000)
     return cfg, model_cfg, explicit
 
@@ -901,6 +902,111 @@ def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_
     assert [p.name for p in (tmp_path / "modern").glob("ckpt*")] == ["ckpt_00005.pt"]  # the last step, always
     assert "2 sequences x 32 tokens x 4 accumulation steps x 1 processes" in capsys.readouterr().out
     assert read_log(go(data, tmp_path / "again", *flags)) == log
+
+
+def test_printed_commands_work_with_spaces_and_a_tilde_is_the_home_folder(launch, data, tmp_path):
+    (tmp_path / "home").mkdir()
+    flags = [*TINY_FLAGS, "--max_steps", 3, "--data", data, "--log_dir=~/my log", "--run_name", "a run"]
+    result = launch("train_gpt2.py", *flags, env={"HOME": str(tmp_path / "home")})
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "home" / "my log" / "a run"
+    tensorboard, generate = (shlex.split(command) for command in re.findall("`(.*?)`", result.stdout.splitlines()[-1]))
+    assert tensorboard[-1] == str(folder.parent) and not (tmp_path / "~").exists()
+    result = launch(*generate[1:], "--max_new_tokens", 1, "--samples", 1)
+    assert result.returncode == 0, result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other weights to begin with
+
+FROM = ["--total_batch_size", "256", "--max_steps", "2", "--warmup_steps", "1", "--val_tokens", "330", "--eval_every", "1",
+        "--hellaswag_every", "0", "--sample_every", "0", "--device", "cpu"]
+
+
+def begin(name, data, folder, *flags):
+    """A run of two steps of the default preset that begins with other weights -> its folder."""
+    train_gpt2.main([str(word) for word in (*FROM, "--init_from", name, "--data", data, "--log_dir", folder.parent,
+                                            "--run_name", folder.name, *flags)])
+    return folder
+
+
+@pytest.fixture
+def gpt2_folder(tokenizer, tmp_path, monkeypatch):
+    """A random GPT2LMHeadModel and its tokenizer, where transformers finds it as "gpt2": in the current folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(5)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
+    config = GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=2, **ids)
+    model = GPT2LMHeadModel(config).eval()
+    for p in model.parameters():  # biases begin at 0, as if there were none
+        p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained("gpt2")
+    huggingface.write_tokenizer(tokenizer, "gpt2", 32)
+    return model
+
+
+@torch.no_grad()
+def reference_loss(model, data, tokenizer, rows):
+    """What transformers computes on the validation tokens, its vocabulary padded to `rows` ids with the mean logit."""
+    x, y = (torch.from_numpy(part).long() for part in read_validation(Shards(data), 330, 32, tokenizer))
+    logits = model(x).logits
+    missing = rows - logits.size(-1)
+    padded = torch.cat([logits, logits.mean(dim=-1, keepdim=True).expand(-1, -1, missing)], dim=-1)
+    return F.cross_entropy(padded.flatten(0, 1), y.flatten()).item()
+
+
+def test_a_run_begins_with_the_weights_of_hugging_faces_gpt2_and_resumes_without_them(
+        gpt2_folder, data, tokenizer, tmp_path, capsys):
+    folder = begin("gpt2", data, tmp_path / "log" / "a", "--dropout", "0.1")
+    before = reference_loss(gpt2_folder, data, tokenizer, 384)
+    assert read_log(folder)[0, "val"] == pytest.approx(before, rel=1e-4)  # at step 0, as transformers has it
+    config = json.loads((folder / "config.json").read_text())
+    want = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, pos="learned", mlp="gelu", bias=True, dropout=0.1,
+                vocab_size=tokenizer.vocab_size, vocab_multiple=128)
+    assert {name: config["model"][name] for name in want} == want and config["train"]["init_from"] == "gpt2"
+    shutil.rmtree("gpt2")  # what follows has to do without
+    begin("gpt2", data, folder, "--max_steps", "4")
+    assert "step 2; changed: --max_steps 2 -> 4\n" in capsys.readouterr().out
+    assert (3, "train") in read_log(folder)
+    with pytest.raises(BadInput, match="is of a run that began with --init_from gpt2, not --init_from elsewhere"):
+        begin("elsewhere", data, folder)
+
+
+def test_a_run_begins_with_a_run_folder_a_checkpoint_or_an_export(whole, data, tokenizer, tmp_path):
+    source = whole("gpt2")
+    last = source / "ckpt_00060.pt"
+    loss = read_log(source)[60, "val"]
+    for name in (source, last):
+        folder = begin(name, data, tmp_path / "log" / f"of_{name.name}")
+        assert read_log(folder)[0, "val"] == pytest.approx(loss, abs=1e-4)
+        state = checkpoint.read(folder / "ckpt_00002.pt")
+        assert state["train_config"]["init_from"] == str(last) and state["step"] == 2  # with an optimizer of its own:
+        assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2.0}
+    begin(source, data, folder, "--max_steps", "3")  # goes on, whichever way the beginning is spelled
+    model, _, _ = train_gpt2.load_checkpoint(source)
+    huggingface.write(model, tokenizer, tmp_path / "exported")
+    exported = begin(tmp_path / "exported", data, tmp_path / "log" / "exported")
+    assert read_log(exported)[0, "val"] == pytest.approx(loss, abs=0.3)  # the rows that pad the vocabulary are new
+    short = begin(source, data, tmp_path / "log" / "short", "--block_size", "16")
+    assert checkpoint.read(short / "ckpt_00002.pt")["model"]["transformer.wpe.weight"].shape == (16, 32)
+
+
+def test_what_does_not_fit_the_weights_to_begin_with_is_refused_before_anything_is_written(gpt2_folder, data, tmp_path):
+    other = write_data(tmp_path / "other", train_bpe(sentences(300, 5), 290))
+    (tmp_path / "empty").mkdir()
+    for name, shards, flags, says in (
+            ("gpt2", data, ["--n_layer", "3", "--mlp", "swiglu"], "--n_layer 2 -> 3, --mlp gelu -> swiglu"),
+            ("gpt2", data, ["--block_size", "64"], "--block_size 32 -> 64"),
+            ("gpt2", data, ["--init", "xavier"], "--init gpt2 -> xavier"),
+            ("gpt2", other, [], "another tokenizer"),
+            ("nowhere", data, [], "cannot read nowhere"),
+            ("empty", data, [], "holds neither a ckpt_<step>.pt nor a model")):
+        with pytest.raises(BadInput) as error:
+            begin(name, shards, tmp_path / "log" / "x", *flags)
+        assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "log").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

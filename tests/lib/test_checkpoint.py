@@ -179,6 +179,23 @@ def test_newest_skips_what_is_torn(small, tmp_path):
         checkpoint.newest(tmp_path, warnings.append)
 
 
+def test_of_a_run_folder_the_best_checkpoint_is_picked_if_kept_else_the_newest(small, tmp_path, capsys):
+    state, content = small
+    for step, best in ((1, None), (2, [0.5, 1]), (3, [0.25, 2])):
+        checkpoint.write(checkpoint.path_of(tmp_path, step), state | {"step": step, "best": best})
+    for wanted, says in ((2, "the best, of validation loss 0.2500"), (3, "the newest")):
+        assert checkpoint.pick(tmp_path) == str(checkpoint.path_of(tmp_path, wanted))
+        assert capsys.readouterr().err == f"{tmp_path}: ckpt_{wanted:05d}.pt, {says}\n"
+        assert checkpoint.leads_to(tmp_path, checkpoint.pick(tmp_path)) and capsys.readouterr()
+        checkpoint.path_of(tmp_path, 2).unlink(missing_ok=True)  # the best: gone
+    checkpoint.path_of(tmp_path, 3).write_bytes(content[:-9])
+    assert checkpoint.pick(tmp_path) == str(checkpoint.path_of(tmp_path, 1))
+    assert "skipped: " in capsys.readouterr().err
+    path = checkpoint.path_of(tmp_path, 3)
+    assert checkpoint.pick(path) == path and capsys.readouterr().err == ""  # a file is itself, and says nothing
+    assert not checkpoint.leads_to(tmp_path / "other", path)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 

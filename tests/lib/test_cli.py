@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib import cli
-from lib.cli import BadInput, check, flag, launched, parse
+from lib.cli import BadInput, check, flag, launched, parse, path_flag
 
 
 @dataclass
@@ -61,6 +61,23 @@ def test_defaults_and_types():
     assert explicit == {"n_layer", "lr", "steps", "name", "norm", "act", "tied", "source", "sizes"}
     assert (read("--compile")[1].compile, read("--no-compile")[1].compile, read()[1].compile) == (True, False, None)
     assert [read("--micro_batch", word)[1].micro_batch for word in ("auto", "8", "1e2")] == ["auto", 8, 100]
+
+
+def test_a_tilde_in_front_of_a_path_is_the_home_folder(monkeypatch, tmp_path):
+    @dataclass
+    class Paths:
+        out: str = path_flag("~/default", "folder")
+        data: tuple[str, ...] = path_flag((), "folders")
+        prompt: str = flag("x", "text")
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (config,), _ = parse((Paths,), ["--out=~/a b", "--data", "~/x:3", "y/~", "~", "--prompt=~/x"])
+    assert config == Paths(out="/home/me/a b", data=("/home/me/x:3", "y/~", "/home/me"), prompt="~/x")
+    with pytest.raises(BadInput, match="--out ~nobody.of.that.name/x: there is no such home folder"):
+        parse((Paths,), ["--out", "~nobody.of.that.name/x"])
+    (tmp_path / "~mine").mkdir()
+    assert parse((Paths,), ["--out", "~mine"])[0][0].out == "~mine"
 
 
 @pytest.mark.parametrize("text, value", [("1e9", 10**9), ("10_000", 10_000), ("1.5e3", 1500), ("2.0", 2)])

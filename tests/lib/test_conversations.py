@@ -11,6 +11,7 @@ from lib.conversations import find_files, hold_out, read, truncate
 
 ASKED, TOLD = "Name a cat.", "Tom."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
 FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
 ROWS = [
@@ -25,6 +26,19 @@ ROWS = [
     ("prompt/response", {"prompt": FRAME.format(ASKED), "response": TOLD}, PAIR),
     ("prompt/response", {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot Jerry."), "response": TOLD}, WITH_INPUT),
     ("text", {"text": "Tom is a cat.\n"}, "Tom is a cat.\n"),
+    # whichever layout, what is asked about, who asks and what came before count
+    ("dolly", {"instruction": ASKED, "input": "Not Jerry.", "response": TOLD}, WITH_INPUT),
+    ("prompt/completion", {"prompt": ASKED, "context": "Not Jerry.", "completion": TOLD}, WITH_INPUT),
+    ("prompt/response", {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot"), "context": "Jerry.", "response": TOLD},
+     [{"role": "user", "content": f"{ASKED}\n\nNot\n\nJerry."}, PAIR[1]]),
+    ("alpaca", {"instruction": ASKED, "output": TOLD, "system": "Be brief.", "history": [["Hi", "Hello."]]},
+     [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, *PAIR]),
+    ("ShareGPT", {"system": "Be brief.", "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": TOLD}]},
+     [SYSTEM, *PAIR]),
+    ("messages", {"messages": [PAIR[0], PAIR[1] | {"weight": 0}, PAIR[0], PAIR[1] | {"weight": 1}]},
+     [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
+    ("ShareGPT", {"conversations": [*PAIR, PAIR[0], PAIR[1] | {"train": False}]},
+     [*PAIR, PAIR[0], PAIR[1] | {"learned": False}]),
 ]
 
 
@@ -42,6 +56,21 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
     for path in find_files([str(tmp_path)]):
         examples, line = read(path)
         assert examples == [example, example] and name in line and "skipped" not in line
+
+
+def test_what_is_not_used_is_named_once_per_file_and_what_is_marked_is_masked(tokenizer, tmp_path):
+    call = {"tool_calls": [{"name": "f"}], "weight": 0.5, "name": None}
+    rows = [{"messages": [PAIR[0], PAIR[1] | call], "tools": [{"name": "f"}], "id": 7}, {"messages": PAIR, "id": 8}]
+    _, line = read(str(write_lines(tmp_path / "a.jsonl", rows)))
+    assert line.endswith("(layout messages); not used: a message's tool_calls, a message's weight, id, tools")
+    rows = [{"prompt": ASKED, "completion": TOLD, "train": False}, {"prompt": ASKED, "completion": TOLD, "weight": 1},
+            {"system": "a", "system_prompt": "b", "prompt": ASKED, "completion": TOLD}]
+    examples, line = read(str(write_lines(tmp_path / "b.jsonl", rows)))
+    assert examples == [PAIR] and line.endswith(
+        "line 1: every answer is marked as not to be learned; line 3: two system messages") and "not used" not in line
+    ids, learned = render([PAIR[0], PAIR[1] | {"learned": False}, *PAIR], tokenizer)
+    once = render(PAIR, tokenizer)
+    assert learned == [False] * len(once[0]) + once[1][1:] and ids == once[0] + once[0][1:]
 
 
 def test_a_txt_is_one_text(tmp_path):

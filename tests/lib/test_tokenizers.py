@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from helpers import save_gpt2_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
@@ -254,6 +255,20 @@ def damages():
         edit("split twice", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True)),
         edit("added plain token", lambda d: d["added_tokens"].append({"id": 500, "content": "  ", "special": False})),
     ]
+
+
+def test_what_transformers_saves_of_gpt2_is_gpt2(bpe, tmp_path):
+    """Its template adds nothing; one that adds an id is refused."""
+    save_gpt2_tokenizer(tmp_path)
+    gpt2 = load_tokenizer("gpt2")
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.same_ids(gpt2) and gpt2.same_ids(loaded) and loaded.spec != gpt2.spec and not gpt2.same_ids(bpe)
+    for text in VARIED:
+        assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
+    data = json.loads(loaded.spec)
+    data["post_processor"]["special_tokens"] = {EOT: {"id": EOT, "ids": [50256], "tokens": [EOT]}}
+    with pytest.raises(BadInput, match="nothing else that changes ids"):
+        load_tokenizer(json.dumps(data))
 
 
 @pytest.mark.parametrize("damage", damages())
