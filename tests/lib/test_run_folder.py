@@ -206,7 +206,7 @@ def test_another_number_of_processes_and_micro_batch(launch, whole, data, tmp_pa
     assert result.returncode == 0, result.stderr
     assert "changed: --micro_batch 4 -> 2\n" in result.stdout and "x 2 processes\n" in result.stdout
     back = train(data, cut(two, tmp_path / "back", 10), *short, "--micro_batch", "8")
-    assert len(read_log(one)) == 19
+    assert len(read_log(one)) == 18
     for folder in (two, back):
         assert read_log(folder) == pytest.approx(read_log(one), rel=1e-5)
         assert final(folder)["loader"] == final(one)["loader"]
