@@ -389,8 +389,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
         """idx: int64 (B, T), T at most block_size. kv_cache: a KVCache, or a Packed for several texts per row.
 
-        Without targets: logits (B, T, vocab_size), or only those at `logits_at`, (rows, columns) -> (n, vocab_size).
-        The padding of the vocabulary is cut off, so no padded id can win.
+        Without targets: logits, fp32 (B, T, vocab_size), or only those at `logits_at`, (rows, columns) ->
+        (n, vocab_size). The padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
         positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
@@ -401,8 +401,8 @@ class GPT(nn.Module):
             x, v_first = block(x, x0, v_first, positions, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size]           # (B, T, V), cut
-            return soft_cap(logits, self.config.softcap)
+            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size].float()   # (B, T, V), cut
+            return soft_cap(logits, self.config.softcap)  # in fp32, as the loss: in bf16, large logits would tie
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
         return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with auxiliary gradients
 

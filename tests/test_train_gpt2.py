@@ -288,6 +288,23 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
     torch.testing.assert_close(model(idx, targets), F.cross_entropy(full, targets[:, :10].flatten(), reduction="sum"))
 
 
+@torch.no_grad()
+def test_logits_are_capped_in_fp32_as_the_loss_caps_them():
+    """In bf16, capped logits near the cap are 1/16 apart: what is scored and generated would be
+    another model than the one whose loss is measured."""
+    torch.manual_seed(0)
+    model = GPT(tiny(softcap=15.0, vocab_size=64, norm="rmsnorm", bias=False)).eval()
+    model.lm_head.weight.normal_(std=4.0)  # logits far beyond the cap
+    idx = torch.randint(64, (8, 16))
+    targets = torch.randint(64, (8, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(idx)
+        loss = model(idx, targets)
+    assert logits.abs().amax(dim=-1).median() > 14 and logits.dtype == torch.float32
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(nats, loss, rtol=1e-6, atol=0)
+
+
 def hidden(model, idx):
     """The residual stream before the last norm, by the plain loop."""
     positions = slice(idx.size(1))
@@ -1275,7 +1292,7 @@ def test_a_run_on_a_gpu_compiled_in_bf16_and_resumed(deterministic, launch, data
     model, _, _ = train_gpt2.load_checkpoint(log / "whole" / "ckpt_00015.pt", "cuda")
     idx = torch.randint(0, model.config.vocab_size, (2, 16), device="cuda")
     with devices.autocast(idx.device):
-        half = model(idx).float()
+        half = model(idx)
     assert (half - model(idx)).abs().max() < 0.05
     for step in (5, 10):
         shutil.copytree(log / "whole", log / f"from_{step}")
