@@ -41,8 +41,8 @@ import torch.nn.functional as F
 
 from lib import checkpoint, huggingface, rope
 from lib.attention import attention
-from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle
-from lib.cli import BadInput, RankError, check, flag, parse, run
+from lib.budget import LENGTHS, UNMEASURED, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle
+from lib.cli import BadInput, RankError, check, flag, is_main_process, parse, run
 from lib.cross_entropy import linear_cross_entropy, soft_cap
 from lib.decoding import NonFinite, SampleConfig, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
@@ -536,7 +536,9 @@ WARMUP_SHARE, WARMUP_LEAST = 0.0375, 40
 def lr_multiplier(step, cfg):
     """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
     # 1) linear warm-up, from the first step above zero
-    rule = max(round(WARMUP_SHARE * cfg.steps), min(WARMUP_LEAST, cfg.steps // 4))
+    rule = min(WARMUP_LEAST, cfg.steps // 4)
+    if cfg.steps < UNMEASURED:  # else --minutes has no length yet that could be shared out
+        rule = max(rule, round(WARMUP_SHARE * cfg.steps))
     warmup = rule if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup

@@ -13,7 +13,7 @@ from lib.devices import compute_dtype, memory_bytes
 from lib.moe import ExpertConfig
 
 MOST_STEPS = 2**31
-UNMEASURED = 1_000_000  # steps of a run of --minutes until its speed is known
+UNMEASURED = MOST_STEPS  # cfg.steps of a run of --minutes until its speed is known: no run is that long
 FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
 LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # the flags that set the length, of which a run has one
 RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
@@ -81,6 +81,9 @@ def steps_left(cfg, explicit, resume):
 def settle(cfg, c, explicit, corpus, parameters, world_size, resume=None):
     """Set cfg.steps and check a run's settings against each other, its data and the number of processes. Raises BadInput."""
     cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], parameters)
+    if resume and cfg.steps == UNMEASURED:
+        timed = resume.state.get("timed", (0, 0.0))
+        cfg.steps = StepTimer(cfg, timed).length(resume.state["step"])
     check_run(cfg, c, explicit, world_size)
     corpus.check_length(cfg)
 
@@ -182,13 +185,21 @@ class StepTimer:
         """Whether the length no longer follows the speed."""
         return not self.cfg.minutes or self.timed[1] >= FIT_SHARE * 60 * self.cfg.minutes
 
+    def length(self, step):
+        """The steps that --minutes allow after `step` updates, at least these; UNMEASURED if none was timed."""
+        tokens, seconds = self.timed
+        if not seconds:
+            return UNMEASURED
+        left = (60 * self.cfg.minutes - seconds) * tokens / seconds
+        return max(steps_in(tokens_of(step, self.cfg) + left, self.cfg), step)
+
     def fit(self, step, seconds):
         """`step` updates are behind, the last of which took `seconds` -> cfg.steps."""
         if self.cfg.minutes:
-            self.timed = tokens, total = self.timed[0] + batch_size(step - 1, self.cfg), self.timed[1] + seconds
-            limit = 60 * self.cfg.minutes
+            tokens, total = self.timed
+            self.timed = tokens + batch_size(step - 1, self.cfg), total + seconds
             if not self.stands or self.cfg.steps == UNMEASURED:
-                self.cfg.steps = max(steps_in(tokens_of(step, self.cfg) + (limit - total) * tokens / total, self.cfg), step + 1)
+                self.cfg.steps = max(self.length(step), step + 1)
         return self.cfg.steps
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.budget import tokens_of, warnings
+from lib.budget import UNMEASURED, tokens_of, warnings
 from lib.cli import BadInput, RankError, check, is_main_process, launched
 from lib.files import DISK_FULL, check_room, locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import Logger, Null
@@ -392,7 +392,9 @@ class RunFolder:
                      + ("talk to it" if command == "chat.py" else "sample again")
                      + f" with `python {command} --checkpoint {checkpoint.path_of(self.folder, best[1] if best else step)}`")
         else:
-            self.say(f"stopped at step {step} of {self.config['max_steps']}: "
+            length = self.config["max_steps"]
+            of_length = f" of {length}" if length < UNMEASURED else ""
+            self.say(f"stopped at step {step}{of_length}: "
                      f"the same command with --run_name {self.folder.name} goes on")
 
     def set_length(self, steps, stands):

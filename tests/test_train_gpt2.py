@@ -877,6 +877,26 @@ def test_minutes_set_the_length(data, tmp_path):
     assert f"\n{state['step'] - 1} train " in (folder / "log.txt").read_text()
 
 
+def test_minutes_have_a_rate_and_no_eta_before_they_are_measured(data, tmp_path, capsys):
+    """A warm-up that is a share of the run cannot be that of a length which is not known; and a run
+    extended by minutes knows its speed."""
+    at = TINY_FLAGS.index("--max_steps")  # and --warmup_steps behind it
+    flags = [*TINY_FLAGS[:at], *TINY_FLAGS[at + 4:], "--data", str(data), "--log_dir", str(tmp_path),
+             "--run_name", "a", "--eval_every", "0"]
+    train_gpt2.main([*flags, "--minutes", "0.02"])
+    said = capsys.readouterr().out
+    assert said.count("ETA unknown") == 2 and " days" not in said
+    rates = dict(events(tmp_path / "a")["optim/lr"])
+    assert [rates[0], rates[1]] == pytest.approx([5e-3 / 40, 5e-3 * 2 / 40])
+    first = len(rates)
+    train_gpt2.main([*flags, "--minutes", "0.04"])
+    assert "ETA unknown" not in capsys.readouterr().out
+    rates = dict(events(tmp_path / "a")["optim/lr"])
+    cfg = TrainConfig(max_lr=5e-3, steps=len(rates))  # half of the time is over: its length stands
+    want = [5e-3 * train_gpt2.lr_multiplier(step, cfg) for step in range(first, len(rates))]
+    assert [rates[step] for step in range(first, len(rates))] == pytest.approx(want)
+
+
 def test_a_curriculum_longer_than_the_minutes_allow_is_told_once(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "simple")
     flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
