@@ -43,6 +43,16 @@ def tokens_of(steps, cfg):
     return steps * cfg.total_batch_size - min(steps, _halved(cfg)) * (cfg.total_batch_size // 2)
 
 
+def _in_batches(steps, cfg):
+    """The first `steps` updates and their tokens, as text; None: of a run whose length is not known."""
+    halved, half = _halved(cfg), cfg.total_batch_size // 2
+    if not halved:
+        return f"steps of {cfg.total_batch_size:,} tokens"
+    if steps is not None and steps <= halved:
+        return f"steps of {half:,} tokens, half of --total_batch_size"
+    return f"steps of {cfg.total_batch_size:,} tokens, of {half:,} in the first {halved:,}"
+
+
 def steps_in(tokens, cfg):
     """Whole updates that so many tokens are enough for: the inverse of `tokens_of`."""
     halved, half = _halved(cfg), cfg.total_batch_size // 2
@@ -64,7 +74,7 @@ def steps_of(cfg, train_tokens, parameters):
         what = (f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else
                 f"{cfg.epochs:g} epochs of {train_tokens:,} tokens")
         many, first, second = ("too many", "lower", "raise") if steps else ("no", "raise", "lower")
-        raise BadInput(f"{what} are {many} steps of {cfg.total_batch_size:,}: "
+        raise BadInput(f"{what} are {many} steps of {batch_size(steps, cfg):,}: "
                        f"{first} --{'tokens_per_param' if ratio else 'epochs'} or {second} --total_batch_size")
     return steps
 
@@ -109,7 +119,8 @@ def plan(cfg, models, measured):
     speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
     head = f"steps of {cfg.total_batch_size:,}"
     lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); "
-             f"Kaplan et al. 2020 leave embeddings out; a vocabulary of {models[measured].config.vocab_size:,}",
+             f"Kaplan et al. 2020 leave embeddings out; a vocabulary of {models[measured].config.vocab_size:,}"
+             + (f"; the first {_halved(cfg):,} steps are of half as many tokens" if _halved(cfg) else ""),
              f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} {head:>17} {'FLOPs':>9}"
              + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
     for name, model in models.items():
@@ -209,6 +220,9 @@ def warnings(cfg, corpus):
     if stage > cfg.steps:
         lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: "
                      "the run ends within the curriculum; shorten it, or give more minutes")
+    if 0 < cfg.steps <= _halved(cfg):
+        lines.append(f"warning: all {cfg.steps:,} steps are of half of --total_batch_size: the run ends within its "
+                     f"--batch_warmup of {cfg.batch_warmup:,} tokens; lower it, or train for longer")
     if epochs > MANY_EPOCHS:
         lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, "
                      "beyond which repeated text teaches less and less: get more text, or train less on this")
@@ -222,8 +236,8 @@ def describe(cfg, model, corpus, processes):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     active = f", {counts['active']:,} of them active per token" if counts["active"] < counts["total"] else ""
     epochs, repeated = corpus.most_repeated(tokens)
-    length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
-              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
+    length = (f"{cfg.minutes:g} minutes of {_in_batches(None, cfg)}" if cfg.minutes else
+              f"{cfg.steps:,} {_in_batches(cfg.steps, cfg)} = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
               f"{tokens / counts['total']:,.4g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     return "\n".join([
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, "
