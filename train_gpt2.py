@@ -119,7 +119,7 @@ class TrainConfig:
     # optimizer
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the matrices in blocks, with AdamW for the rest")
     RATE = dict(above=0, at_most=1e6)
-    max_lr: float = flag(6e-4, "peak learning rate", **RATE)
+    max_lr: float = flag(6e-4, "peak learning rate; another --optimizer than the preset's brings its own rates", **RATE)
     embedding_lr: float | None = flag(None, "peak rate of embeddings; unset: --max_lr, 5 x it with --emb_norm", **RATE)
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
     vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
@@ -160,14 +160,21 @@ class TrainConfig:
     sequences: int | None = None  # per forward pass, from --micro_batch
 
 
+# Peak learning rates that an optimizer brings where it is not the preset's: Muon hardly learns at AdamW's, AdamW diverges
+# at Muon's
+RATES = {
+    "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
+    "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
+}
+FAR_OFF = 10  # times the usual --max_lr, up or down: a run that says so
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
 SPEEDRUN = dict(
     n_layer=11, n_head=4, n_embd=512, block_size=2048, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True,
     qk_norm=True, bias=False, token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0,
-    init="zero_proj", optimizer="muon", momentum=0.9, max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015,
-    weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7,
-    warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
+    init="zero_proj", optimizer="muon", momentum=0.9, **RATES["muon"], weight_decay=0.1, grad_clip=0.0,
+    total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0,
+    epochs=4.0, shuffle=True)
 TINY = SPEEDRUN | dict(
     n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
     data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=230,
@@ -866,9 +873,21 @@ def settings(argv):
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
+    if cfg.optimizer != PRESETS[cfg.preset].get("optimizer", TrainConfig.optimizer):  # the preset's rates are not for it
+        for name in RATES[cfg.optimizer].keys() - explicit:
+            setattr(cfg, name, RATES[cfg.optimizer][name])
     resume = find_resume(cfg, explicit)
     adopt(resume, cfg, model_cfg, explicit)
     return cfg, model_cfg, explicit, resume
+
+
+def rate_warning(cfg):
+    """A line if --max_lr is more than FAR_OFF times, or less than 1 / FAR_OFF of, what suits --optimizer; else None."""
+    usual = RATES[cfg.optimizer]["max_lr"]
+    if usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
+        return None
+    return (f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
+            f"--optimizer {cfg.optimizer}, {usual:g}: leave --max_lr out, or see that the loss falls")
 
 
 def adopt(resume, cfg, model_cfg, explicit):
@@ -1000,8 +1019,10 @@ def main(argv):
         model_cfg.vocab_size = ids or model_cfg.vocab_size
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
-    else:
-        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))
+        return
+    if "max_lr" in explicit and is_main_process() and (line := rate_warning(cfg)):
+        print(line)
+    launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))
 
 
 if __name__ == "__main__":

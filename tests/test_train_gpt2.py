@@ -103,6 +103,30 @@ def test_presets():
 
 
 @pytest.mark.parametrize("argv, want", [
+    ("--preset modern --optimizer muon", train_gpt2.RATES["muon"]),  # the preset's 1.8e-3 is AdamW's
+    ("--preset modern --optimizer muon --max_lr 0.02 --head_lr 0.1",
+     train_gpt2.RATES["muon"] | {"max_lr": 0.02, "head_lr": 0.1}),
+    ("--preset modern --optimizer adamw", {"max_lr": 1.8e-3, "embedding_lr": None}),
+    ("--preset speedrun --optimizer adamw", train_gpt2.RATES["adamw"]),
+    ("--preset tiny --optimizer muon", {"max_lr": 0.025, "embedding_lr": 0.5, "head_lr": 0.004}),
+])
+def test_an_optimizer_brings_its_own_rates(argv, want):
+    cfg, *_ = train_gpt2.settings(argv.split())
+    assert {name: getattr(cfg, name) for name in want} == want
+
+
+def test_a_run_keeps_the_rates_it_began_with_and_a_rate_far_off_is_told(data, tmp_path, capsys):
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--optimizer", "muon"]
+    train_gpt2.main([*flags, "--run_name", "a", "--max_lr", "1e-3"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: --max_lr 0.001 is 0.033 times the rate that suits --optimizer muon, 0.03: ")
+    cfg, *_ = train_gpt2.settings(["--preset", "gpt2", "--optimizer", "muon", "--log_dir", str(tmp_path), "--run_name", "a"])
+    assert (cfg.max_lr, cfg.embedding_lr) == (1e-3, 0.01)  # the checkpoint's
+    train_gpt2.main([*flags, "--run_name", "b", "--max_lr", "0.02"])
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, want", [
     (["--size", "gpt2-medium"], dict(n_layer=24, n_head=16, n_embd=1024)),
     (["--size", "gpt2-xl", "--n_layer", "6"], dict(n_layer=6, n_head=25, n_embd=1600)),
 ])
