@@ -952,7 +952,7 @@ class Pretraining:
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
         return [Evaluation("validation", cfg.eval_every, self.validation(cfg, tokenizer, block_size, processes)),
-                Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, block_size, processes)),
+                Evaluation("HellaSwag", cfg.hellaswag_every, hellaswag.tracked(cfg, tokenizer, processes)),
                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every,
                            harness.tracked(cfg, tokenizer, processes)),
                 Evaluation("samples", cfg.sample_every, self.samples(cfg, tokenizer), at_start=False)]
