@@ -220,7 +220,7 @@ def warnings(cfg, corpus):
     if stage > cfg.steps:
         lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: "
                      "the run ends within the curriculum; shorten it, or give more minutes")
-    if 0 < cfg.steps <= _halved(cfg):
+    if cfg.steps <= _halved(cfg):
         lines.append(f"warning: all {cfg.steps:,} steps are of half of --total_batch_size: the run ends within its "
                      f"--batch_warmup of {cfg.batch_warmup:,} tokens; lower it, or train for longer")
     if epochs > MANY_EPOCHS:
