@@ -881,13 +881,20 @@ def settings(argv):
     return cfg, model_cfg, explicit, resume
 
 
-def rate_warning(cfg):
-    """A line if --max_lr is more than FAR_OFF times, or less than 1 / FAR_OFF of, what suits --optimizer; else None."""
+def flag_warnings(cfg, model_cfg, explicit):
+    """Lines about flags of the command line that have no effect, or a rate far from what suits the optimizer."""
+    idle = {
+        "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
+        "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
+        "head_lr": (model_cfg.tie_embeddings, "--no-tie_embeddings"),
+    }
+    lines = [f"warning: --{name} has no effect without {needed}"
+             for name, (is_idle, needed) in idle.items() if is_idle and name in explicit]
     usual = RATES[cfg.optimizer]["max_lr"]
-    if usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
-        return None
-    return (f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
-            f"--optimizer {cfg.optimizer}, {usual:g}: leave --max_lr out, or see that the loss falls")
+    if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
+        lines.append(f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
+                     f"--optimizer {cfg.optimizer}, {usual:g}: leave --max_lr out, or see that the loss falls")
+    return lines
 
 
 def adopt(resume, cfg, model_cfg, explicit):
@@ -1020,7 +1027,7 @@ def main(argv):
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
         return
-    if "max_lr" in explicit and is_main_process() and (line := rate_warning(cfg)):
+    for line in flag_warnings(cfg, model_cfg, explicit) if is_main_process() else ():
         print(line)
     launch(cfg, model_cfg, explicit, resume, Pretraining(cfg))
 
