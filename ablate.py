@@ -1,7 +1,7 @@
 """What each change is worth: a list of flag changes, each trained at one budget with several seeds, priced in loss and dollars.
 
-    python ablate.py -- --preset speedrun --n_layer 8 --max_steps 280          # each part of the recipe, taken out
-    python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280              # each part there is, put in
+    python ablate.py -- --preset speedrun --n_layer 8 --max_steps 280    # each part of the recipe, taken out
+    python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280        # each part there is, put in
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
 
 Behind "--" stand flags of train_gpt2.py: the base. A line of --changes is flags that are added to the base's, or
@@ -51,8 +51,9 @@ AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # of parts that are numbers, 
 
 @dataclass
 class Config:
-    changes: str | None = flag(None, "file of changes, one per line; without it, each part that the base has and --preset gpt2 "
-                                     "has not is taken out, or, where there is none, each part is put in")
+    changes: str | None = flag(
+        None, "file of changes, one per line; without it, each part that the base has and "
+              "--preset gpt2 has not is taken out, or, where there is none, each part is put in")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     out: str = flag("log/ablation", "folder of the runs, the table and the picture")
@@ -82,13 +83,17 @@ class Run:
 def default_changes(base):
     """{name: flags}, one part of model, optimizer or schedule each, the model's shape apart.
 
-    Taken out: what the base has and --preset gpt2 has not. For a base without any, put in: every other choice.
+    Taken out: what the base has and --preset gpt2 has not. For a base without any, put in: every
+    other choice.
     """
     train, model, *_ = settings(base)
     parts = [(model, field) for field in dataclasses.fields(model) if field.name not in SHAPE]
     parts += [(train, field) for field in dataclasses.fields(train) if field.name in TRAINING]
-    taken_out = [(field.name, field.default) for config, field in parts if getattr(config, field.name) != field.default]
-    put_in = [(field.name, value) for config, field in parts for value in choices(config, field) if value != field.default]
+    taken_out, put_in = [], []
+    for config, field in parts:
+        if getattr(config, field.name) != field.default:
+            taken_out.append((field.name, field.default))
+        put_in += [(field.name, value) for value in choices(config, field) if value != field.default]
     changes = {}
     for name, value in taken_out or put_in:
         words = [f"--{name}", str(value)]
@@ -102,7 +107,9 @@ def choices(config, field):
     """The values of a part that are worth a run."""
     if isinstance(field.default, bool):
         return (True, False)
-    return AMOUNTS.get(field.name) or typing.get_args(typing.get_type_hints(type(config))[field.name])
+    if field.name in AMOUNTS:
+        return AMOUNTS[field.name]
+    return typing.get_args(typing.get_type_hints(type(config))[field.name])
 
 
 def read_changes(path):

@@ -317,7 +317,7 @@ def own_tokenizer(out, meta):
 
 
 def amount(split):
-    """A split's size as text. A document counts where it begins: a split that lies within one has none."""
+    """A split's size as text. A document counts where it begins: a split within one has none."""
     documents = f" of {split.documents:,} documents" if split.documents else ""
     return f"{split.tokens:,} tokens{documents}"
 

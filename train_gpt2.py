@@ -119,7 +119,7 @@ class TrainConfig:
     # optimizer
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the matrices in blocks, with AdamW for the rest")
     RATE = dict(above=0, at_most=1e6)
-    max_lr: float = flag(6e-4, "peak learning rate; another --optimizer than the preset's brings its own rates", **RATE)
+    max_lr: float = flag(6e-4, "peak learning rate; if --optimizer is not the preset's, its own", **RATE)
     embedding_lr: float | None = flag(None, "peak rate of embeddings; unset: --max_lr, 5 x it with --emb_norm", **RATE)
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
     vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
@@ -160,8 +160,7 @@ class TrainConfig:
     sequences: int | None = None  # per forward pass, from --micro_batch
 
 
-# Peak learning rates that an optimizer brings where it is not the preset's: Muon hardly learns at AdamW's, AdamW diverges
-# at Muon's
+# Peak learning rates that an optimizer brings where it is not the preset's, whose rates do not suit it
 RATES = {
     "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
     "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
@@ -873,7 +872,7 @@ def settings(argv):
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
-    if cfg.optimizer != PRESETS[cfg.preset].get("optimizer", TrainConfig.optimizer):  # the preset's rates are not for it
+    if cfg.optimizer != PRESETS[cfg.preset].get("optimizer", TrainConfig.optimizer):
         for name in RATES[cfg.optimizer].keys() - explicit:
             setattr(cfg, name, RATES[cfg.optimizer][name])
     resume = find_resume(cfg, explicit)
@@ -882,7 +881,7 @@ def settings(argv):
 
 
 def flag_warnings(cfg, model_cfg, explicit):
-    """Lines about flags of the command line that have no effect, or a rate far from what suits the optimizer."""
+    """Lines about flags that have no effect, or a rate far from what suits the optimizer."""
     idle = {
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
         "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
@@ -892,8 +891,9 @@ def flag_warnings(cfg, model_cfg, explicit):
              for name, (is_idle, needed) in idle.items() if is_idle and name in explicit]
     usual = RATES[cfg.optimizer]["max_lr"]
     if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
-        lines.append(f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
-                     f"--optimizer {cfg.optimizer}, {usual:g}: leave --max_lr out, or see that the loss falls")
+        lines.append(
+            f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
+            f"--optimizer {cfg.optimizer}, {usual:g}: leave it out, or see that the loss falls")
     return lines
 
 

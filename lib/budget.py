@@ -13,7 +13,7 @@ from lib.devices import compute_dtype, memory_bytes
 from lib.moe import ExpertConfig
 
 MOST_STEPS = 2**31
-UNMEASURED = MOST_STEPS  # cfg.steps of a run of --minutes until its speed is known: no run is that long
+UNMEASURED = MOST_STEPS  # steps of a run of --minutes until its speed is known: no run has as many
 FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
 LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # the flags that set the length, of which a run has one
 RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
@@ -44,7 +44,7 @@ def tokens_of(steps, cfg):
 
 
 def _in_batches(steps, cfg):
-    """The first `steps` updates and their tokens, as text; None: of a run whose length is not known."""
+    """The tokens of the first `steps` updates, as text; None: of a run of unknown length."""
     halved, half = _halved(cfg), cfg.total_batch_size // 2
     if not halved:
         return f"steps of {cfg.total_batch_size:,} tokens"
@@ -197,7 +197,7 @@ class StepTimer:
         return not self.cfg.minutes or self.timed[1] >= FIT_SHARE * 60 * self.cfg.minutes
 
     def length(self, step):
-        """The steps that --minutes allow after `step` updates, at least these; UNMEASURED if none was timed."""
+        """The steps that --minutes allow, `step` at least; UNMEASURED if no step was timed."""
         tokens, seconds = self.timed
         if not seconds:
             return UNMEASURED
@@ -221,8 +221,9 @@ def warnings(cfg, corpus):
         lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: "
                      "the run ends within the curriculum; shorten it, or give more minutes")
     if cfg.steps <= _halved(cfg):
-        lines.append(f"warning: all {cfg.steps:,} steps are of half of --total_batch_size: the run ends within its "
-                     f"--batch_warmup of {cfg.batch_warmup:,} tokens; lower it, or train for longer")
+        lines.append(f"warning: all {cfg.steps:,} steps are of half of --total_batch_size: the run "
+                     f"ends within its --batch_warmup of {cfg.batch_warmup:,} tokens; lower it, or "
+                     "train for longer")
     if epochs > MANY_EPOCHS:
         lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, "
                      "beyond which repeated text teaches less and less: get more text, or train less on this")

@@ -59,12 +59,11 @@ def _download(path):
 
 
 def render(items, tokenizer, style="completion"):
-    """Items -> list of (label, four rows), a row being (ids of the context, ids of the ending, characters of the ending).
+    """Items -> list of (label, four rows of (context ids, ending ids, characters of the ending)).
 
     style "completion" is build-nanogpt's: the context, a space, the ending, each encoded by itself.
     style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness, tasks/hellaswag);
-    items need an activity_label for it. What is longer than a model's context is scoring.score's to cut, for both styles as
-    the harness does.
+    items need an activity_label for it. Nothing is cut here: scoring.score cuts long rows as the harness does.
     """
     def encode(text):
         return tokenizer.encode(text).tolist()
