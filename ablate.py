@@ -1,6 +1,7 @@
 """What each change is worth: a list of flag changes, each trained at one budget with several seeds, priced in loss and dollars.
 
-    python ablate.py -- --preset speedrun --n_layer 8 --max_steps 280          # each part of the model, taken out
+    python ablate.py -- --preset speedrun --n_layer 8 --max_steps 280    # each part of the recipe, taken out
+    python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280        # each part there is, put in
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
 
 Behind "--" stand flags of train_gpt2.py: the base. A line of --changes is flags that are added to the base's, or
@@ -26,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +50,15 @@ OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help", 
 # a loss at the end is all that is asked for; the base may say otherwise
 QUIET = [f"--{name}=0" for name in ("hellaswag_every", "sample_every", "save_every")] + ["--eval_every=1000000"]
 SHAPE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", *ExpertConfig.__annotations__}
+TRAINING = {"optimizer", "schedule"}  # parts that are not the model's
+AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # of parts that are numbers, put in
 
 
 @dataclass
 class Config:
     changes: str | None = path_flag(
-        None, "file of changes, one per line; without it, each part of the model that the base has and "
-              "--preset gpt2 has not is taken out")
+        None, "file of changes, one per line; without it, each part that the base has and "
+              "--preset gpt2 has not is taken out, or, where there is none, each part is put in")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the picture")
@@ -81,19 +85,36 @@ class Run:
 # What is run
 
 
-def parts_taken_out(base):
-    """{name: flags} that set back, one at a time, what makes the base's model another than GPT-2's, its shape apart."""
-    _, model, *_ = settings(base)
+def default_changes(base):
+    """{name: flags}, one part of model, optimizer or schedule each, the model's shape apart.
+
+    Taken out: what the base has and --preset gpt2 has not. For a base without any, put in: every
+    other choice.
+    """
+    train, model, *_ = settings(base)
+    parts = [(model, field) for field in dataclasses.fields(model) if field.name not in SHAPE]
+    parts += [(train, field) for field in dataclasses.fields(train) if field.name in TRAINING]
+    taken_out, put_in = [], []
+    for config, field in parts:
+        if getattr(config, field.name) != field.default:
+            taken_out.append((field.name, field.default))
+        put_in += [(field.name, value) for value in choices(config, field) if value != field.default]
     changes = {}
-    for field in dataclasses.fields(model):
-        value, classic = getattr(model, field.name), field.default
-        if field.name not in SHAPE and value != classic:
-            is_bool = isinstance(value, bool)
-            words = [f"--{'' if classic else 'no-'}{field.name}"] if is_bool else [f"--{field.name}", str(classic)]
-            changes["_".join(words).removeprefix("--")] = words
-    if not changes:
-        raise BadInput("the base has no part that --preset gpt2 has not: name changes by --changes")
+    for name, value in taken_out or put_in:
+        words = [f"--{name}", str(value)]
+        if isinstance(value, bool):
+            words = [f"--{name}" if value else f"--no-{name}"]
+        changes["_".join(words).removeprefix("--")] = words
     return changes
+
+
+def choices(config, field):
+    """The values of a part that are worth a run."""
+    if isinstance(field.default, bool):
+        return (True, False)
+    if field.name in AMOUNTS:
+        return AMOUNTS[field.name]
+    return typing.get_args(typing.get_type_hints(type(config))[field.name])
 
 
 def read_changes(path):
@@ -146,7 +167,7 @@ def plan(cfg, base):
     """-> (all runs, the base's first, each checked before any begins; the --device of each). Raises BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
-    changes = {"base": []} | (read_changes(cfg.changes) if cfg.changes else parts_taken_out(base))
+    changes = {"base": []} | (read_changes(cfg.changes) if cfg.changes else default_changes(base))
     runs, devices = [], set()
     for change, words in changes.items():
         try:

@@ -341,6 +341,12 @@ def own_tokenizer(out, meta):
     return tokenizer
 
 
+def amount(split):
+    """A split's size as text. A document counts where it begins: a split within one has none."""
+    documents = f" of {split.documents:,} documents" if split.documents else ""
+    return f"{split.tokens:,} tokens{documents}"
+
+
 def is_done(out, meta):
     """Whether every shard is there and whole; says so."""
     if not meta or not meta.complete:
@@ -351,7 +357,7 @@ def is_done(out, meta):
         return False
     if meta.tokenizer.endswith(".json"):  # another would be on the network
         own_tokenizer(out, meta)
-    text = ", ".join(f"{split} {s.tokens:,} tokens of {s.documents:,} documents" for split, s in meta.splits.items())
+    text = ", ".join(f"{split} {amount(stats)}" for split, stats in meta.splits.items())
     settings = meta.settings or {}
     print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}"
           + f"; {meta.skipped_rows:,} rows skipped (empty or not text)" * (not settings.get("pretokenized"))

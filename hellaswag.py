@@ -59,7 +59,7 @@ def main(argv):
         if not all("activity_label" in item for item in items):
             del styles["lm_eval"]
         for style, names in styles.items():
-            rendered = render(items, tokenizer, model.config.block_size, style)
+            rendered = render(items, tokenizer, style)
             with autocast(processes.device):
                 counts = evaluate(model, rendered, processes)
             results |= {name: counts[k] for name, k in names.items()}

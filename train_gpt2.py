@@ -46,8 +46,19 @@ import torch.nn.functional as F
 
 from lib import checkpoint, compiler, huggingface, rope
 from lib.attention import attention
-from lib.budget import LENGTHS, StepTimer, batch_size, check_memory, describe, length_flag, plan, settle, tokens_of
-from lib.cli import BadInput, RankError, check, flag, parse, path_flag, run
+from lib.budget import (
+    LENGTHS,
+    UNMEASURED,
+    StepTimer,
+    batch_size,
+    check_memory,
+    describe,
+    length_flag,
+    plan,
+    settle,
+    tokens_of,
+)
+from lib.cli import BadInput, RankError, check, flag, note, parse, path_flag, run
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
 from lib.decoding import SHOWN, NonFinite, sample
 from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
@@ -124,7 +135,7 @@ class TrainConfig:
     # optimizer
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the matrices in blocks, with AdamW for the rest")
     RATE = dict(above=0, at_most=1e6)
-    max_lr: float = flag(6e-4, "peak learning rate", **RATE)
+    max_lr: float = flag(6e-4, "peak learning rate; if --optimizer is not the preset's, its own", **RATE)
     embedding_lr: float | None = flag(None, "peak rate of embeddings; unset: --max_lr, 5 x it with --emb_norm", **RATE)
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
     vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
@@ -174,14 +185,20 @@ class TrainConfig:
     sequences: int | None = None  # per forward pass, from --micro_batch
 
 
+# Peak learning rates that an optimizer brings where it is not the preset's, whose rates do not suit it
+RATES = {
+    "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
+    "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
+}
+FAR_OFF = 10  # times the usual --max_lr, up or down: a run that says so
 MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
               shuffle=True)
 SPEEDRUN = dict(
     n_layer=11, n_head=4, n_embd=512, block_size=2048, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True,
     qk_norm=True, bias=False, token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0,
-    init="zero_proj", optimizer="muon", momentum=0.9, max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015,
-    weight_decay=0.1, grad_clip=0.0, total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7,
-    warmup_steps=0, min_lr_frac=0.0, epochs=4.0, shuffle=True)
+    init="zero_proj", optimizer="muon", momentum=0.9, **RATES["muon"], weight_decay=0.1, grad_clip=0.0,
+    total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0,
+    epochs=4.0, shuffle=True)
 TINY = SPEEDRUN | dict(
     n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
     data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=230,
@@ -441,8 +458,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
         """idx: int64 (B, T), T at most block_size. kv_cache: a KVCache, or a Packed for several texts per row.
 
-        Without targets: logits (B, T, vocab_size), or only those at `logits_at`, (rows, columns) -> (n, vocab_size).
-        The padding of the vocabulary is cut off, so no padded id can win.
+        Without targets: logits, fp32 (B, T, vocab_size), or only those at `logits_at`, (rows, columns) ->
+        (n, vocab_size). The padding of the vocabulary is cut off, so no padded id can win.
         With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
         """
         positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
@@ -452,8 +469,8 @@ class GPT(nn.Module):
             x, v_first = block(x, x0, v_first, positions, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size]           # (B, T, V), cut
-            return soft_cap(logits, self.config.softcap)
+            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size].float()   # (B, T, V), cut
+            return soft_cap(logits, self.config.softcap)  # in fp32, as the loss: in bf16, large logits would tie
         loss = self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with auxiliary gradients
 
@@ -598,7 +615,9 @@ WARMUP_SHARE, WARMUP_LEAST = 0.0375, 40
 def lr_multiplier(step, cfg):
     """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
     # 1) linear warm-up, from the first step above zero
-    rule = max(round(WARMUP_SHARE * cfg.steps), min(WARMUP_LEAST, cfg.steps // 4))
+    rule = min(WARMUP_LEAST, cfg.steps // 4)
+    if cfg.steps < UNMEASURED:  # else --minutes has no length yet that could be shared out
+        rule = max(rule, round(WARMUP_SHARE * cfg.steps))
     warmup = rule if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup
@@ -967,6 +986,9 @@ def settings(argv):
         for name, value in SIZES[cfg.size].items():
             setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
         explicit |= SIZES[cfg.size].keys()
+    if cfg.optimizer != PRESETS[cfg.preset].get("optimizer", TrainConfig.optimizer):
+        for name in RATES[cfg.optimizer].keys() - explicit:
+            setattr(cfg, name, RATES[cfg.optimizer][name])
     resume = find_resume(cfg, explicit)
     start = begin_with(cfg, model_cfg, explicit) if cfg.init_from and not resume else None
     adopt(resume, cfg, model_cfg, explicit)
@@ -991,6 +1013,23 @@ def begin_with(cfg, model_cfg, explicit):
         positions = model.transformer.wpe.weight[:model_cfg.block_size]
         model.transformer.wpe.weight = nn.Parameter(positions.detach().clone())
     return [(model, tokenizer)]
+
+
+def flag_warnings(cfg, model_cfg, explicit):
+    """Lines about flags that have no effect, or a rate far from what suits the optimizer."""
+    idle = {
+        "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
+        "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
+        "head_lr": (model_cfg.tie_embeddings, "--no-tie_embeddings"),
+    }
+    lines = [f"warning: --{name} has no effect without {needed}"
+             for name, (is_idle, needed) in idle.items() if is_idle and name in explicit]
+    usual = RATES[cfg.optimizer]["max_lr"]
+    if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
+        lines.append(
+            f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
+            f"--optimizer {cfg.optimizer}, {usual:g}: leave it out, or see that the loss falls")
+    return lines
 
 
 def adopt(resume, cfg, model_cfg, explicit):
@@ -1085,7 +1124,7 @@ class Pretraining:
         at_start = self.has_learned or processes.device.type != "cpu"
         own_loss = self.validation(cfg, tokenizer, block_size, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
-        questions = hellaswag.tracked(cfg, tokenizer, block_size, processes, required=asked)
+        questions = hellaswag.tracked(cfg, tokenizer, processes, required=asked)
         tasks = harness.tracked(cfg, tokenizer, processes)
         texts = self.samples(cfg, tokenizer)
         found = [Evaluation("validation", cfg.eval_every, own_loss, at_start, compiled=True),
@@ -1186,8 +1225,10 @@ def main(argv):
         model_cfg.vocab_size = ids or model_cfg.vocab_size
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
-    else:
-        launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, explicit, start))
+        return
+    for line in flag_warnings(cfg, model_cfg, explicit):
+        note(line)
+    launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, explicit, start))
 
 
 if __name__ == "__main__":

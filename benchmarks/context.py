@@ -37,7 +37,7 @@ def nats_by_position(model, x, y, device):
         with autocast(device):
             logits = model(to_device(x[i:i + at_once], device))
         targets = to_device(y[i:i + at_once], device)
-        rows.append(torch.cat([F.cross_entropy(row.float(), target, reduction="none")[None]
+        rows.append(torch.cat([F.cross_entropy(row, target, reduction="none")[None]
                                for row, target in zip(logits, targets)]).cpu())
     return torch.cat(rows).double().numpy()
 

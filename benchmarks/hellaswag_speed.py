@@ -58,7 +58,7 @@ def main():
     print("| | items | seconds | items/s | acc_norm |\n|---|---:|---:|---:|---:|")
     for _ in range(args.rounds):
         started = time.perf_counter()
-        rendered = hellaswag.render(items, tokenizer, model.config.block_size)
+        rendered = hellaswag.render(items, tokenizer)
         between = time.perf_counter()
         with precision():
             n, _, right, _ = hellaswag.evaluate(model, rendered, processes)

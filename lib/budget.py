@@ -16,7 +16,7 @@ from lib.devices import compute_dtype, memory_bytes
 from lib.moe import ExpertConfig
 
 MOST_STEPS = 2**31
-UNMEASURED = 1_000_000  # steps of a run of --minutes until its speed is known
+UNMEASURED = MOST_STEPS  # steps of a run of --minutes until its speed is known: no run has as many
 FIT_SHARE = 0.25  # of --minutes in which the number of steps follows the measured speed; then it stands
 LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # the flags that set the length, of which a run has one
 RATIOS = (8, 12, 20, 40)  # tokens per parameter in the table of --plan
@@ -48,6 +48,16 @@ def tokens_of(steps, cfg):
     return steps * cfg.total_batch_size - min(steps, _halved(cfg)) * (cfg.total_batch_size // 2)
 
 
+def _in_batches(steps, cfg):
+    """The tokens of the first `steps` updates, as text; None: of a run of unknown length."""
+    halved, half = _halved(cfg), cfg.total_batch_size // 2
+    if not halved:
+        return f"steps of {cfg.total_batch_size:,} tokens"
+    if steps is not None and steps <= halved:
+        return f"steps of {half:,} tokens, half of --total_batch_size"
+    return f"steps of {cfg.total_batch_size:,} tokens, of {half:,} in the first {halved:,}"
+
+
 def steps_in(tokens, cfg):
     """Whole updates that so many tokens are enough for: the inverse of `tokens_of`."""
     halved, half = _halved(cfg), cfg.total_batch_size // 2
@@ -69,7 +79,7 @@ def steps_of(cfg, train_tokens, parameters):
         what = (f"{ratio:g} tokens for each of {parameters:,} parameters" if ratio else
                 f"{cfg.epochs:g} epochs of {train_tokens:,} tokens")
         many, first, second = ("too many", "lower", "raise") if steps else ("no", "raise", "lower")
-        raise BadInput(f"{what} are {many} steps of {cfg.total_batch_size:,}: "
+        raise BadInput(f"{what} are {many} steps of {batch_size(steps, cfg):,}: "
                        f"{first} --{'tokens_per_param' if ratio else 'epochs'} or {second} --total_batch_size")
     return steps
 
@@ -86,6 +96,9 @@ def steps_left(cfg, explicit, resume):
 def settle(cfg, c, explicit, corpus, parameters, world_size, resume=None):
     """Set cfg.steps and check a run's settings against each other, its data and the number of processes. Raises BadInput."""
     cfg.steps = steps_left(cfg, explicit, resume) or steps_of(cfg, corpus.tokens["train"], parameters)
+    if resume and cfg.steps == UNMEASURED:
+        timed = resume.state.get("timed", (0, 0.0))
+        cfg.steps = StepTimer(cfg, timed).length(resume.state["step"])
     check_run(cfg, c, explicit, world_size)
     corpus.check_length(cfg)
 
@@ -111,7 +124,8 @@ def plan(cfg, models, measured):
     speed = cfg.tok_per_sec and cfg.tok_per_sec * models[measured].flops_per_token()  # FLOP/s
     head = f"steps of {cfg.total_batch_size:,}"
     lines = ["tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of thumb is 20); "
-             f"Kaplan et al. 2020 leave embeddings out; a vocabulary of {models[measured].config.vocab_size:,}",
+             f"Kaplan et al. 2020 leave embeddings out; a vocabulary of {models[measured].config.vocab_size:,}"
+             + (f"; the first {_halved(cfg):,} steps are of half as many tokens" if _halved(cfg) else ""),
              f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} {head:>17} {'FLOPs':>9}"
              + f" {'hours':>10}" * bool(speed) + f" {'dollars':>12}" * bool(speed and cfg.price_per_hour)]
     for name, model in models.items():
@@ -187,13 +201,21 @@ class StepTimer:
         """Whether the length no longer follows the speed."""
         return not self.cfg.minutes or self.timed[1] >= FIT_SHARE * 60 * self.cfg.minutes
 
+    def length(self, step):
+        """The steps that --minutes allow, `step` at least; UNMEASURED if no step was timed."""
+        tokens, seconds = self.timed
+        if not seconds:
+            return UNMEASURED
+        left = (60 * self.cfg.minutes - seconds) * tokens / seconds
+        return max(steps_in(tokens_of(step, self.cfg) + left, self.cfg), step)
+
     def fit(self, step, seconds):
         """`step` updates are behind, the last of which took `seconds` -> cfg.steps."""
         if self.cfg.minutes:
-            self.timed = tokens, total = self.timed[0] + batch_size(step - 1, self.cfg), self.timed[1] + seconds
-            limit = 60 * self.cfg.minutes
+            tokens, total = self.timed
+            self.timed = tokens + batch_size(step - 1, self.cfg), total + seconds
             if not self.stands or self.cfg.steps == UNMEASURED:
-                self.cfg.steps = max(steps_in(tokens_of(step, self.cfg) + (limit - total) * tokens / total, self.cfg), step + 1)
+                self.cfg.steps = max(self.length(step), step + 1)
         return self.cfg.steps
 
 
@@ -203,6 +225,10 @@ def warnings(cfg, corpus):
     if stage > cfg.steps:
         lines.append(f"warning: --curriculum_steps {stage:,} is longer than the {cfg.steps:,} steps that --minutes allow: "
                      "the run ends within the curriculum; shorten it, or give more minutes")
+    if cfg.steps <= _halved(cfg):
+        lines.append(f"warning: all {cfg.steps:,} steps are of half of --total_batch_size: the run "
+                     f"ends within its --batch_warmup of {cfg.batch_warmup:,} tokens; lower it, or "
+                     "train for longer")
     if epochs > MANY_EPOCHS:
         lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, "
                      "beyond which repeated text teaches less and less: get more text, or train less on this")
@@ -241,8 +267,8 @@ def describe(cfg, model, corpus, processes, first=0):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     active = f", {counts['active']:,} of them active per token" if counts["active"] < counts["total"] else ""
     epochs, repeated = corpus.most_repeated(tokens)
-    length = (f"{cfg.minutes:g} minutes of steps of {cfg.total_batch_size:,} tokens" if cfg.minutes else
-              f"{cfg.steps:,} steps of {cfg.total_batch_size:,} tokens = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
+    length = (f"{cfg.minutes:g} minutes of {_in_batches(None, cfg)}" if cfg.minutes else
+              f"{cfg.steps:,} {_in_batches(cfg.steps, cfg)} = {tokens:,} tokens ({epochs:.2f} epochs of {repeated}, "
               f"{tokens / counts['total']:,.4g} tokens per parameter), {tokens * flops:.2e} FLOPs")
     return "\n".join([
         f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, "

@@ -159,7 +159,7 @@ class Decoder:
         at, lengths, tokens = torch.tensor(rows, device=device), lengths.to(device), tokens.to(device)
         cache = self.cache.at(at, torch.arange(tokens.size(1), device=device).expand_as(tokens), lengths - 1)
         with any_shape():
-            logits = self.model(tokens, kv_cache=cache, logits_at=(self.every[:len(rows)], lengths - 1)).float()
+            logits = self.model(tokens, kv_cache=cache, logits_at=(self.every[:len(rows)], lengths - 1))
         self.position[at] = lengths.clamp(max=self.length - 1)
         for row, ids in zip(rows, prompts, strict=True):
             self.lengths[row] = len(ids)
@@ -207,7 +207,7 @@ class Decoder:
         every, token, position = self.every[:rows], self.token[:rows], self.position[:rows]
         seen = (FlashFirst if self.flash else MaskedFirst)(position + 1, span)
         cache = self.cache.at(every, position[:, None], torch.zeros_like(every), seen)
-        logits = self.model(token[:, None], kv_cache=cache, logits_at=(slice(None), -1)).float()
+        logits = self.model(token[:, None], kv_cache=cache, logits_at=(slice(None), -1))
         position.add_(1).clamp_(max=self.length - 1)
         return logits
 

@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections import deque
 
-from lib.budget import hours_and_dollars
+from lib.budget import UNMEASURED, hours_and_dollars
 from lib.cli import BadInput
 
 # TensorBoard tag -> kind of line in log.txt, words on the console
@@ -59,7 +59,8 @@ class Logger:
         self._event(file_version="brain.Event:2", step=0)
         if number > 1:
             self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=first_step)
-        self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
+        self.bar = tqdm(initial=first_step, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
+        self.set_length(max_steps)
 
     # -- console --
 
@@ -78,9 +79,10 @@ class Logger:
                 os.dup2(nowhere, stream)
 
     def set_length(self, steps):
+        """How long the run is; UNMEASURED: not known yet."""
         self.max_steps = steps
         if self.bar is not None:
-            self.bar.total = steps
+            self.bar.total = steps if steps < UNMEASURED else None
 
     # -- a step, an evaluation --
 
@@ -95,11 +97,14 @@ class Logger:
         def ahead(first):
             return typical * (self.work(self.max_steps) - self.work(first))
 
+        eta = "unknown until steps are timed"
+        if self.max_steps < UNMEASURED:
+            eta = datetime.timedelta(seconds=round(ahead(step + 1)))
         self.scalars(step, scalars)
         mfu, memory, rate = (scalars.get(f"perf/{name}") for name in ("mfu", "memory_gb", "tok_per_sec"))
         text = (f"loss {scalars['Loss/train']:.4f} | lr {scalars['optim/lr']:.2e} | norm {scalars['optim/grad_norm']:.3f} | "
                 f"{seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | "
-                f"{f'{memory:.1f} GB | ' if memory else ''}ETA {datetime.timedelta(seconds=round(ahead(step + 1)))}")
+                f"{f'{memory:.1f} GB | ' if memory else ''}ETA {eta}")
         if self.bar is not None:
             with self._console():
                 self.bar.set_postfix_str(text, refresh=False)

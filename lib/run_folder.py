@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.budget import tokens_of, warnings
+from lib.budget import UNMEASURED, tokens_of, warnings
 from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, launched, note
 from lib.decoding import SHOWN
 from lib.files import (
@@ -560,7 +560,9 @@ class RunFolder:
         else:
             same = self.config["train"]["resume"] == "auto"
             named = "" if same else f" with --run_name {in_shell(self.folder.name)}"
-            self.say(f"stopped at step {step} of {self.config['max_steps']}: the same command{named} goes on")
+            length = self.config["max_steps"]
+            of_length = f" of {length}" if length < UNMEASURED else ""
+            self.say(f"stopped at step {step}{of_length}: the same command{named} goes on")
 
     def _try_it(self, path):
         """The command that lets its user see what the checkpoint at `path` has learned, as text."""

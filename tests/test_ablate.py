@@ -59,18 +59,38 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(la
         ablate.main([*map(str, ours), *TINY_FLAGS, "--data", str(data), "--max_lr", "1e-3"])
 
 
+RATES = {"max_lr", "embedding_lr", "head_lr", "vector_lr"}  # which an optimizer brings
+
+
+def set_by(words):
+    """All settings that these flags make, but for the rates."""
+    train, model, *_ = train_gpt2.settings(words)
+    whole = dataclasses.asdict(train) | dataclasses.asdict(model)
+    return {name: value for name, value in whole.items() if name not in RATES}
+
+
 def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
     base = ["--preset", "speedrun"]
-    changes = ablate.parts_taken_out(base)
+    changes = ablate.default_changes(base)
     assert [*changes] == ["mlp_gelu", "norm_layernorm", "pos_learned", "no-emb_norm", "no-qk_norm", "bias", "no-token_shift",
-                          "no-value_residual", "no-residual_scalars", "softcap_0.0", "init_gpt2"]
-    whole, classic = (dataclasses.asdict(train_gpt2.settings(["--preset", name])[1]) for name in ("speedrun", "gpt2"))
+                          "no-value_residual", "no-residual_scalars", "softcap_0.0", "init_gpt2",
+                          "optimizer_adamw", "schedule_cosine"]
+    whole, classic = set_by(base), set_by(["--preset", "gpt2"])
     for words in changes.values():
-        changed = dataclasses.asdict(train_gpt2.settings([*base, *words])[1])
-        (field, value), = changed.items() - whole.items()
+        (field, value), = set_by([*base, *words]).items() - whole.items()
         assert value == classic[field]
-    with pytest.raises(BadInput, match="no part that --preset gpt2 has not"):
-        ablate.parts_taken_out(["--preset", "gpt2", "--n_layer", "3"])
+
+
+def test_without_a_list_each_part_there_is_is_put_into_gpt2():
+    base = ["--preset", "gpt2", "--n_layer", "3"]
+    changes = ablate.default_changes(base)
+    assert [*changes] == ["mlp_swiglu", "mlp_relu2", "norm_rmsnorm", "pos_rope", "emb_norm", "qk_norm", "no-bias",
+                          "no-tie_embeddings", "dropout_0.1", "token_shift", "value_residual", "residual_scalars",
+                          "softcap_15.0", "init_xavier", "init_kaiming", "init_zero_proj", "optimizer_muon",
+                          "schedule_wsd", "schedule_linear"]
+    whole = set_by(base)
+    for words in changes.values():
+        assert len(set_by([*base, *words]).items() - whole.items()) == 1
 
 
 @pytest.mark.parametrize("text, base, told", [

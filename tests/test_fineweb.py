@@ -139,6 +139,12 @@ def test_every_format_gives_the_reference_ids(form, tmp_path, capsys):
     assert f"val 1,000 tokens of {in_val} documents" in capsys.readouterr().out
 
 
+def test_a_split_within_a_document_has_no_number_of_documents(tmp_path, capsys):
+    make(write_source(tmp_path, "jsonl", ["one word after another " * 50]), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "tokens of 1 documents, train " in said and "of 0 documents" not in said
+
+
 FIRST = len(reference(DOCUMENTS[:3]))
 TOTAL = len(reference(DOCUMENTS))
 

@@ -37,7 +37,7 @@ def test_one_and_two_processes_give_the_same_figures(launch, checkpoint, tokeniz
     path, model = checkpoint
     items, want = hellaswag_items(12), []
     for style, names in (("completion", {"acc": 1, "acc_norm": 2}), ("lm_eval", {"lm_eval_acc_norm": 3})):
-        counts = evaluate(model, render(items[:9], tokenizer, 48, style), Processes("cpu"))
+        counts = evaluate(model, render(items[:9], tokenizer, style), Processes("cpu"))
         want += [line(name, counts[k], 9) for name, k in names.items()]
     flags = ["--checkpoint", path.parent, "--file", write_lines(tmp_path / "h.jsonl", items), "--limit", 9, "--device", "cpu"]
     for processes in (1, 2):
@@ -54,7 +54,7 @@ def test_a_longer_context_is_evaluated(launch, tokenizer, tmp_path):
     model, want = tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"), []
     for longer in (model, extend(tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"),
                                  ContextConfig(192, "yarn"))):
-        counts = evaluate(longer, render(items, tokenizer, longer.config.block_size, "completion"), Processes("cpu"))
+        counts = evaluate(longer, render(items, tokenizer, "completion"), Processes("cpu"))
         want.append([line(name, counts[k], 12) for name, k in (("acc", 1), ("acc_norm", 2))])
     result = launch("hellaswag.py", "--checkpoint", path, "--file", write_lines(tmp_path / "h.jsonl", items), "--device", "cpu",
                     "--context", 192, "--rope_scaling", "yarn")

@@ -103,6 +103,44 @@ def test_presets():
 
 
 @pytest.mark.parametrize("argv, want", [
+    ("--preset modern --optimizer muon", train_gpt2.RATES["muon"]),  # the preset's 1.8e-3 is AdamW's
+    ("--preset modern --optimizer muon --max_lr 0.02 --head_lr 0.1",
+     train_gpt2.RATES["muon"] | {"max_lr": 0.02, "head_lr": 0.1}),
+    ("--preset modern --optimizer adamw", {"max_lr": 1.8e-3, "embedding_lr": None}),
+    ("--preset speedrun --optimizer adamw", train_gpt2.RATES["adamw"]),
+    ("--preset tiny --optimizer muon", {"max_lr": 0.025, "embedding_lr": 0.5, "head_lr": 0.004}),
+])
+def test_an_optimizer_brings_its_own_rates(argv, want):
+    cfg, *_ = train_gpt2.settings(argv.split())
+    assert {name: getattr(cfg, name) for name in want} == want
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--preset gpt2 --optimizer muon --max_lr 1e-3", "--max_lr 0.001 is 0.033 times the rate that suits --optimizer muon"),
+    ("--preset speedrun --optimizer adamw --max_lr 0.03", "--max_lr 0.03 is 50 times the rate that suits --optimizer adamw"),
+    ("--preset modern --momentum 0.9", "--momentum has no effect without --optimizer muon"),
+    ("--preset gpt2 --cooldown 0.7", "--cooldown has no effect without --schedule wsd"),
+    ("--preset speedrun --head_lr 0.01", "--head_lr has no effect without --no-tie_embeddings"),
+    ("--preset gpt2 --max_lr 1.8e-3", None),
+    ("--preset speedrun", None),
+    ("--preset tiny --head_lr 0.01 --cooldown 0.5 --momentum 0.95", None),
+])
+def test_flags_without_effect_and_rates_far_off_are_told(argv, says):
+    cfg, model_cfg, explicit, _ = train_gpt2.settings(argv.split())
+    lines = train_gpt2.flag_warnings(cfg, model_cfg, explicit)
+    assert len(lines) == bool(says)
+    assert not says or lines[0].startswith(f"warning: {says}")
+
+
+def test_a_run_keeps_the_rates_it_began_with(data, tmp_path, capsys):
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--optimizer", "muon"]
+    train_gpt2.main([*flags, "--run_name", "a", "--max_lr", "1e-3"])
+    assert capsys.readouterr().out.count("warning: --max_lr 0.001") == 1
+    cfg, *_ = train_gpt2.settings(["--preset", "gpt2", "--optimizer", "muon", "--log_dir", str(tmp_path), "--run_name", "a"])
+    assert (cfg.max_lr, cfg.embedding_lr) == (1e-3, 0.01)  # the checkpoint's
+
+
+@pytest.mark.parametrize("argv, want", [
     (["--size", "gpt2-medium"], dict(n_layer=24, n_head=16, n_embd=1024)),
     (["--size", "gpt2-xl", "--n_layer", "6"], dict(n_layer=6, n_head=25, n_embd=1600)),
 ])
@@ -290,6 +328,23 @@ def test_logits_are_cut_and_targets_of_minus_one_are_not_counted():
     targets[:, 10:] = -1
     full = model.lm_head(model.transformer.ln_f(hidden(model, idx)))[:, :10].flatten(0, 1)
     torch.testing.assert_close(model(idx, targets), F.cross_entropy(full, targets[:, :10].flatten(), reduction="sum"))
+
+
+@torch.no_grad()
+def test_logits_are_capped_in_fp32_as_the_loss_caps_them():
+    """In bf16, capped logits near the cap are 1/16 apart: what is scored and generated would be
+    another model than the one whose loss is measured."""
+    torch.manual_seed(0)
+    model = GPT(tiny(softcap=15.0, vocab_size=64, norm="rmsnorm", bias=False)).eval()
+    model.lm_head.weight.normal_(std=4.0)  # logits far beyond the cap
+    idx = torch.randint(64, (8, 16))
+    targets = torch.randint(64, (8, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(idx)
+        loss = model(idx, targets)
+    assert logits.abs().amax(dim=-1).median() > 14 and logits.dtype == torch.float32
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(nats, loss, rtol=1e-6, atol=0)
 
 
 def hidden(model, idx):
@@ -864,6 +919,26 @@ def test_minutes_set_the_length(data, tmp_path):
     assert f"\n{state['step'] - 1} train " in (folder / "log.txt").read_text()
 
 
+def test_minutes_have_a_rate_and_no_eta_before_they_are_measured(data, tmp_path, capsys):
+    """A warm-up that is a share of the run cannot be that of a length which is not known; and a run
+    extended by minutes knows its speed."""
+    at = TINY_FLAGS.index("--max_steps")  # and --warmup_steps behind it
+    flags = [*TINY_FLAGS[:at], *TINY_FLAGS[at + 4:], "--data", str(data), "--log_dir", str(tmp_path),
+             "--run_name", "a", "--eval_every", "0"]
+    train_gpt2.main([*flags, "--minutes", "0.02"])
+    said = capsys.readouterr().out
+    assert said.count("ETA unknown") == 2 and " days" not in said
+    rates = dict(events(tmp_path / "a")["optim/lr"])
+    assert [rates[0], rates[1]] == pytest.approx([5e-3 / 40, 5e-3 * 2 / 40])
+    first = len(rates)
+    train_gpt2.main([*flags, "--minutes", "0.04"])
+    assert "ETA unknown" not in capsys.readouterr().out
+    rates = dict(events(tmp_path / "a")["optim/lr"])
+    cfg = TrainConfig(max_lr=5e-3, steps=len(rates))  # half of the time is over: its length stands
+    want = [5e-3 * train_gpt2.lr_multiplier(step, cfg) for step in range(first, len(rates))]
+    assert [rates[step] for step in range(first, len(rates))] == pytest.approx(want)
+
+
 def test_a_curriculum_longer_than_the_minutes_allow_is_told_once(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "simple")
     flags = [flag for flag in TINY_FLAGS if flag not in ("--max_steps", "6")]
@@ -1424,7 +1499,7 @@ def test_a_run_on_a_gpu_compiled_in_bf16_and_resumed(deterministic, launch, data
     model, _, _ = train_gpt2.load_checkpoint(log / "whole" / "ckpt_00015.pt", "cuda")
     idx = torch.randint(0, model.config.vocab_size, (2, 16), device="cuda")
     with devices.autocast(idx.device):
-        half = model(idx).float()
+        half = model(idx)
     assert (half - model(idx)).abs().max() < 0.05
     for step in (5, 10):
         shutil.copytree(log / "whole", log / f"from_{step}")

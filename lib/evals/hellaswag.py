@@ -79,17 +79,13 @@ def _download(path):
     return path
 
 
-def render(items, tokenizer, block_size, style="completion"):
-    """Items -> list of (label, four rows), a row being (token ids, tokens of the ending, characters of the ending).
+def render(items, tokenizer, style="completion"):
+    """Items -> list of (label, four rows of (context ids, ending ids, characters of the ending)).
 
     style "completion" is build-nanogpt's: the context, a space, the ending, each encoded by itself.
     style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness, tasks/hellaswag);
-    items need an activity_label for it.
-    A row longer than block_size loses the beginning of its context. Raises BadInput if block_size leaves no room for any.
+    items need an activity_label for it. Nothing is cut here: scoring.score cuts long rows as the harness does.
     """
-    if items and block_size < 2:
-        raise BadInput("HellaSwag needs a context of at least 2 tokens (--block_size): train with --hellaswag_every 0")
-
     def encode(text):
         return tokenizer.encode(text).tolist()
 
@@ -102,8 +98,7 @@ def render(items, tokenizer, block_size, style="completion"):
             context, endings = clean(f"{item['activity_label']}: {context}"), [clean(e) for e in endings]
         context, rows = encode(context), []
         for ending in endings:
-            ids = encode(" " + ending)
-            rows.append(((context + ids)[-block_size:], min(len(ids), block_size - 1), max(len(ending), 1)))
+            rows.append((context, encode(" " + ending), max(len(ending), 1)))
         rendered.append((item["label"], rows))
     return rendered
 
@@ -134,15 +129,17 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
     mean per character], on every process those of all items. Raises NonFinite and RankError, as scoring.score does.
     """
     rows = [row for _, four in rendered for row in four]
-    pairs = ((ids[:-ending], ids[-ending:]) for ids, ending, _ in rows)
+    pairs = ((context, ending) for context, ending, _ in rows)
     nats, _ = score(model, pairs, processes, BATCH_TOKENS, progress=processes.main, stopped=stopped)
-    nats, n_tokens, n_chars = (np.reshape(x, (-1, 4)) for x in (nats, [row[1] for row in rows], [row[2] for row in rows]))
+    nats = np.reshape(nats, (-1, 4))
+    n_tokens = np.reshape([len(ending) for _, ending, _ in rows], (-1, 4))
+    n_chars = np.reshape([characters for _, _, characters in rows], (-1, 4))
     labels = np.array([label for label, _ in rendered])
     right = [int((scores.argmax(axis=1) == labels).sum()) for scores in (nats, nats / n_tokens, nats / n_chars)]
     return [len(rendered), *right]
 
 
-def tracked(cfg, tokenizer, block_size, processes, required):
+def tracked(cfg, tokenizer, processes, required):
     """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
     (model, stopped) -> {tag: acc_norm}.
 
@@ -158,7 +155,7 @@ def tracked(cfg, tokenizer, block_size, processes, required):
             line = f"warning: training goes on without HellaSwag: {error}"
             print(line, file=sys.stderr, flush=True)
         return None
-    questions = render(items, tokenizer, block_size)
+    questions = render(items, tokenizer)
 
     def run(model, stopped):
         with autocast(processes.device):

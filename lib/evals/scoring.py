@@ -24,8 +24,8 @@ from lib.devices import any_shape, to_device
 def score(model, pairs, processes, batch_tokens, batch_size=None, progress=False, stopped=lambda: False):
     """Log-likelihoods of continuations given their contexts, in batches of similar length.
 
-    model: callable, int64 (B, T) and logits_at=(rows, columns), int64 (n,) each -> the logits at these positions
-    (n, vocab_size); its config.block_size is the window. The caller sets autocast and eval mode.
+    model: callable, int64 (B, T) and logits_at=(rows, columns), int64 (n,) each -> the logits at these positions,
+    fp32 (n, vocab_size); its config.block_size is the window. The caller sets autocast and eval mode.
     pairs: iterable of (context, continuation), lists of token ids, the context not empty; the same on every process. What
     exceeds the window loses the beginning of its context; a continuation longer than the window is scored in pieces, each
     with all the context that fits, as lm-evaluation-harness's rolling windows do.
@@ -72,7 +72,7 @@ def score(model, pairs, processes, batch_tokens, batch_size=None, progress=False
         with failing_alone(processes), any_shape():
             target = to_device(target.astype(np.int64), processes.device)                            # (n,) tokens scored
             at = to_device(np.repeat(row, count), processes.device), to_device(column, processes.device)
-            logits = model(to_device(tokens, processes.device), logits_at=at).float()                # (n, vocab_size)
+            logits = model(to_device(tokens, processes.device), logits_at=at)                        # (n, vocab_size)
             if mine < len(batches):
                 owners.append(np.repeat(index, count))
                 nats.append(-F.cross_entropy(logits, target, reduction="none"))

@@ -19,6 +19,7 @@ from lib.budget import (
     steps_left,
     steps_of,
     tokens_of,
+    warnings,
 )
 from lib.cli import BadInput
 from lib.mixture import Corpus
@@ -94,14 +95,26 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     assert lines[4].startswith("device  cpu, ") and len(lines) == 5
     cfg.batch_warmup, cfg.sequences = 300, 2                                            # 4 steps of 64 tokens
     lines = describe(cfg, model, corpus, processes).splitlines()
-    assert lines[2].startswith("length  10 steps of 128 tokens = 1,024 tokens (1.60 epochs of toy, ")
+    assert lines[2].startswith("length  10 steps of 128 tokens, of 64 in the first 4 = 1,024 tokens (1.60 epochs of toy, ")
     assert lines[3] == ("batch   2 sequences x 16 tokens x 1 accumulation steps x 2 processes; "
                         "twice the accumulation from step 4 on")
+    cfg.steps = 4  # none of them of the whole batch
+    lines = describe(cfg, model, corpus, processes).splitlines()
+    assert lines[2].startswith("length  4 steps of 64 tokens, half of --total_batch_size = 256 tokens (0.40 epochs of toy, ")
     cfg.batch_warmup = 0
     cfg.steps = round(1000 * (weights + 16 * 32) / 128)
     assert ", 1,000 tokens per parameter)" in describe(cfg, model, corpus, processes)
     cfg.steps = 21
     assert "\nwarning: 4.2 epochs of toy, more than 4" in describe(cfg, model, corpus, processes)
+
+
+def test_a_run_that_ends_within_its_batch_warm_up_says_so():
+    corpus = SimpleNamespace(most_repeated=lambda tokens: (tokens / 10**6, "toy"))
+    cfg = SimpleNamespace(steps=4, minutes=None, total_batch_size=128, batch_warmup=256, curriculum_steps=None)
+    (line,) = warnings(cfg, corpus)
+    assert line.startswith("warning: all 4 steps are of half of --total_batch_size: the run ends within its --batch_warmup")
+    cfg.steps = 5
+    assert warnings(cfg, corpus) == []
 
 
 def test_minutes_become_steps_at_the_measured_speed():

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run_together, write_lines
+from helpers import run_together, tiny, write_lines
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lib.cli import BadInput
 from lib.devices import Processes
-from lib.evals import hellaswag
+from lib.evals import harness, hellaswag
+from train_gpt2 import GPT
 
 ITEM = {"ind": 1, "activity_label": "Baking", "ctx_a": "A cook mixes flour.", "ctx_b": "the cook",
         "ctx": "A cook mixes flour. the cook", "endings": ["bakes.", "sings.", "sleeps well.", "runs."], "label": 2}
@@ -38,7 +39,7 @@ class Prices:
 
 
 def test_the_three_scores_choose_by_sum_by_token_and_by_character():
-    rows = [([9, 8] + ending, len(ending), characters) for ending, characters in [
+    rows = [([9, 8], ending, characters) for ending, characters in [
         ([1], 1),            # 2 bits, 2 per token, 2 per character: best by sum
         ([0, 0, 0], 2),      # 3 bits, 1 per token, 1.5 per character: best by token
         ([2, 3, 1], 100),    # 8 bits, 2.7 per token, 0.08 per character: best by character
@@ -57,17 +58,17 @@ def test_the_three_scores_choose_by_sum_by_token_and_by_character():
 
 
 def texts(rendered, tokenizer):
-    return [(tokenizer.decode(ids[:len(ids) - ending]), tokenizer.decode(ids[len(ids) - ending:]), characters)
-            for _, rows in rendered for ids, ending, characters in rows]
+    return [(tokenizer.decode(context), tokenizer.decode(ending), characters)
+            for _, rows in rendered for context, ending, characters in rows]
 
 
 def test_completion_rendering(tokenizer):
-    rendered = hellaswag.render([ITEM], tokenizer, 1024)
+    rendered = hellaswag.render([ITEM], tokenizer)
     assert rendered[0][0] == 2
     assert texts(rendered, tokenizer) == [(ITEM["ctx"], " " + ending, len(ending)) for ending in ITEM["endings"]]
-    ids, ending, _ = rendered[0][1][0]  # build-nanogpt encodes the context and " ending" separately
-    assert ids == tokenizer.encode(ITEM["ctx"]).tolist() + tokenizer.encode(" bakes.").tolist()
-    assert ending == len(tokenizer.encode(" bakes."))
+    context, ending, _ = rendered[0][1][0]  # build-nanogpt encodes the context and " ending" separately
+    assert context == tokenizer.encode(ITEM["ctx"]).tolist()
+    assert ending == tokenizer.encode(" bakes.").tolist()
 
 
 @pytest.mark.parametrize("change, context, ending", [
@@ -81,7 +82,7 @@ def test_completion_rendering(tokenizer):
 ], ids=["plain", "capitals", "wikihow", "ending", "ctx alone"])
 def test_lm_eval_rendering(change, context, ending, tokenizer):
     item = {key: value for key, value in (ITEM | change).items() if value is not None}
-    have_context, have_ending, characters = texts(hellaswag.render([item], tokenizer, 1024, "lm_eval"), tokenizer)[0]
+    have_context, have_ending, characters = texts(hellaswag.render([item], tokenizer, "lm_eval"), tokenizer)[0]
     assert have_context.rstrip() == context.rstrip()
     assert have_ending == " " + ending and characters == len(ending)
 
@@ -99,18 +100,20 @@ def test_cleaning_takes_linear_time():  # the harness's takes many minutes
     assert hellaswag.clean("a]" + "[" * 300_000 + "\n]") == "a]" + "[" * 300_000 + "\n]"
 
 
-def test_long_rows_lose_the_beginning_of_the_context(tokenizer):
-    item = ITEM | {"ctx": "the cat sat on the mat. " * 20 + "the dog"}
-    whole = hellaswag.render([item], tokenizer, 10**6)[0][1]
-    for block_size in (40, 16):
-        for (ids, ending, characters), (all_ids, *same) in zip(hellaswag.render([item], tokenizer, block_size)[0][1], whole):
-            assert len(ids) == block_size and ids == all_ids[-block_size:]
-            assert [ending, characters] == same
-    # an ending longer than the model's context: all but its first token are scored
-    ids, ending, _ = hellaswag.render([item | {"endings": ["the cat sat. " * 20] * 4}], tokenizer, 16)[0][1][0]
-    assert len(ids) == 16 and ending == 15
-    with pytest.raises(BadInput, match="at least 2 tokens"):
-        hellaswag.render([item], tokenizer, 1)
+def test_what_is_longer_than_the_context_is_cut_as_the_harness_cuts_it(tokenizer, monkeypatch):
+    """The harness feeds all tokens but the last, so one more of them than the context holds counts."""
+    torch.manual_seed(0)
+    model = GPT(tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=24, init="xavier")).eval()
+    item = ITEM | {"ctx_a": "the cat sat on the mat. " * 20, "endings": [*ITEM["endings"][:3], "the dog stood on the mat."]}
+    scored = []
+    real = hellaswag.score
+    monkeypatch.setattr(hellaswag, "score", lambda *args, **how: scored.append(real(*args, **how)) or scored[-1])
+    hellaswag.evaluate(model, hellaswag.render([item], tokenizer, "lm_eval"), Processes("cpu"))
+    (nats, _), = scored
+    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}".replace("  ", " ")
+    requests = [SimpleNamespace(args=(context, f" {ending}")) for ending in item["endings"]]
+    want = harness.adapter(model, tokenizer, Processes("cpu")).loglikelihood(requests)
+    assert nats == pytest.approx([log_likelihood for log_likelihood, _ in want], abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,8 +180,8 @@ def test_any_bytes_are_bad_input_or_items_that_can_be_scored(tokenizer, tmp_path
         whole.append(bool(want) and all(map(is_item, want)))
         if whole[-1]:
             assert hellaswag.load(path) == want
-            hellaswag.render(want, tokenizer, 64)
-            hellaswag.render([item for item in want if "activity_label" in item], tokenizer, 64, "lm_eval")
+            hellaswag.render(want, tokenizer)
+            hellaswag.render([item for item in want if "activity_label" in item], tokenizer, "lm_eval")
         else:
             with pytest.raises(BadInput, match="any.jsonl"):
                 hellaswag.load(path)
