@@ -79,7 +79,7 @@ def test_the_start_says_parameters_flops_and_batch_arithmetic():
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     flops = 6 * weights + 12 * 2 * 32 * 16
     cfg = SimpleNamespace(steps=10, minutes=None, total_batch_size=128, batch_warmup=0, data="toy",
-                          val_tokens=100, sequences=2, curriculum_steps=None)
+                          val_tokens=100, sequences=2, curriculum_steps=None, init_from=None)
     shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
     corpus = SimpleNamespace(sources=[SimpleNamespace(shards=shards)], tokens=shards.tokens, is_mixed=False)
     corpus.describe, corpus.most_repeated = partial(Corpus.describe, corpus), lambda tokens: (tokens / 640, "toy")
