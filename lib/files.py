@@ -17,6 +17,8 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
+NAMED = 20           # files of a kind that are named where they are left out
 
 
 class Unreadable(BadInput):
@@ -73,6 +75,50 @@ def read_rows(path, remedy, check=lambda row: row):
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}, line {len(rows) + 1}: {error}: {remedy}") from error
     return rows
+
+
+def find_files(folder, wanted):
+    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about all others).
+
+    Whatever has a hidden name, or lies in a folder that has one, is left out. Links are followed; a file
+    or folder that several lead to is taken once. Raises Unreadable for a folder that cannot be listed.
+    """
+    found = []
+    others = {}
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path):
+        real = os.path.realpath(path)
+        if real in seen:
+            others.setdefault("read already, by another link", []).append(os.path.relpath(path, folder))
+            return False
+        seen.add(real)
+        return True
+
+    def stop(error):
+        raise Unreadable(f"cannot read {error.filename} ({error.strerror}): make it readable, or leave it out")
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(here, name))]
+        for name in sorted(files):
+            path = os.path.join(here, name)
+            relative = os.path.relpath(path, folder)
+            if any(part.startswith(HIDDEN) for part in Path(relative).parts):
+                others.setdefault("hidden or temporary", []).append(relative)
+            elif not wanted(name):
+                others.setdefault(Path(name).suffix or "no ending", []).append(relative)
+            elif is_new(path):
+                found.append(path)
+    return sorted(found), left_out(folder, others)
+
+
+def left_out(folder, kinds):
+    """Lines about files that are not read. kinds: {what kind: their names}."""
+    lines = []
+    for kind, names in kinds.items():
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        lines.append(f"left out of {folder} ({kind}): {', '.join(names[:NAMED])}{more}")
+    return lines
 
 
 def replace(path, write):
