@@ -40,12 +40,13 @@ SHOWN = 20                   # columns that are named where the one asked for is
 class Place:
     """A position in a Source, as meta.json keeps it.
 
-    part, path: which of its files. state: rows, of a .txt lines, before it in that file; None: none. In a dataset that
-    `datasets` reads, the state of that. skipped: rows without text so far. duplicates, hashes: what a Seen has met.
+    part, path: which of its files. skipped: rows without text so far. duplicates, hashes: what a Seen has met.
+    state: rows, of a .txt lines, before it in that file, None for none. Where `datasets` reads, its state, a dict;
+    older versions noted that everywhere, of a .txt in a list.
     """
     part: int = flag(0, None, at_least=0)
     path: str = flag("", None)
-    state: int | dict | None = flag(None, None, at_least=0, at_most=2**53)
+    state: int | dict | list | None = flag(None, None, at_least=0, at_most=2**53)
     skipped: int = flag(0, None, at_least=0, at_most=2**53)
     duplicates: int = flag(0, None, at_least=0, at_most=2**53)
     hashes: int = flag(0, None, at_least=0, at_most=2**53)
@@ -166,10 +167,16 @@ class Source:
                     break
 
     def understands(self, place):
-        """Whether `batches` can start from a place out of meta.json. Versions that read files through `datasets` noted its
-        state, which means nothing to the readers of this one."""
+        """Whether `batches` can start from a place out of meta.json (None: the beginning).
+
+        Versions that read files through `datasets` noted its state, which means nothing to the readers of this one.
+        Raises BadInput if the place is of other files.
+        """
         self._resolve()
-        return place is None or not isinstance(place.get("state"), (dict, list)) or place.get("path") in self.others
+        if place is None:
+            return True
+        place = self._check(place)
+        return not isinstance(place.state, (dict, list)) or place.path in self.others
 
     def _check(self, start):
         try:
@@ -177,16 +184,17 @@ class Source:
             cli.check(place)
         except (TypeError, BadInput) as error:
             raise BadInput(f"meta.json is damaged (source: {error}): give another --out") from error
-        if place.path not in self.parts[place.part:place.part + 1]:
+        if place.path not in [*self.parts[place.part:place.part + 1], *self.replaced]:
             raise BadInput(f"the files of --source have changed: {place.path} stood at place {place.part + 1} "
                            "among them; put them back, or give another --out")
         return place
 
     def _resolve(self):
-        """Replace the datasets of the hub among the parts by their files. One that has files of another format stays, and
-        is kept in `others`: {name: its builder}."""
+        """Replace the datasets of the hub among the parts by their files; `replaced` are their names. One that has files of
+        another format stays, and is kept in `others`: {name: its builder}."""
         if self.others is None:
             self.others = {}
+            self.replaced = []
             self.parts = [file for part in self.parts for file in self._files(part)]
 
     def _files(self, part):
@@ -203,7 +211,9 @@ class Source:
             builder = datasets.load_dataset_builder(part, self.name, revision=self.commits.get(part))
         files = list((builder.config.data_files or {}).get("train", ()))
         is_nested = getattr(builder.config, "field", None)  # rows of JSON below a key
-        if files and not is_nested and all(ON_HUB.match(file) and kind_of(file) in ("parquet", "json") for file in files):
+        if files and not is_nested and all(map(is_read_here, files)):
+            check_part(files[0], self.column)
+            self.replaced.append(part)
             return files
         self.others[part] = builder
         return [part]
@@ -239,17 +249,25 @@ def read_parquet(part, column, skip):
     done = skip or 0
     first = 0  # row of the file at which a row group begins
     with open_parquet(part) as parquet:
+        demand_column(part, column, parquet.schema_arrow.names)
         for group in range(parquet.num_row_groups):
             end = first + parquet.metadata.row_group(group).num_rows
-            # use_threads=False: a file of the hub is a Python object, which must not run in threads of pyarrow
-            wanted = [group] if end > done else []
-            for batch in parquet.iter_batches(BATCH_ROWS, wanted, [column], use_threads=False):
-                values = batch.column(0).to_pylist()[max(done - first, 0):]
-                first += batch.num_rows
-                if values:
+            if end > done:
+                # a file of the hub is a Python object, which must not run in threads of pyarrow
+                batches = parquet.iter_batches(BATCH_ROWS, [group], [column], use_threads=False)
+                for values in drop_rows(batches, done - first):
                     done += len(values)
                     yield values, done
             first = end
+
+
+def drop_rows(batches, count):
+    """Batches of pyarrow, of one column -> lists of its values, without the first `count` rows."""
+    for batch in batches:
+        values = batch.column(0).to_pylist()
+        if count < len(values):
+            yield values[count:]
+        count = max(count - len(values), 0)
 
 
 def read_json(part, column, skip):
@@ -366,6 +384,16 @@ def is_local(part):
     return os.path.lexists(part)
 
 
+def is_read_here(address):
+    """Whether a file of a dataset of the hub is for one of READERS. A .txt is not: there, each line is a document."""
+    return bool(ON_HUB.match(address)) and kind_of(address) in ("parquet", "json")
+
+
+def shown(part):
+    """A part as messages name it."""
+    return ON_HUB.sub(r"\1: ", part)
+
+
 def kind_of(path):
     """Which of READERS a file is for, told by its ending, whatever its case; None: for none of them."""
     stem, ending = os.path.splitext(path.lower())
@@ -384,9 +412,8 @@ def reading(part):
     except BadInput:
         raise
     except Exception as error:  # pyarrow, gzip, fsspec and the hub each raise their own
-        name = ON_HUB.sub(r"\1: ", part)
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"cannot read {name} ({cause}): {_remedy(part, error)} the same command again; "
+        raise BadInput(f"cannot read {shown(part)} ({cause}): {_remedy(part, error)} the same command again; "
                        "the shards already written stay") from error
 
 
@@ -416,11 +443,11 @@ def demand_column(part, column, names):
     """Raises BadInput if the text's column is not among those that a part has."""
     if column not in names:
         known = ", ".join(list(names)[:SHOWN]) or "(none)"
-        raise BadInput(f"{part} has no column {column}: name one of {known} by --text_column, or leave it out")
+        raise BadInput(f"{shown(part)} has no column {column}: name one of {known} by --text_column, or leave it out")
 
 
 def check_part(part, column):
-    """Raises BadInput if a local file cannot be read, or has no text in `column`, as far as its beginning shows."""
+    """Raises BadInput if a file cannot be read, or has no text in `column`, as far as its beginning shows."""
     with reading(part):
         if kind_of(part) == "parquet":
             with open_parquet(part) as parquet:

@@ -175,6 +175,30 @@ def test_files_are_read_in_the_order_given_and_folders_and_globs_by_name(tmp_pat
     assert read_shards(tmp_path / "out") == cut(reference(order), 200)
 
 
+def test_hidden_files_are_no_text_and_what_a_folder_holds_besides_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    far = write_source(tmp_path / "far", "jsonl", DOCUMENTS[10:20]).parent
+    source = write_source(tmp_path / "in", "jsonl", DOCUMENTS[:10])
+    source.rename(tmp_path / "in" / "a.JSONL")
+    (tmp_path / "in" / "linked").symlink_to(far)
+    (tmp_path / "in" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.jsonl", "_a.jsonl"):
+        (tmp_path / "in" / name).write_bytes(jsonl([{"text": "hidden"}]))
+    for name in ("._a.jsonl", "b.jsonl.bz2", "data.arrow"):
+        (tmp_path / "in" / name).write_bytes(b"\xff\xfe")
+    for out, sources in (("folder", ["in"]), ("pattern", ["in/*.[jJ]*[lL]", "in/linked/*", "in/_*"])):
+        hidden = [] if out == "folder" else ["hidden"]
+        make(sources, tmp_path / out, "--val_tokens", 0)
+        assert [ids for _, ids in read_shards(tmp_path / out)] == [reference([*DOCUMENTS[:20], *hidden])]
+    assert capsys.readouterr().out.count("left out of ") == 4
+    capsys.readouterr()
+    (tmp_path / "in" / "dataset_infos.json").write_text(json.dumps({"default": {"features": {}}}, indent=1))
+    with pytest.raises(cli.BadInput, match="in/dataset_infos.json has no column text: name one of default .*or leave it out"):
+        make("in", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_column_by_name_and_a_folder_named_after_the_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_source(tmp_path, "parquet", column="content").rename("books.v2.parquet")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,3 +294,11 @@ def test_flags_that_contradict_pretokenized():
             fineweb.configured(flags)
     cfg, _ = fineweb.configured(["--pretokenized", "fineweb-10BT"])
     assert (cfg.pretokenized, cfg.out) == ("kjj0/fineweb10B-gpt2", "fineweb10B-gpt2")
+
+
+def test_a_column_that_a_dataset_lacks_is_named_before_the_first_token(tmp_path, script):
+    for name, write in (("parquet", write_parquet), ("jsonl", write_jsonl)):
+        with Hub({"some/corpus": write(tmp_path / name)}) as hub:
+            line = one_line(script(hub, "--source", "some/corpus", "--text_column", "body", "--out", name + "_out"))
+        assert re.search(r"some/corpus: \S+ has no column body: name one of (tags|score), text by --text_column", line)
+        assert not (tmp_path / f"{name}_out").exists()
