@@ -201,9 +201,7 @@ class Source:
         if is_local(part):
             return [part]
         hub.check_answers(part)  # before the slow import
-        import datasets
-
-        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs is raised as well
+        datasets = hub.datasets_library()
         with explained(part):
             if part not in self.commits and not hub.is_offline():
                 self.commits[part] = hub.client().HfApi().dataset_info(part).sha

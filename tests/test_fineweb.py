@@ -908,6 +908,26 @@ def test_a_full_disk_keeps_what_is_written_and_the_run_continues(tmp_path, fails
     check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 500), DOCUMENTS)
 
 
+def test_local_files_need_no_network_and_no_home(tmp_path, launch):
+    """Through `datasets`, each file and pass asked the hub, 10 s each where packets are dropped, and wrote to HOME."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("""
+import os, sys
+
+def watch(event, args):
+    if event in ("socket.getaddrinfo", "socket.connect"):
+        os.write(2, b"asked the network\\n")
+        os._exit(9)
+
+sys.addaudithook(watch)
+""")
+    write_source(tmp_path / "in", "parquet")
+    write_source(tmp_path / "in", "jsonl.zst")
+    env = {"HF_HUB_OFFLINE": "0", "HOME": "/proc/none", "PYTHONPATH": str(tmp_path / "site")}
+    done = launch("fineweb.py", "--source", "in", "--out", "out", "--tokenizer", "bpe:300", env=env)
+    assert (done.returncode, done.stderr) == (0, "") and "out/ is complete" in done.stdout
+
+
 def test_the_script_itself(tmp_path, launch):
     """Bad input: one line, code 2, also without a network. A source of two documents: a warning."""
     done = launch("fineweb.py", "--source", "some/dataset",
