@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from lib.cli import BadInput, RankError
 from lib.files import check_room, open_file, replace
 
 NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
-NOT_THE_FILE = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass
+NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass
 NO_ROOM = "free some disk space, or --keep fewer; the checkpoints already there are whole"
 
 
@@ -56,9 +57,10 @@ def ours(path):
 
 
 def read(path):
-    """A checkpoint, its tensors memory-mapped on the CPU. Raises Torn if it is torn, damaged or foreign, else BadInput.
+    """A checkpoint, its tensors on the CPU, memory-mapped where the system allows it.
 
-    Loaded with weights_only=True: nothing in a downloaded file can run.
+    Raises Torn if it is torn, damaged or foreign, else BadInput. Loaded with weights_only=True: nothing in a downloaded
+    file can run.
     """
     require(path)
     try:
@@ -69,7 +71,7 @@ def read(path):
                 raise ValueError("compressed or overlapping records")  # torch.save makes none, and they could be of any size
             if damaged := archive.testzip():
                 raise ValueError(f"checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _load(path)
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
         if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_complex() or t.is_quantized for t in tensors(state)):
@@ -77,10 +79,30 @@ def read(path):
             raise TypeError("a tensor without data, sparse, complex or quantized")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILE:
-            raise RankError(f"cannot read {path} ({type(error).__name__}: {error}): fix that and start again") from error
-        raise Torn(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {str(error)[:80]}): "
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        if _is_memory(error):
+            raise RankError(f"cannot read {path} ({reason}): it needs {os.path.getsize(path) / 1e9:.2f} GB of memory, "
+                            "free some, or raise `ulimit -v`") from error
+        if getattr(error, "errno", None) in NOT_THE_FILE:
+            raise RankError(f"cannot read {path} ({reason}): fix that and start again") from error
+        raise Torn(f"{path} is not a whole checkpoint of this project ({reason}): "
                    "try an earlier ckpt_<step>.pt") from error
+
+
+def _load(path):
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        return load(mmap=True)
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+    return load(mmap=False)  # a file system without it, or `ulimit -v`
+
+
+def _is_memory(error):
+    """Whether an error is want of memory: torch has no class of its own for that."""
+    is_torchs = isinstance(error, RuntimeError) and re.search("allocate memory|not enough memory", str(error))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(is_torchs)
 
 
 def newest(folder, warn):

@@ -17,6 +17,9 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# how file systems say that they do not offer a call (SMB, drvfs, FUSE): unlike EIO, nothing is lost by that
+REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.EBADF, errno.EISDIR,
+           errno.EACCES, errno.EPERM)
 HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
 NAMED = 20           # files of a kind that are named where they are left out
 
@@ -130,7 +133,7 @@ def replace(path, write):
         with open(partial, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         _rename(partial, path)
     finally:
         with contextlib.suppress(OSError):
@@ -140,16 +143,31 @@ def replace(path, write):
 def move(source, path):
     """Give a whole file of the same disk another name, flushed to the disk first."""
     with open(source, "r+b") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
     _rename(source, Path(path))
 
 
 def _rename(source, path):
     os.replace(source, path)
-    if os.name == "posix":  # the new name itself is on the disk once its folder is
+    if os.name != "posix":
+        return
+    try:
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+    except PermissionError:  # files can be made in it, but not listed
+        return
+    try:
+        sync(folder)  # the new name itself is on the disk once its folder is
+    finally:
         os.close(folder)
+
+
+def sync(handle):
+    """Flush an open file or folder to the disk, where the file system offers that. Raises OSError if it fails (EIO)."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
 
 
 def write_json(path, value):

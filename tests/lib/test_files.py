@@ -1,6 +1,7 @@
 """Files read and written as promised, in processes that die. Run: python -m pytest tests/lib/test_files.py"""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -89,6 +90,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert read_json(path, "") == {"a": 1}
     write_json(path, {"a": 2})
     assert read_json(path, "") == {"a": 2} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("code, fails", [
+    (errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EACCES, False), (errno.EIO, True)])
+def test_a_file_system_that_does_not_sync_still_takes_files(code, fails, tmp_path, monkeypatch):
+    """SMB, drvfs and some FUSE refuse it, mostly for folders; an error of the disk stays one."""
+    def refuse(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        write_json(tmp_path / "a.json", {"a": 1})
+        files.move(tmp_path / "a.json", tmp_path / "b.json")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if fails else ["b.json"])
 
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
