@@ -616,9 +616,9 @@ def save_shard(path, ids):
 
 
 def resume_point(source, start, tokens):
-    """(place in the source, ids to drop behind it) of a Start, which lies `tokens` ids into the stream.
+    """(place in the source, ids to drop behind it) of a Start, `tokens` ids into the stream.
 
-    A place that an older fineweb.py noted cannot be read: everything before it is read again, and dropped.
+    A place that an older fineweb.py noted cannot be read: all before it is read again, and dropped.
     """
     if source.understands(start.source):
         return start.source, start.drop
@@ -631,7 +631,8 @@ def write_again(out, source, tokenizer, meta, record, workers):
     earlier = sum(other.tokens for other in meta.shards[:meta.shards.index(record)])
     start, drop = resume_point(source, record.start, earlier)
     pieces, count = [np.empty(0, meta.dtype)], 0
-    batches = source.batches(start, keep=False)  # another source's documents would be taken for met before
+    # keep=False: another source's documents would be taken for met before
+    batches = source.batches(start, keep=False)
     with contextlib.closing(encoded(batches, tokenizer, np.dtype(meta.dtype), workers)) as stream:
         for _, ids in stream:
             pieces.append(ids[drop:][:record.tokens - count])

@@ -19,7 +19,8 @@ from lib.cli import BadInput, RankError
 from lib.files import check_room, open_file, replace
 
 NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
-NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass
+# errors of reading that say nothing about the file
+NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
 NO_ROOM = "free some disk space, or --keep fewer; the checkpoints already there are whole"
 
 
@@ -59,8 +60,8 @@ def ours(path):
 def read(path):
     """A checkpoint, its tensors on the CPU, memory-mapped where the system allows it.
 
-    Raises Torn if it is torn, damaged or foreign, else BadInput. Loaded with weights_only=True: nothing in a downloaded
-    file can run.
+    Raises Torn if it is torn, damaged or foreign, else BadInput. Loaded with weights_only=True:
+    nothing in a downloaded file can run.
     """
     require(path)
     try:
@@ -81,7 +82,8 @@ def read(path):
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
         reason = f"{type(error).__name__}: {str(error)[:80]}"
         if _is_memory(error):
-            raise RankError(f"cannot read {path} ({reason}): it needs {os.path.getsize(path) / 1e9:.2f} GB of memory, "
+            size = f"{os.path.getsize(path) / 1e9:.2f} GB"
+            raise RankError(f"cannot read {path} ({reason}): it needs {size} of memory, "
                             "free some, or raise `ulimit -v`") from error
         if getattr(error, "errno", None) in NOT_THE_FILE:
             raise RankError(f"cannot read {path} ({reason}): fix that and start again") from error
@@ -101,8 +103,9 @@ def _load(path):
 
 def _is_memory(error):
     """Whether an error is want of memory: torch has no class of its own for that."""
-    is_torchs = isinstance(error, RuntimeError) and re.search("allocate memory|not enough memory", str(error))
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(is_torchs)
+    if isinstance(error, RuntimeError):
+        return bool(re.search("allocate memory|not enough memory", str(error)))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def newest(folder, warn):

@@ -29,7 +29,8 @@ import types
 import typing
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
-HF_CACHES = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
+HF_CACHES = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets",
+             "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
 EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
              errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
 
@@ -97,15 +98,16 @@ def _run(main):
 def complete_environment():
     """Set what libraries take for granted and a container may lack (docker --user, OpenShift).
 
-    A name for the user: torch 2.11 and 2.12 call their caches after it. Where HOME is missing or read-only, other
-    folders for Hugging Face's caches; what is cached there already is used as it is.
+    A name for the user: torch 2.11 and 2.12 call their caches after it. Where HOME is missing or
+    read-only, other folders for Hugging Face's caches; one that is there already is used.
     """
     user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "user"
     try:
         getpass.getuser()
     except (KeyError, OSError, ImportError):  # by Python's version and system
         os.environ["LOGNAME"] = user
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
     home = os.path.expanduser(home)
     for name, folder in HF_CACHES.items():
         if name not in os.environ and not _can_make(os.path.join(home, folder)):

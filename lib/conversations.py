@@ -101,8 +101,8 @@ def find_paths(words):
         if os.path.isdir(word):
             found, left_out = find_files(word, ending_of)
         if not found:
-            missing = f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one"
-            raise BadInput("; ".join([missing, *left_out]))
+            missing = f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards"
+            raise BadInput("; ".join([f"{missing}: name another one", *left_out]))
         paths += found
         lines += left_out
     for path in paths:

@@ -17,9 +17,9 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# how file systems say that they do not offer a call (SMB, drvfs, FUSE): unlike EIO, nothing is lost by that
-REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.EBADF, errno.EISDIR,
-           errno.EACCES, errno.EPERM)
+# how file systems (SMB, drvfs, FUSE) say that they do not offer a call: unlike EIO, no data is lost
+REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.EBADF,
+           errno.EISDIR, errno.EACCES, errno.EPERM)
 HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
 NAMED = 20           # files of a kind that are named where they are left out
 
@@ -81,10 +81,11 @@ def read_rows(path, remedy, check=lambda row: row):
 
 
 def find_files(folder, wanted):
-    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about all others).
+    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about others).
 
-    Whatever has a hidden name, or lies in a folder that has one, is left out. Links are followed; a file
-    or folder that several lead to is taken once. Raises Unreadable for a folder that cannot be listed.
+    Whatever has a hidden name, or lies in a folder that has one, is left out. Links are followed; a
+    file or folder that several lead to is taken once. Raises Unreadable where a folder cannot be
+    listed.
     """
     found = []
     others = {}
@@ -93,13 +94,15 @@ def find_files(folder, wanted):
     def is_new(path):
         real = os.path.realpath(path)
         if real in seen:
-            others.setdefault("read already, by another link", []).append(os.path.relpath(path, folder))
+            name = os.path.relpath(path, folder)
+            others.setdefault("read already, by another link", []).append(name)
             return False
         seen.add(real)
         return True
 
     def stop(error):
-        raise Unreadable(f"cannot read {error.filename} ({error.strerror}): make it readable, or leave it out")
+        raise Unreadable(f"cannot read {error.filename} ({error.strerror}): "
+                         "make it readable, or leave it out")
 
     for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
         folders[:] = [name for name in sorted(folders) if is_new(os.path.join(here, name))]
@@ -162,7 +165,7 @@ def _rename(source, path):
 
 
 def sync(handle):
-    """Flush an open file or folder to the disk, where the file system offers that. Raises OSError if it fails (EIO)."""
+    """Flush an open file or folder to the disk, where its file system can. Raises OSError (EIO)."""
     try:
         os.fsync(handle)
     except OSError as error:

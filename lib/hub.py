@@ -56,10 +56,12 @@ def client():
 
 
 def datasets_library():
-    """`datasets`, silent, without the HEAD request by which it counts each use of itself, of local files, too."""
+    """`datasets`, silent, without the HEAD request by which it counts uses of its readers, even on
+    local files."""
     import datasets
 
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs is raised as well
+    logging = datasets.utils.logging
+    logging.set_verbosity(logging.CRITICAL)  # what it logs is raised as well
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets
 

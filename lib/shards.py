@@ -52,7 +52,7 @@ def read_header(path, remedy=REPAIR):
 
 
 def read_shard(path, remedy=REPAIR):
-    """A shard -> read-only token ids (n,), uint16 or uint32, memory-mapped where the system allows it.
+    """A shard -> read-only token ids (n,), uint16 or uint32, memory-mapped where that is possible.
 
     Raises Damaged and Unreadable as `read_header`.
     """

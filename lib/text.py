@@ -1,9 +1,9 @@
 """Text out of files and of the Hugging Face hub, as a stream of documents that can be resumed anywhere.
 
-A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. Only the column of the text is read, so
-no other column can make a file fail: parquet by column, JSON row by row. All Python runs in the thread that asks
-for the next batch. The library `datasets` finds the files of a dataset of the hub, and reads them where they have
-another format.
+A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. Only the column of the
+text is read, so no other column can make a file fail: parquet by column, JSON row by row. All
+Python runs in the thread that asks for the next batch. The library `datasets` finds the files of
+a dataset of the hub, and reads them where they have another format.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from lib import cli, hub
 from lib.cli import BadInput, flag
 from lib.files import HIDDEN, find_files, left_out, open_file
 
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "txt"}  # ending -> reader
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "txt"}  # -> READERS
 PACKED = (".gz", ".zst")     # behind any of these but .parquet
 FORMATS = "parquet, jsonl(.gz|.zst) and txt"
 ON_HUB = re.compile(r"hf://datasets/([^@]+)@[^/]+/")  # a file of a dataset at a commit
@@ -40,9 +40,9 @@ SHOWN = 20                   # columns that are named where the one asked for is
 class Place:
     """A position in a Source, as meta.json keeps it.
 
-    part, path: which of its files. skipped: rows without text so far. duplicates, hashes: what a Seen has met.
-    state: rows, of a .txt lines, before it in that file, None for none. Where `datasets` reads, its state, a dict;
-    older versions noted that everywhere, of a .txt in a list.
+    part, path: which of its files. skipped: rows without text so far. duplicates, hashes: what a
+    Seen has met. state: rows, of a .txt lines, before it in that file, None for none. Where
+    `datasets` reads, its state, a dict; older versions noted that everywhere, of a .txt in a list.
     """
     part: int = flag(0, None, at_least=0)
     path: str = flag("", None)
@@ -117,9 +117,10 @@ class Seen:
 class Source:
     """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch.
 
-    parts: paths of files, as `find_parts` returns them, and ids of datasets of the hub, replaced by their files once they are
-    asked for. seen: a Seen, which drops documents met before; not the pieces of a .txt.
-    commits: dict from a dataset of the hub to its commit, filled in as it is opened; one that is there is read again.
+    parts: paths of files, as `find_parts` returns them, and ids of datasets of the hub, replaced by
+    their files once they are asked for. seen: a Seen, which drops documents met before; not the
+    pieces of a .txt. commits: dict from a dataset of the hub to its commit, filled in as it is
+    opened; one that is there is read again.
     """
 
     def __init__(self, cfg, parts, seen=None):
@@ -169,7 +170,7 @@ class Source:
     def understands(self, place):
         """Whether `batches` can start from a place out of meta.json (None: the beginning).
 
-        Versions that read files through `datasets` noted its state, which means nothing to the readers of this one.
+        Versions that read files through `datasets` noted its state, which no reader here understands.
         Raises BadInput if the place is of other files.
         """
         self._resolve()
@@ -190,8 +191,8 @@ class Source:
         return place
 
     def _resolve(self):
-        """Replace the datasets of the hub among the parts by their files; `replaced` are their names. One that has files of
-        another format stays, and is kept in `others`: {name: its builder}."""
+        """Replace the datasets of the hub among the parts by their files; `replaced` are their names.
+        One that has files of another format stays, and is kept in `others`: {name: its builder}."""
         if self.others is None:
             self.others = {}
             self.replaced = []
@@ -206,7 +207,8 @@ class Source:
             if part not in self.commits and not hub.is_offline():
                 self.commits[part] = hub.client().HfApi().dataset_info(part).sha
             hub.demand_whole_answers()
-            builder = datasets.load_dataset_builder(part, self.name, revision=self.commits.get(part))
+            commit = self.commits.get(part)
+            builder = datasets.load_dataset_builder(part, self.name, revision=commit)
         files = list((builder.config.data_files or {}).get("train", ()))
         is_nested = getattr(builder.config, "field", None)  # rows of JSON below a key
         if files and not is_nested and all(map(is_read_here, files)):
@@ -217,7 +219,7 @@ class Source:
         return [part]
 
     def _read(self, part, state):
-        """-> stream of (values of the column, or the next piece of a .txt; `state` of a Place after them)."""
+        """-> stream of (values of the column, or the next piece of a .txt; `state` after them)."""
         if part in self.others:
             return self._read_other(part, state)
         return READERS[kind_of(part)](part, self.column, state)
@@ -234,7 +236,7 @@ class Source:
                 yield table[self.column].to_pylist(), dataset.state_dict()
         finally:
             del dataset
-            gc.collect()  # an unfinished reader must go before the interpreter, or pyarrow aborts (arrow issue 45214)
+            gc.collect()  # an unfinished reader must go first, or pyarrow aborts (arrow issue 45214)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,8 +293,7 @@ def read_txt(part, column, skip):
             pass
         while new := list(itertools.islice(file, TXT_LINES)):
             lines = kept + new
-            places = range(len(lines) - 1, len(kept), -1)
-            cut = next((i for i in places if lines[i][:1].isalnum() and lines[i - 1].rstrip("\r\n")[-1:].strip()), None)
+            cut = last_cut(lines, len(kept))
             if cut is None and len(lines) > 64 * TXT_LINES:
                 cut = len(lines)  # no such place: cut anyway rather than fill the memory
             if cut is not None:
@@ -303,6 +304,14 @@ def read_txt(part, column, skip):
         yield ["".join(kept)], done + len(kept)
 
 
+def last_cut(lines, first):
+    """The last place behind `first` where a .txt may be cut, or None."""
+    for i in range(len(lines) - 1, first, -1):
+        if lines[i][:1].isalnum() and lines[i - 1].rstrip("\r\n")[-1:].strip():
+            return i
+    return None
+
+
 READERS = {"parquet": read_parquet, "json": read_json, "txt": read_txt}
 
 
@@ -311,13 +320,13 @@ DECODER = json.JSONDecoder(parse_int=float)
 
 
 def json_rows(file):
-    """The rows of a JSON file, as dicts: one per line, or an array of them, or a single one over several lines.
+    """The rows of a JSON file, as dicts: one per line, an array of them, or one over several lines.
 
     Raises ValueError, with the line or row, where it holds anything else.
     """
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     number, line = next(lines, (0, b""))
-    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that editors on Windows put in front
+    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of editors on Windows
     if line.lstrip().startswith(b"["):
         for place, row in enumerate(decode_json(line + file.read(), "it"), 1):
             yield demand_object(row, f"row {place}")
@@ -357,8 +366,9 @@ def open_part(part):
         if part.lower().endswith(".zst"):
             import pyarrow  # Python itself has no codec before 3.14
 
-            file = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
-            file = stack.enter_context(io.BufferedReader(file, 2**20))
+            packed = pyarrow.PythonFile(file, "r")
+            stream = stack.enter_context(pyarrow.CompressedInputStream(packed, "zstd"))
+            file = stack.enter_context(io.BufferedReader(stream, 2**20))
         yield file
 
 
@@ -383,7 +393,7 @@ def is_local(part):
 
 
 def is_read_here(address):
-    """Whether a file of a dataset of the hub is for one of READERS. A .txt is not: there, each line is a document."""
+    """Whether a file on the hub is for one of READERS. A .txt is not: there, a line is a document."""
     return bool(ON_HUB.match(address)) and kind_of(address) in ("parquet", "json")
 
 
@@ -393,7 +403,7 @@ def shown(part):
 
 
 def kind_of(path):
-    """Which of READERS a file is for, told by its ending, whatever its case; None: for none of them."""
+    """Which of READERS a file is for, by its ending, whatever its case; None: for none of them."""
     stem, ending = os.path.splitext(path.lower())
     packed = ending in PACKED
     if packed:
@@ -411,8 +421,8 @@ def reading(part):
         raise
     except Exception as error:  # pyarrow, gzip, fsspec and the hub each raise their own
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"cannot read {shown(part)} ({cause}): {_remedy(part, error)} the same command again; "
-                       "the shards already written stay") from error
+        raise BadInput(f"cannot read {shown(part)} ({cause}): {_remedy(part, error)} the same "
+                       "command again; the shards already written stay") from error
 
 
 def _remedy(part, error):
@@ -430,7 +440,7 @@ def _remedy(part, error):
 
 @contextlib.contextmanager
 def explained(name):
-    """Errors of the client of the hub, of `datasets`, of the readers that look at the first file, as BadInput."""
+    """Errors of the hub's client, of `datasets`, of readers that look at the first file, as BadInput."""
     try:
         yield
     except Exception as error:
@@ -441,11 +451,12 @@ def demand_column(part, column, names):
     """Raises BadInput if the text's column is not among those that a part has."""
     if column not in names:
         known = ", ".join(list(names)[:SHOWN]) or "(none)"
-        raise BadInput(f"{shown(part)} has no column {column}: name one of {known} by --text_column, or leave it out")
+        raise BadInput(f"{shown(part)} has no column {column}: name one of {known} by --text_column, "
+                       "or leave it out")
 
 
 def check_part(part, column):
-    """Raises BadInput if a file cannot be read, or has no text in `column`, as far as its beginning shows."""
+    """Raises BadInput if the beginning of a file cannot be read, or the file lacks the column."""
     with reading(part):
         if kind_of(part) == "parquet":
             with open_parquet(part) as parquet:
@@ -465,9 +476,9 @@ def check_part(part, column):
 
 
 def find_parts(sources, column):
-    """--source -> (paths of files and ids of datasets of the hub, in order; lines about files that are left out).
+    """--source -> (paths of files and ids of datasets, in order; lines about files left out).
 
-    Raises BadInput where a path holds nothing that can be read, and for a file without the column of the text.
+    Raises BadInput where a path holds nothing that can be read, and for a file without the column.
     """
     parts, lines = [], []
     for source in sources:

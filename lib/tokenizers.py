@@ -204,8 +204,9 @@ def train_bpe(texts, vocab_size):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    # tokenizers steps an iterator in threads of its own. Whatever Python frees there, such as a tensor of another library
-    # that the garbage collector finds, meets a thread state that is gone: torch 2.11 and 2.12 crash. A list runs no Python
+    # tokenizers steps an iterator in threads of its own. Whatever Python frees there, such as a
+    # tensor that the garbage collector finds, meets a thread state that is gone: torch 2.11 and
+    # 2.12 crash. A list runs no Python
     texts = [_replace_surrogates(text) for text in texts]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=False,
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
