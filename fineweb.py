@@ -19,7 +19,6 @@ import lib.startup  # noqa: F401 (before torch)
 
 import ast
 import contextlib
-import gc
 import importlib.util
 import json
 import os
@@ -59,7 +58,7 @@ from lib.shards import (
     read_shard,
     split_of,
 )
-from lib.text import Seen, Source, builder_of, find_parts
+from lib.text import Seen, Source, find_parts, is_local
 from lib.tokenizers import BPE_TEXT, MAX_BPE, load_tokenizer, train_bpe
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -157,9 +156,12 @@ def main(argv):
     meta = read_own_meta(out, cfg)
     if is_enough(cfg, meta) and is_done(out, meta):
         return
-    sources = () if cfg.pretokenized or cfg.docstrings else cfg.source
-    parts = [str(out / DOCSTRINGS)] if cfg.docstrings else [part for source in sources for part in find_parts(source)]
-    if "name" in given and any(map(builder_of, parts)):
+    parts = [str(out / DOCSTRINGS)]
+    if not (cfg.pretokenized or cfg.docstrings):
+        parts, left_out = find_parts(cfg.source, cfg.text_column)
+        for line in left_out:
+            print(line)
+    if "name" in given and any(map(is_local, parts)):
         raise BadInput("--name is a configuration of a dataset of the hub: leave it out with local files")
     with writing(out):
         meta = read_own_meta(out, cfg)  # another process may have gone on in the meantime
@@ -178,7 +180,7 @@ def make_shards(cfg, out, parts, meta, given):
     tokenizer = find_tokenizer(cfg, out, source, meta)
     if not meta or not meta.shards:
         meta = new_meta(cfg, tokenizer, given)
-    if not all(map(builder_of, parts)):  # a run goes on in the text that it began with
+    if not all(map(is_local, parts)):  # a run goes on in the text that it began with
         source.commits = meta.settings["commits"] = source.commits | meta.settings.get("commits", {})
     for record in missing_records(out, meta):
         write_again(out, source, tokenizer, meta, record, cfg.workers)
@@ -360,7 +362,7 @@ def is_done(out, meta):
     text = ", ".join(f"{split} {amount(stats)}" for split, stats in meta.splits.items())
     settings = meta.settings or {}
     print(f"{out}/ is complete: {text}; tokenizer {meta.tokenizer}"
-          + f"; {meta.skipped_rows:,} rows skipped (empty or not text)" * (not settings.get("pretokenized"))
+          + f"; {meta.skipped_rows:,} rows skipped (without text)" * (not settings.get("pretokenized"))
           + f"; {meta.duplicates:,} duplicates left out" * bool(settings.get("dedup")))
     documents = sum(split.documents for split in meta.splits.values())
     if documents < 3 and meta.splits["val"].shards:
@@ -563,7 +565,6 @@ def encoded(batches, tokenizer, dtype, workers):
             raise failure
     finally:
         batches.close()
-        gc.collect()  # an unfinished parquet reader must go before the interpreter, or pyarrow aborts (arrow issue 45214)
         executor.shutdown(cancel_futures=True)
 
 
@@ -604,7 +605,7 @@ class Writer:
         rest = np.concatenate([np.empty(0, self.dtype), *self.pieces])
         if not len(rest) and not self.written:
             raise BadInput("the source holds no documents: nothing was written; check --source and --text_column "
-                           f"({self.meta.skipped_rows:,} rows were empty or not text)")
+                           f"({self.meta.skipped_rows:,} rows were without text)")
         if self.val_size and not self.meta.splits["val"].shards:
             if self.val_given:
                 raise BadInput(f"--val_tokens {self.val_size:,} leaves nothing of the source's {len(rest):,} tokens for "
@@ -650,11 +651,24 @@ def save_shard(path, ids):
     replace(path, write)
 
 
+def resume_point(source, start, tokens):
+    """(place in the source, ids to drop behind it) of a Start, `tokens` ids into the stream.
+
+    A place that an older fineweb.py noted cannot be read: all before it is read again, and dropped.
+    """
+    if source.understands(start.source):
+        return start.source, start.drop
+    return None, tokens
+
+
 def write_again(out, source, tokenizer, meta, record, workers):
     """Make a shard that is missing or damaged from its own place in the source: the same ids, or BadInput."""
     print(f"{record.name} is missing or damaged: writing it again")
-    pieces, count, drop = [np.empty(0, meta.dtype)], 0, record.start.drop
-    batches = source.batches(record.start.source, keep=False)  # another source's documents would be taken for met before
+    earlier = sum(other.tokens for other in meta.shards[:meta.shards.index(record)])
+    start, drop = resume_point(source, record.start, earlier)
+    pieces, count = [np.empty(0, meta.dtype)], 0
+    # keep=False: another source's documents would be taken for met before
+    batches = source.batches(start, keep=False)
     with contextlib.closing(encoded(batches, tokenizer, np.dtype(meta.dtype), workers)) as stream:
         for _, ids in stream:
             pieces.append(ids[drop:][:record.tokens - count])
@@ -679,7 +693,7 @@ def row_of(cfg):
 def write_shards(cfg, out, source, tokenizer, meta):
     """The whole job: read, encode, write, say how far it is; continue where `meta` says an earlier run stopped."""
     writer = Writer(cfg, out, tokenizer, meta)
-    before, drop = meta.resume.source, meta.resume.drop
+    before, drop = resume_point(source, meta.resume, writer.written)
     if writer.written:
         print(f"continuing after {writer.written:,} tokens")
     row = row_of(cfg)

@@ -142,8 +142,9 @@ class Data:
         self.identity = self.former_identity = self._hash(self.source)
 
     def _read(self, words):
-        examples, lines = [], []
-        for path in conversations.find_files(words):
+        examples = []
+        paths, lines = conversations.find_paths(words)
+        for path in paths:
             try:
                 more, line = conversations.read(path, self.strict)
             except BadInput as error:
@@ -258,7 +259,7 @@ def read_data(cfg, explicit, tokenizer, block_size):
     if not shards:
         return Data(cfg, tokenizer, block_size)
     if others := [word for word in cfg.data if word not in shards]:
-        conversations.find_files(others)  # what is missing is told as such
+        conversations.find_paths(others)  # what is missing is told as such
         raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: "
                        "give one kind alone")
     if unused := sorted({"val_data", "val_share", "strict"} & explicit) or (["val_data"] if cfg.val_data else []):

@@ -57,7 +57,10 @@ def read(cfg, characters):
     """The documents of --source, until so many characters are read."""
     if not cfg.source:
         raise BadInput("name the text by --source")
-    return Source(cfg, [part for source in cfg.source for part in find_parts(source)]).texts(characters)
+    parts, left_out = find_parts(cfg.source, cfg.text_column)
+    for line in left_out:
+        print(line)
+    return Source(cfg, parts).texts(characters)
 
 
 def train(argv):

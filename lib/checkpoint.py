@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,7 +21,8 @@ from lib.cli import BadInput, RankError, flag, note, path_flag
 from lib.files import check_room, open_file, read_json, replace
 
 NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
-NOT_THE_FILE = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)  # may pass
+# errors of reading that say nothing about the file
+NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
 NO_ROOM = "free some disk space, or --keep fewer; the checkpoints already there are whole"
 
 
@@ -118,9 +120,10 @@ def ours(path):
 
 
 def read(path):
-    """A checkpoint, its tensors memory-mapped on the CPU. Raises Torn if it is torn, damaged or foreign, else BadInput.
+    """A checkpoint, its tensors on the CPU, memory-mapped where the system allows it.
 
-    Loaded with weights_only=True: nothing in a downloaded file can run.
+    Raises Torn if it is torn, damaged or foreign, else BadInput. Loaded with weights_only=True:
+    nothing in a downloaded file can run.
     """
     open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
     try:
@@ -131,7 +134,7 @@ def read(path):
                 raise ValueError("compressed or overlapping records")  # torch.save makes none, and they could be of any size
             if damaged := archive.testzip():
                 raise ValueError(f"checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _load(path)
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
         if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_complex() or t.is_quantized for t in tensors(state)):
@@ -139,9 +142,14 @@ def read(path):
             raise TypeError("a tensor without data, sparse, complex or quantized")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILE:
-            raise RankError(f"cannot read {path} ({type(error).__name__}: {error}): fix that and start again") from error
-        raise Torn(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {str(error)[:80]}): "
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        if _is_memory(error):
+            size = f"{os.path.getsize(path) / 1e9:.2f} GB"
+            raise RankError(f"cannot read {path} ({reason}): it needs {size} of memory, "
+                            "free some, or raise `ulimit -v`") from error
+        if getattr(error, "errno", None) in NOT_THE_FILE:
+            raise RankError(f"cannot read {path} ({reason}): fix that and start again") from error
+        raise Torn(f"{path} is not a whole checkpoint of this project ({reason}): "
                    "try an earlier ckpt_<step>.pt") from error
 
 
@@ -149,6 +157,23 @@ def check_finite(weights, path):
     """Raises BadInput if a checkpoint's weights, {name: tensor}, hold NaN or infinity: nothing can be trained from them."""
     if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise BadInput(f"{path} holds weights that are NaN or infinite ({bad[0]}): name an earlier ckpt_<step>.pt")
+
+
+def _load(path):
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        return load(mmap=True)
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+    return load(mmap=False)  # a file system without it, or `ulimit -v`
+
+
+def _is_memory(error):
+    """Whether an error is want of memory: torch has no class of its own for that."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search("allocate memory|not enough memory", str(error)))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def newest(folder, warn, remedy="move them away to begin anew there, or give another --run_name"):

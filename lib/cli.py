@@ -16,11 +16,13 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import getpass
 import json
 import operator
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -29,6 +31,8 @@ import typing
 from lib import startup
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+HF_CACHES = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets",
+             "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
 EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
              errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end what holds so many files open"}
 PATIENCE = 30  # seconds that rank 0 has to print what all processes meet
@@ -79,6 +83,7 @@ def _run(main):
         # an odd character must not end a run on a console without UTF-8
         with contextlib.suppress(AttributeError):  # a notebook's streams take any character
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    complete_environment()
     script = os.path.basename(sys.argv[0])
     try:
         startup.interrupt_as_usual()
@@ -99,6 +104,34 @@ def _run(main):
             raise
         remedy = EXHAUSTED.get(error.errno, "see where the output goes")
         _fail(f"{script}: error: cannot go on ({error.strerror}): {remedy}")
+
+
+def complete_environment():
+    """Set what libraries take for granted and a container may lack (docker --user, OpenShift).
+
+    A name for the user: torch 2.11 and 2.12 call their caches after it. Where HOME is missing or
+    read-only, other folders for Hugging Face's caches; one that is there already is used.
+    """
+    user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "user"
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):  # by Python's version and system
+        os.environ["LOGNAME"] = user
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    home = os.path.expanduser(home)
+    for name, folder in HF_CACHES.items():
+        if name not in os.environ and not _can_make(os.path.join(home, folder)):
+            os.environ[name] = os.path.join(tempfile.gettempdir(), f"huggingface_{user}", folder)
+
+
+def _can_make(folder):
+    """Whether a folder is there, or can be made."""
+    if os.path.isdir(folder):
+        return True
+    while not os.path.exists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return os.path.isabs(folder) and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _fail(line, alone=True):

@@ -20,11 +20,10 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
 
 from lib.chat_template import END, check_messages, render
 from lib.cli import BadInput
-from lib.files import open_file, read_text
+from lib.files import find_files, open_file, read_text
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -173,21 +172,33 @@ def _check(example):
 # Files
 
 
-def find_files(words):
-    """Files and folders -> files. Raises BadInput for what is missing or of another kind."""
-    files = []
+def find_paths(words):
+    """Files and folders -> (paths of files, lines about files of folders that are left out).
+
+    Raises BadInput for what is missing or of another kind.
+    """
+    paths, lines = [], []
     for word in words:
-        inside = (str(path) for path in Path(word).rglob("*") if path.name.endswith(ENDINGS))
-        found = sorted(inside) if os.path.isdir(word) else [word]
+        found, left_out = [word], []
+        if os.path.isdir(word):
+            found, left_out = find_files(word, ending_of)
         if not found:
-            raise BadInput(f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards: name another one")
-        files += found
-    for file in files:
-        open_file(file, "name another one").close()
-        if not file.endswith(ENDINGS):
-            raise BadInput(f"cannot tell what {file} is: give {', '.join(ENDINGS)} files, "
+            missing = f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards"
+            raise BadInput("; ".join([f"{missing}: name another one", *left_out]))
+        paths += found
+        lines += left_out
+    for path in paths:
+        open_file(path, "name another one").close()
+        if not ending_of(path):
+            raise BadInput(f"cannot tell what {path} is: give {', '.join(ENDINGS)} files, "
                            "or folders of them or of token shards")
-    return files
+    return paths, lines
+
+
+def ending_of(path):
+    """Which of ENDINGS a path has, whatever its case, or None."""
+    ending = os.path.splitext(path.lower())[1]
+    return ending if ending in ENDINGS else None
 
 
 def read(path, strict=False):
@@ -238,11 +249,11 @@ def read(path, strict=False):
 def _rows(path):
     """A file -> its rows, (place for people, row or a ValueError) each."""
     remedy = "mend it, or name another file"
-    if path.endswith(".txt"):
+    if ending_of(path) == ".txt":
         yield "its text", {"text": _read(path, remedy)}
-    elif path.endswith(".parquet"):
+    elif ending_of(path) == ".parquet":
         yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
-    elif path.endswith(".json") and isinstance(rows := _whole(path, remedy), list):
+    elif ending_of(path) == ".json" and isinstance(rows := _whole(path, remedy), list):
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
     else:  # a .json may hold lines, too
         with open_file(path, remedy) as file:

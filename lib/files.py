@@ -19,6 +19,11 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# how file systems (SMB, drvfs, FUSE) say that they do not offer a call: unlike EIO, no data is lost
+REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.EBADF,
+           errno.EISDIR, errno.EACCES, errno.EPERM)
+HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
+NAMED = 20           # files of a kind that are named where they are left out
 
 
 class Unreadable(BadInput):
@@ -77,6 +82,53 @@ def read_rows(path, remedy, check=lambda row: row):
     return rows
 
 
+def find_files(folder, wanted):
+    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about others).
+
+    Whatever has a hidden name, or lies in a folder that has one, is left out. Links are followed; a
+    file or folder that several lead to is taken once. Raises Unreadable where a folder cannot be
+    listed.
+    """
+    found = []
+    others = {}
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path):
+        real = os.path.realpath(path)
+        if real in seen:
+            name = os.path.relpath(path, folder)
+            others.setdefault("read already, by another link", []).append(name)
+            return False
+        seen.add(real)
+        return True
+
+    def stop(error):
+        raise Unreadable(f"cannot read {error.filename} ({error.strerror}): "
+                         "make it readable, or leave it out")
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(here, name))]
+        for name in sorted(files):
+            path = os.path.join(here, name)
+            relative = os.path.relpath(path, folder)
+            if any(part.startswith(HIDDEN) for part in Path(relative).parts):
+                others.setdefault("hidden or temporary", []).append(relative)
+            elif not wanted(name):
+                others.setdefault(Path(name).suffix or "no ending", []).append(relative)
+            elif is_new(path):
+                found.append(path)
+    return sorted(found), left_out(folder, others)
+
+
+def left_out(folder, kinds):
+    """Lines about files that are not read. kinds: {what kind: their names}."""
+    lines = []
+    for kind, names in kinds.items():
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        lines.append(f"left out of {folder} ({kind}): {', '.join(names[:NAMED])}{more}")
+    return lines
+
+
 @contextlib.contextmanager
 def naming(path):
     """Let an OSError of writing a file name it, as one of opening it does; one of the console names nothing."""
@@ -102,7 +154,7 @@ def replace(path, write):
         with naming(path), file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             if os.name == "nt":
                 file.close()  # only closed files are renamed there; elsewhere that would unlock it
             _rename(partial, path)
@@ -155,17 +207,32 @@ def _lock(file, wait=False):
 def move(source, path):
     """Give a whole file of the same disk another name, flushed to the disk first."""
     with naming(source), open(source, "r+b") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
     _rename(source, Path(path))
 
 
 def _rename(source, path):
     os.replace(source, path)
-    if os.name == "posix":  # the new name itself is on the disk once its folder is
+    if os.name != "posix":
+        return
+    try:
         folder = os.open(path.parent, os.O_RDONLY)
+    except PermissionError:  # files can be made in it, but not listed
+        return
+    try:
         with naming(path.parent):
-            os.fsync(folder)
+            sync(folder)  # the new name itself is on the disk once its folder is
+    finally:
         os.close(folder)
+
+
+def sync(handle):
+    """Flush an open file or folder to the disk, where its file system can. Raises OSError (EIO)."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
 
 
 def write_json(path, value):

@@ -55,6 +55,17 @@ def client():
     return huggingface_hub
 
 
+def datasets_library():
+    """`datasets`, silent, without the HEAD request by which it counts uses of its readers, even on
+    local files."""
+    import datasets
+
+    logging = datasets.utils.logging
+    logging.set_verbosity(logging.CRITICAL)  # what it logs is raised as well
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    return datasets
+
+
 def is_offline():
     """Whether HF_HUB_OFFLINE says so: then `datasets` reads what it has cached, or says that it has not."""
     return client().constants.HF_HUB_OFFLINE

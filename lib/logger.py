@@ -15,6 +15,7 @@ from collections import deque
 
 from lib.budget import UNMEASURED, hours_and_dollars
 from lib.cli import BadInput
+from lib.files import sync
 
 # TensorBoard tag -> kind of line in log.txt, words on the console
 RECORDED = {"Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining", "eval/hellaswag": "hella"}
@@ -172,7 +173,7 @@ class Logger:
 
     def flush(self):
         """What was logged so far survives a crash: called before a checkpoint, from which later steps run again."""
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
 
     def close(self):
         if self.bar is not None:

@@ -52,13 +52,26 @@ def read_header(path, remedy=REPAIR):
 
 
 def read_shard(path, remedy=REPAIR):
-    """A shard -> read-only memory-mapped token ids (n,), uint16 or uint32. Raises Damaged and Unreadable as `read_header`."""
+    """A shard -> read-only token ids (n,), uint16 or uint32, memory-mapped where that is possible.
+
+    Raises Damaged and Unreadable as `read_header`.
+    """
     with open_file(path, UNREADABLE) as file:
         dtype, tokens, offset = _read_header(file, Path(path), remedy)
         try:
             return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,)))
+        except OSError:  # not on this file system, or `ulimit -v`
+            pass
+        try:
+            file.seek(offset)
+            ids = np.fromfile(file, dtype=dtype, count=tokens)
+        except MemoryError as error:
+            raise Unreadable(f"cannot read {path} (no memory for its {tokens:,} tokens): "
+                             "free some, or raise `ulimit -v`") from error
         except OSError as error:
             raise Unreadable(f"cannot read {path} ({error.strerror}): {UNREADABLE}") from error
+        ids.flags.writeable = False
+        return ids
 
 
 def _read_header(file, path, remedy):

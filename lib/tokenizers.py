@@ -76,7 +76,7 @@ class Tokenizer:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates, which Python's str may hold but UTF-8 has no bytes for
-            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            return self.encode(_replace_surrogates(text))
         except ValueError:  # tiktoken's regex engine runs out of stack, as on a million spaces: split with Python's `regex`
             return np.array(self.encoding._encode_only_native_bpe(text), dtype=np.uint32)
 
@@ -200,6 +200,7 @@ def is_reachable(url, seconds=4):
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; split by SPLIT) on an iterable of str.
 
+    Reads `texts` to its end and holds it in memory: callers bound it, by BPE_TEXT characters.
     Returns a Tokenizer of exactly `vocab_size` ids, the last of them end-of-text and the reserved ones.
     Raises BadInput if vocab_size is out of bounds or the text is too small to fill it.
     """
@@ -214,6 +215,10 @@ def train_bpe(texts, vocab_size):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
+    # tokenizers steps an iterator in threads of its own. Whatever Python frees there, such as a
+    # tensor that the garbage collector finds, meets a thread state that is gone: torch 2.11 and
+    # 2.12 crash. A list runs no Python
+    texts = [_replace_surrogates(text) for text in texts]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=sys.stderr.isatty(),
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     bpe.add_special_tokens(special)
@@ -221,6 +226,13 @@ def train_bpe(texts, vocab_size):
         raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it gives {bpe.get_vocab_size()}): "
                        "ask for fewer ids or give more text")
     return _from_json(bpe.to_str(), "the tokenizer just trained")
+
+
+def _replace_surrogates(text):
+    """`text` with U+FFFD for lone surrogates, which JSON can escape and UTF-8 has no bytes for."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _from_json(text, origin):

@@ -183,6 +183,30 @@ def test_files_are_read_in_the_order_given_and_folders_and_globs_by_name(tmp_pat
     assert read_shards(tmp_path / "out") == cut(reference(order), 200)
 
 
+def test_hidden_files_are_no_text_and_what_a_folder_holds_besides_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    far = write_source(tmp_path / "far", "jsonl", DOCUMENTS[10:20]).parent
+    source = write_source(tmp_path / "in", "jsonl", DOCUMENTS[:10])
+    source.rename(tmp_path / "in" / "a.JSONL")
+    (tmp_path / "in" / "linked").symlink_to(far)
+    (tmp_path / "in" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.jsonl", "_a.jsonl"):
+        (tmp_path / "in" / name).write_bytes(jsonl([{"text": "hidden"}]))
+    for name in ("._a.jsonl", "b.jsonl.bz2", "data.arrow"):
+        (tmp_path / "in" / name).write_bytes(b"\xff\xfe")
+    for out, sources in (("folder", ["in"]), ("pattern", ["in/*.[jJ]*[lL]", "in/linked/*", "in/_*"])):
+        hidden = [] if out == "folder" else ["hidden"]
+        make(sources, tmp_path / out, "--val_tokens", 0)
+        assert [ids for _, ids in read_shards(tmp_path / out)] == [reference([*DOCUMENTS[:20], *hidden])]
+    assert capsys.readouterr().out.count("left out of ") == 4
+    capsys.readouterr()
+    (tmp_path / "in" / "dataset_infos.json").write_text(json.dumps({"default": {"features": {}}}, indent=1))
+    with pytest.raises(cli.BadInput, match="in/dataset_infos.json has no column text: name one of default .*or leave it out"):
+        make("in", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_column_by_name_and_a_folder_named_after_the_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_source(tmp_path, "parquet", column="content").rename("books.v2.parquet")
@@ -226,7 +250,7 @@ def test_rows_without_text_are_counted_and_skipped(form, tmp_path, capsys):
     expected = cut(reference(["first", "second", "third"]), 4)
     assert read_shards(tmp_path / "out") == expected
     check_meta(tmp_path / "out", expected, ["first", "second", "third"], skipped)
-    assert f"{skipped} rows skipped (empty or not text)" in capsys.readouterr().out
+    assert f"{skipped} rows skipped (without text)" in capsys.readouterr().out
 
 
 def test_numbers_and_bytes_are_not_text(tmp_path):
@@ -235,7 +259,7 @@ def test_numbers_and_bytes_are_not_text(tmp_path):
     check_meta(tmp_path / "out", read_shards(tmp_path / "out"), ["x y " * 30] * 300 + ["end"], skipped=1)
     for values in ([1, 2], [b"a", b"b"], [["a"], ["b"]]):
         pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
-        with pytest.raises(cli.BadInput, match=r"no documents.*\(2 rows were empty or not text\)"):
+        with pytest.raises(cli.BadInput, match=r"no documents.*\(2 rows were without text\)"):
             make(tmp_path / "a.parquet", tmp_path / "none")
 
 
@@ -248,6 +272,28 @@ def test_blank_txt_files_are_skipped_and_null_parquet_rows_of_large_strings_too(
     expected = cut(reference(["text\n\n", "one"]), 3)
     assert read_shards(tmp_path / "out") == expected
     check_meta(tmp_path / "out", expected, ["text\n\n", "one"], skipped=3)
+
+
+def test_only_the_column_of_the_text_is_read_whatever_the_others_hold(tmp_path, capsys):
+    """Through `datasets`, a column that changes type, comes late or is unknown to it made a file fail."""
+    padding = "x" * 4000  # 12 MB of JSON: the library infers types of 10 MB at a time
+    rows = [{"text": text, "score": None, "padding": padding} for text in (DOCUMENTS * 20)[:3000]]
+    rows[10] |= {"score": [1], "late": {"a": 1}}
+    rows[2900] |= {"score": "high", "late": "x", "text": None}
+    rows[2950] |= {"score": {"value": 0.5}}
+    del rows[2999]["text"]
+    lines = jsonl(rows) + b'{"text": "digits", "id": ' + b"9" * 5000 + b"}\n"
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    features = {"text": {"dtype": "string", "_type": "Value"}, "tags": {"_type": "Hologram"}}
+    schema = pa.schema({"tags": pa.map_(pa.string(), pa.int64()), "text": pa.string()},
+                       metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    columns = {"tags": [[("a", 1)], None, []], "text": ["map one", "map two", None]}
+    pq.write_table(pa.table(columns, schema), tmp_path / "b.parquet")
+    make([tmp_path / "a.jsonl", tmp_path / "b.parquet"], tmp_path / "out")
+    documents = [row["text"] for row in rows if row.get("text")] + ["digits", "map one", "map two"]
+    assert [token for _, ids in read_shards(tmp_path / "out") for token in ids] == reference(documents)
+    assert "3 rows skipped (without text)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["skipped_rows"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,7 +580,7 @@ def test_a_source_whose_files_changed_is_not_continued(tmp_path, monkeypatch):
     folder = tmp_path / "in"
     for name in "bcd":
         write_source(folder, "jsonl", make_documents(20, ord(name))).rename(folder / f"{name}.jsonl")
-    (folder / "d.jsonl").write_text("{torn")
+    (folder / "d.jsonl").write_text('{"text": "whole"}\n{torn')
     with pytest.raises(cli.BadInput, match="d.jsonl"):
         make(folder, tmp_path / "out", "--shard_size", 100)
     write_source(folder, "jsonl", make_documents(20, 1)).rename(folder / "a.jsonl")
@@ -549,7 +595,7 @@ def test_a_source_whose_files_changed_is_not_continued(tmp_path, monkeypatch):
 
 def test_a_source_that_became_shorter_is_not_called_complete(tmp_path):
     folder = write_source(tmp_path / "in", "jsonl", ["one two three " * 100] * 3).parent
-    (folder / "last.jsonl").write_text("{torn")
+    (folder / "last.jsonl").write_text('{"text": "whole"}\n{torn')
     with pytest.raises(cli.BadInput, match="last.jsonl"):
         make(folder, tmp_path / "out", "--shard_size", 100)
     write_source(folder, "jsonl", ["one two three"])
@@ -646,6 +692,28 @@ def test_the_meta_json_of_an_older_fineweb_is_checked_but_not_continued(tmp_path
         make(source, tmp_path / "out", "--shard_size", 1000)
 
 
+def test_a_run_that_an_older_fineweb_began_is_continued_and_repaired(tmp_path):
+    """It noted the state of `datasets` where a row number stands now."""
+    source = write_source(tmp_path / "in", "jsonl")
+    make(source, tmp_path / "whole", "--shard_size", 1000)
+    (tmp_path / "in" / "whole.jsonl").write_bytes(source.read_bytes())
+    source.write_bytes(source.read_bytes()[:-9])
+    with pytest.raises(cli.BadInput, match="cannot read"):
+        make(source, tmp_path / "out", "--shard_size", 1000)
+    path = tmp_path / "out" / "meta.json"
+    meta = json.loads(path.read_text())
+    assert len(meta["shards"]) > 3
+    for start in [meta["resume"], *(record["start"] for record in meta["shards"])]:
+        if start["source"]:
+            start["source"]["state"] = {"examples_iterable": {"shard_idx": 0, "shard_example_idx": 64}}
+    path.write_text(json.dumps(meta))
+    (tmp_path / "out" / "out_train_000002.npy").unlink()
+    (tmp_path / "in" / "whole.jsonl").replace(source)
+    make(source, tmp_path / "out", "--shard_size", 1000)
+    assert read_shards(tmp_path / "out") == read_shards(tmp_path / "whole")
+    check_meta(tmp_path / "out", cut(reference(DOCUMENTS), 1000), DOCUMENTS)
+
+
 def test_a_million_spaces_and_shards_before_a_text_that_cannot_be_encoded(tmp_path, monkeypatch):
     documents = ["one " * 300, "before" + " " * 10**6 + "after", "two " * 300]
     source = write_source(tmp_path / "in", "jsonl", documents)
@@ -718,11 +786,18 @@ DAMAGED = {
 }
 
 
+LATE = ("torn.jsonl", "short.jsonl.gz", "inside.parquet")  # the beginning of the file is whole
+
+
 @pytest.mark.parametrize("name", DAMAGED)  # the bytes hold the time: they must not become the name of a test
 def test_a_damaged_file_is_named_and_what_is_written_stays(name, tmp_path, fails):
     (tmp_path / name).write_bytes(DAMAGED[name])
     flags = ["--source", good(tmp_path), tmp_path / name, "--out", "out", "--shard_size", 300]
-    assert f"cannot read {tmp_path / name} (" in fails(*flags)
+    line = fails(*flags)
+    assert f"cannot read {tmp_path / name} (" in line and "repair it or leave it out" in line
+    if name not in LATE:  # before the first token
+        assert not (tmp_path / "out").exists()
+        return
     shards = read_shards(tmp_path / "out")
     whole = cut(reference(DOCUMENTS), 300)[:-1]  # all that stands before the damage
     assert shards[:len(whole)] == whole
@@ -883,6 +958,26 @@ def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(to, say
     done = subprocess.run(words, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1"},
                           capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == says
+
+
+def test_local_files_need_no_network_and_no_home(tmp_path, launch):
+    """Through `datasets`, each file and pass asked the hub, 10 s each where packets are dropped, and wrote to HOME."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("""
+import os, sys
+
+def watch(event, args):
+    if event in ("socket.getaddrinfo", "socket.connect"):
+        os.write(2, b"asked the network\\n")
+        os._exit(9)
+
+sys.addaudithook(watch)
+""")
+    write_source(tmp_path / "in", "parquet")
+    write_source(tmp_path / "in", "jsonl.zst")
+    env = {"HF_HUB_OFFLINE": "0", "HOME": "/proc/none", "PYTHONPATH": str(tmp_path / "site")}
+    done = launch("fineweb.py", "--source", "in", "--out", "out", "--tokenizer", "bpe:300", env=env)
+    assert (done.returncode, done.stderr) == (0, "") and "out/ is complete" in done.stdout
 
 
 def test_the_script_itself(tmp_path, launch):

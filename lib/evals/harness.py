@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lib import files
+from lib import files, hub
 from lib.cli import BadInput, RankError
 from lib.decoding import Decoder, NonFinite, Text, draw, generate
 from lib.devices import autocast
@@ -223,10 +223,7 @@ def _load_hub(manager, names):
 
 
 def _load_files(manager, names, data_dir):
-    import datasets
-
-    datasets.disable_progress_bars()  # each jsonl file would draw three
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below
+    hub.datasets_library().disable_progress_bars()  # each jsonl file would draw three
     if not os.path.isdir(data_dir):
         raise BadInput(f"no folder {data_dir}: it should hold <task>.jsonl")
     singles, tasks = set(manager.all_subtasks), []

@@ -150,6 +150,35 @@ def test_what_is_not_a_regular_file_is_refused_and_not_called_torn(make, tmp_pat
     assert not isinstance(error.value, Torn)
 
 
+def test_a_file_system_without_mmap_is_read_without_it(small, tmp_path, monkeypatch):
+    state, content = small
+    (tmp_path / "ckpt_00001.pt").write_bytes(content)
+    load = torch.load
+
+    def refuse(path, mmap, **options):
+        if mmap:
+            raise RuntimeError(f"unable to mmap 9 bytes from file <{path}>: No such device (19)")
+        return load(path, mmap=mmap, **options)
+
+    monkeypatch.setattr(torch, "load", refuse)
+    assert same(checkpoint.read(tmp_path / "ckpt_00001.pt"), state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_AS")
+def test_want_of_memory_is_not_damage(tmp_path):
+    """Training must not go on from an older checkpoint for that."""
+    code = ("import resource, torch\nfrom lib import checkpoint\nfrom lib.cli import BadInput\n"
+            "for step in (1, 2):\n    checkpoint.write(f'ckpt_0000{step}.pt', {'x': torch.zeros(step * 20_000_000)})\n"
+            "pages = int(open('/proc/self/statm').read().split()[0])\n"
+            "limit = pages * resource.getpagesize() + 120_000_000\n"  # room for the older one
+            "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+            "try:\n    print(checkpoint.newest('.', print))\nexcept BadInput as error:\n    print(error)\n")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"cannot read ckpt_00002.pt \(.*\): it needs 0.16 GB of memory, free some, .*\n", result.stdout)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding
 

@@ -1,7 +1,9 @@
 """Flags made from dataclasses, their bounds, and errors of one line. Run: python -m pytest tests/lib/test_cli.py"""
 
+import getpass
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -453,3 +455,30 @@ def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
     assert process.stdout.readline() == "started wait\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130
+
+
+def test_a_user_without_a_name_and_a_home_to_write_to(monkeypatch, tmp_path):
+    """As `docker --user` and OpenShift make them: libraries get a name, and folders for their caches."""
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HF_HOME", "XDG_CACHE_HOME", *cli.HF_CACHES):
+        monkeypatch.setenv(name, "x")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    (tmp_path / "file").touch()
+    for home, is_writable in ((str(tmp_path), True), (f"{tmp_path}/file/home", False), ("~", False)):
+        monkeypatch.setenv("HOME", home)
+        if home == "~":
+            monkeypatch.delenv("HOME")
+        cli.run(lambda argv: None)
+        assert getpass.getuser() == f"uid_{os.getuid()}"
+        assert (cli.HF_CACHES.keys() <= os.environ.keys()) is not is_writable
+        for name in cli.HF_CACHES:
+            assert is_writable or os.path.isabs(os.environ.pop(name))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    (tmp_path / ".cache" / "huggingface" / "hub").mkdir(parents=True)  # what is cached is found, also where it is read-only
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    cli.complete_environment()
+    assert "HF_HUB_CACHE" not in os.environ and "HF_DATASETS_CACHE" in os.environ

@@ -7,7 +7,7 @@ from helpers import sentences, write_lines
 
 from lib.chat_template import render
 from lib.cli import BadInput
-from lib.conversations import find_files, hold_out, read, truncate
+from lib.conversations import find_paths, hold_out, read, truncate
 
 ASKED, TOLD = "Name a cat.", "Tom."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
@@ -53,7 +53,7 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
     (tmp_path / "marked.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}", encoding="utf-8-sig")
     write_lines(tmp_path / "lines.json", [row, row])
     pa.parquet.write_table(pa.Table.from_pylist([row, row]), tmp_path / "c.parquet")
-    for path in find_files([str(tmp_path)]):
+    for path in find_paths([str(tmp_path)])[0]:
         examples, line = read(path)
         assert examples == [example, example] and name in line and "skipped" not in line
 
@@ -71,6 +71,17 @@ def test_what_is_not_used_is_named_once_per_file_and_what_is_marked_is_masked(to
     ids, learned = render([PAIR[0], PAIR[1] | {"learned": False}, *PAIR], tokenizer)
     once = render(PAIR, tokenizer)
     assert learned == [False] * len(once[0]) + once[1][1:] and ids == once[0] + once[0][1:]
+
+
+def test_hidden_files_are_no_data_and_endings_have_no_case(tmp_path):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.jsonl", "._a.jsonl", "A.JSONL", "b.Json", "c.jsonl.bz2"):
+        (tmp_path / name).write_text(json.dumps(ROWS[6][1]))
+    paths, lines = find_paths([str(tmp_path)])
+    assert paths == [str(tmp_path / "A.JSONL"), str(tmp_path / "b.Json")]
+    assert [read(path)[0] for path in paths] == [[PAIR], [PAIR]]
+    assert lines == [f"left out of {tmp_path} (hidden or temporary): ._a.jsonl, .ipynb_checkpoints/a.jsonl",
+                     f"left out of {tmp_path} (.bz2): c.jsonl.bz2"]
 
 
 def test_a_txt_is_one_text(tmp_path):

@@ -15,6 +15,7 @@ from lib import files
 from lib.cli import BadInput
 from lib.files import (
     Unreadable,
+    find_files,
     leftovers,
     locked,
     make_folder,
@@ -40,6 +41,27 @@ def test_only_regular_files_are_opened(tmp_path):
     assert open_file(tmp_path / "good", "").read() == b"a\xc3\xa9" and files.read_text(tmp_path / "good", "") == "a\u00e9"
     with pytest.raises(BadInput, match="more than 2 bytes: do this"):
         files.read_text(tmp_path / "text", "do this", limit=2)
+
+
+def test_a_folder_is_searched_through_links_once_and_what_is_left_out_is_named(tmp_path):
+    folder, far = tmp_path / "in", tmp_path / "far"
+    for name in ("_job/a.txt", "sub/.b.txt", "sub/b.txt", "sub/.c/deep/c.txt", "sub/c.TXT", "notes.md", "LICENSE"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    far.mkdir()
+    (far / "d.txt").touch()
+    (folder / "linked").symlink_to(far)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "twice").symlink_to(far)
+    (folder / "z.txt").symlink_to(far / "d.txt")
+    found, lines = find_files(folder, lambda name: name.lower().endswith(".txt"))
+    assert [os.path.relpath(path, folder) for path in found] == ["sub/b.txt", "sub/c.TXT", "z.txt"]
+    assert lines == [f"left out of {folder} {kind}" for kind in (
+        "(read already, by another link): twice, linked/d.txt, sub/loop", "(no ending): LICENSE", "(.md): notes.md",
+        "(hidden or temporary): _job/a.txt, sub/.b.txt, sub/.c/deep/c.txt")]
+    for i in range(30):
+        (far / f"{i:02d}.log").touch()
+    assert find_files(far, lambda name: False)[1][0].endswith("18.log, 19.log and 10 more")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 300_000, b"9" * 5000],
@@ -97,6 +119,20 @@ def test_where_files_cannot_be_locked_files_are_written_and_folders_taken(tmp_pa
     assert read_json(tmp_path / "a.json", "") == 1 and len(leftovers(tmp_path, "*.json")) == 1
     with locked(tmp_path, ""), locked(tmp_path, "", wait=lambda: None):
         pass
+
+
+@pytest.mark.parametrize("code, fails", [
+    (errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EACCES, False), (errno.EIO, True)])
+def test_a_file_system_that_does_not_sync_still_takes_files(code, fails, tmp_path, monkeypatch):
+    """SMB, drvfs and some FUSE refuse it, mostly for folders; an error of the disk stays one."""
+    def refuse(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        write_json(tmp_path / "a.json", {"a": 1})
+        files.move(tmp_path / "a.json", tmp_path / "b.json")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if fails else ["b.json"])
 
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ from hub import Hub
 import fineweb
 from lib.cli import BadInput
 from lib.shards import Shards, read_shard
-from lib.text import BATCH_ROWS
 from lib.tokenizers import load_tokenizer
 
 EOT_ID = 50256
@@ -34,17 +34,21 @@ def encode(documents):
 
 
 def write_parquet(folder, documents=DOCUMENTS):
-    """A dataset of two files in several row groups, incompressible enough that a file takes several reads."""
+    """A dataset of two files in several row groups, incompressible enough that a file takes several reads, with a column
+    of which `datasets` has no notion."""
     (folder / "data").mkdir(parents=True)
     for name, part in zip(PARTS, documents):
-        pq.write_table(pa.table({"text": part}), folder / "data" / name, row_group_size=100, compression="none")
+        tags = pa.array([[("a", 1)]] * len(part), pa.map_(pa.string(), pa.int64()))
+        table = pa.table({"tags": tags, "text": part})
+        pq.write_table(table, folder / "data" / name, row_group_size=100, compression="none")
     return folder
 
 
 def write_jsonl(folder):
     folder.mkdir()
     for i, part in enumerate(DOCUMENTS):
-        data = "".join(json.dumps({"text": text}) + "\n" for text in part).encode()
+        score = [0.5, {"a": "of another type"}][i]
+        data = "".join(json.dumps({"score": score, "text": text}) + "\n" for text in part).encode()
         data = pa.Codec("zstd").compress(data, asbytes=True) if i == 0 else data
         (folder / JSONL[i]).write_bytes(data)
     return folder
@@ -128,7 +132,7 @@ def test_a_hub_that_stays_away_is_one_line_and_the_same_command_continues(how, t
     with Hub({"some/corpus": write_parquet(tmp_path / "repo")}) as hub:
         hub.break_off(PARTS[1], after=100, times=10**6, how=how)
         assert "cannot read some/corpus" in one_line(script(hub, *flags))
-        whole = encode(DOCUMENTS[0][:-(len(DOCUMENTS[0]) % BATCH_ROWS)])  # a batch may reach into the next file
+        whole = encode(DOCUMENTS[0])
         assert ids_in(tmp_path / "out") == whole[:len(whole) // 500 * 500]
         hub.faults.clear()
         assert script(hub, *flags).returncode == 0
@@ -290,3 +294,11 @@ def test_flags_that_contradict_pretokenized():
             fineweb.configured(flags)
     cfg, _ = fineweb.configured(["--pretokenized", "fineweb-10BT"])
     assert (cfg.pretokenized, cfg.out) == ("kjj0/fineweb10B-gpt2", "fineweb10B-gpt2")
+
+
+def test_a_column_that_a_dataset_lacks_is_named_before_the_first_token(tmp_path, script):
+    for name, write in (("parquet", write_parquet), ("jsonl", write_jsonl)):
+        with Hub({"some/corpus": write(tmp_path / name)}) as hub:
+            line = one_line(script(hub, "--source", "some/corpus", "--text_column", "body", "--out", name + "_out"))
+        assert re.search(r"some/corpus: \S+ has no column body: name one of (tags|score), text by --text_column", line)
+        assert not (tmp_path / f"{name}_out").exists()

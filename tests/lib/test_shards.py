@@ -1,7 +1,9 @@
 """Shards and meta.json against parsers written anew. Run: python -m pytest tests/lib/test_shards.py"""
 
+import errno
 import io
 import json
+import mmap
 import os
 import struct
 import subprocess
@@ -101,6 +103,16 @@ def shard_bytes(draw, kind):
             start = draw(st.integers(0, max(header - 1, 0)))
             data[start:start + draw(st.integers(0, 9))] = draw(st.binary(max_size=9))
     return bytes(data)
+
+
+def test_a_shard_is_read_where_mmap_is_refused(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    np.save(tmp_path / "a_train_000001.npy", np.arange(99, dtype=np.uint16))
+    ids = read_shard(tmp_path / "a_train_000001.npy")
+    assert ids.tolist() == list(range(99)) and not ids.flags.writeable
 
 
 def check_read_shard(data, kind, folder):

@@ -3,7 +3,6 @@
 import json
 import random
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +29,7 @@ def other_rule(name):
 
 def read_pieces(path, state=None):
     """A .txt as fineweb.py reads it -> list of (its text, the state behind it)."""
-    source = texts.Source(SimpleNamespace(text_column="text", name=None), [str(path)])
-    return [(rows[0], after) for rows, after in texts.read_txt(source._open(str(path)), str(path), state)]
+    return [(rows[0], after) for rows, after in texts.read_txt(str(path), "text", state)]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base", "ours"])
@@ -45,7 +43,7 @@ def test_pieces_of_a_txt_encode_as_the_whole(name, newline, tmp_path, monkeypatc
                 "\t", "3", "45", "½", "!", "/", "。", "字", "'s", "e\u0301", "_", "🙂"]
         text = "".join(random.choices(bits, k=3000))
         path.write_bytes(text.encode())
-        text = text.replace("\r\n", "\n")  # `datasets` reads all line ends as \n
+        text = text.replace("\r\n", "\n")  # all line ends are read as \n
         monkeypatch.setattr(texts, "TXT_LINES", random.choice([2, 7, 30]))
         pieces = read_pieces(path)
         assert len(pieces) > 5 and "".join(piece for piece, _ in pieces) == text

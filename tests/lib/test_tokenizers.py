@@ -5,6 +5,7 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -301,6 +302,24 @@ def test_no_network_is_found_out_in_seconds(monkeypatch, tmp_path):
             with pytest.raises(BadInput, match="cannot download the tokenizer p50k_base.*TIKTOKEN_CACHE_DIR"):
                 load_tokenizer("p50k_base")
             assert not is_reachable("https://huggingface.co", seconds=0.5) and time.monotonic() - started < 30
+
+
+def test_a_generator_to_train_on_runs_in_the_thread_that_trains(bpe):
+    """Not in those of tokenizers: what Python frees there crashes torch 2.11 and 2.12 (SIGSEGV)."""
+    threads = set()
+
+    def texts():
+        for text in CORPUS:
+            threads.add(threading.get_ident())
+            yield text
+
+    assert train_bpe(texts(), 500).spec == bpe.spec
+    assert threads == {threading.get_ident()}
+
+
+def test_lone_surrogates_to_train_on_are_replacement_characters():
+    texts = [f"{text}\ud800" for text in CORPUS[:300]]
+    assert train_bpe(texts, 300).spec == train_bpe([text.replace("\ud800", "\ufffd") for text in texts], 300).spec
 
 
 def test_training_says_what_it_cannot_do():

@@ -332,6 +332,18 @@ def test_files_that_do_not_fit(text, says, manager, tmp_path):
     assert says in str(error.value) and (text is not None or "other.jsonl" in str(error.value))
 
 
+def test_local_files_ask_no_network(manager, data, monkeypatch):
+    """`datasets` counts each load of its readers by a HEAD request, which waits where packets are dropped."""
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("the hub"))
+    harness.load_tasks(manager, ["arc_easy"], data)
+    assert asked == []
+
+
 def test_local_files_are_of_single_tasks(manager, data):
     with pytest.raises(BadInput, match="ai2_arc is a set of them"):
         harness.load_tasks(manager, ["ai2_arc"], data)
