@@ -465,8 +465,8 @@ class RunFolder:
 
     def recorded(self, kind):
         """{step: value} of the lines of this kind in log.txt."""
-        lines = [line.split() for line in self._old_log().splitlines()]
-        return {int(line[0]): float(line[2]) for line in lines if len(line) == 3 and line[1] == kind and line[0].isdecimal()}
+        lines = re.findall(rf"^(\d{{1,12}}) {re.escape(kind)} (\S+)$", self._old_log(), re.MULTILINE)
+        return {int(step): float(value) for step, value in lines}
 
     def save_is_due(self, minutes):
         """Whether so many minutes (0: never) have passed since the last checkpoint."""
@@ -547,7 +547,7 @@ class RunFolder:
         best = self.best
         if finished:
             cost = self.seconds, self.work(step) - self.work(self.first)
-            with contextlib.suppress(BadInput):  # log.txt is gone: the run is finished all the same
+            with contextlib.suppress(BadInput, ValueError):  # log.txt is gone or damaged: the run is finished all the same
                 losses = self.recorded("train"), self.recorded("val")
                 self.say(summarize(self.folder, (self.first, step), self.results, losses, cost))
             if "samples" in self.results:
