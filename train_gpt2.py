@@ -1211,8 +1211,8 @@ def launch(cfg, model_cfg, explicit, resume, task):
         elif cfg.compile is None and processes.device.type == "cuda":
             run.say("not compiled: a run this short would not win back the time that takes; --compile overrules")
         if position["step"] == 0 and cfg.eval_every and not evaluations[0].at_start:
-            run.say(f"step 0 | random weights are not evaluated on a CPU; their loss is about ln {model_cfg.vocab_size:,} = "
-                    f"{math.log(model_cfg.vocab_size):.2f}")
+            run.say("step 0 | random weights are not evaluated on a CPU; their loss is about "
+                    f"ln {model_cfg.vocab_size:,} = {math.log(model_cfg.vocab_size):.2f}")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 

@@ -6,6 +6,7 @@ the project, where it outlives a stopped instance; processes and versions of the
 """
 
 import contextlib
+import gc
 import os
 import tempfile
 import threading
@@ -47,6 +48,7 @@ def prepare():
     """Begin, in the background, what compiling needs first: imports of seconds, worker processes."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and _writable(CACHE):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE)
+    gc.disable()  # see lib/startup.py; until compile_ahead is done
     threading.Thread(target=_import, name="import inductor", daemon=True).start()
 
 
@@ -90,6 +92,8 @@ def compile_ahead(model, batch, evaluating, say):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
             torch.compiler.reset()
             _pass(model, batch, evaluating)
+    gc.freeze()  # what is there by now stays: later collections need not look at it
+    gc.enable()
     graphs = counters["stats"]["unique_graphs"]
     cached = counters["aot_autograd"]["autograd_cache_hit"]
     seconds = time.perf_counter() - started

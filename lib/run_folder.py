@@ -451,6 +451,7 @@ class RunFolder:
         settings = config["train"] | config["model"] | {"parameters": config.get("parameters")}
         first = {name: settings[name] for name in FIRST_COLUMNS}
         self.log.hyperparameters(step, first | settings)
+        self.first = step
         self.best = position.get("best")
         self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
         self.saved_at = time.monotonic()

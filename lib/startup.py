@@ -4,14 +4,18 @@ It acts only where a script of this project is the main program: a test, a noteb
 that imports one changes nothing. Python's standard library alone, so that it is there at once.
 
 1. While OpenMP's threads wait for each other, they spin; on busy cores they take the time of the very
-   thread they wait for, and training is 3 to 20 times slower. They sleep instead after a short spin
+   thread they wait for, and training is about 3 times slower. They sleep instead after a short spin
    (benchmarks/threads_cpu_202611.md). torch's wheels for Linux hold GNU's OpenMP, which reads
    GOMP_SPINCOUNT before OMP_WAIT_POLICY; LLVM's and Intel's (macOS, conda) read OMP_WAIT_POLICY. The
    number of threads stays as it is: it changes the order of sums, and with it the losses.
-2. Ctrl-C while Python still imports ends in one line and exit code 130. lib/cli.py's `run` ends that:
-   from then on Ctrl-C is a KeyboardInterrupt, as usual.
+2. Ctrl-C while Python still imports ends in one line and exit code 130.
+3. No garbage collection while Python still imports: it looks through all objects again and again, a
+   quarter of the time that torch takes (benchmarks/cold_start_h200_202611.md).
+
+lib/cli.py's `run` ends the last two by `imported`.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -44,8 +48,9 @@ def interrupt_quietly():
         signal.signal(signal.SIGINT, leave_quietly)
 
 
-def interrupt_as_usual():
-    """From here on, Ctrl-C raises KeyboardInterrupt."""
+def imported():
+    """From here on, Ctrl-C raises KeyboardInterrupt, and garbage is collected."""
+    gc.enable()
     if signal.getsignal(signal.SIGINT) is leave_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,3 +58,4 @@ def interrupt_as_usual():
 if is_script():
     let_threads_sleep()
     interrupt_quietly()
+    gc.disable()

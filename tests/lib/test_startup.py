@@ -64,3 +64,12 @@ def test_ctrl_c_later_is_an_exception_again(tmp_path):
             "    finally:\n        print('saved', flush=True)\nrun(main)")
     done = start(["-c", code], tmp_path, "")
     assert (done.returncode, done.stdout, done.stderr) == (130, "saved\n", "\ninterrupted\n")
+
+
+def test_garbage_is_left_alone_while_a_script_imports(tmp_path):
+    report = "import gc, os; print(gc.isenabled(), flush=True); os._exit(0)"
+    assert start([ROOT / "train_gpt2.py"], tmp_path, report).stdout == "False\n"
+    assert start(["-c", "import train_gpt2"], tmp_path, report).stdout == "True\n"
+    (tmp_path / "after.py").write_text("import gc\nfrom lib.cli import run\n"
+                                       "gc.disable()\nrun(lambda argv: print(gc.isenabled()))")
+    assert start([tmp_path / "after.py"], tmp_path, "").stdout == "True\n"
