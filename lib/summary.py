@@ -9,7 +9,7 @@ import sys
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"  # for a console without UTF-8
-DRAWN = 100  # steps from which on a curve is worth a picture
+DRAWN = 60  # seconds of training that are worth a picture, which takes one or two to draw
 
 
 def summarize(folder, steps, results, losses, cost):
@@ -25,7 +25,7 @@ def summarize(folder, steps, results, losses, cost):
     lines = [
         *what_was_reached(results, losses[0]),
         f"took    {took} of training steps{since}, {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tok/s",
-        *curve(folder, *losses),
+        *curve(folder, *losses, drawn=seconds >= DRAWN),
         f"files   {folder}/: ckpt_{step:05d}.pt (weights), log.txt (losses), config.json (settings), "
         "TensorBoard events",
     ]
@@ -48,13 +48,13 @@ def what_was_reached(results, training_losses):
     return lines
 
 
-def curve(folder, training, validation):
+def curve(folder, training, validation, drawn):
     """A line: where the loss curve was drawn, or a sparkline of it; none of too few losses."""
     finite = [loss for loss in training.values() if math.isfinite(loss)]
     if len(finite) < 2:
         return []
     path = folder / "loss.png"
-    if len(finite) >= DRAWN:
+    if drawn:
         with contextlib.suppress(Exception):  # no matplotlib, a broken one, a full disk: no reason to fail
             draw(path, training, validation)
             return [f"curve   {path}"]
