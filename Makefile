@@ -46,6 +46,17 @@ test: $(BIN)/.dev
 test-slow: $(BIN)/.dev
 	@$(BIN)/python -m pytest -m slow -n 2
 
+# Not part of .ci/run: the data step of make train, six times, on the oldest torch in range, in a venv of its own (5 GB).
+.PHONY: test-extra
+EXTRA = .venv-extra
+
+test-extra:
+	@test -x $(EXTRA)/bin/python || $(PYTHON) -m venv $(EXTRA)
+	@$(EXTRA)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 -r requirements.txt
+	@for run in 1 2 3 4 5 6; do rm -rf $(EXTRA)/docstrings; \
+	$(EXTRA)/bin/python fineweb.py --docstrings --tokenizer bpe:4096 --out $(EXTRA)/docstrings || exit 1; done
+	@echo '6 passed'
+
 lint: $(BIN)/.dev
 	@$(BIN)/python -m ruff check .
 

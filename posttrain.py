@@ -469,7 +469,7 @@ def prepare(cfg, explicit, resume):
         if cfg.data is None:
             raise BadInput("name --data, what to train on")
         model, _, state = load_checkpoint(start)
-        checkpoint.check_finite(state["model"], start)
+        checkpoint.check_finite(model.state_dict(), start)
         model_cfg = model.config
         before = state.get("train_config", {"max_lr": GPT3_RATES[cfg.model]} if cfg.model else {})
         settle(cfg, before if isinstance(before, dict) else {}, explicit)

@@ -785,7 +785,7 @@ def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
         batch = [np.pad(part, missing, constant_values=fill) for part, fill in zip(batch, (0, -1, 0))]
         with autocast(processes.device):
             idx, targets, *documents = (to_device(part, processes.device) for part in batch)
-            losses.append(model(idx, targets, *map(Packed, documents)))
+            losses.append(model(idx, targets, *map(Packed, documents)).detach())
         if stopped():
             return math.nan
     nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), int((mine[1] >= 0).sum())])

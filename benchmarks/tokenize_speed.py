@@ -3,7 +3,7 @@
     python benchmarks/tokenize_speed.py --source some.parquet
 
 Both encode the same documents with GPT-2's tokenizer; the two take turns, so that a busy moment of the machine meets both.
-tiktoken: `encode_ordinary_batch` on a list in memory. fineweb: reads parquet through `datasets`, encodes, cuts, writes shards.
+tiktoken: `encode_ordinary_batch` on a list in memory. fineweb: reads parquet, encodes, cuts, writes shards.
 """
 
 import contextlib

@@ -342,7 +342,9 @@ def json_rows(file):
 def decode_json(data, place):
     try:
         return DECODER.decode(data.decode())
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
 
 

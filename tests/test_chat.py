@@ -232,7 +232,7 @@ def test_openai_s_client(chatty):
         answer = client.chat.completions.create(**ask)
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ON_THE_MAT, "stop")
         *chunks, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ON_THE_MAT and len(chunks) > 3
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ON_THE_MAT and len(chunks) > 2
         assert client.chat.completions.create(**ask | dict(model="gpt-4")).model == model.id  # the only one there is
         usage = answer.usage
         assert last.usage == usage and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens

@@ -126,7 +126,7 @@ def test_an_optimizer_brings_its_own_rates(argv, want):
     ("--preset tiny --head_lr 0.01 --cooldown 0.5 --momentum 0.95", None),
 ])
 def test_flags_without_effect_and_rates_far_off_are_told(argv, says):
-    cfg, model_cfg, explicit, _ = train_gpt2.settings(argv.split())
+    cfg, model_cfg, explicit, *_ = train_gpt2.settings(argv.split())
     lines = train_gpt2.flag_warnings(cfg, model_cfg, explicit)
     assert len(lines) == bool(says)
     assert not says or lines[0].startswith(f"warning: {says}")
@@ -135,7 +135,7 @@ def test_flags_without_effect_and_rates_far_off_are_told(argv, says):
 def test_a_run_keeps_the_rates_it_began_with(data, tmp_path, capsys):
     flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--optimizer", "muon"]
     train_gpt2.main([*flags, "--run_name", "a", "--max_lr", "1e-3"])
-    assert capsys.readouterr().out.count("warning: --max_lr 0.001") == 1
+    assert capsys.readouterr().err.count("warning: --max_lr 0.001") == 1
     cfg, *_ = train_gpt2.settings(["--preset", "gpt2", "--optimizer", "muon", "--log_dir", str(tmp_path), "--run_name", "a"])
     assert (cfg.max_lr, cfg.embedding_lr) == (1e-3, 0.01)  # the checkpoint's
 
@@ -720,7 +720,7 @@ def test_evaluate_is_the_plain_mean_by_equally_many_passes_of_one_shape(micro_ba
                                 sum=lambda v: parts.append(v) or (0.0, 1.0))
         model = HalfAndThird()
         train_gpt2.evaluate(model, (x, y), micro_batch, share)
-        assert set(model.seen) == {((micro_batch, 16), (micro_batch, 16), torch.int64, False)}
+        assert set(model.seen) == {((micro_batch, 16), (micro_batch, 16), torch.int64, True)}
         calls.append(len(model.seen))
     nats, count = np.sum(parts, axis=0)
     assert count == y.size and nats / count == pytest.approx((x / 2 + y / 3).mean(), rel=1e-6)
