@@ -1120,8 +1120,7 @@ class Pretraining:
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
         """What is measured along the way. Raises BadInput if something that this needs is not there."""
-        # of random weights, a CPU would take minutes to find out what is known
-        at_start = self.has_learned or processes.device.type != "cpu"
+        at_start = self.has_learned  # random weights take seconds to minutes to say what is known
         own_loss = self.validation(cfg, tokenizer, block_size, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
         questions = hellaswag.tracked(cfg, tokenizer, processes, required=asked)
@@ -1211,7 +1210,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         elif cfg.compile is None and processes.device.type == "cuda":
             run.say("not compiled: a run this short would not win back the time that takes; --compile overrules")
         if position["step"] == 0 and cfg.eval_every and not evaluations[0].at_start:
-            run.say("step 0 | random weights are not evaluated on a CPU; their loss is about "
+            run.say("step 0 | random weights are not evaluated; their loss is about "
                     f"ln {model_cfg.vocab_size:,} = {math.log(model_cfg.vocab_size):.2f}")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)

@@ -302,8 +302,10 @@ def check_name(name):
 def check_ours(folder):
     """Raises BadInput if `folder` exists and this project did not begin it: there, nothing may be
     rewound, replaced or removed."""
-    names = {path.name for path in folder.iterdir()} if os.path.isdir(folder) else set()
-    names -= {path.name for path in leftovers(folder, "config.json")}
+    names = set()
+    if os.path.isdir(folder):
+        names = {path.name for path in folder.iterdir()}
+        names -= {path.name for path in leftovers(folder, "config.json")}
     if has_foreign_config(folder):
         raise BadInput(f"{folder} is not a run folder, its config.json is another program's: give another --run_name")
     if names and not read_config(folder) and not checkpoint.found(folder):
