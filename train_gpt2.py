@@ -898,7 +898,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             loss, stop_requests, save_requests, took, norm, *norms = numbers
             stop.agree(stop_requests)
             save_due = save_due or save_requests > 0
-            if step > first + 1:  # the first step compiles
+            if step > first + 1:  # the first step also loads kernels and libraries
                 run.set_length(timer.fit(step, took), timer.stands)
 
             # ---- clip and update, unless non-finite: the same decision on every process
@@ -1158,13 +1158,14 @@ def size_of(model_cfg, corpus):
     return corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
 
 
-def compiles(cfg, model_cfg, processes):
-    """Whether to torch.compile: as --compile says, else where a run is long enough for that to pay."""
+def compiles(cfg, model_cfg, processes, first):
+    """Whether to torch.compile: as --compile says, else where the run from step `first` on is long enough for that to pay."""
     if cfg.compile is not None:
         return cfg.compile
     if cfg.minutes:  # what counts is what is learned in them
         return processes.device.type == "cuda"
-    flops = tokens_of(cfg.steps, cfg) * on_meta(model_cfg).flops_per_token()
+    tokens = tokens_of(cfg.steps, cfg) - tokens_of(first, cfg)
+    flops = tokens * on_meta(model_cfg).flops_per_token()
     return compiler.worth_compiling(flops / processes.world_size, processes.device)
 
 
@@ -1186,7 +1187,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
         with processes.main_first():
             tokenizer = task.tokenizer(model_cfg)
         evaluations = task.evaluations(cfg, tokenizer, T, processes)
-        compiling = compiles(cfg, model_cfg, processes)
+        compiling = compiles(cfg, model_cfg, processes, resume.state["step"] if resume else 0)
         if compiling:
             compiler.prepare()
         model = build_model(model_cfg, cfg, processes.device)
