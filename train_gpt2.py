@@ -3,7 +3,7 @@
     python fineweb.py                                            # text -> shards in edu_fineweb10B/
     python train_gpt2.py                                         # one GPU, or a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py       # eight GPUs
-    python train_gpt2.py --preset gpt2                           # the classic baseline, nothing modern
+    python train_gpt2.py --preset gpt2                           # the classic baseline
     python train_gpt2.py --mlp gelu --no-emb_norm --run_name no_swiglu_no_embnorm
     python train_gpt2.py --init_from gpt2 --max_lr 1e-4          # begin with OpenAI's weights
     tensorboard --logdir log                                     # watch it
@@ -61,7 +61,16 @@ from lib.budget import (
 from lib.cli import BadInput, RankError, check, flag, note, parse, path_flag, run
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
 from lib.decoding import SHOWN, NonFinite, sample
-from lib.devices import Processes, autocast, cast, gradient_sync, parallel, peak_flops, pick_micro_batch, to_device
+from lib.devices import (
+    Processes,
+    autocast,
+    cast,
+    gradient_sync,
+    parallel,
+    peak_flops,
+    pick_micro_batch,
+    to_device,
+)
 from lib.evals import harness, hellaswag
 from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
 from lib.mixture import Corpus, Mixture, Stream, micro_batches
@@ -73,8 +82,9 @@ from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration. Every field with a help text is a flag; the defaults are the classic baseline (--preset gpt2).
+# ---------------------------------------------------------------------------------------------------
+# Configuration. Every field with a help text is a flag. The defaults are the classic baseline
+# (--preset gpt2).
 
 
 @dataclass
@@ -85,124 +95,178 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     n_head: int = flag(12, "attention heads per block", above=0, at_most=1024)
     n_embd: int = flag(768, "width of the residual stream", above=0, at_most=65_536)
     # improvements
-    mlp: Literal["gelu", "swiglu", "relu2"] = flag("gelu", "feed-forward layer, the same parameter count each")
-    norm: Literal["layernorm", "rmsnorm"] = flag("layernorm", "normalization before each layer and the head")
+    mlp: Literal["gelu", "swiglu", "relu2"] = flag(
+        "gelu", "feed-forward layer, the same parameter count each")
+    norm: Literal["layernorm", "rmsnorm"] = flag(
+        "layernorm", "normalization before each layer and the head")
     pos: Literal["learned", "rope"] = flag("learned", "positional encoding: learned or rotary")
-    emb_norm: bool = flag(False, "norm right after the embeddings (post-embedding norm, as in Dual PatchNorm)")
+    emb_norm: bool = flag(False, "norm right after the embeddings (post-embedding norm)")
     qk_norm: bool = flag(False, "norm on each head's queries and keys")
     bias: bool = flag(True, "biases in linear layers and LayerNorm")
     tie_embeddings: bool = flag(True, "token embedding and output head share one matrix")
-    dropout: float = flag(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
-    token_shift: bool = flag(False, "add a learned share of the token before to what each attention layer reads")
+    dropout: float = flag(
+        0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
+    token_shift: bool = flag(
+        False, "add a learned share of the previous token to the input of each attention layer")
     value_residual: bool = flag(False, "mix the first layer's values into those of every other")
-    residual_scalars: bool = flag(False, "learned shares of residual stream and embedding in each block's input")
-    softcap: float = flag(0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
-    init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag("gpt2", "weight initialization, see init_weights")
+    residual_scalars: bool = flag(
+        False, "learned shares of residual stream and embedding in each block's input")
+    softcap: float = flag(
+        0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
+    init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag(
+        "gpt2", "weight initialization, see init_weights")
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
-    vocab_multiple: int = flag(128, None, above=0, at_most=2**16)  # rows are padded to one, for tensor-core efficiency
+    vocab_multiple: int = flag(128, None, above=0, at_most=2**16)
 
     @property
     def padded_vocab_size(self):
+        """vocab_size, padded to a multiple for tensor-core efficiency."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclass
 class TrainConfig:
-    preset: Literal["gpt2", "modern", "speedrun", "tiny"] = flag("modern", "starting point, overridden by other flags")
+    preset: Literal["gpt2", "modern", "speedrun", "tiny"] = flag(
+        "modern", "starting point, overridden by other flags")
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
-        None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, gpt2-xl 1.6B")
+        None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, "
+              "gpt2-xl 1.6B")
     # data
     data: tuple[str, ...] = path_flag(
-        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each: shares of the tokens; without, mixed by size")
-    curriculum: str | None = path_flag(None, "folder of shards to begin with, simple text, which gives way to --data")
-    curriculum_steps: int | None = flag(None, "steps until it has given way", above=0, below=2**31)
-    curriculum_mix: Literal["cosine", "linear", "step"] = flag("cosine", "how: half a cosine, a line, or at once")
+        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each, by their share of the "
+                             "tokens; without weights, mixed by size")
+    curriculum: str | None = path_flag(
+        None, "folder of shards to begin with, simple text, which gives way to --data")
+    curriculum_steps: int | None = flag(
+        None, "steps until it has given way", above=0, below=2**31)
+    curriculum_mix: Literal["cosine", "linear", "step"] = flag(
+        "cosine", "how: half a cosine, a line, or at once")
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
-    val_tokens: int = flag(10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
+    val_tokens: int = flag(
+        10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
-    max_steps: int | None = flag(None, "optimizer steps; instead of --epochs", above=0, below=2**31)
-    minutes: float | None = flag(None, "minutes of training steps alone; instead of --epochs", above=0, at_most=1e7)
-    tokens_per_param: float | None = flag(None, "tokens per parameter, 20: Chinchilla's; instead of --epochs", above=0,
-                                          at_most=1e6)
-    total_batch_size: int = flag(524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
-    batch_warmup: int = flag(0, "first tokens, trained on in steps of half --total_batch_size", at_least=0)
-    micro_batch: int | Literal["auto"] = flag("auto", "sequences per forward pass; auto: what fits in memory", above=0)
-    plan: bool = flag(False, "print what --tokens_per_param of 8 to 40 take at every --size, and end")
-    tok_per_sec: float | None = flag(None, "for --plan: the speed measured, all GPUs together", above=0)
-    price_per_hour: float | None = flag(None, "dollars per hour of the machine; tells what a run will cost", above=0)
+    max_steps: int | None = flag(
+        None, "optimizer steps; instead of --epochs", above=0, below=2**31)
+    minutes: float | None = flag(
+        None, "minutes of training steps alone; instead of --epochs", above=0, at_most=1e7)
+    tokens_per_param: float | None = flag(
+        None, "tokens per parameter, Chinchilla's are 20; instead of --epochs", above=0, at_most=1e6)
+    total_batch_size: int = flag(
+        524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
+    batch_warmup: int = flag(
+        0, "first tokens, trained on in steps of half --total_batch_size", at_least=0)
+    micro_batch: int | Literal["auto"] = flag(
+        "auto", "sequences per forward pass; auto: what fits in memory", above=0)
+    plan: bool = flag(
+        False, "print what --tokens_per_param of 8 to 40 take at every --size, and exit")
+    tok_per_sec: float | None = flag(
+        None, "for --plan: the measured speed, all GPUs together", above=0)
+    price_per_hour: float | None = flag(
+        None, "dollars per hour of the machine, to predict what a run costs", above=0)
     # optimizer
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the matrices in blocks, with AdamW for the rest")
     RATE = dict(above=0, at_most=1e6)
-    max_lr: float = flag(6e-4, "peak learning rate; if --optimizer is not the preset's, its own", **RATE)
-    embedding_lr: float | None = flag(None, "peak rate of embeddings; unset: --max_lr, 5 x it with --emb_norm", **RATE)
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "muon: for the matrices in blocks, with AdamW for the rest")
+    max_lr: float = flag(
+        6e-4, "peak learning rate; if --optimizer is not the preset's, its own", **RATE)
+    embedding_lr: float | None = flag(
+        None, "peak rate of embeddings; unset: --max_lr, 5 times that with --emb_norm", **RATE)
     head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
-    vector_lr: float | None = flag(None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
-    min_lr_frac: float = flag(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
-    warmup_steps: int | None = flag(None, "steps of linear warm-up; unset: 3.75%, at least 40 or a quarter", at_least=0)
-    schedule: Literal["cosine", "wsd", "linear"] = flag("cosine", "learning rate after the warm-up, see lr_multiplier")
-    cooldown: float = flag(0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
+    vector_lr: float | None = flag(
+        None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
+    min_lr_frac: float = flag(
+        0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
+    warmup_steps: int | None = flag(
+        None, "steps of linear warm-up; unset: 3.75%, at least 40 or a quarter", at_least=0)
+    schedule: Literal["cosine", "wsd", "linear"] = flag(
+        "cosine", "learning rate after the warm-up, see lr_multiplier")
+    cooldown: float = flag(
+        0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
-    weight_decay: float = flag(0.1, "on matrices; with AdamW on embeddings and head, too", at_least=0, at_most=1e6)
+    weight_decay: float = flag(
+        0.1, "on matrices; with AdamW on embeddings and head, too", at_least=0, at_most=1e6)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     # what happens along the way (0: never)
     eval_every: int = flag(250, "steps between validations", at_least=0)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
-    hellaswag_file: str | None = path_flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
-    eval_tasks: str | None = flag(None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
+    hellaswag_file: str | None = path_flag(
+        None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    eval_tasks: str | None = flag(
+        None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
     eval_tasks_every: int = flag(1000, "steps between evaluations on them", at_least=0)
-    eval_tasks_dir: str | None = path_flag(None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
+    eval_tasks_dir: str | None = path_flag(
+        None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
     eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all", above=0)
     sample_every: int = flag(250, "steps between printed samples", at_least=0)
     sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
-    save_every: int = flag(5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
+    save_every: int = flag(
+        5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
     save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never", at_least=0)
     keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
-    keep_best: bool = flag(False, "save and keep the checkpoint of the lowest validation loss, too")
-    max_skipped: int = flag(10, "abort after so many consecutive steps skipped because non-finite", above=0)
-    spike: float = flag(0.2, "report losses that are 8 times their spread, and so many nats, above "
-                        "the median of the last 50; 0: none", at_least=0)
+    keep_best: bool = flag(
+        False, "save and keep the checkpoint of the lowest validation loss, too")
+    max_skipped: int = flag(10, "abort after N consecutive non-finite steps", above=0)
+    spike: float = flag(
+        0.2, "report losses that are 8 times their spread, and at least N nats, above the median "
+             "of the last 50; 0: none", at_least=0)
     log_every: int | None = flag(
         None, "steps between lines on the console; unset: each of the first ten, then about one "
               "per second, or per hundred steps", above=0)
     # the run
-    run_name: str | None = flag(None, "name of the folder under --log_dir; without it, preset and time")
+    run_name: str | None = flag(
+        None, "name of the folder under --log_dir; without it, preset and time")
     log_dir: str = path_flag("log", "where run folders go")
     resume: str | None = path_flag(
-        None, "checkpoint or run folder to go on from; auto: --run_name's newest, as without the flag; "
-              "without a name, the last run of this same command, unless it is finished")
+        None, "checkpoint or run folder to continue; auto: --run_name's newest, as without the "
+              "flag; without a name, the last run of this same command, unless it is finished")
     init_from: str | None = path_flag(
         None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
               "or a folder that export_hf.py made")
-    tensorboard: int = flag(0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
-    deterministic: bool = flag(False, "the same losses from the same seed on a GPU too, at a cost in speed")
-    seed: int = flag(1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
+    tensorboard: int = flag(
+        0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
+    deterministic: bool = flag(
+        False, "the same losses from the same seed on a GPU too, at a cost in speed")
+    seed: int = flag(
+        1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
-    compile: bool | None = flag(None, "torch.compile the model; without the flag, on cuda where it saves time")
+    compile: bool | None = flag(
+        None, "torch.compile the model; without the flag, on cuda where it saves time")
     # derived, not flags
-    steps: int | None = None      # how long the run is, from --max_steps, --epochs or --minutes
+    steps: int | None = None      # length of the run, from --max_steps, --epochs or --minutes
     sequences: int | None = None  # per forward pass, from --micro_batch
 
 
-# Peak learning rates that an optimizer brings where it is not the preset's, whose rates do not suit it
+# Peak learning rates of an optimizer that is not the preset's: the preset's would not suit it.
 RATES = {
     "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
     "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
 }
-FAR_OFF = 10  # times the usual --max_lr, up or down: a run that says so
-MODERN = dict(n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, max_lr=1.8e-3, epochs=4.0,
-              shuffle=True)
+FAR_OFF = 10  # times the usual --max_lr, up or down, from which on a run warns
+
+MODERN = dict(
+    n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False,
+    max_lr=1.8e-3, epochs=4.0, shuffle=True,
+)
 SPEEDRUN = dict(
-    n_layer=11, n_head=4, n_embd=512, block_size=2048, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True,
-    qk_norm=True, bias=False, token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0,
-    init="zero_proj", optimizer="muon", momentum=0.9, **RATES["muon"], weight_decay=0.1, grad_clip=0.0,
-    total_batch_size=131_072, batch_warmup=12_000_000, schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0,
-    epochs=4.0, shuffle=True)
+    # model
+    n_layer=11, n_head=4, n_embd=512, block_size=2048,
+    mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True, bias=False,
+    token_shift=True, value_residual=True, residual_scalars=True, softcap=15.0, init="zero_proj",
+    # optimizer
+    optimizer="muon", momentum=0.9, **RATES["muon"], weight_decay=0.1, grad_clip=0.0,
+    schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0,
+    # length and batch
+    total_batch_size=131_072, batch_warmup=12_000_000, epochs=4.0, shuffle=True,
+)
 TINY = SPEEDRUN | dict(
-    n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0, max_lr=0.025, embedding_lr=0.5,
-    data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, val_tokens=65_536, eval_every=230,
-    hellaswag_every=0, sample_every=460, sample_prompt="Return the", compile=False, weight_decay=0.03, cooldown=0.4)
+    n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0,
+    max_lr=0.025, embedding_lr=0.5, weight_decay=0.03, cooldown=0.4,
+    data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0,
+    val_tokens=65_536, eval_every=230, hellaswag_every=0, sample_every=460,
+    sample_prompt="Return the", compile=False,
+)
 PRESETS = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
 SIZES = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
@@ -211,9 +275,10 @@ SIZES = {
     "gpt2-xl":     dict(n_layer=48, n_head=25, n_embd=1600),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded vocabulary.
-# A choice is a name in the config and a class in a dict; branches stand in constructors, not in forward.
+# ---------------------------------------------------------------------------------------------------
+# Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded
+# vocabulary. A choice is a name in the config and a class in a dict; constructors branch, forward
+# does not.
 
 
 class LayerNorm(nn.LayerNorm):
@@ -227,7 +292,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467. Has no bias. In fp32 under autocast, as LayerNorm is."""
+    """Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467. Has no bias.
+
+    In fp32 under autocast, as LayerNorm is.
+    """
 
     def __init__(self, dim, bias):
         super().__init__(dim, eps=1e-5)
@@ -237,37 +305,42 @@ class RMSNorm(nn.RMSNorm):
 
 
 class NoPositions(nn.Module):
-    """Stands in for the kind of positions not chosen: learned ones add to embeddings, rotary ones turn q and k."""
+    """A no-op in place of the positional encoding that was not chosen."""
 
     def forward(self, x, positions):
         return x
 
 
 class LearnedPositions(nn.Embedding):
-    """GPT-2's: added to the embeddings (B, T, C) of tokens at `positions`, a slice or int64 (B, T)."""
+    """GPT-2's: added to the embeddings (B, T, C) at `positions`, a slice or int64 (B, T)."""
 
     def forward(self, x, positions):
         return x + self.weight[positions]
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), for queries or keys (B, T, H, D).
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of queries or
+    keys (B, T, H, D).
 
-    Dimension i turns together with i + D/2, the pairing that Llama and GPT-NeoX use. Angles are computed in fp32:
-    bf16 cannot tell position 1000 from 1001.
+    Dimension i turns together with i + D/2, the pairing of Llama and GPT-NeoX. Angles are computed
+    in fp32: bf16 cannot tell position 1000 from 1001.
     """
 
     def __init__(self, head_dim, block_size):
         super().__init__()
-        for name, table in zip(("cos", "sin"), rope.tables(*rope.frequencies(head_dim), block_size)):
-            self.register_buffer(name, table, persistent=False)                         # (block_size, D/2)
+        cos, sin = rope.tables(*rope.frequencies(head_dim), block_size)     # (block_size, D/2)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x, positions):
-        cos, sin = (table[positions].unsqueeze(-2) for table in (self.cos, self.sin))   # (T or B, T, 1, D/2)
-        a, b = x.float().chunk(2, dim=-1)                                               # (B, T, H, D/2) each
-        # in three dimensions: one token in four has strides, in inductor's layout, that attention kernels refuse
-        halves = (a * cos - b * sin).flatten(0, 1), (a * sin + b * cos).flatten(0, 1)   # (B T, H, D/2) each
-        return torch.cat(halves, dim=-1).view(x.shape).type_as(x)
+        cos = self.cos[positions].unsqueeze(-2)                             # (T or B, T, 1, D/2)
+        sin = self.sin[positions].unsqueeze(-2)
+        a, b = x.float().chunk(2, dim=-1)                                   # (B, T, H, D/2) each
+        # In three dimensions, (B T, H, D/2): in four, inductor's layout of a single token has
+        # strides that attention kernels refuse.
+        first = (a * cos - b * sin).flatten(0, 1)
+        second = (a * sin + b * cos).flatten(0, 1)
+        return torch.cat((first, second), dim=-1).view(x.shape).type_as(x)
 
 
 class Mix(nn.Module):
@@ -275,7 +348,8 @@ class Mix(nn.Module):
 
     def __init__(self, start):
         super().__init__()
-        self.start, self.mix = start, nn.Parameter(torch.empty(2))
+        self.start = start
+        self.mix = nn.Parameter(torch.empty(2))
 
     def forward(self, x, y):
         w = self.mix.type_as(x)
@@ -283,14 +357,15 @@ class Mix(nn.Module):
 
 
 class First(nn.Module):
-    """Stands where a Mix was not chosen: the first of two tensors."""
+    """The first of two tensors, in place of a Mix that was not chosen."""
 
     def forward(self, x, y):
         return x
 
 
 class ValueMix(Mix):
-    """Value residual (Zhou et al. 2024, https://arxiv.org/abs/2410.17897): a layer's values and the first layer's."""
+    """Value residual (Zhou et al. 2024, https://arxiv.org/abs/2410.17897): a layer's values mixed
+    with the first layer's."""
 
     def forward(self, v, v_first):
         return super().forward(v, v_first), v_first
@@ -304,36 +379,45 @@ class FirstValues(nn.Module):
 
 
 class OwnValues(nn.Module):
-    """No value residual: all layers alike, for then one compiled block serves them all."""
+    """No value residual. All layers run the same code, so one compiled block serves them all."""
 
     def forward(self, v, v_first):
         return v, v_first
 
 
 class TokenShift(nn.Module):
-    """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two tokens, after Primer
-    (So et al. 2021, https://arxiv.org/abs/2109.08668). Keys then tell what came before, which else takes a layer."""
+    """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two
+    tokens, after Primer (So et al. 2021, https://arxiv.org/abs/2109.08668).
+
+    Keys then know the token before theirs, which otherwise takes a layer.
+    """
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x, kv_cache=None):
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if kv_cache is None else kv_cache.previous(self, x)
-        return x + self.weight.type_as(x) * before
+        if kv_cache is None:
+            previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        else:
+            previous = kv_cache.previous(self, x)
+        return x + self.weight.type_as(x) * previous
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         head_dim = config.n_embd // config.n_head
+        norm = NORMS[config.norm]
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         # query-key norm: Henry et al. 2020, https://arxiv.org/abs/2010.04245
-        self.q_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
-        self.k_norm = NORMS[config.norm](head_dim, config.bias) if config.qk_norm else nn.Identity()
-        self.rotary = Rotary(head_dim, config.block_size) if config.pos == "rope" else NoPositions()
+        self.q_norm = norm(head_dim, config.bias) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(head_dim, config.bias) if config.qk_norm else nn.Identity()
+        rotary = config.pos == "rope"
+        self.rotary = Rotary(head_dim, config.block_size) if rotary else NoPositions()
         if not config.value_residual:
             self.mix_values = OwnValues()
         elif layer == 0:
@@ -343,15 +427,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, v_first, positions, kv_cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)               # (B, T, H, D) each
-        q, k = self.rotary(self.q_norm(q), positions), self.rotary(self.k_norm(k), positions)
-        v, v_first = self.mix_values(v, v_first)                                        # v_first: the first layer's
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)   # (B, T, H, D) each
+        q = self.rotary(self.q_norm(q), positions)
+        k = self.rotary(self.k_norm(k), positions)
+        v, v_first = self.mix_values(v, v_first)                            # v_first: of layer 0
         attend = attention if kv_cache is None else partial(kv_cache.attend, self)
-        y = attend(q, k, v, dropout=self.dropout_p())                                   # (B, T, H, D)
+        y = attend(q, k, v, dropout=self.dropout_p())                       # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C)), v_first
 
     def dropout_p(self):
-        """SDPA applies dropout even in eval mode. Without dropout, both modes share a compiled graph."""
+        """SDPA applies dropout even in eval mode. Without dropout, training and evaluation share a
+        compiled graph, so `training` must not be asked for."""
         if self.dropout == 0.0:
             return 0.0
         return self.dropout if self.training else 0.0
@@ -363,9 +449,13 @@ def dropout(p):
 
 
 class MLP(nn.Module):
-    """Two linear layers around `act`, with `width` hidden units or the kind's. Experts (lib/moe.py) share its parts."""
+    """Two linear layers around `act`, with `width` hidden units, or as many as its kind has.
 
-    fused, penalty = 1, 0.0  # matrices that c_fc holds; auxiliary losses, which only a MoE has
+    Experts (lib/moe.py) share its parts.
+    """
+
+    fused = 1      # matrices that c_fc holds
+    penalty = 0.0  # auxiliary losses, which only a MoE has
 
     def __init__(self, config, width=None):
         super().__init__()
@@ -382,7 +472,8 @@ class MLP(nn.Module):
 
 
 class GeluMLP(MLP):
-    """GPT-2's: GELU in the tanh form (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+    """GPT-2's: GELU in its tanh form (Hendrycks & Gimpel 2016,
+    https://arxiv.org/abs/1606.08415)."""
     act = staticmethod(partial(F.gelu, approximate="tanh"))
 
 
@@ -394,8 +485,8 @@ class ReLU2MLP(MLP):
 class SwiGLUMLP(MLP):
     """Shazeer 2020, https://arxiv.org/abs/2002.05202. Gate and value are one matrix.
 
-    Three matrices instead of two, so 8/3 C hidden units instead of 4C keep the parameter count (2048 at C = 768);
-    rounded to a multiple of 16 for the tensor cores.
+    Three matrices instead of two, so 8/3 C hidden units instead of 4C keep the parameter count
+    (2048 at C = 768); rounded to a multiple of 16 for the tensor cores.
     """
     fused = 2
 
@@ -559,7 +650,7 @@ def init_weights(model):
             raise ValueError(f"init_weights does not know the parameter {name}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Optimizer set-up and schedule. What state an optimizer keeps is known here and in the optimizer alone.
 
 EMB_NORM_LR = 5  # times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
@@ -661,7 +752,7 @@ def gradient_norm(parameters):
     return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Data: the global token stream
 
 
@@ -745,7 +836,7 @@ def token_stream(corpus, tokenizer, seed, block_size, transform=None):
     return Mixture(corpus, loaders, block_size, transform) if corpus.is_mixed else loaders[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Evaluation: a list of what is measured, how often, and how. Every process takes part in every forward pass
 
 
@@ -806,7 +897,7 @@ def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The training loop
 
 
@@ -941,7 +1032,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         run.conclude(step, finished=last and not stop.agreed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The command
 
 
