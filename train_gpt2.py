@@ -40,7 +40,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -68,6 +67,7 @@ from lib.devices import (
     gradient_sync,
     parallel,
     peak_flops,
+    peak_memory_gb,
     pick_micro_batch,
     to_device,
 )
@@ -82,7 +82,7 @@ from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals
 from lib.tokenizers import load_tokenizer
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
 # (--preset gpt2).
 
@@ -152,7 +152,7 @@ class TrainConfig:
     minutes: float | None = flag(
         None, "minutes of training steps alone; instead of --epochs", above=0, at_most=1e7)
     tokens_per_param: float | None = flag(
-        None, "tokens per parameter, Chinchilla's are 20; instead of --epochs", above=0, at_most=1e6)
+        None, "tokens per parameter, Chinchilla's: 20; instead of --epochs", above=0, at_most=1e6)
     total_batch_size: int = flag(
         524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
     batch_warmup: int = flag(
@@ -275,7 +275,7 @@ SIZES = {
     "gpt2-xl":     dict(n_layer=48, n_head=25, n_embd=1600),
 }
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded
 # vocabulary. A choice is a name in the config and a class in a dict; constructors branch, forward
 # does not.
@@ -507,38 +507,44 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        norm = NORMS[config.norm]
+        mlp = MLPS[config.mlp]
         self.mix_residual = Mix((1.0, 0.0)) if config.residual_scalars else First()
-        self.ln_1 = NORMS[config.norm](config.n_embd, config.bias)
+        self.ln_1 = norm(config.n_embd, config.bias)
         self.token_shift = TokenShift(config.n_embd) if config.token_shift else First()
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = NORMS[config.norm](config.n_embd, config.bias)
-        self.mlp = MoE(config, MLPS[config.mlp]) if config.n_experts else MLPS[config.mlp](config)
+        self.ln_2 = norm(config.n_embd, config.bias)
+        self.mlp = MoE(config, mlp) if config.n_experts else mlp(config)
         self.drop = dropout(config.dropout)
 
     def forward(self, x, x0, v_first, positions, kv_cache=None):
         x = self.mix_residual(x, x0)
-        y, v_first = self.attn(self.token_shift(self.ln_1(x), kv_cache), v_first, positions, kv_cache)
+        y = self.token_shift(self.ln_1(x), kv_cache)
+        y, v_first = self.attn(y, v_first, positions, kv_cache)
         x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.ln_2(x))), v_first
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x, v_first
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, GPT-2's by default (Radford et al. 2019); parameter names are Hugging Face's.
+    """A decoder-only transformer, GPT-2's by default (Radford et al. 2019).
 
-    GPTConfig lists what it may have instead. Post-embedding norm: Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
+    GPTConfig lists what it may have instead. Parameter names are Hugging Face's. Post-embedding
+    norm: Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        norm = NORMS[config.norm]
         learned = config.pos == "learned"
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=LearnedPositions(config.block_size, config.n_embd) if learned else NoPositions(),
-            emb_norm=NORMS[config.norm](config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
+            emb_norm=norm(config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
             drop=dropout(config.dropout),
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            ln_f=NORMS[config.norm](config.n_embd, config.bias),
+            ln_f=norm(config.n_embd, config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
@@ -547,27 +553,32 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
-        """idx: int64 (B, T), T at most block_size. kv_cache: a KVCache, or a Packed for several texts per row.
+        """idx: int64 (B, T), T at most block_size. kv_cache: a KVCache, or a Packed for several
+        texts per row; None: no cache (training, scoring).
 
-        Without targets: logits, fp32 (B, T, vocab_size), or only those at `logits_at`, (rows, columns) ->
-        (n, vocab_size). The padding of the vocabulary is cut off, so no padded id can win.
-        With targets, int64 (B, T): their cross-entropy in nats, summed, a scalar; targets of -1 are not counted.
+        Without targets: logits, fp32 (B, T, vocab_size), or only those at `logits_at`, (rows,
+        columns) -> (n, vocab_size). The padding of the vocabulary is cut off, so no padded id can
+        win. With targets, int64 (B, T): the sum of their cross-entropies in nats, a scalar; targets
+        of -1 are not counted.
         """
         positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
-        x = x0 = self.embed(idx, positions)                                             # (B, T, C)
+        x = x0 = self.embed(idx, positions)                                 # (B, T, C)
         v_first = None
         for block in self.transformer.h:
             x, v_first = block(x, x0, v_first, positions, kv_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size].float()   # (B, T, V), cut
-            return soft_cap(logits, self.config.softcap)  # in fp32, as the loss: in bf16, large logits would tie
+            logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size]
+            # in fp32, as in the loss: in bf16, large logits would tie
+            return soft_cap(logits.float(), self.config.softcap)
         loss = self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return loss + sum(block.mlp.penalty for block in self.transformer.h)            # 0, with auxiliary gradients
+        # of experts: 0, with the gradients of auxiliary losses
+        return loss + sum(block.mlp.penalty for block in self.transformer.h)
 
     def embed(self, idx, positions):
-        x = self.transformer.wpe(self.transformer.wte(idx), positions)                  # (B, T, C)
-        return self.transformer.drop(cast(self.transformer.emb_norm(x)))                # now in the autocast dtype
+        """int64 (B, T) -> the input of the first block, (B, T, C) in the autocast dtype."""
+        x = self.transformer.wpe(self.transformer.wte(idx), positions)
+        return self.transformer.drop(cast(self.transformer.emb_norm(x)))
 
     def compile(self, **settings):
         """torch.compile part by part. The blocks have one structure, so one compiled block serves
@@ -577,27 +588,41 @@ class GPT(nn.Module):
             part.compile(**settings)
 
     def parameter_counts(self):
-        """dict: total, active (per token), embedding (tokens, positions and an untied head), layer (one block)."""
-        sizes = {name: p.numel() for name, p in self.named_parameters()}
-        total, layer = sum(sizes.values()), sum(p.numel() for p in self.transformer.h[0].parameters())
-        outside = sum(n for name, n in sizes.items() if name.split(".")[-2] in ("wte", "wpe", "lm_head"))
-        idle = sum(p[0].numel() * (len(p) - self.config.n_active) for p in self.parameters() if p.dim() == 3)  # experts
-        return {"total": total, "active": total - idle, "embedding": outside, "layer": layer}
+        """dict: total, active (per token), embedding (tokens, positions and an untied head), layer
+        (one block)."""
+        counts = {"total": 0, "active": 0, "embedding": 0}
+        for name, p in self.named_parameters():
+            counts["total"] += p.numel()
+            if p.dim() == 3:  # of experts, of which a token takes n_active
+                counts["active"] += p[0].numel() * self.config.n_active
+            else:
+                counts["active"] += p.numel()
+            if name.split(".")[-2] in ("wte", "wpe", "lm_head"):
+                counts["embedding"] += p.numel()
+        return counts | {"layer": count_parameters(self.transformer.h[0])}
 
     def flops_per_token(self):
-        """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
+        """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022,
+        PaLM, appendix B).
 
-        N leaves out idle experts and what is looked up: learned positions, the embedding beside an untied head.
+        N leaves out idle experts and what is only looked up: learned positions, and the embedding
+        beside an untied head.
         """
         c = self.config
-        looked_up = [self.transformer.wpe] + ([] if c.tie_embeddings else [self.transformer.wte])
-        n = self.parameter_counts()["active"] - sum(p.numel() for module in looked_up for p in module.parameters())
+        n = self.parameter_counts()["active"] - count_parameters(self.transformer.wpe)
+        if not c.tie_embeddings:
+            n -= count_parameters(self.transformer.wte)
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT with the weights of Hugging Face's "gpt2", ..., "gpt2-xl", or of a folder that export_hf.py made."""
+        """A GPT with the weights of Hugging Face's "gpt2", ..., "gpt2-xl", or of a folder that
+        export_hf.py made."""
         return huggingface.read(name, lambda **fields: cls(GPTConfig(**fields)))
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def row_blocks(config):
@@ -610,20 +635,27 @@ def init_weights(model):
     """Initialize every parameter, by config.init; fails on a parameter it does not know.
 
     gpt2:      normal, std 0.02 (positions 0.01, as in OpenAI's code).
-    xavier:    normal, std sqrt(2 / (fan_in + fan_out))   (Glorot & Bengio 2010).
-    kaiming:   normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1   (He et al. 2015).
-    In these three the projections back into the residual stream (c_proj) are scaled by 1 / sqrt(2 n_layer), as
-    2 n_layer of them add up (Radford et al. 2019, section 2.3); embeddings and head have std 0.02.
-    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0, so that every block starts as the
-               identity; an untied table has std 1.
-    A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a larger one the first
-    logits would favor repeating the input token. Norms start at 1, biases at 0. Fans are those of one matrix where
-    several are fused, of one expert.
+    xavier:    normal, std sqrt(2 / (fan_in + fan_out)) (Glorot & Bengio 2010).
+    kaiming:   normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1
+               (He et al. 2015).
+    In these three the projections back into the residual stream (c_proj) are scaled by
+    1 / sqrt(2 n_layer), as 2 n_layer of them add up (Radford et al. 2019, section 2.3); embeddings
+    and head have std 0.02.
+    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0, so that every block
+               starts as the identity; an untied table has std 1.
+
+    A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a
+    larger one the first logits would favor repeating the input token. Norms start at 1, biases at
+    0. Fans are those of one matrix where several are fused, of one expert.
     """
     config = model.config
     zero_proj = config.init == "zero_proj"
     projection_scale = 0.0 if zero_proj else (2 * config.n_layer) ** -0.5
-    tied_small = config.tie_embeddings and config.emb_norm
+    table_std = 0.02
+    if config.tie_embeddings and config.emb_norm:
+        table_std = 0.005
+    elif zero_proj and not config.tie_embeddings:
+        table_std = 1.0
     fused = row_blocks(config)
     for name, p in model.named_parameters():
         module, kind = f".{name}".split(".")[-2:]
@@ -636,38 +668,52 @@ def init_weights(model):
         elif module == "lm_head" and zero_proj:
             p.zero_()
         elif module in ("wte", "lm_head"):
-            p.normal_(std=0.005 if tied_small else 1.0 if zero_proj and not config.tie_embeddings else 0.02)
+            p.normal_(std=table_std)
         elif module == "wpe":
             p.normal_(std=0.01)
         elif module in fused:
-            fan_out, fan_in = p.size(-2) / fused[module], p.size(-1)
-            std = {"gpt2": 0.02,
-                   "xavier": math.sqrt(2 / (fan_in + fan_out)),
-                   "kaiming": math.sqrt((2 if module == "c_fc" else 1) / fan_in),
-                   "zero_proj": math.sqrt(1 / 3 / fan_in)}[config.init]
+            fan_out = p.size(-2) / fused[module]
+            fan_in = p.size(-1)
+            squared_gain = 2 if module == "c_fc" else 1
+            std = {
+                "gpt2": 0.02,
+                "xavier": math.sqrt(2 / (fan_in + fan_out)),
+                "kaiming": math.sqrt(squared_gain / fan_in),
+                "zero_proj": math.sqrt(1 / 3 / fan_in),
+            }[config.init]
             p.normal_(std=std * projection_scale if module == "c_proj" else std)
         else:
             raise ValueError(f"init_weights does not know the parameter {name}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Optimizer set-up and schedule. What state an optimizer keeps is known here and in the optimizer alone.
+# --------------------------------------------------------------------------------------------------
+# Optimizer set-up and schedule. Nothing else knows what state an optimizer keeps.
 
-EMB_NORM_LR = 5  # times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
+# times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
+EMB_NORM_LR = 5
 
 
 def make_optimizer(model, cfg):
-    """The optimizer of --optimizer. Each group keeps its peak rate as initial_lr, which the schedule multiplies."""
-    kinds, outside = {}, {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
+    """The optimizer of --optimizer.
+
+    Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits` is how
+    many matrices a fused weight holds.
+    """
+    outside = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
+    members = {}
     for name, p in model.named_parameters():
         module = name.split(".")[-2]
         kind = "vector" if p.dim() == 1 else outside.get(module, "matrix")
-        kinds.setdefault((kind, row_blocks(model.config).get(module, 1) if kind == "matrix" else 1), []).append(p)
+        splits = row_blocks(model.config).get(module, 1) if kind == "matrix" else 1
+        members.setdefault((kind, splits), []).append(p)
+
     embedding_lr = cfg.embedding_lr or cfg.max_lr * (EMB_NORM_LR if model.config.emb_norm else 1)
     rates = {"embedding": embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
     groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr)
-              for (kind, splits), params in kinds.items()]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters())), "not each once"
+              for (kind, splits), params in members.items()]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "not each parameter once"
+
     optimizer = OPTIMIZERS[cfg.optimizer](groups, cfg)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -675,19 +721,22 @@ def make_optimizer(model, cfg):
 
 
 def adamw(groups, cfg):
-    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al. 2020, appendix B).
-
-    Matrices and embeddings are decayed, vectors are not.
-    """
-    groups = [g | dict(kind="adamw", weight_decay=0.0 if g["kind"] == "vector" else cfg.weight_decay) for g in groups]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=groups[0]["params"][0].is_cuda)
+    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al.
+    2020, appendix B). Matrices and embeddings are decayed, vectors are not."""
+    decay = {"vector": 0.0}
+    groups = [group | dict(kind="adamw", weight_decay=decay.get(group["kind"], cfg.weight_decay))
+              for group in groups]
+    fused = groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
 def muon(groups, cfg):
-    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas for all else."""
-    settings = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    matrices = [g | settings for g in groups if g["kind"] == "matrix"]
-    others = [g | dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10) for g in groups if g["kind"] != "matrix"]
+    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas
+    for all others."""
+    of_matrices = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    of_others = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10)
+    matrices = [group | of_matrices for group in groups if group["kind"] == "matrix"]
+    others = [group | of_others for group in groups if group["kind"] != "matrix"]
     return Muon(matrices + others)
 
 
@@ -695,16 +744,23 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def state_like(optimizer):
-    """Tensors shaped as those that the optimizer's state will hold: AdamW's two moments, Muon's momentum."""
-    return [p for g in optimizer.param_groups for p in g["params"] for _ in range({"adamw": 2, "muon": 1}[g["kind"]])]
+    """Tensors shaped as those that the optimizer's state will hold: AdamW's two moments, Muon's
+    momentum."""
+    copies = {"adamw": 2, "muon": 1}
+    like = []
+    for group in optimizer.param_groups:
+        like += group["params"] * copies[group["kind"]]
+    return like
 
 
-# Of the run, as in build-nanogpt; steps: 2 / (1 - beta2) of AdamW (Ma & Yarats 2021, https://arxiv.org/abs/1910.04209)
-WARMUP_SHARE, WARMUP_LEAST = 0.0375, 40
+# As in build-nanogpt; the least is 2 / (1 - beta2) of AdamW (Ma & Yarats 2021,
+# https://arxiv.org/abs/1910.04209)
+WARMUP_SHARE = 0.0375  # of all steps
+WARMUP_LEAST = 40      # steps
 
 
 def lr_multiplier(step, cfg):
-    """What the learning rates of update `step`, 0 <= step < cfg.steps, are multiplied by: between 0 and 1."""
+    """Between 0 and 1, multiplies the learning rates of update `step`, 0 <= step < cfg.steps."""
     # 1) linear warm-up, from the first step above zero
     rule = min(WARMUP_LEAST, cfg.steps // 4)
     if cfg.steps < UNMEASURED:  # else --minutes has no length yet that could be shared out
@@ -712,16 +768,23 @@ def lr_multiplier(step, cfg):
     warmup = rule if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
     if step < warmup:
         return (step + 1) / warmup
-    # 2) how far the decay has come, 0 to 1; wsd begins it late (Hägele et al. 2024, https://arxiv.org/abs/2405.18392)
-    start = max(warmup, round(cfg.steps * (1 - cfg.cooldown))) if cfg.schedule == "wsd" else warmup
-    progress = min(max((step - start) / max(cfg.steps - start, 1), 0.0), 1.0)
+    # 2) how far the decay has come, 0 to 1; wsd begins it late (Hägele et al. 2024,
+    #    https://arxiv.org/abs/2405.18392)
+    start = warmup
+    if cfg.schedule == "wsd":
+        start = max(warmup, round(cfg.steps * (1 - cfg.cooldown)))
+    progress = (step - start) / max(cfg.steps - start, 1)
+    progress = min(max(progress, 0.0), 1.0)
     # 3) from the peak down to min_lr_frac of it, along half a cosine or a line
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
+    left = 1 - progress
+    if cfg.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
 
 def rate_rise(cfg, state):
-    """A line for a run that is extended, if its learning rate goes back up; else None. state: the checkpoint's."""
+    """A line for a run that is extended, if its learning rate rises again; else None.
+    state: the checkpoint's."""
     if cfg.minutes or cfg.steps <= state["max_steps"]:
         return None
     shape = ("schedule", "cooldown", "warmup_steps", "min_lr_frac", "max_lr")
@@ -731,20 +794,26 @@ def rate_rise(cfg, state):
     now = cfg.max_lr * lr_multiplier(state["step"], cfg)
     if now <= 1.01 * was:
         return None
-    return (f"rate    rises again, from {was:.2e} to {now:.2e}: the {cfg.schedule} schedule now ends "
-            f"at step {cfg.steps:,}, not {state['max_steps']:,}; a lower --max_lr keeps it low")
+    return (f"rate    rises again, from {was:.2e} to {now:.2e}: the {cfg.schedule} schedule now "
+            f"ends at step {cfg.steps:,}, not {state['max_steps']:,}; "
+            "a lower --max_lr keeps it low")
 
 
 def gradient_groups(model):
-    """dict: name of a part (embedding, block_00, ..., rest) -> its parameters; every parameter in exactly one part.
+    """dict: name of a part (embedding, block_00, ..., rest) -> its parameters, each in one part.
 
-    A tied head counts as embedding. These are the parts whose gradient norms TensorBoard shows.
+    A tied head counts as embedding. TensorBoard shows the gradient norms of these parts.
     """
-    groups, parts = {}, {"wte": "embedding", "wpe": "embedding"}
+    parts = {}
     for name, p in model.named_parameters():
         _, module, layer, *_ = f"{name}..".split(".")
-        groups.setdefault(f"block_{int(layer):02d}" if module == "h" else parts.get(module, "rest"), []).append(p)
-    return groups
+        part = "rest"
+        if module == "h":
+            part = f"block_{int(layer):02d}"
+        elif module in ("wte", "wpe"):
+            part = "embedding"
+        parts.setdefault(part, []).append(p)
+    return parts
 
 
 def gradient_norm(parameters):
@@ -752,47 +821,59 @@ def gradient_norm(parameters):
     return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data: the global token stream
 
 
 class ShardLoader(Stream):
-    """One endless stream of tokens, the same for every process, that depends on (files, seed) alone.
+    """One endless stream of tokens, the same for every process, that depends on (files, seed)
+    alone.
 
-    Every epoch passes over all shards; with a seed, the order of the shards and of the documents inside each is drawn
-    anew from (seed, epoch). Without one (None) everything stays in order. Nothing is dropped at a shard's end. The
-    state is three integers: epoch, shard (position in the epoch's order), offset (tokens into the permuted shard).
-    Background threads read and permute the next shard while the current one is used, and have the next batch ready.
+    Every epoch passes over all shards. With a seed, (seed, epoch) determines the order of the
+    shards and of the documents inside each; without one (None) everything stays in order. Nothing
+    is dropped at a shard's end. The state is three integers: epoch, shard (its position in the
+    epoch's order), offset (tokens into the permuted shard). Background threads read and permute the
+    next shard while the current one is used, and have the next batch ready.
     """
 
     names = "epoch", "shard", "offset"
 
     def __init__(self, files, tokenizer, seed, transform=None):
-        """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns; None: the tokens."""
-        self.files, self.tokenizer, self.seed, self.transform = files, tokenizer, seed, transform or (lambda x: x)
-        self.loaded, self.reader = {}, ThreadPoolExecutor(max_workers=1)  # shards, by epoch and shard
+        """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns;
+        None: the tokens."""
+        self.files = files
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.transform = transform or (lambda tokens: tokens)
+        self.loaded = {}  # (epoch, shard) -> future of its tokens
+        self.reader = ThreadPoolExecutor(max_workers=1)
         super().__init__(0, 0, 0)
 
     def read_batch(self, n, epoch, shard, offset):
-        """-> (n tokens from a position on and one more, int64 (n + 1,), transformed; the position n tokens later)."""
-        pieces, missing = [], n + 1
+        """-> (n tokens from a position on and one more, int64 (n + 1,), transformed; the position n
+        tokens later: epoch, shard, offset)."""
+        pieces = []
+        missing = n + 1
         while missing:
             piece = self._tokens(epoch, shard)[offset:offset + missing]
             pieces.append(piece)
             missing -= len(piece)
             offset += len(piece)
             if missing:
-                epoch, shard, offset = *self._after(epoch, shard), 0
+                epoch, shard = self._after(epoch, shard)
+                offset = 0
         self._read_ahead(*self._after(epoch, shard))
         tokens = np.concatenate(pieces).astype(np.int64)
-        return self.transform(tokens), epoch, shard, offset - 1                         # the last target comes again
+        return self.transform(tokens), epoch, shard, offset - 1  # the last target comes again
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
         return {"data/epoch": self.position[0]}
 
     def _after(self, epoch, shard):
-        return (epoch, shard + 1) if shard + 1 < len(self.files) else (epoch + 1, 0)
+        if shard + 1 < len(self.files):
+            return epoch, shard + 1
+        return epoch + 1, 0
 
     def _tokens(self, epoch, shard):
         """The tokens of a shard; forgets earlier ones."""
@@ -806,13 +887,16 @@ class ShardLoader(Stream):
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        file, shuffled = self.files[self._index(state["epoch"], state["shard"])].name, self.seed is not None
-        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{', permuted' if shuffled else ''}"
+        file = self.files[self._index(state["epoch"], state["shard"])].name
+        permuted = "" if self.seed is None else ", permuted"
+        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{permuted}"
 
     def _index(self, epoch, shard):
         """Which file is the epoch's shard number `shard`."""
-        in_order = self.seed is None
-        return shard if in_order else int(np.random.default_rng((self.seed, epoch)).permutation(len(self.files))[shard])
+        if self.seed is None:
+            return shard
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
+        return int(order[shard])
 
     def _read(self, epoch, shard):
         index = self._index(epoch, shard)
@@ -830,21 +914,25 @@ class ShardLoader(Stream):
 
 
 def token_stream(corpus, tokenizer, seed, block_size, transform=None):
-    """The training tokens of a Corpus: a ShardLoader, or of several folders a Mixture. seed None: no shuffling."""
-    alone = None if corpus.is_mixed else transform
-    loaders = [ShardLoader(source.shards.train, tokenizer, seed, alone) for source in corpus.sources]
-    return Mixture(corpus, loaders, block_size, transform) if corpus.is_mixed else loaders[0]
+    """The training tokens of a Corpus: a ShardLoader, or a Mixture of several folders.
+    seed None: no shuffling."""
+    if not corpus.is_mixed:
+        return ShardLoader(corpus.sources[0].shards.train, tokenizer, seed, transform)
+    loaders = [ShardLoader(source.shards.train, tokenizer, seed) for source in corpus.sources]
+    return Mixture(corpus, loaders, block_size, transform)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation: a list of what is measured, how often, and how. Every process takes part in every forward pass
+# --------------------------------------------------------------------------------------------------
+# Evaluation: a list of what is measured, how often, and how. Every process takes part in every
+# forward pass.
 
 
 class Evaluation(NamedTuple):
-    """run: (model, stopped) -> {tag: number or texts}, called by every process. every: steps, 0: never.
+    """run: (model, stopped) -> {tag: number or texts}, called by every process. every: N steps,
+    0: never.
 
-    stopped: whether to stop early, to be asked by every process equally often. compiled: the batches have the shape
-    of training's; others run as plain PyTorch.
+    stopped: whether to stop early, asked by every process equally often. compiled: its batches have
+    the shape of training's, so the compiled model is used; others run as plain PyTorch.
     """
     name: str
     every: int
@@ -852,110 +940,143 @@ class Evaluation(NamedTuple):
     at_start: bool = True
     compiled: bool = False
 
-    def shapes(self):
+    def mode(self):
         return contextlib.nullcontext() if self.compiled else compiler.off()
 
     def due(self, step, last):
-        return self.every and (last or step % self.every == 0) and (step > 0 or self.at_start)
+        if not self.every or (step == 0 and not self.at_start):
+            return False
+        return last or step % self.every == 0
 
 
 def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
-    """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of all processes.
+    """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of
+    all processes; nan once `stopped()`, which every process asks equally often.
 
-    Sums are gathered, not means: the result is the same for any number of processes and any micro-batch. The model, in
-    eval mode, sees one shape, (micro_batch, T), equally often on every process, filled up with rows without targets.
-    Gradients stay enabled: a compiled forward pass is then that of training. The loss asks for none in eval mode.
-    nan once `stopped()`, which every process asks equally often.
+    Sums are gathered, not means: the result is the same for any number of processes and any
+    micro-batch. The model, in eval mode, sees one shape, (micro_batch, T), equally often on every
+    process, padded with rows without targets. Gradients stay enabled, so that a compiled forward
+    pass is that of training; the loss asks for none in eval mode.
     """
-    losses = [torch.zeros((), device=processes.device)]
+    nats = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
-    starts = range(0, -(-len(rows[0]) // processes.world_size), micro_batch)
-    for i in progress(starts, "validation", processes):
-        batch = [part[i:i + micro_batch] for part in mine]
-        missing = ((0, micro_batch - len(batch[0])), (0, 0))
-        batch = [np.pad(part, missing, constant_values=fill) for part, fill in zip(batch, (0, -1, 0))]
+    passes = range(0, -(-len(rows[0]) // processes.world_size), micro_batch)
+    for i in progress(passes, "validation", processes):
+        idx, targets, *documents = (part[i:i + micro_batch] for part in mine)
+        idx = pad_rows(idx, micro_batch, 0, processes.device)
+        targets = pad_rows(targets, micro_batch, -1, processes.device)
+        packing = [Packed(pad_rows(part, micro_batch, 0, processes.device)) for part in documents]
         with autocast(processes.device):
-            idx, targets, *documents = (to_device(part, processes.device) for part in batch)
-            losses.append(model(idx, targets, *map(Packed, documents)).detach())
+            nats.append(model(idx, targets, *packing).detach())
         if stopped():
             return math.nan
-    nats, count = processes.sum([torch.stack(losses).cpu().double().sum().item(), int((mine[1] >= 0).sum())])
+    nats = torch.stack(nats).cpu().double().sum().item()
+    count = int((mine[1] >= 0).sum())
+    nats, count = processes.sum([nats, count])
     return nats / count
 
 
+def pad_rows(rows, n, fill, device):
+    """int64 (at most n, T) -> a tensor (n, T) on `device`, its last rows full of `fill`."""
+    missing = n - len(rows)
+    return to_device(np.pad(rows, ((0, missing), (0, 0)), constant_values=fill), device)
+
+
 def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
-    """-> `run` of an Evaluation: the loss on a Corpus' val splits, weighted as in training after a curriculum."""
-    rows = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer) for source in corpus.sources]
+    """-> the `run` of an Evaluation: the loss on the val splits of a Corpus, weighted as in
+    training after a curriculum."""
+    rows = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer)
+            for source in corpus.sources]
     sizes = tokenizer.token_bytes()
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
     def run(model, stopped):
         losses = [evaluate(model, part, cfg.sequences, processes, stopped) for part in rows]
         loss = float(corpus.weights @ losses)
-        return {tag: loss, f"{tag}_bpb": loss / math.log(2) / bytes_per_token, **corpus.tags(tag, losses)}
+        bits_per_byte = loss / math.log(2) / bytes_per_token
+        return {tag: loss, f"{tag}_bpb": bits_per_byte, **corpus.tags(tag, losses)}
 
     return run
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The training loop
 
 
 def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
-    """Train `model` from `position` to step cfg.steps: save, evaluate, get a batch, accumulate, clip, step, log.
+    """Train `model` from `position` to step cfg.steps: save, evaluate, batch, forward and backward,
+    agree, update, log.
 
-    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, as many on every process: (idx, targets), int64 (B, T)
-    each, and a Packed where rows hold several texts; targets of -1 do not count. run: the RunFolder, null off rank 0.
-    position: as Resume.restore gives it. The loop ends after cfg.steps steps, or after the step in which a stop signal
-    came; either way with a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
+    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, as many on every process: (idx,
+    targets), int64 (B, T) each, and a Packed where rows hold several texts; targets of -1 do not
+    count. run: the RunFolder, null off rank 0. position: as Resume.restore returns it.
+
+    Ends after cfg.steps steps, or after the step in which a stop signal came; either way with a
+    checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
     """
-    device, rank, world_size = processes.device, processes.rank, processes.world_size
-    step, skipped, consecutive_skips = first, *_ = position["step"], position["skipped"], position["consecutive_skips"]
-    timer, seconds = StepTimer(cfg, position.get("timed", (0, 0.0))), 0.0
-    ddp, parameters, parts = parallel(model, processes), list(model.parameters()), gradient_groups(model)
-    flops, peak = model.flops_per_token(), peak_flops(device)
-    is_spike, monitor = SpikeDetector(cfg.spike), RecompileMonitor(lambda line: run.say(f"step {step} | {line}"))
-    balance = LoadBalancer(model, processes, lambda line: run.say(f"step {step} | {line}"))
+    device = processes.device
+    ddp = parallel(model, processes)
+    parameters = list(model.parameters())
+    parts = gradient_groups(model)
+    flops = model.flops_per_token()
+    peak = peak_flops(device)
+
+    step = first = position["step"]
+    skipped = position["skipped"]
+    consecutive_skips = position["consecutive_skips"]
+    timer = StepTimer(cfg, position.get("timed", (0, 0.0)))
+    seconds = 0.0  # of the previous step
+    save_due = False
+    last_good = {"step": step, "skipped": skipped, "loader": stream.state_dict()}
+
+    def say(line):
+        run.say(f"step {step} | {line}")
 
     def snapshot(**changes):
-        return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips, "finished": False,
-                "loader": stream.state_dict(), "max_steps": cfg.steps, "timed": timer.timed,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
+        return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips,
+                "finished": False, "loader": stream.state_dict(), "max_steps": cfg.steps,
+                "timed": timer.timed, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), **changes}
 
-    save_due, last_good = False, {"step": step, "skipped": skipped, "loader": stream.state_dict()}
+    is_spike = SpikeDetector(cfg.spike)
+    monitor = RecompileMonitor(say)
+    balance = LoadBalancer(model, processes, say)
     stream.prefetch(batch_size(step, cfg))
     with StopSignals(run.say, processes) as stop:
         while True:
             last = step >= cfg.steps  # beyond: resumed as a shorter run
-            # ---- save, in the background; not after skipped steps: the checkpoints from before may be better
-            save_due = save_due or (cfg.save_every and step > first and step % cfg.save_every == 0)
-            if save_due and step < cfg.steps and not consecutive_skips:
+
+            # ---- save, in the background; after skipped steps, earlier checkpoints may be better
+            if cfg.save_every and step > first and step % cfg.save_every == 0:
+                save_due = True
+            if save_due and not last and not consecutive_skips:
                 run.save(snapshot())
                 save_due = False
 
             # ---- evaluate
-            for evaluation in (e for e in evaluations if e.due(step, last)):
+            for evaluation in evaluations:
+                if not evaluation.due(step, last):
+                    continue
                 if stop.agree():
                     break
-                model.eval()
                 try:
-                    with monitor(evaluation.name), evaluation.shapes():
-                        results = evaluation.run(model, stop.agree)
-                    if not stop.agree():
-                        run.log_evaluation(step, results)
-                        if cfg.keep_best and "Loss/val" in results and step and not consecutive_skips:
-                            # only rank 0 knows which checkpoints were written
-                            best = processes.sum([bool(run.is_best(results["Loss/val"], step))])[0]
-                            if best and not last:
-                                run.save(snapshot())
-                except NonFinite as error:  # the training steps that follow are counted, and end the run if need be
-                    run.say(f"step {step} | {evaluation.name} | {error}")
-                model.train()
+                    results = measure(evaluation, model, stop, monitor)
+                except NonFinite as error:  # the steps that follow are counted and may end the run
+                    say(f"{evaluation.name} | {error}")
+                    continue
+                if stop.agree():
+                    break
+                run.log_evaluation(step, results)
+                if cfg.keep_best and "Loss/val" in results and step and not consecutive_skips:
+                    # only rank 0 knows which checkpoints were written
+                    best = processes.sum([bool(run.is_best(results["Loss/val"], step))])[0]
+                    if best and not last:
+                        run.save(snapshot())
             run.poll()
             if last or stop.agreed:
                 break
 
-            # ---- get the batch
+            # ---- batch
             started = time.perf_counter()
             read_from = stream.state_dict()
             if not consecutive_skips:
@@ -964,25 +1085,19 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             batch = stream.next(tokens)
             waited = time.perf_counter() - started
 
-            # ---- forward and backward; dropout follows from (seed, step, rank): there is no random state to save
-            torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, rank)).generate_state(1, np.uint64)[0]))
-            loss_sum, n_targets = torch.zeros((), device=device), sum((targets >= 0).sum() for _, targets, *_ in batch)
-            if processes.distributed:
-                dist.all_reduce(n_targets)
+            # ---- forward and backward
+            seed_dropout(cfg.seed, step, processes.rank)
+            n_targets = sum((targets >= 0).sum() for _, targets, *_ in batch)
+            processes.all_reduce(n_targets)
             balance.weigh(n_targets / tokens)
             with monitor("training"):
-                for i, (idx, targets, *packing) in enumerate(batch):
-                    with gradient_sync(ddp, last=i == len(batch) - 1):
-                        with autocast(device):
-                            loss = ddp(idx, targets, *packing) / n_targets  # a sum over all targets by their number
-                        (loss * world_size).backward()            # DDP takes the mean over processes
-                    loss_sum += loss.detach()
+                loss_sum = accumulate(ddp, batch, n_targets, processes)
 
-            # ---- one all-reduce: the loss, and whether anyone wants to stop or to save; one device sync per step
-            told = stop.requested, bool(run.save_is_due(cfg.save_minutes)), seconds / world_size
-            shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in told)])
-            if processes.distributed:
-                dist.all_reduce(shared)
+            # ---- agree: one all-reduce besides the gradients', and the step's one device sync
+            requests = [stop.requested, bool(run.save_is_due(cfg.save_minutes)),
+                        seconds / processes.world_size]
+            shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in requests)])
+            processes.all_reduce(shared)
             norms = torch.stack([gradient_norm(part) for part in parts.values()])
             total_norm = norms.norm()
             numbers = torch.cat((shared, total_norm[None], norms)).tolist()
@@ -992,10 +1107,11 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             if step > first + 1:  # the first step also loads kernels and libraries
                 run.set_length(timer.fit(step, took), timer.stands)
 
-            # ---- clip and update, unless non-finite: the same decision on every process
+            # ---- update, unless non-finite: the same decision on every process
             run.wait_copied()  # what is being saved must not change yet
-            multiplier, finite = lr_multiplier(step, cfg), math.isfinite(loss) and math.isfinite(norm)
-            routing = balance(finite)  # of experts; right behind the sync, reading the device costs nothing
+            multiplier = lr_multiplier(step, cfg)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            routing = balance(finite)  # of experts; reading the device is free after the sync
             if finite:
                 if cfg.grad_clip:
                     torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
@@ -1004,44 +1120,90 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 optimizer.step()
                 consecutive_skips = 0
             else:
-                skipped, consecutive_skips = skipped + 1, consecutive_skips + 1
-                run.say(f"step {step} | skipped because non-finite: loss {loss}, gradient norm {norm}; its batch: "
-                        f"{stream.where(read_from)}")
+                skipped += 1
+                consecutive_skips += 1
+                say(f"skipped because non-finite: loss {loss}, gradient norm {norm}; its batch: "
+                    f"{stream.where(read_from)}")
             optimizer.zero_grad(set_to_none=True)
 
             # ---- log
             seconds = time.perf_counter() - started
-            run.log_step(step, {
-                "Loss/train": loss, "optim/lr": cfg.max_lr * multiplier, "optim/grad_norm": norm,
-                "optim/skipped_steps": skipped, "perf/tok_per_sec": tokens / seconds, "perf/step_ms": seconds * 1e3,
-                "perf/data_ms": waited * 1e3, "perf/recompilations": monitor.count, **stream.progress(), **routing,
-                "perf/mfu": flops * tokens / seconds / peak / world_size if peak else None,
-                "perf/memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-                **{f"weights/grad_norm_{part}": n for part, n in zip(parts, norms, strict=True)}}, seconds)
+            rate = tokens / seconds
+            scalars = {
+                "Loss/train": loss,
+                "optim/lr": cfg.max_lr * multiplier,
+                "optim/grad_norm": norm,
+                "optim/skipped_steps": skipped,
+                "perf/tok_per_sec": rate,
+                "perf/step_ms": seconds * 1e3,
+                "perf/data_ms": waited * 1e3,
+                "perf/recompilations": monitor.count,
+                "perf/mfu": flops * rate / peak / processes.world_size if peak else None,
+                "perf/memory_gb": peak_memory_gb(device),
+            }
+            for part, value in zip(parts, norms, strict=True):
+                scalars[f"weights/grad_norm_{part}"] = value
+            run.log_step(step, scalars | stream.progress() | routing, seconds)
             if line := is_spike(loss):
-                run.say(f"step {step} | {line}; its batch: {stream.where(read_from)}")
+                say(f"{line}; its batch: {stream.where(read_from)}")
+
             step += 1
-            if consecutive_skips >= min(cfg.max_skipped, cfg.steps - first):  # or every step of a short start
+            most = min(cfg.max_skipped, cfg.steps - first)  # all steps, if there are fewer
+            if consecutive_skips >= most:
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
                 processes.barrier()
-                raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from before: lower "
-                               "--max_lr or lengthen --warmup_steps, and --resume it")
+                raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is "
+                               "from before: lower --max_lr or lengthen --warmup_steps, and "
+                               "--resume it")
         stop.heard()
-        run.save(snapshot(finished=last and not stop.agreed), wait=True)
+        finished = last and not stop.agreed
+        run.save(snapshot(finished=finished), wait=True)
         processes.barrier()
-        run.conclude(step, finished=last and not stop.agreed)
+        run.conclude(step, finished=finished)
 
 
-# ---------------------------------------------------------------------------------------------------
+def measure(evaluation, model, stop, monitor):
+    """The results of an Evaluation, meaningless once a stop is requested. Raises NonFinite."""
+    model.eval()
+    try:
+        with monitor(evaluation.name), evaluation.mode():
+            return evaluation.run(model, stop.agree)
+    finally:
+        model.train()
+
+
+def seed_dropout(seed, step, rank):
+    """Dropout follows from (seed, step, rank): there is no random state to save."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def accumulate(ddp, batch, n_targets, processes):
+    """Forward and backward over the micro-batches of a step -> this process's share of its loss.
+
+    The loss of a step is the sum over all targets divided by their number over all processes.
+    """
+    loss_sum = torch.zeros((), device=processes.device)
+    for i, (idx, targets, *packing) in enumerate(batch):
+        with gradient_sync(ddp, last=i == len(batch) - 1):
+            with autocast(processes.device):
+                loss = ddp(idx, targets, *packing) / n_targets
+            (loss * processes.world_size).backward()  # DDP takes the mean over processes
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 def load_checkpoint(name, device="cpu"):
     """The model that a user named -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
-    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl", as
-    lib/checkpoint.py's `pick` takes it. The checkpoint of the last two is a dict of model_config,
-    tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
+    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl",
+    as lib/checkpoint.py's `pick` takes it. The checkpoint of the last two is a dict of
+    model_config, tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such
+    model.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
@@ -1068,7 +1230,8 @@ def load_checkpoint(name, device="cpu"):
 
 
 def settings(argv):
-    """The command line -> (TrainConfig, GPTConfig, the names given explicitly, a Resume, a beginning).
+    """The command line -> (TrainConfig, GPTConfig, the names given explicitly, a Resume, a
+    beginning).
 
     The Resume is None for a new run; the beginning is what `begin_with` returns, or None.
     """
@@ -1087,7 +1250,8 @@ def settings(argv):
 
 
 def begin_with(cfg, model_cfg, explicit):
-    """--init_from -> [(a GPT, its Tokenizer)], a list so that whoever takes them can let go of them.
+    """--init_from -> [(a GPT, its Tokenizer)], a list so that whoever takes them can let go of
+    them.
 
     Gives model_cfg the settings of the weights, but for given ones that these do not depend on.
     Raises BadInput for others, and if there is no such model.
@@ -1098,8 +1262,8 @@ def begin_with(cfg, model_cfg, explicit):
     free = may_change(before, model_cfg.block_size) - {"init"}
     _, misfits = take_settings(model_cfg, before, explicit, free)
     if misfits:
-        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: {', '.join(misfits)}; "
-                       "leave them out")
+        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: "
+                       f"{', '.join(misfits)}; leave them out")
     if model_cfg.pos == "learned":
         positions = model.transformer.wpe.weight[:model_cfg.block_size]
         model.transformer.wpe.weight = nn.Parameter(positions.detach().clone())
@@ -1118,26 +1282,31 @@ def flag_warnings(cfg, model_cfg, explicit):
     usual = RATES[cfg.optimizer]["max_lr"]
     if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
         lines.append(
-            f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that suits "
-            f"--optimizer {cfg.optimizer}, {usual:g}: leave it out, or see that the loss falls")
+            f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that "
+            f"suits --optimizer {cfg.optimizer}, {usual:g}: leave it out, or check that the loss "
+            "falls")
     return lines
 
 
 def adopt(resume, cfg, model_cfg, explicit):
-    """Take what was not given explicitly from a Resume, or None, and see that its weights fit. Raises BadInput."""
+    """Take what was not given explicitly from a Resume, or None, and check that its weights fit.
+    Raises BadInput."""
     if resume:
         with checkpoint.ours(resume.path):
-            other_preset = "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]
-            resume.adopt(cfg, model_cfg, explicit | (set().union(*PRESETS.values()) if other_preset else set()))
+            given = explicit
+            if "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]:
+                given = explicit.union(*PRESETS.values())  # another preset's settings, too
+            resume.adopt(cfg, model_cfg, given)
             check_model(model_cfg)
             on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
-    for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's give way
-        if explicit & set(LENGTHS):
+    if explicit & set(LENGTHS):
+        for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's
             setattr(cfg, name, None)
 
 
 def check_model(c):
-    """Check a model's settings against each other; their own bounds stand on the fields. Raises BadInput."""
+    """Check a model's settings against each other; bounds of each are on its field.
+    Raises BadInput."""
     check(c)
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
@@ -1155,14 +1324,17 @@ def on_meta(model_cfg):
 def build_model(model_cfg, cfg, device):
     """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
     like = on_meta(model_cfg)
-    check_memory((*like.parameters(), *like.parameters(), *state_like(make_optimizer(like, cfg))), device)
+    weights = list(like.parameters())
+    gradients = weights
+    check_memory([*weights, *gradients, *state_like(make_optimizer(like, cfg))], device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     try:
         with device:
             return GPT(model_cfg)
     except (RuntimeError, MemoryError) as error:
-        raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): lower --n_embd, --n_layer") from error
+        raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): "
+                        "lower --n_embd, --n_layer") from error
 
 
 @torch.no_grad()
@@ -1185,15 +1357,18 @@ def fit_vocabulary(model, vocab_size):
 
 
 class Pretraining:
-    """What `launch` trains on and measures; posttrain.py has another. corpus: a Corpus, or what tells as much.
+    """What `launch` trains on and measures; posttrain.py has another. corpus: a Corpus, or any
+    object with its interface.
 
-    weights: [a state dict to begin with], or (). extra: more for checkpoints. packed: ids -> (a Packed,), or ().
+    weights: [a state dict to begin with], or (). extra: more for checkpoints.
+    packed: ids -> (a Packed,), or ().
     """
 
     weights, extra, packed = (), {}, staticmethod(lambda idx: ())
 
     def __init__(self, cfg, explicit, start=None):
-        """start: as `begin_with` returns it, or None. Raises BadInput for data of another tokenizer."""
+        """start: as `begin_with` returns it, or None. Raises BadInput for data of another
+        tokenizer."""
         self.corpus = Corpus(cfg)
         self.explicit = explicit
         if start:
@@ -1210,7 +1385,7 @@ class Pretraining:
         return tokenizer
 
     def evaluations(self, cfg, tokenizer, block_size, processes):
-        """What is measured along the way. Raises BadInput if something that this needs is not there."""
+        """What is measured along the way. Raises BadInput if something that needs is missing."""
         at_start = self.has_learned  # random weights take seconds to minutes to say what is known
         own_loss = self.validation(cfg, tokenizer, block_size, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
@@ -1236,21 +1411,28 @@ class Pretraining:
         return lambda model, stopped: {"samples": sample(model, tokenizer, prompts, SHOWN)}
 
     def stream(self, cfg, tokenizer, block_size, processes):
-        batches = partial(micro_batches, block_size=block_size, stride=block_size + self.corpus.is_mixed,
+        stride = block_size + self.corpus.is_mixed
+        batches = partial(micro_batches, block_size=block_size, stride=stride,
                           micro_batch=cfg.sequences, processes=processes)
-        return token_stream(self.corpus, tokenizer, cfg.seed if cfg.shuffle else None, block_size, batches)
+        seed = cfg.seed if cfg.shuffle else None
+        return token_stream(self.corpus, tokenizer, seed, block_size, batches)
 
     def conclude(self, run):
         """Say what is left to say."""
 
 
 def size_of(model_cfg, corpus):
-    """Parameters of the model for a Corpus, whose tokenizer is not loaded; None if it does not tell its vocabulary."""
-    return corpus.vocab_size and on_meta(replace(model_cfg, vocab_size=corpus.vocab_size)).parameter_counts()["total"]
+    """Parameters of the model for a Corpus whose tokenizer is not loaded yet; None if it does not
+    know its vocabulary."""
+    if not corpus.vocab_size:
+        return None
+    model = on_meta(replace(model_cfg, vocab_size=corpus.vocab_size))
+    return model.parameter_counts()["total"]
 
 
 def compiles(cfg, model_cfg, processes, first):
-    """Whether to torch.compile: as --compile says, else where the run from step `first` on is long enough for that to pay."""
+    """Whether to torch.compile: as --compile says, else if the run from step `first` on is long
+    enough for that to pay."""
     if cfg.compile is not None:
         return cfg.compile
     if cfg.minutes:  # what counts is what is learned in them
@@ -1261,47 +1443,72 @@ def compiles(cfg, model_cfg, processes, first):
 
 
 def launch(cfg, model_cfg, explicit, resume, task):
-    """Train what `task`, a Pretraining, says: on all processes, in a run folder, anew or from `resume`."""
-    processes, corpus, T = Processes(cfg.device, cfg.deterministic), task.corpus, model_cfg.block_size
-    settle(cfg, model_cfg, explicit, corpus, size_of(model_cfg, corpus), processes.world_size, resume)
+    """Train what `task`, a Pretraining, says, on all processes, from the beginning or `resume`.
+
+    What may be refused comes before anything is written, and what needs no GPU before what does.
+    """
+    processes = Processes(cfg.device, cfg.deterministic)
+    corpus = task.corpus
+    T = model_cfg.block_size
+    parameters = size_of(model_cfg, corpus)
+    settle(cfg, model_cfg, explicit, corpus, parameters, processes.world_size, resume)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
         if processes.main:
-            print(f"{resume.path} is the end of a run of {cfg.steps} steps: give more --{length_flag(cfg)} to go on")
+            print(f"{resume.path} is the end of a run of {cfg.steps} steps: "
+                  f"give more --{length_flag(cfg)} to go on")
         return
+    rise = None
     if resume:
         resume.compare_text(cfg, corpus, explicit)
-    rise = resume and rate_rise(cfg, resume.state)
+        rise = rate_rise(cfg, resume.state)
+
+    # The folder is locked from here on. `explained` is outermost: it turns what the machine lacks
+    # into one line, wherever that shows.
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explained(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
             serve_tensorboard(cfg.log_dir, cfg.tensorboard)
-        with processes.main_first():
+        with processes.main_first():  # it may download
             tokenizer = task.tokenizer(model_cfg)
         evaluations = task.evaluations(cfg, tokenizer, T, processes)
+
         compiling = compiles(cfg, model_cfg, processes, resume.state["step"] if resume else 0)
         if compiling:
-            compiler.prepare()
+            compiler.prepare()  # in the background, while the model is made
         model = build_model(model_cfg, cfg, processes.device)
-        optimizer, rows = make_optimizer(model, cfg), batch_size(0, cfg) // T // processes.world_size
-        cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes, state_like(optimizer), task.packed)
-        stream, position = task.stream(cfg, tokenizer, T, processes), {"step": 0, "skipped": 0, "consecutive_skips": 0}
+        optimizer = make_optimizer(model, cfg)
+        rows = batch_size(0, cfg) // T // processes.world_size
+        cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes,
+                                         state_like(optimizer), task.packed)
+        stream = task.stream(cfg, tokenizer, T, processes)
+
+        # after probing the micro-batch, which leaves traces in a model, and before writing anything
+        position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
         if resume:
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
-            model.load_state_dict(task.weights.pop())  # so that they go from memory
-        processes.check_same(position["step"], "the processes found different checkpoints: "
-                                                "see that all read one folder, and start again")
-        description = "\n".join(filter(None, [describe(cfg, model, corpus, processes, position["step"]), rise]))
-        config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps, "tokenizer": tokenizer.spec,
-                  "data": corpus.identity, "parameters": model.parameter_counts(), **task.extra}
+            model.load_state_dict(task.weights.pop())  # so that they leave memory
+        first = position["step"]
+        processes.check_same(first, "the processes found different checkpoints: see that all read "
+                                    "one folder, and start again")
+
+        description = describe(cfg, model, corpus, processes, first)
+        if rise:
+            description += f"\n{rise}"
+        config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps,
+                  "tokenizer": tokenizer.spec, "data": corpus.identity,
+                  "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
         run.begin(config, description, position, resume, like)
+
         if compiling:
             idx = torch.zeros(cfg.sequences, T, dtype=torch.long, device=processes.device)
-            compiler.compile_ahead(model, (idx, idx, *task.packed(idx)), cfg.eval_every > 0, run.say)
+            batch = (idx, idx, *task.packed(idx))
+            compiler.compile_ahead(model, batch, cfg.eval_every > 0, run.say)
         elif cfg.compile is None and processes.device.type == "cuda":
-            run.say("not compiled: a run this short would not win back the time that takes; --compile overrules")
-        if position["step"] == 0 and cfg.eval_every and not evaluations[0].at_start:
+            run.say("not compiled: a run this short would not win back the time that takes; "
+                    "--compile overrules")
+        if first == 0 and cfg.eval_every and not evaluations[0].at_start:
             run.say("step 0 | random weights are not evaluated; their loss is about "
                     f"ln {model_cfg.vocab_size:,} = {math.log(model_cfg.vocab_size):.2f}")
         train(cfg, model, optimizer, stream, evaluations, run, processes, position)
@@ -1312,8 +1519,9 @@ def main(argv):
     cfg, model_cfg, explicit, resume, start = settings(argv)
     check_model(model_cfg)
     if cfg.plan:
-        own, ids = cfg.size or cfg.preset, "data" in explicit and Corpus(cfg).vocab_size  # it needs no data
-        model_cfg.vocab_size = ids or model_cfg.vocab_size
+        if "data" in explicit:  # it needs none
+            model_cfg.vocab_size = Corpus(cfg).vocab_size or model_cfg.vocab_size
+        own = cfg.size or cfg.preset
         models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
         print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
         return

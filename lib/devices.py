@@ -95,6 +95,13 @@ def pick_device(name, local_rank=0, local_world=1):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+def peak_memory_gb(device):
+    """The most memory that tensors took on a GPU, GB; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
 def memory_bytes(device):
     """The memory of a device, bytes; None where it cannot be told."""
     if device.type == "cuda":
@@ -179,6 +186,11 @@ class Processes:
         if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise BadInput("another process has ended: torchrun names the first one below, "
                            "its error stands above") from error
+
+    def all_reduce(self, tensor):
+        """Sum a tensor over all processes, in place; a no-op for one process."""
+        if self.distributed:
+            dist.all_reduce(tensor)
 
     def sum(self, values):
         """Sum a list of numbers over all processes, in double precision -> list of float."""

@@ -140,7 +140,7 @@ COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 def hard_to_read(source):
     """What breaks the rules of the script in its source, as text, with line numbers."""
-    lines = [f"line {i}: {len(line)} columns" for i, line in enumerate(source.splitlines(), 1) if len(line) > 120]
+    lines = [f"line {i}: {len(line)} columns" for i, line in enumerate(source.splitlines(), 1) if len(line) > 100]
     for node in ast.walk(ast.parse(source)):
         inner = [part for part in ast.walk(node) if part is not node]
         if isinstance(node, COMPREHENSIONS) and any(isinstance(part, COMPREHENSIONS) for part in inner):
@@ -165,7 +165,7 @@ def test_the_script_keeps_to_the_rules_of_readability():
 
 
 @pytest.mark.parametrize("source, says", [
-    ("x = 1  # " + "y" * 120, "columns"),
+    ("x = 1  # " + "y" * 100, "columns"),
     ("[[a for a in b] for b in c]", "comprehension"),
     ("(a if b else c) if d else e", "ternary"),
     ("def forward(self, x):\n    if self.config.n_experts:\n        return x", "self.config.n_experts"),
