@@ -1254,10 +1254,11 @@ def begin_with(cfg, model_cfg, explicit):
     them.
 
     Gives model_cfg the settings of the weights, but for given ones that these do not depend on.
-    Raises BadInput for others, and if there is no such model.
+    Raises BadInput for others, and if there is no such model or its weights are not finite.
     """
     cfg.init_from = checkpoint.pick(cfg.init_from)
     model, tokenizer, _ = load_checkpoint(cfg.init_from)
+    checkpoint.check_finite(model.state_dict(), cfg.init_from)
     before = asdict(model.config) | {"vocab_multiple": model_cfg.vocab_multiple}
     free = may_change(before, model_cfg.block_size) - {"init"}
     _, misfits = take_settings(model_cfg, before, explicit, free)

@@ -269,7 +269,10 @@ def load(name):
         hf, report = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever the hub and the readers of its formats raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"cannot load the Hugging Face model {name}: {reason}") from error
+        remedy = "load it once where the hub can be reached, or name a folder or a ckpt_<step>.pt"
+        if os.path.isdir(name):
+            remedy = "name another folder"
+        raise BadInput(f"cannot load the Hugging Face model {name}: {reason}; {remedy}") from error
     return hf.eval(), sorted(report["missing_keys"])
 
 

@@ -140,4 +140,6 @@ class Muon(torch.optim.Optimizer):
         mine = torch.nn.functional.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
         whole = X.new_empty(world * share, *X.shape[1:])
         mine = orthogonalize(mine, self.coefficients).contiguous()
-        return whole, dist.all_gather_into_tensor(whole, mine, async_op=True)
+        # torch 2.13 renames it, and warns of the old name at the first call
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return whole, gather(whole, mine, async_op=True)

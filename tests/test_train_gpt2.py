@@ -1049,6 +1049,15 @@ def test_a_run_begins_with_the_weights_of_hugging_faces_gpt2_and_resumes_without
         begin("elsewhere", data, folder)
 
 
+def test_a_run_does_not_begin_with_weights_that_are_not_finite(whole, data, tmp_path):
+    state = checkpoint.read(whole("gpt2") / "ckpt_00060.pt")
+    state["model"]["transformer.ln_f.weight"] = torch.full((state["model_config"]["n_embd"],), math.nan)
+    checkpoint.write(tmp_path / "ckpt_00060.pt", state)
+    with pytest.raises(BadInput, match="holds weights that are NaN or infinite"):
+        begin(tmp_path / "ckpt_00060.pt", data, tmp_path / "log" / "a")
+    assert not (tmp_path / "log").exists()
+
+
 def test_a_run_begins_with_a_run_folder_a_checkpoint_or_an_export(whole, data, tokenizer, tmp_path):
     source = whole("gpt2")
     last = source / "ckpt_00060.pt"

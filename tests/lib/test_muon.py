@@ -5,6 +5,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -224,6 +225,7 @@ def record_batches():
 
 def rank_main(rank, folder, start, middle):
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # each process would print it
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sizes = record_batches()
     torch.save([go_on(start, range(3)), go_on(middle, range(3, 6)), sizes], f"{folder}/{rank}.pt")
