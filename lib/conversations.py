@@ -23,7 +23,7 @@ import re
 
 from lib.chat_template import END, check_messages, render
 from lib.cli import BadInput
-from lib.files import find_files, open_file, read_text
+from lib.files import find_files, json_rows, open_file, read_text
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -250,35 +250,15 @@ def _rows(path):
     """A file -> its rows, (place for people, row or a ValueError) each."""
     remedy = "mend it, or name another file"
     if ending_of(path) == ".txt":
-        yield "its text", {"text": _read(path, remedy)}
+        yield "its text", {"text": read_text(path, remedy, limit=2**33).removeprefix("\ufeff")}
     elif ending_of(path) == ".parquet":
         yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
-    elif ending_of(path) == ".json" and isinstance(rows := _whole(path, remedy), list):
-        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
-    else:  # a .json may hold lines, too
+    else:
         with open_file(path, remedy) as file:
-            for i, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"line {i}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield f"line {i}", ValueError(f"not JSON ({str(error)[:60]})")
-
-
-def _read(path, remedy):
-    """The text of a file, without the byte order mark that editors on Windows put in front."""
-    return read_text(path, remedy, limit=2**33).removeprefix("\ufeff")
-
-
-def _whole(path, remedy):
-    text = _read(path, remedy)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if (text.lstrip().startswith("[")
-                and not str(error).startswith("Extra data")):  # else lines, of which the first is a list
-            raise BadInput(f"{path} is not whole ({str(error)[:60]}): {remedy}") from error
-        return None
+            try:
+                yield from json_rows(file)
+            except ValueError as error:
+                raise BadInput(f"{path} is not whole ({error}): {remedy}") from error
 
 
 def _parquet(path, remedy):

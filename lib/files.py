@@ -7,8 +7,10 @@ Writing: `replace` leaves a path as it was or whole. `locked` keeps two processe
 import contextlib
 import errno
 import glob
+import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -24,6 +26,10 @@ REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EN
            errno.EISDIR, errno.EACCES, errno.EPERM)
 HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
 NAMED = 20           # files of a kind that are named where they are left out
+BOM = b"\xef\xbb\xbf"  # the byte order mark that editors on Windows put in front
+# Python refuses to make an integer of thousands of digits, and no number is text
+DECODER = json.JSONDecoder(parse_int=float)
+BLANK = re.compile(r"\s*")
 
 
 class Unreadable(BadInput):
@@ -80,6 +86,47 @@ def read_rows(path, remedy, check=lambda row: row):
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}, line {len(rows) + 1}: {error}: {remedy}") from error
     return rows
+
+
+def json_rows(file):
+    """The rows of an open JSON file -> stream of (place for people, row).
+
+    They follow each other, each on lines of its own, or stand in an array. A line that is not JSON
+    yields a ValueError as its row; raises one where rows over several lines are not JSON.
+    """
+    lines = enumerate((line.removeprefix(BOM) for line in file), 1)
+    lines = ((f"line {number}", line) for number, line in lines if line.strip())
+    place, line = next(lines, ("", b""))
+    if line.lstrip().startswith(b"[") or line.strip() == b"{":
+        values = decode_json(line + file.read())
+        lists = (value if isinstance(value, list) else [value] for value in values)
+        for number, row in enumerate(itertools.chain.from_iterable(lists), 1):
+            yield f"row {number}", row
+        return
+    for where, data in itertools.chain([(place, line)], lines):
+        try:
+            rows = decode_json(data)
+        except ValueError as error:
+            rows = [error]
+        for row in rows:  # none in an empty file
+            yield where, row
+
+
+def decode_json(data):
+    """The JSON values in UTF-8 bytes, one after another. Raises ValueError."""
+    values = []
+    try:
+        text = data.decode()
+        at = BLANK.match(text).end()
+        while at < len(text):
+            value, at = DECODER.raw_decode(text, at)
+            values.append(value)
+            at = BLANK.match(text, at).end()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON ({str(error)[:80]})") from error
+    return values
 
 
 def find_files(folder, wanted):

@@ -84,6 +84,20 @@ def test_hidden_files_are_no_data_and_endings_have_no_case(tmp_path):
                      f"left out of {tmp_path} (.bz2): c.jsonl.bz2"]
 
 
+def test_rows_of_json_may_stand_anyhow(tmp_path):
+    row = ROWS[6][1] | {"x": 1}
+    line = json.dumps(row).replace("1}", "9" * 5000 + "}")  # more digits than Python makes an integer of
+    array = json.dumps([row], indent=1)
+    for name, text in {"lines": f"{line}\n\ufeff{line}", "returns": f"{line}\r{line}", "array": f"[{line}, {line}]",
+                       "arrays": f"{array}\n{array}", "blank": f"\n\n{json.dumps([row, row])}",
+                       "objects": f"\ufeff{json.dumps(row, indent=1)}\n{json.dumps(row, indent=4)}"}.items():
+        for ending in ("json", "jsonl"):
+            path = tmp_path / f"{name}.{ending}"
+            path.write_bytes(text.encode())
+            examples, told = read(str(path))
+            assert examples == [PAIR, PAIR] and "skipped" not in told
+
+
 def test_a_txt_is_one_text(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):  # with a byte order mark
         (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
