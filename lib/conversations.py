@@ -149,6 +149,8 @@ LAYOUTS = [
     ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
     ("text", {"text"}, _text),
 ]
+# of a parquet file no other is read: it may hold what Python cannot
+COLUMNS = set().union(*(keys for _, keys, _ in LAYOUTS), CONTEXT, SYSTEM, MARKS, {"history"})
 KNOWN = ", ".join(" and ".join(sorted(keys)) for _, keys, _ in LAYOUTS)
 
 
@@ -262,15 +264,19 @@ def _rows(path):
 
 
 def _parquet(path, remedy):
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"cannot read {path} ({str(error).splitlines()[0][:100]}): {remedy}") from error
+            names = file.schema_arrow.names
+            others = dict.fromkeys((name for name in names if name not in COLUMNS), "not read")
+            known = [name for name in names if name in COLUMNS]
+            for batch in file.iter_batches(1024, columns=known):
+                for row in batch.to_pylist():
+                    yield others | row
+    except Exception as error:  # pyarrow raises its own and Python's
+        cause = str(error).splitlines()[0][:100]
+        raise BadInput(f"cannot read {path} ({cause}): {remedy}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,22 @@ def test_rows_of_json_may_stand_anyhow(tmp_path):
             assert examples == [PAIR, PAIR] and "skipped" not in told
 
 
+def test_columns_that_python_cannot_hold_are_not_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pair = {"prompt": [ASKED], "completion": [TOLD]}
+    odd = {"when": pa.array([2**62], pa.timestamp("us")), "zone": pa.array([0], pa.timestamp("us", "Nowhere/Land")),
+           "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+           "bytes": pa.array([b"\xff"]).view(pa.string()), "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))}
+    pa.parquet.write_table(pa.table(pair | odd), tmp_path / "a.parquet")
+    examples, line = read(str(tmp_path / "a.parquet"))
+    assert examples == [PAIR] and line.endswith("; not used: bytes, map, twice, when, zone")
+    pa.parquet.write_table(pa.table({"prompt": [ASKED], "completion": odd["bytes"]}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match="cannot read .*utf-8"):
+        read(str(tmp_path / "a.parquet"))
+
+
 def test_a_txt_is_one_text(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):  # with a byte order mark
         (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
