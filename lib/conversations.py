@@ -29,8 +29,9 @@ ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 CONTEXT = ("input", "context")  # columns of what a question is about
 SYSTEM = ("system", "system_prompt")  # columns of a system message
-# at 0 or false, an answer is not learned: OpenAI's, two of axolotl's, ms-swift's
+# whether an answer is learned: OpenAI's, two of axolotl's, ms-swift's
 MARKS = ("weight", "train", "training", "loss")
+LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
 SHOWN = 3  # malformed rows that are shown
 
@@ -122,14 +123,19 @@ class Used:
 
     def _note(self, row, names, where):
         for name, value in row.items():
-            is_read = name in names or (name in MARKS and value in (0, 1))
+            is_read = name in names or (name in MARKS and _is_learned(value) is not None)
             if not is_read and value not in (None, "", [], {}):
                 self.others.add(f"{where}{name}")
 
     @staticmethod
     def is_masked(row):
         """Whether a row, or a message of one, says that its answer is not to be learned."""
-        return any(row.get(name) is not None and row[name] == 0 for name in MARKS)
+        return any(_is_learned(row.get(name)) is False for name in MARKS)
+
+
+def _is_learned(mark):
+    """What one of MARKS says, a number, a boolean or text; None if neither yes nor no."""
+    return LEARNED.get(str(mark).lower())
 
 
 def _text(row):
