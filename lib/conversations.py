@@ -8,9 +8,10 @@
     text            {"text": ...}; a .txt is one text
 
 Alpaca, dolly and prompt may also have "input" or "context", which the question is about, and
-"history", the pairs before; all but text may have "system" or "system_prompt". An answer with
-"weight": 0 or "train": false, in its message or its row, is read and not learned: its message has
-"learned": False. Whatever else a row holds is named, once per file, as not used.
+"history", the pairs before; all but text may have "system" or "system_prompt". A content may be a
+list of parts, {"type": "text", "text": ...}. An answer with "weight": 0 or "train": false, in its
+message or its row, is read and not learned: its message has "learned": False. Whatever else a row
+holds is named, once per file, as not used.
 
 A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py,
 or a text, a str.
@@ -48,7 +49,7 @@ def _turns(key):
         messages = []
         for turn in row[key]:
             role = turn.get("role", turn.get("from"))
-            content = turn.get("content", turn.get("value"))
+            content = _joined(turn.get("content", turn.get("value")))
             message = {"role": ROLES.get(str(role), role), "content": content}
             used.turn(turn, {"role", "from", "content", "value"})
             if used.is_masked(turn) or used.is_masked(row):
@@ -79,9 +80,23 @@ def _pair(question, answer):
     return convert
 
 
+def _joined(content):
+    """The content of a message, which OpenAI's format may hold in parts: those of text as one."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError("a message with parts that are not text")
+        texts.append(_words(part, "text"))
+    return "".join(texts)
+
+
 def _words(row, name):
     """The text in a column, "" where there is none."""
-    text = row.get(name) or ""
+    text = row.get(name)
+    if text in (None, [], {}):
+        return ""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be text")
     return text
@@ -102,12 +117,15 @@ def _history(row):
 
 def _with_system(row, messages):
     """Messages behind the system message that a column of their row holds."""
-    texts = [text for name in SYSTEM if (text := _words(row, name).strip())]
+    texts = {text for name in SYSTEM if (text := _words(row, name).strip())}
     if not texts:
         return messages
-    if len(texts) > 1 or (messages and messages[0]["role"] == "system"):
+    if messages and messages[0]["role"] == "system":
+        texts.add(str(messages[0]["content"]).strip())
+        messages = messages[1:]
+    if len(texts) > 1:
         raise ValueError("two system messages")
-    return [{"role": "system", "content": texts[0]}, *messages]
+    return [{"role": "system", "content": texts.pop()}, *messages]
 
 
 class Used:

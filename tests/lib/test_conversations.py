@@ -11,6 +11,7 @@ from lib.conversations import find_paths, hold_out, read, truncate
 
 ASKED, TOLD = "Name a cat.", "Tom."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
+PART = {"type": "text"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
 FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
@@ -39,6 +40,12 @@ ROWS = [
      [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
     ("ShareGPT", {"conversations": [*PAIR, PAIR[0], PAIR[1] | {"train": False}]},
      [*PAIR, PAIR[0], PAIR[1] | {"learned": False}]),
+    # marks as text, as of a CSV; contents in parts; a system message that a column repeats
+    ("messages", {"messages": [PAIR[0], PAIR[1] | {"weight": "0.0"}, PAIR[0], PAIR[1] | {"train": "True"}]},
+     [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
+    ("messages", {"messages": [{"role": "user", "content": [PART | {"text": "Name a "}, PART | {"text": "cat."}]},
+                               {"role": "assistant", "content": [PART | {"text": TOLD}]}]}, PAIR),
+    ("ShareGPT", {"system": "Be brief.", "system_prompt": "Be brief.", "conversations": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
 ]
 
 
@@ -159,7 +166,8 @@ def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(ind
     ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"),
     ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
     ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"),
-    ([{"role": "user", "content": None}], "both text"), ("hello", "not a list")])
+    ([{"role": "user", "content": None}], "both text"), ("hello", "not a list"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]], "parts that are not text")])
 def test_what_is_no_conversation(messages, told, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
     with pytest.raises(BadInput, match=f"no usable row.*{told}"):
