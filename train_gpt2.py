@@ -70,7 +70,7 @@ from lib.muon import Muon
 from lib.packing import Packed
 from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
 from lib.shards import check_ids, read_shard, read_validation
-from lib.signals import StopSignals
+from lib.signals import StopSignals, hold_notices
 from lib.tokenizers import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1170,6 +1170,7 @@ def compiles(cfg, model_cfg, processes):
 
 def launch(cfg, model_cfg, explicit, resume, task):
     """Train what `task`, a Pretraining, says: on all processes, in a run folder, anew or from `resume`."""
+    hold_notices()
     processes, corpus, T = Processes(cfg.device, cfg.deterministic), task.corpus, model_cfg.block_size
     settle(cfg, model_cfg, explicit, corpus, size_of(model_cfg, corpus), processes.world_size, resume)
     if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
