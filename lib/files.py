@@ -161,7 +161,8 @@ def find_files(folder, wanted):
             if any(part.startswith(HIDDEN) for part in Path(relative).parts):
                 others.setdefault("hidden or temporary", []).append(relative)
             elif not wanted(name):
-                others.setdefault(Path(name).suffix or "no ending", []).append(relative)
+                ending = Path(name).suffix.lower() or "no ending"
+                others.setdefault(ending, []).append(relative)
             elif is_new(path):
                 found.append(path)
     return sorted(found), left_out(folder, others)
@@ -171,6 +172,7 @@ def left_out(folder, kinds):
     """Lines about files that are not read. kinds: {what kind: their names}."""
     lines = []
     for kind, names in kinds.items():
+        names = [name if name.isprintable() else ascii(name) for name in names]  # a line each
         more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
         lines.append(f"left out of {folder} ({kind}): {', '.join(names[:NAMED])}{more}")
     return lines

@@ -288,7 +288,7 @@ def read_txt(part, column, skip):
     """
     done = skip or 0
     kept = []  # lines after the last cut
-    with open_part(part) as packed, io.TextIOWrapper(packed, encoding="utf-8") as file:
+    with open_part(part) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as file:
         for _ in itertools.islice(file, done):
             pass
         while new := list(itertools.islice(file, TXT_LINES)):

@@ -62,6 +62,10 @@ def test_a_folder_is_searched_through_links_once_and_what_is_left_out_is_named(t
     for i in range(30):
         (far / f"{i:02d}.log").touch()
     assert find_files(far, lambda name: False)[1][0].endswith("18.log, 19.log and 10 more")
+    for name in ("a\nb.Bz2", "c.bz2", os.fsdecode(b"\xe9.bz2")):  # a line that can be printed, of any names
+        (folder / name).touch()
+    lines = find_files(folder, lambda name: name.endswith(".txt"))[1]
+    assert f"left out of {folder} (.bz2): 'a\\nb.Bz2', c.bz2, '\\udce9.bz2'" in lines
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 300_000, b"9" * 5000],
