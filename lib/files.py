@@ -21,9 +21,9 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# how file systems (SMB, drvfs, FUSE) say that they do not offer a call: unlike EIO, no data is lost
-REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.EBADF,
-           errno.EISDIR, errno.EACCES, errno.EPERM)
+# what a failed sync says where data is lost; by any other error, file systems (SMB, drvfs, FUSE) say
+# that they do not offer it
+LOST = (errno.EIO, *DISK_FULL)
 HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
 NAMED = 20           # files of a kind that are named where they are left out
 BOM = b"\xef\xbb\xbf"  # the byte order mark that editors on Windows put in front
@@ -262,25 +262,28 @@ def move(source, path):
 
 def _rename(source, path):
     os.replace(source, path)
-    if os.name != "posix":
-        return
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except PermissionError:  # files can be made in it, but not listed
-        return
-    try:
-        with naming(path.parent):
-            sync(folder)  # the new name itself is on the disk once its folder is
-    finally:
-        os.close(folder)
+    if os.name == "posix":
+        with naming(path.parent), _refusable():
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name itself is on the disk once its folder is
+            finally:
+                os.close(folder)
 
 
 def sync(handle):
-    """Flush an open file or folder to the disk, where its file system can. Raises OSError (EIO)."""
-    try:
+    """Flush an open file to the disk, where its file system can. Raises OSError (EIO)."""
+    with _refusable():
         os.fsync(handle)
+
+
+@contextlib.contextmanager
+def _refusable():
+    """What a file system may refuse, for it only makes data last. Raises OSError where data is lost."""
+    try:
+        yield
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno in LOST:
             raise
 
 
