@@ -79,7 +79,7 @@ from lib.muon import Muon
 from lib.packing import Packed
 from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
 from lib.shards import check_ids, read_shard, read_validation
-from lib.signals import StopSignals
+from lib.signals import StopSignals, hold_notices
 from lib.tokenizers import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -1448,6 +1448,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
 
     What may be refused comes before anything is written, and what needs no GPU before what does.
     """
+    hold_notices()
     processes = Processes(cfg.device, cfg.deterministic)
     corpus = task.corpus
     T = model_cfg.block_size

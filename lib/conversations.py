@@ -8,9 +8,10 @@
     text            {"text": ...}; a .txt is one text
 
 Alpaca, dolly and prompt may also have "input" or "context", which the question is about, and
-"history", the pairs before; all but text may have "system" or "system_prompt". An answer with
-"weight": 0 or "train": false, in its message or its row, is read and not learned: its message has
-"learned": False. Whatever else a row holds is named, once per file, as not used.
+"history", the pairs before; all but text may have "system" or "system_prompt". A content may be a
+list of parts, {"type": "text", "text": ...}. An answer with "weight": 0 or "train": false, in its
+message or its row, is read and not learned: its message has "learned": False. Whatever else a row
+holds is named, once per file, as not used.
 
 A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py,
 or a text, a str.
@@ -23,14 +24,15 @@ import re
 
 from lib.chat_template import END, check_messages, render
 from lib.cli import BadInput
-from lib.files import find_files, open_file, read_text
+from lib.files import find_files, json_rows, open_file, read_text
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 CONTEXT = ("input", "context")  # columns of what a question is about
 SYSTEM = ("system", "system_prompt")  # columns of a system message
-# at 0 or false, an answer is not learned: OpenAI's, two of axolotl's, ms-swift's
+# whether an answer is learned: OpenAI's, two of axolotl's, ms-swift's
 MARKS = ("weight", "train", "training", "loss")
+LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
 SHOWN = 3  # malformed rows that are shown
 
@@ -47,7 +49,7 @@ def _turns(key):
         messages = []
         for turn in row[key]:
             role = turn.get("role", turn.get("from"))
-            content = turn.get("content", turn.get("value"))
+            content = _joined(turn.get("content", turn.get("value")))
             message = {"role": ROLES.get(str(role), role), "content": content}
             used.turn(turn, {"role", "from", "content", "value"})
             if used.is_masked(turn) or used.is_masked(row):
@@ -78,9 +80,23 @@ def _pair(question, answer):
     return convert
 
 
+def _joined(content):
+    """The content of a message, which OpenAI's format may hold in parts: those of text as one."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError("a message with parts that are not text")
+        texts.append(_words(part, "text"))
+    return "".join(texts)
+
+
 def _words(row, name):
     """The text in a column, "" where there is none."""
-    text = row.get(name) or ""
+    text = row.get(name)
+    if text in (None, [], {}):
+        return ""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be text")
     return text
@@ -101,12 +117,15 @@ def _history(row):
 
 def _with_system(row, messages):
     """Messages behind the system message that a column of their row holds."""
-    texts = [text for name in SYSTEM if (text := _words(row, name).strip())]
+    texts = {text for name in SYSTEM if (text := _words(row, name).strip())}
     if not texts:
         return messages
-    if len(texts) > 1 or (messages and messages[0]["role"] == "system"):
+    if messages and messages[0]["role"] == "system":
+        texts.add(str(messages[0]["content"]).strip())
+        messages = messages[1:]
+    if len(texts) > 1:
         raise ValueError("two system messages")
-    return [{"role": "system", "content": texts[0]}, *messages]
+    return [{"role": "system", "content": texts.pop()}, *messages]
 
 
 class Used:
@@ -122,14 +141,19 @@ class Used:
 
     def _note(self, row, names, where):
         for name, value in row.items():
-            is_read = name in names or (name in MARKS and value in (0, 1))
+            is_read = name in names or (name in MARKS and _is_learned(value) is not None)
             if not is_read and value not in (None, "", [], {}):
                 self.others.add(f"{where}{name}")
 
     @staticmethod
     def is_masked(row):
         """Whether a row, or a message of one, says that its answer is not to be learned."""
-        return any(row.get(name) is not None and row[name] == 0 for name in MARKS)
+        return any(_is_learned(row.get(name)) is False for name in MARKS)
+
+
+def _is_learned(mark):
+    """What one of MARKS says, a number, a boolean or text; None if neither yes nor no."""
+    return LEARNED.get(str(mark).lower())
 
 
 def _text(row):
@@ -149,6 +173,8 @@ LAYOUTS = [
     ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
     ("text", {"text"}, _text),
 ]
+# of a parquet file no other is read: it may hold what Python cannot
+COLUMNS = set().union(*(keys for _, keys, _ in LAYOUTS), CONTEXT, SYSTEM, MARKS, {"history"})
 KNOWN = ", ".join(" and ".join(sorted(keys)) for _, keys, _ in LAYOUTS)
 
 
@@ -250,47 +276,31 @@ def _rows(path):
     """A file -> its rows, (place for people, row or a ValueError) each."""
     remedy = "mend it, or name another file"
     if ending_of(path) == ".txt":
-        yield "its text", {"text": _read(path, remedy)}
+        yield "its text", {"text": read_text(path, remedy, limit=2**33).removeprefix("\ufeff")}
     elif ending_of(path) == ".parquet":
         yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
-    elif ending_of(path) == ".json" and isinstance(rows := _whole(path, remedy), list):
-        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
-    else:  # a .json may hold lines, too
+    else:
         with open_file(path, remedy) as file:
-            for i, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"line {i}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield f"line {i}", ValueError(f"not JSON ({str(error)[:60]})")
-
-
-def _read(path, remedy):
-    """The text of a file, without the byte order mark that editors on Windows put in front."""
-    return read_text(path, remedy, limit=2**33).removeprefix("\ufeff")
-
-
-def _whole(path, remedy):
-    text = _read(path, remedy)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if (text.lstrip().startswith("[")
-                and not str(error).startswith("Extra data")):  # else lines, of which the first is a list
-            raise BadInput(f"{path} is not whole ({str(error)[:60]}): {remedy}") from error
-        return None
+            try:
+                yield from json_rows(file)
+            except ValueError as error:
+                raise BadInput(f"{path} is not whole ({error}): {remedy}") from error
 
 
 def _parquet(path, remedy):
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"cannot read {path} ({str(error).splitlines()[0][:100]}): {remedy}") from error
+            names = file.schema_arrow.names
+            others = dict.fromkeys((name for name in names if name not in COLUMNS), "not read")
+            known = [name for name in names if name in COLUMNS]
+            for batch in file.iter_batches(1024, columns=known):
+                for row in batch.to_pylist():
+                    yield others | row
+    except Exception as error:  # pyarrow raises its own and Python's
+        cause = str(error).splitlines()[0][:100]
+        raise BadInput(f"cannot read {path} ({cause}): {remedy}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

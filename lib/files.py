@@ -7,8 +7,10 @@ Writing: `replace` leaves a path as it was or whole. `locked` keeps two processe
 import contextlib
 import errno
 import glob
+import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,11 +21,15 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# how file systems (SMB, drvfs, FUSE) say that they do not offer a call: unlike EIO, no data is lost
-REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.EBADF,
-           errno.EISDIR, errno.EACCES, errno.EPERM)
+# what a failed sync says where data is lost; by any other error, file systems (SMB, drvfs, FUSE) say
+# that they do not offer it
+LOST = (errno.EIO, *DISK_FULL)
 HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
 NAMED = 20           # files of a kind that are named where they are left out
+BOM = b"\xef\xbb\xbf"  # the byte order mark that editors on Windows put in front
+# Python refuses to make an integer of thousands of digits, and no number is text
+DECODER = json.JSONDecoder(parse_int=float)
+BLANK = re.compile(r"\s*")
 
 
 class Unreadable(BadInput):
@@ -82,6 +88,47 @@ def read_rows(path, remedy, check=lambda row: row):
     return rows
 
 
+def json_rows(file):
+    """The rows of an open JSON file -> stream of (place for people, row).
+
+    They follow each other, each on lines of its own, or stand in an array. A line that is not JSON
+    yields a ValueError as its row; raises one where rows over several lines are not JSON.
+    """
+    lines = enumerate((line.removeprefix(BOM) for line in file), 1)
+    lines = ((f"line {number}", line) for number, line in lines if line.strip())
+    place, line = next(lines, ("", b""))
+    if line.lstrip().startswith(b"[") or line.strip() == b"{":
+        values = decode_json(line + file.read())
+        lists = (value if isinstance(value, list) else [value] for value in values)
+        for number, row in enumerate(itertools.chain.from_iterable(lists), 1):
+            yield f"row {number}", row
+        return
+    for where, data in itertools.chain([(place, line)], lines):
+        try:
+            rows = decode_json(data)
+        except ValueError as error:
+            rows = [error]
+        for row in rows:  # none in an empty file
+            yield where, row
+
+
+def decode_json(data):
+    """The JSON values in UTF-8 bytes, one after another. Raises ValueError."""
+    values = []
+    try:
+        text = data.decode()
+        at = BLANK.match(text).end()
+        while at < len(text):
+            value, at = DECODER.raw_decode(text, at)
+            values.append(value)
+            at = BLANK.match(text, at).end()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON ({str(error)[:80]})") from error
+    return values
+
+
 def find_files(folder, wanted):
     """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about others).
 
@@ -114,7 +161,8 @@ def find_files(folder, wanted):
             if any(part.startswith(HIDDEN) for part in Path(relative).parts):
                 others.setdefault("hidden or temporary", []).append(relative)
             elif not wanted(name):
-                others.setdefault(Path(name).suffix or "no ending", []).append(relative)
+                ending = Path(name).suffix.lower() or "no ending"
+                others.setdefault(ending, []).append(relative)
             elif is_new(path):
                 found.append(path)
     return sorted(found), left_out(folder, others)
@@ -124,6 +172,7 @@ def left_out(folder, kinds):
     """Lines about files that are not read. kinds: {what kind: their names}."""
     lines = []
     for kind, names in kinds.items():
+        names = [name if name.isprintable() else ascii(name) for name in names]  # a line each
         more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
         lines.append(f"left out of {folder} ({kind}): {', '.join(names[:NAMED])}{more}")
     return lines
@@ -213,25 +262,28 @@ def move(source, path):
 
 def _rename(source, path):
     os.replace(source, path)
-    if os.name != "posix":
-        return
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except PermissionError:  # files can be made in it, but not listed
-        return
-    try:
-        with naming(path.parent):
-            sync(folder)  # the new name itself is on the disk once its folder is
-    finally:
-        os.close(folder)
+    if os.name == "posix":
+        with naming(path.parent), _refusable():
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name itself is on the disk once its folder is
+            finally:
+                os.close(folder)
 
 
 def sync(handle):
-    """Flush an open file or folder to the disk, where its file system can. Raises OSError (EIO)."""
-    try:
+    """Flush an open file to the disk, where its file system can. Raises OSError (EIO)."""
+    with _refusable():
         os.fsync(handle)
+
+
+@contextlib.contextmanager
+def _refusable():
+    """What a file system may refuse, for it only makes data last. Raises OSError where data is lost."""
+    try:
+        yield
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno in LOST:
             raise
 
 

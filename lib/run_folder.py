@@ -28,6 +28,7 @@ from lib.cli import EXHAUSTED, BadInput, RankError, check, is_broken, launched, 
 from lib.decoding import SHOWN
 from lib.files import (
     DISK_FULL,
+    LOST,
     check_room,
     leftovers,
     locked,
@@ -615,8 +616,11 @@ def explained(cfg):
         raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): "
                         "see to its compiler, or give --no-compile") from error
     except OSError as error:
-        if error.errno not in DISK_FULL or is_broken(sys.stdout):  # the console's disk, it may be
+        if error.errno not in LOST or is_broken(sys.stdout):  # the console's disk, it may be
             raise
+        if error.errno not in DISK_FULL:
+            raise RankError(f"the disk of {error.filename or cfg.log_dir} fails ({error.strerror}): see "
+                            "to it, and the same command goes on from the newest checkpoint") from error
         raise RankError(f"the disk of {cfg.log_dir} is full: free some space, "
                         "and the same command goes on from the newest checkpoint") from error
 

@@ -13,6 +13,23 @@ ORDERS = ("SIGTERM", "SIGINT", "SIGHUP")
 NOTICES = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # from schedulers, ahead of the end: SLURM, SGE, LSF
 
 
+def numbers(names):
+    """The signals of these names that the system has."""
+    return {getattr(signal, name) for name in names if hasattr(signal, name)}
+
+
+early = []  # NOTICES that came before StopSignals, or after it
+
+
+def hold_notices():
+    """From here on, NOTICES wait for StopSignals, where they would end the process."""
+    early.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers(NOTICES):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: early.append(number))
+
+
 class StopSignals:
     """ORDERS and NOTICES, while `with` lasts: the first sets `received` to its name.
     An order that comes ECHO seconds or more after the first order ends the process.
@@ -55,16 +72,15 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self.reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
-            names = [name for name in (*ORDERS, *NOTICES) if hasattr(signal, name)]
-            self.before = dict.fromkeys(getattr(signal, name) for name in names)
-            for name in ("SIGHUP", *NOTICES):
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            self.before = dict.fromkeys(numbers(ORDERS + NOTICES))
+            for number in numbers(("SIGHUP", *NOTICES)):
+                if signal.getsignal(number) == signal.SIG_IGN:
                     del self.before[number]  # nohup: the run is meant to outlive its terminal
             for number in self.before:  # a handler must exist for the number to be written to the socket
                 self.before[number] = signal.signal(number, lambda *_: None)
             self.before_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
             self._start(self._listen)
+            self.writer.send(bytes(early))
         return self
 
     def __exit__(self, *_):

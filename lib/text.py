@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from lib import cli, hub
 from lib.cli import BadInput, flag
-from lib.files import HIDDEN, find_files, left_out, naming, open_file
+from lib.files import HIDDEN, find_files, json_rows, left_out, naming, open_file
 
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "txt"}  # -> READERS
 PACKED = (".gz", ".zst")     # behind any of these but .parquet
@@ -275,7 +274,7 @@ def read_json(part, column, skip):
     """The values of one key, None where a row lacks it."""
     done = skip or 0
     with open_part(part) as file:
-        rows = itertools.islice(json_rows(file), done, None)
+        rows = itertools.islice(objects(file), done, None)
         while batch := list(itertools.islice(rows, BATCH_ROWS)):
             done += len(batch)
             yield [row.get(column) for row in batch], done
@@ -289,7 +288,7 @@ def read_txt(part, column, skip):
     """
     done = skip or 0
     kept = []  # lines after the last cut
-    with open_part(part) as packed, io.TextIOWrapper(packed, encoding="utf-8") as file:
+    with open_part(part) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as file:
         for _ in itertools.islice(file, done):
             pass
         while new := list(itertools.islice(file, TXT_LINES)):
@@ -316,42 +315,15 @@ def last_cut(lines, first):
 READERS = {"parquet": read_parquet, "json": read_json, "txt": read_txt}
 
 
-# Python refuses to make an integer of thousands of digits, and no number is text
-DECODER = json.JSONDecoder(parse_int=float)
+def objects(file):
+    """The rows of a JSON file, as dicts. One that is not an object has no columns.
 
-
-def json_rows(file):
-    """The rows of a JSON file, as dicts: one per line, an array of them, or one over several lines.
-
-    Raises ValueError, with the line or row, where it holds anything else.
+    Raises ValueError where it holds anything but JSON.
     """
-    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    number, line = next(lines, (0, b""))
-    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of editors on Windows
-    if line.lstrip().startswith(b"["):
-        for place, row in enumerate(decode_json(line + file.read(), "it"), 1):
-            yield demand_object(row, f"row {place}")
-        return
-    if line.strip() == b"{":  # an object in lines of its own, as by json.dump(..., indent=1)
-        yield demand_object(decode_json(line + file.read(), "it"), "it")
-        return
-    for place, row in itertools.chain([(number, line)] if line.strip() else [], lines):
-        yield demand_object(decode_json(row, f"line {place}"), f"line {place}")
-
-
-def decode_json(data, place):
-    try:
-        return DECODER.decode(data.decode())
-    except RecursionError as error:
-        raise ValueError(f"{place} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-
-
-def demand_object(row, place):
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is not an object")
-    return row
+    for place, row in json_rows(file):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{place}: {row}")
+        yield row if isinstance(row, dict) else {}
 
 
 @contextlib.contextmanager
@@ -466,12 +438,14 @@ def check_part(part, column):
                 demand_column(part, column, parquet.schema_arrow.names)
         elif kind_of(part) == "json":
             names = {}
+            is_empty = True
             with open_part(part) as file:
-                for row in json_rows(file):
+                for row in objects(file):
                     if column in row:
                         return
                     names |= dict.fromkeys(row)
-            if names:
+                    is_empty = False
+            if not is_empty:
                 demand_column(part, column, names)
         else:
             with contextlib.closing(read_txt(part, column, None)) as pieces:

@@ -243,9 +243,9 @@ def test_rows_without_text_are_counted_and_skipped(form, tmp_path, capsys):
     odd = [None, "", "  \n\t ", *([] if form == "parquet" else [3, 4.5, True, ["a list"], {"a": "dict"}])]
     rows = ["first", *odd, "second", *odd, "third"]
     source = write_source(tmp_path / "in", form, rows)
-    if form == "jsonl":  # a row that lacks the column
-        source.write_bytes(source.read_bytes() + b'{"id": 1}\n')
-    skipped = 2 * len(odd) + (1 if form == "jsonl" else 0)
+    if form == "jsonl":  # rows that lack the column
+        source.write_bytes(source.read_bytes() + b'{"id": 1}\nnull\n[1]\n')
+    skipped = 2 * len(odd) + (3 if form == "jsonl" else 0)
     make(source, tmp_path / "out", "--shard_size", 4)
     expected = cut(reference(["first", "second", "third"]), 4)
     assert read_shards(tmp_path / "out") == expected

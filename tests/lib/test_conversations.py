@@ -11,6 +11,7 @@ from lib.conversations import find_paths, hold_out, read, truncate
 
 ASKED, TOLD = "Name a cat.", "Tom."
 PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
+PART = {"type": "text"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
 FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
@@ -39,6 +40,12 @@ ROWS = [
      [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
     ("ShareGPT", {"conversations": [*PAIR, PAIR[0], PAIR[1] | {"train": False}]},
      [*PAIR, PAIR[0], PAIR[1] | {"learned": False}]),
+    # marks as text, as of a CSV; contents in parts; a system message that a column repeats
+    ("messages", {"messages": [PAIR[0], PAIR[1] | {"weight": "0.0"}, PAIR[0], PAIR[1] | {"train": "True"}]},
+     [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
+    ("messages", {"messages": [{"role": "user", "content": [PART | {"text": "Name a "}, PART | {"text": "cat."}]},
+                               {"role": "assistant", "content": [PART | {"text": TOLD}]}]}, PAIR),
+    ("ShareGPT", {"system": "Be brief.", "system_prompt": "Be brief.", "conversations": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
 ]
 
 
@@ -82,6 +89,36 @@ def test_hidden_files_are_no_data_and_endings_have_no_case(tmp_path):
     assert [read(path)[0] for path in paths] == [[PAIR], [PAIR]]
     assert lines == [f"left out of {tmp_path} (hidden or temporary): ._a.jsonl, .ipynb_checkpoints/a.jsonl",
                      f"left out of {tmp_path} (.bz2): c.jsonl.bz2"]
+
+
+def test_rows_of_json_may_stand_anyhow(tmp_path):
+    row = ROWS[6][1] | {"x": 1}
+    line = json.dumps(row).replace("1}", "9" * 5000 + "}")  # more digits than Python makes an integer of
+    array = json.dumps([row], indent=1)
+    for name, text in {"lines": f"{line}\n\ufeff{line}", "returns": f"{line}\r{line}", "array": f"[{line}, {line}]",
+                       "arrays": f"{array}\n{array}", "blank": f"\n\n{json.dumps([row, row])}",
+                       "objects": f"\ufeff{json.dumps(row, indent=1)}\n{json.dumps(row, indent=4)}"}.items():
+        for ending in ("json", "jsonl"):
+            path = tmp_path / f"{name}.{ending}"
+            path.write_bytes(text.encode())
+            examples, told = read(str(path))
+            assert examples == [PAIR, PAIR] and "skipped" not in told
+
+
+def test_columns_that_python_cannot_hold_are_not_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pair = {"prompt": [ASKED], "completion": [TOLD]}
+    odd = {"when": pa.array([2**62], pa.timestamp("us")), "zone": pa.array([0], pa.timestamp("us", "Nowhere/Land")),
+           "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+           "bytes": pa.array([b"\xff"]).view(pa.string()), "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))}
+    pa.parquet.write_table(pa.table(pair | odd), tmp_path / "a.parquet")
+    examples, line = read(str(tmp_path / "a.parquet"))
+    assert examples == [PAIR] and line.endswith("; not used: bytes, map, twice, when, zone")
+    pa.parquet.write_table(pa.table({"prompt": [ASKED], "completion": odd["bytes"]}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match="cannot read .*utf-8"):
+        read(str(tmp_path / "a.parquet"))
 
 
 def test_a_txt_is_one_text(tmp_path):
@@ -129,7 +166,8 @@ def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(ind
     ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"),
     ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
     ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"),
-    ([{"role": "user", "content": None}], "both text"), ("hello", "not a list")])
+    ([{"role": "user", "content": None}], "both text"), ("hello", "not a list"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]], "parts that are not text")])
 def test_what_is_no_conversation(messages, told, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
     with pytest.raises(BadInput, match=f"no usable row.*{told}"):

@@ -62,6 +62,10 @@ def test_a_folder_is_searched_through_links_once_and_what_is_left_out_is_named(t
     for i in range(30):
         (far / f"{i:02d}.log").touch()
     assert find_files(far, lambda name: False)[1][0].endswith("18.log, 19.log and 10 more")
+    for name in ("a\nb.Bz2", "c.bz2", os.fsdecode(b"\xe9.bz2")):  # a line that can be printed, of any names
+        (folder / name).touch()
+    lines = find_files(folder, lambda name: name.endswith(".txt"))[1]
+    assert f"left out of {folder} (.bz2): 'a\\nb.Bz2', c.bz2, '\\udce9.bz2'" in lines
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 300_000, b"9" * 5000],
@@ -122,13 +126,20 @@ def test_where_files_cannot_be_locked_files_are_written_and_folders_taken(tmp_pa
 
 
 @pytest.mark.parametrize("code, fails", [
-    (errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EACCES, False), (errno.EIO, True)])
+    (errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EACCES, False), (errno.EROFS, False),
+    (errno.ENOTTY, False), (errno.EIO, True), (errno.ENOSPC, True)])
 def test_a_file_system_that_does_not_sync_still_takes_files(code, fails, tmp_path, monkeypatch):
     """SMB, drvfs and some FUSE refuse it, mostly for folders; an error of the disk stays one."""
     def refuse(handle):
         raise OSError(code, os.strerror(code))
 
+    def open_files(path, *args):
+        return refuse(path) if os.path.isdir(path) else kept(path, *args)
+
+    kept = os.open
     monkeypatch.setattr(os, "fsync", refuse)
+    if not fails:
+        monkeypatch.setattr(os, "open", open_files)
     with pytest.raises(OSError) if fails else contextlib.nullcontext():
         write_json(tmp_path / "a.json", {"a": 1})
         files.move(tmp_path / "a.json", tmp_path / "b.json")

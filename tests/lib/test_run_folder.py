@@ -752,10 +752,12 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, m
     assert_same_runs(folder, whole("gpt2"))
 
 
-def test_a_log_that_cannot_grow_ends_a_run_in_one_line(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code, told", [(errno.ENOSPC, "is full: free some space"),
+                                        (errno.EIO, r"fails \(Input/output error\): see to it")])
+def test_a_log_that_cannot_grow_ends_a_run_in_one_line(code, told, data, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.Logger, "log_step",
-                        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(RankError, match=f"the disk of {tmp_path} is full: free some space"):
+                        lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with pytest.raises(RankError, match=f"the disk of {tmp_path} {told}"):
         train(data, tmp_path / "a")
 
 

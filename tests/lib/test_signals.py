@@ -175,6 +175,26 @@ def test_what_schedulers_send_before_the_end_is_a_request_and_never_ends_the_pro
     assert said == [f"{notice}: this step is finished, then the run is saved"] and stop.received == notice
 
 
+@linux
+def test_a_notice_before_the_first_step_or_after_the_last_waits_for_the_loop(data, tmp_path):
+    code = """
+import os, signal, sys, train_gpt2
+build, train = train_gpt2.build_model, train_gpt2.train
+def signalled(function):
+    def call(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        result = function(*args)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return result
+    return call
+train_gpt2.build_model, train_gpt2.train = signalled(build), signalled(train)
+train_gpt2.main(sys.argv[1:])
+"""
+    words = [sys.executable, "-c", code, *command(data, tmp_path / "a", *LONG)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "\nstopped at step 1 of 250" in done.stdout and steps_saved(tmp_path / "a") == [1]
+
+
 def test_nothing_is_left_open():
     code = """
 from types import SimpleNamespace
