@@ -1448,7 +1448,7 @@ def launch(cfg, model_cfg, explicit, resume, task):
 
     What may be refused comes before anything is written, and what needs no GPU before what does.
     """
-    hold_notices()
+    hold_notices()  # a scheduler may warn while the model is still made
     processes = Processes(cfg.device, cfg.deterministic)
     corpus = task.corpus
     T = model_cfg.block_size
