@@ -143,7 +143,7 @@ def read(path):
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a foreign or torn file
         reason = f"{type(error).__name__}: {str(error)[:80]}"
-        if _is_memory(error):
+        if is_memory(error):
             size = f"{os.path.getsize(path) / 1e9:.2f} GB"
             raise RankError(f"cannot read {path} ({reason}): it needs {size} of memory, "
                             "free some, or raise `ulimit -v`") from error
@@ -169,7 +169,7 @@ def _load(path):
     return load(mmap=False)  # a file system without it, or `ulimit -v`
 
 
-def _is_memory(error):
+def is_memory(error):
     """Whether an error is want of memory: torch has no class of its own for that."""
     if isinstance(error, RuntimeError):
         return bool(re.search("allocate memory|not enough memory", str(error)))

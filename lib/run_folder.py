@@ -610,7 +610,10 @@ def explained(cfg):
     except torch.cuda.OutOfMemoryError as error:
         raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: "
                         "give a smaller one") from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if checkpoint.is_memory(error):
+            raise RankError("out of memory: free some, raise `ulimit -v`, or give a smaller "
+                            "--micro_batch") from error
         if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
             raise
         raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): "

@@ -761,6 +761,17 @@ def test_a_log_that_cannot_grow_ends_a_run_in_one_line(code, told, data, tmp_pat
         train(data, tmp_path / "a")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
+def test_want_of_memory_ends_a_run_in_one_line(error, data, tmp_path, monkeypatch):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(train_gpt2, "train", step)
+    with pytest.raises(RankError, match="out of memory: free some, raise `ulimit -v`, or"):
+        train(data, tmp_path / "a")
+
+
 def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
     full_when(monkeypatch, lambda _: logged(tmp_path / "a") > 3)
     with pytest.raises(BadInput, match="free some disk space"):
