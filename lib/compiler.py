@@ -46,17 +46,22 @@ def off():
 
 def prepare():
     """Begin, in the background, what compiling needs first: imports of seconds, worker processes."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and _writable(CACHE):
+    # torch itself sets the variable to its default, once a part of inductor is imported
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder in (None, default_cache_dir()) and _writable(CACHE):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE)
     gc.disable()  # see lib/startup.py; until compile_ahead is done
     threading.Thread(target=_import, name="import inductor", daemon=True).start()
 
 
 def _import():
-    from torch._inductor.async_compile import AsyncCompile
+    with contextlib.suppress(Exception):  # compiling meets it again, unless the process is ending
+        from torch._inductor.async_compile import AsyncCompile
 
-    AsyncCompile.warm_pool()  # else the first kernels are compiled one by one in this process
-    import torch._inductor.compile_fx  # noqa: F401
+        AsyncCompile.warm_pool()  # else the first kernels are compiled one by one in this process
+        import torch._inductor.compile_fx  # noqa: F401
 
 
 def _writable(folder):

@@ -562,8 +562,9 @@ class RunFolder:
             path = checkpoint.path_of(self.folder, best[1] if best else step)
             self.say(f"done: watch it with `tensorboard --logdir {in_shell(self.folder.parent)}`, {self._try_it(path)}")
         else:
-            same = self.config["train"]["resume"] == "auto"
-            named = "" if same else f" with --run_name {in_shell(self.folder.name)}"
+            flags = {None: f" with --run_name {in_shell(self.folder.name)}", "auto": ""}
+            # a checkpoint of this folder, named again, would go back to it again
+            named = flags.get(self.config["train"]["resume"], f" with --resume {in_shell(self.folder)}")
             length = self.config["max_steps"]
             of_length = f" of {length}" if length < UNMEASURED else ""
             self.say(f"stopped at step {step}{of_length}: the same command{named} goes on")

@@ -93,3 +93,21 @@ def test_what_was_compiled_is_kept_and_a_damaged_cache_costs_a_warning(tmp_path)
         library.write_bytes(b"torn")
     damaged = run()
     assert "warning: compiling failed with what" in damaged and "compiled 1 graphs" in damaged.splitlines()[-1]
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_the_cache_is_in_the_project_unless_another_is_named_and_a_process_may_end_meanwhile(given, tmp_path):
+    code = """
+import os, pathlib, sys
+import train_gpt2  # which imports parts of inductor
+from lib import compiler
+compiler.CACHE = pathlib.Path(sys.argv[1])
+compiler.prepare()
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    if given:
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / given)
+    words = [sys.executable, "-c", code, tmp_path / "cache"]
+    result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{tmp_path / (given or 'cache')}\n" and not result.stderr

@@ -111,6 +111,19 @@ def test_relative_paths_and_going_back_in_the_same_folder(whole, tmp_path, monke
     assert os.listdir(tmp_path) == ["log"] and os.listdir(tmp_path / "log") == ["a"]
 
 
+def test_a_run_that_went_back_and_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+    """Not with --run_name beside the same --resume, which would go back again."""
+    monkeypatch.chdir(tmp_path)
+    folder = cut(whole("gpt2"), tmp_path / "log" / "a", 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2.StopSignals, "requested", property(lambda self: logged(folder) >= 50))
+        train_gpt2.main(["--resume", "log/a/ckpt_00040.pt"])
+    says = re.search(r"stopped at step (\d+) of 60: the same command with (.+) goes on\n", capsys.readouterr().out)
+    train_gpt2.main(["--resume", "log/a/ckpt_00040.pt", *says[2].split()])
+    assert int(says[1]) > 40 and f"step {says[1]}; as before" in capsys.readouterr().out
+    assert_same_runs(folder, whole("gpt2"))
+
+
 def test_a_branch(whole, data, tmp_path, capsys):
     source, branch = cut(whole("gpt2"), tmp_path / "source", 60), tmp_path / "branch"
     before, flags = contents(source), ["--resume", source / "ckpt_00024.pt", *KINDS["gpt2"]]
