@@ -240,7 +240,7 @@ def read_result(one, cfg):
 
 
 def time_left(ended, all_of_them, seconds):
-    """How many runs are still to come, and how long they will take, as text, after `ended` took so many seconds."""
+    """The number of runs left and their time, as text, when `ended` runs took `seconds`."""
     to_go = all_of_them - ended
     eta = datetime.timedelta(seconds=round(seconds / ended * to_go))
     return f"{to_go} to go, ETA {eta}" if to_go else "the last one"

@@ -39,7 +39,7 @@ class Config(checkpoint.ModelConfig):
 
 
 def accuracy(name, right, n):
-    """A line: so many of n items right, the standard error of that share, and what guessing makes."""
+    """A line: the share of n items that is right, its standard error, and that of guessing."""
     share = right / n
     error = math.sqrt(share * (1 - share) / max(n - 1, 1))
     return f"{name} {right}/{n} = {share:.4f} ± {error:.4f} (chance: {CHANCE})"

@@ -42,7 +42,7 @@ def run(setting, args, folder):
 
 
 def rates_of(console, seconds):
-    """Tokens per second of each step from the third on, for so many seconds, two at least."""
+    """Tokens per second of each step from the third on, for `seconds`, of two steps at least."""
     rates = []
     end = None
     for line in console:

@@ -176,7 +176,7 @@ def is_memory(error):
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def newest(folder, warn, remedy="move them away to begin anew there, or give another --run_name"):
+def newest(folder, warn, remedy="move them away to begin again there, or give another --run_name"):
     """(path, state) of the newest whole checkpoint of a run folder, or None if there are none at all.
 
     Torn ones are skipped, after `warn` has been called with a line about each. Raises BadInput if all are torn.

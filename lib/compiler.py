@@ -26,7 +26,7 @@ SECONDS = 25  # that compiling takes, imports included, where nothing is cached
 
 
 def worth_compiling(flops, device):
-    """Whether a run of so many FLOPs on one device saves more time by compiling than that takes.
+    """Whether a run of `flops` FLOPs on one device saves more time by compiling than that takes.
 
     On cuda alone. Where the device's speed is unknown: yes.
     """
