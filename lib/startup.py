@@ -4,7 +4,7 @@ It acts only where a script of this project is the main program: a test, a noteb
 that imports one changes nothing. Python's standard library alone, so that it is there at once.
 
 1. While OpenMP's threads wait for each other, they spin; on busy cores they take the time of the very
-   thread they wait for, and training is about 3 times slower. They sleep instead after a short spin
+   thread they wait for, and training is 1.2 to 3 times slower, at worst 20 times. They sleep instead after a short spin
    (benchmarks/threads_cpu_202611.md). torch's wheels for Linux hold GNU's OpenMP, which reads
    GOMP_SPINCOUNT before OMP_WAIT_POLICY; LLVM's and Intel's (macOS, conda) read OMP_WAIT_POLICY. The
    number of threads stays as it is: it changes the order of sums, and with it the losses.
