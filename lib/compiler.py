@@ -40,7 +40,7 @@ def worth_compiling(flops, device):
 
 
 def off():
-    """Context in which compiled parts run as plain PyTorch: for shapes that change from call to call."""
+    """Context in which compiled parts run as plain PyTorch, for shapes that vary between calls."""
     return torch.compiler.set_stance("force_eager")
 
 

@@ -51,7 +51,8 @@ class Logger:
 
         self.protos, self.max_steps, self.first_step = (event_pb2, summary_pb2), max_steps, first_step
         self.price_per_hour = price_per_hour
-        self.recent = deque(maxlen=20)  # seconds per unit of work in the latest steps, but for the first, which compiles
+        # seconds per unit of work in the latest steps, without the first, which also loads kernels
+        self.recent = deque(maxlen=20)
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         number = next_events_number(folder)
         # written here and not by SummaryWriter, whose thread meets a full disk or a folder that is gone with a traceback
