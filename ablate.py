@@ -1,16 +1,18 @@
-"""What each change is worth: a list of flag changes, each trained at one budget with several seeds, priced in loss and dollars.
+"""What each change is worth: a list of flag changes, each trained at one budget with several seeds,
+priced in loss and dollars.
 
     python ablate.py -- --preset speedrun --n_layer 8 --max_steps 280    # each part of the recipe, taken out
     python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280        # each part there is, put in
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
 
-Behind "--" stand flags of train_gpt2.py: the base. A line of --changes is flags that are added to the base's, or
-`name: flags`; # begins a comment. With --max_steps a change is judged by its loss and its time per step; with --minutes by
-its loss alone, as slower steps are then fewer.
+Behind "--" stand flags of train_gpt2.py: the base. A line of --changes is flags that are added to
+the base's, or `name: flags`; # begins a comment. With --max_steps a change is judged by its loss
+and its time per step; with --minutes by its loss alone, as slower steps are then fewer.
 
-Runs go to <out>/<change>_seed<N>, one at a time on every GPU at hand. The same command again goes on: what is finished is
-not run again, and a run that was interrupted goes on from its checkpoint. Differences in loss are between runs of one seed.
-The table also goes to <out>/ablation.md, a picture to <out>/ablation.png (needs requirements-dev.txt).
+Runs go to <out>/<change>_seed<N>, one at a time on every GPU at hand. The same command again goes
+on: what is finished is not run again, and a run that was interrupted goes on from its checkpoint.
+Differences in loss are between runs of one seed. The table also goes to <out>/ablation.md, a
+picture to <out>/ablation.png (needs requirements-dev.txt).
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -46,10 +48,15 @@ from lib.signals import StopSignals
 from train_gpt2 import check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
-OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help", "h"}  # flags that are set here, or have no use
+OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help",
+        "h"}  # flags that are set here, or have no use
 # a loss at the end is all that is asked for; the base may say otherwise
-QUIET = [f"--{name}=0" for name in ("hellaswag_every", "sample_every", "save_every")] + ["--eval_every=1000000"]
-SHAPE = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", *ExpertConfig.__annotations__}
+QUIET = [f"--{name}=0"
+         for name in ("hellaswag_every", "sample_every", "save_every")] + ["--eval_every=1000000"]
+SHAPE = {
+    "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple",
+    *ExpertConfig.__annotations__
+}
 TRAINING = {"optimizer", "schedule"}  # parts that are not the model's
 AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # of parts that are numbers, put in
 
@@ -67,7 +74,8 @@ class Config:
 
 @dataclass
 class Run:
-    """One run: what is trained, and once it is finished, what came of it. seconds: of all its steps."""
+    """One run: what is trained, and once it is finished, what came of it. seconds: of all its
+    steps."""
     change: str
     seed: int
     flags: list[str]
@@ -98,7 +106,9 @@ def default_changes(base):
     for config, field in parts:
         if getattr(config, field.name) != field.default:
             taken_out.append((field.name, field.default))
-        put_in += [(field.name, value) for value in choices(config, field) if value != field.default]
+        put_in += [(field.name, value)
+                   for value in choices(config, field)
+                   if value != field.default]
     changes = {}
     for name, value in taken_out or put_in:
         words = [f"--{name}", str(value)]
@@ -125,11 +135,14 @@ def read_changes(path):
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise BadInput(f"{path}: {text} is not a list of flags ({error}): close its quotes") from error
+            raise BadInput(
+                f"{path}: {text} is not a list of flags ({error}): close its quotes") from error
         if words:
             name = re.sub(r"[^\w.-]+", "_", name or " ".join(words), flags=re.ASCII).strip("_-.")
             if name in ("", "base", *changes):
-                raise BadInput(f"{path}: {line.strip()}: {name!r} is no name of its own: give it one, `name: flags`")
+                raise BadInput(
+                    f"{path}: {line.strip()}: {name!r} is no name of its own: give it one, `name: flags`"
+                )
             changes[name] = words
     if not changes:
         raise BadInput(f"{path} holds no change: write one per line, flags or `name: flags`")
@@ -137,22 +150,31 @@ def read_changes(path):
 
 
 def shared(train):
-    """What all runs must have in common, or their losses do not compare, {name: value}: data, validation, length."""
+    """What all runs must have in common, or their losses do not compare, {name: value}: data,
+    validation, length."""
     return {name: getattr(train, name) for name in ("data", "val_tokens", length_flag(train))}
 
 
 def check_flags(base, words):
-    """-> the --device of the base with these flags added. Raises BadInput if train_gpt2.py cannot run that, or
-    its loss would not compare with the base's."""
+    """-> the --device of the base with these flags added. Raises BadInput if train_gpt2.py cannot
+    run that, or its loss would not compare with the base's."""
     named = {word.partition("=")[0].lstrip("-") for word in [*base, *words] if word.startswith("-")}
     if taken := sorted(OURS & named):
-        raise BadInput(f"leave --{taken[0]} out" + (" and give --seeds" if taken[0] == "seed" else ""))
+        raise BadInput(f"leave --{taken[0]} out"
+                       + (" and give --seeds" if taken[0] == "seed" else ""))
     settings(words)  # alone: a stray word would be taken for one more --data
-    whole, (train, model, explicit, *_) = settings([*QUIET, *base])[0], settings([*QUIET, *base, *words])
-    if unlike := [name for name, value in shared(whole).items() if shared(train).get(name) != value]:
-        raise BadInput(f"--{unlike[0]} is the base's to set, or losses do not compare: give two commands with an --out each")
+    whole, (train, model, explicit, *_) = settings([*QUIET,
+                                                    *base])[0], settings([*QUIET, *base, *words])
+    if unlike := [
+            name for name, value in shared(whole).items() if shared(train).get(name) != value
+    ]:
+        raise BadInput(
+            f"--{unlike[0]} is the base's to set, or losses do not compare: give two commands with an --out each"
+        )
     if train.tokens_per_param:
-        raise BadInput("--tokens_per_param would give changes lengths of their own: give --max_steps or --minutes")
+        raise BadInput(
+            "--tokens_per_param would give changes lengths of their own: give --max_steps or --minutes"
+        )
     check_model(model)
     if not (explicit & set(LENGTHS) or train.max_steps):
         raise BadInput("the base has no length: give --max_steps or --minutes")
@@ -164,7 +186,8 @@ def check_flags(base, words):
 
 
 def plan(cfg, base):
-    """-> (all runs, the base's first, each checked before any begins; the --device of each). Raises BadInput."""
+    """-> (all runs, the base's first, each checked before any begins; the --device of each). Raises
+    BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
     changes = {"base": []} | (read_changes(cfg.changes) if cfg.changes else default_changes(base))
@@ -173,15 +196,19 @@ def plan(cfg, base):
         try:
             devices.add(check_flags(base, words))
             if len(change) > 150:
-                raise BadInput("too long for the name of a folder: give it a short one, `name: flags`")
+                raise BadInput(
+                    "too long for the name of a folder: give it a short one, `name: flags`")
         except BadInput as error:
             raise BadInput(f"{change[:60]}: {error}") from error
         for seed in dict.fromkeys(cfg.seeds):
-            runs.append(Run(change, seed, [*base, *words], str(Path(cfg.out, f"{change}_seed{seed}"))))
+            runs.append(
+                Run(change, seed, [*base, *words], str(Path(cfg.out, f"{change}_seed{seed}"))))
     for one in runs:
         kept = read_json(record(one), "give another --out") if record(one).exists() else {}
         if kept and (kept.keys() != vars(one).keys() or kept["flags"] != one.flags):
-            raise BadInput(f"{one.folder} is a run of other flags, {shlex.join(kept.get('flags', []))}: give another --out")
+            raise BadInput(
+                f"{one.folder} is a run of other flags, {shlex.join(kept.get('flags', []))}: give another --out"
+            )
         if not kept and Path(one.folder).exists():
             raise BadInput(f"{one.folder} was not begun by ablate.py: give another --out")
         vars(one).update(kept | {"folder": one.folder})
@@ -198,27 +225,36 @@ def record(one):
 
 
 def slots(devices):
-    """What CUDA_VISIBLE_DEVICES is to say for each run that may go on at a time; [None]: one, and nothing is said."""
-    count, named = torch.cuda.device_count() if devices <= {"auto", "cuda"} else 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    """What CUDA_VISIBLE_DEVICES is to say for each run that may go on at a time; [None]: one, and
+    nothing is said."""
+    count, named = torch.cuda.device_count() if devices <= {
+        "auto", "cuda"
+    } else 0, os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count] or [None]
 
 
 def run_one(one, gpu, cfg, children):
-    """Run it to its end on this GPU, its console in <folder>.txt -> None, or why it has not come to its end."""
+    """Run it to its end on this GPU, its console in <folder>.txt -> None, or why it has not come to
+    its end."""
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    command = [sys.executable, str(SCRIPT), *QUIET, *one.flags, f"--seed={one.seed}", f"--log_dir={Path(one.folder).parent}",
-               f"--run_name={Path(one.folder).name}"]
+    command = [
+        sys.executable,
+        str(SCRIPT), *QUIET, *one.flags, f"--seed={one.seed}",
+        f"--log_dir={Path(one.folder).parent}", f"--run_name={Path(one.folder).name}"
+    ]
     write_json(record(one), vars(one))
     console = Path(f"{one.folder}.txt")
     with open(console, "a") as file:
         # a session of its own: a signal reaches it through `run_all` alone, once
-        child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT,
+                                 start_new_session=True)
         children.append(child)
         code = child.wait()
     if code < 0:
         return f"ended by signal {-code}, {console} has its last words"
     if code:
-        return (console.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+        return (console.read_text(errors="replace").strip().splitlines()
+                or [f"exit code {code}"])[-1]
     return None if read_result(one, cfg) else "stopped before its end"
 
 
@@ -230,7 +266,8 @@ def read_result(one, cfg):
     if last not in scalars.get("Loss/val", ()):
         return False
     took = without_compilation([ms / 1e3 for ms in scalars["perf/step_ms"].values()])
-    one.parameters, one.loss, one.bpb = config["parameters"]["total"], scalars["Loss/val"][last], scalars["Loss/val_bpb"][last]
+    one.parameters, one.loss, one.bpb = config["parameters"]["total"], scalars["Loss/val"][
+        last], scalars["Loss/val_bpb"][last]
     one.seconds, one.step_ms = sum(took), 1e3 * statistics.median(took[len(took) // 2:])
     one.commit, one.finished = config["starts"][-1].get("commit"), True
     write_json(record(one), vars(one))
@@ -247,7 +284,8 @@ def time_left(ended, all_of_them, seconds):
 
 
 def run_all(runs, devices, cfg, processes):
-    """Run what is not finished, one at a time on each GPU. Raises BadInput if some do not come to their end."""
+    """Run what is not finished, one at a time on each GPU. Raises BadInput if some do not come to
+    their end."""
     free, children, failed = queue.SimpleQueue(), [], []
     for gpu in slots(devices):
         free.put(gpu)
@@ -262,21 +300,26 @@ def run_all(runs, devices, cfg, processes):
             free.put(gpu)
         ended.append(one)
         result = why or f"val loss {one.loss:.4f}, {one.seconds:.1f} s of steps"
-        print(f"{name}: {result}; {time_left(len(ended), len(left), time.monotonic() - started)}", flush=True)
+        print(f"{name}: {result}; {time_left(len(ended), len(left), time.monotonic() - started)}",
+              flush=True)
         if why:
             failed.append(f"{name} as it says: {why}")
 
     left = [one for one in runs if not one.finished]
     ended = []
     started = time.monotonic()
-    print(f"{len(left)} of {len(runs)} runs to go, {free.qsize()} at a time; what they say is in {cfg.out}/*.txt", flush=True)
-    with StopSignals(lambda line: print(line, flush=True), processes) as stop, ThreadPoolExecutor(free.qsize()) as pool:
+    print(
+        f"{len(left)} of {len(runs)} runs to go, {free.qsize()} at a time; what they say is in {cfg.out}/*.txt",
+        flush=True)
+    with StopSignals(lambda line: print(line, flush=True),
+                     processes) as stop, ThreadPoolExecutor(free.qsize()) as pool:
         waiting = [pool.submit(work, one) for one in left]
         while not all(done.done() for done in waiting):
             if stop.requested:
                 pool.shutdown(wait=False, cancel_futures=True)
                 while children:
-                    children.pop().terminate()  # once: train_gpt2.py saves and ends; a second time, it would end unsaved
+                    children.pop().terminate(
+                    )  # once: train_gpt2.py saves and ends; a second time, it would end unsaved
             time.sleep(0.1)
     if stop.requested:
         raise KeyboardInterrupt("stopped: the same command goes on")
@@ -292,7 +335,8 @@ def run_all(runs, devices, cfg, processes):
 
 
 def differences(runs):
-    """{change: {seed: loss less the base's of the same seed}}, for finished runs; the base's own among them, all 0."""
+    """{change: {seed: loss less the base's of the same seed}}, for finished runs; the base's own
+    among them, all 0."""
     base, found = {one.seed: one.loss for one in runs if one.change == "base" and one.finished}, {}
     for one in runs:
         if one.finished and one.seed in base:
@@ -309,21 +353,32 @@ def with_spread(values):
 def table(runs, price):
     """A Markdown table of what is finished, what costs most loss first."""
     worth = differences(runs)
-    groups = {change: [one for one in runs if one.change == change and one.seed in found and one.finished]
-              for change, found in worth.items()}
+    groups = {
+        change: [
+            one for one in runs if one.change == change and one.seed in found and one.finished
+        ] for change, found in worth.items()
+    }
     ms = {change: statistics.mean(one.step_ms for one in group) for change, group in groups.items()}
-    lines = ["| change | parameters | val loss, by seed | bits per byte | difference in loss | ms per step | seconds |"
-             + " dollars |" * bool(price), "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * bool(price)]
-    for change in sorted(groups, key=lambda change: (change != "base", -statistics.mean(worth[change].values()))):
+    lines = [
+        "| change | parameters | val loss, by seed | bits per byte | difference in loss | ms per step | seconds |"
+        + " dollars |" * bool(price), "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * bool(price)
+    ]
+    for change in sorted(
+            groups, key=lambda change:
+        (change != "base", -statistics.mean(worth[change].values()))):
         group = groups[change]
         seconds = statistics.mean(one.seconds for one in group)
-        cells = [change, f"{group[0].parameters / 1e6:.1f}M", ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group),
-                 f"{statistics.mean(one.bpb for one in group):.4f}",
-                 "" if change == "base" else ", ".join(f"{d:+.4f}" for d in worth[change].values()),
-                 with_spread([one.step_ms for one in group])
-                 + ("" if change == "base" else f" ({ms[change] / ms['base'] - 1:+.1%})"),
-                 with_spread([one.seconds for one in group])]
-        lines.append("| " + " | ".join(cells + ([f"{seconds / 3600 * price:.4f}"] if price else [])) + " |")
+        cells = [
+            change, f"{group[0].parameters / 1e6:.1f}M",
+            ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group),
+            f"{statistics.mean(one.bpb for one in group):.4f}",
+            "" if change == "base" else ", ".join(f"{d:+.4f}" for d in worth[change].values()),
+            with_spread([one.step_ms for one in group]) +
+            ("" if change == "base" else f" ({ms[change] / ms['base'] - 1:+.1%})"),
+            with_spread([one.seconds for one in group])
+        ]
+        lines.append("| " + " | ".join(cells + ([f"{seconds / 3600 * price:.4f}"] if price else []))
+                     + " |")
     losses = [one.loss for one in groups["base"]]
     lines += ["", f"The base's seeds differ by {max(losses) - min(losses):.4f}; a difference is between runs of one seed: "
               "believe it where the seeds agree." if len(losses) > 1 else "One seed proves little: give more --seeds."]
@@ -341,7 +396,9 @@ def picture(runs, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    worth = {change: [*found.values()] for change, found in differences(runs).items() if change != "base"}
+    worth = {
+        change: [*found.values()] for change, found in differences(runs).items() if change != "base"
+    }
     order = sorted(worth, key=lambda change: statistics.mean(worth[change]))
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(order)))
     axes.barh(order, [statistics.mean(worth[change]) for change in order], color="C0", alpha=0.4)
@@ -357,14 +414,19 @@ def picture(runs, path):
 
 def main(argv):
     if "--" not in argv and not {"-h", "--help"} & set(argv):
-        raise BadInput('flags of train_gpt2.py, the base, stand behind "--": give at least --preset and a length')
+        raise BadInput(
+            'flags of train_gpt2.py, the base, stand behind "--": give at least --preset and a length'
+        )
     cut = argv.index("--") if "--" in argv else len(argv)
     (cfg,), _ = parse((Config,), argv[:cut], __doc__)
     processes = Processes("cpu")
     if processes.distributed:
         raise BadInput("ablate.py uses every GPU by itself: start it without torchrun")
     runs, devices = plan(cfg, argv[cut + 1:])
-    if taken := [path for path in map(Path(cfg.out).joinpath, ("ablation.md", "ablation.png")) if path.is_dir()]:
+    if taken := [
+            path for path in map(Path(cfg.out).joinpath, ("ablation.md", "ablation.png"))
+            if path.is_dir()
+    ]:
         raise BadInput(f"{taken[0]} is a folder: name another --out")
     make_folder(cfg.out, "name another --out")
     with locked(cfg.out, "end that ablate.py first, or name another --out"):
@@ -373,7 +435,9 @@ def main(argv):
         finally:
             if differences(runs):
                 text, to = table(runs, cfg.price_per_hour), Path(cfg.out, "ablation.md")
-                replace(to, lambda file: file.write(f"`{shlex.join(['python', 'ablate.py', *argv])}`\n\n{text}\n".encode()))
+                replace(
+                    to, lambda file: file.write(
+                        f"`{shlex.join(['python', 'ablate.py', *argv])}`\n\n{text}\n".encode()))
                 print(f"\n{text}", flush=True)
                 try:
                     picture(runs, to.with_suffix(".png"))

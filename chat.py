@@ -5,8 +5,9 @@
     python chat.py --checkpoint PATH --serve --port 8000                 # http://127.0.0.1:8000, and /v1/chat/completions
     python chat.py --model gpt2                                          # a base model: it continues what you type
 
-A conversation that outgrows the model's context loses its oldest turns. Ctrl-C ends a reply, Ctrl-D the chat.
-In the terminal, a model that has not learned to chat continues each text; it is not served.
+A conversation that outgrows the model's context loses its oldest turns. Ctrl-C ends a reply, Ctrl-D
+the chat. In the terminal, a model that has not learned to chat continues each text; it is not
+served.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -43,8 +44,13 @@ class Config(checkpoint.ModelConfig):
     prompt: str | None = flag(None, "answer this alone, and end", short="p")
     system: str | None = flag(None, "a system message to begin with")
     serve: bool = flag(False, "serve the chat to a browser and to OpenAI's clients")
-    graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
-    compile: bool = flag(False, "on cuda, in the terminal, compile the decoding step: slow to start, pays for many tokens")
+    graphs: bool = flag(
+        True,
+        "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds"
+    )
+    compile: bool = flag(
+        False,
+        "on cuda, in the terminal, compile the decoding step: slow to start, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 
@@ -53,7 +59,8 @@ class ServeConfig:
     host: str = flag("127.0.0.1", "address to listen at; beyond this machine, give --api_key, too")
     port: int = flag(8000, "port to listen at; 0: any free one", at_least=0, below=2**16)
     api_key: str | None = flag(None, "what clients have to give as their API key")
-    slots: int | None = flag(None, "texts written at once; without the flag, 64 on cuda, else 16", above=0, at_most=4096)
+    slots: int | None = flag(None, "texts written at once; without the flag, 64 on cuda, else 16",
+                             above=0, at_most=4096)
     waiting: int = flag(256, "requests that may wait for one of them", at_least=1, at_most=100_000)
 
 
@@ -64,12 +71,15 @@ class ChatSampling(SampleConfig):
 
 
 def load_chat(path, device):
-    """-> (model, tokenizer, whether it has learned to chat). Raises BadInput for another template."""
+    """-> (model, tokenizer, whether it has learned to chat). Raises BadInput for another template.
+    """
     model, tokenizer, state = load_checkpoint(path, device)
     if "chat_template" not in state:
         return model, tokenizer, False
     if state["chat_template"] != chat_template.JINJA:
-        raise BadInput(f"{path} has learned another chat template than lib/chat_template.py's: make one anew with posttrain.py")
+        raise BadInput(
+            f"{path} has learned another chat template than lib/chat_template.py's: make one anew with posttrain.py"
+        )
     if model.config.vocab_size != (needed := tokenizer.vocab_size + len(tokenizer.reserved)):
         raise BadInput(f"{path}: its model has {model.config.vocab_size:,} ids and its tokenizer with those of chat {needed:,}"
                        ": make one anew with posttrain.py")
@@ -77,8 +87,9 @@ def load_chat(path, device):
 
 
 class Chat:
-    """A conversation in the terminal. messages: what the model sees of it. said: all of it, but turns without an answer.
-    dropped: how many of the oldest messages have left the context. how: graphs and compile, of Decoder."""
+    """A conversation in the terminal. messages: what the model sees of it. said: all of it, but
+    turns without an answer. dropped: how many of the oldest messages have left the context. how:
+    graphs and compile, of Decoder."""
 
     def __init__(self, model, tokenizer, sampling, system=None, **how):
         self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system
@@ -89,7 +100,9 @@ class Chat:
         self.reset()
 
     def reset(self):
-        self.messages, self.dropped = [] if self.system is None else [{"role": "system", "content": self.system}], 0
+        self.messages, self.dropped = [] if self.system is None else [{
+            "role": "system", "content": self.system
+        }], 0
         self.said = list(self.messages)
 
     def prompt(self, messages, limit):
@@ -100,16 +113,18 @@ class Chat:
         return chat_template.fit(messages, self.tokenizer, limit)
 
     def reply(self, content, show):
-        """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by Ctrl-C. show: called with its
-        pieces. Raises BadInput, before anything is said, if the message does not fit the context."""
+        """The user's next message -> how the reply ended: "stop", "length", or "interrupted" by
+        Ctrl-C. show: called with its pieces. Raises BadInput, before anything is said, if the
+        message does not fit the context."""
         sampling, messages = self.sampling, [*self.messages, {"role": "user", "content": content}]
         room = min(sampling.max_new_tokens, max(self.window // 4, 1))  # for the reply, at least
         kept, ids = self.prompt(messages, self.window - room)
         self.messages, self.dropped = kept, self.dropped + len(messages) - len(kept)
         limit = min(sampling.max_new_tokens, self.window - len(ids))
-        text = Text(self.tokenizer, limit, sampling.stop or (), self.tokenizer.control)  # going on as the user ends it, too
-        choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-                         generator=self.generator)
+        text = Text(self.tokenizer, limit, sampling.stop or (),
+                    self.tokenizer.control)  # going on as the user ends it, too
+        choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k,
+                         top_p=sampling.top_p, generator=self.generator)
         ended = None
         try:
             with autocast(self.device):
@@ -187,15 +202,20 @@ def talk(chat):
             elif command == "/save":
                 save(chat.said, argument.strip())
             elif command.startswith("/"):
-                say(f"unknown command {command[:40]}: {COMMANDS}; a message does not begin with a slash")
+                say(f"unknown command {command[:40]}: {COMMANDS}; a message does not begin with a slash"
+                    )
             elif line.strip():
                 before = chat.dropped
                 ended = chat.reply(line.strip(), partial(print, end="", flush=True))
                 print()
                 if chat.dropped > before:
-                    say(f"the context was full: the model no longer sees the {chat.dropped} oldest messages")
+                    say(f"the context was full: the model no longer sees the {chat.dropped} oldest messages"
+                        )
                 if ended != "stop":
-                    say({"length": "cut off at --max_new_tokens, or where the context ends", "interrupted": "stopped"}[ended])
+                    say({
+                        "length": "cut off at --max_new_tokens, or where the context ends",
+                        "interrupted": "stopped"
+                    }[ended])
         except NonFinite:
             raise
         except BadInput as error:
@@ -214,7 +234,8 @@ def heated(sampling, word):
 
 
 def save(messages, path):
-    """Write a conversation as a line of JSON, {"messages": [...]}. Raises BadInput; overwrites nothing."""
+    """Write a conversation as a line of JSON, {"messages": [...]}. Raises BadInput; overwrites
+    nothing."""
     if not path:
         raise BadInput("/save takes the name of a file")
     if not any(message["role"] == "assistant" for message in messages):
@@ -230,7 +251,9 @@ def save(messages, path):
                 Path(path).unlink(missing_ok=True)
                 raise
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot write {path} ({getattr(error, 'strerror', None) or error}): name another file") from error
+        raise BadInput(
+            f"cannot write {path} ({getattr(error, 'strerror', None) or error}): name another file"
+        ) from error
     say(f"{len(messages)} messages saved to {path}")
 
 
@@ -240,17 +263,21 @@ def serve(name, cfg, serving, sampling, load):
     load: () -> model, tokenizer, whether it has learned to chat; called once the port is taken.
     """
     if not is_loopback(serving.host) and serving.api_key is None:
-        raise BadInput(f"--host {serving.host} lets other machines in: give an --api_key, or leave --host out")
+        raise BadInput(
+            f"--host {serving.host} lets other machines in: give an --api_key, or leave --host out")
     key = serving.api_key or ""
     if not (key.isascii() and key.isprintable() and key == key.strip()):
-        raise BadInput("--api_key goes into a header of HTTP: give one of printable ASCII characters, without blanks around it")
+        raise BadInput(
+            "--api_key goes into a header of HTTP: give one of printable ASCII characters, without blanks around it"
+        )
     with Server(serving.host, serving.port) as server:
         model, tokenizer, chats = load()
         if not chats:
             raise BadInput(f"{name} has not learned to chat: teach it with posttrain.py, "
                            "or leave out --serve to have texts continued")
         slots = serving.slots or (64 if next(model.parameters()).device.type == "cuda" else 16)
-        engine = Engine(model, tokenizer, slots, serving.waiting, sampling.top_k, sampling.seed, cfg.graphs)
+        engine = Engine(model, tokenizer, slots, serving.waiting, sampling.top_k, sampling.seed,
+                        cfg.graphs)
         del model  # the engine has a copy of it in the dtype it computes in
         stop = threading.Event()
 
@@ -261,7 +288,9 @@ def serve(name, cfg, serving, sampling, load):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
         with server.serving(Api(engine, public_name(name), sampling, serving.api_key)), engine:
-            print(f"chat at {server.url}, API at {server.url}/v1, up to {slots} texts at once; Ctrl-C ends it", flush=True)
+            print(
+                f"chat at {server.url}, API at {server.url}/v1, up to {slots} texts at once; Ctrl-C ends it",
+                flush=True)
             stop.wait()
 
 
@@ -272,9 +301,11 @@ def public_name(name):
 
 
 def main(argv):
-    (cfg, serving, context, sampling), given = parse((Config, ServeConfig, ContextConfig, ChatSampling), argv, __doc__)
+    (cfg, serving, context, sampling), given = parse(
+        (Config, ServeConfig, ContextConfig, ChatSampling), argv, __doc__)
     name = checkpoint.named(cfg)
-    others = {"prompt", "system", "compile"} if cfg.serve else {field.name for field in fields(ServeConfig)}
+    others = {"prompt", "system", "compile"
+              } if cfg.serve else {field.name for field in fields(ServeConfig)}
     if wrong := sorted(given & others):
         where = f"the terminal: leave out --{wrong[0]} or --serve" if cfg.serve else "--serve: give that, too"
         raise BadInput(f"--{wrong[0]} is for {where}")
@@ -290,8 +321,11 @@ def main(argv):
     model, tokenizer, chats = load()
     if not chats:
         if cfg.system is not None:
-            raise BadInput(f"--system is for a model that can chat, and {name} has not learned to: leave it out")
-        say(f"{name} has not learned to chat: it continues what you type; posttrain.py teaches it to")
+            raise BadInput(
+                f"--system is for a model that can chat, and {name} has not learned to: leave it out"
+            )
+        say(f"{name} has not learned to chat: it continues what you type; posttrain.py teaches it to"
+            )
     kind = Chat if chats else Completion
     compiled = cfg.compile and device.type == "cuda"
     chat = kind(model, tokenizer, sampling, cfg.system, graphs=cfg.graphs, compile=compiled)

@@ -5,7 +5,8 @@
     python generate.py --checkpoint PATH --prompt_file story.txt --samples 1               # one text appears as it is written
     python generate.py --model gpt2                                                        # OpenAI's weights
 
-A text may outgrow the model's context: its oldest half is then dropped, and what is left begins anew at position 0.
+A text may outgrow the model's context: its oldest half is then dropped, and what is left begins
+anew at position 0.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -29,27 +30,36 @@ from train_gpt2 import load_checkpoint
 
 @dataclass
 class Config(checkpoint.ModelConfig):
-    prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",), "texts to continue; an empty one: a document of its own")
-    prompt_file: str | None = path_flag(None, "a file whose text, without the newline at its end, is the prompt instead")
+    prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",),
+                                   "texts to continue; an empty one: a document of its own")
+    prompt_file: str | None = path_flag(
+        None, "a file whose text, without the newline at its end, is the prompt instead")
     strict: bool = flag(False, "refuse a prompt longer than the context; "
                         "what outgrows it while it is written is told, not refused")
-    graphs: bool = flag(True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds")
-    compile: bool = flag(False, "on cuda, compile the decoding step: slow to start, pays for many tokens")
+    graphs: bool = flag(
+        True,
+        "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds"
+    )
+    compile: bool = flag(False,
+                         "on cuda, compile the decoding step: slow to start, pays for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 
 def read_prompts(cfg, given):
-    """The prompts, a tuple of str. Raises BadInput if the file cannot be read, or two kinds are given."""
+    """The prompts, a tuple of str. Raises BadInput if the file cannot be read, or two kinds are
+    given."""
     if cfg.prompt_file is None:
         return cfg.prompt
     if "prompt" in given:
         raise BadInput("--prompt and --prompt_file are both given: leave out one of them")
-    text = files.read_text(cfg.prompt_file, "name another --prompt_file").removeprefix("\ufeff")  # a byte order mark
+    text = files.read_text(cfg.prompt_file,
+                           "name another --prompt_file").removeprefix("\ufeff")  # a byte order mark
     return (text.removesuffix("\n").removesuffix("\r"),)
 
 
 def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):
-    """Say of which prompts, and from when on, the model does not see all (lib/decoding.py's `generate`), or raise BadInput."""
+    """Say of which prompts, and from when on, the model does not see all (lib/decoding.py's
+    `generate`), or raise BadInput."""
     for prompt in prompts:
         n, unseen = max(len(tokenizer.encode(prompt)), 1), []
         if n > block_size:
@@ -61,7 +71,8 @@ def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):
             unseen.append(f"from new token {first:,} on, "
                           f"each follows the newest {max(block_size // 2, 1):,} to {block_size:,} alone")
         if unseen:
-            print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(unseen)}", file=sys.stderr)
+            print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(unseen)}",
+                  file=sys.stderr)
 
 
 def main(argv):
@@ -73,13 +84,17 @@ def main(argv):
     show = partial(print, end="", flush=True) if one else lambda piece: None
     try:
         extend(model, context)
-        check_length(prompts, tokenizer, model.config.block_size, cfg.strict, sampling.max_new_tokens)
+        check_length(prompts, tokenizer, model.config.block_size, cfg.strict,
+                     sampling.max_new_tokens)
         texts = sample(model, tokenizer, prompts, sampling, show,
                        graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):  # a CPU's
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                or "DefaultCPUAllocator" in str(error)):  # a CPU's
             raise
-        raise BadInput("out of memory: lower --samples, --max_new_tokens or --context, or give fewer prompts") from error
+        raise BadInput(
+            "out of memory: lower --samples, --max_new_tokens or --context, or give fewer prompts"
+        ) from error
     print("" if one else "".join(f"{text}\n---\n" for text in texts), end="\n" if one else "")
 
 

@@ -1,4 +1,5 @@
-"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): choose the right one of four endings by likelihood.
+"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): choose the right one of four
+endings by likelihood.
 
     python hellaswag.py --checkpoint log/<run>
     python hellaswag.py --model gpt2                                 # OpenAI's weights
@@ -33,7 +34,8 @@ CHANCE = 0.25  # one ending of four
 
 @dataclass
 class Config(checkpoint.ModelConfig):
-    file: str | None = path_flag(None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+    file: str | None = path_flag(
+        None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     limit: int | None = flag(None, "score only the first so many items", at_least=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 

@@ -6,9 +6,10 @@
     python posttrain.py --checkpoint PATH --data book.txt --epochs 1                   # continued pretraining
     torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint PATH --data chats.json
 
-The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its columns: lib/conversations.py.
-Of conversations only what the assistant says is learned; they are packed into rows without seeing each other, and the model can
-chat afterwards. A run begins with the checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
+The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its
+columns: lib/conversations.py. Of conversations only what the assistant says is learned; they are
+packed into rows without seeing each other, and the model can chat afterwards. A run begins with the
+checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
 
 Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
 """
@@ -49,7 +50,8 @@ from train_gpt2 import (
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
 MOMENTS = 10  # validations in a run, without --eval_every
 BATCH = 16_384  # tokens per step at most, without --total_batch_size
-# GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not published
+# GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not
+# published
 GPT3_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 ENOUGH = 10  # steps: at least so many per epoch without --total_batch_size, and fewer in all are warned of
 MOST_TOLD = 5  # lines about the data in an error
@@ -70,31 +72,50 @@ class Config(TrainConfig, checkpoint.ModelConfig):
               f"with little data fewer, for {ENOUGH} to {2 * ENOUGH} steps per epoch", above=0, at_most=2**28)
     # optimizer: a lower rate than pretraining's, without a warm-up, down to 0
     optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
-    max_lr: float | None = flag(None, "peak learning rate; if unset, as the next three, --lr_scale times the checkpoint's",
-                                above=0, at_most=1e6)
-    embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0, at_most=1e6)
+    max_lr: float | None = flag(
+        None, "peak learning rate; if unset, as the next three, --lr_scale times the checkpoint's",
+        above=0, at_most=1e6)
+    embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0,
+                                      at_most=1e6)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
-    vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0, at_most=1e6)
+    vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0,
+                                   at_most=1e6)
     warmup_steps: int | None = flag(0, "steps of linear warm-up", at_least=0)
-    schedule: Literal["cosine", "wsd", "linear"] = flag("linear", "learning rate after the warm-up, see lr_multiplier")
-    min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
-    momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0, below=1)
-    weight_decay: float = flag(0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed",
-                               at_least=0, at_most=1e6)
+    schedule: Literal["cosine", "wsd",
+                      "linear"] = flag("linear",
+                                       "learning rate after the warm-up, see lr_multiplier")
+    min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0,
+                              at_most=1)
+    momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0,
+                                  below=1)
+    weight_decay: float = flag(
+        0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed",
+        at_least=0, at_most=1e6)
     # what happens along the way
-    eval_every: int | None = flag(None, f"steps between validations, 0: never; if unset, {MOMENTS} times in all", at_least=0)
+    eval_every: int | None = flag(
+        None, f"steps between validations, 0: never; if unset, {MOMENTS} times in all", at_least=0)
     hellaswag_every: int = flag(0, "steps between HellaSwag evaluations", at_least=0)
-    sample_every: int | None = flag(None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
-    sample_prompt: str | None = flag(None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
-    keep_best: bool = flag(True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
+    sample_every: int | None = flag(
+        None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
+    sample_prompt: str | None = flag(
+        None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
+    keep_best: bool = flag(
+        True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
     # the run
-    seed: int = flag(1337, "seed of what is held out, of shuffling and of dropout", at_least=0, below=2**63)
+    seed: int = flag(1337, "seed of what is held out, of shuffling and of dropout", at_least=0,
+                     below=2**63)
     # its own
-    val_share: float = flag(0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
-                            at_least=0, below=1)
-    val_data: tuple[str, ...] | None = path_flag(None, "files of validation data, instead of --val_share")
-    strict: bool = flag(False, "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it")
-    replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting", at_least=0, below=1)
+    val_share: float = flag(
+        0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
+        at_least=0, below=1)
+    val_data: tuple[str, ...] | None = path_flag(
+        None, "files of validation data, instead of --val_share")
+    strict: bool = flag(
+        False,
+        "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it"
+    )
+    replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting",
+                         at_least=0, below=1)
     replay_data: tuple[str, ...] | None = path_flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
                                                     "what is forgotten; if unset, those the checkpoint was trained on")
     lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, "
@@ -120,10 +141,12 @@ class Config(TrainConfig, checkpoint.ModelConfig):
 
 
 class Data:
-    """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a validation are made from.
+    """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a
+    validation are made from.
 
-    chat: whether conversations are among those to learn from; then rows are packed. question: a conversation to ask for
-    samples. source, val: a lib.packing.RowSource each, val None where nothing is held out. lines: what to say of them.
+    chat: whether conversations are among those to learn from; then rows are packed. question: a
+    conversation to ask for samples. source, val: a lib.packing.RowSource each, val None where
+    nothing is held out. lines: what to say of them.
     """
 
     vocab_size, val = None, None
@@ -138,7 +161,8 @@ class Data:
         except BadInput as error:  # malformed rows are among what was found
             found = "; ".join(self.lines[:MOST_TOLD]) + "; ..." * (len(self.lines) > MOST_TOLD)
             raise BadInput(f"{error} ({found})") from error
-        self.tokens = {"train": int(len(self.source) * block_size / (1 - cfg.replay))}  # with the rows of --replay among them
+        self.tokens = {"train": int(len(self.source) * block_size /
+                                    (1 - cfg.replay))}  # with the rows of --replay among them
         self.identity = self.former_identity = self._hash(self.source)
 
     def _read(self, words):
@@ -156,27 +180,34 @@ class Data:
         return examples, lines
 
     def _prepare(self, cfg, train, val):
-        """Examples -> question, chat, source and val. Raises BadInput if nothing is left of them."""
+        """Examples -> question, chat, source and val. Raises BadInput if nothing is left of them.
+        """
         if not cfg.val_data:
             train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
-        self.question = next((example for example in val + train if not isinstance(example, str)), None)
+        self.question = next((example for example in val + train if not isinstance(example, str)),
+                             None)
         self.chat = not all(isinstance(example, str) for example in train)
         if self.question and not self.chat:
             raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, "
                            "or other --val_data")
         self.source = self._cut(train, cfg.seed, "training")
         self.val = self._cut(val, None, "validation") if val else None
-        for rows, what in ((self.source, "--data"), (self.val, "--val_data" if cfg.val_data else "what is held out")):
+        for rows, what in ((self.source, "--data"),
+                           (self.val, "--val_data" if cfg.val_data else "what is held out")):
             if rows is not None and not len(rows):
-                raise BadInput(f"nothing of {what} can be learned, it is empty or too long: see what it holds, or give more")
+                raise BadInput(
+                    f"nothing of {what} can be learned, it is empty or too long: see what it holds, or give more"
+                )
 
     def _cut(self, examples, seed, what):
         """Examples -> rows of training or validation."""
         if not self.chat:
-            return packing.Joined([self._ids(text) for text in examples], self.T, seed, self.tokenizer.eot)
+            return packing.Joined([self._ids(text) for text in examples], self.T, seed,
+                                  self.tokenizer.eot)
         items, counts = [], dict.fromkeys(("whole", "cut", "truncated", "dropped"), 0)
         for example in examples:
-            if isinstance(example, str):  # a text among conversations: pieces of a row each, all learned
+            if isinstance(example,
+                          str):  # a text among conversations: pieces of a row each, all learned
                 ids = self._ids(example)
                 pieces = [ids[at:at + self.T + 1] for at in range(0, len(ids) - 1, self.T)]
                 items += [(piece, [True] * len(piece)) for piece in pieces]
@@ -188,12 +219,17 @@ class Data:
                 raise BadInput(f"a conversation is longer than the context of {self.T} tokens, "
                                f"{example[0]['content'][:60]!r}...: shorten it, or leave out --strict")
         rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
-        ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(int(np.sum(learned[1:])) for _, learned in items)
+        ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(
+            int(np.sum(learned[1:])) for _, learned in items)
         filled = ids / max(len(rows) * self.T, 1)
         told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {filled:.0%}; of {ids:,} tokens "
                 f"{learned:,} are learned")
-        odd = {"cut": "cut after an answer", "truncated": "truncated on the right", "dropped": "left out, as no answer fits"}
-        told += "".join(f"; {counts[how]:,} too long, {words}" for how, words in odd.items() if counts[how])
+        odd = {
+            "cut": "cut after an answer", "truncated": "truncated on the right",
+            "dropped": "left out, as no answer fits"
+        }
+        told += "".join(f"; {counts[how]:,} too long, {words}" for how, words in odd.items()
+                        if counts[how])
         self.lines.append(told)
         return rows
 
@@ -224,7 +260,8 @@ class Data:
 
 
 class ShardData(Corpus):
-    """--data that is folders of token shards, of the checkpoint's tokenizer, with a val split of their own."""
+    """--data that is folders of token shards, of the checkpoint's tokenizer, with a val split of
+    their own."""
 
     chat = False
 
@@ -232,7 +269,8 @@ class ShardData(Corpus):
         super().__init__(TrainConfig(data=cfg.data))
         self.check_tokenizer(tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
-        self.tokens, self.replay = {"train": int(self.tokens["train"] / (1 - cfg.replay))}, cfg.replay
+        self.tokens, self.replay = {"train": int(self.tokens["train"] /
+                                                 (1 - cfg.replay))}, cfg.replay
         self.lines = []
 
     def epochs(self, tokens):
@@ -249,12 +287,13 @@ def described(lines):
 
 def token_rows(corpus, tokenizer, seed, block_size):
     """The training tokens of a Corpus as a source of rows."""
-    return packing.Tokens(token_stream(corpus, tokenizer, seed, block_size), block_size, block_size + corpus.is_mixed)
+    return packing.Tokens(token_stream(corpus, tokenizer, seed, block_size), block_size,
+                          block_size + corpus.is_mixed)
 
 
 def read_data(cfg, explicit, tokenizer, block_size):
-    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a mixture of both, and for
-    flags that do not fit."""
+    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a
+    mixture of both, and for flags that do not fit."""
     shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
     if not shards:
         return Data(cfg, tokenizer, block_size)
@@ -262,24 +301,27 @@ def read_data(cfg, explicit, tokenizer, block_size):
         conversations.find_paths(others)  # what is missing is told as such
         raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: "
                        "give one kind alone")
-    if unused := sorted({"val_data", "val_share", "strict"} & explicit) or (["val_data"] if cfg.val_data else []):
+    if unused := sorted({"val_data", "val_share", "strict"}
+                        & explicit) or (["val_data"] if cfg.val_data else []):
         raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: "
                        "leave it out")
     return ShardData(cfg, tokenizer, block_size)
 
 
 def find_pretraining(cfg, explicit, tokenizer, block_size):
-    """-> the Corpus of pretraining, None if it is not at hand; whether its validation loss can be measured; a line about both.
+    """-> the Corpus of pretraining, None if it is not at hand; whether its validation loss can be
+    measured; a line about both.
 
-    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not there.
-    Replay needs no val split.
+    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not
+    there. Replay needs no val split.
     """
     def named(error):
         return str(error).replace("--data", "--replay_data")
 
     try:
         if not cfg.replay_data:
-            raise BadInput("the checkpoint does not say what it was trained on: name it by --replay_data")
+            raise BadInput(
+                "the checkpoint does not say what it was trained on: name it by --replay_data")
         corpus = Corpus(TrainConfig(data=cfg.replay_data), needed=("train",))
         corpus.check_tokenizer(tokenizer)
     except BadInput as error:
@@ -306,12 +348,13 @@ def find_pretraining(cfg, explicit, tokenizer, block_size):
 def grow(model, tokenizer):
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
-    These follow behind those of text. Pretraining pushed their rows of the embedding and of the head away, so they begin as the
-    mean of the rows of text; so does what pads the tables where these have no room and grow. But the end of a turn begins as
-    the end of a text, which the model knows: from the mean, a few steps at low rates never make it likely, and
-    replies do not end.
+    These follow behind those of text. Pretraining pushed their rows of the embedding and of the
+    head away, so they begin as the mean of the rows of text; so does what pads the tables where
+    these have no room and grow. But the end of a turn begins as the end of a text, which the model
+    knows: from the mean, a few steps at low rates never make it likely, and replies do not end.
     """
-    config, state = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
+    config, state = replace(model.config,
+                            vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
     if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
         for name in ("transformer.wte.weight", "lm_head.weight"):
             before, text = state[name], state[name][:tokenizer.vocab_size]
@@ -327,16 +370,19 @@ def grow(model, tokenizer):
 
 
 class PostTraining(Pretraining):
-    """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting: whether that is measured."""
+    """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting:
+    whether that is measured."""
 
     has_learned = True
 
     def __init__(self, cfg, model_cfg, explicit, state, model):
-        """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets model_cfg.vocab_size."""
+        """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets
+        model_cfg.vocab_size."""
         self.explicit = explicit
         self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
         self.corpus = read_data(cfg, explicit, tokenizer, model_cfg.block_size)
-        self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer, model_cfg.block_size)
+        self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer,
+                                                                   model_cfg.block_size)
         self.corpus.lines.append(line)
         if cfg.replay:
             self.corpus.identity += self.pretraining.identity
@@ -365,7 +411,8 @@ class PostTraining(Pretraining):
         if cfg.steps < ENOUGH and cfg.max_steps is None:
             smaller = ", or lower --total_batch_size" if cfg.total_batch_size > block_size * processes.world_size else ""
             self.corpus.lines.append(
-                f"warning: {cfg.steps} steps in all teach little: give more data, or raise --epochs{smaller}")
+                f"warning: {cfg.steps} steps in all teach little: give more data, or raise --epochs{smaller}"
+            )
         return super().evaluations(cfg, tokenizer, block_size, processes)
 
     def validation(self, cfg, tokenizer, block_size, processes):
@@ -377,7 +424,9 @@ class PostTraining(Pretraining):
             runs.append(lambda model, stopped: {
                 "Loss/val": evaluate(model, rows, cfg.sequences, processes, stopped)})
         if self.forgetting:
-            runs.append(validation(cfg, self.pretraining, tokenizer, block_size, processes, "Loss/val_pretraining"))
+            runs.append(
+                validation(cfg, self.pretraining, tokenizer, block_size, processes,
+                           "Loss/val_pretraining"))
         return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}
 
     def samples(self, cfg, tokenizer):
@@ -387,7 +436,8 @@ class PostTraining(Pretraining):
         question = self.corpus.question[:1 + (self.corpus.question[0]["role"] == "system")]
         if cfg.sample_prompt:
             question = [{"role": "user", "content": cfg.sample_prompt}]
-        ids, settings = render(question, tokenizer, reply=True)[0], SampleConfig(max_new_tokens=64, samples=2)
+        ids, settings = render(question, tokenizer,
+                               reply=True)[0], SampleConfig(max_new_tokens=64, samples=2)
 
         def run(model, stopped):
             texts = continuations(model, tokenizer, [ids] * settings.samples, settings)
@@ -396,8 +446,10 @@ class PostTraining(Pretraining):
         return run
 
     def stream(self, cfg, tokenizer, block_size, processes):
-        replay = token_rows(self.pretraining, tokenizer, cfg.seed, block_size) if cfg.replay else None
-        batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes, packed=self.corpus.chat)
+        replay = token_rows(self.pretraining, tokenizer, cfg.seed,
+                            block_size) if cfg.replay else None
+        batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes,
+                          packed=self.corpus.chat)
         return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
 
     def packed(self, idx):
@@ -406,30 +458,36 @@ class PostTraining(Pretraining):
 
     def conclude(self, run):
         losses = run.recorded("val_pretraining") or {}
-        if len(losses) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
+        if len(
+                losses
+        ) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
             first, last = min(losses), self.steps
             best = run.best[1] if run.best else last
             told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
             at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
-            run.say(f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
+            run.say(
+                f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
 
 
 def pick_batch(tokens, row):
-    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens of one row per process, or of
-    a micro-batch where --micro_batch is given.
+    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens
+    of one row per process, or of a micro-batch where --micro_batch is given.
 
-    A power of two of these, so that micro-batches divide it: BATCH tokens, or as many as make ENOUGH to twice ENOUGH steps per
-    epoch; at least one.
+    A power of two of these, so that micro-batches divide it: BATCH tokens, or as many as make
+    ENOUGH to twice ENOUGH steps per epoch; at least one.
     """
     rows = max(min(BATCH, tokens // ENOUGH) // row, 1)
     return row << rows.bit_length() - 1
 
 
 def settle(cfg, before, explicit):
-    """Fill in what the checkpoint decides. before: its train_config, or {}. Raises BadInput if that gives no rate."""
+    """Fill in what the checkpoint decides. before: its train_config, or {}. Raises BadInput if that
+    gives no rate."""
     again = "checkpoint" in before  # its rates are those of post-training
     if cfg.optimizer not in (None, before.get("optimizer", "adamw")) and cfg.max_lr is None:
-        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not fit it: give --max_lr, too")
+        raise BadInput(
+            f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not fit it: give --max_lr, too"
+        )
     if cfg.optimizer in (None, before.get("optimizer", "adamw")):
         cfg.lr_scale = cfg.lr_scale or (1.0 if again else 0.1)
         for name in RATES:
@@ -438,7 +496,8 @@ def settle(cfg, before, explicit):
     if cfg.max_lr is None:
         raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
     cfg.optimizer = cfg.optimizer or before.get("optimizer", "adamw")
-    cfg.momentum = before.get("momentum", TrainConfig.momentum) if cfg.momentum is None else cfg.momentum
+    cfg.momentum = before.get("momentum",
+                              TrainConfig.momentum) if cfg.momentum is None else cfg.momentum
     if "val_tokens" not in explicit:  # which suit the machine that it was made on
         cfg.val_tokens = min(cfg.val_tokens, before.get("val_tokens", cfg.val_tokens))
     folders = cfg.replay_data or before.get("replay_data" if again else "data") or ()
@@ -454,7 +513,9 @@ def begun(resume):
     try:
         return GPTConfig(**config)
     except TypeError as error:
-        raise BadInput(f"{resume.path} is of another version of this project ({error}): name another one") from error
+        raise BadInput(
+            f"{resume.path} is of another version of this project ({error}): name another one"
+        ) from error
 
 
 def prepare(cfg, explicit, resume):
@@ -480,7 +541,8 @@ def prepare(cfg, explicit, resume):
     task = PostTraining(cfg, model_cfg, explicit, state, model)
     if cfg.total_batch_size is None:  # a run that goes on keeps what it began with
         world_size = (launched() or {"world_size": 1})["world_size"]
-        row = model_cfg.block_size * world_size * (1 if cfg.micro_batch == "auto" else cfg.micro_batch)
+        row = model_cfg.block_size * world_size * (1 if cfg.micro_batch == "auto" else
+                                                   cfg.micro_batch)
         cfg.total_batch_size = pick_batch(task.corpus.tokens["train"], row)
     return model_cfg, task
 

@@ -4,7 +4,8 @@
     python tokenizer.py compare --source val.parquet --tokenizer gpt2 o200k_base bpe32k --width 768
     python fineweb.py --source a.parquet folder/ --tokenizer bpe32k/tokenizer.json --out mine
 
-The folder holds what Hugging Face's libraries load, too: AutoTokenizer.from_pretrained("bpe32k") gives the same ids.
+The folder holds what Hugging Face's libraries load, too: AutoTokenizer.from_pretrained("bpe32k")
+gives the same ids.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -36,8 +37,9 @@ class Text:
 
 @dataclass
 class Train:
-    vocab_size: int = flag(32_768, f"ids: bytes, merges, end-of-text and {len(RESERVED)} reserved for chat", at_least=MIN_BPE,
-                           at_most=MAX_BPE)
+    vocab_size: int = flag(
+        32_768, f"ids: bytes, merges, end-of-text and {len(RESERVED)} reserved for chat",
+        at_least=MIN_BPE, at_most=MAX_BPE)
     out: str | None = path_flag(None, "folder of the tokenizer")
 
 
@@ -74,10 +76,12 @@ def train(argv):
     texts = read(text, BPE_TEXT)
     with new_folder(out, "give another --out"):  # before the work, which may take long
         started = time.perf_counter()
-        print(f"training a BPE of {cfg.vocab_size:,} ids on up to {BPE_TEXT:,} characters", flush=True)
+        print(f"training a BPE of {cfg.vocab_size:,} ids on up to {BPE_TEXT:,} characters",
+              flush=True)
         tokenizer = train_bpe(texts, cfg.vocab_size)
-        write_json(out / "tokenizer_config.json",
-                   {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
+        write_json(
+            out / "tokenizer_config.json",
+            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT})
         tokenizer.save(out / "tokenizer.json")
     print(f"{out}/tokenizer.json: {cfg.vocab_size:,} ids after {time.perf_counter() - started:.1f} s, the last "
           f"{1 + len(RESERVED)} are {EOT} {' '.join(RESERVED)}")

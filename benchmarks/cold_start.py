@@ -35,7 +35,8 @@ PHASES = {"set-up": r"^device  ", "compile": r"^compiled ", "first": r"^step \d+
 
 
 def timed(command, env, patterns):
-    """Run to the end -> (whole seconds, {name: seconds until a line matched its pattern}, output)."""
+    """Run to the end -> (whole seconds, {name: seconds until a line matched its pattern}, output).
+    """
     began = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -53,8 +54,11 @@ def timed(command, env, patterns):
 def row(flags, data, cache, folder):
     """One run of train_gpt2.py -> {phase: seconds}, and tok/s of the second half's median step."""
     never = [f"--{what}=0" for what in ("hellaswag_every", "sample_every", "save_minutes")]
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), f"--data={data}", "--eval_every=1000000",
-               "--val_tokens=1310720", f"--log_dir={folder}", "--run_name=run", *never, *shlex.split(flags)]
+    command = [
+        sys.executable,
+        str(ROOT / "train_gpt2.py"), f"--data={data}", "--eval_every=1000000",
+        "--val_tokens=1310720", f"--log_dir={folder}", "--run_name=run", *never, *shlex.split(flags)
+    ]
     env = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     whole, seen, _ = timed(command, env, PHASES)
     scalars = read_scalars(Path(folder) / "run")
@@ -69,11 +73,14 @@ def row(flags, data, cache, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--row", action="append", default=[], help="name: flags of train_gpt2.py")
-    parser.add_argument("--command", action="append", default=[], help="name: a command, run as it is")
-    parser.add_argument("--log", default=r"step +\d+", help="the line with a --command's first loss")
+    parser.add_argument("--command", action="append", default=[],
+                        help="name: a command, run as it is")
+    parser.add_argument("--log", default=r"step +\d+",
+                        help="the line with a --command's first loss")
     parser.add_argument("--again", action=argparse.BooleanOptionalAction, default=True,
                         help="run each row a second time, with what the first left in the cache")
     args = parser.parse_args()

@@ -1,10 +1,12 @@
-"""How far positions reach: bits per byte by position, at half, 1, 2 and 4 times the length a checkpoint was trained with.
+"""How far positions reach: bits per byte by position, at half, 1, 2 and 4 times the length a
+checkpoint was trained with.
 
     python benchmarks/context.py --checkpoint log/learned/ckpt_<step>.pt log/rope/ckpt_<step>.pt --data DIR
 
-The same validation tokens are cut into rows of each length; a column is where in its row a token stands, in training lengths.
-Rows run across documents, as in training. Learned positions end with the training length; rotary ones go on as they are
-(plain), NTK-aware or YaRN-scaled (lib/rope.py). A text's later tokens are easier, if the model can use what came before them.
+The same validation tokens are cut into rows of each length; a column is where in its row a token
+stands, in training lengths. Rows run across documents, as in training. Learned positions end with
+the training length; rotary ones go on as they are (plain), NTK-aware or YaRN-scaled (lib/rope.py).
+A text's later tokens are easier, if the model can use what came before them.
 """
 
 import argparse
@@ -31,7 +33,8 @@ EDGES = (0, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3, 4)  # of the columns, in training leng
 
 @torch.no_grad()
 def nats_by_position(model, x, y, device):
-    """Tokens x and their targets y, int64 (rows, T) -> the loss of each target in nats, float64 (rows, T)."""
+    """Tokens x and their targets y, int64 (rows, T) -> the loss of each target in nats, float64
+    (rows, T)."""
     rows, at_once = [], max(8192 // x.shape[1], 1)
     for i in range(0, len(x), at_once):
         with autocast(device):
@@ -43,7 +46,8 @@ def nats_by_position(model, x, y, device):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", required=True)
     parser.add_argument("--data", help="folder of token shards; without it, the one trained on")
     parser.add_argument("--tokens", type=int, default=2**21, help="validation tokens, at most")
@@ -64,8 +68,10 @@ def main(argv):
         if (there := min(args.tokens, shards.tokens["val"] - 1)) < longest:
             raise BadInput(f"{path} is tried on rows of {longest:,} validation tokens, and --tokens and {shards.folder} leave "
                            f"{there:,}: raise --tokens, or name another --data")
-        found.append((path, trained, sizes, kind, read_validation(shards, args.tokens, longest, tokenizer)))
-    print("| checkpoint | positions | context | " + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
+        found.append(
+            (path, trained, sizes, kind, read_validation(shards, args.tokens, longest, tokenizer)))
+    print("| checkpoint | positions | context | "
+          + " | ".join(f"{a:g} to {b:g}" for a, b in columns) + " | all |")
     print("|---|---|---:|" + "---:|" * (len(columns) + 1))
     for path, trained, sizes, kind, rows in found:
         scalings = ("plain", "ntk", "yarn") if kind == "rope" else ("plain",)
@@ -81,10 +87,16 @@ def main(argv):
             nats, n_bytes = nats_by_position(model, x, y, device), sizes[y]
 
             def bits(a, b):
-                return nats[:, a:b].sum() / math.log(2) / np.maximum(n_bytes[:, a:b].sum(), 1)  # noqa: B023 (called here)
+                in_bits = nats[:, a:b].sum() / math.log(2)  # noqa: B023 (called here)
+                return in_bits / np.maximum(n_bytes[:, a:b].sum(), 1)  # noqa: B023
 
-            cells = [f"{bits(round(a * trained), round(b * trained)):.4f}" if b <= factor else "" for a, b in columns]
-            print(start + "".join(f"| {cell} " for cell in [*cells, f"{bits(0, length):.4f}"]) + "|", flush=True)
+            cells = [
+                f"{bits(round(a * trained), round(b * trained)):.4f}" if b <= factor else ""
+                for a, b in columns
+            ]
+            print(
+                start + "".join(f"| {cell} " for cell in [*cells, f"{bits(0, length):.4f}"]) + "|",
+                flush=True)
 
 
 if __name__ == "__main__":

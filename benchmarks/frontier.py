@@ -1,4 +1,5 @@
-"""Bits per byte by seconds of training and size, of runs of `--preset speedrun`: a table, and with --out a picture.
+"""Bits per byte by seconds of training and size, of runs of `--preset speedrun`: a table, and with
+--out a picture.
 
     python benchmarks/frontier.py benchmarks/race_h100_202611/runs.jsonl --out assets/frontier.png
 
@@ -20,22 +21,32 @@ def read(path):
             words = run["flags"].split()
             flags = {"--n_layer": "11", "--n_embd": "512"} | dict(zip(words, words[1:]))
             *_, bpb = run["val: step, seconds, loss, bits per byte"][-1]
-            found.setdefault(run["parameters"], {}).setdefault(round(float(flags["--minutes"]) * 60), []).append(bpb)
-            shapes[run["parameters"]] = f"{flags['--n_layer']} x {flags['--n_embd']}, {flags['--data']}"
+            found.setdefault(run["parameters"],
+                             {}).setdefault(round(float(flags["--minutes"]) * 60), []).append(bpb)
+            shapes[run[
+                "parameters"]] = f"{flags['--n_layer']} x {flags['--n_embd']}, {flags['--data']}"
     return found, shapes
 
 
 def table(found, shapes):
     columns = sorted({seconds for runs in found.values() for seconds in runs})
-    best = {seconds: min(statistics.mean(runs[seconds]) for runs in found.values() if seconds in runs) for seconds in columns}
-    lines = ["| parameters | shape, tokenizer |" + "".join(f" {seconds} s |" for seconds in columns),
-             "|---|---|" + "---:|" * len(columns)]
+    best = {
+        seconds: min(statistics.mean(runs[seconds])
+                     for runs in found.values()
+                     if seconds in runs)
+        for seconds in columns
+    }
+    lines = [
+        "| parameters | shape, tokenizer |" + "".join(f" {seconds} s |" for seconds in columns),
+        "|---|---|" + "---:|" * len(columns)
+    ]
     for size in sorted(found):
         cells = []
         for seconds in columns:
             values = found[size].get(seconds, [])
             told = ", ".join(f"{value:.4f}" for value in sorted(values))
-            cells.append(f"**{told}**" if values and statistics.mean(values) == best[seconds] else told)
+            cells.append(
+                f"**{told}**" if values and statistics.mean(values) == best[seconds] else told)
         lines.append(f"| {size / 1e6:.1f}M | {shapes[size]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -49,9 +60,10 @@ def picture(found, out):
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for size in sorted(found):
         seconds = sorted(found[size])
-        axes.plot(seconds, [statistics.mean(found[size][t]) for t in seconds], marker="o", ms=4, label=f"{size / 1e6:.0f}M")
-    axes.set(xscale="log", xlabel="seconds of training on one H100", ylabel="bits per byte on val", ylim=(1.1, 1.5),
-             title="--preset speedrun: which size for how long")
+        axes.plot(seconds, [statistics.mean(found[size][t]) for t in seconds], marker="o", ms=4,
+                  label=f"{size / 1e6:.0f}M")
+    axes.set(xscale="log", xlabel="seconds of training on one H100", ylabel="bits per byte on val",
+             ylim=(1.1, 1.5), title="--preset speedrun: which size for how long")
     axes.set_xticks([10, 40, 100, 300], ["10", "40", "100", "300"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -61,7 +73,8 @@ def picture(found, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", help="a runs.jsonl")
     parser.add_argument("--out", help="picture to write")
     args = parser.parse_args()

@@ -1,12 +1,13 @@
-"""Generation speed: the decoder of lib/decoding.py against transformers' generate on the exported weights, on one machine.
+"""Generation speed: the decoder of lib/decoding.py against transformers' generate on the exported
+weights, on one machine.
 
     python benchmarks/generate_speed.py  # 124M, random weights of gpt2 and modern, batches of 1 and 64
     python benchmarks/generate_speed.py --checkpoint log/<run>/ckpt_<step>.pt --batch 1 8 64 --new_tokens 512
 
-Every contestant continues the same prompts by so many tokens, greedily and without an end; tokens per second count the prompt's
-pass and the host's work on each token. What is captured or compiled is so before; medians over --rounds. "agree": new tokens
-equal to the eager steps' before the first that differs, over all rows (bf16 rounds differently in other kernels: ties
-break either way).
+Every contestant continues the same prompts by so many tokens, greedily and without an end; tokens
+per second count the prompt's pass and the host's work on each token. What is captured or compiled
+is so before; medians over --rounds. "agree": new tokens equal to the eager steps' before the first
+that differs, over all rows (bf16 rounds differently in other kernels: ties break either way).
 """
 
 import argparse
@@ -45,7 +46,8 @@ def theirs(model, prompts, n, sampling):
     idx = torch.tensor(prompts, device=device)
 
     def run():
-        out = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n, **sampling)
+        out = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                          min_new_tokens=n, **sampling)
         return out[:, idx.size(1):].cpu()
 
     return run
@@ -65,14 +67,16 @@ def seconds_of(run, rounds, device):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="instead of random weights")
     parser.add_argument("--preset", nargs="+", default=["gpt2", "modern"], choices=PRESETS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the row with the compiled step")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                        help="the row with the compiled step")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     device, n = pick_device(args.device), args.new_tokens
@@ -80,31 +84,42 @@ def main(argv):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     models = {}
     if args.checkpoint:
-        models[Path(args.checkpoint).absolute().parent.name] = load_checkpoint(args.checkpoint, device)[0]
+        models[Path(args.checkpoint).absolute().parent.name] = load_checkpoint(
+            args.checkpoint, device)[0]
     else:
         for preset in args.preset:
             torch.manual_seed(0)
-            fields = {name: value for name, value in PRESETS[preset].items() if hasattr(GPTConfig, name)}
+            fields = {
+                name: value for name, value in PRESETS[preset].items() if hasattr(GPTConfig, name)
+            }
             models[preset] = GPT(GPTConfig(**fields)).to(device).eval()
     greedy = partial(draw, temperature=0)
-    top50 = partial(draw, temperature=1.0, top_k=50, generator=torch.Generator(device).manual_seed(0))
+    top50 = partial(draw, temperature=1.0, top_k=50,
+                    generator=torch.Generator(device).manual_seed(0))
     rows = {"transformers generate": (theirs, dict(do_sample=False)),
             "transformers generate, top-k 50": (theirs, dict(do_sample=True, top_k=50)),
             "eager steps": (ours, greedy, {})}
     if device.type == "cuda":
-        rows |= {"CUDA graph": (ours, greedy, dict(graphs=True)), "CUDA graph, top-k 50": (ours, top50, dict(graphs=True))}
+        rows |= {
+            "CUDA graph": (ours, greedy, dict(graphs=True)),
+            "CUDA graph, top-k 50": (ours, top50, dict(graphs=True))
+        }
         if args.compile:
-            rows |= {"CUDA graph, compiled": (ours, greedy, dict(graphs=True, compile=True)),
-                     "CUDA graph, compiled, top-k 50": (ours, top50, dict(graphs=True, compile=True))}
+            rows |= {
+                "CUDA graph, compiled": (ours, greedy, dict(graphs=True, compile=True)),
+                "CUDA graph, compiled, top-k 50": (ours, top50, dict(graphs=True, compile=True))
+            }
     for model in models.values():
-        huggingface.find_family(model.config)  # one that transformers cannot run is told before the first line
+        huggingface.find_family(
+            model.config)  # one that transformers cannot run is told before the first line
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, "
           f"{compute_dtype(device)}, {args.prompt_tokens} + {n} tokens\n\n"
           "| model | batch | | tok/s | x transformers | agree |\n|---|---:|---|---:|---:|---:|", flush=True)
     for name, model in models.items():
         for batch in args.batch:
             generator = torch.Generator().manual_seed(1)
-            prompts = torch.randint(model.config.vocab_size, (batch, args.prompt_tokens), generator=generator).tolist()
+            prompts = torch.randint(model.config.vocab_size, (batch, args.prompt_tokens),
+                                    generator=generator).tolist()
             speeds, outs = {}, {}
             for row, (make, *how) in rows.items():
                 torch._dynamo.reset()
@@ -112,11 +127,16 @@ def main(argv):
                 speeds[row] = batch * n / seconds
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-            base = {True: speeds["transformers generate, top-k 50"], False: speeds["transformers generate"]}
+            base = {
+                True: speeds["transformers generate, top-k 50"],
+                False: speeds["transformers generate"]
+            }
             for row, speed in speeds.items():
                 same = (outs[row] == outs["eager steps"]).int().cumprod(dim=1).float().mean()
                 agree = "" if "top-k" in row else f"{same:.1%}"
-                print(f"| {name} | {batch} | {row} | {speed:,.0f} | {speed / base['top-k' in row]:.1f} | {agree} |", flush=True)
+                print(
+                    f"| {name} | {batch} | {row} | {speed:,.0f} | {speed / base['top-k' in row]:.1f} | {agree} |",
+                    flush=True)
 
 
 if __name__ == "__main__":

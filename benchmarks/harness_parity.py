@@ -1,9 +1,10 @@
-"""A checkpoint that can be exported under lm-evaluation-harness twice: our adapter, and the harness's own on the same weights.
+"""A checkpoint that can be exported under lm-evaluation-harness twice: our adapter, and the
+harness's own on the same weights.
 
     python benchmarks/harness_parity.py --checkpoint log/<run>/ckpt_<step>.pt --data_dir DIR
 
-The weights are handed to transformers by lib/huggingface.py. Prints seconds, each task's metric, and how far apart the
-log-likelihoods are (median, maximum), in nats.
+The weights are handed to transformers by lib/huggingface.py. Prints seconds, each task's metric,
+and how far apart the log-likelihoods are (median, maximum), in nats.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from train_gpt2 import load_checkpoint
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--tasks", default="hellaswag,arc_easy,piqa,lambada_openai")
@@ -34,9 +36,11 @@ def main():
     with Processes("auto") as processes, tempfile.TemporaryDirectory() as folder:
         model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
         huggingface.write(model, tokenizer, folder)
-        theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size, dtype="float32")
+        theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size,
+                      dtype="float32")
         rows = [("the harness's adapter, fp32", theirs)]
-        rows += [(f"ours, {dtype}", harness.adapter(model, tokenizer, processes, dtype=dtype)) for dtype in ("float32", "auto")]
+        rows += [(f"ours, {dtype}", harness.adapter(model, tokenizer, processes, dtype=dtype))
+                 for dtype in ("float32", "auto")]
         want = None
         for name, lm in rows:
             tasks = harness.load_tasks(manager, names, args.data_dir)
@@ -48,7 +52,9 @@ def main():
             apart = sorted(abs(a - b) for a, b in zip(nats, want, strict=True))
             scores = ", ".join(f"{task} {results[task][key]:.4f}"
                                for task, key in harness.headlines({"results": results}).items())
-            print(f"| {name} | {seconds:.1f} s | {scores} | {statistics.median(apart):.6f} | {apart[-1]:.6f} |", flush=True)
+            print(
+                f"| {name} | {seconds:.1f} s | {scores} | {statistics.median(apart):.6f} | {apart[-1]:.6f} |",
+                flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""HellaSwag on a checkpoint: hellaswag.py's batches against build-nanogpt's loop of one item at a time, on the same model.
+"""HellaSwag on a checkpoint: hellaswag.py's batches against build-nanogpt's loop of one item at a
+time, on the same model.
 
     python benchmarks/hellaswag_speed.py --checkpoint log/<run>/ckpt_<step>.pt --baseline ../build-nanogpt
         --file hellaswag_val.jsonl
 
-The loop is build-nanogpt's: its render_example and its get_most_likely_row, taken from its files. --limit shortens
-the loop alone.
+The loop is build-nanogpt's: its render_example and its get_most_likely_row, taken from its files.
+--limit shortens the loop alone.
 """
 
 import argparse
@@ -27,13 +28,16 @@ from train_gpt2 import load_checkpoint
 
 
 def baseline_functions(folder):
-    """-> build-nanogpt's render_example and get_most_likely_row. Its train_gpt2.py trains when imported,
-    so the function is cut out."""
+    """-> build-nanogpt's render_example and get_most_likely_row. Its train_gpt2.py trains when
+    imported, so the function is cut out."""
     spec = importlib.util.spec_from_file_location("baseline_hellaswag", folder / "hellaswag.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     tree = ast.parse((folder / "train_gpt2.py").read_text())
-    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_most_likely_row"]
+    tree.body = [
+        node for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == "get_most_likely_row"
+    ]
     names = {"torch": torch, "F": F}
     exec(compile(tree, "train_gpt2.py", "exec"), names)
     return module.render_example, names["get_most_likely_row"]
@@ -41,18 +45,21 @@ def baseline_functions(folder):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--baseline", type=Path, required=True, help="folder of build-nanogpt")
     parser.add_argument("--file", required=True, help="hellaswag_val.jsonl")
     parser.add_argument("--limit", type=int, help="items of the loop")
     parser.add_argument("--rounds", type=int, default=3, help="of ours")
-    parser.add_argument("--fp32", action="store_true", help="no autocast, so that rounding decides nothing")
+    parser.add_argument("--fp32", action="store_true",
+                        help="no autocast, so that rounding decides nothing")
     args = parser.parse_args()
     processes = Processes("auto")
     device = processes.device
     model, tokenizer, _ = load_checkpoint(args.checkpoint, device)
-    items, precision = hellaswag.load(args.file), contextlib.nullcontext if args.fp32 else functools.partial(autocast, device)
+    items, precision = hellaswag.load(
+        args.file), contextlib.nullcontext if args.fp32 else functools.partial(autocast, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     print("| | items | seconds | items/s | acc_norm |\n|---|---:|---:|---:|---:|")

@@ -26,12 +26,15 @@ class Config:
 
 
 def read_run(folder):
-    """-> (function of steps, millions of tokens before each; dict kind -> (list of steps, list of values)) of a run folder."""
+    """-> (function of steps, millions of tokens before each; dict kind -> (list of steps, list of
+    values)) of a run folder."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         rows = [line.split() for line in (Path(folder) / "log.txt").read_text().splitlines()]
     except OSError as error:
-        raise BadInput(f"{folder} is not a run folder ({error.strerror}): it needs config.json and log.txt") from error
+        raise BadInput(
+            f"{folder} is not a run folder ({error.strerror}): it needs config.json and log.txt"
+        ) from error
     curves = {}
     for step, kind, value in rows:
         steps, values = curves.setdefault(kind, ([], []))
@@ -42,7 +45,9 @@ def read_run(folder):
 
 
 def running_mean(values, window):
-    return [sum(values[max(0, i - window + 1):i + 1]) / min(i + 1, window) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - window + 1):i + 1]) / min(i + 1, window) for i in range(len(values))
+    ]
 
 
 def main(argv):
@@ -58,7 +63,8 @@ def main(argv):
         millions, curves = read_run(folder)
         steps, values = curves["train"]
         style = ("-", "--", ":")[i % 3]  # equal curves stay visible
-        axes.plot(millions(steps), running_mean(values, cfg.window), style, color=f"C{i}", alpha=0.5, lw=1)
+        axes.plot(millions(steps), running_mean(values, cfg.window), style, color=f"C{i}",
+                  alpha=0.5, lw=1)
         steps, values = curves["val"]
         axes.plot(millions(steps), values, style, color=f"C{i}", marker="o", ms=4,
                   label=f"{Path(folder).name}: val {values[-1]:.3f}")

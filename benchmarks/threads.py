@@ -3,8 +3,8 @@
     python benchmarks/threads.py --data docstrings                # as busy as the machine is
     python benchmarks/threads.py --data docstrings --busy 2       # with two processes that never rest
 
-Each run is `train_gpt2.py --preset tiny` for --seconds of its steps, all settings in turn, --rounds times;
-a run's figure is the median of its steps, a setting's the median of its runs.
+Each run is `train_gpt2.py --preset tiny` for --seconds of its steps, all settings in turn, --rounds
+times; a run's figure is the median of its steps, a setting's the median of its runs.
 """
 
 import argparse
@@ -29,11 +29,19 @@ STEP = re.compile(r"step (\d+) \|.*\| ([\d,]+) tok/s")
 
 def run(setting, args, folder):
     """Median tokens per second of a run's steps."""
-    flags = ["--preset=tiny", f"--data={args.data}", "--max_steps=2000", "--log_every=1", f"--log_dir={folder}"]
-    flags += [f"--{name}=0" for name in ("eval_every", "sample_every", "save_every", "save_minutes")]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    process = subprocess.Popen([sys.executable, ROOT / "train_gpt2.py", *flags, f"--run_name={time.time_ns()}"],
-                               env=env | setting, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    flags = [
+        "--preset=tiny", f"--data={args.data}", "--max_steps=2000", "--log_every=1",
+        f"--log_dir={folder}"
+    ]
+    flags += [
+        f"--{name}=0" for name in ("eval_every", "sample_every", "save_every", "save_minutes")
+    ]
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
+    }
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_gpt2.py", *flags, f"--run_name={time.time_ns()}"],
+        env=env | setting, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         return statistics.median(rates_of(process.stdout, args.seconds))
     finally:
@@ -57,25 +65,31 @@ def rates_of(console, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6)
     args = parser.parse_args()
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
+    spinning = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)
+    ]
     found = {name: [] for name in SETTINGS}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(args.rounds):
                 for name, setting in SETTINGS.items():
                     found[name].append(run(setting, args, folder))
-                    print(f"{name}: {found[name][-1]:,.0f} tok/s, load {os.getloadavg()[0]:.1f}", flush=True)
+                    print(f"{name}: {found[name][-1]:,.0f} tok/s, load {os.getloadavg()[0]:.1f}",
+                          flush=True)
     finally:
         for process in spinning:
             process.kill()
     for name, rates in found.items():
-        print(f"| {name} | {statistics.median(rates):,.0f} | {', '.join(f'{rate:,.0f}' for rate in rates)} |")
+        print(
+            f"| {name} | {statistics.median(rates):,.0f} | {', '.join(f'{rate:,.0f}' for rate in rates)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python benchmarks/throughput.py --row "--preset gpt2" --row "--preset modern" --baseline ../build-nanogpt/train_gpt2.py
 
-A row is a set of flags of train_gpt2.py. A run of it is the real script on random tokens, without evaluation: --warmup steps,
-then --steps that count; its figures are their medians, a row's figures the medians over --rounds. Rounds are interleaved, so
-that a card that slows down as it warms hurts all rows alike. The baseline is the script given, with its constants replaced for
-the same batch and model, compiled unless --no-compile, and nothing but training steps. With --profile, where the time of one
-step goes, by kernel.
+A row is a set of flags of train_gpt2.py. A run of it is the real script on random tokens, without
+evaluation: --warmup steps, then --steps that count; its figures are their medians, a row's figures
+the medians over --rounds. Rounds are interleaved, so that a card that slows down as it warms hurts
+all rows alike. The baseline is the script given, with its constants replaced for the same batch and
+model, compiled unless --no-compile, and nothing but training steps. With --profile, where the time
+of one step goes, by kernel.
 """
 
 import argparse
@@ -36,10 +37,13 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP = re.compile(r"step +\d+ \| loss.*?([\d.]+) ?ms \|")
 PEAK = re.compile(r"^peak ([\d.]+) GB", re.M)
 GROUPS = {  # kernels by a part of their names, the first that fits
-    "attention": r"fmha|flash|attention|sdpa|cudnn::fusion", "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
-    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter", "bias gradients": r"triton_red\w*_sum", "norm": r"norm",
-    "activation": r"gelu|silu|tanh|relu", "optimizer": r"adam|foreach|multi_tensor",
-    "copies and fills": r"stack|copy|memcpy|memset|fill|zero|cat", "other": r""}
+    "attention": r"fmha|flash|attention|sdpa|cudnn::fusion",
+    "matmul": r"gemm|nvjet|cutlass|matmul|addmm|\bmm\b|xmma",
+    "loss": r"softmax|nll_loss|cross_entropy|gather|scatter",
+    "bias gradients": r"triton_red\w*_sum", "norm": r"norm", "activation": r"gelu|silu|tanh|relu",
+    "optimizer": r"adam|foreach|multi_tensor",
+    "copies and fills": r"stack|copy|memcpy|memset|fill|zero|cat", "other": r""
+}
 
 
 def random_shards(folder, vocab_size=50257, tokens=4_000_000):
@@ -54,8 +58,8 @@ def run(command, cwd, env=None):
     """-> (console output, seconds to the first step)."""
     console, first, started = [], None, time.perf_counter()
     with open(cwd / "stderr", "w+") as errors:
-        process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True, stdout=subprocess.PIPE,
-                                   stderr=errors, start_new_session=True)
+        process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True,
+                                   stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         try:
             for line in process.stdout:
                 console.append(line)
@@ -63,7 +67,9 @@ def run(command, cwd, env=None):
                     first = first or time.perf_counter() - started
             if process.wait():
                 errors.seek(0)
-                sys.exit(f"{shlex.join(map(str, command))} failed:\n{''.join(console)[-1000:]}\n{errors.read()[-3000:]}")
+                sys.exit(
+                    f"{shlex.join(map(str, command))} failed:\n{''.join(console)[-1000:]}\n{errors.read()[-3000:]}"
+                )
         finally:  # whatever ends this script, nothing goes on using the GPU
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -73,38 +79,60 @@ def run(command, cwd, env=None):
 
 def settings(flags, steps, args):
     """Flags of train_gpt2.py: so many training steps and nothing else, then a row's own."""
-    never = [f"--{name}=0" for name in ("eval_every", "hellaswag_every", "sample_every", "save_every", "save_minutes", "spike")]
-    return ["--data=edu_fineweb10B", f"--max_steps={steps}", "--warmup_steps=1", *never, f"--block_size={args.T}",
-            f"--micro_batch={args.B}", f"--total_batch_size={args.total}", "--batch_warmup=0", *shlex.split(flags)]
+    never = [
+        f"--{name}=0" for name in ("eval_every", "hellaswag_every", "sample_every", "save_every",
+                                   "save_minutes", "spike")
+    ]
+    return [
+        "--data=edu_fineweb10B", f"--max_steps={steps}", "--warmup_steps=1", *never,
+        f"--block_size={args.T}", f"--micro_batch={args.B}", f"--total_batch_size={args.total}",
+        "--batch_warmup=0", *shlex.split(flags)
+    ]
 
 
 def ours(flags, folder, args):
-    """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent waiting for it),
-    rate, mfu, peak, first."""
-    steps, torchrun = args.warmup + args.steps, ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
-    command = [sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py", *settings(flags, steps, args),
-               f"--log_dir={folder / 'runs'}"]
+    """-> dict of figures, from what the run logged to TensorBoard: ms, data (ms of a step spent
+    waiting for it), rate, mfu, peak, first."""
+    steps, torchrun = args.warmup + args.steps, [
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"
+    ]
+    command = [
+        sys.executable, *(torchrun if args.gpus > 1 else []), ROOT / "train_gpt2.py",
+        *settings(flags, steps, args), f"--log_dir={folder / 'runs'}"
+    ]
     _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
     (log,) = (folder / "runs").iterdir()  # this run's; build-nanogpt's script writes to log/
     found = {tag: [*values.values()] for tag, values in read_scalars(log).items()}
     shutil.rmtree(log)  # a checkpoint of 1.5 GB in each
     assert len(found["perf/step_ms"]) == steps, f"{len(found['perf/step_ms'])} steps of {steps}"
-    median = {tag: statistics.median(values[args.warmup:]) for tag, values in found.items() if tag.startswith("perf/")}
-    return {"ms": median["perf/step_ms"], "data": median["perf/data_ms"], "rate": median["perf/tok_per_sec"],
-            "mfu": median.get("perf/mfu"), "peak": max(found.get("perf/memory_gb", []), default=None), "first": first}
+    median = {
+        tag: statistics.median(values[args.warmup:])
+        for tag, values in found.items()
+        if tag.startswith("perf/")
+    }
+    return {
+        "ms": median["perf/step_ms"], "data": median["perf/data_ms"],
+        "rate": median["perf/tok_per_sec"], "mfu": median.get("perf/mfu"),
+        "peak": max(found.get("perf/memory_gb", []), default=None), "first": first
+    }
 
 
 def baseline(script, folder, args):
-    """build-nanogpt's script with other constants -> the same figures, data left out; its MFU by the formula of ours."""
+    """build-nanogpt's script with other constants -> the same figures, data left out; its MFU by
+    the formula of ours."""
     code = script.read_text()
     shape = f"n_layer={args.n_layer}, n_head={args.n_head}, n_embd={args.n_embd}"
-    for old, new in {"total_batch_size = 524288": f"total_batch_size = {args.total}",
-                     "B = 64": f"B = {args.B}", "T = 1024 #": f"T = {args.T} #",
-                     "use_compile = False": f"use_compile = {args.compile}",
-                     "max_steps = 19073": f"max_steps = {args.warmup + args.steps}", "warmup_steps = 715": "warmup_steps = 1",
-                     "GPTConfig(vocab_size=50304)": f"GPTConfig(vocab_size=50304, {shape})",
-                     "if step % 250 == 0 or last_step:": "if False:", "if (step % 250 == 0 or last_step)": "if False",
-                     "if ((step > 0 and step % 250 == 0) or last_step)": "if False"}.items():
+    for old, new in {
+            "total_batch_size = 524288": f"total_batch_size = {args.total}",
+            "B = 64": f"B = {args.B}", "T = 1024 #": f"T = {args.T} #",
+            "use_compile = False": f"use_compile = {args.compile}",
+            "max_steps = 19073": f"max_steps = {args.warmup + args.steps}",
+            "warmup_steps = 715": "warmup_steps = 1",
+            "GPTConfig(vocab_size=50304)": f"GPTConfig(vocab_size=50304, {shape})",
+            "if step % 250 == 0 or last_step:": "if False:",
+            "if (step % 250 == 0 or last_step)": "if False",
+            "if ((step > 0 and step % 250 == 0) or last_step)": "if False"
+    }.items():
         assert code.count(old) == 1, (f"{script} is not the script this was written for: "
                                       f"{old!r} stands in it {code.count(old)} times")
         code = code.replace(old, new)
@@ -112,7 +140,8 @@ def baseline(script, folder, args):
         code = code.replace("dtype=torch.bfloat16)", "enabled=False)")
     code += "\nif device_type == 'cuda':\n    print(f'peak {torch.cuda.max_memory_allocated() / 1e9} GB')\n"
     (folder / "baseline.py").write_text(code)
-    console, first = run([sys.executable, "-u", "baseline.py"], folder, {"PYTHONPATH": str(script.parent)})
+    console, first = run([sys.executable, "-u", "baseline.py"], folder,
+                         {"PYTHONPATH": str(script.parent)})
     steps, peak = [float(ms) for ms in STEP.findall(console)], PEAK.search(console)
     assert len(steps) == args.warmup + args.steps, f"{len(steps)} steps in\n{console[-2000:]}"
     ms, flops = statistics.median(steps[args.warmup:]), peak_flops(pick_device("auto"))
@@ -120,13 +149,16 @@ def baseline(script, folder, args):
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(
             block_size=args.T, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd))
-    return {"ms": ms, "data": None, "rate": rate, "mfu": rate * model.flops_per_token() / flops if flops else None,
-            "peak": float(peak[1]) if peak else None, "first": first}
+    return {
+        "ms": ms, "data": None, "rate": rate,
+        "mfu": rate * model.flops_per_token() / flops if flops else None,
+        "peak": float(peak[1]) if peak else None, "first": first
+    }
 
 
 def profile(flags, folder, args):
-    """One step: its milliseconds, {group of kernels: (milliseconds, calls)}, and the kernels that take most,
-    (name, milliseconds, calls)."""
+    """One step: its milliseconds, {group of kernels: (milliseconds, calls)}, and the kernels that
+    take most, (name, milliseconds, calls)."""
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -164,18 +196,24 @@ train_gpt2.main(sys.argv[1:])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", default=[], help="flags of train_gpt2.py; may be given several times")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", action="append", default=[],
+                        help="flags of train_gpt2.py; may be given several times")
     parser.add_argument("--baseline", type=Path, help="build-nanogpt's train_gpt2.py")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="steps that count")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them; the first compiles")
+    parser.add_argument("--warmup", type=int, default=3,
+                        help="steps before them; the first compiles")
     parser.add_argument("-B", type=int, default=64, help="sequences per forward pass")
     parser.add_argument("-T", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--total", type=int, default=524_288, help="tokens per step")
-    parser.add_argument("--gpus", type=int, default=1, help="of our rows, by torchrun; tok/s is that of all")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of the baseline")
-    parser.add_argument("--fp32", action="store_true", help="the baseline without autocast, which ours leaves out on a CPU")
+    parser.add_argument("--gpus", type=int, default=1,
+                        help="of our rows, by torchrun; tok/s is that of all")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                        help="of the baseline")
+    parser.add_argument("--fp32", action="store_true",
+                        help="the baseline without autocast, which ours leaves out on a CPU")
     for name, size in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
         parser.add_argument(f"--{name}", type=int, default=size, help="of the baseline")
     parser.add_argument("--profile", action="store_true", help="instead of timing")
@@ -191,8 +229,10 @@ def main():
                 total = sum(ms for ms, _ in groups.values())
                 print(f"\n`{row}`: {total:.1f} ms of kernels in a step of {wall:.1f} ms\n\n"
                       "| kernels | ms | calls |\n|---|---:|---:|")
-                print("\n".join(f"| {group} | {ms:.1f} | {calls} |" for group, (ms, calls) in groups.items()))
-                print("\n".join(f"    {ms:9.2f} ms {count:6} x {name[:120]}" for name, ms, count in kernels))
+                print("\n".join(
+                    f"| {group} | {ms:.1f} | {calls} |" for group, (ms, calls) in groups.items()))
+                print("\n".join(
+                    f"    {ms:9.2f} ms {count:6} x {name[:120]}" for name, ms, count in kernels))
             return
         rows = {row: (lambda row=row: ours(row, folder, args)) for row in args.row}
         if args.baseline:
@@ -206,7 +246,11 @@ def main():
         values = [figures[key] for figures in results[row]]
         return "n/a" if None in values else form.format(statistics.median(values))
 
-    rates = {row: statistics.median(figures["rate"] for figures in found) for row, found in results.items()}
+    rates = {
+        row: statistics.median(figures["rate"]
+                               for figures in found)
+        for row, found in results.items()
+    }
     first = next(iter(rates))
     print(f"\n| medians of {args.rounds} rounds | ms per step (all) | of them waiting for data | tok/s | MFU | "
           f"against {first} | peak GB | seconds to the first step |\n|---|---|---:|---:|---:|---:|---:|---|")

@@ -1,9 +1,11 @@
-"""fineweb.py against tiktoken alone: tokens per second of the whole path from parquet to shards, and of encoding in memory.
+"""fineweb.py against tiktoken alone: tokens per second of the whole path from parquet to shards,
+and of encoding in memory.
 
     python benchmarks/tokenize_speed.py --source some.parquet
 
-Both encode the same documents with GPT-2's tokenizer; the two take turns, so that a busy moment of the machine meets both.
-tiktoken: `encode_ordinary_batch` on a list in memory. fineweb: reads parquet, encodes, cuts, writes shards.
+Both encode the same documents with GPT-2's tokenizer; the two take turns, so that a busy moment of
+the machine meets both. tiktoken: `encode_ordinary_batch` on a list in memory. fineweb: reads
+parquet, encodes, cuts, writes shards.
 """
 
 import contextlib
@@ -38,8 +40,12 @@ def main(argv):
     documents = read(cfg)
     encoding, cores = load_tokenizer("gpt2").encoding, os.cpu_count()
     size = sum(len(text.encode()) for text in documents)
-    print(f"{len(documents):,} documents, {size / 1e6:.1f} MB; {cores} cores; medians of {cfg.repetitions} alternating runs\n")
-    print("| threads | what | tiktoken | fineweb.py | fineweb / tiktoken (median of the pairs; lowest, highest) |")
+    print(
+        f"{len(documents):,} documents, {size / 1e6:.1f} MB; {cores} cores; medians of {cfg.repetitions} alternating runs\n"
+    )
+    print(
+        "| threads | what | tiktoken | fineweb.py | fineweb / tiktoken (median of the pairs; lowest, highest) |"
+    )
     print("|---:|---|---:|---:|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents.parquet"
@@ -48,11 +54,14 @@ def main(argv):
             pairs = []
             for i in range(cfg.repetitions + 1):
                 seconds, tokens = timed(encode, encoding, documents, threads)
-                whole, written = timed(make_shards, path, Path(folder) / f"{threads}_{i}", threads, cfg)
+                whole, written = timed(make_shards, path,
+                                       Path(folder) / f"{threads}_{i}", threads, cfg)
                 assert written == tokens, (written, tokens)
                 pairs.append((tokens / seconds, tokens / whole))
             for column, what in enumerate(("tokens per second", "tokens per second of CPU time")):
-                alone, whole = ([pair[side][column] for pair in pairs[1:]] for side in (0, 1))  # the first pair warms up
+                alone, whole = ([pair[side][column]
+                                 for pair in pairs[1:]]
+                                for side in (0, 1))  # the first pair warms up
                 ratios = sorted(b / a for a, b in zip(alone, whole))
                 print(f"| {threads} | {what} | {statistics.median(alone):,.0f} | {statistics.median(whole):,.0f} | "
                       f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}, {ratios[-1]:.3f}) |", flush=True)
@@ -67,7 +76,8 @@ def read(cfg):
     documents, left = [], cfg.megabytes * 10**6
     for path in cfg.source:
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64, columns=["text"]):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(
+                    batch_size=64, columns=["text"]):
                 for text in filter(None, batch["text"].to_pylist()):
                     if left <= 0:
                         return documents
@@ -82,7 +92,8 @@ def write(documents, path):
     """A parquet file as the hub's are: zstd, row groups of a thousand rows."""
     import pyarrow
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path, compression="zstd", row_group_size=1000)
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path, compression="zstd",
+                                row_group_size=1000)
 
 
 def timed(work, *given):
@@ -94,7 +105,8 @@ def timed(work, *given):
 
 def encode(encoding, documents, threads):
     """Tokens, with one end-of-text per document, as fineweb.py writes them."""
-    return sum(map(len, encoding.encode_ordinary_batch(documents, num_threads=threads))) + len(documents)
+    return sum(map(len, encoding.encode_ordinary_batch(documents,
+                                                       num_threads=threads))) + len(documents)
 
 
 def make_shards(path, out, threads, cfg):

@@ -1,8 +1,8 @@
 """One checkpoint file: name it, write it, read it, verify it.
 
-A checkpoint is a dict of tensors, numbers, strings, lists and dicts, ckpt_<step>.pt, as torch.save writes it: a zip archive
-whose every record carries a CRC-32. torch.load does not look at these; `read` does. It is written under a temporary
-name, flushed to the disk, then renamed.
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, ckpt_<step>.pt, as torch.save
+writes it: a zip archive whose every record carries a CRC-32. torch.load does not look at these;
+`read` does. It is written under a temporary name, flushed to the disk, then renamed.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ NO_ROOM = "free some disk space, or --keep fewer; the checkpoints already there 
 
 def found(folder):
     """The checkpoints of a run folder by their names: list of (step, path), newest first."""
-    names = [(NAME.fullmatch(path.name), path) for path in Path(folder).glob("ckpt_*.pt")] if os.path.isdir(folder) else []
+    names = [(NAME.fullmatch(path.name), path)
+             for path in Path(folder).glob("ckpt_*.pt")] if os.path.isdir(folder) else []
     return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
 
@@ -73,7 +74,8 @@ def is_hugging_face(name):
 
 
 def pick(name):
-    """The name of a model -> what to load; of a run folder a checkpoint, after a line that says which.
+    """The name of a model -> what to load; of a run folder a checkpoint, after a line that says
+    which.
 
     That is the one of the lowest validation loss, where --keep_best kept it, else the newest that
     is whole. Raises BadInput if there is none.
@@ -109,14 +111,18 @@ def leads_to(name, picked):
 
 @contextlib.contextmanager
 def ours(path):
-    """While a checkpoint's content is taken for one of this project: whatever it holds instead ends as BadInput."""
+    """While a checkpoint's content is taken for one of this project: whatever it holds instead ends
+    as BadInput."""
     try:
         yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     except Exception as error:
-        lack = f"it holds no {error.args[0]}" if isinstance(error, KeyError) and error.args else type(error).__name__
-        raise BadInput(f"{path} is not a checkpoint of this project ({lack}): name one that train_gpt2.py wrote") from error
+        lack = f"it holds no {error.args[0]}" if isinstance(
+            error, KeyError) and error.args else type(error).__name__
+        raise BadInput(
+            f"{path} is not a checkpoint of this project ({lack}): name one that train_gpt2.py wrote"
+        ) from error
 
 
 def read(path):
@@ -131,13 +137,15 @@ def read(path):
             records = archive.infolist()
             if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
                     or sum(r.file_size for r in records) > os.path.getsize(path)):
-                raise ValueError("compressed or overlapping records")  # torch.save makes none, and they could be of any size
+                raise ValueError("compressed or overlapping records"
+                                 )  # torch.save makes none, and they could be of any size
             if damaged := archive.testzip():
                 raise ValueError(f"checksum of {damaged}")
         state = _load(path)
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
-        if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_complex() or t.is_quantized for t in tensors(state)):
+        if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_complex()
+               or t.is_quantized for t in tensors(state)):
             # torch.load makes them, a model fails on them
             raise TypeError("a tensor without data, sparse, complex or quantized")
         return state
@@ -154,9 +162,12 @@ def read(path):
 
 
 def check_finite(weights, path):
-    """Raises BadInput if a checkpoint's weights, {name: tensor}, hold NaN or infinity: nothing can be trained from them."""
+    """Raises BadInput if a checkpoint's weights, {name: tensor}, hold NaN or infinity: nothing can
+    be trained from them."""
     if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        raise BadInput(f"{path} holds weights that are NaN or infinite ({bad[0]}): name an earlier ckpt_<step>.pt")
+        raise BadInput(
+            f"{path} holds weights that are NaN or infinite ({bad[0]}): name an earlier ckpt_<step>.pt"
+        )
 
 
 def _load(path):
@@ -177,9 +188,11 @@ def is_memory(error):
 
 
 def newest(folder, warn, remedy="move them away to begin again there, or give another --run_name"):
-    """(path, state) of the newest whole checkpoint of a run folder, or None if there are none at all.
+    """(path, state) of the newest whole checkpoint of a run folder, or None if there are none at
+    all.
 
-    Torn ones are skipped, after `warn` has been called with a line about each. Raises BadInput if all are torn.
+    Torn ones are skipped, after `warn` has been called with a line about each. Raises BadInput if
+    all are torn.
     """
     candidates = found(folder)
     for _, path in candidates:
@@ -193,7 +206,8 @@ def newest(folder, warn, remedy="move them away to begin again there, or give an
 
 
 def write(path, state):
-    """Write `state` so that `path` is never half a checkpoint. Raises BadInput if there is no room or no permission."""
+    """Write `state` so that `path` is never half a checkpoint. Raises BadInput if there is no room
+    or no permission."""
     check_room(Path(path).parent, n_bytes(state), "a checkpoint", NO_ROOM)
     try:
         replace(path, lambda file: torch.save(state, file))
@@ -217,9 +231,11 @@ def map_tensors(change, state):
         return change(state)
     if isinstance(state, dict):
         return {key: map_tensors(change, value) for key, value in state.items()}
-    return [map_tensors(change, value) for value in state] if isinstance(state, (list, tuple)) else state
+    return [map_tensors(change, value) for value in state] if isinstance(state,
+                                                                         (list, tuple)) else state
 
 
 def n_bytes(state):
     """Bytes of the tensors in `state`, those that share memory counted once."""
-    return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors(state)}.values())
+    return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size()
+                for t in tensors(state)}.values())

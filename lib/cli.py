@@ -1,7 +1,7 @@
 """Command lines made from dataclasses, and bad input that ends in one line.
 
-Every script declares its flags as dataclass fields made by `flag(default, help, bounds)`, reads them with `parse`
-and starts its `main` through `run`:
+Every script declares its flags as dataclass fields made by `flag(default, help, bounds)`, reads
+them with `parse` and starts its `main` through `run`:
 
     @dataclass
     class Config:
@@ -30,7 +30,9 @@ import typing
 
 from lib import startup
 
-BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+BOUNDS = {
+    "above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le
+}
 HF_CACHES = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets",
              "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
 EXHAUSTED = {errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
@@ -39,7 +41,8 @@ PATIENCE = 30  # seconds that rank 0 has to print what all processes meet
 
 
 class BadInput(Exception):
-    """What the user gave cannot work. The message is one line that names the cause and the remedy."""
+    """What the user gave cannot work. The message is one line that names the cause and the remedy.
+    """
 
 
 class RankError(BadInput):
@@ -51,8 +54,8 @@ def flag(default, help, short=None, path=False, **bounds):
     without a help text (None), a setting without a flag.
 
     short: a letter, for the same flag as -<letter>. path: see path_flag.
-    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must be finite besides, any
-    integer below 2**63.
+    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must
+    be finite besides, any integer below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, "short": short, "path": path, "bounds": bounds}
@@ -60,12 +63,14 @@ def flag(default, help, short=None, path=False, **bounds):
 
 
 def path_flag(default, help):
-    """A flag that names files or folders. A leading "~" is the home folder: a shell leaves it in --out=~/x."""
+    """A flag that names files or folders. A leading "~" is the home folder: a shell leaves it in
+    --out=~/x."""
     return flag(default, help, path=True)
 
 
 def run(main):
-    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its message and 130.
+    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its
+    message and 130.
 
     With --debug among the flags, BadInput shows where it was raised, too.
     """
@@ -164,14 +169,16 @@ def _fail(line, alone=True):
 
 
 def _leave(code):
-    """Exit with this code; Python itself would end with another, and a traceback, if what is left to print cannot be."""
+    """Exit with this code; Python itself would end with another, and a traceback, if what is left
+    to print cannot be."""
     if is_broken(sys.stdout):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
 def is_broken(stream):
-    """Whether what was printed to a stream cannot be written: its disk is full, or its reader gone."""
+    """Whether what was printed to a stream cannot be written: its disk is full, or its reader gone.
+    """
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -186,7 +193,8 @@ RANKS = {  # of launchers other than torchrun; 0 in the shell of an allocation
 
 
 def launched():
-    """What torchrun tells its processes: dict of rank, world_size, local_rank, local_world_size; None without a launcher.
+    """What torchrun tells its processes: dict of rank, world_size, local_rank, local_world_size;
+    None without a launcher.
 
     Raises BadInput if the variables are not whole and sane: half of them would train on half of
     each batch without a word. Likewise in a process that is not the first of another launcher:
@@ -204,17 +212,22 @@ def launched():
         return None
     remedy = "start with torchrun, which sets them all, or unset them"
     if missing := [name for name in names if name not in found]:
-        raise BadInput(f"{', '.join(found)} set in the environment, {', '.join(missing)} not: {remedy}")
+        raise BadInput(
+            f"{', '.join(found)} set in the environment, {', '.join(missing)} not: {remedy}")
     numbers = {name: os.environ.get(name, default) for name, default in (
         ("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", None),
         ("LOCAL_WORLD_SIZE", found["WORLD_SIZE"]), ("MASTER_PORT", None))}
     sane = all(re.fullmatch(r"[0-9]{1,6}", number) for number in numbers.values())
-    rank, world_size, local_rank, local_world_size, port = map(int, numbers.values()) if sane else (0,) * 5
+    rank, world_size, local_rank, local_world_size, port = map(
+        int, numbers.values()) if sane else (0,) * 5
     if not (sane and rank < world_size and local_rank < local_world_size <= world_size
             and 0 < port < 2**16 and found["MASTER_ADDR"]):
         told = ", ".join(f"{name}={value}" for name, value in (found | numbers).items())
         raise BadInput(f"the environment does not describe a process of several ({told}): {remedy}")
-    return {"rank": rank, "world_size": world_size, "local_rank": local_rank, "local_world_size": local_world_size}
+    return {
+        "rank": rank, "world_size": world_size, "local_rank": local_rank,
+        "local_world_size": local_world_size
+    }
 
 
 def is_main_process():
@@ -246,7 +259,9 @@ def _check(field, value, hint):
     name = f"--{field.name}" if field.metadata["help"] else field.name
     if not _is_a(value, hint):
         raise BadInput(f"{name} must be {_describe(hint)}, not {_short(value)}")
-    if value == "" and _is_a(None, hint):  # what can be left out says nothing when it is empty: an unset variable of a shell
+    if value == "" and _is_a(
+            None, hint
+    ):  # what can be left out says nothing when it is empty: an unset variable of a shell
         raise BadInput(f"{name} is empty: name something, or leave it out")
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and not _is_utf8(text):
@@ -266,7 +281,9 @@ def _is_a(value, hint):
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(_is_a(value, kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(part, typing.get_args(hint)[0]) for part in value)
+        return isinstance(value, tuple) and all(
+            _is_a(part,
+                  typing.get_args(hint)[0]) for part in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
@@ -299,8 +316,9 @@ def _is_utf8(text):
 def parse(classes, argv, doc=None, presets=None, command=None):
     """Read `argv` into one instance of each dataclass.
 
-    The first class may have a field `preset`; `presets` then maps its values to overrides of the defaults, which any
-    flag overrides in turn. Fields without help are not flags and keep their defaults.
+    The first class may have a field `preset`; `presets` then maps its values to overrides of the
+    defaults, which any flag overrides in turn. Fields without help are not flags and keep their
+    defaults.
 
     Returns (list of instances, set of the names given on the command line).
     Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type,
@@ -313,8 +331,9 @@ def parse(classes, argv, doc=None, presets=None, command=None):
         named = first.parse_known_args(argv)[0].preset
         overrides = presets.get(named, {}) if isinstance(named, str) else {}
 
-    parser = _Parser(usage=f"%(prog)s {f'{command} ' if command else ''}[flags]", description=doc, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = _Parser(usage=f"%(prog)s {f'{command} ' if command else ''}[flags]", description=doc,
+                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     argument_default=argparse.SUPPRESS)
     for cls in classes:
         group, hints = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -323,11 +342,13 @@ def parse(classes, argv, doc=None, presets=None, command=None):
                 shown = field.metadata["help"] + (f"; {_range(bounds)}" if bounds else "")
                 shown += "" if default is None else f" [{_show(default)}]"
                 short = [f"-{field.metadata['short']}"] if field.metadata["short"] else []
-                group.add_argument(*short, f"--{field.name}", help=shown.replace("%", "%%"), **_argument(hints[field.name]))
+                group.add_argument(*short, f"--{field.name}", help=shown.replace("%", "%%"),
+                                   **_argument(hints[field.name]))
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     given = vars(parser.parse_args(argv))
     given.pop("debug", None)  # read by run()
-    if empty := [name for name, value in given.items() if value in ([], ())]:  # argparse drops a value of "--"
+    if empty := [name for name, value in given.items()
+                 if value in ([], ())]:  # argparse drops a value of "--"
         raise BadInput(f"--{empty[0]}: expected one argument")
 
     for cls in classes:
@@ -336,14 +357,17 @@ def parse(classes, argv, doc=None, presets=None, command=None):
                 given[field.name] = _expand(field.name, given[field.name])
     values = {**overrides, **given}
     names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
-    configs = [cls(**{k: v for k, v in values.items() if k in own}) for cls, own in zip(classes, names)]
+    configs = [
+        cls(**{k: v for k, v in values.items() if k in own}) for cls, own in zip(classes, names)
+    ]
     for config in configs:
         check(config)
     return configs, set(given)
 
 
 def _expand(name, value):
-    """The value of a path flag with the home folder for a leading "~". Raises BadInput if there is none."""
+    """The value of a path flag with the home folder for a leading "~". Raises BadInput if there is
+    none."""
     if isinstance(value, tuple):
         return tuple(_expand(name, part) for part in value)
     expanded = os.path.expanduser(value)
@@ -354,25 +378,30 @@ def _expand(name, value):
 
 
 def subcommand(argv, commands, doc):
-    """The function that the first word names, of `commands`, {name: function}, and the flags behind it.
-    Raises BadInput if none."""
+    """The function that the first word names, of `commands`, {name: function}, and the flags behind
+    it. Raises BadInput if none."""
     word, *flags = argv or [""]
     if word in ("-h", "--help"):
         print(doc)
         sys.exit()
     if word not in commands:
-        raise BadInput(f"say what to do first, {' or '.join(commands)}" + (f": {word} is neither" if word else ": see --help"))
+        raise BadInput(f"say what to do first, {' or '.join(commands)}"
+                       + (f": {word} is neither" if word else ": see --help"))
     return commands[word], flags
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized"):
-            word, known = message.partition(": ")[2].partition(" ")[0], list(self._option_string_actions)
-            if not word.startswith("--") or word == "--" or word in known:  # behind a "--", flags are none
-                raise BadInput(f"unexpected argument {word}: flags are --name or --no-name, see --help")
+            word, known = message.partition(": ")[2].partition(" ")[0], list(
+                self._option_string_actions)
+            if not word.startswith(
+                    "--") or word == "--" or word in known:  # behind a "--", flags are none
+                raise BadInput(
+                    f"unexpected argument {word}: flags are --name or --no-name, see --help")
             near = difflib.get_close_matches(word.partition("=")[0], known, n=2)
-            raise BadInput(f"unknown flag {word}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
+            raise BadInput(f"unknown flag {word}"
+                           + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
         raise BadInput(message.removeprefix("argument "))
 
 
@@ -424,7 +453,10 @@ _integer.__name__ = "integer"  # argparse names it in its messages
 
 
 def _union(kinds):
-    words = [w for kind in kinds if typing.get_origin(kind) is typing.Literal for w in typing.get_args(kind)]
+    words = [
+        w for kind in kinds if typing.get_origin(kind) is typing.Literal
+        for w in typing.get_args(kind)
+    ]
     plain = [kind for kind in kinds if kind in (int, float, str)]
 
     def convert(text):

@@ -45,7 +45,8 @@ def off():
 
 
 def prepare():
-    """Begin, in the background, what compiling needs first: imports of seconds, worker processes."""
+    """Begin, in the background, what compiling needs first: imports of seconds, worker processes.
+    """
     # torch itself sets the variable to its default, once a part of inductor is imported
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

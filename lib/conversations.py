@@ -1,4 +1,5 @@
-"""Conversations and texts out of data files, for post-training: several layouts, told apart by the names that a row has.
+"""Conversations and texts out of data files, for post-training: several layouts, told apart by the
+names that a row has.
 
     messages        {"messages": [{"role": "user", "content": ...}, ...]}
     ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
@@ -13,8 +14,8 @@ list of parts, {"type": "text", "text": ...}. An answer with "weight": 0 or "tra
 message or its row, is read and not learned: its message has "learned": False. Whatever else a row
 holds is named, once per file, as not used.
 
-A pair is a conversation of two messages. An example is a conversation, a list of messages as in lib/chat_template.py,
-or a text, a str.
+A pair is a conversation of two messages. An example is a conversation, a list of messages as in
+lib/chat_template.py, or a text, a str.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ SYSTEM = ("system", "system_prompt")  # columns of a system message
 # whether an answer is learned: OpenAI's, two of axolotl's, ms-swift's
 MARKS = ("weight", "train", "training", "loss")
 LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-WRAPPED = re.compile(r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
+WRAPPED = re.compile(
+    r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
 SHOWN = 3  # malformed rows that are shown
 
 
@@ -188,7 +190,8 @@ def _check(example):
         raise ValueError(str(error)) from error
     answers = [message for message in example if message["role"] == "assistant"]
     if not answers or not all(answer["content"].strip() for answer in answers):
-        raise ValueError("an empty answer of the assistant" if answers else "no answer of the assistant")
+        raise ValueError(
+            "an empty answer of the assistant" if answers else "no answer of the assistant")
     if not any(answer.get("learned", True) for answer in answers):
         raise ValueError("every answer is marked as not to be learned")
     return example
@@ -228,7 +231,8 @@ def ending_of(path):
 
 
 def read(path, strict=False):
-    """A data file -> (its examples, a line about them). Malformed rows are skipped and reported, or with `strict` an error.
+    """A data file -> (its examples, a line about them). Malformed rows are skipped and reported, or
+    with `strict` an error.
 
     Raises BadInput where no layout fits or no row is usable.
     """
@@ -238,7 +242,8 @@ def read(path, strict=False):
         if isinstance(row, dict) and layout is None:
             layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
             wrapped = isinstance(row.get("prompt"), str) and WRAPPED.fullmatch(row["prompt"])
-            name = layout and layout[0] + (", without the frame around what is asked" if wrapped else "")
+            name = layout and layout[0] + (", without the frame around what is asked"
+                                           if wrapped else "")
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -258,17 +263,20 @@ def read(path, strict=False):
             problems.append(f"{place}: {error}")
             if strict:
                 known = f" (known are {KNOWN})" if odd else ""
-                raise BadInput(f"{path}, {problems[0]}{known}: mend it, or leave out --strict") from error
+                raise BadInput(
+                    f"{path}, {problems[0]}{known}: mend it, or leave out --strict") from error
     if odd and not layout:
         raise BadInput(f"{odd} (known are {KNOWN}): rename its columns")
     if not examples:
         raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): "
                        "see what is in it, or name another")
-    line = f"{path}: {len(examples):,} " + ("texts" if name == "text" else f"conversations (layout {name})")
+    line = f"{path}: {len(examples):,} " + ("texts"
+                                            if name == "text" else f"conversations (layout {name})")
     if unused:
         line += f"; not used: {', '.join(unused)}"
     if problems:
-        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (len(problems) > SHOWN)
+        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (
+            len(problems) > SHOWN)
     return examples, line
 
 
@@ -308,11 +316,16 @@ def _parquet(path, remedy):
 
 
 def truncate(messages, tokenizer, room):
-    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an earlier answer, "truncated"
-    on the right, or "dropped" (then None, None), where nothing to be learned fits. What follows the last answer is dropped."""
+    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an
+    earlier answer, "truncated" on the right, or "dropped" (then None, None), where nothing to be
+    learned fits. What follows the last answer is dropped."""
     ids, learned = render(messages, tokenizer)
     end = tokenizer.reserved[END]
-    ends = [i + 1 for i, (token, yes) in enumerate(zip(ids, learned, strict=True)) if yes and token == end]
+    ends = [
+        i + 1
+        for i, (token, yes) in enumerate(zip(ids, learned, strict=True))
+        if yes and token == end
+    ]
     fits = [n for n in ends if n <= room]
     n = fits[-1] if fits else room
     if not any(learned[:n]):
@@ -321,30 +334,37 @@ def truncate(messages, tokenizer, room):
 
 
 def hold_out(examples, share, seed):
-    """Examples -> (those for training, those for validation), at least one of the conversations and of the texts: by a hash of
-    content and seed, so that equal ones are on one side. Of texts too few to spare one, the end of each. Raises BadInput if
-    nothing is left for training."""
+    """Examples -> (those for training, those for validation), at least one of the conversations and
+    of the texts: by a hash of content and seed, so that equal ones are on one side. Of texts too
+    few to spare one, the end of each. Raises BadInput if nothing is left for training."""
     if not share:
         return examples, []
     train, val = [], []
     for is_text in (False, True):
         if some := [example for example in examples if isinstance(example, str) == is_text]:
-            parts = _ends(some, share) if is_text and len(some) * share < 1 else _by_hash(some, share, seed)
+            parts = _ends(some, share) if is_text and len(some) * share < 1 else _by_hash(
+                some, share, seed)
             train, val = train + parts[0], val + parts[1]
     return train, val
 
 
 def _ends(texts, share):
     ends = [max(int(len(text) * (1 - share)), 1) for text in texts]
-    return [text[:n] for text, n in zip(texts, ends)], [text[n:] for text, n in zip(texts, ends) if text[n:].strip()]
+    return [text[:n] for text, n in zip(texts, ends)
+            ], [text[n:] for text, n in zip(texts, ends) if text[n:].strip()]
 
 
 def _by_hash(examples, share, seed):
-    marks = [hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest() for example in examples]
+    marks = [
+        hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest()
+        for example in examples
+    ]
     limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
     train = [example for example, mark in zip(examples, marks) if mark > limit]
     if not train and len(set(marks)) > 1:
-        raise BadInput(f"--val_share {share} of {len(examples):,} rows leaves none to learn from: give a smaller one")
+        raise BadInput(
+            f"--val_share {share} of {len(examples):,} rows leaves none to learn from: give a smaller one"
+        )
     if not train:
         raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: "
                        "give more, --val_data, or --val_share 0")

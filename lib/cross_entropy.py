@@ -14,13 +14,13 @@ from lib.devices import cast
 CHUNK = 16_384      # tokens whose logits exist at a time: 1.6 GB in bf16 with 50,304 ids
 CPU_CHUNK = 256     # the same on a CPU: passes over the logits of so many stay in its cache ...
 CPU_VOCAB = 16_384  # ... up to so many ids; with more, adding every chunk to the whole weight's gradient
-                    # costs more than that saves
+# costs more than that saves
 FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
 def soft_cap(logits, cap):
-    """cap z / sqrt(z^2 + cap^2): logits bounded to -cap..cap, near 0 as they were (modded-nanogpt's form of Gemma 2's,
-    https://arxiv.org/abs/2408.00118, section 2). 0: as they are."""
+    """cap z / sqrt(z^2 + cap^2): logits bounded to -cap..cap, near 0 as they were (modded-nanogpt's
+    form of Gemma 2's, https://arxiv.org/abs/2408.00118, section 2). 0: as they are."""
     return logits * (logits.square() / cap**2 + 1).rsqrt() if cap else logits
 
 
@@ -56,7 +56,8 @@ class LinearCrossEntropy(torch.nn.Module):
 
 
 def _chunks(weight, *tensors):
-    """Tensors of N rows -> tuples of their chunks, all of one size where N has a fitting divisor."""
+    """Tensors of N rows -> tuples of their chunks, all of one size where N has a fitting divisor.
+    """
     most = CPU_CHUNK if weight.device.type == "cpu" and len(weight) <= CPU_VOCAB else CHUNK
     n = len(tensors[0])
     fewest = -(-n // most)
@@ -72,13 +73,14 @@ def _loss(x, weight, targets, counted, cap):
 
 
 def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
-    """The same -> (loss, its gradient by x); adds the gradient by the weight to dweight, fp32 (V, C).
+    """The same -> (loss, its gradient by x); adds the gradient by the weight to dweight, fp32 (V,
+    C).
 
     The gradient of the loss by the logits, (softmax(logits) - one_hot(target)) * counted, waits for
     nothing: compute it right away. With e = exp(logits - the target's logit) and its sum s over the
-    vocabulary, the loss is log(s) and softmax(logits) is e / s. Such an e needs no maximum first, and
-    the division moves to the other, narrow factor of both products: one pass over the logits does
-    it all.
+    vocabulary, the loss is log(s) and softmax(logits) is e / s. Such an e needs no maximum first,
+    and the division moves to the other, narrow factor of both products: one pass over the logits
+    does it all.
     """
     logits = soft_cap((x @ weight.T).float(), cap)                                      # (n, V)
     at_target = logits.gather(1, targets)
@@ -89,7 +91,7 @@ def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
     if cap:
         d = e * _slope(logits, cap)
         d_target = (1 - s) * _slope(at_target, cap)
-    dlogits = d.to(x.dtype).scatter(1, targets, d_target.to(x.dtype))                   # times s / counted
+    dlogits = d.to(x.dtype).scatter(1, targets, d_target.to(x.dtype))  # times s / counted
     share = counted / s
     dx = ((dlogits @ weight) * share).to(x.dtype)
     dweight += dlogits.T @ (x * share).to(x.dtype)  # in fp32: each chunk adds to all of it
@@ -98,7 +100,8 @@ def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
 
 def _slope(capped, cap):
     """The derivative of `soft_cap`, from its result."""
-    t = (1 - (capped / cap).square()).clamp(min=0)  # rounding may put the result of a huge logit above the cap
+    t = (1 - (capped / cap).square()).clamp(
+        min=0)  # rounding may put the result of a huge logit above the cap
     return t * t.sqrt()
 
 

@@ -1,6 +1,7 @@
 """The processes and devices of a run: how many, which, what they can do.
 
-One process, or as many as torchrun started, each with a GPU of its own (NCCL), or all on the CPU (gloo).
+One process, or as many as torchrun started, each with a GPU of its own (NCCL), or all on the CPU
+(gloo).
 """
 
 import contextlib
@@ -27,16 +28,20 @@ PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the data sheets; the f
 
 
 def peak_flops(device):
-    """FLOP/s of bf16 matmuls on `device`, or None where the table does not say: MFU is n/a there, never a guess."""
+    """FLOP/s of bf16 matmuls on `device`, or None where the table does not say: MFU is n/a there,
+    never a guess."""
     if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
         return None
     gpu = torch.cuda.get_device_name(device)
     others = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # cousins with fewer cores or lower clocks
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{others}", gpu)), None)
+    return next(
+        (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{others}", gpu)),
+        None)
 
 
 def compute_dtype(device):
-    """bf16 where the hardware has it. `is_bf16_supported` also says yes to emulation, so ask for the capability."""
+    """bf16 where the hardware has it. `is_bf16_supported` also says yes to emulation, so ask for
+    the capability."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32
@@ -44,33 +49,38 @@ def compute_dtype(device):
 
 def autocast(device):
     dtype = compute_dtype(device)
-    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    return torch.autocast(device.type,
+                          dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def any_shape():
-    """For attention whose shapes change from call to call: not by cuDNN, which takes hundredths of a second
-    to prepare for each."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    """For attention whose shapes change from call to call: not by cuDNN, which takes hundredths of
+    a second to prepare for each."""
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def cast(x):
-    """x cast to the autocast dtype, as a linear layer casts its input and weight; unchanged without autocast."""
+    """x cast to the autocast dtype, as a linear layer casts its input and weight; unchanged without
+    autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def to_device(array, device):
-    """A numpy array -> a tensor on `device`, without waiting for the GPU's queue, as a copy from pageable memory would."""
+    """A numpy array -> a tensor on `device`, without waiting for the GPU's queue, as a copy from
+    pageable memory would."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
-    with torch.cuda.device(device):  # a thread begins with the first GPU, and pinning is for the current one
+    with torch.cuda.device(
+            device):  # a thread begins with the first GPU, and pinning is for the current one
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensor):
-    """Begin to copy a tensor to the CPU -> a function that waits for the copy, not for what the GPU was given afterwards, and
-    returns it as nested lists."""
+    """Begin to copy a tensor to the CPU -> a function that waits for the copy, not for what the GPU
+    was given afterwards, and returns it as nested lists."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     copied, host = torch.cuda.Event(), tensor.to("cpu", non_blocking=True)  # into pinned memory
@@ -89,9 +99,12 @@ def pick_device(name, local_rank=0, local_world=1):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
-        raise BadInput(f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu")
+        raise BadInput(
+            f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu"
+        )
     if name == "cuda" and local_world > torch.cuda.device_count():
-        raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        raise BadInput(
+            f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -113,31 +126,39 @@ def memory_bytes(device):
 
 
 def parallel(model, processes):
-    """The module to train: averages gradients over the processes (DDP), or `model` itself where there is one process.
+    """The module to train: averages gradients over the processes (DDP), or `model` itself where
+    there is one process.
 
-    Must not outlive the `with` block of `processes`: DDP holds the process group, and may deadlock if it is the last to.
+    Must not outlive the `with` block of `processes`: DDP holds the process group, and may deadlock
+    if it is the last to.
     """
     if not processes.distributed:
         return model
-    # buffers are constant tables, or what LoadBalancer keeps equal; torch 2.13 renamed the option that leaves them alone
+    # buffers are constant tables, or what LoadBalancer keeps equal; torch 2.13 renamed the option
+    # that leaves them alone
     names = inspect.signature(DDP).parameters
-    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    return DDP(model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+    buffers = {
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
+    }
+    return DDP(model,
+               device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
                gradient_as_bucket_view=True, **buffers)
 
 
 def gradient_sync(model, last):
-    """Context of a forward and backward pass: gradients are exchanged with the last micro-batch only;
-    DDP decides that in forward."""
+    """Context of a forward and backward pass: gradients are exchanged with the last micro-batch
+    only; DDP decides that in forward."""
     return contextlib.nullcontext() if last or not isinstance(model, DDP) else model.no_sync()
 
 
 class Processes:
-    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo elsewhere), joined by `with`.
+    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo
+    elsewhere), joined by `with`.
 
-    rank, world_size: this process and how many there are. device: this process's. main: whether this is rank 0.
-    deterministic: take kernels that add in one order, from the joining on. Raises BadInput if the environment of a launcher
-    is not whole (lib/cli.py's `launched`), or there is no such device.
+    rank, world_size: this process and how many there are. device: this process's. main: whether
+    this is rank 0. deterministic: take kernels that add in one order, from the joining on. Raises
+    BadInput if the environment of a launcher is not whole (lib/cli.py's `launched`), or there is no
+    such device.
     """
 
     def __init__(self, device_name, deterministic=False):
@@ -155,22 +176,28 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
-            # The default arguments of this module hold the process group of its first import, and building a model may be
-            # that. The group's threads would outlive destroy_process_group, and gloo's, freeing a tensor while Python shuts
-            # down, abort the process (https://github.com/pytorch/pytorch/issues/190489): import it while there is no group.
+            # The default arguments of this module hold the process group of its first import, and
+            # building a model may be that. The group's threads would outlive destroy_process_group,
+            # and gloo's, freeing a tensor while Python shuts down, abort the process
+            # (https://github.com/pytorch/pytorch/issues/190489): import it while there is no group.
             from torch.distributed.nn import functional  # noqa: F401
 
-            # torchrun keeps its store when it restarts the processes: without a prefix they would read dead addresses in it
+            # torchrun keeps its store when it restarts the processes: without a prefix they would
+            # read dead addresses in it
             attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             try:
-                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # an unknown name would be looked up again for half an hour
+                socket.getaddrinfo(
+                    os.environ["MASTER_ADDR"],
+                    None)  # an unknown name would be looked up again for half an hour
                 base = next(dist.rendezvous("env://"))[0]
                 self.store = dist.PrefixStore(attempt, base)
                 if self.device.type == "cuda":
-                    # what NCCL's watchdog leaves after a timeout, beneath any prefix; it would end the next attempt, too
+                    # what NCCL's watchdog leaves after a timeout, beneath any prefix; it would end
+                    # the next attempt, too
                     base.delete_key("exception_dump")
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                        store=self.store, rank=self.rank, world_size=self.world_size)
+                                        store=self.store, rank=self.rank,
+                                        world_size=self.world_size)
             except (RuntimeError, ValueError, OSError) as error:
                 raise RankError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                                 f"({str(error).splitlines()[0][:100]}): start with torchrun") from error
@@ -183,7 +210,8 @@ class Processes:
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
             raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another process has ended, its error "
                             "stands above; else NCCL_DEBUG=WARN tells more") from error
-        if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError)
+                                                        and "gloo" in str(error)):
             raise BadInput("another process has ended: torchrun names the first one below, "
                            "its error stands above") from error
 
@@ -241,12 +269,14 @@ class Processes:
 
 
 def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx: ()):
-    """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process and step).
+    """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process
+    and step).
 
-    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and room for tensors like those
-    `reserved`, the optimizer's state, are no longer left. The probe runs the uncompiled model, which needs more than the
-    compiled one, so the choice is safe.
-    auto elsewhere: up to 8 sequences. packed: ids -> what else the model gets, a tuple: masks take memory, too.
+    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and
+    room for tensors like those `reserved`, the optimizer's state, are no longer left. The probe
+    runs the uncompiled model, which needs more than the compiled one, so the choice is safe. auto
+    elsewhere: up to 8 sequences. packed: ids -> what else the model gets, a tuple: masks take
+    memory, too.
     """
     if asked != "auto":
         return asked
@@ -264,7 +294,8 @@ def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx:
         return torch.cuda.max_memory_allocated()
 
     free, total = torch.cuda.mem_get_info()
-    free = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+    free = min(free + torch.cuda.memory_reserved(),
+               torch.cuda.get_per_process_memory_fraction() * total)
     reserved = [*reserved, *(model.parameters() if processes.distributed else ())]  # DDP's buckets
     room = 0.9 * free - sum(t.numel() * t.element_size() for t in reserved)
     choice = 1

@@ -1,7 +1,8 @@
 """Files as this project reads and writes them: regular, whole, its own. Needs no torch.
 
-Reading: `open_file` opens regular files only, so that a pipe cannot hang a script and /dev/zero cannot fill its memory.
-Writing: `replace` leaves a path as it was or whole. `locked` keeps two processes out of one folder.
+Reading: `open_file` opens regular files only, so that a pipe cannot hang a script and /dev/zero
+cannot fill its memory. Writing: `replace` leaves a path as it was or whole. `locked` keeps two
+processes out of one folder.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# what a failed sync says where data is lost; by any other error, file systems (SMB, drvfs, FUSE) say
-# that they do not offer it
+# what a failed sync says where data is lost; by any other error, file systems (SMB, drvfs, FUSE)
+# say that they do not offer it
 LOST = (errno.EIO, *DISK_FULL)
 HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
 NAMED = 20           # files of a kind that are named where they are left out
@@ -37,9 +38,11 @@ class Unreadable(BadInput):
 
 
 def open_file(path, remedy):
-    """A regular file, opened for reading bytes. Raises Unreadable, whose message ends in `remedy`, for anything else."""
+    """A regular file, opened for reading bytes. Raises Unreadable, whose message ends in `remedy`,
+    for anything else."""
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe would wait
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+                         | getattr(os, "O_BINARY", 0))  # a pipe would wait
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or str(error)
         if os.path.islink(path) and not os.path.exists(path):
@@ -48,12 +51,15 @@ def open_file(path, remedy):
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
-        raise Unreadable(f"cannot read {path} ({'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}): {remedy}")
+        raise Unreadable(
+            f"cannot read {path} ({'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}): {remedy}"
+        )
     return open(handle, "rb")
 
 
 def read_text(path, remedy, limit=TEXT_LIMIT):
-    """The text of a UTF-8 file of at most `limit` bytes. Raises BadInput, ending in `remedy`, if it is not one."""
+    """The text of a UTF-8 file of at most `limit` bytes. Raises BadInput, ending in `remedy`, if it
+    is not one."""
     with open_file(path, remedy) as file:
         try:
             content = file.read(limit + 1)
@@ -68,7 +74,8 @@ def read_text(path, remedy, limit=TEXT_LIMIT):
 
 
 def read_json(path, remedy):
-    """The object a JSON file holds. Raises BadInput, ending in `remedy`, if it cannot be read or is not JSON."""
+    """The object a JSON file holds. Raises BadInput, ending in `remedy`, if it cannot be read or is
+    not JSON."""
     try:
         return json.loads(read_text(path, remedy))
     except (ValueError, RecursionError) as error:
@@ -79,7 +86,9 @@ def read_rows(path, remedy, check=lambda row: row):
     """A list of what `check` makes of each line of a jsonl file. Raises BadInput naming the line:
     not JSON, or a ValueError of `check`."""
     rows = []
-    with open_file(path, remedy) as file:  # split at newlines alone: JSON may hold what str.splitlines splits at
+    with open_file(
+            path,
+            remedy) as file:  # split at newlines alone: JSON may hold what str.splitlines splits at
         for line in file:
             try:
                 rows.append(check(json.loads(line)))
@@ -130,7 +139,8 @@ def decode_json(data):
 
 
 def find_files(folder, wanted):
-    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about others).
+    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about
+    others).
 
     Whatever has a hidden name, or lies in a folder that has one, is left out. Links are followed; a
     file or folder that several lead to is taken once. Raises Unreadable where a folder cannot be
@@ -180,7 +190,8 @@ def left_out(folder, kinds):
 
 @contextlib.contextmanager
 def naming(path):
-    """Let an OSError of writing a file name it, as one of opening it does; one of the console names nothing."""
+    """Let an OSError of writing a file name it, as one of opening it does; one of the console names
+    nothing."""
     try:
         yield
     except OSError as error:
@@ -279,7 +290,8 @@ def sync(handle):
 
 @contextlib.contextmanager
 def _refusable():
-    """What a file system may refuse, for it only makes data last. Raises OSError where data is lost."""
+    """What a file system may refuse, for it only makes data last. Raises OSError where data is
+    lost."""
     try:
         yield
     except OSError as error:
@@ -301,7 +313,8 @@ def make_folder(folder, remedy):
     made = []
     try:
         for path in (*reversed(Path(folder).parents), Path(folder)):
-            with contextlib.suppress(OSError, ValueError):  # there already, or the next line says why not
+            with contextlib.suppress(OSError,
+                                     ValueError):  # there already, or the next line says why not
                 path.mkdir()
                 made.insert(0, path)
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -309,7 +322,9 @@ def make_folder(folder, remedy):
             pass
     except (OSError, ValueError) as error:
         remove_empty(made)
-        raise BadInput(f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): {remedy}") from error
+        raise BadInput(
+            f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): {remedy}"
+        ) from error
     return made
 
 
@@ -322,7 +337,8 @@ def remove_empty(folders):
 
 @contextlib.contextmanager
 def new_folder(folder, remedy):
-    """`make_folder`. If what follows fails, those made here go again, unless something was written there."""
+    """`make_folder`. If what follows fails, those made here go again, unless something was written
+    there."""
     made = make_folder(folder, remedy)
     try:
         yield
@@ -335,7 +351,9 @@ def check_room(folder, needed, what, remedy):
     """Raises BadInput if the disk of `folder` has fewer than `needed` bytes free for `what`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise BadInput(f"{what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: {remedy}")
+        raise BadInput(
+            f"{what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: {remedy}"
+        )
 
 
 @contextlib.contextmanager

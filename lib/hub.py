@@ -1,7 +1,8 @@
-"""The Hugging Face hub: whether it answers, which token shards a dataset holds, and whole files from it.
+"""The Hugging Face hub: whether it answers, which token shards a dataset holds, and whole files
+from it.
 
-`huggingface_hub` does the talking, imported where it is used: importing it is slow. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
-mean what they mean to it.
+`huggingface_hub` does the talking, imported where it is used: importing it is slow. HF_ENDPOINT,
+HF_TOKEN and HF_HUB_OFFLINE mean what they mean to it.
 """
 
 import asyncio
@@ -25,7 +26,8 @@ AGAIN = "give the same command again: what is already there stays"
 
 
 class File(NamedTuple):
-    """A file of a dataset: its path there, its bytes, their SHA-256 (None: a small file, which the hub keeps without)."""
+    """A file of a dataset: its path there, its bytes, their SHA-256 (None: a small file, which the
+    hub keeps without)."""
     path: str
     size: int
     sha256: str | None
@@ -49,7 +51,8 @@ def client():
     import huggingface_hub.constants
     import huggingface_hub.utils
 
-    huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)  # what it logs is raised as well
+    huggingface_hub.utils.logging.set_verbosity(
+        huggingface_hub.utils.logging.CRITICAL)  # what it logs is raised as well
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
@@ -67,21 +70,25 @@ def datasets_library():
 
 
 def is_offline():
-    """Whether HF_HUB_OFFLINE says so: then `datasets` reads what it has cached, or says that it has not."""
+    """Whether HF_HUB_OFFLINE says so: then `datasets` reads what it has cached, or says that it has
+    not."""
     return client().constants.HF_HUB_OFFLINE
 
 
 def check_answers(name):
-    """Raises BadInput where the hub does not answer: without a network, the client itself would try again for half a minute."""
+    """Raises BadInput where the hub does not answer: without a network, the client itself would try
+    again for half a minute."""
     url = client().constants.ENDPOINT
     if not is_offline() and not is_reachable(url):
         raise explain(ConnectionError(f"{url} does not answer"), name)
 
 
 def demand_whole_answers():
-    """Let a part of a file that comes shorter than asked count as a broken connection, after which `datasets` tries again.
+    """Let a part of a file that comes shorter than asked count as a broken connection, after which
+    `datasets` tries again.
 
-    Where no Content-Length tells, the client takes the end of the answer for the end of the file: the corpus would end there.
+    Where no Content-Length tells, the client takes the end of the answer for the end of the file:
+    the corpus would end there.
     """
     from huggingface_hub.hf_file_system import HfFileSystemFile
 
@@ -100,13 +107,15 @@ def demand_whole_answers():
 
 
 def explain(error, name, remedy=f"{AGAIN}, or name another dataset"):
-    """The BadInput for an error of the client: it does not exist, may not be read, cannot be reached;
-    or the error's first words."""
+    """The BadInput for an error of the client: it does not exist, may not be read, cannot be
+    reached; or the error's first words."""
     from huggingface_hub import errors
 
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, errors.GatedRepoError):
-        return BadInput(f"the dataset {name} is gated: ask for access on its page and set HF_TOKEN, or name another")
+        return BadInput(
+            f"the dataset {name} is gated: ask for access on its page and set HF_TOKEN, or name another"
+        )
     if (isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError))
             or status_of(error) == 401):  # not logged in
         return BadInput(f"the hub has no dataset {name}, or it is private: check the name, or set HF_TOKEN; it is not a local "
@@ -123,7 +132,8 @@ def status_of(error):
 
 
 def find_dataset(name, pattern, commit=None):
-    """The token shards of a dataset whose path, or whose folder, is `pattern` ("": all). commit: None is its newest.
+    """The token shards of a dataset whose path, or whose folder, is `pattern` ("": all). commit:
+    None is its newest.
 
     Raises BadInput if there is none, or two of one name.
     """
@@ -135,10 +145,16 @@ def find_dataset(name, pattern, commit=None):
     except Exception as error:  # each version of the client raises its own
         raise explain(error, name) from error
     found = [entry for entry in tree if hasattr(entry, "blob_id")]  # not a folder
-    files = [File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in found]
-    files = sorted((file for file in files if ".." not in file.path.split("/")), key=lambda file: (file.name, file.path))
-    found = [file for file in files if split_of(file.name) and (
-        not pattern or fnmatch.fnmatchcase(file.path, pattern) or file.path.startswith(pattern.rstrip("/") + "/"))]
+    files = [
+        File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in found
+    ]
+    files = sorted((file for file in files if ".." not in file.path.split("/")), key=lambda file:
+                   (file.name, file.path))
+    found = [
+        file for file in files
+        if split_of(file.name) and (not pattern or fnmatch.fnmatchcase(file.path, pattern)
+                                    or file.path.startswith(pattern.rstrip("/") + "/"))
+    ]
     shards = {split: [file for file in found if split_of(file.name) == split] for split in SPLITS}
     where = f"the dataset {name}" + f" at {pattern}" * bool(pattern)
     for split in ("train", "val"):
@@ -146,27 +162,33 @@ def find_dataset(name, pattern, commit=None):
             others = ", ".join(file.path for file in files[:3]) or "nothing"
             raise BadInput(f"{where} holds no {split} shards, files that end in _{split}_<index>.npy or .bin "
                            f"(it holds {others}, ...): name another, or tokenize its text with --source")
-    if twins := next(((a.path, b.path) for a, b in zip(found, found[1:]) if a.name == b.name), None):
+    if twins := next(((a.path, b.path) for a, b in zip(found, found[1:]) if a.name == b.name),
+                     None):
         raise BadInput(f"{where} holds {' and '.join(twins)}: choose one folder, as in "
                        f"{name}:{posixpath.dirname(twins[0]) or posixpath.dirname(twins[1])}")
     folder = posixpath.dirname(shards["train"][0].path)
-    return Dataset(name, commit, shards, {file.name: file for file in files if posixpath.dirname(file.path) == folder})
+    return Dataset(name, commit, shards,
+                   {file.name: file for file in files if posixpath.dirname(file.path) == folder})
 
 
 def download(dataset, file, folder):
-    """One whole file -> its path below <folder>/.download, its size and SHA-256 compared. Tries again when the network fails.
+    """One whole file -> its path below <folder>/.download, its size and SHA-256 compared. Tries
+    again when the network fails.
 
     Raises BadInput when it goes on failing, or the disk is full.
     """
     name = f"{file.path} of {dataset.id}"
     for wait in (*WAITS, None):
         try:
-            path = Path(client().hf_hub_download(dataset.id, file.path, repo_type="dataset", revision=dataset.commit,
+            path = Path(client().hf_hub_download(dataset.id, file.path, repo_type="dataset",
+                                                 revision=dataset.commit,
                                                  local_dir=Path(folder) / DOWNLOADS))
             if is_whole(path, file):
                 return path
             path.unlink()
-            failure = BadInput(f"{name} arrives damaged (its size or SHA-256 is not the one the hub tells): {AGAIN}")
+            failure = BadInput(
+                f"{name} arrives damaged (its size or SHA-256 is not the one the hub tells): {AGAIN}"
+            )
         except Exception as error:  # each version of the client raises its own
             check_room(folder, file.size, f"downloading {name}", f"free some space and {AGAIN}")
             if getattr(error, "errno", None) in DISK_FULL:

@@ -1,7 +1,8 @@
 """Several texts in one row: which go together, and what a model needs to keep them apart.
 
-`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such rows, with replay among
-them. A row is int64 (3, T): ids, targets (-1: not learned) and documents, the number within the row of each position's text.
+`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such
+rows, with replay among them. A row is int64 (3, T): ids, targets (-1: not learned) and documents,
+the number within the row of each position's text.
 """
 
 import numpy as np
@@ -16,7 +17,8 @@ OPEN = 1000  # the newest rows are those that first-fit tries: the others are as
 
 
 class Packed:
-    """What a model gets as `kv_cache` with a packed batch: texts begin at position 0, and see nothing of each other.
+    """What a model gets as `kv_cache` with a packed batch: texts begin at position 0, and see
+    nothing of each other.
 
     documents: int64 (B, T), the same number throughout a text and another one next to it.
     """
@@ -25,13 +27,15 @@ class Packed:
         B, T = documents.shape
         at = torch.arange(T, device=documents.device)
         self.starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
-        self.positions = at - torch.where(self.starts, at, 0).cummax(dim=1).values      # (B, T), new in each text
+        self.positions = at - torch.where(self.starts, at,
+                                          0).cummax(dim=1).values  # (B, T), new in each text
         self.numbers = self.starts.cumsum(dim=1)                                        # (B, T)
 
     @property
     def mask(self):
-        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each pass) and not kept: the masks
-        of a whole batch of 524,288 tokens would take half a gigabyte."""
+        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each
+        pass) and not kept: the masks of a whole batch of 524,288 tokens would take half a gigabyte.
+        """
         return (self.numbers[:, None, :, None] == self.numbers[:, None, None, :]).tril()
 
     def attend(self, layer, q, k, v, dropout=0.0):
@@ -44,7 +48,8 @@ class Packed:
 
 
 def first_fit(lengths, room):
-    """Lengths, none above `room`, each put into the first row that still has room for it -> lists of their indices."""
+    """Lengths, none above `room`, each put into the first row that still has room for it -> lists
+    of their indices."""
     rows, left = [], np.full(len(lengths), room)
     for i, n in enumerate(lengths):
         begin = max(len(rows) - OPEN, 0)
@@ -58,7 +63,8 @@ def first_fit(lengths, room):
 
 
 class RowSource:
-    """Rows of a data set in memory, in an order drawn anew from (seed, epoch); in the order given without a seed (None).
+    """Rows of a data set in memory, in an order drawn anew from (seed, epoch); in the order given
+    without a seed (None).
 
     A subclass has `arrange`, epoch -> what `row` is made from, and how many rows that makes.
     """
@@ -70,7 +76,8 @@ class RowSource:
         self.position, self.arranged = (0, 0), {}
 
     def order(self, epoch, n, salt=0):
-        return np.arange(n) if self.seed is None else np.random.default_rng((self.seed, epoch, salt)).permutation(n)
+        return np.arange(n) if self.seed is None else np.random.default_rng(
+            (self.seed, epoch, salt)).permutation(n)
 
     def of(self, epoch):
         """-> what an epoch's rows are made from, and their number."""
@@ -85,7 +92,8 @@ class RowSource:
         return self.of(0)[1]
 
     def read_batch(self, n, epoch, row):
-        """-> (the rows of n tokens from a position on, int64 (n / T, 3, T); the position after them)."""
+        """-> (the rows of n tokens from a position on, int64 (n / T, 3, T); the position after
+        them)."""
         rows = []
         while len(rows) < n // self.block_size:
             if row >= self.of(epoch)[1]:
@@ -115,18 +123,20 @@ class RowSource:
 class Packing(RowSource):
     """Conversations packed into rows, whole, by first-fit in the epoch's order.
 
-    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most block_size + 1 ids, since the last
-    is only a target.
+    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most
+    block_size + 1 ids, since the last is only a target.
     """
 
     def __init__(self, items, block_size, seed, eot):
         super().__init__(block_size, seed, eot)
-        self.items = [(np.asarray(ids, dtype=np.int64), np.asarray(learned, dtype=bool)) for ids, learned in items]
+        self.items = [(np.asarray(ids, dtype=np.int64), np.asarray(learned, dtype=bool))
+                      for ids, learned in items]
 
     def arrange(self, epoch):
         order = self.order(epoch, len(self.items))
         rows = first_fit([len(self.items[i][0]) - 1 for i in order], self.block_size)
-        mixed = self.order(epoch, len(rows), salt=1)  # first-fit leaves the last rows emptier than the others
+        mixed = self.order(epoch, len(rows),
+                           salt=1)  # first-fit leaves the last rows emptier than the others
         return [order[rows[i]] for i in mixed], len(rows)
 
     def row(self, rows, number):
@@ -135,13 +145,17 @@ class Packing(RowSource):
         for document, i in enumerate(rows[number], 1):
             ids, learned = self.items[i]
             end = at + len(ids) - 1
-            row[0, at:end], row[1, at:end], row[2, at:end] = ids[:-1], np.where(learned[1:], ids[1:], -1), document
+            row[0, at:end], row[1,
+                                at:end], row[2,
+                                             at:end] = ids[:-1], np.where(learned[1:], ids[1:],
+                                                                          -1), document
             at = end
         return row
 
 
 class Joined(RowSource):
-    """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and cut where rows end."""
+    """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and
+    cut where rows end."""
 
     def __init__(self, documents, block_size, seed, eot):
         super().__init__(block_size, seed, eot)
@@ -160,7 +174,8 @@ class Joined(RowSource):
 
 
 class Tokens:
-    """Rows out of a Stream of tokens, for `Rows`: `stride` apart, as lib/mixture.py's `micro_batches` cuts them."""
+    """Rows out of a Stream of tokens, for `Rows`: `stride` apart, as lib/mixture.py's
+    `micro_batches` cuts them."""
 
     def __init__(self, stream, block_size, stride):
         self.stream, self.block_size, self.stride = stream, block_size, stride
@@ -178,9 +193,11 @@ class Tokens:
 
 
 class Rows(Stream):
-    """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a constant `share` of any span.
+    """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a
+    constant `share` of any span.
 
-    The same for any processes, micro-batch and batch size. The state: how many rows there were, and both sources' positions.
+    The same for any processes, micro-batch and batch size. The state: how many rows there were, and
+    both sources' positions.
     """
 
     names = "rows", "data", "replay"
@@ -193,20 +210,24 @@ class Rows(Stream):
         super().__init__(0, data.position, () if replay is None else replay.position)
 
     def read_batch(self, n, rows, *places):
-        """-> (the rows of n tokens from a position on, transformed; the position after them: rows, data, replay)."""
+        """-> (the rows of n tokens from a position on, transformed; the position after them: rows,
+        data, replay)."""
         T = self.sources[0].block_size
         numbers, places = np.arange(rows, rows + n // T), list(places)
         replayed = np.floor((numbers + 1) * self.share) > np.floor(numbers * self.share)
         batch = np.empty((len(numbers), 3, T), dtype=np.int64)
         for i, mine in enumerate((~replayed, replayed)):
             if mine.any():
-                batch[mine], *places[i] = self.sources[i].read_batch(int(mine.sum()) * T, *places[i])
+                batch[mine], *places[i] = self.sources[i].read_batch(
+                    int(mine.sum()) * T, *places[i])
         return self.transform(batch), rows + len(numbers), *map(tuple, places)
 
     def where(self, state):
         """A position as text: what to look at after a spike."""
-        return "; replay ".join(source.where(dict(zip(source.names, state[name], strict=True)))
-                                for source, name in zip(self.sources, ("data", "replay")) if source is not None)
+        return "; replay ".join(
+            source.where(dict(zip(source.names, state[name], strict=True)))
+            for source, name in zip(self.sources, ("data", "replay"))
+            if source is not None)
 
     def progress(self):
         """How far the stream is, by tag for TensorBoard."""
@@ -214,9 +235,10 @@ class Rows(Stream):
 
 
 def micro_batches(rows, micro_batch, processes, packed):
-    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list of (idx, targets), int64
-    (B, T) each, and where they are packed a Packed."""
+    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list
+    of (idx, targets), int64 (B, T) each, and where they are packed a Packed."""
     n = len(rows) // processes.world_size
     mine = rows[processes.rank * n:(processes.rank + 1) * n].transpose(1, 0, 2)
     parts = to_device(np.ascontiguousarray(mine), processes.device).split(micro_batch, dim=1)
-    return [(idx, targets, Packed(documents)) if packed else (idx, targets) for idx, targets, documents in parts]
+    return [(idx, targets, Packed(documents)) if packed else (idx, targets)
+            for idx, targets, documents in parts]

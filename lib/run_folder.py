@@ -1,4 +1,5 @@
-"""log/<run>: config.json, log.txt, TensorBoard events and checkpoints; what lets a run be interrupted and go on exactly.
+"""log/<run>: config.json, log.txt, TensorBoard events and checkpoints; what lets a run be
+interrupted and go on exactly.
 
 `find_resume` says where a run begins, `RunFolder` is the folder while it goes on. Rank 0 holds it;
 the others a `RunFolder.null()`.
@@ -43,10 +44,13 @@ from lib.logger import Logger, Null, quoted
 from lib.summary import summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}  # flags that choose it
-FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr")  # of HPARAMS
+OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data",
+               "strict"}  # flags that choose it
+FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
+                 "max_lr")  # of HPARAMS
 OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
-OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale")  # the weights and rates it began with
+OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale"
+                    )  # the weights and rates it began with
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,14 +71,18 @@ class Resume:
         """Take every setting that was not given on the command line from the checkpoint,
         and check the checkpoint's training state.
 
-        Raises BadInput if a setting that was given does not fit the weights, or one of the checkpoint's its bounds;
-        notes the others that differ.
+        Raises BadInput if a setting that was given does not fit the weights, or one of the
+        checkpoint's its bounds; notes the others that differ.
         """
         if "checkpoint" in self.state["train_config"] and not hasattr(cfg, "checkpoint"):
-            raise BadInput("is of a post-training run: go on with posttrain.py, or begin another --run_name without --resume")
+            raise BadInput(
+                "is of a post-training run: go on with posttrain.py, or begin another --run_name without --resume"
+            )
         folders = self.state["train_config"]["data"]  # older versions knew one
-        self.state["train_config"]["data"] = (folders,) if isinstance(folders, str) else tuple(folders)
-        if "batch_warmup" not in self.state["train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
+        self.state["train_config"]["data"] = (folders,) if isinstance(folders,
+                                                                       str) else tuple(folders)
+        if "batch_warmup" not in self.state[
+                "train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
             steps, seconds = self.state["timed"]
             self.state["timed"] = steps * self.state["train_config"]["total_batch_size"], seconds
         self._check_beginning(cfg, explicit)
@@ -89,10 +97,12 @@ class Resume:
                            "give them as it was made, or begin another --run_name without --resume")
         numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0),
                    self.state.get("consecutive_skips", 0), *numbers_of(self.state["loader"])]
-        if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or not (
-                isinstance(self.state["optimizer"], dict) and isinstance(self.state["tokenizer"], str)) or not all(
-                isinstance(n, (int, float)) and 0 <= n < 2**62
-                for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
+        if not all(
+                isinstance(n, int) and 0 <= n < 2**62
+                for n in numbers) or not (isinstance(self.state["optimizer"], dict) and isinstance(
+                    self.state["tokenizer"], str)) or not all(
+                        isinstance(n, (int, float)) and 0 <= n < 2**62
+                        for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
             raise TypeError("no training state")
         begun = self.state["train_config"].get("curriculum")
         if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= self.state["step"]:
@@ -128,8 +138,8 @@ class Resume:
             setattr(cfg, name, was)
 
     def restore(self, model, optimizer, stream, tokenizer):
-        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed, best.
-        Raises BadInput, with nothing written yet.
+        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed,
+        best. Raises BadInput, with nothing written yet.
 
         tokenizer: the spec of the data's.
         """
@@ -140,7 +150,8 @@ class Resume:
         checkpoint.check_finite(state["model"], self.path)
         try:
             model.load_state_dict(state["model"])
-            load_optimizer(optimizer, state["optimizer"], updates=state["step"] - state.get("skipped", 0))
+            load_optimizer(optimizer, state["optimizer"],
+                           updates=state["step"] - state.get("skipped", 0))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
                            f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
@@ -150,27 +161,32 @@ class Resume:
                 stream.where(state["loader"])  # which looks it up
                 stream.load_state_dict(state["loader"])
             except (KeyError, IndexError, ValueError, TypeError) as error:
-                raise BadInput(f"{self.path} stands at a place that the data does not have: name another checkpoint") from error
+                raise BadInput(
+                    f"{self.path} stands at a place that the data does not have: name another checkpoint"
+                ) from error
         stream.resume_at(state["step"])
         position = {"step": state["step"], "skipped": state.get("skipped", 0),
                     "consecutive_skips": state.get("consecutive_skips", 0),
                     "timed": state.get("timed", (0, 0.0)), "best": self._best()}
-        state.clear()  # its tensors are mapped from the file, which --keep may delete: free the disk space then
+        state.clear(
+        )  # its tensors are mapped from the file, which --keep may delete: free the disk space then
         return position
 
     def _best(self):
-        """The best validation loss so far, and its step; None if its checkpoint is in another folder,
-        or it is of other data."""
+        """The best validation loss so far, and its step; None if its checkpoint is in another
+        folder, or it is of other data."""
         best = self.state.get("best")
-        remeasured = any(line.startswith(("--data ", "--val_", "--block_size", "other training data")) for line in self.changed)
+        remeasured = any(
+            line.startswith(("--data ", "--val_", "--block_size", "other training data"))
+            for line in self.changed)
         return best if best and best[1] in self.seen and not remeasured else None
 
 
 def may_change(before, block_size=None):
     """Names of a GPTConfig's settings that weights do not depend on.
 
-    before: the settings that the weights were trained with. block_size: the context, in tokens, that
-    learned positions are to be cut to; None if they must stay as they are.
+    before: the settings that the weights were trained with. block_size: the context, in tokens,
+    that learned positions are to be cut to; None if they must stay as they are.
     """
     free = {"dropout", "init", "router_z_loss"}
     if before["pos"] == "rope" or (block_size or math.inf) <= before["block_size"]:
@@ -192,7 +208,8 @@ def take_settings(config, before, explicit, free):
     for name, default in defaults.items():
         if name in OF_A_START:
             continue
-        was = before.get(name, default)  # one younger than `before` was off, whatever its preset says
+        was = before.get(name,
+                         default)  # one younger than `before` was off, whatever its preset says
         was = tuple(was) if isinstance(was, list) else was
         own = getattr(config, name)
         if name not in explicit:
@@ -216,35 +233,44 @@ def words(value):
 
 def numbers_of(state):
     """What stands in nested dicts and lists, in order."""
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else None
+    parts = state.values() if isinstance(
+        state, dict) else state if isinstance(state, (list, tuple)) else None
     return [state] if parts is None else [number for part in parts for number in numbers_of(part)]
 
 
 def load_optimizer(optimizer, state, updates):
-    """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...) stay.
-    Raises ValueError if it does not fit."""
-    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...)
+    stay. Raises ValueError if it does not fit."""
+    settings = [{k: v
+                 for k, v in group.items()
+                 if k not in ("params", "lr")}
+                for group in optimizer.param_groups]
     if len(state["param_groups"]) != len(settings):
         raise ValueError("its parameter groups are others: an older version wrote it")
-    # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped; a GPU gets copies anyway,
-    # and the host may lack the room for one per process
+    # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped; a GPU gets copies
+    # anyway, and the host may lack the room for one per process
     on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
-    state = {**state, "param_groups": copy.deepcopy(state["param_groups"])} if on_gpu else copy.deepcopy(state)
+    state = {**state, "param_groups": copy.deepcopy(state["param_groups"])
+             } if on_gpu else copy.deepcopy(state)
     # before loading: a fused AdamW wants its step counts on the GPU
     for group, own in zip(state["param_groups"], settings, strict=True):
         group.update(own)
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         wanted = {p.shape: p for p in group["params"]}
-        wanted = {shape: _state_of(optimizer, group, p) if updates else {} for shape, p in wanted.items()}
+        wanted = {
+            shape: _state_of(optimizer, group, p) if updates else {} for shape, p in wanted.items()
+        }
         for p in group["params"]:
             have, want = optimizer.state.get(p, {}), wanted[p.shape]
-            if {name: _kind(value) for name, value in have.items()} != {name: _kind(value) for name, value in want.items()}:
+            if {name: _kind(value) for name, value in have.items()
+                } != {name: _kind(value) for name, value in want.items()}:
                 raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
 
 
 def _state_of(optimizer, group, p):
-    """What an optimizer keeps of a parameter like `p`, found out by a step: no other place than the optimizer knows."""
+    """What an optimizer keeps of a parameter like `p`, found out by a step: no other place than the
+    optimizer knows."""
     like = torch.nn.Parameter(torch.zeros_like(p))
     like.grad = torch.zeros_like(p)
     other = type(optimizer)([group | {"params": [like]}])
@@ -253,8 +279,8 @@ def _state_of(optimizer, group, p):
 
 
 def _kind(value):
-    """What two values of an optimizer's state must have in common: the shape, to be finite; a single number, a count of steps,
-    not to be negative."""
+    """What two values of an optimizer's state must have in common: the shape, to be finite; a
+    single number, a count of steps, not to be negative."""
     return ((value.shape, bool(value.isfinite().all()), value.dim() > 0 or value.item() >= 0)
             if isinstance(value, torch.Tensor) else None)
 
@@ -262,7 +288,8 @@ def _kind(value):
 def find_resume(cfg, explicit):
     """--resume and --run_name -> Resume or None. May set cfg.log_dir and cfg.run_name.
 
-    A run's own checkpoints come before the one it began with: the same command, given again, continues.
+    A run's own checkpoints come before the one it began with: the same command, given again,
+    continues.
     """
     if cfg.run_name is not None:
         check_name(cfg.run_name)
@@ -280,9 +307,12 @@ def find_resume(cfg, explicit):
     if own:
         check_ours(own)
     seen = {step for step, _ in checkpoint.found(own)} if own else set()
-    if seen and (home is None or own.resolve() != home.resolve() or begun == Path(cfg.log_dir) / cfg.run_name):
+    if seen and (home is None or own.resolve() != home.resolve()
+                 or begun == Path(cfg.log_dir) / cfg.run_name):
         if start:
-            note(f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these")
+            note(
+                f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these"
+            )
         return Resume(*checkpoint.newest(own, note), seen)
     if start is None:
         return None
@@ -294,10 +324,13 @@ def find_resume(cfg, explicit):
 
 
 def check_name(name):
-    """Raises BadInput unless a run's name is that of one folder: an on-start script with an unset variable
-    would begin ever new runs."""
-    if not name.strip() or name in (".", "..") or len(name.encode()) > 200 or re.search(r"[/\\\0\n\r]", name):
-        raise BadInput(f"--run_name {name!r} is not the name of a folder: give a plain name; --log_dir says where it goes")
+    """Raises BadInput unless a run's name is that of one folder: an on-start script with an unset
+    variable would begin ever new runs."""
+    if not name.strip() or name in (".", "..") or len(name.encode()) > 200 or re.search(
+            r"[/\\\0\n\r]", name):
+        raise BadInput(
+            f"--run_name {name!r} is not the name of a folder: give a plain name; --log_dir says where it goes"
+        )
 
 
 def check_ours(folder):
@@ -308,9 +341,13 @@ def check_ours(folder):
         names = {path.name for path in folder.iterdir()}
         names -= {path.name for path in leftovers(folder, "config.json")}
     if has_foreign_config(folder):
-        raise BadInput(f"{folder} is not a run folder, its config.json is another program's: give another --run_name")
+        raise BadInput(
+            f"{folder} is not a run folder, its config.json is another program's: give another --run_name"
+        )
     if names and not read_config(folder) and not checkpoint.found(folder):
-        raise BadInput(f"{folder} is not a run folder, it holds no config.json of a run: give another --run_name")
+        raise BadInput(
+            f"{folder} is not a run folder, it holds no config.json of a run: give another --run_name"
+        )
 
 
 def has_foreign_config(folder):
@@ -321,7 +358,8 @@ def has_foreign_config(folder):
 
 
 def read_config(folder):
-    """config.json of a run folder as a dict; {} if it cannot be read: a run does not depend on it."""
+    """config.json of a run folder as a dict; {} if it cannot be read: a run does not depend on it.
+    """
     try:
         config = read_json(folder / "config.json", "")
     except BadInput:
@@ -346,7 +384,8 @@ def launch_id():
 
 
 def restarted(log_dir):
-    """The folder of the run that this torchrun began before --max_restarts brought its processes back, or None."""
+    """The folder of the run that this torchrun began before --max_restarts brought its processes
+    back, or None."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         for path in Path(log_dir).glob("*/config.json"):
             if (told := starts(path.parent)) and told[-1].get("launch") == launch_id():
@@ -355,7 +394,8 @@ def restarted(log_dir):
 
 
 def interrupted(log_dir):
-    """The folder of the last run that this same command started, unless that run is finished; or None."""
+    """The folder of the last run that this same command started, unless that run is finished; or
+    None."""
     mine = {}
     for path in Path(log_dir).glob("*/config.json"):
         for start in starts(path.parent):
@@ -388,32 +428,41 @@ def this_command():
 
 
 class RunFolder:
-    """log/<run> on rank 0, from its making to `close`: the lock, config.json, the log, checkpoints in the background."""
+    """log/<run> on rank 0, from its making to `close`: the lock, config.json, the log, checkpoints
+    in the background."""
 
     def __init__(self, cfg, resume, corpus):
-        """Create the folder, or take up that of an interrupted run. Raises BadInput if it holds something else."""
-        self.folder = Path(cfg.log_dir) / (cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
+        """Create the folder, or take up that of an interrupted run. Raises BadInput if it holds
+        something else."""
+        self.folder = Path(cfg.log_dir) / (cfg.run_name
+                                           or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}")
         self.work, self.keep = partial(tokens_of, cfg=cfg), cfg.keep
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
         self.seconds = 0.0  # of training steps, in this start
         self.results = {}   # the latest of each evaluation, by tag
-        self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
+        self.warnings = partial(
+            warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
         self.saved = None      # step of the newest checkpoint that this start wrote, or is writing
         self.best = None       # [validation loss, step] of the best checkpoint that was written
         self.candidate = None  # the same of the one to replace it
         check_name(self.folder.name)
         self.made = make_folder(self.folder, "give another --log_dir")
         try:
-            self.open_locks.enter_context(locked(self.folder, "end that run first, or give another --run_name"))
+            self.open_locks.enter_context(
+                locked(self.folder, "end that run first, or give another --run_name"))
             check_ours(self.folder)
-            if {step for step, _ in checkpoint.found(self.folder)} != (resume.seen if resume else set()):
-                raise RankError(f"{self.folder} has just been written by another process: start again")
+            if {step for step, _ in checkpoint.found(self.folder)
+                } != (resume.seen if resume else set()):
+                raise RankError(
+                    f"{self.folder} has just been written by another process: start again")
             for name in ("log.txt", "config.json"):
                 if os.path.lexists(self.folder / name):
                     check_appendable(self.folder / name)
             length = read_config(self.folder).get("max_steps")
-            self.anew = not resume and os.path.exists(self.folder / "log.txt") and os.path.getsize(self.folder / "log.txt") > 0
-            if self.anew and isinstance(length, int) and f"\n{length - 1} train " in "\n" + self._old_log():
+            self.anew = not resume and os.path.exists(self.folder / "log.txt") and os.path.getsize(
+                self.folder / "log.txt") > 0
+            if self.anew and isinstance(length,
+                                        int) and f"\n{length - 1} train " in "\n" + self._old_log():
                 raise BadInput(f"{self.folder} already holds a run, finished and without checkpoints: "
                                "give another --run_name, or move it away")
         except BaseException:
@@ -430,25 +479,34 @@ class RunFolder:
     def begin(self, config, description, position, resume, like):
         """Rewind the folder to where the run begins, write config.json and open the log.
 
-        config: dict of what says which run this is: goes into config.json and into every checkpoint.
-        position: as Resume.restore gives it. like: tensors (shapes and dtypes) of a checkpoint, for
-        which there must be room on the disk, and for which memory is allocated; raises BadInput if
-        there is none.
+        config: dict of what says which run this is: goes into config.json and into every
+        checkpoint. position: as Resume.restore gives it. like: tensors (shapes and dtypes) of a
+        checkpoint, for which there must be room on the disk, and for which memory is allocated;
+        raises BadInput if there is none.
         """
         step = position["step"]
-        check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint", checkpoint.NO_ROOM)
+        check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint",
+                   checkpoint.NO_ROOM)
         changed, command = ", ".join(resume.changed) if resume else "", this_command()
-        start = {"step": step, "from": resume and str(resume.path), "changed": changed, "command": command,
-                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id(), **commit()}
-        self.constants = {"model_config": config["model"], "train_config": config["train"],
-                          **{name: value for name, value in config.items() if name not in ("model", "train")}}
-        self.config = config | {"command": command, "torch": torch.__version__, "starts": [*starts(self.folder), start]}
+        start = {
+            "step": step, "from": resume and str(resume.path), "changed": changed,
+            "command": command, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id(),
+            **commit()
+        }
+        self.constants = {
+            "model_config": config["model"], "train_config": config["train"],
+            **{name: value for name, value in config.items() if name not in ("model", "train")}
+        }
+        self.config = config | {
+            "command": command, "torch": torch.__version__, "starts": [*starts(self.folder), start]
+        }
         write_json(self.folder / "config.json", self.config)  # from here on the folder is ours
         rewind(self.folder, step)
         self._open(step)
         self.say(description)
         if resume:
-            self.say(f"resume  {resume.path}, step {step}; " + (f"changed: {changed}" if changed else "as before"))
+            self.say(f"resume  {resume.path}, step {step}; "
+                     + (f"changed: {changed}" if changed else "as before"))
         if self.anew:
             self.say(f"{self.folder} holds no checkpoint: its run begins anew")
         settings = config["train"] | config["model"] | {"parameters": config.get("parameters")}
@@ -465,11 +523,13 @@ class RunFolder:
         write_json(self.folder / "config.json", self.config)
         save_code(self.folder, step)
         train = self.config["train"]
-        self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"], self.work, train["log_every"])
+        self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"],
+                          self.work, train["log_every"])
 
     def recorded(self, kind):
         """{step: value} of the lines of this kind in log.txt."""
-        lines = re.findall(rf"^(\d{{1,12}}) {re.escape(kind)} (\S+)$", self._old_log(), re.MULTILINE)
+        lines = re.findall(rf"^(\d{{1,12}}) {re.escape(kind)} (\S+)$", self._old_log(),
+                           re.MULTILINE)
         return {int(step): float(value) for step, value in lines}
 
     def save_is_due(self, minutes):
@@ -525,7 +585,8 @@ class RunFolder:
         self.writer.wait_copied()
 
     def poll(self, wait=False):
-        """Say that the checkpoint begun is written, or why not: that alone does not end a run. Returns the error or None."""
+        """Say that the checkpoint begun is written, or why not: that alone does not end a run.
+        Returns the error or None."""
         try:
             line = self.writer.collect(wait)
         except BadInput as error:
@@ -539,7 +600,8 @@ class RunFolder:
         return None
 
     def give_up(self, state):
-        """The newest checkpoint from before too many updates in a row were skipped; `state` is saved if there is none."""
+        """The newest checkpoint from before too many updates in a row were skipped; `state` is
+        saved if there is none."""
         self.poll(wait=True)
         if not checkpoint.found(self.folder):
             self.saved = None
@@ -551,20 +613,27 @@ class RunFolder:
         best = self.best
         if finished:
             cost = self.seconds, self.work(step) - self.work(self.first)
-            with contextlib.suppress(BadInput, ValueError):  # log.txt is gone or damaged: the run is finished all the same
+            with contextlib.suppress(
+                    BadInput,
+                    ValueError):  # log.txt is gone or damaged: the run is finished all the same
                 losses = self.recorded("train"), self.recorded("val")
                 self.say(summarize(self.folder, (self.first, step), self.results, losses, cost))
             if "samples" in self.results:
                 self.say(quoted(self.results["samples"]))
         if best:
-            self.say(f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}")
+            self.say(
+                f"best    validation loss {best[0]:.4f}, at step {best[1]}: {checkpoint.path_of(self.folder, best[1])}"
+            )
         if finished:
             path = checkpoint.path_of(self.folder, best[1] if best else step)
-            self.say(f"done: watch it with `tensorboard --logdir {in_shell(self.folder.parent)}`, {self._try_it(path)}")
+            self.say(
+                f"done: watch it with `tensorboard --logdir {in_shell(self.folder.parent)}`, {self._try_it(path)}"
+            )
         else:
             flags = {None: f" with --run_name {in_shell(self.folder.name)}", "auto": ""}
             # a checkpoint of this folder, named again, would go back to it again
-            named = flags.get(self.config["train"]["resume"], f" with --resume {in_shell(self.folder)}")
+            named = flags.get(self.config["train"]["resume"],
+                              f" with --resume {in_shell(self.folder)}")
             length = self.config["max_steps"]
             of_length = f" of {length}" if length < UNMEASURED else ""
             self.say(f"stopped at step {step}{of_length}: the same command{named} goes on")
@@ -578,7 +647,8 @@ class RunFolder:
                 f"--samples {SHOWN.samples} --max_new_tokens {SHOWN.max_new_tokens} --temperature {SHOWN.temperature}`")
 
     def set_length(self, steps, stands):
-        """The run has so many steps, as --minutes of them turn out to be. Once that stands, says what speaks against it."""
+        """The run has so many steps, as --minutes of them turn out to be. Once that stands, says
+        what speaks against it."""
         if stands:
             for line in self.warnings():
                 self.say(line)
@@ -615,7 +685,8 @@ def explained(cfg):
         if checkpoint.is_memory(error):
             raise RankError("out of memory: free some, raise `ulimit -v`, or give a smaller "
                             "--micro_batch") from error
-        if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # importing these takes a second
+        if type(error).__module__ not in ("torch._dynamo.exc",
+                                          "torch._inductor.exc"):  # importing these takes a second
             raise
         raise RankError(f"torch.compile failed ({str(error).splitlines()[0]}): "
                         "see to its compiler, or give --no-compile") from error
@@ -630,21 +701,24 @@ def explained(cfg):
 
 
 def check_appendable(path):
-    """Raises BadInput if a file of a run cannot be opened for writing: a folder, a pipe, immutable."""
+    """Raises BadInput if a file of a run cannot be opened for writing: a folder, a pipe, immutable.
+    """
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)))
         if not path.is_file():
             raise OSError(0, "not a regular file")
     except OSError as error:
-        raise BadInput(f"cannot write {path} ({error.strerror}): give another --run_name") from error
+        raise BadInput(
+            f"cannot write {path} ({error.strerror}): give another --run_name") from error
 
 
 def rewind(folder, step):
     """Make a run folder what it was when its checkpoint of `step` was saved.
 
-    Half-written files go. The lines of log.txt from `step` on go, since these steps run again. Checkpoints of later steps
-    (torn, or of a course that is given up) are set aside as ckpt_<step>.pt.aside, or .aside.2 and so
-    on where an earlier course left one. TensorBoard is rewound by the log.
+    Half-written files go. The lines of log.txt from `step` on go, since these steps run again.
+    Checkpoints of later steps (torn, or of a course that is given up) are set aside as
+    ckpt_<step>.pt.aside, or .aside.2 and so on where an earlier course left one. TensorBoard is
+    rewound by the log.
     """
     folder = Path(folder)
     for name in ("ckpt_*.pt", "*.json", "log.txt"):
@@ -654,13 +728,18 @@ def rewind(folder, step):
         if later > step:
             os.replace(path, free_name(path.with_suffix(".pt.aside")))
     (folder / "log.txt").touch()
-    lines = [line for line in (folder / "log.txt").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    kept = b"".join(line for line in lines if not (number := re.match(rb"(\d{1,12}) ", line)) or int(number[1]) < step)
+    lines = [
+        line for line in (folder / "log.txt").read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
+    kept = b"".join(line for line in lines
+                    if not (number := re.match(rb"(\d{1,12}) ", line)) or int(number[1]) < step)
     replace(folder / "log.txt", lambda file: file.write(kept))
 
 
 def free_name(path):
-    """`path` if nothing has that name, else the first of <path>.2, <path>.3, ... that nothing has."""
+    """`path` if nothing has that name, else the first of <path>.2, <path>.3, ... that nothing has.
+    """
     candidate = path
     number = 1
     while os.path.lexists(candidate):
@@ -676,10 +755,14 @@ def commit():
 
 
 def save_code(folder, step):
-    """What made the run: train_gpt2.py, the script that runs, and the diff from the commit that config.json names. A later
-    start with other code adds its own."""
+    """What made the run: train_gpt2.py, the script that runs, and the diff from the commit that
+    config.json names. A later start with other code adds its own."""
     scripts = {ROOT / "train_gpt2.py", Path(sys.argv[0]).resolve()}
-    contents = {path.name: path.read_bytes() for path in sorted(scripts) if path.parent == ROOT and path.suffix == ".py"}
+    contents = {
+        path.name: path.read_bytes()
+        for path in sorted(scripts)
+        if path.parent == ROOT and path.suffix == ".py"
+    }
     for name, content in (*contents.items(), ("code.diff", _git("diff", "HEAD"))):
         path = folder / name
         if path.exists() and (not path.is_file() or path.read_bytes() != (content or b"")):
@@ -691,7 +774,8 @@ def save_code(folder, step):
 def _git(*arguments):
     """What git prints, as bytes; None where there is no git or no checkout."""
     try:
-        told = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, timeout=20, check=False)
+        told = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, timeout=20,
+                              check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return told.stdout if told.returncode == 0 else None
@@ -704,10 +788,12 @@ def launcher():
 
 
 class Writer:
-    """Writes checkpoints to `folder` from a background thread, one at a time, and keeps the newest `keep` (0: all).
+    """Writes checkpoints to `folder` from a background thread, one at a time, and keeps the newest
+    `keep` (0: all).
 
-    `start` returns at once: the thread copies the tensors to the host, on a CUDA stream of its own, while the next
-    forward and backward passes only read them. Whoever changes them calls `wait_copied` before.
+    `start` returns at once: the thread copies the tensors to the host, on a CUDA stream of its own,
+    while the next forward and backward passes only read them. Whoever changes them calls
+    `wait_copied` before.
     """
 
     def __init__(self, folder, keep):
@@ -716,17 +802,19 @@ class Writer:
         self.copied = threading.Event()
         self.copied.set()
         self.stall = 0.0  # seconds that training waited for the latest checkpoint
-        self.pool = {}    # (shape, dtype) -> host tensors to copy to, kept: pinning a gigabyte halts a GPU for a second
+        self.pool = {
+        }  # (shape, dtype) -> host tensors to copy to, kept: pinning a gigabyte halts a GPU for a second
 
     def reserve(self, like):
-        """Allocate, in the background, pinned memory for a checkpoint of tensors like these; a CPU's need none."""
+        """Allocate, in the background, pinned memory for a checkpoint of tensors like these; a
+        CPU's need none."""
         self.executor.submit(lambda: [self._allocate(t) for t in like if t.is_cuda])
 
     def start(self, step, state, before=lambda: None, former_best=None):
         """Begin to write ckpt_<step>.pt. Collect the previous one by `collect` first.
 
-        before: called right before it is written; if it fails, the checkpoint does. former_best: step
-        of a checkpoint that must not make room for this one, whatever state["best"] says.
+        before: called right before it is written; if it fails, the checkpoint does. former_best:
+        step of a checkpoint that must not make room for this one, whatever state["best"] says.
         """
         started = time.perf_counter()
         assert self.future is None, "collect the previous checkpoint first"
@@ -745,7 +833,8 @@ class Writer:
         self.stall += time.perf_counter() - started
 
     def collect(self, wait=False):
-        """None while there is nothing to say, else a line about the checkpoint written. Raises BadInput if that failed."""
+        """None while there is nothing to say, else a line about the checkpoint written. Raises
+        BadInput if that failed."""
         if self.future is None or not (wait or self.future.done()):
             return None
         (future, self.future), started = (self.future, None), time.perf_counter()
@@ -753,7 +842,8 @@ class Writer:
         self.stall += time.perf_counter() - started
         if isinstance(error, OSError):  # the folder is gone, or not ours to change
             remedy = EXHAUSTED.get(error.errno, "see what became of it")
-            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): {remedy}") from error
+            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): {remedy}"
+                           ) from error
         return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
 
     def _write(self, path, copy, before, former_best):

@@ -1,7 +1,9 @@
-"""An engine (lib/serving.py) behind HTTP: OpenAI's chat completions, completions and models, and a page to chat in a browser.
+"""An engine (lib/serving.py) behind HTTP: OpenAI's chat completions, completions and models, and a
+page to chat in a browser.
 
-The wire format is that of https://platform.openai.com/docs/api-reference, as far as it concerns text; what a request asks for
-and this server cannot do is refused, not left out. Errors are {"error": {"message", "type", "param", "code"}}.
+The wire format is that of https://platform.openai.com/docs/api-reference, as far as it concerns
+text; what a request asks for and this server cannot do is refused, not left out. Errors are
+{"error": {"message", "type", "param", "code"}}.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ from lib.serving import Busy, Closed, Engine, Request
 BODY_LIMIT = 2**20   # bytes of a request's body
 UNREAD_LIMIT = 2**26  # bytes of a body that is too long, read so that the client sees the answer
 PATIENCE = 0.25      # seconds between looks whether the client is still there
-EVERY = 0.02         # seconds between the pieces of a stream: else Python would spend more on 64 streams than the model does
+EVERY = 0.02  # seconds between the pieces of a stream: else Python would spend more on 64 streams than the model does
 SILENCE = 60         # seconds until a connection that says nothing, or takes nothing, is closed
 ARRIVAL = 30         # seconds from the first byte of a request to its last
 FAREWELL = 3.0       # seconds that answers have for their last words when the server ends
@@ -44,12 +46,16 @@ PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 # fields of a request; all others are unknown, and refused as OpenAI does
 USED = {"model", "max_tokens", "temperature", "top_p", "stop", "stream", "stream_options", "seed"}
 OWN = {"chat": USED | {"messages", "max_completion_tokens"}, "text": USED | {"prompt"}}
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
-            "tool_choice"}
+HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "parallel_tool_calls", "tool_choice"
+}
 ONLY = {  # accepted with these values, which ask for nothing
-    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
-    "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "tools": ([],), "functions": ([],),
-    "response_format": ({"type": "text"},), "modalities": (["text"],)}
+    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,),
+    "suffix": ("",), "logit_bias": ({},), "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0), "tools": ([],), "functions": ([],),
+    "response_format": ({"type": "text"},), "modalities": (["text"],)
+}
 
 
 METHODS = {"/": "GET", "/v1/models": "GET", "/v1/models/{model}": "GET",
@@ -57,7 +63,8 @@ METHODS = {"/": "GET", "/v1/models": "GET", "/v1/models/{model}": "GET",
 
 
 class ApiError(Exception):
-    """An answer that is an error: its HTTP status, what is wrong, the field it concerns and OpenAI's code for it."""
+    """An answer that is an error: its HTTP status, what is wrong, the field it concerns and
+    OpenAI's code for it."""
 
     def __init__(self, status, message, param=None, code=None, headers=()):
         super().__init__(message)
@@ -66,17 +73,20 @@ class ApiError(Exception):
     def body(self):
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
 
 
 def as_api_error(error):
     """What an engine's error is to a client."""
     if isinstance(error, Busy):
-        return ApiError(429, "as many requests are waiting as may: try again in a moment", code="rate_limit_exceeded",
-                        headers={"Retry-After": "1"})
+        return ApiError(429, "as many requests are waiting as may: try again in a moment",
+                        code="rate_limit_exceeded", headers={"Retry-After": "1"})
     if isinstance(error, Closed):
         return ApiError(503, "the server is stopping", code="server_stopping")
-    told = str(error) if isinstance(error, NonFinite) else f"the model failed ({type(error).__name__})"
+    told = str(error) if isinstance(error,
+                                    NonFinite) else f"the model failed ({type(error).__name__})"
     return ApiError(500, told, code="model_error")
 
 
@@ -111,12 +121,16 @@ def is_loopback(host):
 
 
 def value_of(body, name, default, kinds, low=None, high=None):
-    """A field of a request; `default` where it is missing or null. Raises ApiError on another type or beyond the bounds."""
+    """A field of a request; `default` where it is missing or null. Raises ApiError on another type
+    or beyond the bounds."""
     value = body.get(name)
     if value is None:
         return default
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        wanted = {int: "an integer", (int, float): "a number", bool: "true or false", str: "text", dict: "an object"}[kinds]
+        wanted = {
+            int: "an integer", (int, float): "a number", bool: "true or false", str: "text",
+            dict: "an object"
+        }[kinds]
         raise ApiError(400, f"{name} must be {wanted}", name, "invalid_type")
     if low is not None and not low <= value <= high:  # NaN fails, too
         raise ApiError(400, f"{name} must be between {low} and {high}", name, "invalid_value")
@@ -129,7 +143,8 @@ def stop_of(body):
     if not isinstance(stop, list) or not all(isinstance(string, str) for string in stop):
         raise ApiError(400, "stop must be text or a list of text", "stop", "invalid_type")
     if len(stop) > 16 or any(not 0 < len(string) <= 1000 for string in stop):
-        raise ApiError(400, "stop must be at most 16 strings of 1 to 1,000 characters", "stop", "invalid_value")
+        raise ApiError(400, "stop must be at most 16 strings of 1 to 1,000 characters", "stop",
+                       "invalid_value")
     return tuple(stop)
 
 
@@ -138,21 +153,29 @@ def check_keys(part, known, param):
     what is null, false or empty asks for nothing."""
     for name, value in part.items():
         if value and name not in known:
-            raise ApiError(400, f"{name[:60]} is not supported within {param}", param, "unsupported_value")
+            raise ApiError(400, f"{name[:60]} is not supported within {param}", param,
+                           "unsupported_value")
 
 
 def messages_of(body):
-    """The conversation of a request, with contents as text. OpenAI's developer messages are system messages."""
+    """The conversation of a request, with contents as text. OpenAI's developer messages are system
+    messages."""
     messages = body.get("messages")
     plain = []
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
-            check_keys(message, {"role", "content", "name"}, "messages")  # the template has no place for names
+            check_keys(message, {"role", "content", "name"},
+                       "messages")  # the template has no place for names
             content, role = message.get("content"), message.get("role")
             if isinstance(content, list):
-                texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+                texts = [
+                    part.get("text")
+                    for part in content
+                    if isinstance(part, dict) and part.get("type") == "text"
+                ]
                 if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-                    raise ApiError(400, "only parts of type text are supported in a content", "messages", "unsupported_value")
+                    raise ApiError(400, "only parts of type text are supported in a content",
+                                   "messages", "unsupported_value")
                 for part in content:
                     check_keys(part, {"type", "text"}, "messages")
                 content = "".join(texts)
@@ -163,7 +186,8 @@ def messages_of(body):
     except BadInput as error:
         raise ApiError(400, f"messages: {error}", "messages", "invalid_value") from error
     if plain[-1]["role"] != "user":
-        raise ApiError(400, "messages: the last one must be the user's", "messages", "invalid_value")
+        raise ApiError(400, "messages: the last one must be the user's", "messages",
+                       "invalid_value")
     return plain
 
 
@@ -178,7 +202,8 @@ def prompt_of(body):
 
 @dataclass
 class Api:
-    """What the server answers with. name: the model's. defaults: where a request says nothing. api_key: None: none needed."""
+    """What the server answers with. name: the model's. defaults: where a request says nothing.
+    api_key: None: none needed."""
     engine: Engine
     name: str
     defaults: SampleConfig
@@ -188,8 +213,11 @@ class Api:
         self.created = int(time.time())
 
     def model(self):
-        own = {"context_length": self.engine.window, "temperature": self.defaults.temperature}  # not OpenAI's: for our page
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local", **own}
+        own = {"context_length": self.engine.window,
+               "temperature": self.defaults.temperature}  # not OpenAI's: for our page
+        return {
+            "id": self.name, "object": "model", "created": self.created, "owned_by": "local", **own
+        }
 
     def read(self, body, kind):
         """A request's body, "chat" or "text" -> Request, and whether a stream ends with its usage.
@@ -201,17 +229,22 @@ class Api:
             raise ApiError(400, "the body must be a JSON object", code="invalid_type")
         for name in body:
             if name not in OWN[kind] | HARMLESS | ONLY.keys():
-                raise ApiError(400, f"Unrecognized request argument supplied: {name[:60]}", name[:60], "unknown_parameter")
+                raise ApiError(400, f"Unrecognized request argument supplied: {name[:60]}",
+                               name[:60], "unknown_parameter")
             value, only = body[name], ONLY.get(name, ())
-            if only and value is not None and not any(value == one and type(value) is type(one) for one in only):
-                raise ApiError(400, f"{name} is not supported here, other than {only[0]!r}", name, "unsupported_value")
+            if only and value is not None and not any(value == one and type(value) is type(one)
+                                                      for one in only):
+                raise ApiError(400, f"{name} is not supported here, other than {only[0]!r}", name,
+                               "unsupported_value")
         model = value_of(body, "model", None, str)
         if model is None:
-            raise ApiError(400, f"name a model: here it is {self.name}", "model", "missing_required_parameter")
+            raise ApiError(400, f"name a model: here it is {self.name}", "model",
+                           "missing_required_parameter")
         stream = value_of(body, "stream", False, bool)
         options = value_of(body, "stream_options", {}, dict)
         if options and not stream:
-            raise ApiError(400, "stream_options is for stream: true", "stream_options", "invalid_value")
+            raise ApiError(400, "stream_options is for stream: true", "stream_options",
+                           "invalid_value")
         check_keys(options, {"include_usage"}, "stream_options")
         usage = value_of(options, "include_usage", False, bool)
 
@@ -220,20 +253,25 @@ class Api:
             ids, _ = render(messages_of(body), tokenizer, reply=True)
             limit = self.defaults.max_new_tokens
         else:
-            ids, limit = tokenizer.encode(prompt_of(body)).tolist() or [tokenizer.eot], 16  # OpenAI's default
+            ids, limit = tokenizer.encode(prompt_of(body)).tolist() or [tokenizer.eot
+                                                                        ], 16  # OpenAI's default
         if len(ids) >= window:
             raise ApiError(400, f"the prompt has {len(ids):,} tokens, and the context of {window:,} has room for {window - 1:,}"
                            ": shorten it", "messages" if kind == "chat" else "prompt", "context_length_exceeded")
         for name in ("max_tokens", "max_completion_tokens"):
             limit = value_of(body, name, limit, int, 1, 2**31)
         seed = value_of(body, "seed", None, int, -2**63, 2**63 - 1)
-        return Request(ids, limit, float(value_of(body, "temperature", self.defaults.temperature, (int, float), 0, 2)),
-                       float(value_of(body, "top_p", self.defaults.top_p, (int, float), 1e-6, 1)),
-                       stop_of(body) or self.defaults.stop or (), None if seed is None else seed % 2**63, stream), usage
+        return Request(
+            ids, limit,
+            float(value_of(body, "temperature", self.defaults.temperature, (int, float), 0, 2)),
+            float(value_of(body, "top_p", self.defaults.top_p, (int, float), 1e-6, 1)),
+            stop_of(body) or self.defaults.stop or (), None if seed is None else seed % 2**63,
+            stream), usage
 
     def check_model(self, name):
         if name != self.name:
-            raise ApiError(404, f"The model {name[:80]!r} does not exist: here it is {self.name}", "model", "model_not_found")
+            raise ApiError(404, f"The model {name[:80]!r} does not exist: here it is {self.name}",
+                           "model", "model_not_found")
 
     def submit(self, request):
         try:
@@ -247,7 +285,8 @@ class Api:
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from its making on; answers while `with serving(api)` lasts. Raises BadInput where the address cannot be had.
+    """Listens from its making on; answers while `with serving(api)` lasts. Raises BadInput where
+    the address cannot be had.
 
     Close the engine first: what was being answered then has FAREWELL seconds to tell its client so.
     """
@@ -256,7 +295,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, host, port):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.most, self.open, self.changed, self.api = most_connections(), set(), threading.Condition(), None
+        self.most, self.open, self.changed, self.api = most_connections(), set(
+        ), threading.Condition(), None
         self.waiting = {}  # open connections whose request is incomplete, the longest waiting first
         self.loopback = is_loopback(host)
         try:
@@ -266,7 +306,8 @@ class Server(ThreadingHTTPServer):
                            "give another --port, or --host") from error
 
     def server_bind(self):
-        socketserver.TCPServer.server_bind(self)  # without the look-up of the host's full name, which may take long
+        socketserver.TCPServer.server_bind(
+            self)  # without the look-up of the host's full name, which may take long
         self.server_name, self.server_port = self.server_address[:2]
 
     @property
@@ -277,7 +318,8 @@ class Server(ThreadingHTTPServer):
     @contextlib.contextmanager
     def serving(self, api):
         self.api = api
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1},
+                                  daemon=True)
         thread.start()
         try:
             yield
@@ -306,7 +348,8 @@ class Server(ThreadingHTTPServer):
                 request.send("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                              f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
                 request.shutdown(socket.SHUT_WR)
-                # a connection closed with its request unread is reset, and the answer lost; no client may keep others waiting
+                # a connection closed with its request unread is reset, and the answer lost; no
+                # client may keep others waiting
                 end = time.monotonic() + DRAIN
                 while (left := end - time.monotonic()) > 0:
                     request.settimeout(left)
@@ -477,8 +520,11 @@ class Handler(BaseHTTPRequestHandler):
         body = self.read_body() if self.command == "POST" else None
         self.server.set_waiting(self.connection, False)
         if path == "/":
-            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8", {"Content-Security-Policy": PAGE_POLICY,
-                      "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"})
+            self.send(
+                200, PAGE.read_bytes(), "text/html; charset=utf-8", {
+                    "Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff",
+                    "Cache-Control": "no-store"
+                })
         elif path == "/v1/models":
             self.send_json(200, {"object": "list", "data": [api.model()]})
         elif self.command == "GET":
@@ -487,9 +533,10 @@ class Handler(BaseHTTPRequestHandler):
             self.complete(body, "chat" if "chat" in path else "text")
 
     def check_origin(self):
-        """A web page elsewhere must not reach a server on this machine: neither under a name of its own that it lets point here
-        (DNS rebinding) nor as itself."""
-        host, origin = self.headers.get("Host", "localhost"), self.headers.get("Origin")  # browsers send a Host
+        """A web page elsewhere must not reach a server on this machine: neither under a name of its
+        own that it lets point here (DNS rebinding) nor as itself."""
+        host, origin = self.headers.get("Host", "localhost"), self.headers.get(
+            "Origin")  # browsers send a Host
         try:
             name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -497,21 +544,27 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.loopback and not is_loopback(name):
             raise ApiError(403, "this server answers to localhost alone", code="invalid_host")
         if origin is not None and split_url(origin).netloc != host:
-            raise ApiError(403, "this server does not answer to other web pages", code="invalid_origin")
+            raise ApiError(403, "this server does not answer to other web pages",
+                           code="invalid_origin")
 
     def check_key(self):
         expected, given = self.server.api.api_key, self.headers.get("Authorization", "")
         # headers are read as latin-1; in constant time
-        if expected is not None and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {expected}".encode()):
-            raise ApiError(401, "a wrong API key, or none", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if expected is not None and not hmac.compare_digest(given.encode("latin-1"),
+                                                            f"Bearer {expected}".encode()):
+            raise ApiError(401, "a wrong API key, or none", code="invalid_api_key",
+                           headers={"WWW-Authenticate": "Bearer"})
 
     def read_body(self):
         length, *others = self.headers.get_all("Content-Length", [""])
-        if others or "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
-            raise ApiError(411, "one Content-Length is needed, and no Transfer-Encoding", code="length_required")
+        if others or "Transfer-Encoding" in self.headers or not (length.isascii()
+                                                                 and length.isdigit()):
+            raise ApiError(411, "one Content-Length is needed, and no Transfer-Encoding",
+                           code="length_required")
         if len(length) > 12 or int(length) > BODY_LIMIT:
             self.unread = min(int(length[:12]), UNREAD_LIMIT)
-            raise ApiError(413, f"a request has at most {BODY_LIMIT:,} bytes", code="request_too_large")
+            raise ApiError(413, f"a request has at most {BODY_LIMIT:,} bytes",
+                           code="request_too_large")
         if self.expects_100:
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
@@ -531,11 +584,17 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON ({str(error)[:80]})", code="invalid_json") from error
+            raise ApiError(400, f"the body is not JSON ({str(error)[:80]})",
+                           code="invalid_json") from error
         request, usage = api.read(body, kind)
         reply = api.submit(request)
-        prefix, name = {"chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion")}[kind]
-        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": name, "created": int(time.time()), "model": api.name}
+        prefix, name = {
+            "chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion")
+        }[kind]
+        head = {
+            "id": f"{prefix}-{uuid.uuid4().hex}", "object": name, "created": int(time.time()),
+            "model": api.name
+        }
         try:
             (self.stream if request.stream else self.whole)(reply, head, kind, usage)
         finally:
@@ -552,18 +611,25 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(200, {**head, "choices": [choice], "usage": usage_of(reply)})
 
     def stream(self, reply, head, kind, usage):
-        """Server-sent events. The end of the connection ends the body, so that HTTP/1.0 reads it, too."""
-        head |= ({"object": "chat.completion.chunk"} if kind == "chat" else {}) | ({"usage": None} if usage else {})
+        """Server-sent events. The end of the connection ends the body, so that HTTP/1.0 reads it,
+        too."""
+        head |= ({"object": "chat.completion.chunk"} if kind == "chat" else {}) | ({"usage": None}
+                                                                                   if usage else {})
 
         def send(event):
-            self.wfile.write(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
+            self.wfile.write(
+                f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
 
         def part(content, ended=None):
             piece = {"delta": content} if kind == "chat" else {"text": content.get("content", "")}
-            send({**head, "choices": [{"index": 0, **piece, "logprobs": None, "finish_reason": ended}]})
+            send({
+                **head, "choices": [{"index": 0, **piece, "logprobs": None, "finish_reason": ended}]
+            })
 
         self.close_connection = True
-        self.send_head(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "Connection": "close"})
+        self.send_head(200, {
+            "Content-Type": "text/event-stream", "Cache-Control": "no-cache", "Connection": "close"
+        })
         if kind == "chat":
             part({"role": "assistant", "content": ""})
         for piece in reply.pieces(PATIENCE, EVERY):
@@ -583,7 +649,8 @@ class Handler(BaseHTTPRequestHandler):
         """Raises ConnectionResetError if the client has gone."""
         self.connection.settimeout(0)
         try:
-            if self.connection.recv(1, socket.MSG_PEEK) == b"" and not self.server.api.engine.closed:
+            if self.connection.recv(1,
+                                    socket.MSG_PEEK) == b"" and not self.server.api.engine.closed:
                 raise ConnectionResetError
         except BlockingIOError:
             pass
@@ -599,7 +666,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, content, kind, headers):
         last = {"Connection": "close"} if self.close_connection else {}
-        self.send_head(status, {"Content-Type": kind, "Content-Length": str(len(content)), **headers, **last})
+        self.send_head(
+            status, {"Content-Type": kind, "Content-Length": str(len(content)), **headers, **last})
         if self.command != "HEAD":
             self.wfile.write(content)
 
@@ -633,4 +701,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def usage_of(reply):
     prompt = len(reply.request.ids)
-    return {"prompt_tokens": prompt, "completion_tokens": reply.count, "total_tokens": prompt + reply.count}
+    return {
+        "prompt_tokens": prompt, "completion_tokens": reply.count,
+        "total_tokens": prompt + reply.count
+    }

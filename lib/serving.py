@@ -1,13 +1,14 @@
-"""Many texts at once with one model, each begun when its request comes: continuous batching (Yu et al. 2022, Orca,
-https://www.usenix.org/conference/osdi22/presentation/yu).
+"""Many texts at once with one model, each begun when its request comes: continuous batching (Yu et
+al. 2022, Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
 
     with Engine(model, tokenizer, slots=64) as engine:                       # a thread of its own steps the model
         reply = engine.submit(Request([5, 6, 7], limit=100, stream=True))    # from any thread
         for piece in reply.pieces():
             ...
 
-Texts stand in the first rows of one Decoder, without holes: a step computes as many rows as there are texts, with CUDA graphs
-the next power of two. A request beyond `slots` waits until a text ends. Without texts the thread sleeps.
+Texts stand in the first rows of one Decoder, without holes: a step computes as many rows as there
+are texts, with CUDA graphs the next power of two. A request beyond `slots` waits until a text ends.
+Without texts the thread sleeps.
 """
 
 import collections
@@ -37,8 +38,9 @@ class Closed(Exception):
 
 @dataclass
 class Request:
-    """ids: the prompt, 1 to Engine.window - 1 of them. limit: new tokens at most. top_p: as in lib/decoding.py's draw. seed:
-    draws that do not depend on the other texts; None: those of the engine. stream: whether pieces are wanted before the end."""
+    """ids: the prompt, 1 to Engine.window - 1 of them. limit: new tokens at most. top_p: as in
+    lib/decoding.py's draw. seed: draws that do not depend on the other texts; None: those of the
+    engine. stream: whether pieces are wanted before the end."""
     ids: list
     limit: int
     temperature: float = 1.0
@@ -51,13 +53,15 @@ class Request:
 class Reply:
     """The text of one request, as the engine writes it.
 
-    text: str so far. count: tokens so far. ended: None, "stop", "length" or "cancelled". error: an Exception, else.
+    text: str so far. count: tokens so far. ended: None, "stop", "length" or "cancelled". error: an
+    Exception, else.
     """
 
     def __init__(self, request, tokenizer, window):
         self.request, self.error, self.cancelled = request, None, False
         # any control token ends it: to go on as the user is the end of a turn, too
-        self.written = Text(tokenizer, min(request.limit, window - len(request.ids)), request.stop, tokenizer.control)
+        self.written = Text(tokenizer, min(request.limit, window - len(request.ids)), request.stop,
+                            tokenizer.control)
         self.arrived, self.generator = queue.SimpleQueue(), None
 
     text = property(lambda self: self.written.text)
@@ -65,8 +69,9 @@ class Reply:
     ended = property(lambda self: "cancelled" if self.cancelled else self.written.ended)
 
     def pieces(self, patience=None, every=0.0):
-        """Yields the text as it comes (with Request.stream; else nothing before the end), at most once in `every` seconds, and
-        "" after each `patience` seconds without any. Ends with the text, or with `error`."""
+        """Yields the text as it comes (with Request.stream; else nothing before the end), at most
+        once in `every` seconds, and "" after each `patience` seconds without any. Ends with the
+        text, or with `error`."""
         done = False
         while not done:
             try:
@@ -87,7 +92,8 @@ class Reply:
         self.cancelled = self.written.ended is None
 
     def add(self, token):
-        """The engine's: one more token, or -1 if there is none because logits were not finite -> whether the text goes on."""
+        """The engine's: one more token, or -1 if there is none because logits were not finite ->
+        whether the text goes on."""
         if token == -1:
             self.fail(NonFinite())
         elif not self.cancelled and self.error is None:
@@ -104,17 +110,20 @@ class Reply:
 
 
 class Engine:
-    """A model that writes up to `slots` texts at once, in a thread of its own, from `with` to its end.
+    """A model that writes up to `slots` texts at once, in a thread of its own, from `with` to its
+    end.
 
-    waiting: requests that may wait for a row; beyond, `submit` raises Busy. top_k: for all texts, as in lib/decoding.py's draw.
-    seed: of all draws but those of requests with a seed. graphs: of Decoder. Raises BadInput if memory does not hold the cache.
+    waiting: requests that may wait for a row; beyond, `submit` raises Busy. top_k: for all texts,
+    as in lib/decoding.py's draw. seed: of all draws but those of requests with a seed. graphs: of
+    Decoder. Raises BadInput if memory does not hold the cache.
     """
 
     def __init__(self, model, tokenizer, slots, waiting=256, top_k=0, seed=0, graphs=False):
         self.tokenizer, self.slots, self.most_waiting, self.top_k = tokenizer, slots, waiting, top_k
         self.device, self.window = next(model.parameters()).device, model.config.block_size
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        per_token = 2 * model.config.n_layer * model.config.n_embd * compute_dtype(self.device).itemsize
+        per_token = 2 * model.config.n_layer * model.config.n_embd * compute_dtype(
+            self.device).itemsize
         needed, there = slots * self.window * per_token, memory_bytes(self.device)
         no_memory = (f"no memory for {slots:,} texts of {self.window:,} tokens, {needed / 1e9:,.1f} GB of keys and values: "
                      "lower --slots")
@@ -123,11 +132,13 @@ class Engine:
         try:
             with autocast(self.device):
                 self.decoder = Decoder(model, slots, self.window, graphs=graphs)
-                self.decoder.fill(range(slots), [[tokenizer.eot]] * slots)  # takes the cache's memory
+                self.decoder.fill(range(slots),
+                                  [[tokenizer.eot]] * slots)  # takes the cache's memory
                 self.decoder.step(torch.zeros(slots, dtype=torch.long, device=self.device))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise BadInput(no_memory) from error
-        # of the texts under way, row by row: replies; logits, fp32 (n, vocab_size); temperatures and top_p, see _choose
+        # of the texts under way, row by row: replies; logits, fp32 (n, vocab_size); temperatures
+        # and top_p, see _choose
         self.replies, self.logits, self.sampling = [], None, None
         self.queue, self.closed, self.changed = collections.deque(), False, threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -178,7 +189,8 @@ class Engine:
             reply.fail(Closed())
 
     def _admit(self):
-        """The requests that begin now, in the order in which they came: as many as rows are free and PREFILL allows."""
+        """The requests that begin now, in the order in which they came: as many as rows are free
+        and PREFILL allows."""
         new, longest = [], 0
         while self.queue and len(self.replies) + len(new) < self.slots:
             longest = max(longest, len(self.queue[0].request.ids))
@@ -200,9 +212,11 @@ class Engine:
     def _step(self):
         tokens = self._choose()
         arrived = to_host(torch.where(self.logits.sum(dim=-1).isfinite(), tokens, -1))
-        self.logits = self.decoder.step(tokens)  # a GPU runs it while the tokens before it are looked at
+        self.logits = self.decoder.step(
+            tokens)  # a GPU runs it while the tokens before it are looked at
         going_on = [reply.add(token) for reply, token in zip(self.replies, arrived(), strict=True)]
-        for row in range(len(going_on) - 1, -1, -1):  # from the last: the one that moves into a hole goes on
+        for row in range(len(going_on) - 1, -1,
+                         -1):  # from the last: the one that moves into a hole goes on
             if not going_on[row]:
                 last = self.replies.pop()
                 if row < len(self.replies):
@@ -216,13 +230,15 @@ class Engine:
         if self.sampling is None:  # the same until a text begins or ends
             heat = torch.tensor([[reply.request.temperature] for reply in self.replies])
             share = torch.tensor([[reply.request.top_p] for reply in self.replies])
-            self.sampling = (heat.to(self.device) if heat.any() else 0, share.to(self.device) if (share < 1).any() else 1.0)
+            self.sampling = (heat.to(self.device) if heat.any() else 0, share.to(self.device) if
+                             (share < 1).any() else 1.0)
         heat, share = self.sampling
         tokens = draw(self.logits, heat, self.top_k, share, self.generator)
         for row, reply in enumerate(self.replies):
             if reply.generator:
                 heat, share = reply.request.temperature, reply.request.top_p
-                tokens[row] = draw(self.logits[row:row + 1], heat, self.top_k, share, reply.generator)
+                tokens[row] = draw(self.logits[row:row + 1], heat, self.top_k, share,
+                                   reply.generator)
         return tokens
 
     @contextlib.contextmanager
@@ -232,7 +248,8 @@ class Engine:
             yield
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
-            print(f"{len(replies)} texts ended by {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+            print(f"{len(replies)} texts ended by {type(error).__name__}: {said}", file=sys.stderr,
+                  flush=True)
             for reply in replies:
                 reply.fail(error)
             if replies is self.replies:

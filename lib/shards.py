@@ -1,7 +1,9 @@
-"""A folder of token shards: what is in it, whether it is whole, whose tokens they are. fineweb.py makes one.
+"""A folder of token shards: what is in it, whether it is whole, whose tokens they are. fineweb.py
+makes one.
 
-A shard is one array of token ids in a file <prefix>_{train|val}_<index>.npy, or .bin as llm.c and modded-nanogpt write it;
-that ending decides the split, nothing else in the name. meta.json beside the shards says what made them.
+A shard is one array of token ids in a file <prefix>_{train|val}_<index>.npy, or .bin as llm.c and
+modded-nanogpt write it; that ending decides the split, nothing else in the name. meta.json beside
+the shards says what made them.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ from lib.cli import BadInput, check, flag
 from lib.files import Unreadable, open_file, read_json, read_text
 
 ENDING = re.compile(r"_(train|val)_[0-9]+\.(npy|bin)\Z")
-BIN_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # llm.c's and modded-nanogpt's (magic, version)
+BIN_DTYPES = {(20240520, 1): np.uint16,
+              (20240801, 7): np.uint32}  # llm.c's and modded-nanogpt's (magic, version)
 SPLITS = ("val", "train")
 EDGE = 4096  # ids compared at each end of two shards of equal length
 UNREADABLE = "check the disk, the permissions and `ulimit -n`"
@@ -44,8 +47,8 @@ class Header(NamedTuple):
 def read_header(path, remedy=REPAIR):
     """What a shard says about itself, compared with the size of its file.
 
-    Raises Damaged, ending in `remedy`, if it is not a whole shard, Unreadable if it could not be read, which says nothing about
-    the ids in it.
+    Raises Damaged, ending in `remedy`, if it is not a whole shard, Unreadable if it could not be
+    read, which says nothing about the ids in it.
     """
     with open_file(path, UNREADABLE) as file:
         return _read_header(file, Path(path), remedy)
@@ -59,7 +62,8 @@ def read_shard(path, remedy=REPAIR):
     with open_file(path, UNREADABLE) as file:
         dtype, tokens, offset = _read_header(file, Path(path), remedy)
         try:
-            return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,)))
+            return np.asarray(
+                np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,)))
         except OSError:  # not on this file system, or `ulimit -v`
             pass
         try:
@@ -79,7 +83,8 @@ def _read_header(file, path, remedy):
     try:
         if path.suffix == ".npy":
             version = np.lib.format.read_magic(file)
-            parse = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            parse = {(1, 0): np.lib.format.read_array_header_1_0,
+                     (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, _, dtype = parse(file)
         else:
             header = np.frombuffer(file.read(1024), dtype=np.int32, count=256)
@@ -91,7 +96,9 @@ def _read_header(file, path, remedy):
     except OSError as error:
         raise Unreadable(f"cannot read {path} ({error.strerror}): {UNREADABLE}") from error
     except Exception as error:  # numpy's parser of headers raises many kinds
-        raise Damaged(f"{path} is damaged, or not a shard ({type(error).__name__}: {str(error)[:200]}): {remedy}") from error
+        raise Damaged(
+            f"{path} is damaged, or not a shard ({type(error).__name__}: {str(error)[:200]}): {remedy}"
+        ) from error
     if dtype not in (np.uint16, np.uint32) or len(shape) != 1:
         raise Damaged(f"{path} is not a shard: it holds a {len(shape)}-dimensional array of {dtype}, not token ids in one "
                       f"dimension, uint16 or uint32: {remedy}")
@@ -106,7 +113,8 @@ def _read_header(file, path, remedy):
 
 @dataclass
 class Start:
-    """Where a shard begins: `drop` ids after the place `source` of the text (None: its beginning)."""
+    """Where a shard begins: `drop` ids after the place `source` of the text (None: its beginning).
+    """
     source: dict | None = flag(None, None)
     drop: int = flag(0, None, at_least=0, at_most=2**53)
 
@@ -131,9 +139,11 @@ class Split:
 
 @dataclass
 class Meta:
-    """meta.json. Written by hand beside shards of another program, it needs nothing but the tokenizer."""
+    """meta.json. Written by hand beside shards of another program, it needs nothing but the
+    tokenizer."""
     tokenizer: str = flag(MISSING, None)  # tokenizer.json beside it, or a tiktoken name
-    tokenizer_crc32: int | None = flag(None, None, at_least=0, below=2**32)  # of the text of tokenizer.json
+    tokenizer_crc32: int | None = flag(None, None, at_least=0,
+                                       below=2**32)  # of the text of tokenizer.json
     vocab_size: int | None = flag(None, None, at_least=1, at_most=2**32)
     eot: int | None = flag(None, None, at_least=0, below=2**32)
     dtype: Literal["uint16", "uint32"] | None = flag(None, None)
@@ -142,13 +152,15 @@ class Meta:
     duplicates: int = flag(0, None, at_least=0, at_most=2**53)  # documents left out by --dedup
     command: str | None = flag(None, None)        # what made the folder, without --out
     settings: dict | None = flag(None, None)      # what fineweb.py compares before it continues
-    shards: list | None = flag(None, None)        # of Record; None: it does not list them, as by an older fineweb.py
+    shards: list | None = flag(
+        None, None)  # of Record; None: it does not list them, as by an older fineweb.py
     complete: bool = flag(True, None)
     resume: dict | None = flag(None, None)        # the Start of the shard after the last one listed
 
 
 def read_meta(folder, remedy=OTHER):
-    """The Meta of a folder, None without a meta.json. Raises BadInput, ending in `remedy`, whatever else stands in the file."""
+    """The Meta of a folder, None without a meta.json. Raises BadInput, ending in `remedy`, whatever
+    else stands in the file."""
     path = Path(folder) / "meta.json"
     if not os.path.lexists(path):
         return None
@@ -169,13 +181,15 @@ def read_meta(folder, remedy=OTHER):
 
 
 def _typed(cls, values):
-    """A dict out of JSON -> a dataclass, every type and bound checked by lib/cli.py; keys of other programs are left out."""
+    """A dict out of JSON -> a dataclass, every type and bound checked by lib/cli.py; keys of other
+    programs are left out."""
     if not isinstance(values, dict):
         raise BadInput(f"{cls.__name__.lower()}: not an object")
     for field in fields(cls):
         if field.name not in values and field.default is MISSING:
             raise BadInput(f"no {field.name}")
-    config = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+    config = cls(
+        **{field.name: values[field.name] for field in fields(cls) if field.name in values})
     check(config)
     return config
 
@@ -185,7 +199,8 @@ def _check_records(meta):
     plain = all(split_of(name) and not {"/", "\\", "\0"} & set(name) for name in names)
     if not plain or len(set(names)) < len(names):
         raise BadInput("its list of shards does not name shards")
-    if None in (meta.splits, meta.settings, meta.dtype, meta.vocab_size, meta.eot) or (meta.resume is None) != meta.complete:
+    if None in (meta.splits, meta.settings, meta.dtype, meta.vocab_size,
+                meta.eot) or (meta.resume is None) != meta.complete:
         raise BadInput("parts of it are missing")
     for split in SPLITS:
         tokens = [record.tokens for record in meta.shards if split_of(record.name) == split]
@@ -194,7 +209,8 @@ def _check_records(meta):
 
 
 def missing_records(folder, meta):
-    """The records of the shards that are missing, damaged, or not those listed. Raises Unreadable where that cannot be told."""
+    """The records of the shards that are missing, damaged, or not those listed. Raises Unreadable
+    where that cannot be told."""
     found = []
     for record in meta.shards:
         path = Path(folder) / record.name
@@ -225,17 +241,23 @@ def find_shards(folder):
         names = []
     except OSError as error:
         raise Unreadable(f"cannot read {folder} ({error.strerror}): {UNREADABLE}") from error
-    paths = {split: [Path(folder) / name for name in names if split_of(name) == split] for split in SPLITS}
+    paths = {
+        split: [Path(folder) / name
+                for name in names
+                if split_of(name) == split]
+        for split in SPLITS
+    }
     return paths, [name for name in names if name.endswith((".npy", ".bin")) and not split_of(name)]
 
 
 class Shards:
-    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split -> count),
-    `tokenizer` (a spec), `meta`, `identity` (of the training text, as a checkpoint remembers it)
-    and `former_identity` (as checkpoints of earlier versions remember it).
+    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split ->
+    count), `tokenizer` (a spec), `meta`, `identity` (of the training text, as a checkpoint
+    remembers it) and `former_identity` (as checkpoints of earlier versions remember it).
 
-    Reads every header and holds no file open. needed: the splits without which it is of no use. named_by: the flag that names
-    it. Raises BadInput unless the folder has these splits, is whole, finished and of one tokenizer.
+    Reads every header and holds no file open. needed: the splits without which it is of no use.
+    named_by: the flag that names it. Raises BadInput unless the folder has these splits, is whole,
+    finished and of one tokenizer.
     """
 
     def __init__(self, folder, needed=SPLITS, named_by="--data"):
@@ -253,7 +275,9 @@ class Shards:
         self._check_needed(folder, others, needed, named_by)
         self._compare_dtypes(headers)
         self.identity, self.former_identity = self._identify(headers)
-        self.tokens = {split: sum(headers[p].tokens for p in paths[split]) for split in ("train", "val")}
+        self.tokens = {
+            split: sum(headers[p].tokens for p in paths[split]) for split in ("train", "val")
+        }
         for split in SPLITS if self.meta and self.meta.splits else ():
             if (told := self.meta.splits[split].tokens) != self.tokens[split]:
                 raise BadInput(f"{folder}/ holds {self.tokens[split]:,} {split} tokens and its meta.json says {told:,}: "
@@ -283,10 +307,15 @@ class Shards:
         listed = {record.name: record.tokens for record in self.meta.shards}
         found = {path.name: header.tokens for path, header in headers.items()}
         if odd := sorted(name for name in listed if found.get(name) != listed[name]):
-            what = f"holds {found[odd[0]]:,} tokens, not {listed[odd[0]]:,}" if odd[0] in found else "is missing"
-            raise BadInput(f"{folder / odd[0]} {what}, says meta.json: give {command} again, which writes it anew")
+            what = f"holds {found[odd[0]]:,} tokens, not {listed[odd[0]]:,}" if odd[
+                0] in found else "is missing"
+            raise BadInput(
+                f"{folder / odd[0]} {what}, says meta.json: give {command} again, which writes it anew"
+            )
         if more := sorted(found.keys() - listed.keys()):
-            raise BadInput(f"{folder / more[0]} is not one of the shards that meta.json lists: move it to another folder")
+            raise BadInput(
+                f"{folder / more[0]} is not one of the shards that meta.json lists: move it to another folder"
+            )
 
     def _check_needed(self, folder, others, needed, named_by):
         found = {"train": self.train, "val": self.val}
@@ -298,28 +327,33 @@ class Shards:
             if folder.is_file():
                 shard = folder.name.endswith((".npy", ".bin"))
                 raise BadInput(f"{named_by} {folder} is a file, not a folder of shards: name "
-                               + ("the folder that it is in" if shard else "one that fineweb.py --source made of it"))
+                               + ("the folder that it is in"
+                                  if shard else "one that fineweb.py --source made of it"))
             named = f" ({others[0]} does not end in _train_<index> or _val_<index>)" if others else ""
-            lack = f"does not hold {missing} shards{named}" if folder.is_dir() else f"is not there (in {os.getcwd()})"
+            lack = f"does not hold {missing} shards{named}" if folder.is_dir(
+            ) else f"is not there (in {os.getcwd()})"
             raise BadInput(f"{folder}/ {lack}: make them with `{make}`, "
                            f"or name another {named_by}")
 
     def _compare_dtypes(self, headers):
-        want = np.dtype(self.meta.dtype) if self.meta and self.meta.dtype else headers[self.train[0]].dtype
+        want = np.dtype(
+            self.meta.dtype) if self.meta and self.meta.dtype else headers[self.train[0]].dtype
         if odd := next((p for p in headers if headers[p].dtype != want), None):
             other = "meta.json" if self.meta and self.meta.dtype else self.train[0].name
             raise BadInput(f"{odd} holds {headers[odd].dtype} and {other} says {want}: they are of different tokenizers; "
                            "put each tokenizer's shards into a folder of their own")
 
     def _compare_splits(self, headers):
-        """Raises BadInput if a val shard is also a train shard, told from the length and both ends."""
+        """Raises BadInput if a val shard is also a train shard, told from the length and both ends.
+        """
         def ends(path):
             tokens = read_shard(path)
             return tokens[:EDGE].tobytes() + tokens[-EDGE:].tobytes()
 
         for val in self.val:
             same = [p for p in self.train if headers[p].tokens == headers[val].tokens > 0]
-            if same and (twin := next((p for p, first in ((p, ends(val)) for p in same) if ends(p) == first), None)):
+            if same and (twin := next(
+                (p for p, first in ((p, ends(val)) for p in same) if ends(p) == first), None)):
                 raise BadInput(f"{twin} and {val.name} hold the same tokens: validation would measure the training "
                                "text; move one of them to another folder")
 
@@ -330,13 +364,15 @@ def digest(value):
 
 
 def read_validation(shards, val_tokens, block_size, tokenizer):
-    """The first val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows, block_size).
-    Raises BadInput if there is no row."""
+    """The first val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows,
+    block_size). Raises BadInput if there is no row."""
     rows = min(val_tokens, shards.tokens["val"] - 1) // block_size
     if rows < 1:
-        raise BadInput(f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
-                       f"--val_tokens is {val_tokens}; "
-                       + ("raise it" if val_tokens < shards.tokens["val"] else "lower --block_size or make a larger val split"))
+        raise BadInput(
+            f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
+            f"--val_tokens is {val_tokens}; "
+            + ("raise it" if val_tokens <
+               shards.tokens["val"] else "lower --block_size or make a larger val split"))
     pieces, missing = [], rows * block_size + 1
     for path in shards.val:
         pieces.append(read_shard(path)[:missing])
@@ -349,17 +385,23 @@ def read_validation(shards, val_tokens, block_size, tokenizer):
 def check_ids(tokens, vocab_size, path, remedy=f"the folder mixes tokenizers; {OTHER}"):
     """Raises BadInput if a shard holds an id beyond its vocabulary."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise BadInput(f"{path} holds the id {int(tokens.max())}, but its tokenizer ends at {vocab_size - 1}: {remedy}")
+        raise BadInput(
+            f"{path} holds the id {int(tokens.max())}, but its tokenizer ends at {vocab_size - 1}: {remedy}"
+        )
 
 
 def check_eot(tokens, tokenizer, path, remedy=f"it is of another tokenizer; {OTHER}"):
-    """Raises BadInput if the first million ids of a shard hold no end of text: they are of another tokenizer."""
+    """Raises BadInput if the first million ids of a shard hold no end of text: they are of another
+    tokenizer."""
     if len(tokens) >= 1_000_000 and not (tokens[:1_000_000] == tokenizer.eot).any():
-        raise BadInput(f"{path} begins with a million tokens without {tokenizer.name}'s end of text, {tokenizer.eot}: {remedy}")
+        raise BadInput(
+            f"{path} begins with a million tokens without {tokenizer.name}'s end of text, {tokenizer.eot}: {remedy}"
+        )
 
 
 def check_shards(shards, tokenizer):
-    """Raises BadInput if meta.json or a shard cannot be the tokenizer's, told from the first million ids of each shard.
+    """Raises BadInput if meta.json or a shard cannot be the tokenizer's, told from the first
+    million ids of each shard.
 
     The loader checks the other ids as it comes to them.
     """
@@ -372,8 +414,8 @@ def check_shards(shards, tokenizer):
 
 
 def check_tokenizer_file(path, meta):
-    """Raises BadInput if the file of a folder's tokenizer is missing or not the shards' own: one made anew would not do, its
-    ids mean other text."""
+    """Raises BadInput if the file of a folder's tokenizer is missing or not the shards' own: one
+    made anew would not do, its ids mean other text."""
     mend = f"put back the one that was made with these shards, or {OTHER}"
     text = read_text(path, mend)
     if meta.tokenizer_crc32 not in (None, zlib.crc32(text.encode())):
@@ -387,4 +429,6 @@ def check_tokenizer(meta, tokenizer, remedy=OTHER):
             raise BadInput(f"the shards' meta.json says {name} {getattr(meta, name):,}, but their tokenizer "
                            f"{tokenizer.name} has {getattr(tokenizer, name):,}: they are of another tokenizer; {remedy}")
     if meta and meta.tokenizer_crc32 not in (None, zlib.crc32(tokenizer.spec.encode())):
-        raise BadInput(f"the tokenizer.json beside the shards is not the one they were made with: put that back, or {remedy}")
+        raise BadInput(
+            f"the tokenizer.json beside the shards is not the one they were made with: put that back, or {remedy}"
+        )

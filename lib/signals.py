@@ -1,4 +1,5 @@
-"""Requests to stop: signals become a flag that the training loop reads, agreed on by all processes."""
+"""Requests to stop: signals become a flag that the training loop reads, agreed on by all processes.
+"""
 
 import os
 import signal
@@ -34,10 +35,12 @@ class StopSignals:
     """ORDERS and NOTICES, while `with` lasts: the first sets `received` to its name.
     An order that comes ECHO seconds or more after the first order ends the process.
 
-    A thread listens, since Python runs signal handlers in the main thread alone, which may hang in a collective after another
-    process has died. With other processes (`world_size` above 1) the main thread has PATIENCE seconds after the first signal to
-    ask for `requested`, or the process is ended: torchrun kills what has not ended after 30 s. Repeats before ECHO seconds
-    count as one: torchrun passes on what the terminal has already sent, timeout(1) signals its child, then its group.
+    A thread listens, since Python runs signal handlers in the main thread alone, which may hang in
+    a collective after another process has died. With other processes (`world_size` above 1) the
+    main thread has PATIENCE seconds after the first signal to ask for `requested`, or the process
+    is ended: torchrun kills what has not ended after 30 s. Repeats before ECHO seconds count as
+    one: torchrun passes on what the terminal has already sent, timeout(1) signals its child, then
+    its group.
     """
 
     def __init__(self, say, processes):
@@ -59,10 +62,12 @@ class StopSignals:
     def agree(self, requests=None):
         """Whether a signal came to any process: the same answer everywhere.
 
-        requests: how many processes have one, where the caller has summed that; without it, every process must ask.
+        requests: how many processes have one, where the caller has summed that; without it, every
+        process must ask.
         """
         if not self.agreed:
-            self.agreed = (self.processes.sum([self.requested])[0] if requests is None else requests) > 0
+            self.agreed = (self.processes.sum([self.requested])[0]
+                           if requests is None else requests) > 0
         if self.agreed:
             self.heard()
         return self.agreed
@@ -90,7 +95,8 @@ class StopSignals:
                 signal.signal(number, handler)
             self.writer.close()  # ends the listener
         self.taken.set()
-        # the last one to hold a tensor (through `say`) must not drop it while Python shuts down: that aborts
+        # the last one to hold a tensor (through `say`) must not drop it while Python shuts down:
+        # that aborts
         for thread in self.threads:
             thread.join()
         if self.before is not None:
@@ -123,7 +129,8 @@ class StopSignals:
 
     def _impatient(self):
         if not self.taken.wait(self.patience):
-            print(f"{self.received}, and this process did not come to the end of its step within {self.patience:g} s",
-                  file=sys.stderr)
+            print(
+                f"{self.received}, and this process did not come to the end of its step within {self.patience:g} s",
+                file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)

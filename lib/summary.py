@@ -15,8 +15,9 @@ DRAWN = 60  # seconds of training that are worth a picture, which takes one or t
 def summarize(folder, steps, results, losses, cost):
     """The block of lines at the end of the run in `folder`; draws <folder>/loss.png.
 
-    steps: where this start began and ended. results: the latest evaluations, by tag. losses: of training and
-    of validation, {step: nats} each. cost: seconds and tokens of the training steps of this start.
+    steps: where this start began and ended. results: the latest evaluations, by tag. losses: of
+    training and of validation, {step: nats} each. cost: seconds and tokens of the training steps of
+    this start.
     """
     first, step = steps
     seconds, tokens = cost
@@ -55,7 +56,8 @@ def curve(folder, training, validation, drawn):
         return []
     path = folder / "loss.png"
     if drawn:
-        with contextlib.suppress(Exception):  # no matplotlib, a broken one, a full disk: no reason to fail
+        with contextlib.suppress(
+                Exception):  # no matplotlib, a broken one, a full disk: no reason to fail
             draw(path, training, validation)
             return [f"curve   {path}"]
     return [f"curve   {finite[0]:.2f} {sparkline(finite)} {finite[-1]:.2f}, training loss"]

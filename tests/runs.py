@@ -18,12 +18,20 @@ import train_gpt2
 from lib import checkpoint
 
 # 60 steps are 3.3 epochs of the toy data, and its shards end every 6 steps
-RUN = [*TINY_FLAGS, "--max_steps", "60", "--shuffle", "--micro_batch", "4", "--eval_every", "8", "--save_every", "8",
-       "--keep", "0"]
-KINDS = {"gpt2": ["--dropout", "0.1"],
-         "modern": ["--preset", "modern", "--qk_norm", "--no-tie_embeddings", "--schedule", "wsd", "--dropout", "0.1"]}
-LONG = ["--max_steps", "250", "--save_every", "50", "--eval_every", "0"]  # long enough to be caught by a signal
-linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+RUN = [
+    *TINY_FLAGS, "--max_steps", "60", "--shuffle", "--micro_batch", "4", "--eval_every", "8",
+    "--save_every", "8", "--keep", "0"
+]
+KINDS = {
+    "gpt2": ["--dropout", "0.1"], "modern": [
+        "--preset", "modern", "--qk_norm", "--no-tie_embeddings", "--schedule", "wsd", "--dropout",
+        "0.1"
+    ]
+}
+LONG = ["--max_steps", "250", "--save_every", "50", "--eval_every",
+        "0"]  # long enough to be caught by a signal
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(),
+                           reason="looks for processes in /proc")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,7 +39,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 
 
 def command(data, folder, *flags):
-    return [str(word) for word in (*RUN, "--data", data, "--log_dir", folder.parent, "--run_name", folder.name, *flags)]
+    return [
+        str(word) for word in (*RUN, "--data", data, "--log_dir", folder.parent, "--run_name",
+                               folder.name, *flags)
+    ]
 
 
 def train(data, folder, *flags):
@@ -47,7 +58,8 @@ def again(folder, *flags):
 
 
 def cut(source, to, step):
-    """A copy of a run folder as if the run had been killed before its next checkpoint after `step`."""
+    """A copy of a run folder as if the run had been killed before its next checkpoint after `step`.
+    """
     shutil.copytree(source, to)
     for later, path in checkpoint.found(to):
         if later > step:
@@ -57,8 +69,12 @@ def cut(source, to, step):
 
 @contextlib.contextmanager
 def running(words, out, torchrun=(), on_hangup=signal.SIG_DFL):
-    """The real train_gpt2.py in the background, what it prints in the file `out`; ended with the block at the latest."""
-    start = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), str(ROOT / "train_gpt2.py")]
+    """The real train_gpt2.py in the background, what it prints in the file `out`; ended with the
+    block at the latest."""
+    start = [
+        sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
+        str(ROOT / "train_gpt2.py")
+    ]
     with open(out, "w") as file, subprocess.Popen(
             [*start, *words], stdout=file, stderr=subprocess.STDOUT, cwd=out.parent,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=hang_up(on_hangup)) as process:
@@ -82,7 +98,8 @@ def wait_for(condition, process, seconds=60):
     """Poll until `condition()` holds, while `process` runs."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert process.poll() is None and time.monotonic() < end, f"ended with {process.poll()} before what was waited for"
+        assert process.poll() is None and time.monotonic(
+        ) < end, f"ended with {process.poll()} before what was waited for"
         time.sleep(0.002)
     return value
 
@@ -108,7 +125,10 @@ def contents(folder):
 
 def lines(folder, first=0):
     """log.txt's lines from step `first` on."""
-    return [line for line in (folder / "log.txt").read_text().splitlines() if int(line.split()[0]) >= first]
+    return [
+        line for line in (folder / "log.txt").read_text().splitlines()
+        if int(line.split()[0]) >= first
+    ]
 
 
 def logged(folder):
@@ -134,12 +154,18 @@ def same(a, b):
     """Two nested states are equal, tensors bit for bit."""
     a, b = flat(a), flat(b)
     return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype if isinstance(a[k], torch.Tensor
+                                                                           ) else a[k] == b[k]
+        for k in a)
 
 
 def final(folder):
     """The newest checkpoint, less the settings: runs differ in their names."""
-    return {k: v for k, v in checkpoint.read(checkpoint.found(folder)[0][1]).items() if k != "train_config"}
+    return {
+        k: v
+        for k, v in checkpoint.read(checkpoint.found(folder)[0][1]).items()
+        if k != "train_config"
+    }
 
 
 def assert_same_runs(folder, whole):
@@ -160,5 +186,6 @@ def events(folder):
 def scalars(folder):
     """What TensorBoard shows: {tag: [(step, value), ...]}, without the speed."""
     shown = events(folder)
-    assert [step for step, _ in shown["perf/tok_per_sec"]] == [step for step, _ in shown["Loss/train"]]
+    assert [step for step, _ in shown["perf/tok_per_sec"]
+            ] == [step for step, _ in shown["Loss/train"]]
     return {tag: values for tag, values in shown.items() if not tag.startswith("perf/")}

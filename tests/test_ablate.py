@@ -20,41 +20,59 @@ from lib.cli import BadInput
 
 def rows(folder):
     """ablation.md -> {change: cells}."""
-    lines = [line for line in (folder / "ablation.md").read_text().splitlines() if line.startswith("| ")]
-    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+    lines = [
+        line for line in (folder / "ablation.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    return {
+        cells[0]: cells[1:]
+        for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    }
 
 
-def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(launch, data, tmp_path):
+def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(
+        launch, data, tmp_path):
     out, changes = tmp_path / "out", tmp_path / "changes.txt"
     changes.write_text("# two\n--no-bias\n\nwide: --n_embd 64 --n_head 4  # twice\n")
-    ours = ["--changes", changes, "--seeds", "1", "2", "--price_per_hour", "36000", "--out", out, "--"]
+    ours = [
+        "--changes", changes, "--seeds", "1", "2", "--price_per_hour", "36000", "--out", out, "--"
+    ]
     result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data, timeout=400)
     assert result.returncode == 0, result.stderr
     head, table = rows(out)["change"], rows(out)
     worth = {name: sum(map(float, table[name][3].split(", "))) for name in ("no-bias", "wide")}
     assert [*table] == ["change", "base", *sorted(worth, key=worth.get, reverse=True)]
-    losses = {name: [read_log(out / f"{name}_seed{seed}")[6, "val"] for seed in (1, 2)] for name in ("base", "no-bias", "wide")}
+    losses = {
+        name: [read_log(out / f"{name}_seed{seed}")[6, "val"]
+               for seed in (1, 2)]
+        for name in ("base", "no-bias", "wide")
+    }
     assert len({loss for found in losses.values() for loss in found}) == 6  # each its own run
     for name, found in losses.items():
         cells = dict(zip(head, table[name], strict=True))
         assert cells["val loss, by seed"] == f"1: {found[0]:.4f}, 2: {found[1]:.4f}"
         apart = [float(d) for d in cells["difference in loss"].split(", ") if d]
-        assert apart == pytest.approx([] if name == "base" else [a - b for a, b in zip(found, losses["base"])], abs=1.1e-4)
+        assert apart == pytest.approx(
+            [] if name == "base" else [a - b for a, b in zip(found, losses["base"])], abs=1.1e-4)
         seconds, spread = map(float, cells["seconds"].split(" ± "))
         assert float(cells["dollars"]) == pytest.approx(10 * seconds, abs=0.51)
-        each = [json.loads((out / f"{name}_seed{seed}.json").read_text())["seconds"] for seed in (1, 2)]
+        each = [
+            json.loads((out / f"{name}_seed{seed}.json").read_text())["seconds"] for seed in (1, 2)
+        ]
         assert spread == pytest.approx((max(each) - min(each)) / 2, abs=0.051)
         assert re.match(r"\d+\.\d ± \d+\.\d", cells["ms per step"])
     ends = [line for line in result.stdout.splitlines() if "_seed" in line]
-    assert [re.search(r"; (\d) to go, ETA \d:\d\d:\d\d$", line)[1] for line in ends[:5]] == ["5", "4", "3", "2", "1"]
-    assert ends[5].endswith("; the last one") and "The base comes first, then what costs most loss" in result.stdout
+    assert [re.search(r"; (\d) to go, ETA \d:\d\d:\d\d$", line)[1]
+            for line in ends[:5]] == ["5", "4", "3", "2", "1"]
+    assert ends[5].endswith(
+        "; the last one") and "The base comes first, then what costs most loss" in result.stdout
     assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in result.stdout
     assert not [*out.glob("*/*.pt")] and (out / "ablation.png").stat().st_size > 5000
 
     before = {path: path.stat().st_mtime_ns for path in (*out.glob("*/*"), *out.glob("*.json"))}
     again = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
     assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in before} == before
-    assert again.stdout[again.stdout.index("| change"):].strip() == result.stdout[result.stdout.index("| change"):].strip()
+    assert again.stdout[again.stdout.index("| change"):].strip(
+    ) == result.stdout[result.stdout.index("| change"):].strip()
     with pytest.raises(BadInput, match="base_seed1 is a run of other flags"):
         ablate.main([*map(str, ours), *TINY_FLAGS, "--data", str(data), "--max_lr", "1e-3"])
 
@@ -72,9 +90,11 @@ def set_by(words):
 def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
     base = ["--preset", "speedrun"]
     changes = ablate.default_changes(base)
-    assert [*changes] == ["mlp_gelu", "norm_layernorm", "pos_learned", "no-emb_norm", "no-qk_norm", "bias", "no-token_shift",
-                          "no-value_residual", "no-residual_scalars", "softcap_0.0", "init_gpt2",
-                          "optimizer_adamw", "schedule_cosine"]
+    assert [*changes] == [
+        "mlp_gelu", "norm_layernorm", "pos_learned", "no-emb_norm", "no-qk_norm", "bias",
+        "no-token_shift", "no-value_residual", "no-residual_scalars", "softcap_0.0", "init_gpt2",
+        "optimizer_adamw", "schedule_cosine"
+    ]
     whole, classic = set_by(base), set_by(["--preset", "gpt2"])
     for words in changes.values():
         (field, value), = set_by([*base, *words]).items() - whole.items()
@@ -84,35 +104,43 @@ def test_without_a_list_each_part_that_gpt2_has_not_is_taken_out():
 def test_without_a_list_each_part_there_is_is_put_into_gpt2():
     base = ["--preset", "gpt2", "--n_layer", "3"]
     changes = ablate.default_changes(base)
-    assert [*changes] == ["mlp_swiglu", "mlp_relu2", "norm_rmsnorm", "pos_rope", "emb_norm", "qk_norm", "no-bias",
-                          "no-tie_embeddings", "dropout_0.1", "token_shift", "value_residual", "residual_scalars",
-                          "softcap_15.0", "init_xavier", "init_kaiming", "init_zero_proj", "optimizer_muon",
-                          "schedule_wsd", "schedule_linear"]
+    assert [*changes] == [
+        "mlp_swiglu", "mlp_relu2", "norm_rmsnorm", "pos_rope", "emb_norm", "qk_norm", "no-bias",
+        "no-tie_embeddings", "dropout_0.1", "token_shift", "value_residual", "residual_scalars",
+        "softcap_15.0", "init_xavier", "init_kaiming", "init_zero_proj", "optimizer_muon",
+        "schedule_wsd", "schedule_linear"
+    ]
     whole = set_by(base)
     for words in changes.values():
         assert len(set_by([*base, *words]).items() - whole.items()) == 1
 
 
-@pytest.mark.parametrize("text, base, told", [
-    ("--no-bias\nx: --mlp gelo", "", "x: --mlp: invalid choice: 'gelo'"),
-    ("--n_head 5", "", "n_head_5: --n_embd 32 must be a multiple of --n_head 5"),
-    ("--seed 3", "", "seed_3: leave --seed out and give --seeds"),
-    ("--no-bias", "--run_name mine", "base: leave --run_name out"),
-    ("--no-bias", "--eval_every 0", "base: --eval_every 0 would measure no loss"),
-    ("--no-bias", "--minutes 1", "base: --max_steps and --minutes each set the length"),
-    ("--total_batch_size 250", "", "total_batch_size_250: --total_batch_size 250 must be a multiple of"),
-    ("--val_tokens 99", "", "val_tokens_99: --val_tokens is the base's to set, or losses do not compare"),
-    ("--data missing", "", "data_missing: --data is the base's to set"),
-    ("--max_steps 3", "", "max_steps_3: --max_steps is the base's to set"),
-    ("x:--no-bias", "", "x_--no-bias: unexpected argument x:--no-bias"),
-    ("--help", "", "help: leave --help out"),
-    ("--sample_prompt seed --n_head 5", "", "must be a multiple of --n_head 5"),  # a value, not the flag
-    ("--no-bias", "--resume auto", "base: leave --resume out"),
-    ("--sample_prompt " + 300 * "x", "", "give it a short one, `name: flags`"),
-    ("a: --no-bias\na: --pos rope", "", "'a' is no name of its own"),
-    ("base: --no-bias", "", "'base' is no name of its own"),
-    ("--data 'a b", "", "is not a list of flags (No closing quotation): close its quotes"),
-    ("# nothing\n", "", "holds no change")])
+@pytest.mark.parametrize(
+    "text, base, told",
+    [
+        ("--no-bias\nx: --mlp gelo", "", "x: --mlp: invalid choice: 'gelo'"),
+        ("--n_head 5", "", "n_head_5: --n_embd 32 must be a multiple of --n_head 5"),
+        ("--seed 3", "", "seed_3: leave --seed out and give --seeds"),
+        ("--no-bias", "--run_name mine", "base: leave --run_name out"),
+        ("--no-bias", "--eval_every 0", "base: --eval_every 0 would measure no loss"),
+        ("--no-bias", "--minutes 1", "base: --max_steps and --minutes each set the length"),
+        ("--total_batch_size 250", "",
+         "total_batch_size_250: --total_batch_size 250 must be a multiple of"),
+        ("--val_tokens 99", "",
+         "val_tokens_99: --val_tokens is the base's to set, or losses do not compare"),
+        ("--data missing", "", "data_missing: --data is the base's to set"),
+        ("--max_steps 3", "", "max_steps_3: --max_steps is the base's to set"),
+        ("x:--no-bias", "", "x_--no-bias: unexpected argument x:--no-bias"),
+        ("--help", "", "help: leave --help out"),
+        ("--sample_prompt seed --n_head 5", "",
+         "must be a multiple of --n_head 5"),  # a value, not the flag
+        ("--no-bias", "--resume auto", "base: leave --resume out"),
+        ("--sample_prompt " + 300 * "x", "", "give it a short one, `name: flags`"),
+        ("a: --no-bias\na: --pos rope", "", "'a' is no name of its own"),
+        ("base: --no-bias", "", "'base' is no name of its own"),
+        ("--data 'a b", "", "is not a list of flags (No closing quotation): close its quotes"),
+        ("# nothing\n", "", "holds no change")
+    ])
 def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, told):
     (tmp_path / "changes.txt").write_text(text)
     ours = ["--changes", str(tmp_path / "changes.txt"), "--out", str(tmp_path / "out"), "--"]
@@ -121,10 +149,12 @@ def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("base, words, told", [
-    ("--preset modern --max_steps 3", "--preset tiny", "--val_tokens is the base's to set"),
-    ("--preset gpt2 --epochs 1", "--preset modern --epochs 2", "--epochs is the base's to set"),
-    ("--preset tiny --tokens_per_param 1", "--pos learned", "--tokens_per_param would give changes lengths of their own")])
+@pytest.mark.parametrize(
+    "base, words, told",
+    [("--preset modern --max_steps 3", "--preset tiny", "--val_tokens is the base's to set"),
+     ("--preset gpt2 --epochs 1", "--preset modern --epochs 2", "--epochs is the base's to set"),
+     ("--preset tiny --tokens_per_param 1", "--pos learned",
+      "--tokens_per_param would give changes lengths of their own")])
 def test_what_a_preset_brings_must_compare_too(data, base, words, told):
     with pytest.raises(BadInput, match=re.escape(told)):
         ablate.check_flags([*base.split(), "--data", str(data)], words.split())
@@ -134,42 +164,62 @@ def test_a_run_that_is_not_its_own_is_left_alone(data, tmp_path):
     folder = train(data, tmp_path / "base_seed1", "--max_steps", "6")
     before = contents(folder)
     with pytest.raises(BadInput, match="base_seed1 was not begun by ablate.py: give another --out"):
-        ablate.main(["--out", str(tmp_path), "--seeds", "1", "--", *TINY_FLAGS, "--data", str(data), "--pos", "rope"])
+        ablate.main([
+            "--out",
+            str(tmp_path), "--seeds", "1", "--", *TINY_FLAGS, "--data",
+            str(data), "--pos", "rope"
+        ])
     assert contents(folder) == before
     (tmp_path / "out" / "ablation.md").mkdir(parents=True)
     with pytest.raises(BadInput, match="ablation.md is a folder: name another --out"):
-        ablate.main(["--out", str(tmp_path / "out"), "--", *TINY_FLAGS, "--data", str(data), "--pos", "rope"])
+        ablate.main([
+            "--out",
+            str(tmp_path / "out"), "--", *TINY_FLAGS, "--data",
+            str(data), "--pos", "rope"
+        ])
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(launch, data, tmp_path):
-    (tmp_path / "changes.txt").write_text("lost: --hellaswag_every 1 --hellaswag_file missing\n--no-bias")
-    result = launch("ablate.py", "--changes", "changes.txt", "--out", "out", "--seeds", "1", "--", *TINY_FLAGS, "--data", data)
+    (tmp_path
+     / "changes.txt").write_text("lost: --hellaswag_every 1 --hellaswag_file missing\n--no-bias")
+    result = launch("ablate.py", "--changes", "changes.txt", "--out", "out", "--seeds", "1", "--",
+                    *TINY_FLAGS, "--data", data)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "1 of 3 runs did not come to their end, lost_seed1 as it says: train_gpt2.py: error: " in result.stderr
-    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"] and "One seed proves little" in result.stdout
+    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"
+                                         ] and "One seed proves little" in result.stdout
 
 
 def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_path):
     (tmp_path / "changes.txt").write_text("--no-bias")
     flags = [*TINY_FLAGS, *LONG, "--eval_every", "1000000", "--data", str(data)]
-    words = ["--changes", str(tmp_path / "changes.txt"), "--out", str(tmp_path / "out"), "--seeds", "7", "--", *flags]
-    with subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    words = [
+        "--changes",
+        str(tmp_path / "changes.txt"), "--out",
+        str(tmp_path / "out"), "--seeds", "7", "--", *flags
+    ]
+    with subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], stderr=subprocess.PIPE,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         wait_for(lambda: logged(tmp_path / "out" / "base_seed7") > 40, process)
         process.send_signal(signal.SIGTERM)
         assert "stopped: the same command goes on" in process.stderr.read()
         assert process.wait(60) == 130
     assert not (tmp_path / "out" / "no-bias_seed7").exists()
-    stopped = max(step for step, kind in read_log(tmp_path / "out" / "base_seed7") if kind == "train")
+    stopped = max(step for step, kind in read_log(tmp_path / "out" / "base_seed7")
+                  if kind == "train")
     assert 30 < stopped < 249
     with pytest.raises(BadInput, match="base_seed7 is a run of other flags"):
         ablate.main([*words, "--max_lr", "1e-3"])
     assert launch("ablate.py", *words).returncode == 0
-    assert launch("train_gpt2.py", *flags, "--seed", 7, "--log_dir", tmp_path, "--run_name", "whole").returncode == 0
+    assert launch("train_gpt2.py", *flags, "--seed", 7, "--log_dir", tmp_path, "--run_name",
+                  "whole").returncode == 0
     whole = read_log(tmp_path / "whole")
     assert rows(tmp_path / "out")["base"][1] == f"7: {whole[250, 'val']:.4f}"
-    assert {key: loss for key, loss in read_log(tmp_path / "out" / "base_seed7").items() if key[1] == "train"} == {
-        key: loss for key, loss in whole.items() if key[1] == "train"}
+    assert {
+        key: loss
+        for key, loss in read_log(tmp_path / "out" / "base_seed7").items()
+        if key[1] == "train"
+    } == {key: loss for key, loss in whole.items() if key[1] == "train"}
 
 
 def test_one_run_at_a_time_on_every_gpu_that_may_be_used(monkeypatch):

@@ -15,7 +15,8 @@ from lib.decoding import generate as generate_ids
 def checkpoint(tokenizer, tmp_path):
     """(path, model) of an untrained model."""
     path = tmp_path / "ckpt_00001.pt"
-    return path, tiny_checkpoint(path, tokenizer, mlp="swiglu", pos="rope", norm="rmsnorm", bias=False)
+    return path, tiny_checkpoint(path, tokenizer, mlp="swiglu", pos="rope", norm="rmsnorm",
+                                 bias=False)
 
 
 def test_it_prints_what_sample_returns(launch, checkpoint, tokenizer):
@@ -23,12 +24,17 @@ def test_it_prints_what_sample_returns(launch, checkpoint, tokenizer):
     settings = dict(samples=2, max_new_tokens=40, temperature=0.8, top_k=20, top_p=0.9, seed=7)
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     prompts = ["the cat", "a dog, and more of it"]
-    result = launch("generate.py", "--checkpoint", path, "--prompt", *prompts, *flags, "--device", "cpu")
-    assert result.returncode == 0 and result.stderr.count("alone\n") == result.stderr.count("\n") == 2
-    texts = sample(model, tokenizer, prompts, SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
+    result = launch("generate.py", "--checkpoint", path, "--prompt", *prompts, *flags, "--device",
+                    "cpu")
+    assert result.returncode == 0 and result.stderr.count("alone\n") == result.stderr.count(
+        "\n") == 2
+    texts = sample(model, tokenizer, prompts,
+                   SampleConfig(**settings))  # the prompt and 40 tokens: beyond block_size
     written = "".join(f"{text}\n---\n" for text in texts)
-    assert result.stdout == written.replace("\r\n", "\n").replace("\r", "\n")  # what reading as text makes of carriage returns
-    assert len(set(texts)) == 4 and [text.startswith("the cat") for text in texts] == [True, True, False, False]
+    assert result.stdout == written.replace("\r\n", "\n").replace(
+        "\r", "\n")  # what reading as text makes of carriage returns
+    assert len(set(texts)) == 4 and [text.startswith("the cat")
+                                     for text in texts] == [True, True, False, False]
 
 
 def test_defaults_temperature_0_stop_and_an_empty_prompt(checkpoint, capsys):
@@ -48,7 +54,11 @@ def test_defaults_temperature_0_stop_and_an_empty_prompt(checkpoint, capsys):
 def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
     path, _ = checkpoint
     (tmp_path / "long.txt").write_text("the cat sat on the mat. " * 20 + "\n")
-    flags = ["--checkpoint", str(path), "--prompt_file", str(tmp_path / "long.txt"), "--samples", "1", "--max_new_tokens", "3"]
+    flags = [
+        "--checkpoint",
+        str(path), "--prompt_file",
+        str(tmp_path / "long.txt"), "--samples", "1", "--max_new_tokens", "3"
+    ]
     generate.main(flags)
     out, err = capsys.readouterr()
     assert out.startswith("the cat sat on the mat. " * 20)
@@ -59,14 +69,17 @@ def test_a_prompt_longer_than_the_context(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("written", [b"the cat\n", b"the cat\r\n", b"\xef\xbb\xbfthe cat", b"the cat"])
+@pytest.mark.parametrize("written",
+                         [b"the cat\n", b"the cat\r\n", b"\xef\xbb\xbfthe cat", b"the cat"])
 def test_a_prompt_file_is_the_text_that_an_editor_shows(written, tmp_path):
     (tmp_path / "p.txt").write_bytes(written)
-    assert generate.read_prompts(generate.Config(prompt_file=str(tmp_path / "p.txt")), set()) == ("the cat",)
+    assert generate.read_prompts(generate.Config(prompt_file=str(tmp_path / "p.txt")),
+                                 set()) == ("the cat",)
 
 
 @pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 40])
-def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, tokenizer, monkeypatch, capsys):
+def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, tokenizer, monkeypatch,
+                                                            capsys):
     """follows: how many tokens the model saw before each new one, of a window of 32."""
     follows, fill, step = [], Decoder.fill, Decoder.step
     monkeypatch.setattr(Decoder, "fill", lambda decoder, rows, prompts: (
@@ -78,7 +91,8 @@ def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, token
         follows.clear()
         list(generate_ids(Decoder(model, 1, n + new), [tokenizer.encode(prompt).tolist()], new,
                           lambda logits: logits.argmax(-1)))
-        seen = [count for count in follows if count <= 32]  # one step too many was taken where the window was full
+        seen = [count for count in follows
+                if count <= 32]  # one step too many was taken where the window was full
         assert len(seen) == new
         generate.check_length([prompt], tokenizer, 32, False, new)
         said = capsys.readouterr().err
@@ -90,22 +104,29 @@ def test_what_is_said_of_the_context_is_what_the_model_sees(n, checkpoint, token
 
 def test_out_of_memory_is_one_line(checkpoint):
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (2**39, limits[1]))  # the cache asks for more; a kernel may promise more than it has
+    resource.setrlimit(
+        resource.RLIMIT_AS,
+        (2**39, limits[1]))  # the cache asks for more; a kernel may promise more than it has
     try:
-        with pytest.raises(BadInput, match="out of memory: lower --samples, --max_new_tokens or --context"):
-            generate.main(["--checkpoint", str(checkpoint[0]), "--context", str(2**20), "--samples", "4096",
-                           "--max_new_tokens", "1000000", "--device", "cpu"])
+        with pytest.raises(BadInput,
+                           match="out of memory: lower --samples, --max_new_tokens or --context"):
+            generate.main([
+                "--checkpoint",
+                str(checkpoint[0]), "--context",
+                str(2**20), "--samples", "4096", "--max_new_tokens", "1000000", "--device", "cpu"
+            ])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("flags, says", [([], "name either --checkpoint or --model"),
-                                         (["--checkpoint", "ckpt_00001.pt", "--model", "gpt2"], "name either"),
-                                         (["--checkpoint", "empty"], "holds neither a ckpt_<step>.pt nor"),
-                                         (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
-                                         (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
-                                         (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"],
-                                          "leave out one of them")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [([], "name either --checkpoint or --model"),
+     (["--checkpoint", "ckpt_00001.pt", "--model", "gpt2"], "name either"),
+     (["--checkpoint", "empty"], "holds neither a ckpt_<step>.pt nor"),
+     (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
+     (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
+     (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"], "leave out one of them")])
 def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -117,4 +138,5 @@ def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
 def test_bad_input_of_a_real_process_is_one_line(launch):
     result = launch("generate.py", "--checkpoint", "nowhere.pt")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("generate.py: error: ") and "nowhere.pt" in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        "generate.py: error: ") and "nowhere.pt" in result.stderr and result.stderr.count("\n") == 1

@@ -1,4 +1,5 @@
-"""benchmarks/throughput.py, launched at a tiny size. Run: python -m pytest tests/test_throughput.py"""
+"""benchmarks/throughput.py, launched at a tiny size. Run: python -m pytest tests/test_throughput.py
+"""
 
 import ast
 import os
@@ -18,27 +19,39 @@ FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
 
 def test_rows_are_timed_and_compared(launch):
     rows = [TINY, f"{TINY} --mlp swiglu", f"{TINY} --total_batch_size 128"]
-    result = launch("benchmarks/throughput.py", *(word for row in rows for word in ("--row", row)), "--rounds", 1, *FLAGS)
+    result = launch("benchmarks/throughput.py", *(word for row in rows for word in ("--row", row)),
+                    "--rounds", 1, *FLAGS)
     assert result.returncode == 0, result.stderr
-    figures = [ast.literal_eval(text) for text in re.findall(r"^--preset .*: (\{.*\})$", result.stderr, re.M)]  # not rounded
+    figures = [
+        ast.literal_eval(text)
+        for text in re.findall(r"^--preset .*: (\{.*\})$", result.stderr, re.M)
+    ]  # not rounded
     first = figures[0]["rate"]
     for found, tokens in zip(figures, (64, 64, 128), strict=True):
-        assert 0 <= found["data"] <= found["ms"] and found["rate"] * found["ms"] / 1e3 == pytest.approx(tokens)
+        assert 0 <= found["data"] <= found[
+            "ms"] and found["rate"] * found["ms"] / 1e3 == pytest.approx(tokens)
     table = [line for line in result.stdout.splitlines() if line.startswith("| `")]
     assert table == [f"| `{row}` | {f['ms']:.1f} ({f['ms']:.1f}) | {f['data']:.2f} | {f['rate']:,.0f} | n/a | "
                      f"{f['rate'] / first:.3f} | n/a | {f['first']:.0f} |" for row, f in zip(rows, figures, strict=True)]
 
 
 def test_a_failing_row_shows_its_error(launch):
-    result = launch("benchmarks/throughput.py", "--row", f"{TINY} --n_embd 17", "--rounds", 1, *FLAGS)
+    result = launch("benchmarks/throughput.py", "--row", f"{TINY} --n_embd 17", "--rounds", 1,
+                    *FLAGS)
     assert result.returncode == 1 and "--n_embd 17 must be a multiple of --n_head 2" in result.stderr
 
 
 def test_profile_names_the_kernels(launch):
-    result = launch("benchmarks/throughput.py", "--row", TINY, "--profile", "--kernels", 1000, *FLAGS)
+    result = launch("benchmarks/throughput.py", "--row", TINY, "--profile", "--kernels", 1000,
+                    *FLAGS)
     assert result.returncode == 0, result.stderr
-    calls = {group: int(n) for group, n in re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| (\d+) \|$", result.stdout, re.M)}
-    assert min(calls[group] for group in ("matmul", "attention", "loss", "optimizer")) > 0  # times may round to 0.0 ms
+    calls = {
+        group: int(n)
+        for group, n in re.findall(r"^\| ([a-z ]+) \| [\d.]+ \| (\d+) \|$", result.stdout, re.M)
+    }
+    assert min(
+        calls[group]
+        for group in ("matmul", "attention", "loss", "optimizer")) > 0  # times may round to 0.0 ms
     assert re.search(r"ms +\d+ x aten::addmm", result.stdout)
 
 
@@ -50,8 +63,10 @@ def test_nothing_trains_on_when_it_is_ended(tmp_path):
         return [path for path in folders if os.path.realpath(path).startswith(f"{tmp_path}/")]
 
     flags = [*map(str, FLAGS[:-1]), "100000"]
-    with subprocess.Popen([sys.executable, ROOT / "benchmarks/throughput.py", "--row", TINY, *flags], cwd=tmp_path, text=True,
-                          env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, ROOT / "benchmarks/throughput.py", "--row", TINY, *flags], cwd=tmp_path,
+            text=True, env=os.environ | {"TMPDIR": str(tmp_path)},
+            stderr=subprocess.PIPE) as process:
         while not training():
             time.sleep(0.1)
             assert process.poll() is None

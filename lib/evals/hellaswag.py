@@ -41,11 +41,13 @@ def check_item(item):
     def texts(values):
         return all(isinstance(value, str) and value for value in values)
 
-    whole = isinstance(item, dict) and texts([item.get("ctx")]) and isinstance(item.get("endings"), list)
+    whole = isinstance(item, dict) and texts([item.get("ctx")]) and isinstance(
+        item.get("endings"), list)
     if not (whole and len(item["endings"]) == 4 and texts(item["endings"])
             and type(item.get("label")) is int and 0 <= item["label"] < 4):
         raise ValueError("not a HellaSwag item with ctx, four endings and a label from 0 to 3")
-    if not all(isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
+    if not all(
+            isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
         raise ValueError("not a HellaSwag item: activity_label, ctx_a and ctx_b must be text")
     return item
 
@@ -83,8 +85,9 @@ def render(items, tokenizer, style="completion"):
     """Items -> list of (label, four rows of (context ids, ending ids, characters of the ending)).
 
     style "completion" is build-nanogpt's: the context, a space, the ending, each encoded by itself.
-    style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness, tasks/hellaswag);
-    items need an activity_label for it. Nothing is cut here: scoring.score cuts long rows as the harness does.
+    style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness,
+    tasks/hellaswag); items need an activity_label for it. Nothing is cut here: scoring.score cuts
+    long rows as the harness does.
     """
     def encode(text):
         return tokenizer.encode(text).tolist()
@@ -93,9 +96,13 @@ def render(items, tokenizer, style="completion"):
     for item in items:
         context, endings = item["ctx"], item["endings"]
         if style == "lm_eval":
-            ctx_a, ctx_b = (item["ctx_a"], item["ctx_b"]) if "ctx_a" in item and "ctx_b" in item else split_context(context)
+            ctx_a, ctx_b = (
+                item["ctx_a"],
+                item["ctx_b"]) if "ctx_a" in item and "ctx_b" in item else split_context(context)
             context = f"{ctx_a} {ctx_b.capitalize()}"
-            context, endings = clean(f"{item['activity_label']}: {context}"), [clean(e) for e in endings]
+            context, endings = clean(f"{item['activity_label']}: {context}"), [
+                clean(e) for e in endings
+            ]
         context, rows = encode(context), []
         for ending in endings:
             rows.append((context, encode(" " + ending), max(len(ending), 1)))
@@ -104,7 +111,8 @@ def render(items, tokenizer, style="completion"):
 
 
 def split_context(ctx):
-    """The ctx of a file without ctx_a and ctx_b -> (ctx_a, ctx_b): what comes before, and the sentence to complete, if any.
+    """The ctx of a file without ctx_a and ctx_b -> (ctx_a, ctx_b): what comes before, and the
+    sentence to complete, if any.
 
     lm-evaluation-harness begins ctx_b with a capital letter; in ctx it begins with a small one.
     """
@@ -115,18 +123,20 @@ def split_context(ctx):
 def clean(text):
     r"""What lm-evaluation-harness does to WikiHow's markup: titles become full stops, brackets go.
 
-    Its re.sub(r"\[.*?\]", "", text) takes quadratic time on brackets that never close. Up to the last closing one of a
-    line, each search ends at a match.
+    Its re.sub(r"\[.*?\]", "", text) takes quadratic time on brackets that never close. Up to the
+    last closing one of a line, each search ends at a match.
     """
     lines = [line.rpartition("]") for line in text.strip().replace(" [title]", ". ").split("\n")]
-    return "\n".join(re.sub(r"\[.*?\]", "", head + close) + tail for head, close, tail in lines).replace("  ", " ")
+    return "\n".join(re.sub(r"\[.*?\]", "", head + close) + tail
+                     for head, close, tail in lines).replace("  ", " ")
 
 
 def evaluate(model, rendered, processes, stopped=lambda: False):
     """How many rendered items a model gets right, shared out over the processes.
 
-    model, stopped: as scoring.score takes them. Returns the counts [items, right by sum, right by mean per token, right by
-    mean per character], on every process those of all items. Raises NonFinite and RankError, as scoring.score does.
+    model, stopped: as scoring.score takes them. Returns the counts [items, right by sum, right by
+    mean per token, right by mean per character], on every process those of all items. Raises
+    NonFinite and RankError, as scoring.score does.
     """
     rows = [row for _, four in rendered for row in four]
     pairs = ((context, ending) for context, ending, _ in rows)
@@ -135,7 +145,10 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
     n_tokens = np.reshape([len(ending) for _, ending, _ in rows], (-1, 4))
     n_chars = np.reshape([characters for _, _, characters in rows], (-1, 4))
     labels = np.array([label for label, _ in rendered])
-    right = [int((scores.argmax(axis=1) == labels).sum()) for scores in (nats, nats / n_tokens, nats / n_chars)]
+    right = [
+        int((scores.argmax(axis=1) == labels).sum())
+        for scores in (nats, nats / n_tokens, nats / n_chars)
+    ]
     return [len(rendered), *right]
 
 

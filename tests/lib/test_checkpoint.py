@@ -1,4 +1,5 @@
-"""One checkpoint file: written whole or not at all, read back or refused. Run: python -m pytest tests/lib/test_checkpoint.py"""
+"""One checkpoint file: written whole or not at all, read back or refused. Run: python -m pytest
+tests/lib/test_checkpoint.py"""
 
 import os
 import pickle
@@ -19,14 +20,18 @@ from lib import checkpoint
 from lib.checkpoint import Torn
 from lib.cli import BadInput
 
-EXAMPLES = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+EXAMPLES = settings(derandomize=True, deadline=None,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(state, bytes) of a small checkpoint."""
     path = tmp_path_factory.mktemp("small") / "ckpt_00001.pt"
-    state = {"step": 1, "model": {"a": torch.arange(12.0), "b": torch.ones(3, 2, dtype=torch.bfloat16)}, "tokenizer": "gpt2"}
+    state = {
+        "step": 1, "model": {"a": torch.arange(12.0), "b": torch.ones(3, 2, dtype=torch.bfloat16)},
+        "tokenizer": "gpt2"
+    }
     checkpoint.write(path, state)
     return state, path.read_bytes()
 
@@ -58,7 +63,10 @@ def test_a_checkpoint_is_read_back_and_loads_under_plain_torch(small, tmp_path):
 def test_a_flipped_bit_is_found_or_harmless(small, tmp_path, choice):
     state, whole = small
     directory = whole.index(b"PK\1\2")  # the archive's own bookkeeping deserves half of the flips
-    position = choice.draw(st.one_of(st.integers(0, len(whole) - 1), st.integers(directory, len(whole) - 1)))
+    position = choice.draw(
+        st.one_of(st.integers(0,
+                              len(whole) - 1), st.integers(directory,
+                                                           len(whole) - 1)))
     flipped = bytearray(whole)
     flipped[position] ^= 1 << choice.draw(st.integers(0, 7))
     refused_or_equal(tmp_path / "ckpt_00001.pt", bytes(flipped), state)
@@ -79,11 +87,15 @@ def test_a_flipped_bit_in_a_tensor_or_its_names_is_found_where_torch_would_not(s
 @given(st.data())
 def test_a_truncated_checkpoint_is_refused(small, tmp_path, choice):
     state, whole = small
-    assert refused_or_equal(tmp_path / "ckpt_00001.pt", whole[:choice.draw(st.integers(0, len(whole) - 1))], state)
+    assert refused_or_equal(tmp_path / "ckpt_00001.pt",
+                            whole[:choice.draw(st.integers(0,
+                                                           len(whole) - 1))], state)
 
 
 @settings(EXAMPLES, max_examples=60)
-@given(st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda b: b"PK\3\4" + b + b"PK\5\6" + bytes(18))))
+@given(
+    st.one_of(st.binary(max_size=300),
+              st.binary(max_size=300).map(lambda b: b"PK\3\4" + b + b"PK\5\6" + bytes(18))))
 @example(b"PK\5\6" + bytes(18))  # an empty zip
 def test_random_bytes_are_refused(tmp_path, content):
     assert refused_or_equal(tmp_path / "ckpt_00001.pt", content, None)
@@ -118,7 +130,8 @@ def test_archives_of_something_else_are_refused(tmp_path):
     torch.save([torch.zeros(2)], path)
     with pytest.raises(Torn, match="TypeError: list"):
         checkpoint.read(path)
-    for odd in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta")):
+    for odd in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to_sparse(),
+                torch.zeros(2, device="meta")):
         torch.save({"model": {"weight": odd}}, path)
         with pytest.raises(Torn, match="a tensor without data, sparse, complex or quantized"):
             checkpoint.read(path)
@@ -126,7 +139,8 @@ def test_archives_of_something_else_are_refused(tmp_path):
 
 def test_zip_bombs_are_refused_unread(tmp_path, monkeypatch):
     """torch.save compresses nothing, so a checkpoint is never larger than its file."""
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: pytest.fail("its content was read"))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip",
+                        lambda archive: pytest.fail("its content was read"))
     path = tmp_path / "ckpt_00001.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**20))
@@ -173,10 +187,13 @@ def test_want_of_memory_is_not_damage(tmp_path):
             "limit = pages * resource.getpagesize() + 120_000_000\n"  # room for the older one
             "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
             "try:\n    print(checkpoint.newest('.', print))\nexcept BadInput as error:\n    print(error)\n")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, check=False,
                             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.fullmatch(r"cannot read ckpt_00002.pt \(.*\): it needs 0.16 GB of memory, free some, .*\n", result.stdout)
+    assert re.fullmatch(
+        r"cannot read ckpt_00002.pt \(.*\): it needs 0.16 GB of memory, free some, .*\n",
+        result.stdout)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,8 +201,8 @@ def test_want_of_memory_is_not_damage(tmp_path):
 
 
 def test_checkpoints_are_found_by_number(tmp_path):
-    for name in ("ckpt_00002.pt", "ckpt_99999.pt", "ckpt_100000.pt", "ckpt_00003.pt.aside", "ckpt_00004.pt.tmp", "ckpt_x.pt",
-                 "a.pt", f"ckpt_{'9' * 200}.pt"):
+    for name in ("ckpt_00002.pt", "ckpt_99999.pt", "ckpt_100000.pt", "ckpt_00003.pt.aside",
+                 "ckpt_00004.pt.tmp", "ckpt_x.pt", "a.pt", f"ckpt_{'9' * 200}.pt"):
         (tmp_path / name).touch()
     assert steps_saved(tmp_path) == [2, 99_999, 100_000]
     assert checkpoint.found(tmp_path)[0] == (100_000, checkpoint.path_of(tmp_path, 100_000))
@@ -208,7 +225,8 @@ def test_newest_skips_what_is_torn(small, tmp_path):
         checkpoint.newest(tmp_path, warnings.append)
 
 
-def test_of_a_run_folder_the_best_checkpoint_is_picked_if_kept_else_the_newest(small, tmp_path, capsys):
+def test_of_a_run_folder_the_best_checkpoint_is_picked_if_kept_else_the_newest(
+        small, tmp_path, capsys):
     state, content = small
     for step, best in ((1, None), (2, [0.5, 1]), (3, [0.25, 2])):
         checkpoint.write(checkpoint.path_of(tmp_path, step), state | {"step": step, "best": best})
@@ -221,7 +239,8 @@ def test_of_a_run_folder_the_best_checkpoint_is_picked_if_kept_else_the_newest(s
     assert checkpoint.pick(tmp_path) == str(checkpoint.path_of(tmp_path, 1))
     assert "skipped: " in capsys.readouterr().err
     path = checkpoint.path_of(tmp_path, 3)
-    assert checkpoint.pick(path) == path and capsys.readouterr().err == ""  # a file is itself, and says nothing
+    assert checkpoint.pick(
+        path) == path and capsys.readouterr().err == ""  # a file is itself, and says nothing
     assert not checkpoint.leads_to(tmp_path / "other", path)
 
 
@@ -235,10 +254,11 @@ def test_a_disk_that_fills_up_for_real(tmp_path):
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
             "try:\n    checkpoint.write('ckpt_00001.pt', {'x': torch.zeros(200_000)})\n"
             "except BadInput as error:\n    print(error)\n")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.fullmatch(r"cannot save ckpt_00001.pt \(\w+Error: .*\): free some disk space.*\n", result.stdout)
+    assert re.fullmatch(r"cannot save ckpt_00001.pt \(\w+Error: .*\): free some disk space.*\n",
+                        result.stdout)
     assert os.listdir(tmp_path) == ["ckpt_00001.pt"]
     assert checkpoint.read(tmp_path / "ckpt_00001.pt")["x"].tolist() == list(range(9))
 
@@ -249,6 +269,8 @@ def test_a_disk_that_is_full_beforehand(tmp_path, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
     checkpoint.write(tmp_path / "ckpt_00002.pt", {"x": torch.zeros(1000)})  # has room
-    with pytest.raises(BadInput, match=r"needs 0.04 GB and \S+ has 0.02 GB free: free some disk space"):
+    with pytest.raises(BadInput,
+                       match=r"needs 0.04 GB and \S+ has 0.02 GB free: free some disk space"):
         checkpoint.write(path, {"x": torch.zeros(10_000_000)})
-    assert path.read_bytes() == before and steps_saved(tmp_path) == [1, 2] and len(os.listdir(tmp_path)) == 2
+    assert path.read_bytes() == before and steps_saved(tmp_path) == [1, 2] and len(
+        os.listdir(tmp_path)) == 2

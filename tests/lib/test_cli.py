@@ -1,4 +1,5 @@
-"""Flags made from dataclasses, their bounds, and errors of one line. Run: python -m pytest tests/lib/test_cli.py"""
+"""Flags made from dataclasses, their bounds, and errors of one line. Run: python -m pytest
+tests/lib/test_cli.py"""
 
 import getpass
 import json
@@ -42,7 +43,9 @@ class Train:
     started: float = 0.0  # neither flag nor checked
 
 
-PRESETS = {"small": {}, "large": {"n_layer": 48, "lr": 0.5, "norm": "layer", "tied": False, "hidden": 9}}
+PRESETS = {
+    "small": {}, "large": {"n_layer": 48, "lr": 0.5, "norm": "layer", "tied": False, "hidden": 9}
+}
 
 
 def read(*argv):
@@ -56,13 +59,16 @@ def read(*argv):
 
 def test_defaults_and_types():
     assert read() == (Model(), Train(), set())
-    model, train, explicit = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--name", "x", "--norm", "layer",
-                                  "--act", "relu", "--no-tied", "--source", "x", "y z", "--sizes", "1e3", "7", "--source", "w")
+    model, train, explicit = read("--n_layer", "3", "--lr=1e-3", "--steps", "5", "--name", "x",
+                                  "--norm", "layer", "--act", "relu", "--no-tied", "--source", "x",
+                                  "y z", "--sizes", "1e3", "7", "--source", "w")
     assert model == Model(n_layer=3, norm="layer", act="relu", tied=False)
     assert train == Train(lr=0.001, steps=5, name="x", source=("x", "y z", "w"), sizes=(1000, 7))
     assert explicit == {"n_layer", "lr", "steps", "name", "norm", "act", "tied", "source", "sizes"}
-    assert (read("--compile")[1].compile, read("--no-compile")[1].compile, read()[1].compile) == (True, False, None)
-    assert [read("--micro_batch", word)[1].micro_batch for word in ("auto", "8", "1e2")] == ["auto", 8, 100]
+    assert (read("--compile")[1].compile, read("--no-compile")[1].compile,
+            read()[1].compile) == (True, False, None)
+    assert [read("--micro_batch", word)[1].micro_batch
+            for word in ("auto", "8", "1e2")] == ["auto", 8, 100]
 
 
 def test_a_tilde_in_front_of_a_path_is_the_home_folder(monkeypatch, tmp_path):
@@ -75,14 +81,17 @@ def test_a_tilde_in_front_of_a_path_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.chdir(tmp_path)
     (config,), _ = parse((Paths,), ["--out=~/a b", "--data", "~/x:3", "y/~", "~", "--prompt=~/x"])
-    assert config == Paths(out="/home/me/a b", data=("/home/me/x:3", "y/~", "/home/me"), prompt="~/x")
-    with pytest.raises(BadInput, match="--out ~nobody.of.that.name/x: there is no such home folder"):
+    assert config == Paths(out="/home/me/a b", data=("/home/me/x:3", "y/~", "/home/me"),
+                           prompt="~/x")
+    with pytest.raises(BadInput,
+                       match="--out ~nobody.of.that.name/x: there is no such home folder"):
         parse((Paths,), ["--out", "~nobody.of.that.name/x"])
     (tmp_path / "~mine").mkdir()
     assert parse((Paths,), ["--out", "~mine"])[0][0].out == "~mine"
 
 
-@pytest.mark.parametrize("text, value", [("1e9", 10**9), ("10_000", 10_000), ("1.5e3", 1500), ("2.0", 2)])
+@pytest.mark.parametrize("text, value", [("1e9", 10**9), ("10_000", 10_000), ("1.5e3", 1500),
+                                         ("2.0", 2)])
 def test_integers_may_be_written_as_people_do(text, value):
     _, train, _ = read("--steps", text)
     assert train.steps == value and type(train.steps) is int
@@ -96,10 +105,13 @@ def test_a_short_form_is_the_same_flag():
 
 def test_presets_are_overridden_by_flags():
     model, train, explicit = read("--preset", "large")
-    assert model == Model(preset="large", n_layer=48, norm="layer", tied=False, hidden=9) and train == Train(lr=0.5)
+    assert model == Model(preset="large", n_layer=48, norm="layer", tied=False,
+                          hidden=9) and train == Train(lr=0.5)
     assert explicit == {"preset"}
-    model, train, _ = read("--n_layer", "4", "--preset=large", "--tied", "--lr", "0.1")  # also back to the default
-    assert model == Model(preset="large", n_layer=4, norm="layer", tied=True, hidden=9) and train.lr == 0.1
+    model, train, _ = read("--n_layer", "4", "--preset=large", "--tied", "--lr",
+                           "0.1")  # also back to the default
+    assert model == Model(preset="large", n_layer=4, norm="layer", tied=True,
+                          hidden=9) and train.lr == 0.1
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -131,16 +143,20 @@ def test_bad_flags(argv, message):
         read(*argv)
 
 
-BAD_VALUES = [("n_layer", 0, "above 0 and at most 1,000"), ("n_layer", 1001, "above 0 and at most 1,000"),
-              ("n_layer", 10**5000, "above 0"), ("lr", 0.0, "above 0"), ("lr", float("nan"), "above 0"),
+BAD_VALUES = [("n_layer", 0, "above 0 and at most 1,000"),
+              ("n_layer", 1001, "above 0 and at most 1,000"), ("n_layer", 10**5000, "above 0"),
+              ("lr", 0.0, "above 0"), ("lr", float("nan"), "above 0"),
               ("lr", float("inf"), "above 0"), ("dropout", 1.0, "at least 0 and below 1"),
-              ("dropout", -1e-9, "at least 0 and below 1"), ("steps", 2**31, "above 0 and below 2,147,483,648"),
-              ("micro_batch", 0, "above 0"), ("micro_batch", 2**63, "above 0 and below 9,223,372,036,854,775,808")]
+              ("dropout", -1e-9, "at least 0 and below 1"),
+              ("steps", 2**31, "above 0 and below 2,147,483,648"), ("micro_batch", 0, "above 0"),
+              ("micro_batch", 2**63, "above 0 and below 9,223,372,036,854,775,808")]
 
 
-@pytest.mark.parametrize("name, value, bounds", BAD_VALUES,
-                         ids=lambda v: str(v)[:20] if not isinstance(v, int) else f"{v:.3e}" if v < 1e9 else "large")
-def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, value, bounds, monkeypatch):
+@pytest.mark.parametrize(
+    "name, value, bounds", BAD_VALUES, ids=lambda v: str(v)[:20]
+    if not isinstance(v, int) else f"{v:.3e}" if v < 1e9 else "large")
+def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, value, bounds,
+                                                                      monkeypatch):
     says = f"^--{name} must be {bounds}[^\n]{{,100}}$"
     if abs(value) < 10**4000 or value != value:
         with pytest.raises(BadInput, match=says):
@@ -153,21 +169,31 @@ def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, valu
 
 
 def test_bounds_hold_inclusively_or_not():
-    for argv in (["--n_layer", "1"], ["--n_layer", "1000"], ["--dropout", "0"], ["--dropout", "0.999"],
-                 ["--steps", "2147483647"]):
+    for argv in (["--n_layer", "1"], ["--n_layer",
+                                      "1000"], ["--dropout",
+                                                "0"], ["--dropout",
+                                                       "0.999"], ["--steps", "2147483647"]):
         read(*argv)
 
 
-@pytest.mark.parametrize("config, says", [
-    (Model(n_layer="3"), "--n_layer must be int, not 3"), (Model(n_layer=True), "--n_layer must be int"),
-    (Model(n_layer=3.0), "--n_layer must be int"), (Model(n_layer=None), "--n_layer must be int"),
-    (Model(norm="batch"), "--norm must be rms or layer, not batch"), (Model(norm=["rms"]), "--norm must be"),
-    (Model(tied=1), "--tied must be bool"), (Model(hidden=0), "^hidden must be at least 1, not 0"),
-    (Train(lr="fast"), "--lr must be float"), (Train(lr=True), "--lr must be float"), (Train(steps={}), "--steps must be int"),
-    (Train(micro_batch="some"), "--micro_batch must be int or auto"), (Train(source=["a"]), "--source must be"),
-    (Train(source=("a", 3)), "--source must be"), (Train(name=7), "--name must be str"),
-    (Train(name="x" * 10**6 + "\ud800"), "--name is not UTF-8 text"), (Model(norm="x" * 10**6), "--norm must be"),
-])
+@pytest.mark.parametrize("config, says",
+                         [(Model(n_layer="3"), "--n_layer must be int, not 3"),
+                          (Model(n_layer=True), "--n_layer must be int"),
+                          (Model(n_layer=3.0), "--n_layer must be int"),
+                          (Model(n_layer=None), "--n_layer must be int"),
+                          (Model(norm="batch"), "--norm must be rms or layer, not batch"),
+                          (Model(norm=["rms"]), "--norm must be"),
+                          (Model(tied=1), "--tied must be bool"),
+                          (Model(hidden=0), "^hidden must be at least 1, not 0"),
+                          (Train(lr="fast"), "--lr must be float"),
+                          (Train(lr=True), "--lr must be float"),
+                          (Train(steps={}), "--steps must be int"),
+                          (Train(micro_batch="some"), "--micro_batch must be int or auto"),
+                          (Train(source=["a"]), "--source must be"),
+                          (Train(source=("a", 3)), "--source must be"),
+                          (Train(name=7), "--name must be str"),
+                          (Train(name="x" * 10**6 + "\ud800"), "--name is not UTF-8 text"),
+                          (Model(norm="x" * 10**6), "--norm must be"), ])
 def test_values_of_another_type_are_refused_in_configurations_from_files(config, says):
     with pytest.raises(BadInput, match=says) as error:
         check(config)
@@ -175,7 +201,8 @@ def test_values_of_another_type_are_refused_in_configurations_from_files(config,
 
 
 def test_configurations_from_files_that_are_fine():
-    for config in (Model(), Train(), Train(lr=1), Train(steps=None, micro_batch=4, name="ü"), Model(act=None, hidden=1)):
+    for config in (Model(), Train(), Train(lr=1), Train(steps=None, micro_batch=4,
+                                                        name="ü"), Model(act=None, hidden=1)):
         check(config)
 
 
@@ -184,30 +211,40 @@ def test_help_shows_bounds_and_the_presets_defaults(capsys):
         read("--preset", "large", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and "--hidden" not in text
-    for part in ("layers; above 0 and at most 1,000 [48]", "100% of the learning rate; above 0 [0.5]", "tie the head [off]",
-                 "files [a]", "rows; above 0 [auto]", "dropout; at least 0 and below 1 [0.0]"):
+    for part in ("layers; above 0 and at most 1,000 [48]",
+                 "100% of the learning rate; above 0 [0.5]", "tie the head [off]", "files [a]",
+                 "rows; above 0 [auto]", "dropout; at least 0 and below 1 [0.0]"):
         assert part in text, text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Any words at all
 
-JUNK = st.one_of(st.sampled_from(["", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0",
-                                  "auto", "None", "large", "huge", "rms", "a b",
-                                  "%s", "%(prog)s", "{}", "@file", "-h5", "\ud800"]),
-                 st.text(max_size=6), st.floats().map(repr), st.integers().map(str))
-NAMES = ["preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "dropout", "steps", "micro_batch", "source", "sizes",
-         "name", "compile", "debug", "help", "no-tied", "no-compile", "n_lay"]
+JUNK = st.one_of(
+    st.sampled_from([
+        "", "-", "--", "---", "=", "--=", "-1", "3", "1e3", "1e999", "nan", "-inf", "0x1", "1_0",
+        "auto", "None", "large", "huge", "rms", "a b", "%s", "%(prog)s", "{}", "@file", "-h5",
+        "\ud800"
+    ]), st.text(max_size=6),
+    st.floats().map(repr),
+    st.integers().map(str))
+NAMES = [
+    "preset", "n_layer", "norm", "act", "tied", "hidden", "lr", "dropout", "steps", "micro_batch",
+    "source", "sizes", "name", "compile", "debug", "help", "no-tied", "no-compile", "n_lay"
+]
 WORD = st.one_of(st.sampled_from([f"--{name}" for name in NAMES]), JUNK,
                  st.builds("--{}={}".format, st.sampled_from(NAMES), JUNK))
-GOOD = st.sampled_from([["--preset", "large"], ["--n_layer", "1e2"], ["--norm=rms"], ["--act", "relu"], ["--tied"],
-                        ["--no-tied"], ["--micro_batch", "auto"], ["--micro_batch", "4"], ["--source", "a", "b"],
-                        ["--sizes", "1", "2.0"], ["--name="], ["--name", "x y"], ["--compile"], ["--debug"]])
-ARGV = st.lists(st.one_of(GOOD, GOOD, GOOD, st.builds(lambda word: [word], WORD)), max_size=5).map(lambda parts: sum(parts, []))
+GOOD = st.sampled_from([["--preset", "large"], ["--n_layer", "1e2"], ["--norm=rms"],
+                        ["--act", "relu"], ["--tied"], ["--no-tied"], ["--micro_batch", "auto"],
+                        ["--micro_batch", "4"], ["--source", "a", "b"], ["--sizes", "1", "2.0"],
+                        ["--name="], ["--name", "x y"], ["--compile"], ["--debug"]])
+ARGV = st.lists(st.one_of(GOOD, GOOD, GOOD, st.builds(lambda word: [word], WORD)),
+                max_size=5).map(lambda parts: sum(parts, []))
 
 
 def fits(argv):
-    """Whether `argv` was read; what came of it then passes `check`, and what was not given has the preset's default."""
+    """Whether `argv` was read; what came of it then passes `check`, and what was not given has the
+    preset's default."""
     try:
         model, train, explicit = read(*argv)
     except BadInput as error:
@@ -218,7 +255,8 @@ def fits(argv):
         return False
     check(model)
     check(train)
-    values, default = vars(model) | vars(train), vars(Model()) | vars(Train()) | PRESETS[model.preset]
+    values, default = vars(model) | vars(train), vars(Model()) | vars(
+        Train()) | PRESETS[model.preset]
     assert explicit == {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in argv
                         if word.startswith("--") and word not in ("--", "--debug")}, argv
     assert all(values[name] == default[name] for name in values.keys() - explicit)
@@ -265,7 +303,8 @@ def test_a_whole_environment_or_none(monkeypatch):
     put(monkeypatch, {"LOCAL_WORLD_SIZE": "2"})  # means nothing alone
     assert launched() is None
     put(monkeypatch, WHOLE)
-    assert launched() == {"rank": 1, "world_size": 4, "local_rank": 1, "local_world_size": 2} and not cli.is_main_process()
+    assert launched() == {"rank": 1, "world_size": 4, "local_rank": 1, "local_world_size": 2
+                          } and not cli.is_main_process()
     put(monkeypatch, WHOLE | {"LOCAL_WORLD_SIZE": None})
     assert launched()["local_world_size"] == 4
 
@@ -290,15 +329,18 @@ def test_copies_that_srun_or_mpirun_start_are_refused_and_the_first_runs(
     assert launched()["world_size"] == 4
 
 
-@pytest.mark.parametrize("values", [
-    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"},
-    {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-    {**WHOLE, "MASTER_PORT": None}, {**WHOLE, "LOCAL_RANK": None},
-    {**WHOLE, "RANK": ""}, {**WHOLE, "RANK": "one"}, {**WHOLE, "RANK": "-1"}, {**WHOLE, "RANK": "4"},
-    {**WHOLE, "WORLD_SIZE": "0"}, {**WHOLE, "WORLD_SIZE": "1e1"}, {**WHOLE, "LOCAL_RANK": "2"},
-    {**WHOLE, "LOCAL_WORLD_SIZE": "8"}, {**WHOLE, "MASTER_PORT": "0"}, {**WHOLE, "MASTER_PORT": "70000"},
-    {**WHOLE, "MASTER_ADDR": ""}, {**WHOLE, "RANK": "\u0661"}, {**WHOLE, "WORLD_SIZE": "9" * 5000},
-], ids=lambda values: ",".join(f"{k}={str(v)[:5]}" for k, v in values.items() if WHOLE.get(k) != v or len(values) < 3))
+@pytest.mark.parametrize(
+    "values",
+    [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "1"
+    }, {**WHOLE, "MASTER_PORT": None}, {**WHOLE, "LOCAL_RANK": None}, {**WHOLE, "RANK": ""},
+     {**WHOLE, "RANK": "one"}, {**WHOLE, "RANK": "-1"}, {**WHOLE, "RANK": "4"},
+     {**WHOLE, "WORLD_SIZE": "0"}, {**WHOLE, "WORLD_SIZE": "1e1"}, {**WHOLE, "LOCAL_RANK": "2"},
+     {**WHOLE, "LOCAL_WORLD_SIZE": "8"}, {**WHOLE, "MASTER_PORT": "0"},
+     {**WHOLE, "MASTER_PORT": "70000"}, {**WHOLE, "MASTER_ADDR": ""}, {**WHOLE, "RANK": "\u0661"},
+     {**WHOLE, "WORLD_SIZE": "9" * 5000}, ],
+    ids=lambda values: ",".join(f"{k}={str(v)[:5]}" for k, v in values.items()
+                                if WHOLE.get(k) != v or len(values) < 3))
 def test_half_or_odd_environments_are_refused_and_do_not_silence_the_process(values, monkeypatch):
     put(monkeypatch, values)
     with pytest.raises(BadInput, match="start with torchrun, which sets them all, or unset them"):
@@ -363,25 +405,32 @@ def script(tmp_path):
 FULL_DISK = "script.py: error: cannot go on (No space left on device): free some disk space\n"
 
 
-@pytest.mark.parametrize("words, env, code, out, err", [
-    ("", {}, 0, "started fine\n", ""),
-    ("--how bad", {}, 2, "started bad\n", "script.py: error: first second third\n"),
-    ("--how bad", {"RANK": "1"}, 2, "started bad\n", "script.py: error: first second third\n"),  # half a launcher
-    ("--how bad", WHOLE, 2, "started bad\n", ""),  # rank 0 says it
-    ("--how rank", WHOLE, 2, "started rank\n", "script.py: error: only here\n"),
-    ("--haw bad", {}, 2, "", "script.py: error: unknown flag --haw: did you mean --how?\n"),
-    ("--how files", {}, 2, "started files\n", "script.py: error: cannot go on (Too many open files): raise `ulimit -n`\n"),
-    ("--how say", {}, 130, "started say\n", "\nhalf is done\n"),
-    ("--how $(printf 'a\\377')", {}, 2, "", "script.py: error: --how is not UTF-8 text: 'a\\udcff'\n"),
-    ("--how ü", {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, 0, "started \\xfc\n", ""),
-    ("--how many | head -n 1", {}, 0, "started many\n", ""),  # a reader that has read enough
-    ("--how fine >&-", {}, 0, "", ""),
-    ("--how bad 2>&-", {}, 2, "started bad\n", ""),
-    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", FULL_DISK),
-    ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", FULL_DISK),
-    ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", FULL_DISK),
-    ("--how bad > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", "script.py: error: first second third\n"),
-], ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "")
+@pytest.mark.parametrize(
+    "words, env, code, out, err",
+    [
+        ("", {}, 0, "started fine\n", ""),
+        ("--how bad", {}, 2, "started bad\n", "script.py: error: first second third\n"),
+        ("--how bad", {"RANK": "1"}, 2, "started bad\n",
+         "script.py: error: first second third\n"),  # half a launcher
+        ("--how bad", WHOLE, 2, "started bad\n", ""),  # rank 0 says it
+        ("--how rank", WHOLE, 2, "started rank\n", "script.py: error: only here\n"),
+        ("--haw bad", {}, 2, "", "script.py: error: unknown flag --haw: did you mean --how?\n"),
+        ("--how files", {}, 2, "started files\n",
+         "script.py: error: cannot go on (Too many open files): raise `ulimit -n`\n"),
+        ("--how say", {}, 130, "started say\n", "\nhalf is done\n"),
+        ("--how $(printf 'a\\377')", {}, 2, "",
+         "script.py: error: --how is not UTF-8 text: 'a\\udcff'\n"),
+        ("--how ü", {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, 0, "started \\xfc\n", ""),
+        ("--how many | head -n 1", {}, 0, "started many\n", ""),  # a reader that has read enough
+        ("--how fine >&-", {}, 0, "", ""),
+        ("--how bad 2>&-", {}, 2, "started bad\n", ""),
+        ("--how fine > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", FULL_DISK),
+        ("--how many > /dev/full", {"PYTHONUNBUFFERED": ""}, 2, "", FULL_DISK),
+        ("--how fine > /dev/full", {"PYTHONUNBUFFERED": "1"}, 2, "", FULL_DISK),
+        ("--how bad > /dev/full", {"PYTHONUNBUFFERED": ""
+                                   }, 2, "", "script.py: error: first second third\n"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "")
 def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, script):
     result = script(words, **env)
     assert (result.returncode, result.stderr) == (code, err) and result.stdout == out
@@ -458,16 +507,19 @@ def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
 
 
 def test_a_user_without_a_name_and_a_home_to_write_to(monkeypatch, tmp_path):
-    """As `docker --user` and OpenShift make them: libraries get a name, and folders for their caches."""
+    """As `docker --user` and OpenShift make them: libraries get a name, and folders for their
+    caches."""
     def nobody(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HF_HOME", "XDG_CACHE_HOME", *cli.HF_CACHES):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HF_HOME", "XDG_CACHE_HOME",
+                 *cli.HF_CACHES):
         monkeypatch.setenv(name, "x")  # so that what is set here is undone
         monkeypatch.delenv(name)
     (tmp_path / "file").touch()
-    for home, is_writable in ((str(tmp_path), True), (f"{tmp_path}/file/home", False), ("~", False)):
+    for home, is_writable in ((str(tmp_path), True), (f"{tmp_path}/file/home", False), ("~",
+                                                                                        False)):
         monkeypatch.setenv("HOME", home)
         if home == "~":
             monkeypatch.delenv("HOME")
@@ -477,7 +529,8 @@ def test_a_user_without_a_name_and_a_home_to_write_to(monkeypatch, tmp_path):
         for name in cli.HF_CACHES:
             assert is_writable or os.path.isabs(os.environ.pop(name))
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
-    (tmp_path / ".cache" / "huggingface" / "hub").mkdir(parents=True)  # what is cached is found, also where it is read-only
+    (tmp_path / ".cache" / "huggingface" / "hub").mkdir(
+        parents=True)  # what is cached is found, also where it is read-only
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     cli.complete_environment()

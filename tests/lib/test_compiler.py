@@ -55,7 +55,8 @@ def test_off_runs_as_plain_pytorch():
 def test_whether_compiling_pays_follows_from_length_and_speed(monkeypatch):
     monkeypatch.setattr(compiler, "peak_flops", lambda device: 1e15)
     seconds = 20 * 1e15 * compiler.MFU_COMPILED  # FLOPs of so long a run
-    assert compiler.worth_compiling(seconds, H200) and not compiler.worth_compiling(seconds / 10, H200)
+    assert compiler.worth_compiling(seconds,
+                                    H200) and not compiler.worth_compiling(seconds / 10, H200)
     assert not compiler.worth_compiling(seconds, torch.device("cpu"))
     monkeypatch.setattr(compiler, "peak_flops", lambda device: None)  # an unknown GPU
     assert compiler.worth_compiling(1.0, H200)
@@ -81,7 +82,9 @@ compile_ahead(Half(), (idx, idx), False, print)
 @pytest.mark.slow
 def test_what_was_compiled_is_kept_and_a_damaged_cache_costs_a_warning(tmp_path):
     def run():
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        env = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)
+        }
         done = subprocess.run([sys.executable, "-c", COMPILE], cwd=tmp_path, env=env, timeout=600,
                               capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -92,11 +95,13 @@ def test_what_was_compiled_is_kept_and_a_damaged_cache_costs_a_warning(tmp_path)
     for library in (tmp_path / "cache").rglob("*.so"):
         library.write_bytes(b"torn")
     damaged = run()
-    assert "warning: compiling failed with what" in damaged and "compiled 1 graphs" in damaged.splitlines()[-1]
+    assert "warning: compiling failed with what" in damaged and "compiled 1 graphs" in damaged.splitlines(
+    )[-1]
 
 
 @pytest.mark.parametrize("given", [None, "mine"])
-def test_the_cache_is_in_the_project_unless_another_is_named_and_a_process_may_end_meanwhile(given, tmp_path):
+def test_the_cache_is_in_the_project_unless_another_is_named_and_a_process_may_end_meanwhile(
+        given, tmp_path):
     code = """
 import os, pathlib, sys
 import train_gpt2  # which imports parts of inductor

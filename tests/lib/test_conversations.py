@@ -16,36 +16,53 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
 FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
 ROWS = [
-    ("messages", {"messages": [{"role": "system", "content": "Be brief."}, *PAIR], "prompt": "x"},
-     [{"role": "system", "content": "Be brief."}, *PAIR]),
-    ("ShareGPT", {"id": 1, "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": TOLD}]}, PAIR),
+    ("messages", {"messages": [{"role": "system", "content": "Be brief."}, *PAIR],
+                  "prompt": "x"}, [{"role": "system", "content": "Be brief."}, *PAIR]),
+    ("ShareGPT", {
+        "id": 1, "conversations": [{"from": "human", "value": ASKED},
+                                   {"from": "gpt", "value": TOLD}]
+    }, PAIR),
     ("ShareGPT", {"conversations": PAIR}, PAIR),  # the newer names under the older key
     ("alpaca", {"instruction": ASKED, "input": "", "output": TOLD, "text": "x"}, PAIR),
     ("alpaca", {"instruction": ASKED, "input": "Not Jerry.", "output": TOLD}, WITH_INPUT),
-    ("dolly", {"instruction": ASKED, "context": "Not Jerry.", "response": TOLD, "category": "qa"}, WITH_INPUT),
+    ("dolly", {"instruction": ASKED, "context": "Not Jerry.", "response": TOLD,
+               "category": "qa"}, WITH_INPUT),
     ("prompt/completion", {"prompt": ASKED, "completion": f" {TOLD}"}, PAIR),
     ("prompt/response", {"prompt": FRAME.format(ASKED), "response": TOLD}, PAIR),
-    ("prompt/response", {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot Jerry."), "response": TOLD}, WITH_INPUT),
+    ("prompt/response",
+     {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot Jerry."), "response": TOLD}, WITH_INPUT),
     ("text", {"text": "Tom is a cat.\n"}, "Tom is a cat.\n"),
     # whichever layout, what is asked about, who asks and what came before count
     ("dolly", {"instruction": ASKED, "input": "Not Jerry.", "response": TOLD}, WITH_INPUT),
-    ("prompt/completion", {"prompt": ASKED, "context": "Not Jerry.", "completion": TOLD}, WITH_INPUT),
-    ("prompt/response", {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot"), "context": "Jerry.", "response": TOLD},
-     [{"role": "user", "content": f"{ASKED}\n\nNot\n\nJerry."}, PAIR[1]]),
-    ("alpaca", {"instruction": ASKED, "output": TOLD, "system": "Be brief.", "history": [["Hi", "Hello."]]},
-     [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, *PAIR]),
-    ("ShareGPT", {"system": "Be brief.", "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": TOLD}]},
-     [SYSTEM, *PAIR]),
+    ("prompt/completion", {"prompt": ASKED, "context": "Not Jerry.",
+                           "completion": TOLD}, WITH_INPUT),
+    ("prompt/response",
+     {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot"), "context": "Jerry.",
+      "response": TOLD}, [{"role": "user", "content": f"{ASKED}\n\nNot\n\nJerry."}, PAIR[1]]),
+    ("alpaca",
+     {"instruction": ASKED, "output": TOLD, "system": "Be brief.", "history": [["Hi", "Hello."]]},
+     [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+      *PAIR]),
+    ("ShareGPT", {
+        "system": "Be brief.", "conversations": [{"from": "human", "value": ASKED},
+                                                 {"from": "gpt", "value": TOLD}]
+    }, [SYSTEM, *PAIR]),
     ("messages", {"messages": [PAIR[0], PAIR[1] | {"weight": 0}, PAIR[0], PAIR[1] | {"weight": 1}]},
      [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
     ("ShareGPT", {"conversations": [*PAIR, PAIR[0], PAIR[1] | {"train": False}]},
      [*PAIR, PAIR[0], PAIR[1] | {"learned": False}]),
     # marks as text, as of a CSV; contents in parts; a system message that a column repeats
-    ("messages", {"messages": [PAIR[0], PAIR[1] | {"weight": "0.0"}, PAIR[0], PAIR[1] | {"train": "True"}]},
-     [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
-    ("messages", {"messages": [{"role": "user", "content": [PART | {"text": "Name a "}, PART | {"text": "cat."}]},
-                               {"role": "assistant", "content": [PART | {"text": TOLD}]}]}, PAIR),
-    ("ShareGPT", {"system": "Be brief.", "system_prompt": "Be brief.", "conversations": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
+    ("messages",
+     {"messages": [PAIR[0], PAIR[1] | {"weight": "0.0"}, PAIR[0],
+                   PAIR[1] | {"train": "True"}]}, [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
+    ("messages", {
+        "messages": [{
+            "role": "user", "content": [PART | {"text": "Name a "}, PART | {"text": "cat."}]
+        }, {"role": "assistant", "content": [PART | {"text": TOLD}]}]
+    }, PAIR),
+    ("ShareGPT",
+     {"system": "Be brief.", "system_prompt": "Be brief.",
+      "conversations": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
 ]
 
 
@@ -57,7 +74,8 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([row, row], indent=1))
     (tmp_path / "marked.json").write_text(json.dumps([row, row]), encoding="utf-8-sig")
     write_lines(tmp_path / "b.jsonl", [row, row])
-    (tmp_path / "marked.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}", encoding="utf-8-sig")
+    (tmp_path / "marked.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}",
+                                           encoding="utf-8-sig")
     write_lines(tmp_path / "lines.json", [row, row])
     pa.parquet.write_table(pa.Table.from_pylist([row, row]), tmp_path / "c.parquet")
     for path in find_paths([str(tmp_path)])[0]:
@@ -67,14 +85,18 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
 
 def test_what_is_not_used_is_named_once_per_file_and_what_is_marked_is_masked(tokenizer, tmp_path):
     call = {"tool_calls": [{"name": "f"}], "weight": 0.5, "name": None}
-    rows = [{"messages": [PAIR[0], PAIR[1] | call], "tools": [{"name": "f"}], "id": 7}, {"messages": PAIR, "id": 8}]
+    rows = [{"messages": [PAIR[0], PAIR[1] | call], "tools": [{"name": "f"}], "id": 7},
+            {"messages": PAIR, "id": 8}]
     _, line = read(str(write_lines(tmp_path / "a.jsonl", rows)))
-    assert line.endswith("(layout messages); not used: a message's tool_calls, a message's weight, id, tools")
-    rows = [{"prompt": ASKED, "completion": TOLD, "train": False}, {"prompt": ASKED, "completion": TOLD, "weight": 1},
+    assert line.endswith(
+        "(layout messages); not used: a message's tool_calls, a message's weight, id, tools")
+    rows = [{"prompt": ASKED, "completion": TOLD,
+             "train": False}, {"prompt": ASKED, "completion": TOLD, "weight": 1},
             {"system": "a", "system_prompt": "b", "prompt": ASKED, "completion": TOLD}]
     examples, line = read(str(write_lines(tmp_path / "b.jsonl", rows)))
     assert examples == [PAIR] and line.endswith(
-        "line 1: every answer is marked as not to be learned; line 3: two system messages") and "not used" not in line
+        "line 1: every answer is marked as not to be learned; line 3: two system messages"
+    ) and "not used" not in line
     ids, learned = render([PAIR[0], PAIR[1] | {"learned": False}, *PAIR], tokenizer)
     once = render(PAIR, tokenizer)
     assert learned == [False] * len(once[0]) + once[1][1:] and ids == once[0] + once[0][1:]
@@ -87,17 +109,23 @@ def test_hidden_files_are_no_data_and_endings_have_no_case(tmp_path):
     paths, lines = find_paths([str(tmp_path)])
     assert paths == [str(tmp_path / "A.JSONL"), str(tmp_path / "b.Json")]
     assert [read(path)[0] for path in paths] == [[PAIR], [PAIR]]
-    assert lines == [f"left out of {tmp_path} (hidden or temporary): ._a.jsonl, .ipynb_checkpoints/a.jsonl",
-                     f"left out of {tmp_path} (.bz2): c.jsonl.bz2"]
+    assert lines == [
+        f"left out of {tmp_path} (hidden or temporary): ._a.jsonl, .ipynb_checkpoints/a.jsonl",
+        f"left out of {tmp_path} (.bz2): c.jsonl.bz2"
+    ]
 
 
 def test_rows_of_json_may_stand_anyhow(tmp_path):
     row = ROWS[6][1] | {"x": 1}
-    line = json.dumps(row).replace("1}", "9" * 5000 + "}")  # more digits than Python makes an integer of
+    line = json.dumps(row).replace("1}",
+                                   "9" * 5000 + "}")  # more digits than Python makes an integer of
     array = json.dumps([row], indent=1)
-    for name, text in {"lines": f"{line}\n\ufeff{line}", "returns": f"{line}\r{line}", "array": f"[{line}, {line}]",
-                       "arrays": f"{array}\n{array}", "blank": f"\n\n{json.dumps([row, row])}",
-                       "objects": f"\ufeff{json.dumps(row, indent=1)}\n{json.dumps(row, indent=4)}"}.items():
+    for name, text in {
+            "lines": f"{line}\n\ufeff{line}", "returns": f"{line}\r{line}",
+            "array": f"[{line}, {line}]", "arrays": f"{array}\n{array}",
+            "blank": f"\n\n{json.dumps([row, row])}",
+            "objects": f"\ufeff{json.dumps(row, indent=1)}\n{json.dumps(row, indent=4)}"
+    }.items():
         for ending in ("json", "jsonl"):
             path = tmp_path / f"{name}.{ending}"
             path.write_bytes(text.encode())
@@ -110,13 +138,19 @@ def test_columns_that_python_cannot_hold_are_not_read(tmp_path):
     import pyarrow.parquet
 
     pair = {"prompt": [ASKED], "completion": [TOLD]}
-    odd = {"when": pa.array([2**62], pa.timestamp("us")), "zone": pa.array([0], pa.timestamp("us", "Nowhere/Land")),
-           "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
-           "bytes": pa.array([b"\xff"]).view(pa.string()), "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))}
+    odd = {
+        "when": pa.array([2**62],
+                         pa.timestamp("us")), "zone": pa.array([0],
+                                                               pa.timestamp("us", "Nowhere/Land")),
+        "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+        "bytes": pa.array([b"\xff"]).view(pa.string()),
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    }
     pa.parquet.write_table(pa.table(pair | odd), tmp_path / "a.parquet")
     examples, line = read(str(tmp_path / "a.parquet"))
     assert examples == [PAIR] and line.endswith("; not used: bytes, map, twice, when, zone")
-    pa.parquet.write_table(pa.table({"prompt": [ASKED], "completion": odd["bytes"]}), tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table({"prompt": [ASKED], "completion": odd["bytes"]}),
+                           tmp_path / "a.parquet")
     with pytest.raises(BadInput, match="cannot read .*utf-8"):
         read(str(tmp_path / "a.parquet"))
 
@@ -128,8 +162,12 @@ def test_a_txt_is_one_text(tmp_path):
 
 
 def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
-    odd = ["not JSON", "[1]", json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "completion": " "}),
-           json.dumps({"prompt": 3, "completion": "x"})]
+    odd = [
+        "not JSON", "[1]",
+        json.dumps({"prompt": "x"}),
+        json.dumps({"prompt": "x", "completion": " "}),
+        json.dumps({"prompt": 3, "completion": "x"})
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([odd[0], json.dumps(ROWS[6][1]), "", *odd[1:]]))
     examples, line = read(str(path))
@@ -143,10 +181,13 @@ def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
 def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"comment": "mine"}, ROWS[6][1], {"x": 1}])
     examples, line = read(str(path))
-    assert examples == [PAIR] and "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
+    assert examples == [
+        PAIR
+    ] and "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
     assert "another layout" not in line
     _, line = read(str(write_lines(tmp_path / "b.jsonl", [ROWS[6][1], {"text": "plain"}])))
-    assert line.endswith("line 2: no completion and prompt; of another layout, it belongs in a file of its own")
+    assert line.endswith(
+        "line 2: no completion and prompt; of another layout, it belongs in a file of its own")
     with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are messages, conversations, .*\): "
                                        "mend it, or leave out --strict$"):
         read(str(path), strict=True)
@@ -189,14 +230,18 @@ def test_what_holds_nothing(content, told, tmp_path):
 
 
 def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
-    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}] * 3
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}
+            ] * 3
     ids, learned = render(chat, tokenizer)
     third, two = len(ids), len(render(chat[:4], tokenizer)[0])
     # a last question is dropped
-    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]], tokenizer, third)
-    assert truncate(chat, tokenizer, third - 1) == truncate(chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
+    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]],
+                                                                                   tokenizer, third)
+    assert truncate(chat, tokenizer, third - 1) == truncate(
+        chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
     first = len(render(chat[:2], tokenizer)[0])
-    assert truncate(chat, tokenizer, first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
+    assert truncate(chat, tokenizer,
+                    first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
     assert truncate(chat, tokenizer, 5) == (None, None, "dropped")
 
 
@@ -205,9 +250,11 @@ def test_what_is_held_out_follows_from_content_and_seed():
     train, val = hold_out(examples, 0.1, 1)
     assert 0.05 < len(val) / 400 < 0.16 and len(train) + len(val) == 400
     assert not any(example in train for example in val)  # equal ones are on one side
-    assert hold_out(examples[::-1], 0.1, 1) == (train[::-1], val[::-1]) and hold_out(examples, 0.1, 2)[1] != val
+    assert hold_out(examples[::-1], 0.1, 1) == (train[::-1], val[::-1]) and hold_out(
+        examples, 0.1, 2)[1] != val
     few = [examples[0], PAIR]
-    assert [len(part) for part in hold_out(few, 0.01, 1)] == [1, 1] and hold_out(few, 0.0, 1) == (few, [])
+    assert [len(part)
+            for part in hold_out(few, 0.01, 1)] == [1, 1] and hold_out(few, 0.0, 1) == (few, [])
     with pytest.raises(BadInput, match="--val_share 0"):
         hold_out([PAIR, PAIR], 0.1, 1)
     with pytest.raises(BadInput, match="--val_share 0.9999 of 30 rows"):

@@ -1,4 +1,5 @@
-"""cross_entropy.py against torch's own logits and cross-entropy: python -m pytest tests/lib/test_cross_entropy.py"""
+"""cross_entropy.py against torch's own logits and cross-entropy: python -m pytest
+tests/lib/test_cross_entropy.py"""
 
 import math
 
@@ -29,9 +30,11 @@ def straight(x, weight, targets):
 
 
 def problem(n=23, vocab=31, width=12, scale=1.0):
-    """x (n, width), weight (vocab, width), targets (n,): logits of a standard deviation of about 2 x scale."""
+    """x (n, width), weight (vocab, width), targets (n,): logits of a standard deviation of about 2
+    x scale."""
     torch.manual_seed(0)
-    return torch.randn(n, width) * scale, torch.randn(vocab, width) * 0.6, torch.randint(vocab, (n,))
+    return torch.randn(n, width) * scale, torch.randn(vocab, width) * 0.6, torch.randint(
+        vocab, (n,))
 
 
 def with_gradients(loss_of, x, weight, targets):
@@ -43,14 +46,17 @@ def with_gradients(loss_of, x, weight, targets):
 
 
 def close(have, want, rtol=1e-5):
-    """Each tensor by its own largest value: a single small element may be the rest of two large ones."""
+    """Each tensor by its own largest value: a single small element may be the rest of two large
+    ones."""
     for a, b in zip(have, want, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
 
 
 @pytest.fixture
 def chunk(monkeypatch):
-    return lambda n: [monkeypatch.setattr(cross_entropy, name, n) for name in ("CHUNK", "CPU_CHUNK")]
+    return lambda n: [
+        monkeypatch.setattr(cross_entropy, name, n) for name in ("CHUNK", "CPU_CHUNK")
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,12 +72,14 @@ def test_capped_logits_against_autograd(cap, size, chunk):
 
     def plainly(x, weight, targets):
         z = x @ weight.T
-        return F.cross_entropy(cap * z / (z.square() + cap**2).sqrt(), targets, ignore_index=-1, reduction="sum")
+        return F.cross_entropy(cap * z / (z.square() + cap**2).sqrt(), targets, ignore_index=-1,
+                               reduction="sum")
 
     close(with_gradients(lambda *args: linear_cross_entropy(*args, cap), x, weight, targets),
           with_gradients(plainly, x, weight, targets))
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, cap), plainly(x, weight, targets))
+        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, cap),
+                                   plainly(x, weight, targets))
 
 
 @pytest.mark.parametrize("ignored", [0, 1, 12, 22])
@@ -81,13 +89,14 @@ def test_loss_and_gradients_against_torch(size, ignored, chunk):
     x, weight, targets = problem()
     targets[torch.randperm(23)[:ignored]] = -1
     for share in (1.0, 1 / 8, -3.0):  # accumulation divides the loss
-        have, want = (with_gradients(lambda *args, f=f, share=share: f(*args) * share, x, weight, targets)
-                      for f in (linear_cross_entropy, plain))
+        have, want = (with_gradients(lambda *args, f=f, share=share: f(*args) * share, x, weight,
+                                     targets) for f in (linear_cross_entropy, plain))
         assert [g.dtype for g in have] == [torch.float32] * 3 and have[0].shape == ()
         close(have, want)
     assert not have[1][targets < 0].any()
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(x, weight, targets), plain(x, weight, targets), rtol=1e-6, atol=0)
+        torch.testing.assert_close(linear_cross_entropy(x, weight, targets),
+                                   plain(x, weight, targets), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n, vocab, width", [(1, 1, 1), (1, 9, 4), (9, 1, 4), (9, 5, 1), (2, 2, 2)])
@@ -103,7 +112,9 @@ def test_without_a_target_loss_and_gradients_are_zero(size, chunk):
     chunk(size)
     x, weight, targets = problem()
     targets.fill_(-1)
-    assert [g.count_nonzero().item() for g in with_gradients(linear_cross_entropy, x, weight, targets)] == [0, 0, 0]
+    assert [
+        g.count_nonzero().item() for g in with_gradients(linear_cross_entropy, x, weight, targets)
+    ] == [0, 0, 0]
     with torch.no_grad():
         assert linear_cross_entropy(x, weight, targets) == 0
 
@@ -122,7 +133,8 @@ def test_gradients_add_up_where_x_or_weight_is_used_elsewhere_too(chunk):
     chunk(7)
 
     def tied(loss_of):
-        return lambda x, weight, targets: loss_of(x * 2 + weight[targets].tanh(), weight, targets) + x.square().mean()
+        return lambda x, weight, targets: loss_of(x * 2 + weight[targets].tanh(), weight, targets
+                                                  ) + x.square().mean()
 
     args = problem()
     close(with_gradients(tied(linear_cross_entropy), *args), with_gradients(tied(plain), *args))
@@ -161,8 +173,10 @@ def test_logits_far_below_the_targets_leave_nothing_to_learn(chunk):
     chunk(5)
     _, weight, targets = problem()
     weight = F.normalize(weight)
-    loss, dx, dweight = with_gradients(linear_cross_entropy, weight[targets] * 1000, weight, targets)
-    assert loss == pytest.approx(0, abs=1e-6) and dx.abs().max() < 1e-6 and dweight.abs().max() < 1e-6
+    loss, dx, dweight = with_gradients(linear_cross_entropy, weight[targets] * 1000, weight,
+                                       targets)
+    assert loss == pytest.approx(0,
+                                 abs=1e-6) and dx.abs().max() < 1e-6 and dweight.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -170,7 +184,8 @@ def test_logits_far_below_the_targets_leave_nothing_to_learn(chunk):
 def test_what_is_not_finite_shows_in_the_loss_or_the_gradients(where, value):
     x, weight, targets = problem()
     (x if where == "x" else weight)[3, 4] = value
-    assert not all(g.isfinite().all() for g in with_gradients(linear_cross_entropy, x, weight, targets))
+    assert not all(g.isfinite().all()
+                   for g in with_gradients(linear_cross_entropy, x, weight, targets))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +204,8 @@ def test_under_autocast_gradients_are_about_as_good_as_torchs(chunks, chunk):
         return loss
 
     exact = with_gradients(plain, x, weight, targets)
-    ours, torchs = (with_gradients(low(f), x, weight, targets) for f in (linear_cross_entropy, plain))
+    ours, torchs = (with_gradients(low(f), x, weight, targets)
+                    for f in (linear_cross_entropy, plain))
     assert [g.dtype for g in ours] == [torch.float32] * 3
     assert ours[0].item() == pytest.approx(torchs[0].item(), rel=1e-4)
     for a, b, want in zip(ours[1:], torchs[1:], exact[1:]):
@@ -213,7 +229,8 @@ def test_compiled_is_as_eager_and_one_graph_serves_all_chunks(backend, cap, chun
     assert not evaluated.requires_grad and counters["stats"]["unique_graphs"] == graphs + 2
 
 
-@pytest.mark.parametrize("n, sizes", [(24, [6] * 4), (25, [5] * 5), (7, [4, 3]), (23, [6, 6, 6, 5]), (5, [5])])
+@pytest.mark.parametrize("n, sizes", [(24, [6] * 4), (25, [5] * 5), (7, [4, 3]), (23, [6, 6, 6, 5]),
+                                      (5, [5])])
 def test_chunks_have_one_size_where_there_is_one(n, sizes, chunk):
     chunk(6)
     x, weight, _ = problem(n)
@@ -229,7 +246,9 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        self.seen += [t.numel() for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+        self.seen += [
+            t.numel() for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)
+        ]
         return made
 
 

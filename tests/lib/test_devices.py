@@ -1,4 +1,5 @@
-"""Devices that are pretended, processes that are not there, and two that are: python -m pytest tests/lib/test_devices.py"""
+"""Devices that are pretended, processes that are not there, and two that are: python -m pytest
+tests/lib/test_devices.py"""
 
 from types import SimpleNamespace
 
@@ -37,25 +38,41 @@ def pretend(monkeypatch, name="NVIDIA H100 80GB HBM3", capability=(8, 0), count=
 # Devices
 
 
-@pytest.mark.parametrize("gpu, want", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
-    ("NVIDIA A10G", 70e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
-    ("NVIDIA RTX A6000", 155e12), ("NVIDIA GH200 480GB", 989e12),
-    # not in the table: cousins of cards that are, and names that merely begin alike
-    ("NVIDIA GeForce GTX 1080", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
-    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA RTX A4000", None), ("NVIDIA GB200", None)])
+@pytest.mark.parametrize(
+    "gpu, want",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA RTX A6000", 155e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        # not in the table: cousins of cards that are, and names that merely begin alike
+        ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GB200", None)
+    ])
 def test_peak_flops(gpu, want, monkeypatch):
     pretend(monkeypatch, gpu)
     assert devices.peak_flops(torch.device("cuda")) == want
     assert devices.peak_flops(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("capability, want", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((10, 0), torch.bfloat16)])
+@pytest.mark.parametrize("capability, want", [((7, 5), torch.float32), ((8, 0), torch.bfloat16),
+                                              ((10, 0), torch.bfloat16)])
 def test_compute_dtype_is_what_the_hardware_has(capability, want, monkeypatch):
     pretend(monkeypatch, capability=capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # says yes to emulation, too
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda *_: True)  # says yes to emulation, too
     assert devices.compute_dtype(torch.device("cuda")) == want
-    assert (devices.peak_flops(torch.device("cuda")) is None) == (want == torch.float32)  # the table is of bf16
+    assert (devices.peak_flops(torch.device("cuda"))
+            is None) == (want == torch.float32)  # the table is of bf16
     for other in ("cpu", "mps"):
         assert devices.compute_dtype(torch.device(other)) == torch.float32
     with devices.autocast(torch.device("cpu")):
@@ -65,8 +82,8 @@ def test_compute_dtype_is_what_the_hardware_has(capability, want, monkeypatch):
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
 def test_cast_is_to_the_dtype_of_autocast(backend):
     torch._dynamo.reset()
-    cast = (torch.compile(lambda x: devices.cast(x) + 0, backend=backend, fullgraph=True, dynamic=False) if backend
-            else devices.cast)
+    cast = (torch.compile(lambda x: devices.cast(x) + 0, backend=backend, fullgraph=True,
+                          dynamic=False) if backend else devices.cast)
     x = torch.randn(3, 4)
     for _ in range(2):
         assert torch.equal(cast(x), x) and cast(x).dtype == torch.float32
@@ -93,7 +110,10 @@ def test_auto_is_cuda_then_mps_then_cpu(monkeypatch):
             if there:
                 assert devices.pick_device(name).type == name
             else:
-                with pytest.raises(BadInput, match=f"--device {name}: torch .* sees no such device here; use --device cpu"):
+                with pytest.raises(
+                        BadInput,
+                        match=f"--device {name}: torch .* sees no such device here; use --device cpu"
+                ):
                     devices.pick_device(name)
 
 
@@ -103,9 +123,11 @@ def test_auto_is_cuda_then_mps_then_cpu(monkeypatch):
 
 def test_one_process_alone(env):
     with devices.Processes("cpu") as processes:
-        assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (0, 1, True, False)
+        assert (processes.rank, processes.world_size, processes.main,
+                processes.distributed) == (0, 1, True, False)
         assert processes.device == torch.device("cpu")
-        assert processes.sum([1, 2.5, 2**53 - 1]) == [1.0, 2.5, 2.0**53 - 1]  # fp32 would round the last
+        assert processes.sum([1, 2.5, 2**53 - 1]) == [1.0, 2.5,
+                                                      2.0**53 - 1]  # fp32 would round the last
         processes.barrier()
         assert not torch.distributed.is_initialized()
         model = torch.nn.Linear(1, 1)
@@ -114,21 +136,27 @@ def test_one_process_alone(env):
 
 @pytest.mark.parametrize("rank, world", [(0, 1), (0, 6), (1, 6), (5, 6)])
 def test_what_torchrun_says_is_taken(rank, world, env):
-    env(**TORCHRUN | dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=min(world, 2)))
+    env(**TORCHRUN
+        | dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=min(world, 2)))
     processes = devices.Processes("cpu")  # joined by `with` alone
-    assert (processes.rank, processes.world_size, processes.main, processes.distributed) == (rank, world, rank == 0, True)
+    assert (processes.rank, processes.world_size, processes.main,
+            processes.distributed) == (rank, world, rank == 0, True)
     assert not torch.distributed.is_initialized()
 
 
 def test_half_of_a_launcher_is_refused(env):
     env(WORLD_SIZE=2)  # as containers and schedulers set it: would train on half of each batch
-    with pytest.raises(BadInput, match="WORLD_SIZE set in the environment, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"):
+    with pytest.raises(
+            BadInput,
+            match="WORLD_SIZE set in the environment, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"
+    ):
         devices.Processes("cpu")
 
 
 def test_an_address_that_nobody_knows_is_said_at_once(env):
     env(**TORCHRUN | dict(MASTER_ADDR="no.such.host.invalid"))
-    with pytest.raises(BadInput, match="cannot meet at no.such.host.invalid:29500"), devices.Processes("cpu"):
+    with pytest.raises(BadInput,
+                       match="cannot meet at no.such.host.invalid:29500"), devices.Processes("cpu"):
         pass
 
 
@@ -184,7 +212,8 @@ def test_an_error_of_nccl_is_said_with_its_reason(env, monkeypatch):
     env(**TORCHRUN)
     error = torch.distributed.DistBackendError("NCCL error in: NCCLUtils.hpp\nncclSystemError: System call failed.\n"
                                                "Last error:\nError while creating shared memory segment (size 9637888)\n")
-    with pytest.raises(RankError, match=r"\(Error while creating shared memory segment \(size 9637888\)\)"):
+    with pytest.raises(RankError,
+                       match=r"\(Error while creating shared memory segment \(size 9637888\)\)"):
         devices.Processes("cuda").__exit__(type(error), error, None)
 
 
@@ -235,7 +264,9 @@ def test_two_processes_sum_and_exchange_gradients_with_the_last_micro_batch(laun
     result = launch(tmp_path / "two.py", processes=2)
     assert result.returncode == 0, result.stderr
     total = [3.0, 0.5, 2.0**53 - 1]
-    assert sorted(filter(None, result.stdout.splitlines())) == [f"0 of 2: {total} [1.0, 3.0]", f"1 of 2: {total} [2.0, 3.0]"]
+    assert sorted(filter(None, result.stdout.splitlines())) == [
+        f"0 of 2: {total} [1.0, 3.0]", f"1 of 2: {total} [2.0, 3.0]"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,9 +290,11 @@ def test_recompilations_are_counted_and_said():
     block("training", 4)
     block("training", 4)
     block("validation", 2)
-    assert [line.partition(",")[0] for line in lines] == ["training was recompiled"] and monitor.count == 1
+    assert [line.partition(",")[0]
+            for line in lines] == ["training was recompiled"] and monitor.count == 1
     block("validation", 5)
-    assert [line.partition(",")[0] for line in lines[1:]] == ["validation was recompiled"] and monitor.count == 2
+    assert [line.partition(",")[0]
+            for line in lines[1:]] == ["validation was recompiled"] and monitor.count == 2
     compiled(torch.ones(6))  # outside of any block
     block("training", 6)
     with pytest.raises(BadInput, match="through"), monitor("training"):
@@ -274,24 +307,28 @@ def test_recompilations_are_counted_and_said():
 
 
 class Costs(torch.nn.Module):
-    """1000 bytes of weights; `sequences` forward and backward take another 1000 of gradients and cost(sequences)."""
+    """1000 bytes of weights; `sequences` forward and backward take another 1000 of gradients and
+    cost(sequences)."""
 
     def __init__(self, cost, limit=10**9):
         super().__init__()
-        self.weight, self.config = torch.nn.Parameter(torch.ones(250)), SimpleNamespace(block_size=3)
+        self.weight, self.config = torch.nn.Parameter(
+            torch.ones(250)), SimpleNamespace(block_size=3)
         self.cost, self.limit, self.tried, self.peak = cost, limit, [], 0
 
     def forward(self, idx, targets, *packed):
         assert idx.shape == targets.shape == (len(idx), 3) and idx.dtype == torch.int64
         self.tried.append(len(idx))
-        self.peak = max(self.peak, 2000 + self.cost(len(idx)) + sum(part.numel() for part in packed))
+        self.peak = max(self.peak,
+                        2000 + self.cost(len(idx)) + sum(part.numel() for part in packed))
         if self.peak > self.limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return self.weight.sum()
 
 
 def pretend_memory(monkeypatch, model, free, total=10**9, reserved=0, fraction=1.0):
-    """A GPU with so many bytes, on which `model` is all that takes any: its tensors stay on the CPU."""
+    """A GPU with so many bytes, on which `model` is all that takes any: its tensors stay on the
+    CPU."""
     pretend(monkeypatch, capability=(7, 5))
     for name, value in (("mem_get_info", (free, total)), ("memory_reserved", reserved),
                         ("get_per_process_memory_fraction", fraction), ("empty_cache", None)):
@@ -323,15 +360,20 @@ def pick(model, processes=ON_CUDA):
     return devices.pick_micro_batch(model, "auto", 48, processes, reserved=[torch.empty(500)])
 
 
-@pytest.mark.parametrize("cost, free, want", [  # of 48 rows; a tenth of `free` and the 2000 reserved stay free
-    (thousand_each, 58_000, 48), (thousand_each, 57_000, 24), (thousand_each, 18_000, 12), (thousand_each, 17_000, 8),
-    (thousand_each, 6_000, 1), (thousand_each, 100, 1), (with_a_step, 36_000, 48)])
+@pytest.mark.parametrize(
+    "cost, free, want",
+    [  # of 48 rows; a tenth of `free` and the 2000 reserved stay free
+        (thousand_each, 58_000, 48), (thousand_each, 57_000, 24), (thousand_each, 18_000, 12),
+        (thousand_each, 17_000, 8), (thousand_each, 6_000, 1), (thousand_each, 100, 1),
+        (with_a_step, 36_000, 48)
+    ])
 def test_auto_on_cuda_takes_as_many_sequences_as_fit(cost, free, want, monkeypatch):
     model = Costs(cost)
     pretend_memory(monkeypatch, model, free)
     assert pick(model) == want
     divisors = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
-    assert model.tried[:-1] == divisors[:divisors.index(model.tried[-1])]  # up to the first that leaves too little
+    assert model.tried[:-1] == divisors[:divisors.index(
+        model.tried[-1])]  # up to the first that leaves too little
     assert model.tried[-1] == want == 48 or 2000 + cost(model.tried[-1]) > 0.9 * free - 2000
     assert want == 1 or 2000 + cost(want) <= 0.9 * free - 2000
     assert model.weight.grad is None and torch.equal(model.weight, torch.ones(250))
@@ -345,9 +387,14 @@ def test_auto_on_cuda_counts_what_packed_rows_need(monkeypatch):
                                         lambda idx, packed=packed: packed) == want
 
 
-@pytest.mark.parametrize("memory", [
-    dict(free=10_000), dict(free=4_000, reserved=6_000),  # what this process has reserved is its own
-    dict(free=10**6, total=20_000, fraction=0.5), dict(free=10_000, total=40_000, fraction=0.5)])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        dict(free=10_000),
+        dict(free=4_000, reserved=6_000),  # what this process has reserved is its own
+        dict(free=10**6, total=20_000, fraction=0.5),
+        dict(free=10_000, total=40_000, fraction=0.5)
+    ])
 def test_auto_on_cuda_counts_the_memory_that_this_process_may_have(memory, monkeypatch):
     model = Costs(thousand_each)
     pretend_memory(monkeypatch, model, **memory)
@@ -368,7 +415,9 @@ def test_processes_on_cuda_agree_on_what_fits_all(theirs, want, monkeypatch):
         tensor.clamp_(max=theirs)
 
     model = Costs(thousand_each)
-    pretend_memory(monkeypatch, model, free=18_000)  # alone 12 would fit; DDP's buckets, as large as the weights, take room
+    pretend_memory(
+        monkeypatch, model,
+        free=18_000)  # alone 12 would fit; DDP's buckets, as large as the weights, take room
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     assert pick(model, SimpleNamespace(device=torch.device("cuda"), distributed=True)) == want
 
@@ -379,4 +428,5 @@ def test_auto_on_a_cpu_is_the_largest_divisor_up_to_8():
 
 
 def test_a_micro_batch_that_was_asked_for_is_taken_as_it_is():
-    assert devices.pick_micro_batch(None, 16, 48, ON_CUDA, reserved=[]) == 16  # nothing is tried out
+    assert devices.pick_micro_batch(None, 16, 48, ON_CUDA,
+                                    reserved=[]) == 16  # nothing is tried out

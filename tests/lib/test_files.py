@@ -1,4 +1,5 @@
-"""Files read and written as promised, in processes that die. Run: python -m pytest tests/lib/test_files.py"""
+"""Files read and written as promised, in processes that die. Run: python -m pytest
+tests/lib/test_files.py"""
 
 import contextlib
 import errno
@@ -31,21 +32,24 @@ from lib.files import (
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nowhere")
-    for path, reason in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "a folder"), ("/dev/zero", "not a regular file"),
-                         (tmp_path / "link", "a link to nowhere, which does not exist"), (tmp_path / "absent", "No such file"),
-                         (f"{tmp_path}/\0", "null byte")):
+    for path, reason in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "a folder"),
+                         ("/dev/zero", "not a regular file"),
+                         (tmp_path / "link", "a link to nowhere, which does not exist"),
+                         (tmp_path / "absent", "No such file"), (f"{tmp_path}/\0", "null byte")):
         with pytest.raises(Unreadable, match=f"{reason}.*: do this"):
             open_file(path, "do this")
     (tmp_path / "good").symlink_to("text")
     (tmp_path / "text").write_bytes(b"a\xc3\xa9")
-    assert open_file(tmp_path / "good", "").read() == b"a\xc3\xa9" and files.read_text(tmp_path / "good", "") == "a\u00e9"
+    assert open_file(tmp_path / "good", "").read() == b"a\xc3\xa9" and files.read_text(
+        tmp_path / "good", "") == "a\u00e9"
     with pytest.raises(BadInput, match="more than 2 bytes: do this"):
         files.read_text(tmp_path / "text", "do this", limit=2)
 
 
 def test_a_folder_is_searched_through_links_once_and_what_is_left_out_is_named(tmp_path):
     folder, far = tmp_path / "in", tmp_path / "far"
-    for name in ("_job/a.txt", "sub/.b.txt", "sub/b.txt", "sub/.c/deep/c.txt", "sub/c.TXT", "notes.md", "LICENSE"):
+    for name in ("_job/a.txt", "sub/.b.txt", "sub/b.txt", "sub/.c/deep/c.txt", "sub/c.TXT",
+                 "notes.md", "LICENSE"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     far.mkdir()
@@ -56,13 +60,17 @@ def test_a_folder_is_searched_through_links_once_and_what_is_left_out_is_named(t
     (folder / "z.txt").symlink_to(far / "d.txt")
     found, lines = find_files(folder, lambda name: name.lower().endswith(".txt"))
     assert [os.path.relpath(path, folder) for path in found] == ["sub/b.txt", "sub/c.TXT", "z.txt"]
-    assert lines == [f"left out of {folder} {kind}" for kind in (
-        "(read already, by another link): twice, linked/d.txt, sub/loop", "(no ending): LICENSE", "(.md): notes.md",
-        "(hidden or temporary): _job/a.txt, sub/.b.txt, sub/.c/deep/c.txt")]
+    assert lines == [
+        f"left out of {folder} {kind}"
+        for kind in ("(read already, by another link): twice, linked/d.txt, sub/loop",
+                     "(no ending): LICENSE", "(.md): notes.md",
+                     "(hidden or temporary): _job/a.txt, sub/.b.txt, sub/.c/deep/c.txt")
+    ]
     for i in range(30):
         (far / f"{i:02d}.log").touch()
     assert find_files(far, lambda name: False)[1][0].endswith("18.log, 19.log and 10 more")
-    for name in ("a\nb.Bz2", "c.bz2", os.fsdecode(b"\xe9.bz2")):  # a line that can be printed, of any names
+    for name in ("a\nb.Bz2", "c.bz2",
+                 os.fsdecode(b"\xe9.bz2")):  # a line that can be printed, of any names
         (folder / name).touch()
     lines = find_files(folder, lambda name: name.endswith(".txt"))[1]
     assert f"left out of {folder} (.bz2): 'a\\nb.Bz2', c.bz2, '\\udce9.bz2'" in lines
@@ -74,7 +82,8 @@ def test_what_is_not_json_ends_in_the_remedy(data, tmp_path):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(BadInput, match="a.json.*: do this$"):
         read_json(tmp_path / "a.json", "do this")
-    (tmp_path / "a.jsonl").write_bytes(b'{"a": "x\xe2\x80\xa8y"}\n' + data + b"\n")  # U+2028 does not end a line
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": "x\xe2\x80\xa8y"}\n' + data
+                                       + b"\n")  # U+2028 does not end a line
     with pytest.raises(BadInput, match="a.jsonl, line 2: .*: do this$"):
         read_rows(tmp_path / "a.jsonl", "do this")
 
@@ -92,7 +101,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert read_json(path, "") == {"a": 1} and list(tmp_path.iterdir()) == [path]
     code = ("import os, sys; from lib.files import replace; "
             "replace(sys.argv[1], lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))")
-    assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT,
+                          check=False).returncode == -9
     assert read_json(path, "") == {"a": 1}
     write_json(path, {"a": 2})
     assert read_json(path, "") == {"a": 2} and list(tmp_path.iterdir()) == [path]
@@ -149,9 +159,11 @@ def test_a_file_system_that_does_not_sync_still_takes_files(code, fails, tmp_pat
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     code = ("import sys, time; from lib.files import locked\n"
             "with locked(sys.argv[1], ''): print('held', flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT,
+                          stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(BadInput, match="in use by another process: do this"), locked(tmp_path, "do this"):
+        with pytest.raises(BadInput,
+                           match="in use by another process: do this"), locked(tmp_path, "do this"):
             pass
         holder.kill()
     for _ in range(2):
@@ -204,7 +216,9 @@ def test_a_folder_that_another_process_makes_meanwhile_stays(tmp_path, monkeypat
             mkdir(path, *args, **how)
 
         monkeypatch.setattr(Path, "mkdir", after_the_other)
-        with pytest.raises(BadInput, match="in use by another"), new_folder(tmp_path / "a", ""), locked(tmp_path / "a", ""):
+        with pytest.raises(BadInput,
+                           match="in use by another"), new_folder(tmp_path / "a",
+                                                                  ""), locked(tmp_path / "a", ""):
             pass
         assert (tmp_path / "a").is_dir()
 

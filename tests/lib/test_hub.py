@@ -1,4 +1,5 @@
-"""fineweb.py, `datasets` and `huggingface_hub` against a hub on this machine. Run: python -m pytest tests/lib/test_hub.py"""
+"""fineweb.py, `datasets` and `huggingface_hub` against a hub on this machine. Run: python -m pytest
+tests/lib/test_hub.py"""
 
 import json
 import os
@@ -23,7 +24,9 @@ from lib.shards import Shards, read_shard
 from lib.tokenizers import load_tokenizer
 
 EOT_ID = 50256
-DOCUMENTS = [[f"{part} {i}: {text}" for i, text in enumerate(sentences(400, seed=part))] for part in range(2)]
+DOCUMENTS = [[f"{part} {i}: {text}"
+              for i, text in enumerate(sentences(400, seed=part))]
+             for part in range(2)]
 JSONL = ["train-0.jsonl.zst", "train-1.jsonl"]
 PARTS = [f"train-0000{part}-of-00002.parquet" for part in range(2)]
 
@@ -34,8 +37,8 @@ def encode(documents):
 
 
 def write_parquet(folder, documents=DOCUMENTS):
-    """A dataset of two files in several row groups, incompressible enough that a file takes several reads, with a column
-    of which `datasets` has no notion."""
+    """A dataset of two files in several row groups, incompressible enough that a file takes several
+    reads, with a column of which `datasets` has no notion."""
     (folder / "data").mkdir(parents=True)
     for name, part in zip(PARTS, documents):
         tags = pa.array([[("a", 1)]] * len(part), pa.map_(pa.string(), pa.int64()))
@@ -69,17 +72,20 @@ def script(launch, tmp_path):
 
 def one_line(done):
     """The error of a process that failed as it should."""
-    assert done.returncode == 2 and done.stderr.startswith("fineweb.py: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(
+        "fineweb.py: error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
 
 def kill_at(hub, tmp_path, name, *flags):
     """Run fineweb.py until it has two shards and waits for the file `name`, and kill it."""
     env = os.environ | hub.env(tmp_path) | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-    process = subprocess.Popen([sys.executable, ROOT / "fineweb.py", *map(str, flags)], cwd=tmp_path, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, ROOT / "fineweb.py", *map(str, flags)],
+                               cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not hub.downloads(name) or len([*tmp_path.glob("out/*.npy"), *tmp_path.glob("out/*.bin")]) < 2:
+    while not hub.downloads(name) or len([*tmp_path.glob("out/*.npy"), *tmp_path.glob("out/*.bin")
+                                          ]) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -95,21 +101,31 @@ FAULTS = [dict(after=900, how="close"), dict(after=0, how="short"), dict(after=2
           dict(after=800, how="short"), dict(after=0, how=429), dict(after=700, how="stall")]
 
 
-@pytest.mark.parametrize("write, faults", [(write_parquet, []), (write_parquet, FAULTS), (write_jsonl, FAULTS)],
+@pytest.mark.parametrize("write, faults", [(write_parquet, []), (write_parquet, FAULTS),
+                                           (write_jsonl, FAULTS)],
                          ids=["undisturbed", "disturbed parquet", "disturbed jsonl"])
-def test_streamed_text_gives_the_ids_of_the_files_whatever_the_network_does(write, faults, tmp_path, script):
+def test_streamed_text_gives_the_ids_of_the_files_whatever_the_network_does(
+        write, faults, tmp_path, script):
     folder, broken = write(tmp_path / "repo"), PARTS if write is write_parquet else JSONL
     with Hub({"some/corpus": folder}) as hub:
         for name in broken:
             for fault in faults:
                 hub.break_off(name, **fault)
         done = script(hub, "--source", "some/corpus", "--out", "out", "--shard_size", 1000)
-        assert (done.returncode, done.stderr) == (0, "") and not any(fault["times"] for fault in hub.faults)
+        assert (done.returncode, done.stderr) == (0, "") and not any(fault["times"]
+                                                                     for fault in hub.faults)
     assert ids_in(tmp_path / "out") == encode(DOCUMENTS[0] + DOCUMENTS[1])
     if not faults:  # the files themselves give the same shards
-        fineweb.main(["--source", str(folder), "--out", str(tmp_path / "local"), "--shard_size", "1000"])
-        local = {path.name.replace("local", "out"): path.read_bytes() for path in (tmp_path / "local").glob("*.npy")}
-        assert local == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.npy")} and len(local) > 10
+        fineweb.main(
+            ["--source",
+             str(folder), "--out",
+             str(tmp_path / "local"), "--shard_size", "1000"])
+        local = {
+            path.name.replace("local", "out"): path.read_bytes()
+            for path in (tmp_path / "local").glob("*.npy")
+        }
+        assert local == {path.name: path.read_bytes()
+                         for path in (tmp_path / "out").glob("*.npy")} and len(local) > 10
 
 
 def test_a_killed_run_goes_on_in_the_middle_of_a_file_of_the_commit_it_began_with(tmp_path, script):
@@ -154,14 +170,17 @@ def write_foreign(folder, form="bin", train=3):
     folder.mkdir(parents=True)
     for number in range(train + 1):
         path = folder / f"web_{'train' if number else 'val'}_{number:06d}.{form}"
-        np.save(path, shard_ids(number)) if form == "npy" else write_bin(path, shard_ids(number), 20240520, 1)
+        np.save(path, shard_ids(number)) if form == "npy" else write_bin(
+            path, shard_ids(number), 20240520, 1)
     return folder
 
 
 def check_copied(out, folder, documents):
-    """`out` holds the folder's shards, byte for byte, and a meta.json that counts them, which training takes."""
+    """`out` holds the folder's shards, byte for byte, and a meta.json that counts them, which
+    training takes."""
     names = sorted(path.name for path in out.glob("*_*_*.*"))
-    assert names and all((out / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert names and all(
+        (out / name).read_bytes() == (folder / name).read_bytes() for name in names)
     assert not list(out.glob(".download")) and not list(out.glob("*.tmp"))
     shards, ids = Shards(out), ids_in(out)
     assert shards.meta.complete and sum(shards.tokens.values()) == len(ids)
@@ -193,7 +212,9 @@ def test_shards_of_others_arrive_whole_and_only_once(form, tmp_path, script):
         hub.break_off(f"web_train_000001.{form}", after=3000, times=2, how="reset")
         hub.break_off(f"web_train_000002.{form}", after=3000, times=1, how="garble")
         flags = ["--pretokenized", "some/shards", "--out", "out"]
-        for more, count in ((["--shards", 1], 2), (["--max_tokens", 17_000], 3), ([], 4)):  # val and 1, 2, 3 train shards
+        for more, count in ((["--shards",
+                              1], 2), (["--max_tokens",
+                                        17_000], 3), ([], 4)):  # val and 1, 2, 3 train shards
             done = script(hub, *flags, *more)
             assert (done.returncode, done.stderr) == (0, "")
             shards = check_copied(out, folder, 60 * count)
@@ -215,8 +236,12 @@ def test_shards_of_others_arrive_whole_and_only_once(form, tmp_path, script):
 def test_shards_of_this_project_bring_their_tokenizer(tmp_path, script, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     write_parquet(tmp_path / "text")
-    fineweb.main(["--source", str(tmp_path / "text"), "--out", str(tmp_path / "repo" / "v1"), "--shard_size", "9000",
-                  "--tokenizer", str(tmp_path / "tokenizer.json")])
+    fineweb.main([
+        "--source",
+        str(tmp_path / "text"), "--out",
+        str(tmp_path / "repo" / "v1"), "--shard_size", "9000", "--tokenizer",
+        str(tmp_path / "tokenizer.json")
+    ])
     shutil.copytree(tmp_path / "repo" / "v1", tmp_path / "repo" / "v2")
     with Hub({"some/shards": tmp_path / "repo"}) as hub:
         line = one_line(script(hub, "--pretokenized", "some/shards"))
@@ -225,26 +250,34 @@ def test_shards_of_this_project_bring_their_tokenizer(tmp_path, script, tokenize
         assert (done.returncode, done.stderr) == (0, "")
         shards = check_copied(tmp_path / "out", tmp_path / "repo" / "v1", 800)
         theirs = json.loads((tmp_path / "repo" / "v1" / "meta.json").read_text())
-        assert (load_tokenizer(shards.tokenizer).spec, shards.meta.vocab_size) == (tokenizer.spec, theirs["vocab_size"])
-        assert {split: vars(counts) for split, counts in shards.meta.splits.items()} == theirs["splits"]
+        assert (load_tokenizer(shards.tokenizer).spec,
+                shards.meta.vocab_size) == (tokenizer.spec, theirs["vocab_size"])
+        assert {split: vars(counts)
+                for split, counts in shards.meta.splits.items()} == theirs["splits"]
 
-        line = one_line(script(hub, "--pretokenized", "some/shards:v1", "--out", "x", "--tokenizer", "gpt2"))
+        line = one_line(
+            script(hub, "--pretokenized", "some/shards:v1", "--out", "x", "--tokenizer", "gpt2"))
         assert "its tokenizer is tokenizer.json, not gpt2: leave --tokenizer out" in line
-        (tmp_path / "repo" / "v2" / "meta.json").write_text(json.dumps(theirs | {"tokenizer": "../../v1/tokenizer.json"}))
+        (tmp_path / "repo" / "v2" / "meta.json").write_text(
+            json.dumps(theirs | {"tokenizer": "../../v1/tokenizer.json"}))
         assert "names the tokenizer ../../v1/tokenizer.json, which does not lie beside it" in one_line(
             script(hub, "--pretokenized", "some/shards:v2/*", "--out", "x"))
-        np.save(tmp_path / "repo" / "v1" / "v1_train_000001.npy", np.zeros(theirs["shards"][1]["tokens"], np.uint16))
+        np.save(tmp_path / "repo" / "v1" / "v1_train_000001.npy",
+                np.zeros(theirs["shards"][1]["tokens"], np.uint16))
         assert "v1_train_000001.npy of some/shards is not the shard that meta.json lists" in one_line(
             script(hub, "--pretokenized", "some/shards:v1", "--out", "y"))
 
 
 def test_a_killed_download_goes_on(tmp_path, script):
-    folder, flags = write_foreign(tmp_path / "repo"), ["--pretokenized", "some/shards", "--out", "out"]
+    folder, flags = write_foreign(tmp_path
+                                  / "repo"), ["--pretokenized", "some/shards", "--out", "out"]
     with Hub({"some/shards": folder}) as hub:
         hub.break_off("web_train_000002.bin", after=3000, times=9, how="stall")
         kill_at(hub, tmp_path, "web_train_000002.bin", *flags)
         hub.faults.clear()
-        with pytest.raises(BadInput, match="out/ is not finished: give `python fineweb.py --pretokenized some/shards --out"):
+        with pytest.raises(
+                BadInput, match=
+                "out/ is not finished: give `python fineweb.py --pretokenized some/shards --out"):
             Shards(tmp_path / "out")
         hub.push("some/shards", write_foreign(tmp_path / "newer", train=1))
         done = script(hub, *flags)
@@ -255,7 +288,8 @@ def test_a_killed_download_goes_on(tmp_path, script):
 
 def test_what_cannot_be_downloaded_is_one_line(tmp_path, script):
     web = write_foreign(tmp_path / "repo" / "web")
-    write_bin(web / "beyond_train_000001.bin", np.append(shard_ids(9, 10**6), np.uint16(60_000)), 20240520, 1)
+    write_bin(web / "beyond_train_000001.bin", np.append(shard_ids(9, 10**6), np.uint16(60_000)),
+              20240520, 1)
     write_bin(web / "other_train_000001.bin", np.full(10**6, 7, dtype=np.uint16), 20240520, 1)
     (web / "torn_train_000001.bin").write_bytes(b"not a shard")
     full = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 8, 1)\n"
@@ -263,33 +297,42 @@ def test_what_cannot_be_downloaded_is_one_line(tmp_path, script):
         hub.break_off("web_train_000002.bin", after=100, times=10**6, how="garble")
         hub.break_off("web_train_000003.bin", after=100, times=10**6, how="close")
         for i, (wanted, says, more) in enumerate((
-                (":web/web_*[02].bin", "web/web_train_000002.bin of some/shards arrives damaged (", {}),
-                (":web/web_*[013].bin",
-                 "cannot read the dataset web/web_train_000003.bin of some/shards (RemoteProtocolError: ", {}),
-                (":web/torn*", "the dataset some/shards at web/torn* holds no val shards", {}),
-                (":nowhere", "holds no train shards, files that end in _train_<index>.npy or .bin (it holds web/", {}),
-                (":web/[wb]*_00000[01].bin",
-                 "holds the id 60000, but its tokenizer ends at 50256: name the tokenizer of some/shards", {}),
-                (":web/[wo]*_00000[01].bin", "begins with a million tokens without gpt2's end of text", {}),
-                (":web/[wt]*_00000[01].bin", "torn_train_000001.bin is damaged, or not a shard (", {}),
-                (":web/web*[01].bin", "downloading 2 shards needs 0.00 GB and out", {"site": full}),
-                ("/none", "--pretokenized some/shards/none: name one of fineweb-10BT, ", {}),
-                ("_none", "the hub has no dataset some/shards_none, or it is private", {}),
-                ("", "cannot reach the dataset some/shards (ConnectionError: http://127.0.0.1:9 does not answer)",
-                 {"HF_ENDPOINT": "http://127.0.0.1:9"}))):
-            line = one_line(script(hub, "--pretokenized", f"some/shards{wanted}", "--out", f"out{i}", **more))
+            (":web/web_*[02].bin", "web/web_train_000002.bin of some/shards arrives damaged (", {}),
+            (":web/web_*[013].bin",
+             "cannot read the dataset web/web_train_000003.bin of some/shards (RemoteProtocolError: ",
+             {}), (":web/torn*", "the dataset some/shards at web/torn* holds no val shards", {}),
+            (":nowhere",
+             "holds no train shards, files that end in _train_<index>.npy or .bin (it holds web/",
+             {}),
+            (":web/[wb]*_00000[01].bin",
+             "holds the id 60000, but its tokenizer ends at 50256: name the tokenizer of some/shards",
+             {}), (":web/[wo]*_00000[01].bin",
+                   "begins with a million tokens without gpt2's end of text", {}),
+            (":web/[wt]*_00000[01].bin", "torn_train_000001.bin is damaged, or not a shard (",
+             {}), (":web/web*[01].bin", "downloading 2 shards needs 0.00 GB and out", {
+                 "site": full
+             }), ("/none", "--pretokenized some/shards/none: name one of fineweb-10BT, ",
+                  {}), ("_none", "the hub has no dataset some/shards_none, or it is private", {}),
+            ("",
+             "cannot reach the dataset some/shards (ConnectionError: http://127.0.0.1:9 does not answer)",
+             {"HF_ENDPOINT": "http://127.0.0.1:9"}))):
+            line = one_line(
+                script(hub, "--pretokenized", f"some/shards{wanted}", "--out", f"out{i}", **more))
             assert says in line, (wanted, line)
         # it came before the error
-        stays = [(folder / "web_train_000001.bin").read_bytes() for folder in (tmp_path / "out1", web)]
+        stays = [(folder / "web_train_000001.bin").read_bytes()
+                 for folder in (tmp_path / "out1", web)]
         assert stays[0] == stays[1]
         assert not list(tmp_path.glob("out*/[bot]*"))  # what is not right gets no name
 
 
 def test_flags_that_contradict_pretokenized():
-    for flags, says in ((["--pretokenized", "a/b", "--source", "x"], "leave out --source"),
-                        (["--shards", "2"], "--shards counts the shards"),
-                        (["--pretokenized", "a/b", "--shards", "2", "--max_tokens", "9"], "give one of them"),
-                        (["--pretokenized", "a/b", "--tokenizer", "bpe:400"], "have a tokenizer already")):
+    for flags, says in ((["--pretokenized", "a/b", "--source",
+                          "x"], "leave out --source"), (["--shards",
+                                                         "2"], "--shards counts the shards"),
+                        (["--pretokenized", "a/b", "--shards", "2", "--max_tokens", "9"],
+                         "give one of them"), (["--pretokenized", "a/b", "--tokenizer",
+                                                "bpe:400"], "have a tokenizer already")):
         with pytest.raises(BadInput, match=says):
             fineweb.configured(flags)
     cfg, _ = fineweb.configured(["--pretokenized", "fineweb-10BT"])
@@ -299,6 +342,10 @@ def test_flags_that_contradict_pretokenized():
 def test_a_column_that_a_dataset_lacks_is_named_before_the_first_token(tmp_path, script):
     for name, write in (("parquet", write_parquet), ("jsonl", write_jsonl)):
         with Hub({"some/corpus": write(tmp_path / name)}) as hub:
-            line = one_line(script(hub, "--source", "some/corpus", "--text_column", "body", "--out", name + "_out"))
-        assert re.search(r"some/corpus: \S+ has no column body: name one of (tags|score), text by --text_column", line)
+            line = one_line(
+                script(hub, "--source", "some/corpus", "--text_column", "body", "--out",
+                       name + "_out"))
+        assert re.search(
+            r"some/corpus: \S+ has no column body: name one of (tags|score), text by --text_column",
+            line)
         assert not (tmp_path / f"{name}_out").exists()

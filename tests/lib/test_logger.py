@@ -1,4 +1,5 @@
-"""What a run says, read back by TensorBoard's own reader: python -m pytest tests/lib/test_logger.py"""
+"""What a run says, read back by TensorBoard's own reader: python -m pytest tests/lib/test_logger.py
+"""
 
 import json
 import math
@@ -31,7 +32,8 @@ def points(folder, tag):
 
 
 def texts(folder, tag):
-    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in read(folder).Tensors(f"{tag}/text_summary")]
+    return [(e.step, e.tensor_proto.string_val[0].decode())
+            for e in read(folder).Tensors(f"{tag}/text_summary")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +43,8 @@ def texts(folder, tag):
 def test_what_is_logged_is_read_back_while_the_run_goes_on(tmp_path, capsys):
     log = Logger(tmp_path, 10, 0)
     log.say("one\ntwo")
-    log.hyperparameters(0, {"max_lr": 0.25, "shuffle": True, "run_name": None, "source": ("a", "b"), "mlp": "gelu"})
+    log.hyperparameters(
+        0, {"max_lr": 0.25, "shuffle": True, "run_name": None, "source": ("a", "b"), "mlp": "gelu"})
     for step, loss in enumerate((3.25, math.nan, 1 / 3)):
         log.log_step(step, STEP | {"Loss/train": loss}, seconds=0.5)
     log.log_evaluation(2, {"Loss/val": 2.0, "Loss/val_bpb": 1.5})
@@ -53,16 +56,24 @@ def test_what_is_logged_is_read_back_while_the_run_goes_on(tmp_path, capsys):
     have = points(tmp_path, "Loss/train")
     assert [step for step, _ in have] == [0, 1, 2] and math.isnan(have[1][1])
     assert [have[0][1], have[2][1]] == pytest.approx([3.25, 1 / 3])
-    assert points(tmp_path, "optim/lr") == [(0, 0.5), (1, 0.5), (2, 0.5)] and points(tmp_path, "Loss/val_bpb") == [(2, 1.5)]
+    assert points(tmp_path, "optim/lr") == [(0, 0.5), (1, 0.5), (2, 0.5)] and points(
+        tmp_path, "Loss/val_bpb") == [(2, 1.5)]
     assert "perf/mfu" not in read(tmp_path).Tags()["scalars"]
     assert texts(tmp_path, "samples") == [(2, "    the dog\n\n    sat\n\n---\n\n    a cat")]
     assert texts(tmp_path, "hyperparameters")[0][1].splitlines() == [
-        "|flag|value|", "|-|-|", "|max_lr|0.25|", "|shuffle|True|", "|run_name|None|", "|source|('a', 'b')|", "|mlp|gelu|"]
-    assert read(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+        "|flag|value|", "|-|-|", "|max_lr|0.25|", "|shuffle|True|", "|run_name|None|",
+        "|source|('a', 'b')|", "|mlp|gelu|"
+    ]
+    assert read(tmp_path).SummaryMetadata(
+        "_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
     out = capsys.readouterr().out.splitlines()
-    assert out[:3] == ["one", "two",
-                       "step 0 | loss 3.2500 | lr 5.00e-01 | norm 1.000 | 500 ms | 1,234 tok/s | MFU n/a | ETA 0:00:04"]
-    assert "step 2 | val loss 2.0000 | bits per byte 1.5000" in out and out[-5:] == ["> the dog", "> ", "> sat", "", "> a cat"]
+    assert out[:3] == [
+        "one", "two",
+        "step 0 | loss 3.2500 | lr 5.00e-01 | norm 1.000 | 500 ms | 1,234 tok/s | MFU n/a | ETA 0:00:04"
+    ]
+    assert "step 2 | val loss 2.0000 | bits per byte 1.5000" in out and out[-5:] == [
+        "> the dog", "> ", "> sat", "", "> a cat"
+    ]
     log.close()
 
 
@@ -72,12 +83,14 @@ def test_steps_that_run_again_are_forgotten(tmp_path):
         for step in range(first, last):
             log.scalars(step, {"Loss/train": value + step})
         log.close()
-    assert points(tmp_path, "Loss/train") == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 105), (6, 106)]
+    assert points(tmp_path, "Loss/train") == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 105),
+                                              (6, 106)]
     log = Logger(tmp_path, 10, 0)  # and from the very beginning
     log.scalars(0, {"Loss/train": 200})
     log.close()
     assert points(tmp_path, "Loss/train") == [(0, 200)]
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 11  # log.txt is rewound by run_folder.py
+    assert len((tmp_path
+                / "log.txt").read_text().splitlines()) == 11  # log.txt is rewound by run_folder.py
 
 
 @pytest.mark.parametrize("by_clock", ["1700000000", "700000000"], ids=["2023", "1992"])
@@ -86,7 +99,8 @@ def test_event_files_are_read_in_the_order_of_the_starts_whatever_the_clock_says
     """The first file is named by the clock, as earlier versions and SummaryWriter do."""
     now = [1_700_000_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
-    for first, last, value, clock in ((0, 8, 0, 0), (5, 7, 100, -3600), (2, 6, 200, -7200), (1, 3, 300, -10800)):
+    for first, last, value, clock in ((0, 8, 0, 0), (5, 7, 100, -3600), (2, 6, 200, -7200),
+                                      (1, 3, 300, -10800)):
         now[0] = 1_700_000_000.0 + clock
         log = Logger(tmp_path, 10, first)
         for step in range(first, last):
@@ -102,8 +116,8 @@ def test_event_files_are_read_in_the_order_of_the_starts_whatever_the_clock_says
 def test_tensorboard_shows_what_matters_first(data, tmp_path):
     """Its groups are sorted by name, capitals first; the norms of many blocks come last."""
     items = write_lines(tmp_path / "hellaswag_val.jsonl", hellaswag_items(4))
-    folder = train(data, tmp_path / "a", "--max_steps", "2", "--warmup_steps", "1", "--hellaswag_every", "2",
-                   "--hellaswag_file", items, "--sample_every", "2")
+    folder = train(data, tmp_path / "a", "--max_steps", "2", "--warmup_steps", "1",
+                   "--hellaswag_every", "2", "--hellaswag_file", items, "--sample_every", "2")
     tags = read(folder).Tags()
     assert list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags["scalars"]))) == [
         "Loss", "data", "eval", "optim", "perf", "weights"]
@@ -116,10 +130,13 @@ def test_tensorboard_shows_what_matters_first(data, tmp_path):
 def test_the_columns_of_hparams_begin_with_what_tells_runs_apart(data, tmp_path):
     from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
 
-    folder = train(data, tmp_path / "a", "--max_steps", "1", "--warmup_steps", "0", "--eval_every", "0")
+    folder = train(data, tmp_path / "a", "--max_steps", "1", "--warmup_steps", "0", "--eval_every",
+                   "0")
     content = read(folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
     columns = [info.name for info in parse_experiment_plugin_data(content).hparam_infos]
-    assert columns[:8] == ["preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr"]
+    assert columns[:8] == [
+        "preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_lr"
+    ]
     assert len(set(columns)) == len(columns) > 60
 
 
@@ -135,13 +152,17 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
     assert "predicted: a minute\n" in out.out and "step 4 |" not in out.out + out.err
 
 
-@pytest.mark.parametrize("seconds, log_every, shown", [
-    (0.25, None, [*range(10), *range(13, 240, 4), 239]),  # about one per second
-    (2.0, None, [*range(240)]),
-    (0.001, None, [*range(10), 109, 209, 239]),           # one per hundred steps
-    (0.001, 60, [0, 60, 120, 180]),
-    (0.001, 1, [*range(240)])])
-def test_step_lines_thin_out_on_the_console_alone(seconds, log_every, shown, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "seconds, log_every, shown",
+    [
+        (0.25, None, [*range(10), *range(13, 240, 4), 239]),  # about one per second
+        (2.0, None, [*range(240)]),
+        (0.001, None, [*range(10), 109, 209, 239]),  # one per hundred steps
+        (0.001, 60, [0, 60, 120, 180]),
+        (0.001, 1, [*range(240)])
+    ])
+def test_step_lines_thin_out_on_the_console_alone(seconds, log_every, shown, tmp_path, monkeypatch,
+                                                  capsys):
     now = [0.0]
     monkeypatch.setattr("lib.logger.time.monotonic", lambda: now[0])
     log = Logger(tmp_path, 240, 0, log_every=log_every)
@@ -149,20 +170,27 @@ def test_step_lines_thin_out_on_the_console_alone(seconds, log_every, shown, tmp
         now[0] += seconds
         log.log_step(step, STEP, seconds)
     log.close()
-    printed = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    printed = [
+        int(line.split()[1])
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("step ")
+    ]
     assert printed == shown
-    assert (tmp_path / "log.txt").read_text().count(" train ") == len(points(tmp_path, "Loss/train")) == 240
+    assert (tmp_path / "log.txt").read_text().count(" train ") == len(points(
+        tmp_path, "Loss/train")) == 240
 
 
 def test_null_does_nothing(capsys):
     log = Null()
-    assert log.say("x") is None and log.log_step(0, STEP, 1.0) is None and log.anything_else(1, a=2) is None
+    assert log.say("x") is None and log.log_step(0, STEP, 1.0) is None and log.anything_else(
+        1, a=2) is None
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_spike_is_a_loss_above_the_median_of_those_before():
     is_spike = SpikeDetector(1.0)
-    assert [is_spike(loss) for loss in [9.0] * 9 + [2.0, 10.0, math.nan]] == [None] * 12  # not before ten; NaN does not count
+    assert [is_spike(loss) for loss in [9.0] * 9 + [2.0, 10.0, math.nan]
+            ] == [None] * 12  # not before ten; NaN does not count
     assert is_spike(10.1) == "spike: loss 10.1000, median before 9.0000, spread 0.0000"
     assert not any(is_spike(5.0) for _ in range(50)) and is_spike(6.1)
     never = SpikeDetector(0)
@@ -170,8 +198,8 @@ def test_a_spike_is_a_loss_above_the_median_of_those_before():
 
 
 def test_a_healthy_run_of_small_batches_has_no_spike_and_a_planted_one_is_found():
-    """The losses of a `make train` with 22 batches a nat or more above the median; a run of large batches is judged
-    as strictly as its losses lie together."""
+    """The losses of a `make train` with 22 batches a nat or more above the median; a run of large
+    batches is judged as strictly as its losses lie together."""
     log = (ROOT / "benchmarks" / "tiny_cpu_202611" / "make_train_cooldown_log.txt").read_text()
     losses = [float(line.split()[2]) for line in log.splitlines() if " train " in line]
     floor = TrainConfig().spike
@@ -211,11 +239,13 @@ print("FETCHED", json.dumps([page[:300], plugins, tags]))
 
 def test_a_run_serves_its_own_tensorboard_and_it_ends_with_the_run(tmp_path):
     (tmp_path / "log" / "a").mkdir(parents=True)
-    result = subprocess.run([sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SERVE}"], cwd=tmp_path,
-                            capture_output=True, text=True, timeout=90, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SERVE}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 0, result.stderr
     page, plugins, tags = json.loads(result.stdout.split("FETCHED ", 1)[1])
-    assert "<!doctype html>" in page.lower() and json.loads(plugins)["scalars"]["enabled"] and "Loss/train" in tags["a"]
+    assert "<!doctype html>" in page.lower() and json.loads(
+        plugins)["scalars"]["enabled"] and "Loss/train" in tags["a"]
 
 
 def test_a_taken_port_is_said_in_one_line(data, tmp_path, capfd):
@@ -223,6 +253,8 @@ def test_a_taken_port_is_said_in_one_line(data, tmp_path, capfd):
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(BadInput, match=f"TensorBoard cannot use port {port} .*: give another --tensorboard port"):
+        with pytest.raises(
+                BadInput,
+                match=f"TensorBoard cannot use port {port} .*: give another --tensorboard port"):
             train(data, tmp_path / "a", "--tensorboard", port)
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,5 @@
-"""Mixture of Experts against a plain loop over experts, alone and in real runs: python -m pytest tests/lib/test_moe.py"""
+"""Mixture of Experts against a plain loop over experts, alone and in real runs: python -m pytest
+tests/lib/test_moe.py"""
 
 import json
 import math
@@ -42,11 +43,15 @@ def plain(config, layer, x):
     for token in x.flatten(0, 1):
         z = layer.router.weight @ token
         scores = torch.sigmoid(z) if config.router == "sigmoid" else z.exp() / z.exp().sum()
-        picked = sorted(range(config.n_experts), key=lambda e: -(scores[e] + layer.bias[e]).item())[:config.n_active]
-        y = sum(scores[e] * (layer.c_proj.weight[e] @ activation(config.mlp, layer.c_fc.weight[e] @ token)) for e in picked)
+        picked = sorted(range(config.n_experts),
+                        key=lambda e: -(scores[e] + layer.bias[e]).item())[:config.n_active]
+        y = sum(scores[e]
+                * (layer.c_proj.weight[e] @ activation(config.mlp, layer.c_fc.weight[e] @ token))
+                for e in picked)
         y = y / sum(scores[e] for e in picked)
         if config.n_shared:
-            y = y + layer.shared.c_proj.weight @ activation(config.mlp, layer.shared.c_fc.weight @ token)
+            y = y + layer.shared.c_proj.weight @ activation(config.mlp,
+                                                            layer.shared.c_fc.weight @ token)
         out.append(y)
     return torch.stack(out).view_as(x)
 
@@ -70,7 +75,8 @@ def test_equals_a_plain_loop_over_experts(mlp, router, n_shared):
     wrt, away = [x, *layer.parameters()], torch.randn(2, 7, 32)
     want, have = plain(config, layer, x), layer(x)
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad((have * away).sum(), wrt), torch.autograd.grad((want * away).sum(), wrt), strict=True):
+    for a, b in zip(torch.autograd.grad((have * away).sum(), wrt),
+                    torch.autograd.grad((want * away).sum(), wrt), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert a.any()
 
@@ -79,7 +85,8 @@ def test_equals_a_plain_loop_over_experts(mlp, router, n_shared):
 def test_one_expert_is_the_dense_mlp(mlp):
     config, layer = layer_of(mlp=mlp, n_experts=1, n_active=1, bias=False)
     dense = MLPS[mlp](config)
-    assert layer.c_fc.weight.shape[1:] == dense.c_fc.weight.shape and layer.c_proj.weight.shape[1:] == dense.c_proj.weight.shape
+    assert layer.c_fc.weight.shape[1:] == dense.c_fc.weight.shape and layer.c_proj.weight.shape[
+        1:] == dense.c_proj.weight.shape
     for module in ("c_fc", "c_proj"):
         getattr(dense, module).weight.data = getattr(layer, module).weight[0].data
     x, y = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32, requires_grad=True)
@@ -89,8 +96,9 @@ def test_one_expert_is_the_dense_mlp(mlp):
     torch.testing.assert_close(layer(x), dense(y), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
     for module in ("c_fc", "c_proj"):
-        torch.testing.assert_close(getattr(layer, module).weight.grad[0], getattr(dense, module).weight.grad,
-                                   rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(layer, module).weight.grad[0],
+            getattr(dense, module).weight.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -99,7 +107,8 @@ def test_groups_of_any_size_and_empty_ones_in_bf16(device):
     sizes = [0, 1, 7, 0, 300, 13, 0]
     ends = torch.tensor(sizes, device=device).cumsum(0).int()
     a = torch.randn(sum(sizes), 64, device=device).bfloat16().requires_grad_()
-    w = torch.randn(len(sizes), 40, 64, device=device).bfloat16().requires_grad_()  # (out, in), as the layers keep them
+    w = torch.randn(len(sizes), 40, 64,
+                    device=device).bfloat16().requires_grad_()  # (out, in), as the layers keep them
     away = torch.randn(sum(sizes), 40, device=device).bfloat16()
     want = torch.cat([part @ matrix.T for part, matrix in zip(a.split(sizes), w, strict=True)])
     have = grouped_linear(a, w, ends)
@@ -129,7 +138,9 @@ def test_the_router_is_in_fp32_in_a_compiled_backward_too():
             z = router(x)
         grads.append(torch.autograd.grad((z * away).sum(), (layer.router.weight, x)))
     for have in grads:
-        torch.testing.assert_close(have[0], away.flatten(0, 1).T @ x.float().flatten(0, 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(have[0],
+                                   away.flatten(0, 1).T @ x.float().flatten(0, 1), rtol=1e-5,
+                                   atol=1e-5)
         torch.testing.assert_close(have[1], (away @ layer.router.weight).bfloat16(), rtol=0, atol=0)
 
 
@@ -150,7 +161,8 @@ def test_the_bias_picks_and_does_not_weigh():
 @pytest.mark.parametrize("k", [1, 2, 8, 12])
 def test_picks_are_those_of_topk(k):
     torch.manual_seed(0)
-    scores = torch.stack([torch.randperm(12) for _ in range(200)]).float().view(4, 50, 12) - 6  # no ties, negative ones too
+    scores = torch.stack([torch.randperm(12) for _ in range(200)]).float().view(
+        4, 50, 12) - 6  # no ties, negative ones too
     assert torch.equal(top(scores, k), scores.topk(k).indices)
 
 
@@ -163,7 +175,8 @@ def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
     idx = torch.randint(61, (3, 17))
     inputs = {}
     for i, block in enumerate(model.transformer.h):
-        block.mlp.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0]))
+        block.mlp.register_forward_pre_hook(
+            lambda module, args, i=i: inputs.__setitem__(i, args[0]))
     loss, loss_without = (m(idx[:, :-1], idx[:, 1:]) for m in (model, without))
     assert torch.equal(loss, loss_without)
 
@@ -171,7 +184,8 @@ def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
     for i, block in enumerate(model.transformer.h):
         for row in inputs[i]:
             z = row @ block.mlp.router.weight.T                                         # (T, E)
-            p = z.softmax(-1) if router == "softmax" else z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+            p = z.softmax(-1) if router == "softmax" else z.sigmoid() / z.sigmoid().sum(
+                -1, keepdim=True)
             f = torch.zeros(E)
             for t in range(T):
                 f[p[t].topk(K).indices] += 1 / (T * K)
@@ -179,15 +193,19 @@ def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
                            + 0.3 * z.exp().sum(-1).log().square().sum())
     parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
     auxiliary = torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True)
-    want = [b + (0 if a is None else a)
-            for a, b in zip(auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)]
+    want = [
+        b + (0 if a is None else a) for a, b in zip(
+            auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)
+    ]
     for name, a, b in zip(names, torch.autograd.grad(loss, parameters), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4,
+                                   msg=lambda text, name=name: f"{name}: {text}")
     # of masked data, where the loop divides by fewer targets, they keep their weight per token
     learned = torch.where(torch.rand(3, 16) < 0.25, idx[:, 1:], -1)
     share = (learned >= 0).sum() / learned.numel()
     LoadBalancer(model, ALONE, print).weigh(share)
-    mine, theirs = (torch.autograd.grad(m(idx[:, :-1], learned), list(m.parameters())) for m in (model, without))
+    mine, theirs = (torch.autograd.grad(m(idx[:, :-1], learned), list(m.parameters()))
+                    for m in (model, without))
     for name, a, b, c in zip(names, mine, theirs, auxiliary, strict=True):
         if "router" in name:
             torch.testing.assert_close(a, b + c * share, rtol=1e-4, atol=1e-4)
@@ -195,7 +213,9 @@ def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
 
 def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
     idx = torch.randint(61, (2, 17))
-    for settings in (dict(), dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1, mlp="swiglu")):
+    for settings in (dict(),
+                     dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1,
+                          mlp="swiglu")):
         torch._dynamo.reset()
         model = GPT(tiny(n_experts=4, **settings))
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -206,11 +226,13 @@ def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
             have = compiled(idx[:, :-1], idx[:, 1:])
             torch.testing.assert_close(have, loss)
             torch.testing.assert_close(torch.autograd.grad(have, list(model.parameters())), want)
-            torch.testing.assert_close([block.mlp.seen for block in model.transformer.h], [n * s for s in seen])
+            torch.testing.assert_close([block.mlp.seen for block in model.transformer.h],
+                                       [n * s for s in seen])
         compiled.eval()
         with torch.no_grad():
             torch.testing.assert_close(compiled(idx[:, 1:]), model(idx[:, 1:]))
-        torch.testing.assert_close([block.mlp.seen for block in model.transformer.h], [3 * s for s in seen])
+        torch.testing.assert_close([block.mlp.seen for block in model.transformer.h],
+                                   [3 * s for s in seen])
         assert not [name for name in model.state_dict() if "seen" in name]
 
 
@@ -223,12 +245,16 @@ def test_biases_are_nudged_by_hand():
     first, second = (block.mlp for block in model.transformer.h)
     first.seen += 99  # of passes before, such as a probe of the memory
     balance = LoadBalancer(model, ALONE, lines.append)
-    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0, 12.0])  # 12 picks of 6 tokens: 3 for each expert would be even
+    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0,
+                                12.0])  # 12 picks of 6 tokens: 3 for each expert would be even
     second.seen += torch.tensor([3.0, 3.0, 3.0, 3.0, 6.0, 6.0])
     told = balance(True)
-    assert first.bias.tolist() == pytest.approx([-BIAS_RATE, BIAS_RATE, BIAS_RATE, -BIAS_RATE]) and not second.bias.any()
-    assert told["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3]) and told["moe/load_01"] == [1, 1, 1, 1]
-    assert [told[f"moe/{name}_00"] for name in ("max_load", "dead", "logit_norm", "entropy")] == pytest.approx([2, 1, 5, 2])
+    assert first.bias.tolist() == pytest.approx([-BIAS_RATE, BIAS_RATE, BIAS_RATE, -BIAS_RATE
+                                                 ]) and not second.bias.any()
+    assert told["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3
+                                                 ]) and told["moe/load_01"] == [1, 1, 1, 1]
+    assert [told[f"moe/{name}_00"] for name in ("max_load", "dead", "logit_norm", "entropy")
+            ] == pytest.approx([2, 1, 5, 2])
     before = first.bias.clone()
     first.seen += torch.tensor([9.0, 1.0, 1.0, 1.0, math.nan, 0.0])
     second.seen += torch.ones(6)
@@ -238,7 +264,8 @@ def test_biases_are_nudged_by_hand():
 
 
 def test_what_is_measured_in_a_pass():
-    model, idx = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax", bias=False)), torch.randint(61, (3, 16))
+    model, idx = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax",
+                          bias=False)), torch.randint(61, (3, 16))
     layer, inputs = model.transformer.h[0].mlp, []
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
     balance = LoadBalancer(model, ALONE, print)
@@ -248,12 +275,14 @@ def test_what_is_measured_in_a_pass():
     picked = z.topk(2).indices.flatten().bincount(minlength=4)
     assert told["moe/load_00"] == pytest.approx((picked / picked.float().mean()).tolist())
     assert told["moe/logit_norm_00"] == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-5)
-    assert told["moe/entropy_00"] == pytest.approx(torch.distributions.Categorical(logits=z).entropy().mean().item(), rel=1e-5)
+    assert told["moe/entropy_00"] == pytest.approx(
+        torch.distributions.Categorical(logits=z).entropy().mean().item(), rel=1e-5)
 
 
 def test_a_collapsed_router_is_reported_and_evened_out():
     torch.manual_seed(0)
-    model, idx, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2, emb_norm=True)), torch.randint(61, (4, 16)), []
+    model, idx, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2,
+                                 emb_norm=True)), torch.randint(61, (4, 16)), []
     collapsed, balance = model.transformer.h[1].mlp, LoadBalancer(model, ALONE, lines.append)
     collapsed.bias[:2] = 1.0  # no sigmoid makes up for it
     for step in range(PATIENCE + 5):
@@ -287,21 +316,25 @@ def test_a_few_stray_tokens_do_not_hide_a_collapse():
 
 def test_parameters_and_flops_by_hand():
     with torch.device("meta"):
-        dense, model = (GPT(tiny(pos="rope", bias=False, **moe)) for moe in ({}, dict(n_experts=8, n_active=2)))
-    expert = 2 * 32 * 64                                                                # half as wide as the dense MLP's 128
+        dense, model = (GPT(tiny(pos="rope", bias=False, **moe))
+                        for moe in ({}, dict(n_experts=8, n_active=2)))
+    expert = 2 * 32 * 64  # half as wide as the dense MLP's 128
     assert dense.parameter_counts()["active"] == dense.parameter_counts()["total"]
-    assert model.parameter_counts()["total"] == dense.parameter_counts()["total"] + 2 * (6 * expert + 8 * 32)
+    assert model.parameter_counts(
+    )["total"] == dense.parameter_counts()["total"] + 2 * (6 * expert + 8 * 32)
     assert model.parameter_counts()["active"] == dense.parameter_counts()["total"] + 2 * 8 * 32
-    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * 8 * 32          # the router's
+    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * 8 * 32  # the router's
 
 
-@pytest.mark.parametrize("settings, width", [
-    (dict(), 64), (dict(n_shared=1), 40), (dict(mlp="swiglu", n_active=4), 16), (dict(expert_width=24), 24)])
+@pytest.mark.parametrize("settings, width", [(dict(), 64), (dict(n_shared=1), 40),
+                                             (dict(mlp="swiglu", n_active=4), 16),
+                                             (dict(expert_width=24), 24)])
 def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width):
     with torch.device("meta"):
         mlp = GPT(tiny(n_experts=6, **settings)).transformer.h[0].mlp
     fused = 2 if settings.get("mlp") == "swiglu" else 1
-    assert mlp.c_fc.weight.shape == (6, fused * width, 32) and mlp.c_proj.weight.shape == (6, 32, width)
+    assert mlp.c_fc.weight.shape == (6, fused * width, 32) and mlp.c_proj.weight.shape == (6, 32,
+                                                                                           width)
     if "n_shared" in settings:
         assert mlp.shared.c_proj.weight.shape == (32, width)
 
@@ -309,19 +342,24 @@ def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming", "zero_proj"])
 def test_each_expert_is_initialized_as_a_matrix_of_its_own(init):
     torch.manual_seed(0)
-    for name, p in GPT(tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1, expert_width=256)).named_parameters():
+    for name, p in GPT(
+            tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1,
+                 expert_width=256)).named_parameters():
         if p.dim() == 3:
             fc = "c_fc" in name
             fan_in, fan_out = (128, 256) if fc else (256, 128)
-            std = {"gpt2": 0.02, "xavier": (2 / (fan_in + fan_out)) ** 0.5, "kaiming": ((2 if fc else 1) / fan_in) ** 0.5,
-                   "zero_proj": (1 / 3 / fan_in) ** 0.5 if fc else 0}[init] * (1 if fc else 2 ** -0.5)
+            std = {
+                "gpt2": 0.02, "xavier": (2 / (fan_in + fan_out))**0.5, "kaiming": (
+                    (2 if fc else 1) / fan_in)**0.5, "zero_proj": (1 / 3 / fan_in)**0.5 if fc else 0
+            }[init] * (1 if fc else 2**-0.5)
             assert p.flatten(1).std(dim=1).tolist() == pytest.approx([std] * 4, rel=0.03), name
             assert init == "zero_proj" or not torch.equal(p[0], p[1])
 
 
 def test_muon_orthogonalizes_each_expert_alone():
     model = GPT(tiny(n_experts=3, mlp="swiglu", bias=False))
-    optimizer = train_gpt2.make_optimizer(model, TrainConfig(optimizer="muon", max_lr=0.1, weight_decay=0.0, momentum=0.0))
+    optimizer = train_gpt2.make_optimizer(
+        model, TrainConfig(optimizer="muon", max_lr=0.1, weight_decay=0.0, momentum=0.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -339,11 +377,13 @@ def test_muon_orthogonalizes_each_expert_alone():
     assert tried == 2 * 3 * 3
 
 
-@pytest.mark.parametrize("settings, says", [
-    (dict(n_active=5), "--n_active 5 is above --n_experts 4"),
-    (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.*: 16 or 24 is"),
-    (dict(expert_width=3), "multiple of 8.*: 8 is"), (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.*: 32 or 40 is"),
-    (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
+@pytest.mark.parametrize(
+    "settings, says",
+    [(dict(n_active=5), "--n_active 5 is above --n_experts 4"),
+     (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.*: 16 or 24 is"),
+     (dict(expert_width=3), "multiple of 8.*: 8 is"),
+     (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.*: 32 or 40 is"),
+     (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
 def test_experts_that_cannot_be_are_refused(settings, says):
     with pytest.raises(BadInput, match=says):
         train_gpt2.check_model(tiny(**dict(n_experts=4) | settings))
@@ -356,7 +396,9 @@ def test_experts_that_cannot_be_are_refused(settings, says):
 def test_cached_generation_equals_whole_passes():
     torch.manual_seed(0)
     model, idx = GPT(tiny(n_experts=4, init="xavier", pos="rope")).eval(), torch.randint(61, (3, 4))
-    cached = list(generate(Decoder(model, 3, 16), idx.tolist(), 10, lambda logits: logits.argmax(-1)))  # 10 steps of 3 tokens
+    cached = list(
+        generate(Decoder(model, 3, 16), idx.tolist(), 10,
+                 lambda logits: logits.argmax(-1)))  # 10 steps of 3 tokens
     with torch.no_grad():
         for _ in range(10):
             idx = torch.cat((idx, model(idx)[:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -366,14 +408,16 @@ def test_cached_generation_equals_whole_passes():
 @pytest.mark.parametrize("balance", ["bias", "loss"])
 def test_samples_in_bf16_between_training_steps(balance):
     torch.manual_seed(0)
-    model, idx = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier", pos="rope")), torch.randint(61, (3, 8))
+    model, idx = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier",
+                          pos="rope")), torch.randint(61, (3, 8))
     balance = LoadBalancer(model, SimpleNamespace(distributed=False), print)
     with torch.autocast("cpu", torch.bfloat16):
         model(idx, idx).backward()
         balance(True)
         decoder = Decoder(model.eval(), 3, 16)
         with torch.no_grad():
-            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()), model(idx)[:, -1].float(), atol=0.02, rtol=0.02)
+            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()),
+                                       model(idx)[:, -1].float(), atol=0.02, rtol=0.02)
 
 
 def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path, capsys):
@@ -383,14 +427,22 @@ def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path,
     assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "train"] - 1
     assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24
                for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
-    bars = EventAccumulator(str(whole), size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")
-    assert [sum(bar.histogram_value.bucket) for bar in bars] == pytest.approx([4] * 24)  # 4 experts, load 1 in the mean
+    bars = EventAccumulator(str(whole),
+                            size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")
+    assert [sum(bar.histogram_value.bucket)
+            for bar in bars] == pytest.approx([4] * 24)  # 4 experts, load 1 in the mean
     state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
-    assert state["transformer.h.1.mlp.bias"].any() and not [name for name in state if "seen" in name]
-    for experts in (F.normalize(p.flatten(1), dim=1) for name, p in state.items() if p.dim() == 3):  # they stay different
+    assert state["transformer.h.1.mlp.bias"].any() and not [
+        name for name in state if "seen" in name
+    ]
+    for experts in (F.normalize(p.flatten(1), dim=1)
+                    for name, p in state.items()
+                    if p.dim() == 3):  # they stay different
         assert (experts @ experts.T).fill_diagonal_(0).abs().max() < 0.5
-    assert json.loads((whole / "config.json").read_text())["parameters"] == GPT(train_gpt2.GPTConfig(**torch.load(
-        whole / "ckpt_00024.pt", weights_only=True)["model_config"])).parameter_counts()
+    assert json.loads((whole / "config.json").read_text())["parameters"] == GPT(
+        train_gpt2.GPTConfig(
+            **torch.load(whole
+                         / "ckpt_00024.pt", weights_only=True)["model_config"])).parameter_counts()
     half = cut(whole, tmp_path / "half", 8)
     assert_same_runs(again(half), whole)
     model, tokenizer, _ = train_gpt2.load_checkpoint(whole / "ckpt_00024.pt")
@@ -398,19 +450,27 @@ def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path,
     assert load_tokenizer(tokenizer.spec).vocab_size == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("flags", [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]],
-                         ids=["bias", "loss"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]],
+    ids=["bias", "loss"])
 def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", data, *EXPERTS, *flags, "--max_steps", 12]
     for name, processes, micro_batch in (("one", 1, 8), ("accumulated", 1, 2), ("two", 2, 2)):
-        done = launch("train_gpt2.py", *flags, "--run_name", name, "--micro_batch", micro_batch, processes=processes)
+        done = launch("train_gpt2.py", *flags, "--run_name", name, "--micro_batch", micro_batch,
+                      processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (checkpoint.read(tmp_path / "log" / name / "ckpt_00012.pt")["model"] for name in ("one", "two"))
+    one, two = (checkpoint.read(tmp_path / "log" / name / "ckpt_00012.pt")["model"]
+                for name in ("one", "two"))
     for name in ("accumulated", "two"):
-        assert read_log(tmp_path / "log" / name) == pytest.approx(read_log(tmp_path / "log" / "one"), rel=1e-5)
+        assert read_log(tmp_path / "log" / name) == pytest.approx(
+            read_log(tmp_path / "log" / "one"), rel=1e-5)
     assert all(torch.equal(one[name], two[name]) for name in one if name.endswith("mlp.bias"))
     for i in (0, 1):
-        loads = [scalars(tmp_path / "log" / name)[f"moe/max_load_{i:02d}"] for name in ("one", "accumulated", "two")]
+        loads = [
+            scalars(tmp_path / "log" / name)[f"moe/max_load_{i:02d}"]
+            for name in ("one", "accumulated", "two")
+        ]
         assert loads[0] == loads[1] == loads[2]
 
 
@@ -428,14 +488,19 @@ def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, caps
 
 
 def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
-    folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps", 0)
+    folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps",
+                   0)
     with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
     state = torch.load(folder / "ckpt_00002.pt", weights_only=True)
-    state["model_config"] = {name: value for name, value in state["model_config"].items() if "expert" not in name}
+    state["model_config"] = {
+        name: value for name, value in state["model_config"].items() if "expert" not in name
+    }
     checkpoint.write(folder / "ckpt_00002.pt", state)  # as one from before there were experts
     with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
     again(folder, "--max_steps", 4)
-    with pytest.raises(BadInput, match="--n_active, --router: for Mixture of Experts, give --n_experts above 0"):
+    with pytest.raises(
+            BadInput,
+            match="--n_active, --router: for Mixture of Experts, give --n_experts above 0"):
         train(data, tmp_path / "a", "--n_active", 2, "--router", "softmax")

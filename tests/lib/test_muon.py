@@ -15,13 +15,16 @@ import torch.multiprocessing as mp
 from lib import muon
 from lib.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, orthogonalize
 
-SHAPES = dict(c_attn=(48, 16), c_fc=(64, 16), c_proj=(16, 64), experts=(3, 24, 16), wte=(40, 16), norm=(16,))
+SHAPES = dict(c_attn=(48, 16), c_fc=(64, 16), c_proj=(16, 64), experts=(3, 24, 16), wte=(40, 16),
+              norm=(16,))
 
 
 def parameters(seed=0, names=tuple(SHAPES)):
     """dict: name -> parameter, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.nn.Parameter(torch.randn(SHAPES[name], generator=generator)) for name in names}
+    return {
+        name: torch.nn.Parameter(torch.randn(SHAPES[name], generator=generator)) for name in names
+    }
 
 
 def set_gradients(params, step):
@@ -31,13 +34,16 @@ def set_gradients(params, step):
 
 
 def optimizer_of(params, **changes):
-    """All of SHAPES, as train_gpt2.py would group them: fused, plain and expert matrices, embeddings, vectors."""
+    """All of SHAPES, as train_gpt2.py would group them: fused, plain and expert matrices,
+    embeddings, vectors."""
     muon = dict(kind="muon", lr=0.02, weight_decay=0.1) | changes
-    return Muon([dict(params=[params["c_attn"]], splits=3, **muon),
-                 dict(params=[params["experts"]], splits=2, **muon),
-                 dict(params=[params["c_fc"], params["c_proj"]], **muon),
-                 dict(params=[params["wte"]], kind="adamw", lr=0.3, weight_decay=0.01, betas=(0.8, 0.95)),
-                 dict(params=[params["norm"]], kind="adamw", lr=0.01)])
+    return Muon([
+        dict(params=[params["c_attn"]], splits=3, **muon),
+        dict(params=[params["experts"]], splits=2, **muon),
+        dict(params=[params["c_fc"], params["c_proj"]], **muon),
+        dict(params=[params["wte"]], kind="adamw", lr=0.3, weight_decay=0.01, betas=(0.8, 0.95)),
+        dict(params=[params["norm"]], kind="adamw", lr=0.01)
+    ])
 
 
 def train(optimizer, params, steps):
@@ -53,7 +59,8 @@ def train(optimizer, params, steps):
 
 def assert_same(ours, theirs, **tolerance):
     for name, p in ours.items():
-        torch.testing.assert_close(p, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(p, theirs[name], msg=lambda text, name=name: f"{name}: {text}",
+                                   **tolerance)
 
 
 # -- the iteration --
@@ -61,7 +68,8 @@ def assert_same(ours, theirs, **tolerance):
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 96, 32), (2, 32, 96)])
 def test_polar_express_is_orthogonal(shape):
     """Every singular value of [1e-3, 1] comes out close to 1, the singular vectors stay."""
-    U, _, Vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    U, _, Vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+                                full_matrices=False)
     values = torch.logspace(-2.9, 0, U.size(-1))
     X = orthogonalize(U * values @ Vt * 7.0 / values.norm())           # any scale: it is normalized
     inside = values > 1e-3 * values.norm() * 1.01
@@ -93,11 +101,13 @@ def test_batch_equals_loop(coefficients):
 
 @pytest.mark.parametrize("momentum", [0.95, 0.8])
 def test_muon_equals_torch(momentum, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch takes bf16 on any device, we fp32 on CPU
+    monkeypatch.setattr(torch.Tensor, "bfloat16",
+                        torch.Tensor.clone)  # torch takes bf16 on any device, we fp32 on CPU
     names = ("c_fc", "c_proj", "wte")                                  # tall, wide, neither
     ours, theirs = parameters(names=names), parameters(names=names)
     flags = dict(lr=0.02, weight_decay=0.1, momentum=momentum)
-    train(Muon([dict(kind="muon", params=list(ours.values()), **flags)], NEWTON_SCHULZ), ours, range(5))
+    train(Muon([dict(kind="muon", params=list(ours.values()), **flags)], NEWTON_SCHULZ), ours,
+          range(5))
     train(torch.optim.Muon(theirs.values(), adjust_lr_fn="original", **flags), theirs, range(5))
     assert_same(ours, theirs, atol=1e-6, rtol=1e-5)
 
@@ -111,14 +121,17 @@ def test_adamw_equals_torch():
 
 
 def test_splits_are_separate_matrices():
-    """One c_attn in three parts is q, k and v in a matrix each, scaled by their own shape; experts likewise."""
+    """One c_attn in three parts is q, k and v in a matrix each, scaled by their own shape; experts
+    likewise."""
     whole = parameters(names=("c_attn", "experts"))
 
     def blocks(tensors):
         c_attn, experts = tensors
         return [*c_attn.split(16), *experts.flatten(0, 1).split(12)]
 
-    parts = [torch.nn.Parameter(block.clone()) for block in blocks([p.detach() for p in whole.values()])]
+    parts = [
+        torch.nn.Parameter(block.clone()) for block in blocks([p.detach() for p in whole.values()])
+    ]
     flags = dict(kind="muon", lr=0.02, weight_decay=0.1)
     fused = Muon([dict(params=[whole["c_attn"]], splits=3, **flags),
                   dict(params=[whole["experts"]], splits=2, **flags)])
@@ -134,12 +147,14 @@ def test_splits_are_separate_matrices():
 
 
 def test_update_has_unit_scale():
-    """The root mean square of a step is lr * sqrt(max(1, rows / cols) / max(rows, cols)), whatever the gradient's."""
+    """The root mean square of a step is lr * sqrt(max(1, rows / cols) / max(rows, cols)), whatever
+    the gradient's."""
     for rows, cols in ((64, 16), (16, 64)):
         p = torch.nn.Parameter(torch.zeros(rows, cols))
         p.grad = 1e-3 * torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
         Muon([dict(kind="muon", params=[p], lr=1.0)]).step()
-        assert p.square().mean().sqrt().item() == pytest.approx((max(1, rows / cols) / max(rows, cols)) ** 0.5, rel=0.1)
+        assert p.square().mean().sqrt().item() == pytest.approx(
+            (max(1, rows / cols) / max(rows, cols))**0.5, rel=0.1)
         assert (p * p.grad).sum() < 0                                   # downhill
 
 
@@ -158,7 +173,10 @@ def test_gradients_and_others_are_left_alone():
 def test_rows_that_do_not_split_are_refused():
     for shape, splits in (((48, 16), 5), ((16,), 1)):
         with pytest.raises(ValueError, match="split"):
-            Muon([dict(kind="muon", params=[torch.nn.Parameter(torch.zeros(shape))], lr=0.1, splits=splits)])
+            Muon([
+                dict(kind="muon", params=[torch.nn.Parameter(torch.zeros(shape))], lr=0.1,
+                     splits=splits)
+            ])
 
 
 def test_state_dict_continues_exactly():
@@ -182,7 +200,9 @@ def test_gpu_step_waits_for_nothing():
     """No device sync in a step, whose result is within bf16 of the CPU's result."""
     results = []
     for device in ("cpu", "cuda"):
-        params = {name: torch.nn.Parameter(p.detach().to(device)) for name, p in parameters().items()}
+        params = {
+            name: torch.nn.Parameter(p.detach().to(device)) for name, p in parameters().items()
+        }
         optimizer = optimizer_of(params)
         gradients = parameters(seed=1)
         for name, p in params.items():
@@ -211,7 +231,8 @@ def go_on(saved, steps):
     params = {name: torch.nn.Parameter(p.clone()) for name, p in saved["model"].items()}
     optimizer = optimizer_of(params)
     if "optimizer" in saved:
-        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it would go on in the same tensors
+        optimizer.load_state_dict(copy.deepcopy(
+            saved["optimizer"]))  # it would go on in the same tensors
     train(optimizer, params, steps)
     return {"model": detached(params), "optimizer": optimizer.state_dict()}
 
@@ -219,7 +240,8 @@ def go_on(saved, steps):
 def record_batches():
     """-> a list that grows by how many matrices each call of `orthogonalize` takes."""
     sizes = []
-    muon.orthogonalize = lambda X, coefficients: sizes.append(len(X)) or orthogonalize(X, coefficients)
+    muon.orthogonalize = lambda X, coefficients: sizes.append(len(X)) or orthogonalize(
+        X, coefficients)
     return sizes
 
 
@@ -233,7 +255,8 @@ def rank_main(rank, folder, start, middle):
 
 
 def test_two_processes_equal_one_and_share_the_work(tmp_path, monkeypatch):
-    """The same parameters and state under 1 and 2 processes; either's state goes on under the other."""
+    """The same parameters and state under 1 and 2 processes; either's state goes on under the
+    other."""
     monkeypatch.setattr(muon, "orthogonalize", orthogonalize)
     start, sizes = {"model": detached(parameters())}, record_batches()
     middle = go_on(start, range(3))
@@ -243,7 +266,8 @@ def test_two_processes_equal_one_and_share_the_work(tmp_path, monkeypatch):
     for rank in range(2):
         two_middle, two_end, shares = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert shares == [-(-size // 2) for size in whole] and sum(shares) < sum(whole)
-        for ours, theirs in ((two_middle, middle), (two_end, end), (go_on(two_middle, range(3, 6)), end)):
+        for ours, theirs in ((two_middle, middle), (two_end, end), (go_on(two_middle,
+                                                                          range(3, 6)), end)):
             assert_same(ours["model"], theirs["model"], atol=1e-6, rtol=1e-5)
             assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
             for key, state in theirs["optimizer"]["state"].items():

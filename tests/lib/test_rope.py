@@ -10,19 +10,24 @@ from lib.rope import ContextConfig, extend, frequencies
 from train_gpt2 import GPT
 
 
-@pytest.mark.parametrize("scaling, theirs", [
-    ("plain", {"rope_type": "default"}), ("ntk", {"rope_type": "dynamic", "factor": 1.0}), ("yarn", {"rope_type": "yarn"})])
-@pytest.mark.parametrize("head_dim, trained, factor", [(64, 1024, 4.0), (128, 2048, 2.0), (16, 256, 8.0), (64, 64, 1.5)])
+@pytest.mark.parametrize("scaling, theirs", [("plain", {"rope_type": "default"}),
+                                             ("ntk", {"rope_type": "dynamic", "factor": 1.0}),
+                                             ("yarn", {"rope_type": "yarn"})])
+@pytest.mark.parametrize("head_dim, trained, factor", [(64, 1024, 4.0), (128, 2048, 2.0),
+                                                       (16, 256, 8.0), (64, 64, 1.5)])
 def test_frequencies_are_those_of_transformers(scaling, theirs, head_dim, trained, factor):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {"rope_theta": 10_000.0, "factor": factor, "original_max_position_embeddings": trained} | theirs
-    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=trained, rope_parameters=rope)
+    rope = {"rope_theta": 10_000.0, "factor": factor, "original_max_position_embeddings": trained
+            } | theirs
+    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2,
+                         max_position_embeddings=trained, rope_parameters=rope)
     if theirs["rope_type"] == "default":
         want, scale = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), 1.0
     else:
-        want, scale = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, "cpu", seq_len=int(trained * factor))
+        want, scale = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, "cpu",
+                                                               seq_len=int(trained * factor))
     have, have_scale = frequencies(head_dim, scaling, factor, trained)
     torch.testing.assert_close(have, want, rtol=1e-5, atol=0)
     assert have_scale == pytest.approx(scale)
@@ -32,15 +37,22 @@ def test_a_longer_context_computes_what_transformers_computes_with_yarn():
     from lib.huggingface import convert
 
     torch.manual_seed(0)
-    model, idx = GPT(tiny(pos="rope", norm="rmsnorm", mlp="swiglu", init="xavier")).eval(), torch.randint(61, (2, 64))
-    rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    model, idx = GPT(tiny(pos="rope", norm="rmsnorm", mlp="swiglu",
+                          init="xavier")).eval(), torch.randint(61, (2, 64))
+    rope = {
+        "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+        "original_max_position_embeddings": 16
+    }
     theirs = convert(model)
-    config = type(theirs.config)(**theirs.config.to_dict() | {"rope_parameters": rope, "max_position_embeddings": 64})
+    config = type(theirs.config)(**theirs.config.to_dict()
+                                 | {"rope_parameters": rope, "max_position_embeddings": 64})
     stretched = type(theirs)(config).eval()
     stretched.load_state_dict(theirs.state_dict())
     with torch.no_grad():
         plain = model(idx[:, :16])
-        torch.testing.assert_close(extend(model, ContextConfig(64, "yarn"))(idx), stretched(idx).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            extend(model, ContextConfig(64, "yarn"))(idx),
+            stretched(idx).logits, rtol=0, atol=1e-4)
         assert not torch.allclose(model(idx[:, :16]), plain, atol=1e-4)
 
 
@@ -52,8 +64,10 @@ def test_generation_goes_on_in_the_longer_context(scaling, tokenizer):
     model.load_state_dict(long.state_dict())
     settings = ["the cat"], SampleConfig(max_new_tokens=50)
     texts = sample(extend(model, ContextConfig(64, scaling)), tokenizer, *settings)
-    assert len({module.cos.data_ptr() for module in model.modules() if hasattr(module, "cos")}) == 1  # not one per layer
-    assert model.config.block_size == 64 and (texts == sample(long, tokenizer, *settings)) == (scaling == "plain")
+    assert len({module.cos.data_ptr() for module in model.modules() if hasattr(module, "cos")
+                }) == 1  # not one per layer
+    assert model.config.block_size == 64 and (texts == sample(long, tokenizer, *
+                                                              settings)) == (scaling == "plain")
 
 
 def test_learned_positions_end():
@@ -61,7 +75,8 @@ def test_learned_positions_end():
     with pytest.raises(BadInput, match="--context 17: this model has learned its 16 positions"):
         extend(model, ContextConfig(17))
     for context in (None, 16):
-        with pytest.raises(BadInput, match="--rope_scaling yarn is for a --context longer than the 16 tokens"):
+        with pytest.raises(
+                BadInput, match="--rope_scaling yarn is for a --context longer than the 16 tokens"):
             extend(model, ContextConfig(context, "yarn"))
     want = model(idx)
     # a shorter window is allowed

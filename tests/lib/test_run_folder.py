@@ -1,6 +1,8 @@
-"""Runs that are interrupted, resumed, moved and killed, against undisturbed ones: python -m pytest tests/lib/test_run_folder.py
+"""Runs that are interrupted, resumed, moved and killed, against undisturbed ones: python -m pytest
+tests/lib/test_run_folder.py
 
-The slow test kills a real run twenty times: python -m pytest tests/lib/test_run_folder.py -m slow -s
+The slow test kills a real run twenty times: python -m pytest tests/lib/test_run_folder.py -m slow
+-s
 """
 
 import errno
@@ -85,7 +87,8 @@ def test_the_same_command_goes_on_exactly(kind, step, whole, data, tmp_path, cap
     assert loader["epoch"] >= 3 and loader["offset"] > 0
     folder = cut(whole(kind), tmp_path / "whole", step)
     train(data, folder, *KINDS[kind])
-    assert f"resume  {folder / f'ckpt_{step:05d}.pt'}, step {step}; as before\n" in capsys.readouterr().out
+    assert f"resume  {folder / f'ckpt_{step:05d}.pt'}, step {step}; as before\n" in capsys.readouterr(
+    ).out
     assert_same_runs(folder, whole(kind))
 
 
@@ -95,10 +98,16 @@ def test_settings_younger_than_a_checkpoint_stay_off(whole):
     state |= {"timed": (3, 2.0)}  # steps and their seconds, when steps were all alike
     state["train_config"] = {name: v for name, v in state["train_config"].items()
                              if name not in ("batch_warmup", "curriculum")} | {"data": "one"}
-    state["model_config"] = {name: v for name, v in state["model_config"].items() if name not in ("token_shift", "n_experts")}
-    cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(token_shift=True)  # as today's preset may say
+    state["model_config"] = {
+        name: v
+        for name, v in state["model_config"].items()
+        if name not in ("token_shift", "n_experts")
+    }
+    cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(
+        token_shift=True)  # as today's preset may say
     run_folder.Resume("old", state, set()).adopt(cfg, model_cfg, set())
-    assert (cfg.batch_warmup, cfg.data, model_cfg.token_shift) == (0, ("one",), False) and state["timed"] == (3 * batch, 2.0)
+    assert (cfg.batch_warmup, cfg.data,
+            model_cfg.token_shift) == (0, ("one",), False) and state["timed"] == (3 * batch, 2.0)
 
 
 def test_relative_paths_and_going_back_in_the_same_folder(whole, tmp_path, monkeypatch):
@@ -106,19 +115,23 @@ def test_relative_paths_and_going_back_in_the_same_folder(whole, tmp_path, monke
     folder = cut(whole("gpt2"), tmp_path / "log" / "a", 60)
     train_gpt2.main(["--resume", "log/a/ckpt_00040.pt"])
     assert_same_runs(folder, whole("gpt2"))
-    assert {path.name for path in folder.glob("*.aside")} == {f"ckpt_000{step}.pt.aside" for step in (48, 56, 60)}
+    assert {path.name for path in folder.glob("*.aside")
+            } == {f"ckpt_000{step}.pt.aside" for step in (48, 56, 60)}
     assert steps_saved(folder) == [8, 16, 24, 32, 40, 48, 56, 60]
     assert os.listdir(tmp_path) == ["log"] and os.listdir(tmp_path / "log") == ["a"]
 
 
-def test_a_run_that_went_back_and_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+def test_a_run_that_went_back_and_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch,
+                                                               capsys):
     """Not with --run_name beside the same --resume, which would go back again."""
     monkeypatch.chdir(tmp_path)
     folder = cut(whole("gpt2"), tmp_path / "log" / "a", 60)
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopSignals, "requested", property(lambda self: logged(folder) >= 50))
+        patch.setattr(train_gpt2.StopSignals, "requested",
+                      property(lambda self: logged(folder) >= 50))
         train_gpt2.main(["--resume", "log/a/ckpt_00040.pt"])
-    says = re.search(r"stopped at step (\d+) of 60: the same command with (.+) goes on\n", capsys.readouterr().out)
+    says = re.search(r"stopped at step (\d+) of 60: the same command with (.+) goes on\n",
+                     capsys.readouterr().out)
     train_gpt2.main(["--resume", "log/a/ckpt_00040.pt", *says[2].split()])
     assert int(says[1]) > 40 and f"step {says[1]}; as before" in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
@@ -171,16 +184,23 @@ def test_a_resume_that_cannot_be(flags, says, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["empty"]
 
 
-def test_resume_auto_without_a_name_goes_on_with_the_same_command_alone(data, tmp_path, monkeypatch, capsys):
-    """What `make train` is: given again, it goes on after an interruption and begins a new run after the end."""
+def test_resume_auto_without_a_name_goes_on_with_the_same_command_alone(
+        data, tmp_path, monkeypatch, capsys):
+    """What `make train` is: given again, it goes on after an interruption and begins a new run
+    after the end."""
     def start(*flags, stop_at=None):
         """-> the folder of the run, the step it began at, whether it is finished."""
-        words = [*RUN, "--data", str(data), "--log_dir", str(tmp_path), "--resume", "auto", "--max_steps", "24", *flags]
+        words = [
+            *RUN, "--data",
+            str(data), "--log_dir",
+            str(tmp_path), "--resume", "auto", "--max_steps", "24", *flags
+        ]
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words])
         monkeypatch.setattr("lib.run_folder.time.strftime", lambda form: f"{next(clock):04d}")
         with monkeypatch.context() as patch:
             if stop_at:
-                patch.setattr(train_gpt2.StopSignals, "requested", property(lambda self: logged_steps(tmp_path) >= stop_at))
+                patch.setattr(train_gpt2.StopSignals, "requested",
+                              property(lambda self: logged_steps(tmp_path) >= stop_at))
             before = set(tmp_path.iterdir())
             train_gpt2.main(words)
         out = capsys.readouterr().out
@@ -250,31 +270,39 @@ def test_the_length_stays_as_it_was_when_the_data_has_changed_its_size(whole, tm
 
 
 def test_training_flags_may_change_and_take_effect(whole, tmp_path, capsys):
-    folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--max_lr", "1e-3", "--weight_decay", "0.7", "--dropout", "0")
+    folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--max_lr", "1e-3", "--weight_decay",
+                   "0.7", "--dropout", "0")
     [resumed] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume")]
     assert sorted(resumed.partition("; changed: ")[2].split(", ")) == [
         "--dropout 0.1 -> 0.0", "--max_lr 0.005 -> 0.001", "--weight_decay 0.1 -> 0.7"]
     assert json.loads((folder / "config.json").read_text())["starts"][1]["changed"] in resumed
     before = len(lines(whole("gpt2"))) - len(lines(whole("gpt2"), 48))
     assert lines(folder)[:before] == lines(whole("gpt2"))[:before]
-    assert len(lines(folder)) == len(lines(whole("gpt2"))) and lines(folder, 49) != lines(whole("gpt2"), 49)
+    assert len(lines(folder)) == len(lines(whole("gpt2"))) and lines(folder, 49) != lines(
+        whole("gpt2"), 49)
     state = checkpoint.read(folder / "ckpt_00060.pt")
     assert state["train_config"]["max_lr"] == 1e-3 and state["model_config"]["dropout"] == 0
     cfg = SimpleNamespace(min_lr_frac=0.1, warmup_steps=2, schedule="cosine", steps=60)
     groups = state["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.7, 0.0}
     assert {group["lr"] for group in groups} == {1e-3 * train_gpt2.lr_multiplier(59, cfg)}
-    assert dict(scalars(folder)["optim/lr"])[48] == pytest.approx(1e-3 * train_gpt2.lr_multiplier(48, cfg))
+    assert dict(scalars(folder)["optim/lr"])[48] == pytest.approx(
+        1e-3 * train_gpt2.lr_multiplier(48, cfg))
 
 
-@pytest.mark.parametrize("kind, flags, misfits", [
-    ("gpt2", ["--n_layer", "3"], ["--n_layer 2 -> 3"]),
-    ("gpt2", ["--mlp", "relu2"], ["--mlp gelu -> relu2"]),  # the same shapes, another function
-    ("gpt2", ["--block_size", "16"], ["--block_size 32 -> 16"]),
-    ("gpt2", ["--size", "gpt2"], ["--n_layer 2 -> 12", "--n_head 2 -> 12", "--n_embd 32 -> 768"]),
-    ("gpt2", ["--preset", "modern"], ["--mlp gelu -> swiglu", "--norm layernorm -> rmsnorm", "--emb_norm False -> True"]),
-    ("modern", ["--n_head", "4"], ["--n_head 2 -> 4"]),
-], ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else value)
+@pytest.mark.parametrize(
+    "kind, flags, misfits",
+    [
+        ("gpt2", ["--n_layer", "3"], ["--n_layer 2 -> 3"]),
+        ("gpt2", ["--mlp", "relu2"], ["--mlp gelu -> relu2"]),  # the same shapes, another function
+        ("gpt2", ["--block_size", "16"], ["--block_size 32 -> 16"]),
+        ("gpt2", ["--size", "gpt2"
+                  ], ["--n_layer 2 -> 12", "--n_head 2 -> 12", "--n_embd 32 -> 768"]),
+        ("gpt2", ["--preset", "modern"],
+         ["--mlp gelu -> swiglu", "--norm layernorm -> rmsnorm", "--emb_norm False -> True"]),
+        ("modern", ["--n_head", "4"], ["--n_head 2 -> 4"]),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else value)
 def test_flags_that_do_not_fit_the_weights_are_refused(kind, flags, misfits, whole, tmp_path):
     folder = cut(whole(kind), tmp_path / "a", 48)
     before = contents(folder)
@@ -287,24 +315,28 @@ def test_the_context_may_change_with_rotary_positions(whole, tmp_path, capsys):
     folder = again(cut(whole("modern"), tmp_path / "a", 56), "--block_size", "64")
     assert "changed: --block_size 32 -> 64" in capsys.readouterr().out
     state = checkpoint.read(folder / "ckpt_00060.pt")
-    assert state["model_config"]["block_size"] == 64 and state["loader"] == final(whole("modern"))["loader"]
+    assert state["model_config"]["block_size"] == 64 and state["loader"] == final(
+        whole("modern"))["loader"]
 
 
 @pytest.mark.parametrize("size", [270, 400])  # with the padding the same matrices, and others
 def test_data_of_another_tokenizer_is_refused(size, whole, tmp_path):
     texts = [*sentences(200, seed=7), *(f"{n}{n}" * 2 for n in range(1000))]
-    other, folder = write_data(tmp_path / "data", train_bpe(texts, size)), cut(whole("gpt2"), tmp_path / "a", 48)
+    other, folder = write_data(tmp_path / "data",
+                               train_bpe(texts, size)), cut(whole("gpt2"), tmp_path / "a", 48)
     before = contents(folder)
     with pytest.raises(BadInput, match="made with another tokenizer"):
         again(folder, "--data", other)
     assert contents(folder) == before
 
 
-def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(whole, tokenizer, tmp_path, capsys):
+def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(whole, tokenizer, tmp_path,
+                                                                     capsys):
     other = write_data(tmp_path / "data", tokenizer, shards=2)
     folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--data", other)
-    assert re.search(r"step 48; changed: --data \S+ -> \S+, other training data, read from its beginning\n",
-                     capsys.readouterr().out)
+    assert re.search(
+        r"step 48; changed: --data \S+ -> \S+, other training data, read from its beginning\n",
+        capsys.readouterr().out)
     loader = ShardLoader(Shards(other).train, tokenizer, 1337)
     for _ in range(12):
         loader.next(256)
@@ -312,15 +344,19 @@ def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(whole, toke
 
 
 def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path, capsys):
-    """What --max_tokens makes of two sources. The text has changed without a word: only --data goes on in it."""
+    """What --max_tokens makes of two sources. The text has changed without a word: only --data goes
+    on in it."""
     data, folder = tmp_path / "data", tmp_path / "a"
     tokenizer.save(tmp_path / "tokenizer.json")
 
     def make(seed):
         shutil.rmtree(data, ignore_errors=True)
-        source = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in sentences(400, seed)])
-        words = ["--source", source, "--out", data, "--tokenizer", tmp_path / "tokenizer.json", "--max_tokens", 9000,
-                 "--shard_size", 3000, "--val_tokens", 1000]
+        source = write_lines(tmp_path / "text.jsonl",
+                             [{"text": text} for text in sentences(400, seed)])
+        words = [
+            "--source", source, "--out", data, "--tokenizer", tmp_path / "tokenizer.json",
+            "--max_tokens", 9000, "--shard_size", 3000, "--val_tokens", 1000
+        ]
         fineweb.main([str(word) for word in words])
         return Shards(data)
 
@@ -335,7 +371,8 @@ def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path,
     assert contents(folder) == before
 
     capsys.readouterr()
-    made_before = cut(folder, tmp_path / "made_before", 6)  # by a version that knew names and lengths alone
+    made_before = cut(folder, tmp_path / "made_before",
+                      6)  # by a version that knew names and lengths alone
     state = checkpoint.read(made_before / "ckpt_00006.pt")
     checkpoint.write(made_before / "ckpt_00006.pt", state | {"data": first.former_identity})
     again(made_before, "--max_steps", 8)
@@ -352,7 +389,8 @@ def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path,
 
 
 def test_the_same_data_elsewhere_goes_on_where_it_was(whole, data, tmp_path, capsys):
-    folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--data", shutil.copytree(data, tmp_path / "moved"))
+    folder = again(cut(whole("gpt2"), tmp_path / "a", 48), "--data",
+                   shutil.copytree(data, tmp_path / "moved"))
     assert "other training data" not in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
 
@@ -367,7 +405,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(whole, data, tmp_path, capsys
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("flags", [["--max_steps", "66"], ["--epochs", "3.6"]], ids=["max_steps", "epochs"])
+@pytest.mark.parametrize("flags", [["--max_steps", "66"], ["--epochs", "3.6"]],
+                         ids=["max_steps", "epochs"])
 def test_a_finished_run_goes_on_with_a_greater_length(flags, whole, data, tmp_path, capsys):
     assert int(3.6 * Shards(data).tokens["train"] / 256) == 66
     folder = again(cut(whole("gpt2"), tmp_path / "a", 60), *flags)
@@ -377,13 +416,19 @@ def test_a_finished_run_goes_on_with_a_greater_length(flags, whole, data, tmp_pa
     assert steps_saved(folder)[-1] == checkpoint.read(folder / "ckpt_00066.pt")["max_steps"] == 66
 
 
-@pytest.mark.parametrize("kind, flags, says", [
-    # half a cosine from 5e-3 down to a tenth of it: at its end, and 58 of 118 steps behind the warm-up
-    ("gpt2", ["--max_steps", "120"], "rate    rises again, from 5.00e-04 to 2.81e-03: the cosine schedule now ends"),
-    ("modern", ["--max_steps", "120"], "the wsd schedule now ends at step 120, not 60"),
-    ("gpt2", ["--max_steps", "120", "--max_lr", "2e-4"], None),
-], ids=["cosine", "wsd", "lower"])
-def test_a_longer_run_says_that_its_rate_rises_again(kind, flags, says, whole, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, flags, says",
+    [
+        # half a cosine from 5e-3 down to a tenth of it: at its end, and 58 of 118 steps behind the
+        # warm-up
+        ("gpt2", ["--max_steps", "120"],
+         "rate    rises again, from 5.00e-04 to 2.81e-03: the cosine schedule now ends"),
+        ("modern", ["--max_steps", "120"], "the wsd schedule now ends at step 120, not 60"),
+        ("gpt2", ["--max_steps", "120", "--max_lr", "2e-4"], None),
+    ],
+    ids=["cosine", "wsd", "lower"])
+def test_a_longer_run_says_that_its_rate_rises_again(kind, flags, says, whole, tmp_path, capsys,
+                                                     monkeypatch):
     folder = cut(whole(kind), tmp_path / "a", 60)
     stop_in_step(60, monkeypatch)
     again(folder, *flags)
@@ -398,29 +443,32 @@ def test_a_longer_run_says_that_its_rate_rises_again(kind, flags, says, whole, t
 
 
 def change_moments(state, change):
-    state["optimizer"]["state"] = {p: change(moments) for p, moments in state["optimizer"]["state"].items()}
+    state["optimizer"]["state"] = {
+        p: change(moments) for p, moments in state["optimizer"]["state"].items()
+    }
 
 
 TAMPERED = {
-    "no optimizer": lambda s: s.pop("optimizer"),
-    "no loader": lambda s: s.pop("loader"),
-    "step as text": lambda s: s.update(step="8"),
-    "negative step": lambda s: s.update(step=-8),
+    "no optimizer": lambda s: s.pop("optimizer"), "no loader": lambda s: s.pop("loader"),
+    "step as text": lambda s: s.update(step="8"), "negative step": lambda s: s.update(step=-8),
     "endless": lambda s: s.update(max_steps=10**30),
     "shard 10^6": lambda s: s["loader"].update(shard=10**6),
     "schedule": lambda s: s["train_config"].update(schedule="nonsense"),
     "batch of a list": lambda s: s["train_config"].update(total_batch_size=[256]),
     "10^9 layers": lambda s: s["model_config"].update(n_layer=10**9),
     "no moments": lambda s: change_moments(s, lambda moments: {}),
-    "moments of another shape": lambda s: change_moments(s, lambda m: m | {"exp_avg": torch.zeros(3, 5)}),
-    "one moment missing": lambda s: change_moments(s, lambda m: {k: v for k, v in m.items() if k != "exp_avg_sq"}),
+    "moments of another shape": lambda s: change_moments(
+        s, lambda m: m | {"exp_avg": torch.zeros(3, 5)}),
+    "one moment missing": lambda s: change_moments(
+        s, lambda m: {k: v for k, v in m.items() if k != "exp_avg_sq"}),
     "moments as text": lambda s: change_moments(s, lambda m: m | {"exp_avg": "much"}),
-    "moments not finite": lambda s: change_moments(s, lambda m: m | {"exp_avg": m["exp_avg"] * math.nan}),
-    "negative count of steps": lambda s: change_moments(s, lambda m: m | {"step": torch.tensor(-5.0)}),
-    "no tokenizer": lambda s: s.pop("tokenizer"),
-    "weights of another shape": lambda s: s["model"].update({"transformer.ln_f.weight": torch.ones(31)}),
-    "tokenizer": lambda s: s.update(tokenizer=7),
-    "nothing known": lambda s: (s.clear(), s.update(other=1)),
+    "moments not finite": lambda s: change_moments(
+        s, lambda m: m | {"exp_avg": m["exp_avg"] * math.nan}), "negative count of steps": lambda s:
+    change_moments(s, lambda m: m | {"step": torch.tensor(-5.0)}),
+    "no tokenizer": lambda s: s.pop("tokenizer"), "weights of another shape": lambda s: s[
+        "model"].update({"transformer.ln_f.weight": torch.ones(31)}),
+    "tokenizer": lambda s: s.update(tokenizer=7), "nothing known": lambda s:
+    (s.clear(), s.update(other=1)),
 }
 
 
@@ -444,10 +492,13 @@ def test_a_torn_newest_checkpoint_costs_only_its_steps(whole, data, tmp_path, ca
     (folder / "ckpt_00056.pt").write_bytes(torn)
     train(data, folder, *KINDS["gpt2"])
     out, err = capsys.readouterr()
-    assert err.count("skipped: ") == 1 and "ckpt_00056.pt" in err.splitlines()[0] and "ckpt_00048.pt, step 48; as before" in out
+    assert err.count("skipped: ") == 1 and "ckpt_00056.pt" in err.splitlines(
+    )[0] and "ckpt_00048.pt, step 48; as before" in out
     assert_same_runs(folder, whole("gpt2"))
     assert (folder / "ckpt_00056.pt.aside").read_bytes() == torn
-    assert same(checkpoint.read(folder / "ckpt_00056.pt")["model"], checkpoint.read(whole("gpt2") / "ckpt_00056.pt")["model"])
+    assert same(
+        checkpoint.read(folder / "ckpt_00056.pt")["model"],
+        checkpoint.read(whole("gpt2") / "ckpt_00056.pt")["model"])
 
 
 def test_a_disk_that_cannot_be_read_for_now_sets_nothing_aside(whole, data, tmp_path, monkeypatch):
@@ -477,7 +528,8 @@ def test_weights_that_are_nan_are_refused(whole, launch, tmp_path):
     with_weights(folder, math.nan)
     before = contents(folder)
     for script, *flags in (("train_gpt2.py", "--run_name", "a", "--max_steps", 10),
-                           ("posttrain.py", "--checkpoint", folder / "ckpt_00008.pt", "--data", tmp_path)):
+                           ("posttrain.py", "--checkpoint", folder / "ckpt_00008.pt", "--data",
+                            tmp_path)):
         result = launch(script, *flags)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stdout == ""
         assert "ckpt_00008.pt holds weights that are NaN or infinite (transformer.ln_f.weight)" in result.stderr
@@ -489,7 +541,9 @@ def test_weights_without_a_finite_loss_end_a_run(steps, skipped, whole, tmp_path
     """Also one with fewer steps to go than --max_skipped."""
     folder = cut(whole("gpt2"), tmp_path / "log" / "a", 8)
     with_weights(folder, 3e38)
-    with pytest.raises(BadInput, match=f"the last {skipped} steps were non-finite; .*ckpt_00008.pt is from before: "):
+    with pytest.raises(
+            BadInput,
+            match=f"the last {skipped} steps were non-finite; .*ckpt_00008.pt is from before: "):
         again(folder, "--max_steps", steps, "--max_skipped", 3, "--sample_every", 2)
     out = capsys.readouterr().out
     assert out.count("skipped because non-finite") == skipped and "done: " not in out
@@ -497,12 +551,14 @@ def test_weights_without_a_finite_loss_end_a_run(steps, skipped, whole, tmp_path
 
 
 def test_a_run_that_diverges_ends_with_a_checkpoint(launch, data, tmp_path):
-    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--run_name", "a", "--max_lr", "1e6", "--max_steps", 60,
-                    "--warmup_steps", 0, "--sample_every", 1, "--grad_clip", 0, "--weight_decay", 1e6, "--max_skipped", 2)
+    result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, "--run_name", "a", "--max_lr",
+                    "1e6", "--max_steps", 60, "--warmup_steps", 0, "--sample_every", 1,
+                    "--grad_clip", 0, "--weight_decay", 1e6, "--max_skipped", 2)
     warned, error = result.stderr.splitlines()
     assert result.returncode == 2 and "--max_lr 1e+06 is" in warned and "the last 2 steps were non-finite" in error
     [(step, path)] = checkpoint.found(tmp_path / "log" / "a")
-    assert step < 60 and all(weights.isfinite().all() for weights in checkpoint.read(path)["model"].values())
+    assert step < 60 and all(weights.isfinite().all()
+                             for weights in checkpoint.read(path)["model"].values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -521,9 +577,13 @@ def test_log_tensorboard_and_config_after_resuming_twice(whole, data, tmp_path):
     assert shown == scalars(whole("gpt2"))
     assert [step for step, _ in shown["Loss/train"]] == list(range(60))
     assert [step for step, _ in shown["Loss/val"]] == [*range(8, 60, 8), 60]
-    config, first = (json.loads((path / "config.json").read_text()) for path in (folder, whole("gpt2")))
-    assert [start["step"] for start in config["starts"]] == [0, 24, 16] and config["starts"][:1] == first["starts"]
-    assert [start["from"] for start in config["starts"]] == [None, str(folder / "ckpt_00024.pt"), str(folder / "ckpt_00016.pt")]
+    config, first = (json.loads((path / "config.json").read_text())
+                     for path in (folder, whole("gpt2")))
+    assert [start["step"] for start in config["starts"]
+            ] == [0, 24, 16] and config["starts"][:1] == first["starts"]
+    assert [start["from"] for start in config["starts"]
+            ] == [None, str(folder / "ckpt_00024.pt"),
+                  str(folder / "ckpt_00016.pt")]
     assert config["max_steps"] == 60 and config["model"] == first["model"]
 
 
@@ -546,18 +606,23 @@ def test_a_finished_run_without_checkpoints_is_refused(whole, data, tmp_path):
 
 
 def test_rewind(tmp_path):
-    names = ["ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt", "ckpt_100000.pt",
-             "ckpt_00012.pt.0123abcd.tmp", "config.json.0123abcd.tmp", "log.txt.0123abcd.tmp", "notes.tmp",
-             "ckpt_00012.pt.tmp", "config.json.tmp"]  # the last two are an earlier version's
+    names = [
+        "ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt", "ckpt_100000.pt",
+        "ckpt_00012.pt.0123abcd.tmp", "config.json.0123abcd.tmp", "log.txt.0123abcd.tmp",
+        "notes.tmp", "ckpt_00012.pt.tmp", "config.json.tmp"
+    ]  # the last two are an earlier version's
     for name in names:
         (tmp_path / name).write_text(name)
     kept = "a line of another kind\n0 val 5.000000\n0 train 5.000000\n7 train 4.000000\n"
-    (tmp_path / "log.txt").write_text(kept + "8 val 3.000000\n8 train 3.000000\n10 train 2.000000\n1")  # torn: of step 11
+    (tmp_path / "log.txt").write_text(
+        kept + "8 val 3.000000\n8 train 3.000000\n10 train 2.000000\n1")  # torn: of step 11
     for _ in range(2):  # the second time there is nothing more to do
         rewind(tmp_path, 8)
         assert (tmp_path / "log.txt").read_text() == kept
         assert {path.name for path in tmp_path.iterdir()} == {
-            "ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt.aside", "ckpt_100000.pt.aside", "notes.tmp", "log.txt"}
+            "ckpt_00004.pt", "ckpt_00008.pt", "ckpt_00012.pt.aside", "ckpt_100000.pt.aside",
+            "notes.tmp", "log.txt"
+        }
         assert (tmp_path / "ckpt_00012.pt.aside").read_text() == "ckpt_00012.pt"
 
 
@@ -573,8 +638,9 @@ def test_a_run_folder_names_its_code(data, launch, tmp_path):
     """A checkout of its own, changed after the commit: the folder holds commit and diff,
     and a later start's own code beside them."""
     def git(*words):
-        return subprocess.run(["git", "-C", checkout, "-c", "user.name=a", "-c", "user.email=a@b", *words],
-                              check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", "-C", checkout, "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            check=True, capture_output=True, text=True).stdout
 
     checkout = tmp_path / "checkout"
     checkout.mkdir()
@@ -585,10 +651,14 @@ def test_a_run_folder_names_its_code(data, launch, tmp_path):
     git("commit", "--quiet", "-m", "first")
     with open(checkout / "lib" / "budget.py", "a") as file:
         file.write("# a change\n")
-    script, words = checkout / "train_gpt2.py", [*TINY_FLAGS, "--data", data, "--run_name", "a", "--save_every", "3"]
+    script, words = checkout / "train_gpt2.py", [
+        *TINY_FLAGS, "--data", data, "--run_name", "a", "--save_every", "3"
+    ]
     assert launch(script, *words).returncode == 0
     folder = tmp_path / "log" / "a"
-    assert json.loads((folder / "config.json").read_text())["starts"][0]["commit"] == git("rev-parse", "HEAD").strip()
+    assert json.loads(
+        (folder / "config.json").read_text())["starts"][0]["commit"] == git("rev-parse",
+                                                                            "HEAD").strip()
     assert "\n+# a change\n" in (folder / "code.diff").read_text()
     assert (folder / "train_gpt2.py").read_bytes() == script.read_bytes()
 
@@ -605,7 +675,8 @@ def test_a_run_folder_names_its_code(data, launch, tmp_path):
 # Folders that are not a run's, or in use, or gone
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/tmp/a", "../a", "a\nb", "a\0b", "a\\b", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "a/b", "/tmp/a", "../a", "a\nb", "a\0b", "a\\b", "x" * 201])
 def test_a_run_name_is_that_of_one_folder(name):
     with pytest.raises(BadInput, match="is not the name of a folder"):
         check_name(name)
@@ -621,26 +692,36 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
         (place / "ckpt_00001.pt.tmp").write_text("x")
         (place / "thesis.tmp").write_text("x")
     before = [contents(place) for place in (tmp_path, folder)]
-    with pytest.raises(BadInput, match="is not a run folder, it holds no config.json" if name == "mine"
-                       else "is not the name of a folder|is empty"):
-        train_gpt2.main([*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path / "log"), "--run_name", name])
+    with pytest.raises(
+            BadInput, match="is not a run folder, it holds no config.json"
+            if name == "mine" else "is not the name of a folder|is empty"):
+        train_gpt2.main([
+            *TINY_FLAGS, "--data",
+            str(data), "--log_dir",
+            str(tmp_path / "log"), "--run_name", name
+        ])
     assert [contents(place) for place in (tmp_path, folder)] == before
 
 
-def test_a_folder_with_the_config_of_another_program_is_left_as_it_is(whole, data, tmp_path, monkeypatch):
-    """A Hugging Face export, into which someone put a checkpoint of ours: no run's folder, but a place to begin from."""
+def test_a_folder_with_the_config_of_another_program_is_left_as_it_is(whole, data, tmp_path,
+                                                                      monkeypatch):
+    """A Hugging Face export, into which someone put a checkpoint of ours: no run's folder, but a
+    place to begin from."""
     export = tmp_path / "runs" / "hfexp"
     export.mkdir(parents=True)
-    (export / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (export
+     / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
     (export / "model.safetensors").write_bytes(b"weights")
     before = contents(export)
-    with pytest.raises(BadInput, match="hfexp is not a run folder, its config.json is another program's"):
+    with pytest.raises(BadInput,
+                       match="hfexp is not a run folder, its config.json is another program's"):
         train(data, export)
     assert contents(export) == before
 
     shutil.copy(whole("gpt2") / "ckpt_00056.pt", export)
     before = contents(export)
-    with pytest.raises(BadInput, match="hfexp is not a run folder, its config.json is another program's"):
+    with pytest.raises(BadInput,
+                       match="hfexp is not a run folder, its config.json is another program's"):
         train(data, export, *KINDS["gpt2"])
     monkeypatch.chdir(tmp_path)
     train_gpt2.main(["--resume", str(export / "ckpt_00056.pt")])
@@ -648,10 +729,13 @@ def test_a_folder_with_the_config_of_another_program_is_left_as_it_is(whole, dat
     assert contents(export) == before and steps_saved(begun) == [60]
 
 
-@pytest.mark.parametrize("name, make, refused", [
-    ("config.json", os.mkdir, True), ("config.json", os.mkfifo, True), ("log.txt", os.mkdir, True),
-    ("log.txt", os.mkfifo, True), ("train_gpt2.py", os.mkdir, False), ("code.diff", os.mkdir, False)],
-    ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("name, make, refused", [("config.json", os.mkdir, True),
+                                                 ("config.json", os.mkfifo, True),
+                                                 ("log.txt", os.mkdir, True),
+                                                 ("log.txt", os.mkfifo, True),
+                                                 ("train_gpt2.py", os.mkdir, False),
+                                                 ("code.diff", os.mkdir, False)],
+                         ids=lambda value: getattr(value, "__name__", value))
 def test_a_folder_or_pipe_in_the_place_of_a_file(name, make, refused, whole, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", 56)
     (folder / name).unlink(missing_ok=True)
@@ -673,12 +757,15 @@ def test_a_log_with_a_number_of_5000_digits(whole, tmp_path):
     assert (folder / "log.txt").read_bytes() == odd + (whole("gpt2") / "log.txt").read_bytes()
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1, 2]", b'{"starts": 3, "max_steps": "x"}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[1, 2]", b'{"starts": 3, "max_steps": "x"}', b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_config_does_not_stop_a_run(damage, whole, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", 56)
     (folder / "config.json").write_bytes(damage)
     assert_same_runs(again(folder), whole("gpt2"))
-    assert [start["step"] for start in json.loads((folder / "config.json").read_text())["starts"]] == [56]
+    assert [start["step"]
+            for start in json.loads((folder / "config.json").read_text())["starts"]] == [56]
 
 
 def test_a_run_folder_in_use(whole, data, tmp_path):
@@ -719,9 +806,11 @@ def test_a_run_whose_folder_goes_away_says_so_and_saves(moved, data, tmp_path):
     assert f"{folder} was moved or removed while the run went on: made again" in told
     assert "Traceback" not in told and "done: " in told
     assert steps_saved(folder)[-3:] == [200, 225, 250] and (folder / "config.json").exists()
-    assert checkpoint.read(folder / "ckpt_00250.pt")["finished"] and lines(folder)[-1].startswith("249 train")
+    assert checkpoint.read(
+        folder / "ckpt_00250.pt")["finished"] and lines(folder)[-1].startswith("249 train")
     if moved:
-        assert (tmp_path / "elsewhere" / "ckpt_00025.pt").exists() and logged(tmp_path / "elsewhere") > 30
+        assert (tmp_path / "elsewhere" / "ckpt_00025.pt").exists() and logged(
+            tmp_path / "elsewhere") > 30
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -731,8 +820,9 @@ def test_a_run_whose_folder_goes_away_says_so_and_saves(moved, data, tmp_path):
 def full_when(monkeypatch, condition):
     """From here on the disk has 1,000 bytes free whenever `condition(folder)` holds."""
     usage = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage",
-                        lambda folder: usage(folder)._replace(free=1000) if condition(folder) else usage(folder))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: usage(folder)._replace(free=1000)
+        if condition(folder) else usage(folder))
 
 
 def test_a_run_does_not_begin_on_a_full_disk(data, tmp_path, monkeypatch):
@@ -775,7 +865,9 @@ def test_a_log_that_cannot_grow_ends_a_run_in_one_line(code, told, data, tmp_pat
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+])
 def test_want_of_memory_ends_a_run_in_one_line(error, data, tmp_path, monkeypatch):
     def step(*_):
         raise error
@@ -798,12 +890,15 @@ def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
 def with_losses(monkeypatch, losses):
     """Validations find these losses, one after the other, the last one again and again."""
     left = list(losses)
-    monkeypatch.setattr(train_gpt2, "evaluate", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *_: left.pop(0)
+                        if len(left) > 1 else left[0])
 
 
 @pytest.mark.parametrize("later, best", [(3.5, [3.5, 32]), (6.0, [4.0, 16])])
-def test_the_best_checkpoint_is_one_that_was_written(later, best, data, tmp_path, monkeypatch, capsys):
-    """The lowest loss is that of step 24, whose checkpoint cannot be written; --keep 1 prunes all others but the best."""
+def test_the_best_checkpoint_is_one_that_was_written(later, best, data, tmp_path, monkeypatch,
+                                                     capsys):
+    """The lowest loss is that of step 24, whose checkpoint cannot be written; --keep 1 prunes all
+    others but the best."""
     with_losses(monkeypatch, [5.0, 4.0, 3.0, later, 6.0])
     written = checkpoint.write
 
@@ -830,10 +925,12 @@ def test_a_step_is_saved_once(data, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     with_losses(monkeypatch, [4.0, 5.0])
     again(folder)
-    assert checkpoint.read(folder / "ckpt_00060.pt")["best"] == [4.0, 16]  # measured again, as it was not noted
+    assert checkpoint.read(
+        folder / "ckpt_00060.pt")["best"] == [4.0, 16]  # measured again, as it was not noted
 
 
-def test_a_run_outlives_a_folder_that_cannot_be_written_for_a_while(whole, data, tmp_path, monkeypatch, capsys):
+def test_a_run_outlives_a_folder_that_cannot_be_written_for_a_while(whole, data, tmp_path,
+                                                                    monkeypatch, capsys):
     """config.json comes first: what holds for the checkpoint beside it holds for it."""
     folder, whole_run = tmp_path / "a", whole("gpt2")
     logged = run_folder.RunFolder.log_step
@@ -851,7 +948,8 @@ def test_a_run_outlives_a_folder_that_cannot_be_written_for_a_while(whole, data,
     capsys.readouterr()
     train(data, folder, *KINDS["gpt2"])
     out = capsys.readouterr().out
-    assert out.count(f"cannot save a checkpoint in {folder} (Is a directory): see what became of it") == 2
+    assert out.count(
+        f"cannot save a checkpoint in {folder} (Is a directory): see what became of it") == 2
     assert steps_saved(folder) == [8, 32, 40, 48, 56, 60] and "done: " in out
     assert_same_runs(folder, whole_run)
 
@@ -874,9 +972,12 @@ def test_the_writer_keeps_the_newest(keep, left, tmp_path):
     for step in range(1, 6):
         assert writer.collect() is None
         says = rf"saved {tmp_path}/ckpt_0000{step}.pt, 0.00 GB in \d+\.\d s; training waited \d+ ms"
-        assert re.fullmatch(says, write(writer, step, {"step": step, "x": torch.full((4,), float(step))}))
+        assert re.fullmatch(
+            says, write(writer, step, {"step": step, "x": torch.full((4,), float(step))}))
     assert steps_saved(tmp_path) == left
-    assert all(checkpoint.read(path)["x"].tolist() == [step] * 4 for step, path in checkpoint.found(tmp_path))
+    assert all(
+        checkpoint.read(path)["x"].tolist() == [step] * 4
+        for step, path in checkpoint.found(tmp_path))
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt", ".aside"}
 
 
@@ -911,7 +1012,8 @@ def test_tied_tensors_stay_one(tmp_path):
     write(Writer(tmp_path, 0), 1, state)
     assert 160_000 < (tmp_path / "ckpt_00001.pt").stat().st_size < 170_000
     loaded = checkpoint.read(tmp_path / "ckpt_00001.pt")
-    assert loaded["wte"].data_ptr() == loaded["head"].data_ptr() != loaded["parts"][1].data_ptr() and same(loaded, state)
+    assert loaded["wte"].data_ptr() == loaded["head"].data_ptr() != loaded["parts"][1].data_ptr(
+    ) and same(loaded, state)
 
 
 def test_training_waits_for_the_copy_and_not_for_the_disk(whole, data, tmp_path, monkeypatch):
@@ -934,8 +1036,11 @@ def test_training_waits_for_the_copy_and_not_for_the_disk(whole, data, tmp_path,
     folder = train(data, tmp_path / "a", *KINDS["gpt2"])
     assert_same_runs(folder, whole("gpt2"))
     for step, path in checkpoint.found(folder):
-        ours, theirs = checkpoint.read(path), checkpoint.read(checkpoint.path_of(whole("gpt2"), step))
-        assert all(same(ours[name], theirs[name]) for name in ("model", "optimizer", "loader", "step", "skipped")), step
+        ours, theirs = checkpoint.read(path), checkpoint.read(
+            checkpoint.path_of(whole("gpt2"), step))
+        assert all(
+            same(ours[name], theirs[name])
+            for name in ("model", "optimizer", "loader", "step", "skipped")), step
 
 
 def test_what_fails_in_the_background_comes_out_of_collect(tmp_path, monkeypatch):
@@ -950,11 +1055,14 @@ def test_what_fails_in_the_background_comes_out_of_collect(tmp_path, monkeypatch
             BadInput, match=r"cannot save \S+ckpt_00002.pt \(RuntimeError: .*free some disk space"):
         patch.setattr(torch, "save", half)
         write(writer, 2, {"x": torch.zeros(9)})
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match="no copy of it fits into memory"):
-        patch.setattr(torch, "empty", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with monkeypatch.context() as patch, pytest.raises(BadInput,
+                                                       match="no copy of it fits into memory"):
+        patch.setattr(torch, "empty", lambda *args, **kwargs:
+                      (_ for _ in ()).throw(RuntimeError("no memory")))
         write(writer, 2, {"x": torch.zeros(10)})
     assert os.listdir(tmp_path) == ["ckpt_00001.pt"]  # the old one was not dropped for them
-    assert write(writer, 3, {"x": torch.ones(9)}).startswith("saved") and os.listdir(tmp_path) == ["ckpt_00003.pt"]
+    assert write(writer, 3, {"x": torch.ones(9)
+                             }).startswith("saved") and os.listdir(tmp_path) == ["ckpt_00003.pt"]
 
 
 def test_the_optimizer_keeps_its_own_settings():
@@ -982,35 +1090,43 @@ def test_torchrun_restarts_what_died(launch, data, tmp_path):
     words = command(data, tmp_path / "log" / "unnamed", *TWO)
     at = words.index("--run_name")
     del words[at:at + 2]  # the restarted processes find the folder by themselves
-    with running(words, tmp_path / "out.txt", ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]) as agent:
+    with running(words, tmp_path / "out.txt",
+                 ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]) as agent:
         wait_for(lambda: list(tmp_path.glob("log/*/ckpt_00050.pt")), agent)
         os.kill(worker(agent, 1), 9)
         code = agent.wait(120)
     assert code == 0, (tmp_path / "out.txt").read_text()[-3000:]
     [folder] = (tmp_path / "log").iterdir()
     starts = json.loads((folder / "config.json").read_text())["starts"]
-    assert len(starts) == 2 and starts[1]["step"] >= 50 and starts[1]["from"].startswith(str(folder))
+    assert len(starts) == 2 and starts[1]["step"] >= 50 and starts[1]["from"].startswith(
+        str(folder))
     assert_same_runs(folder, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(data, tmp_path):
     rng, torn, kills = random.Random(6), 0, 20
-    flags = ["--max_steps", "600", "--n_embd", "128", "--save_every", "2", "--keep", "3", "--eval_every", "50"]
+    flags = [
+        "--max_steps", "600", "--n_embd", "128", "--save_every", "2", "--keep", "3", "--eval_every",
+        "50"
+    ]
     whole, folder = train(data, tmp_path / "whole", *flags), tmp_path / "killed"
     for kill in range(kills):
         with running(command(data, folder, *flags), tmp_path / "out.txt") as process:
             wait_for(lambda: "step " in (tmp_path / "out.txt").read_text(), process)
             time.sleep(rng.uniform(0, 0.5))
             if kill % 2:  # right in a save
-                while process.poll() is None and not any(name.endswith(".tmp") for name in os.listdir(folder)):
+                while process.poll() is None and not any(
+                        name.endswith(".tmp") for name in os.listdir(folder)):
                     pass
             assert process.poll() is None, "the run is too short for so many kills"
             process.kill()
             process.wait()
         left = list(folder.glob("ckpt_*.tmp"))
         torn += bool(left)
-        print(f"kill {kill + 1}: {logged(folder)} lines, newest checkpoint {checkpoint.found(folder)[:1]}, torn {left}")
+        print(
+            f"kill {kill + 1}: {logged(folder)} lines, newest checkpoint {checkpoint.found(folder)[:1]}, torn {left}"
+        )
     with running(command(data, folder, *flags), tmp_path / "out.txt") as process:
         assert process.wait(120) == 0
     print(f"{torn} of {kills} kills hit a save")

@@ -27,7 +27,8 @@ class Gate:
     def __init__(self, model):
         self.opened = threading.Event()
         self.opened.set()
-        model.transformer.wte.register_forward_pre_hook(lambda module, args: self.opened.wait(60) and None)
+        model.transformer.wte.register_forward_pre_hook(
+            lambda module, args: self.opened.wait(60) and None)
 
 
 @contextlib.contextmanager
@@ -39,7 +40,9 @@ def started(path, slots=4, waiting=100, api_key=None, host="127.0.0.1"):
         engine, replies = Engine(model, tokenizer, slots, waiting), []
         submit = engine.submit
         engine.submit = lambda request: replies.append(submit(request)) or replies[-1]
-        with server.serving(Api(engine, "toy", SampleConfig(max_new_tokens=60, temperature=0.0), api_key)), engine:
+        with server.serving(
+                Api(engine, "toy", SampleConfig(max_new_tokens=60, temperature=0.0),
+                    api_key)), engine:
             yield server.server_port, engine, gate, replies
 
 
@@ -81,9 +84,12 @@ def test_more_clients_than_slots_all_get_their_own_answers(server):
         content, want = CHATS[i % 3]
         status, answer, _ = ask(server[0], body=chat(content, stream=i % 2 == 0))
         if i % 2:
-            return answer["choices"][0]["message"]["content"] == want and answer["choices"][0]["finish_reason"] == "stop"
+            return answer["choices"][0]["message"]["content"] == want and answer["choices"][0][
+                "finish_reason"] == "stop"
         events = [line.removeprefix("data: ") for line in answer.split("\n\n")]
-        pieces = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-2]]
+        pieces = [
+            json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-2]
+        ]
         return events[-2:] == ["[DONE]", ""] and "".join(pieces) == want
 
     with ThreadPoolExecutor(64) as pool:
@@ -122,13 +128,17 @@ def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_
     monkeypatch.setattr(lib.server, "PAGE", page)
 
     def conversation(*turns):
-        said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate([*turns, "the bird"])]
+        said = [{"role": ("user", "assistant")[i % 2], "content": content}
+                for i, content in enumerate([*turns, "the bird"])]
         return render(said, tokenizer, reply=True)[0]
 
     with started(chatty[0]) as (port, _, _, replies):
-        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-                   "--remote-debugging-port=0"]
-        with subprocess.Popen([*browser, f"http://127.0.0.1:{port}"], stderr=subprocess.DEVNULL) as process:
+        browser = [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu",
+            f"--user-data-dir={tmp_path}", "--remote-debugging-port=0"
+        ]
+        with subprocess.Popen([*browser, f"http://127.0.0.1:{port}"],
+                              stderr=subprocess.DEVNULL) as process:
             try:
                 until(lambda: replies and replies[-1].request.ids == conversation(*CHATS[1]))
             finally:
@@ -136,31 +146,41 @@ def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_
     assert replies[2].request.ids == conversation(*CHATS[0], *CHATS[1])
 
 
-@pytest.mark.parametrize("fields, param, says", [
-    (dict(n=2), "n", "n is not supported here, other than 1"), (dict(n="1"), "n", "not supported"),
-    (dict(tools=[{}]), "tools", "not supported"), (dict(logprobs=True), "logprobs", "not supported"),
-    (dict(frobnicate=1), "frobnicate", "Unrecognized request argument supplied: frobnicate"),
-    (dict(temperature="hot"), "temperature", "must be a number"), (dict(temperature=True), "temperature", "must be a number"),
-    (dict(temperature=2.1), "temperature", "between 0 and 2"), (dict(top_p=0), "top_p", "between"),
-    (dict(temperature=float("nan")), "temperature", "between"),
-    (dict(max_tokens=0), "max_tokens", "between 1"), (dict(max_completion_tokens=1.5), "max_completion_tokens", "an integer"),
-    (dict(stop=3), "stop", "text or a list"), (dict(stop=[""]), "stop", "at most 16"),
-    (dict(stop=["x"] * 17), "stop", "at most 16"),
-    (dict(stream="yes"), "stream", "true or false"), (dict(seed="x"), "seed", "an integer"),
-    (dict(stream_options={"include_usage": True}), "stream_options", "stream: true"),
-    (dict(model=None), "model", "name a model: here it is toy"), (dict(model=3), "model", "must be text"),
-    (dict(messages="hi"), "messages", "no messages"), (dict(messages=[]), "messages", "no messages"),
-    (dict(messages=[3]), "messages", "without a role"),
-    (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages", "only parts of type text"),
-    *((dict(messages=[{"role": "user", "content": "x", **more}]), "messages", says) for more, says in (
-        ({"audio": {"id": "a"}}, "audio is not supported within messages"), ({"tool_calls": [{}]}, "tool_calls is not"),
-        ({"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}, "cache_control is not"))),
-    (dict(stream=True, stream_options={"frobnicate": 1}), "stream_options",
-     "frobnicate is not supported within stream_options"),
-    (dict(messages=[{"role": "assistant", "content": "x"}]), "messages", "out of order"),
-    (dict(messages=[{"role": role, "content": "x"} for role in ("user", "assistant")]), "messages", "the last one must be"),
-    (dict(messages=[{"role": "user", "content": "the cat " * 100}]), "messages", "and the context of 128 has room for 127"),
-])
+@pytest.mark.parametrize(
+    "fields, param, says",
+    [(dict(n=2), "n", "n is not supported here, other than 1"), (dict(n="1"), "n", "not supported"),
+     (dict(tools=[{}]), "tools", "not supported"),
+     (dict(logprobs=True), "logprobs", "not supported"),
+     (dict(frobnicate=1), "frobnicate", "Unrecognized request argument supplied: frobnicate"),
+     (dict(temperature="hot"), "temperature", "must be a number"),
+     (dict(temperature=True), "temperature", "must be a number"),
+     (dict(temperature=2.1), "temperature", "between 0 and 2"), (dict(top_p=0), "top_p", "between"),
+     (dict(temperature=float("nan")), "temperature", "between"),
+     (dict(max_tokens=0), "max_tokens", "between 1"),
+     (dict(max_completion_tokens=1.5), "max_completion_tokens", "an integer"),
+     (dict(stop=3), "stop", "text or a list"), (dict(stop=[""]), "stop", "at most 16"),
+     (dict(stop=["x"] * 17), "stop", "at most 16"), (dict(stream="yes"), "stream", "true or false"),
+     (dict(seed="x"), "seed", "an integer"),
+     (dict(stream_options={"include_usage": True}), "stream_options", "stream: true"),
+     (dict(model=None), "model", "name a model: here it is toy"),
+     (dict(model=3), "model", "must be text"), (dict(messages="hi"), "messages", "no messages"),
+     (dict(messages=[]), "messages", "no messages"),
+     (dict(messages=[3]), "messages", "without a role"),
+     (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages",
+      "only parts of type text"),
+     *((dict(messages=[{"role": "user", "content": "x", **more}]), "messages", says)
+       for more, says in (
+           ({"audio": {"id": "a"}}, "audio is not supported within messages"),
+           ({"tool_calls": [{}]}, "tool_calls is not"),
+           ({"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+            "cache_control is not"))),
+     (dict(stream=True, stream_options={"frobnicate": 1}), "stream_options",
+      "frobnicate is not supported within stream_options"),
+     (dict(messages=[{"role": "assistant", "content": "x"}]), "messages", "out of order"),
+     (dict(messages=[{"role": role, "content": "x"}
+                     for role in ("user", "assistant")]), "messages", "the last one must be"),
+     (dict(messages=[{"role": "user", "content": "the cat " * 100}]), "messages",
+      "and the context of 128 has room for 127"), ])
 def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says, server):
     status, answer, _ = ask(server[0], body={**chat(), **fields})
     error = answer["error"]
@@ -169,12 +189,19 @@ def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says
 
 
 @pytest.mark.parametrize("fields", [
-    dict(n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], user="me", metadata={},
-         response_format={"type": "text"}),
+    dict(n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[],
+         user="me", metadata={}, response_format={"type": "text"}),
     dict(temperature=None, top_p=None, stop=None, seed=None, max_tokens=None, stream=None, n=None),
-    dict(temperature=0, seed=-1, top_p=0.5, stop=[]), dict(model="gpt-4"),
-    dict(messages=[{"role": "developer", "content": "Be brief.", "name": "bob", "refusal": None, "tool_calls": []},
-                   {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}])])
+    dict(temperature=0, seed=-1, top_p=0.5, stop=[]),
+    dict(model="gpt-4"),
+    dict(messages=[{
+        "role": "developer", "content": "Be brief.", "name": "bob", "refusal": None,
+        "tool_calls": []
+    }, {
+        "role": "user", "content": [{"type": "text", "text": "the "},
+                                    {"type": "text", "text": "cat"}]
+    }])
+])
 def test_what_asks_for_nothing_special_is_taken(fields, server):
     status, answer, _ = ask(server[0], body={**chat(), **fields})
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "sat on the mat."), answer
@@ -182,38 +209,46 @@ def test_what_asks_for_nothing_special_is_taken(fields, server):
 
 def test_limits_and_stops(server):
     _, answer, _ = ask(server[0], body=chat(max_tokens=2))
-    assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 2)
+    assert (answer["choices"][0]["finish_reason"],
+            answer["usage"]["completion_tokens"]) == ("length", 2)
     _, answer, _ = ask(server[0], body=chat(stop=" on"))
-    assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == ("sat", "stop")
-    endless = {"model": "toy", "prompt": ["the cat"], "temperature": 2, "max_tokens": 10**6, "seed": 4}
+    assert (answer["choices"][0]["message"]["content"],
+            answer["choices"][0]["finish_reason"]) == ("sat", "stop")
+    endless = {
+        "model": "toy", "prompt": ["the cat"], "temperature": 2, "max_tokens": 10**6, "seed": 4
+    }
     _, answer, _ = ask(server[0], "/v1/completions", body=endless)
     assert answer["object"] == "text_completion" and answer["usage"]["total_tokens"] <= 128
 
 
-@pytest.mark.parametrize("request_, status, code", [
-    (dict(path="/nowhere", method="GET"), 404, "unknown_url"),
-    (dict(path="/v1/models/other", method="GET"), 404, "model_not_found"),
-    (dict(method="GET"), 405, "method_not_supported"),
-    (dict(path="/", method="DELETE"), 405, "method_not_supported"), (dict(method="OPTIONS"), 405, "method_not_supported"),
-    (dict(body="{"), 400, "invalid_json"), (dict(body="[" * 100_000), 400, "invalid_json"),
-    (dict(body=b"\xff"), 400, "invalid_json"), (dict(body=[1]), 400, "invalid_type"),
-    (dict(body="x" * (BODY_LIMIT + 1)), 413, "request_too_large"),
-    (dict(body=b"x", headers={"Content-Length": "9" * 30}), 413, "request_too_large"),
-    (dict(body=b"", headers={"Content-Length": "-1"}), 411, "length_required"),
-    (dict(body=chat(), headers={"Host": "evil.example"}), 403, "invalid_host"),
-    (dict(body=chat(), headers={"Host": "["}), 403, "invalid_host"),
-    (dict(body=chat(), headers={"Origin": "http://evil.example"}), 403, "invalid_origin"),
-    (dict(body=chat(), headers={"Origin": "null"}), 403, "invalid_origin"),
-    (dict(body=chat(), headers={"Origin": "http://["}), 400, "invalid_url")])
+@pytest.mark.parametrize(
+    "request_, status, code",
+    [(dict(path="/nowhere", method="GET"), 404, "unknown_url"),
+     (dict(path="/v1/models/other", method="GET"), 404, "model_not_found"),
+     (dict(method="GET"), 405, "method_not_supported"),
+     (dict(path="/", method="DELETE"), 405, "method_not_supported"),
+     (dict(method="OPTIONS"), 405, "method_not_supported"), (dict(body="{"), 400, "invalid_json"),
+     (dict(body="[" * 100_000), 400, "invalid_json"), (dict(body=b"\xff"), 400, "invalid_json"),
+     (dict(body=[1]), 400, "invalid_type"),
+     (dict(body="x" * (BODY_LIMIT + 1)), 413, "request_too_large"),
+     (dict(body=b"x", headers={"Content-Length": "9" * 30}), 413, "request_too_large"),
+     (dict(body=b"", headers={"Content-Length": "-1"}), 411, "length_required"),
+     (dict(body=chat(), headers={"Host": "evil.example"}), 403, "invalid_host"),
+     (dict(body=chat(), headers={"Host": "["}), 403, "invalid_host"),
+     (dict(body=chat(), headers={"Origin": "http://evil.example"}), 403, "invalid_origin"),
+     (dict(body=chat(), headers={"Origin": "null"}), 403, "invalid_origin"),
+     (dict(body=chat(), headers={"Origin": "http://["}), 400, "invalid_url")])
 def test_what_is_not_a_request_is_told_by_its_status(request_, status, code, server):
     got, answer, headers = ask(server[0], **request_)
     assert (got, answer["error"]["code"]) == (status, code) and answer["error"]["message"]
     assert ("Allow" in headers) == (status == 405)
-    assert ask(server[0], "/v1/models", "GET", headers={"Host": "localhost:99"})[1]["data"][0]["id"] == "toy"  # and goes on
+    assert ask(server[0], "/v1/models", "GET",
+               headers={"Host": "localhost:99"})[1]["data"][0]["id"] == "toy"  # and goes on
 
 
 def test_bytes_that_are_not_http(server):
-    for junk in (b"\x16\x03\x01\x02\x00\n\n", b"GET / HTTP/9.9\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc"):
+    for junk in (b"\x16\x03\x01\x02\x00\n\n", b"GET / HTTP/9.9\r\n\r\n",
+                 b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc"):
         with contextlib.closing(connect(server[0])) as connection:
             connection.connect()
             connection.sock.sendall(junk)
@@ -234,17 +269,21 @@ def test_an_address_that_is_not_one_is_a_400(server):
 
 @pytest.mark.parametrize("head, status", [
     ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}", b"200"),
-    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}\r\nTransfer-Encoding: chunked", b"411"),
-    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: {n}", b"411"),
-    *((f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{line}", b"400") for line in (
-        "Content-Length : {n}", "Content-Length\t: {n}", "X: a\r\n Content-Length: {n}", "X: a\rContent-Length: {n}",
-        ": a\r\nContent-Length: {n}", "Content-Length {n}"))])
+    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}\r\nTransfer-Encoding: chunked",
+     b"411"),
+    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: {n}",
+     b"411"),
+    *((f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{line}", b"400")
+      for line in ("Content-Length : {n}", "Content-Length\t: {n}", "X: a\r\n Content-Length: {n}",
+                   "X: a\rContent-Length: {n}", ": a\r\nContent-Length: {n}", "Content-Length {n}"))
+])
 def test_no_request_hides_in_anothers_body(head, status, server):
     hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with contextlib.closing(connect(server[0])) as connection:
         connection.connect()
         connection.sock.sendall(f"{head.format(n=len(hidden))}\r\n\r\n".encode() + hidden)
-        answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))  # to the end: it is closed
+        answer = b"".join(iter(lambda: connection.sock.recv(2**16),
+                               b""))  # to the end: it is closed
     assert answer.split()[1] == status and answer.count(b"HTTP/1.1 ") == 1
 
 
@@ -320,7 +359,8 @@ def test_slow_and_idle_clients_make_room(chatty, monkeypatch):
             connection.connect()
             connection.sock.sendall(b"GET / HT")
         assert ask(port, body=chat())[0] == 200
-        assert connections[0].sock.recv(1) == connections[1].sock.recv(1) == b""  # the longest waiting two
+        assert connections[0].sock.recv(1) == connections[1].sock.recv(
+            1) == b""  # the longest waiting two
 
 
 def test_a_bug_is_a_500(chatty, capfd):
@@ -334,7 +374,8 @@ def test_a_bug_is_a_500(chatty, capfd):
 def test_an_api_key(chatty):
     with started(chatty[0], api_key="sesame") as (port, *_):
         for given in (None, "Bearer sesam", "sesame", "Bearer s\xe9same"):
-            status, answer, _ = ask(port, body=chat(), headers={"Authorization": given} if given else {})
+            status, answer, _ = ask(port, body=chat(),
+                                    headers={"Authorization": given} if given else {})
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         assert ask(port, body=chat(), headers={"Authorization": "Bearer sesame"})[0] == 200
         assert ask(port, "/", "GET")[0] == 200  # the page asks for it
@@ -343,7 +384,9 @@ def test_an_api_key(chatty):
 def test_behind_a_proxy_that_passes_the_host_on(chatty):
     with started(chatty[0], api_key="sesame", host="0.0.0.0") as (port, *_):
         for host, status in (("chat.example", 200), ("127.0.0.1", 403)):
-            headers = {"Host": host, "Origin": "https://chat.example", "Authorization": "Bearer sesame"}
+            headers = {
+                "Host": host, "Origin": "https://chat.example", "Authorization": "Bearer sesame"
+            }
             assert ask(port, body=chat(), headers=headers)[0] == status
 
 
@@ -361,14 +404,16 @@ def test_a_client_that_goes_away_frees_its_slot(stream, chatty):
 
 
 def test_a_full_queue_is_a_429(chatty):
-    with started(chatty[0], slots=1, waiting=1) as (port, engine, gate, replies), ThreadPoolExecutor(2) as pool:
+    with started(chatty[0], slots=1,
+                 waiting=1) as (port, engine, gate, replies), ThreadPoolExecutor(2) as pool:
         gate.opened.clear()
         first = pool.submit(ask, port, body=chat())
         until(lambda: replies and not engine.queue)
         second = pool.submit(ask, port, body=chat("the dog"))
         until(lambda: engine.queue)
         status, answer, headers = ask(port, body=chat())
-        assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "rate_limit_exceeded", "1")
+        assert (status, answer["error"]["code"],
+                headers["Retry-After"]) == (429, "rate_limit_exceeded", "1")
         gate.opened.set()
         assert [future.result()[0] for future in (first, second)] == [200, 200]
 
@@ -416,10 +461,13 @@ def test_the_end_of_the_server_ends_what_is_under_way(chatty):
 
 def test_a_port_in_use_and_a_host_that_is_not_here_are_one_line(server):
     for host, port in (("127.0.0.1", server[0]), ("192.0.2.1", 0), ("no such host", 0)):
-        with pytest.raises(BadInput, match=f"cannot listen at {host}, port {port} .*: give another --port"):
+        with pytest.raises(BadInput,
+                           match=f"cannot listen at {host}, port {port} .*: give another --port"):
             Server(host, port)
 
 
 def test_loopback():
     assert all(map(is_loopback, ("127.0.0.1", "127.8.0.1", "localhost", "::1")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "localhost.example", "127.0.0.1.example", "")))
+    assert not any(
+        map(is_loopback,
+            ("0.0.0.0", "::", "192.168.0.1", "localhost.example", "127.0.0.1.example", "")))

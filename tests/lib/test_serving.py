@@ -19,8 +19,9 @@ from train_gpt2 import GPT
 def model(tokenizer):
     """A model with opinions that never agrees with itself for long."""
     torch.manual_seed(0)
-    model = GPT(tiny(vocab_size=tokenizer.vocab_size + 4, vocab_multiple=128, block_size=64, pos="rope", init="xavier",
-                     token_shift=True)).eval()
+    model = GPT(
+        tiny(vocab_size=tokenizer.vocab_size + 4, vocab_multiple=128, block_size=64, pos="rope",
+             init="xavier", token_shift=True)).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -44,7 +45,8 @@ def alone(model, tokenizer, request):
     """The text of a greedy request, by the loop of lib/decoding.py."""
     limit = min(request.limit, 64 - len(request.ids))
     text = Text(tokenizer, limit, request.stop, tokenizer.control)
-    for (token,) in generate(Decoder(model, 1, 64), [request.ids], limit, lambda logits: logits.argmax(dim=-1)):
+    for (token,) in generate(Decoder(model, 1, 64), [request.ids], limit,
+                              lambda logits: logits.argmax(dim=-1)):
         text.add(token)
     return text.text, text.ended, text.count
 
@@ -72,14 +74,20 @@ def until(condition):
 def test_texts_side_by_side_are_those_written_alone(slots, model, tokenizer):
     endless = Request([7], 1000, 0.0, stream=True)
     stop = alone(model, tokenizer, endless)[0][9:12]
-    asked = [*requests(12), replace(endless, stop=("nowhere", stop)), Request([5] * 63, 9, 0.0), endless]
+    asked = [
+        *requests(12),
+        replace(endless, stop=("nowhere", stop)),
+        Request([5] * 63, 9, 0.0), endless
+    ]
     want = [alone(model, tokenizer, request) for request in asked]
-    assert {ended for _, ended, _ in want} == {"stop", "length"} and len({text for text, _, _ in want}) > 10
+    assert {ended for _, ended, _ in want} == {"stop", "length"} and len(
+        {text for text, _, _ in want}) > 10
     with Engine(model, tokenizer, slots) as engine:
         replies = [engine.submit(request) for request in asked]
         texts = [drain(reply) for reply in replies]
     assert [(reply.text, reply.ended, reply.count) for reply in replies] == want
-    assert texts == [reply.text if reply.request.stream else "" for reply in replies]  # without stream, nothing before the end
+    assert texts == [reply.text if reply.request.stream else ""
+                     for reply in replies]  # without stream, nothing before the end
 
 
 def test_rows_are_as_many_as_there_are_texts_and_none_when_idle(model, tokenizer, gate):
@@ -105,15 +113,20 @@ def test_temperature_top_p_and_seed_are_each_text_s_own(model, tokenizer):
         first = engine.submit(Request([1, 2], 30, **seeded))
         drain(first)
         unseeded = Request([1, 2], 30, temperature=1.5)
-        mixed = [engine.submit(request) for request in (*requests(3), Request([1, 2], 30, **seeded),
-                                                        *requests(2, temperature=1.0, top_p=0.5), unseeded, unseeded)]
+        mixed = [
+            engine.submit(request)
+            for request in (*requests(3), Request([1, 2], 30, **seeded),
+                            *requests(2, temperature=1.0, top_p=0.5), unseeded, unseeded)
+        ]
         for reply in mixed:
             drain(reply)
     assert mixed[3].text == first.text and mixed[-1].text != mixed[-2].text
-    assert [reply.text for reply in mixed[:3]] == [alone(model, tokenizer, request)[0] for request in requests(3)]
+    assert [reply.text for reply in mixed[:3]
+            ] == [alone(model, tokenizer, request)[0] for request in requests(3)]
 
 
-def test_those_beyond_the_slots_wait_their_turn_and_those_beyond_the_queue_are_refused(model, tokenizer, gate):
+def test_those_beyond_the_slots_wait_their_turn_and_those_beyond_the_queue_are_refused(
+        model, tokenizer, gate):
     opened, rows = gate
     with Engine(model, tokenizer, 2, waiting=3) as engine:
         opened.clear()
@@ -141,7 +154,8 @@ def test_a_text_nobody_wants_frees_its_row(model, tokenizer, gate):
         reply.cancel()
         opened.set()
         drain(after)
-    assert reply.ended == "cancelled" and reply.count == 0 and after.text == alone(model, tokenizer, after.request)[0]
+    assert reply.ended == "cancelled" and reply.count == 0 and after.text == alone(
+        model, tokenizer, after.request)[0]
 
 
 def test_a_closed_engine_ends_all_texts(model, tokenizer, gate):
@@ -181,7 +195,8 @@ def test_a_broken_model_ends_the_text_and_not_the_engine(model, tokenizer, capsy
 
 @pytest.mark.gpu
 def test_graphs_write_what_eager_steps_write(model, tokenizer):
-    """One text at a time, as the number of rows decides how bf16 rounds; then all at once, in several captured sizes."""
+    """One text at a time, as the number of rows decides how bf16 rounds; then all at once, in
+    several captured sizes."""
     texts = []
     for graphs in (False, True):
         with Engine(model.cuda(), tokenizer, 8, graphs=graphs) as engine:
@@ -189,7 +204,9 @@ def test_graphs_write_what_eager_steps_write(model, tokenizer):
                 reply = engine.submit(request)
                 drain(reply)
                 texts.append((reply.text, reply.ended, reply.error))
-            together = [engine.submit(request) for request in requests(40, temperature=1.0, top_p=0.9)]
+            together = [
+                engine.submit(request) for request in requests(40, temperature=1.0, top_p=0.9)
+            ]
             for reply in together:
                 drain(reply)
                 assert reply.ended and reply.error is None
@@ -197,5 +214,8 @@ def test_graphs_write_what_eager_steps_write(model, tokenizer):
 
 
 def test_memory_that_does_not_hold_the_slots_is_bad_input(model, tokenizer):
-    with pytest.raises(BadInput, match="no memory for 1,000,000,000,000 texts of 64 tokens, 32,768,000.0 GB .*: lower --slots"):
+    with pytest.raises(
+            BadInput, match=
+            "no memory for 1,000,000,000,000 texts of 64 tokens, 32,768,000.0 GB .*: lower --slots"
+    ):
         Engine(model, tokenizer, 10**12)

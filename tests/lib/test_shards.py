@@ -1,4 +1,5 @@
-"""Shards and meta.json against parsers written anew. Run: python -m pytest tests/lib/test_shards.py"""
+"""Shards and meta.json against parsers written anew. Run: python -m pytest tests/lib/test_shards.py
+"""
 
 import errno
 import io
@@ -26,16 +27,21 @@ from lib.tokenizers import load_tokenizer
 # One shard
 
 
-@pytest.mark.parametrize("name", ["float.npy", "2d.npy", "int64.npy", "big.npy", "0d.npy", "pickle.npy", "zip.npy", "text.npy",
-                                  "magic.bin", "more.bin", "negative.bin", "longer.npy", "longer.bin"])
+@pytest.mark.parametrize("name", [
+    "float.npy", "2d.npy", "int64.npy", "big.npy", "0d.npy", "pickle.npy", "zip.npy", "text.npy",
+    "magic.bin", "more.bin", "negative.bin", "longer.npy", "longer.bin"
+])
 def test_what_is_not_a_whole_shard_is_damaged(name, tmp_path):
     path, ids, kind = tmp_path / name, np.arange(1000, dtype=np.uint16), name.split(".")[0]
     if name.endswith(".bin"):
         write_bin(path, ids[:0] if kind == "longer" else ids, 20240520 if kind != "magic" else 1, 1,
                   {"more": 1001, "negative": -1}.get(kind))
     else:
-        odd = {"float": ids.astype(np.float32), "2d": ids.reshape(10, 100), "int64": ids.astype(np.int64),
-               "big": ids.astype(">u2"), "0d": ids[7], "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]}
+        odd = {
+            "float": ids.astype(np.float32), "2d": ids.reshape(10, 100),
+            "int64": ids.astype(np.int64), "big": ids.astype(">u2"), "0d": ids[7],
+            "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]
+        }
         np.save(path, odd.get(kind, ids))
     if kind == "longer":  # ids behind a header that lost its count
         assert len(read_shard(path)) == 0
@@ -52,7 +58,8 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "link.npy").symlink_to("nowhere")
     (tmp_path / "folder.bin").mkdir()
-    for name, reason in (("pipe.npy", "not a regular file"), ("link.npy", "a link to nowhere"), ("folder.bin", "a folder")):
+    for name, reason in (("pipe.npy", "not a regular file"), ("link.npy", "a link to nowhere"),
+                         ("folder.bin", "a folder")):
         with pytest.raises(Unreadable, match=f"cannot read .*{name} .{reason}"):
             read_shard(tmp_path / name)
 
@@ -64,7 +71,9 @@ def parse_npy(data):
         ids = np.load(file)
     except Exception:  # noqa: BLE001 (whatever numpy says: it is not one)
         return None
-    whole = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype in (np.uint16, np.uint32) and file.tell() == len(data)
+    whole = isinstance(
+        ids, np.ndarray) and ids.ndim == 1 and ids.dtype in (np.uint16,
+                                                             np.uint32) and file.tell() == len(data)
     return ids if whole else None
 
 
@@ -76,13 +85,15 @@ def parse_bin(data):
     size = {(20240520, 1): 2, (20240801, 7): 4}.get((magic, version))
     if size is None or len(data) != 1024 + size * count:
         return None
-    return np.array(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", data[1024:]), dtype=f"<u{size}")
+    return np.array(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", data[1024:]),
+                    dtype=f"<u{size}")
 
 
 @st.composite
 def shard_bytes(draw, kind):
     """A shard with something done to it, or with luck nothing."""
-    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=draw(st.sampled_from([np.uint16, np.uint32]))) * 3
+    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=draw(
+        st.sampled_from([np.uint16, np.uint32]))) * 3
     if kind == "npy":
         file = io.BytesIO()
         np.save(file, ids)
@@ -91,7 +102,9 @@ def shard_bytes(draw, kind):
         head = (20240520, 1) if ids.dtype == np.uint16 else (20240801, 7)
         data, header = struct.pack("<256i", *head, len(ids), *[0] * 253) + ids.tobytes(), 12
     data = bytearray(data)
-    for damage in draw(st.lists(st.sampled_from(["flip", "flip", "truncate", "append", "replace"]), max_size=3)):
+    for damage in draw(
+            st.lists(st.sampled_from(["flip", "flip", "truncate", "append", "replace"]),
+                     max_size=3)):
         if damage == "flip" and len(data) >= header:
             bit = draw(st.integers(0, 8 * header - 1))
             data[bit // 8] ^= 1 << bit % 8
@@ -156,21 +169,27 @@ def save(folder, **shards):
 
 
 def test_the_end_of_the_name_decides_the_split(tmp_path):
-    save(tmp_path, wiki_train_val_000000=[1], my_val_set_train_000001=[2], train_000002=[3], other_val_x_train_000003=[4, 5])
+    save(tmp_path, wiki_train_val_000000=[1], my_val_set_train_000001=[2], train_000002=[3],
+         other_val_x_train_000003=[4, 5])
     shards = Shards(tmp_path)
     assert [p.name for p in shards.val] == ["wiki_train_val_000000.npy"]
-    assert [p.name for p in shards.train] == ["my_val_set_train_000001.npy", "other_val_x_train_000003.npy"]
+    assert [p.name for p in shards.train
+            ] == ["my_val_set_train_000001.npy", "other_val_x_train_000003.npy"]
     assert shards.tokens == {"train": 3, "val": 1} and shards.tokenizer == "gpt2"
     for path in shards.train:
         path.rename(path.with_name(path.name.replace("_0", "_part0")))
-    with pytest.raises(BadInput, match=r"does not hold train shards \(my_val_set_train_part000001.npy does not end in _train_"):
+    with pytest.raises(
+            BadInput, match=
+            r"does not hold train shards \(my_val_set_train_part000001.npy does not end in _train_"
+    ):
         Shards(tmp_path)
 
 
 def test_the_same_tokens_in_both_splits_are_refused(tmp_path):
     ids = np.arange(10_000)
     save(tmp_path, a_train_000001=ids, a_val_000000=ids[::-1], a_train_000002=ids[::-1])
-    with pytest.raises(BadInput, match="a_train_000002.npy and a_val_000000.npy hold the same tokens"):
+    with pytest.raises(BadInput,
+                       match="a_train_000002.npy and a_val_000000.npy hold the same tokens"):
         Shards(tmp_path)
     save(tmp_path, a_train_000002=np.append(ids[1:], 0))
     assert Shards(tmp_path).tokens == {"train": 20_000, "val": 10_000}
@@ -196,18 +215,24 @@ held = [read_shard(path) for path in shards.train]
 def made(tmp_path_factory):
     """A folder of three shards that fineweb.py made."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"document number {i}"}) + "\n" for i in range(100)))
-    fineweb.main(["--source", str(folder / "a.jsonl"), "--out", str(folder / "out"), "--shard_size", "200"])
+    (folder / "a.jsonl").write_text("".join(
+        json.dumps({"text": f"document number {i}"}) + "\n" for i in range(100)))
+    fineweb.main(
+        ["--source",
+         str(folder / "a.jsonl"), "--out",
+         str(folder / "out"), "--shard_size", "200"])
     return folder / "out"
 
 
 def copy(made, folder, **changes):
-    """The folder's shards, hard links, with a meta.json that says something else (None: lacks it)."""
+    """The folder's shards, hard links, with a meta.json that says something else (None: lacks it).
+    """
     folder.mkdir()
     for path in made.glob("*.npy"):
         os.link(path, folder / path.name)
     meta = json.loads((made / "meta.json").read_text()) | changes
-    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    (folder / "meta.json").write_text(
+        json.dumps({key: value for key, value in meta.items() if value is not None}))
     return folder
 
 
@@ -222,22 +247,29 @@ def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(made, tmp_path)
             check_shards(Shards(folder), gpt2)
         assert "delete" not in str(caught.value)
 
-    refused("is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/0` again",
-            complete=False, resume={"source": None, "drop": 0})
-    refused("out_train_000001.npy is missing.*python fineweb.py --source", lambda f: (f / "out_train_000001.npy").unlink())
-    refused("holds 3 tokens, not 200", lambda f: [(f / "out_train_000001.npy").unlink(), save(f, out_train_000001=[1, 2, 3])])
-    refused("b_train_000009.npy is not one of the shards", lambda f: save(f, b_train_000009=[1, 2, 3]))
+    refused(
+        "is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/0` again",
+        complete=False, resume={"source": None, "drop": 0})
+    refused("out_train_000001.npy is missing.*python fineweb.py --source", lambda f:
+            (f / "out_train_000001.npy").unlink())
+    refused("holds 3 tokens, not 200", lambda f: [(f / "out_train_000001.npy").unlink(),
+                                                  save(f, out_train_000001=[1, 2, 3])])
+    refused("b_train_000009.npy is not one of the shards",
+            lambda f: save(f, b_train_000009=[1, 2, 3]))
     refused("says uint32", dtype="uint32")
     refused("says vocab_size 512", vocab_size=512)
     refused("says eot 7,", eot=7)
-    refused("tokenizer.json beside the shards is not the one they were made with", tokenizer_crc32=7)
-    refused("cannot read .*tokenizer.json .*: put back the one that was made with these shards", tokenizer="tokenizer.json")
+    refused("tokenizer.json beside the shards is not the one they were made with",
+            tokenizer_crc32=7)
+    refused("cannot read .*tokenizer.json .*: put back the one that was made with these shards",
+            tokenizer="tokenizer.json")
     refused("tokenizer.json is damaged, or of other shards .*: put back the one",
             lambda f: (f / "tokenizer.json").write_text('{"model": {'), tokenizer="tokenizer.json")
     splits = json.loads((made / "meta.json").read_text())["splits"]
     splits["train"]["tokens"] += 1
     refused("counts of train tokens contradict", splits=splits)
-    refused("holds .* train tokens and its meta.json says", splits=splits, shards=None)  # an older meta.json
+    refused("holds .* train tokens and its meta.json says", splits=splits,
+            shards=None)  # an older meta.json
 
 
 def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tmp_path):
@@ -252,18 +284,38 @@ def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tm
     check_shards(Shards(tmp_path), gpt2)  # of that very tokenizer: one long text
 
 
-META = [b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000, b'{"tokenizer": ' + b"9" * 5000 + b"}"]
-WRONG = [dict(tokenizer=5), dict(tokenizer=None), dict(vocab_size="many"), dict(vocab_size=-1), dict(dtype="float32"),
-         dict(splits=[]), dict(splits={}), dict(splits={"val": {"tokens": -1}, "train": {}}), dict(complete="yes"),
-         dict(settings=5), dict(settings=None), dict(skipped_rows=1e999),
-         dict(shards=5), dict(shards=[5]), dict(shards=[{}]), dict(resume="here"),
-         dict(complete=False), dict(resume={"drop": -1}), dict(complete=False, resume={"source": 5}),
-         dict(shards=[{"name": "../x_val_000000.npy", "tokens": 200, "crc32": 0, "start": {}}])]
+META = [
+    b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000,
+    b'{"tokenizer": ' + b"9" * 5000 + b"}"
+]
+WRONG = [
+    dict(tokenizer=5),
+    dict(tokenizer=None),
+    dict(vocab_size="many"),
+    dict(vocab_size=-1),
+    dict(dtype="float32"),
+    dict(splits=[]),
+    dict(splits={}),
+    dict(splits={"val": {"tokens": -1}, "train": {}}),
+    dict(complete="yes"),
+    dict(settings=5),
+    dict(settings=None),
+    dict(skipped_rows=1e999),
+    dict(shards=5),
+    dict(shards=[5]),
+    dict(shards=[{}]),
+    dict(resume="here"),
+    dict(complete=False),
+    dict(resume={"drop": -1}),
+    dict(complete=False, resume={"source": 5}),
+    dict(shards=[{"name": "../x_val_000000.npy", "tokens": 200, "crc32": 0, "start": {}}])
+]
 
 
 @pytest.mark.parametrize("number", range(len(META) + len(WRONG)))
 def test_a_damaged_meta_json_is_one_line_for_training_and_for_fineweb(number, made, tmp_path):
-    folder = copy(made, tmp_path / "out", **(WRONG[number - len(META)] if number >= len(META) else {}))
+    folder = copy(made, tmp_path / "out",
+                  **(WRONG[number - len(META)] if number >= len(META) else {}))
     if number < len(META):
         (folder / "meta.json").write_bytes(META[number])
     before = {path: path.read_bytes() for path in folder.iterdir()}

@@ -1,4 +1,5 @@
-"""Requests to stop, and what becomes of a run that gets one: python -m pytest tests/lib/test_signals.py"""
+"""Requests to stop, and what becomes of a run that gets one: python -m pytest
+tests/lib/test_signals.py"""
 
 import os
 import shlex
@@ -37,7 +38,8 @@ TWO = ["--max_steps", "300", "--save_every", "50", "--eval_every", "100", "--mic
 def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
     folder, words = tmp_path / "a", command(data, tmp_path / "a", *LONG)
     nohup = name == "SIGTERM"
-    with running(words, tmp_path / "out.txt", on_hangup=signal.SIG_IGN if nohup else signal.SIG_DFL) as process:
+    with running(words, tmp_path / "out.txt",
+                 on_hangup=signal.SIG_IGN if nohup else signal.SIG_DFL) as process:
         wait_for(lambda: logged(folder) > 20, process)
         if nohup:  # the terminal is closed: not meant for this run
             seen = logged(folder)
@@ -62,7 +64,8 @@ def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
 
 
 @pytest.mark.parametrize("step", [8, 60])  # in the midst of the run, and at its last evaluation
-def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole, data, tmp_path, monkeypatch, capsys):
+def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole, data, tmp_path,
+                                                                    monkeypatch, capsys):
     evaluate, folder, calls = train_gpt2.evaluate, tmp_path / "a", []
 
     def stopped(*args):
@@ -87,8 +90,10 @@ def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole,
 
 def test_a_run_outlives_its_console(data, tmp_path, whole):
     folder = tmp_path / "a"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *command(data, folder, *LONG, "--log_every", 1)],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen([
+        sys.executable,
+        str(ROOT / "train_gpt2.py"), *command(data, folder, *LONG, "--log_every", 1)
+    ], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not process.stdout.readline().startswith(b"step 10 |"):
         assert process.poll() is None
@@ -104,8 +109,12 @@ def test_a_run_outlives_its_console(data, tmp_path, whole):
 
 @pytest.mark.parametrize("console", [">&- 2>&-", "> /dev/full"])
 def test_a_run_without_a_console_is_saved(console, data, tmp_path):
-    words = shlex.join([sys.executable, str(ROOT / "train_gpt2.py"), *command(data, tmp_path / "a", "--max_steps", "4")])
-    assert subprocess.run(f"{words} {console}", shell=True, cwd=tmp_path, check=False).returncode == 0
+    words = shlex.join([
+        sys.executable,
+        str(ROOT / "train_gpt2.py"), *command(data, tmp_path / "a", "--max_steps", "4")
+    ])
+    assert subprocess.run(f"{words} {console}", shell=True, cwd=tmp_path,
+                          check=False).returncode == 0
     assert steps_saved(tmp_path / "a") == [4] and len(lines(tmp_path / "a")) == 5
 
 
@@ -131,14 +140,17 @@ with signals.StopSignals(lambda line: print(line, flush=True), many) as stop:
 
 
 @linux
-@pytest.mark.parametrize("argv, signals, code, says", [
-    (["0", "0", "hang"], ["SIGTERM", "SIGHUP"], 128 + signal.SIGHUP, ""),
-    (["1", "60", "hang"], ["SIGINT", "SIGINT"], 1, "SIGINT, and this process did not come to the end of its step within 1 s\n"),
-    (["0.5", "60", "well"], ["SIGTERM", "SIGINT"], 0, ""),
-], ids=["second signal", "patience", "heard"])
+@pytest.mark.parametrize(
+    "argv, signals, code, says",
+    [(["0", "0", "hang"], ["SIGTERM", "SIGHUP"], 128 + signal.SIGHUP, ""),
+     (["1", "60", "hang"], ["SIGINT", "SIGINT"], 1,
+      "SIGINT, and this process did not come to the end of its step within 1 s\n"),
+     (["0.5", "60", "well"], ["SIGTERM", "SIGINT"], 0, ""), ],
+    ids=["second signal", "patience", "heard"])
 def test_signals_while_the_main_thread_hangs(argv, signals, code, says, tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HANGS, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    with subprocess.Popen([sys.executable, "-c", HANGS, *argv], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)},
                           preexec_fn=hang_up(signal.SIG_DFL)) as process:
         try:
             assert process.stdout.readline() == "ready\n"
@@ -172,7 +184,8 @@ def test_what_schedulers_send_before_the_end_is_a_request_and_never_ends_the_pro
                     time.sleep(0.01)
     finally:
         signal.signal(getattr(signal, notice), before)
-    assert said == [f"{notice}: this step is finished, then the run is saved"] and stop.received == notice
+    assert said == [f"{notice}: this step is finished, then the run is saved"
+                    ] and stop.received == notice
 
 
 @linux
@@ -231,7 +244,8 @@ with signals.StopSignals(lambda line: time.sleep(1), SimpleNamespace(world_size=
 @linux
 def test_torchrun_ends_when_a_process_dies(data, tmp_path):
     folder = tmp_path / "a"
-    with running(command(data, folder, *TWO), tmp_path / "out.txt", ["--standalone", "--nproc_per_node=2"]) as agent:
+    with running(command(data, folder, *TWO), tmp_path / "out.txt",
+                 ["--standalone", "--nproc_per_node=2"]) as agent:
         wait_for((folder / "ckpt_00050.pt").exists, agent)
         os.kill(worker(agent, 1), signal.SIGKILL)
         assert agent.wait(30) != 0
@@ -245,7 +259,8 @@ def test_torchrun_ends_when_a_process_dies(data, tmp_path):
 def test_torchrun_passes_a_signal_on(name, data, tmp_path):
     folder, out = tmp_path / "a", tmp_path / "out.txt"
     handled = [f"--signals-to-handle=SIGTERM,{name}"]  # as the README says
-    with running(command(data, folder, *TWO), out, ["--standalone", "--nproc_per_node=2", *handled]) as agent:
+    with running(command(data, folder, *TWO), out,
+                 ["--standalone", "--nproc_per_node=2", *handled]) as agent:
         wait_for(lambda: logged(folder) > 20, agent)
         if name == "SIGINT":  # as a terminal does: to every process; torchrun then passes it on once more
             for rank in (0, 1):

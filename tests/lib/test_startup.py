@@ -15,13 +15,14 @@ INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.
 
 
 def start(words, tmp_path, module, **environment):
-    """Run Python on `words`, with this source in place of the libraries that take long to import."""
+    """Run Python on `words`, with this source in place of the libraries that take long to import.
+    """
     for name in ("numpy.py", "torch.py"):
         (tmp_path / name).write_text(module)
     env = {name: value for name, value in os.environ.items() if name not in OURS}
     env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    return subprocess.run([sys.executable, *map(str, words)], env=env, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=60, check=False)
+    return subprocess.run([sys.executable, *map(str, words)], env=env, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60, check=False)
 
 
 def waiting(words, tmp_path, **environment):

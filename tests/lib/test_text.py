@@ -24,7 +24,8 @@ def other_rule(name):
         rule = SPLIT if name == "ours" else getattr(public, name)()["pat_str"]
     finally:
         public.load_tiktoken_bpe = kept
-    return tiktoken.Encoding(name + "-rule", pat_str=rule, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={EOT: EOT_ID})
+    return tiktoken.Encoding(name + "-rule", pat_str=rule, mergeable_ranks=gpt2._mergeable_ranks,
+                             special_tokens={EOT: EOT_ID})
 
 
 def read_pieces(path, state=None):
@@ -42,15 +43,18 @@ def test_pieces_of_a_txt_encode_as_the_whole(name, newline, tmp_path, monkeypatc
         bits = ["word", "Über", "a", " ", " ", "  ", newline, newline * 2,
                 "\t", "3", "45", "½", "!", "/", "。", "字", "'s", "e\u0301", "_", "🙂"]
         text = "".join(random.choices(bits, k=3000))
-        path.write_bytes(text.encode("utf-8-sig" if seed == 3 else "utf-8"))  # with a byte order mark
+        path.write_bytes(
+            text.encode("utf-8-sig" if seed == 3 else "utf-8"))  # with a byte order mark
         text = text.replace("\r\n", "\n")  # all line ends are read as \n
         monkeypatch.setattr(texts, "TXT_LINES", random.choice([2, 7, 30]))
         pieces = read_pieces(path)
         assert len(pieces) > 5 and "".join(piece for piece, _ in pieces) == text
-        assert [t for piece, _ in pieces for t in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
+        assert [t for piece, _ in pieces
+                for t in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
         for middle in (0, len(pieces) // 2, len(pieces) - 2):  # JSON, as in meta.json
             rest = read_pieces(path, json.loads(json.dumps(pieces[middle][1])))
-            assert "".join(piece for piece, _ in rest) == "".join(piece for piece, _ in pieces[middle + 1:])
+            assert "".join(piece for piece, _ in rest) == "".join(
+                piece for piece, _ in pieces[middle + 1:])
 
 
 def test_a_txt_without_a_place_to_cut_is_read_in_bounded_pieces(tmp_path, monkeypatch):
@@ -66,7 +70,8 @@ def test_seen_forgets_only_when_full_and_is_restored_at_any_place(tmp_path, monk
     seen.rewind(0)
     assert seen.new(documents) == documents[:20] and seen.count == 20  # 20 hashes in 32 slots
     many = [f"document {n}" for n in range(500)]
-    assert seen.new(many) == many and len(seen.new(many)) > 400  # forgotten: they stay in, nothing new is lost
+    assert seen.new(many) == many and len(
+        seen.new(many)) > 400  # forgotten: they stay in, nothing new is lost
     other = texts.Seen(tmp_path / "hashes.bin")
     other.rewind(10)
     assert other.new(documents) == documents[10:20]

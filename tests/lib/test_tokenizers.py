@@ -1,4 +1,5 @@
-"""Tokenizers against Hugging Face's and tiktoken's own. Run: python -m pytest tests/lib/test_tokenizers.py"""
+"""Tokenizers against Hugging Face's and tiktoken's own. Run: python -m pytest
+tests/lib/test_tokenizers.py"""
 
 import argparse
 import json
@@ -20,15 +21,22 @@ from tokenizers import Tokenizer as HFTokenizer
 from lib.cli import BadInput
 from lib.tokenizers import EOT, RESERVED, SPLIT, is_reachable, load_tokenizer, train_bpe
 
-CORPUS = [f"The {a} {b} runs over {n:,} hills; it's the {b}'s {n}th day, {a}ly so." for n in range(40)
-          for a in ("quick", "slow", "naïve", "überlong") for b in ("fox", "dog", "Straße", "日本語", "crème")]
-CORPUS += Path(argparse.__file__).read_text(encoding="utf-8").splitlines(keepends=True)  # and some prose and code
-VARIED = ["", " ", "\n", "  \n\n \t x", "a", "The quick brown fox isn't here, they've gone: it's 12345678.90 o'clock!!",
-          "tabs\tand\r\nnewlines\n\n\n  indented\n", "naïve café Straße Ωmega Привет мир שלום مرحبا नमस्ते",
-          "日本語のテキスト。中文字符、한국어",
-          "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\u00a0\u2003x\ufeff", "a" * 500, "ab" * 300,
-          " " * 77 + "x" + " " * 33, "\x00\x01\x7f\x85", "\ufffd\U0010ffff",
-          f"before {EOT} after", "'s 'LL 'Re don't I'D", "1 22 333 4444 ½ Ⅷ ², x_y_z __init__(self)"]
+CORPUS = [
+    f"The {a} {b} runs over {n:,} hills; it's the {b}'s {n}th day, {a}ly so." for n in range(40)
+    for a in ("quick", "slow", "naïve", "überlong")
+    for b in ("fox", "dog", "Straße", "日本語", "crème")
+]
+CORPUS += Path(argparse.__file__).read_text(encoding="utf-8").splitlines(
+    keepends=True)  # and some prose and code
+VARIED = [
+    "", " ", "\n", "  \n\n \t x", "a",
+    "The quick brown fox isn't here, they've gone: it's 12345678.90 o'clock!!",
+    "tabs\tand\r\nnewlines\n\n\n  indented\n",
+    "naïve café Straße Ωmega Привет мир שלום مرحبا नमस्ते", "日本語のテキスト。中文字符、한국어",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\u00a0\u2003x\ufeff", "a" * 500, "ab" * 300,
+    " " * 77 + "x" + " " * 33, "\x00\x01\x7f\x85", "\ufffd\U0010ffff", f"before {EOT} after",
+    "'s 'LL 'Re don't I'D", "1 22 333 4444 ½ Ⅷ ², x_y_z __init__(self)"
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +54,30 @@ def as_transformers(bpe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classic():
-    """A BPE split by GPT-2's rule and without reserved ids, as versions before SPLIT trained them."""
+    """A BPE split by GPT-2's rule and without reserved ids, as versions before SPLIT trained them.
+    """
     from tokenizers import decoders, models, pre_tokenizers, trainers
     hf = HFTokenizer(models.BPE())
-    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    hf.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=499, show_progress=False,
-                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(
+        add_prefix_space=False), decoders.ByteLevel()
+    hf.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=499, show_progress=False,
+                            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     hf.add_special_tokens([EOT])
     return load_tokenizer(hf.to_str())
 
 
 def random_texts(count):
     random.seed(0)
-    alphabets = ["ab \n", "The quick fox's \t\n", "é日🙂 x1'", "".join(map(chr, range(0x20, 0x250))), "हिन्दी ا ب\u0301 \u3000"]
-    return ["".join(random.choices(random.choice(alphabets), k=random.randrange(1, 80))) for _ in range(count)]
+    alphabets = [
+        "ab \n", "The quick fox's \t\n", "é日🙂 x1'", "".join(map(chr, range(0x20, 0x250))),
+        "हिन्दी ا ب\u0301 \u3000"
+    ]
+    return [
+        "".join(random.choices(random.choice(alphabets), k=random.randrange(1, 80)))
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("which", ["bpe", "classic"])
@@ -73,18 +91,24 @@ def test_trained_bpe_encodes_as_hugging_face_does(which, bpe, classic):
     assert bpe.eot not in bpe.encode(f"before {EOT} after")
 
 
-ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([
-    "'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂", "日本", "!!\n", " #x",
-    "\u0130", "ſ", "ﬆ", "\x85", "\u180e"]))).map("".join)
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from([
+            "'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂", "日本",
+            "!!\n", " #x", "\u0130", "ſ", "ﬆ", "\x85", "\u180e"
+        ]))).map("".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=400)
 @given(ANY_TEXT)
-def test_any_text_has_the_ids_of_tiktoken_tokenizers_and_transformers_and_comes_back(bpe, as_transformers, text):
+def test_any_text_has_the_ids_of_tiktoken_tokenizers_and_transformers_and_comes_back(
+        bpe, as_transformers, text):
     ids = bpe.encode(text).tolist()
     assert (ids == HFTokenizer.from_str(bpe.spec).encode(text).ids
             == as_transformers(text, add_special_tokens=False)["input_ids"])
-    assert bpe.decode(ids) == text == as_transformers.decode(ids, clean_up_tokenization_spaces=False)
+    assert bpe.decode(ids) == text == as_transformers.decode(ids,
+                                                             clean_up_tokenization_spaces=False)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -95,18 +119,21 @@ def test_any_bytes_come_back(data):
 
 
 def test_every_character_is_split_alike_by_both_engines():
-    """Letters, digits, spaces and signs are told apart alike: in each pair the first byte of a character joins
-    what stands before it, or not."""
+    """Letters, digits, spaces and signs are told apart alike: in each pair the first byte of a
+    character joins what stands before it, or not."""
     from tokenizers import Regex, pre_tokenizers
     ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {bytes([front, byte]): 256 + i
-              for i, (front, byte) in enumerate((front, byte) for front in b"a1!" for byte in range(256))}
+    ranks |= {
+        bytes([front, byte]): 256 + i
+        for i, (front, byte) in enumerate((front, byte) for front in b"a1!" for byte in range(256))
+    }
     encoding = tiktoken.Encoding("joins", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     for code in (*range(0x80, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 7)):
         for front in "a1!":
             text = front + chr(code)
-            assert (encoding.encode_ordinary(text)[0] >= 256) == (len(split.pre_tokenize_str(text)) == 1), hex(code)
+            assert (encoding.encode_ordinary(text)[0]
+                    >= 256) == (len(split.pre_tokenize_str(text)) == 1), hex(code)
 
 
 def test_a_classic_bpe_loads_with_the_ids_it_had(classic):
@@ -119,16 +146,22 @@ def test_reserved_ids_lie_in_the_padding_and_text_never_gives_one(bpe):
 
     from train_gpt2 import GPT, GPTConfig
     for tokenizer in (bpe, load_tokenizer("gpt2")):
-        config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=tokenizer.vocab_size)
-        assert config.padded_vocab_size > max(tokenizer.reserved.values()) == tokenizer.vocab_size + 3
+        config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8,
+                           vocab_size=tokenizer.vocab_size)
+        assert config.padded_vocab_size > max(
+            tokenizer.reserved.values()) == tokenizer.vocab_size + 3
         assert (GPT(config)(torch.zeros(1, 4, dtype=torch.long)).size(-1) == tokenizer.vocab_size
                 == min(tokenizer.reserved.values()))
         for token in (*RESERVED, EOT):
             ids = tokenizer.encode(f"a{token}b").tolist()
-            assert max(ids) < tokenizer.vocab_size and tokenizer.eot not in ids and tokenizer.decode(ids) == f"a{token}b"
+            assert max(
+                ids) < tokenizer.vocab_size and tokenizer.eot not in ids and tokenizer.decode(
+                    ids) == f"a{token}b"
         ids = tokenizer.encode("text").tolist()
         assert tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "text"
-    assert load_tokenizer("gpt2").reserved == {"<|system|>": 50257, "<|user|>": 50258, "<|assistant|>": 50259, "<|end|>": 50260}
+    assert load_tokenizer("gpt2").reserved == {
+        "<|system|>": 50257, "<|user|>": 50258, "<|assistant|>": 50259, "<|end|>": 50260
+    }
     assert HFTokenizer.from_str(bpe.spec).token_to_id("<|end|>") == bpe.reserved["<|end|>"] == 499
 
 
@@ -137,7 +170,8 @@ def test_vocabulary_has_exactly_the_size_asked_for(size):
     tokenizer = train_bpe(CORPUS, size)
     assert tokenizer.vocab_size == size - 4 and tokenizer.eot == size - 5 and tokenizer.name == f"bpe{size}"
     assert list(tokenizer.reserved.values()) == list(range(size - 4, size))
-    assert tokenizer.encode("quick fox").max() < size - 5 and train_bpe(iter(CORPUS), size).spec == tokenizer.spec
+    assert tokenizer.encode("quick fox").max() < size - 5 and train_bpe(iter(CORPUS),
+                                                                        size).spec == tokenizer.spec
     every_byte = "".join(map(chr, range(0x800)))  # the first bytes of UTF-8 and all continuations
     assert tokenizer.decode(tokenizer.encode(every_byte)) == every_byte
 
@@ -147,7 +181,8 @@ def test_save_load_and_spec_text_round_trip(bpe, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]  # no temporary file stays
     for spec in (str(tmp_path / "tokenizer.json"), str(tmp_path), bpe.spec):
         loaded = load_tokenizer(spec)
-        assert (loaded.spec, loaded.name, loaded.vocab_size, loaded.eot) == (bpe.spec, bpe.name, bpe.vocab_size, bpe.eot)
+        assert (loaded.spec, loaded.name, loaded.vocab_size,
+                loaded.eot) == (bpe.spec, bpe.name, bpe.vocab_size, bpe.eot)
         assert loaded.is_trained and all((loaded.encode(t) == bpe.encode(t)).all() for t in VARIED)
 
 
@@ -180,14 +215,16 @@ def test_gpt2_as_a_tokenizer_json(tmp_path):
 def test_token_bytes_sum_to_the_utf8_length(which, bpe):
     tokenizer = bpe if which == "bpe" else load_tokenizer("gpt2")
     sizes = tokenizer.token_bytes()
-    assert sizes.shape == (tokenizer.vocab_size,) and sizes[tokenizer.eot] == 0 and (np.delete(sizes, tokenizer.eot) > 0).all()
+    assert sizes.shape == (tokenizer.vocab_size,) and sizes[tokenizer.eot] == 0 and (np.delete(
+        sizes, tokenizer.eot) > 0).all()
     for text in VARIED + random_texts(200):
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_lone_surrogates_and_cut_characters_become_replacement_characters(bpe):
     for tokenizer in (bpe, load_tokenizer("gpt2")):
-        assert tokenizer.decode(tokenizer.encode("a \ud800 b \udc00\ud83d\ude42")) == "a \ufffd b \ufffd🙂"
+        assert tokenizer.decode(
+            tokenizer.encode("a \ud800 b \udc00\ud83d\ude42")) == "a \ufffd b \ufffd🙂"
     assert load_tokenizer("gpt2").decode([load_tokenizer("gpt2").encode("🙂")[0]]) == "\ufffd"
 
 
@@ -201,12 +238,17 @@ def test_a_run_too_long_for_tiktokens_regex_encodes_as_a_shorter_one_does(run, b
 
         assert parts(2_000_000 // len(run)) == parts(200_000 // len(run))
     with pytest.raises(ValueError, match="stack"):  # or the guard has had its day
-        tiktoken.get_encoding("gpt2").encode_to_numpy("a" + run * 2_000_000 + "b", disallowed_special=())
+        tiktoken.get_encoding("gpt2").encode_to_numpy("a" + run * 2_000_000 + "b",
+                                                      disallowed_special=())
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(st.lists(st.one_of(st.text(max_size=5), st.tuples(st.sampled_from(" \n\t\u00a0\u2003\x1c!a1日"), st.integers(1, 40)).map(
-    lambda pair: pair[0] * pair[1]))).map("".join))
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=5),
+            st.tuples(st.sampled_from(" \n\t\u00a0\u2003\x1c!a1日"),
+                      st.integers(1, 40)).map(lambda pair: pair[0] * pair[1]))).map("".join))
 def test_the_way_around_tiktokens_regex_gives_its_ids(text):
     class Overflows:
         """GPT-2's encoding where every text is too much for the regex engine."""
@@ -217,7 +259,9 @@ def test_the_way_around_tiktokens_regex_gives_its_ids(text):
             raise ValueError("Max stack size exceeded for backtracking")
 
     from lib.tokenizers import Tokenizer
-    assert Tokenizer(Overflows(), "gpt2").encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert Tokenizer(
+        Overflows(),
+        "gpt2").encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 def damages():
@@ -227,8 +271,10 @@ def damages():
             change(data)
             return json.dumps(data)
         return pytest.param(damaged, id=name)
+
     return [
-        pytest.param(lambda spec: spec[:len(spec) // 2], id="torn"), pytest.param(lambda spec: "[" * 300_000, id="nested"),
+        pytest.param(lambda spec: spec[:len(spec) // 2], id="torn"),
+        pytest.param(lambda spec: "[" * 300_000, id="nested"),
         pytest.param(lambda spec: spec.replace('"!":0', '"!":' + "9" * 5000), id="5,000 digits"),
         pytest.param(lambda spec: "{}", id="no model"),
         edit("byte missing", lambda d: d["model"]["vocab"].pop("!")),
@@ -244,17 +290,23 @@ def damages():
         edit("post-processor", lambda d: d.update(post_processor={"type": "TemplateProcessing"})),
         edit("truncation", lambda d: d.update(truncation={"max_length": 8})),
         edit("normalizer", lambda d: d.update(normalizer={"type": "NFC"})),
-        edit("prefix space", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
+        edit("prefix space",
+             lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
         edit("other splitting rule", lambda d: d.update(pre_tokenizer={"type": "Whitespace"})),
         edit("no splitting rule", lambda d: d.update(pre_tokenizer=None)),
         edit("Unigram", lambda d: d["model"].update(type="Unigram", vocab=[["a", 0.0]])),
         edit("no end-of-text", lambda d: d.update(added_tokens=[])),
         edit("one reserved token missing", lambda d: d["added_tokens"].pop()),
-        edit("reserved tokens in another order", lambda d: [t.update(id=1000 - t["id"] - 4) for t in d["added_tokens"][1:]]),
-        edit("another pattern", lambda d: d["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x+")),
-        edit("pattern inverted", lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
-        edit("split twice", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True)),
-        edit("added plain token", lambda d: d["added_tokens"].append({"id": 500, "content": "  ", "special": False})),
+        edit("reserved tokens in another order",
+             lambda d: [t.update(id=1000 - t["id"] - 4) for t in d["added_tokens"][1:]]),
+        edit("another pattern",
+             lambda d: d["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x+")),
+        edit("pattern inverted",
+             lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
+        edit("split twice",
+             lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True)),
+        edit("added plain token",
+             lambda d: d["added_tokens"].append({"id": 500, "content": "  ", "special": False})),
     ]
 
 
@@ -263,7 +315,8 @@ def test_what_transformers_saves_of_gpt2_is_gpt2(bpe, tmp_path):
     save_gpt2_tokenizer(tmp_path)
     gpt2 = load_tokenizer("gpt2")
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded.same_ids(gpt2) and gpt2.same_ids(loaded) and loaded.spec != gpt2.spec and not gpt2.same_ids(bpe)
+    assert loaded.same_ids(gpt2) and gpt2.same_ids(
+        loaded) and loaded.spec != gpt2.spec and not gpt2.same_ids(bpe)
     for text in VARIED:
         assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
     data = json.loads(loaded.spec)
@@ -276,7 +329,9 @@ def test_what_transformers_saves_of_gpt2_is_gpt2(bpe, tmp_path):
 def test_a_tokenizer_json_that_would_give_other_ids_is_refused(damage, bpe, tmp_path):
     assert damage(bpe.spec) != bpe.spec
     (tmp_path / "tokenizer.json").write_text(damage(bpe.spec))
-    with pytest.raises(BadInput, match="tokenizer.json is damaged, or not a byte-level BPE.*tokenizer.py train"):
+    with pytest.raises(
+            BadInput,
+            match="tokenizer.json is damaged, or not a byte-level BPE.*tokenizer.py train"):
         load_tokenizer(str(tmp_path))
 
 
@@ -285,7 +340,8 @@ def test_what_is_not_a_tokenizer_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for spec, message in (("gpt5", "unknown tokenizer 'gpt5': name one of .*gpt2"),
                           ("{not json", "the checkpoint's tokenizer is damaged"),
-                          (str(tmp_path), "cannot read .*tokenizer.json"), (str(tmp_path / "b.json"), "b.json is not UTF-8"),
+                          (str(tmp_path), "cannot read .*tokenizer.json"),
+                          (str(tmp_path / "b.json"), "b.json is not UTF-8"),
                           (str(tmp_path / "pipe.json"), "not a regular file")):
         with pytest.raises(BadInput, match=message):
             load_tokenizer(spec)
@@ -299,9 +355,11 @@ def test_no_network_is_found_out_in_seconds(monkeypatch, tmp_path):
         for port in (9, silent.getsockname()[1]):  # nothing listens at 9
             monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
             started = time.monotonic()
-            with pytest.raises(BadInput, match="cannot download the tokenizer p50k_base.*TIKTOKEN_CACHE_DIR"):
+            with pytest.raises(BadInput,
+                               match="cannot download the tokenizer p50k_base.*TIKTOKEN_CACHE_DIR"):
                 load_tokenizer("p50k_base")
-            assert not is_reachable("https://huggingface.co", seconds=0.5) and time.monotonic() - started < 30
+            assert not is_reachable("https://huggingface.co",
+                                    seconds=0.5) and time.monotonic() - started < 30
 
 
 def test_a_generator_to_train_on_runs_in_the_thread_that_trains(bpe):
@@ -319,7 +377,9 @@ def test_a_generator_to_train_on_runs_in_the_thread_that_trains(bpe):
 
 def test_lone_surrogates_to_train_on_are_replacement_characters():
     texts = [f"{text}\ud800" for text in CORPUS[:300]]
-    assert train_bpe(texts, 300).spec == train_bpe([text.replace("\ud800", "\ufffd") for text in texts], 300).spec
+    assert train_bpe(texts,
+                     300).spec == train_bpe([text.replace("\ud800", "\ufffd") for text in texts],
+                                            300).spec
 
 
 def test_training_says_what_it_cannot_do():

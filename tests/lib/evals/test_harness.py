@@ -1,5 +1,5 @@
-"""lib/evals/harness.py against the harness's own Hugging Face adapter on the same weights and files:
-python -m pytest tests/lib/evals/test_harness.py"""
+"""lib/evals/harness.py against the harness's own Hugging Face adapter on the same weights and
+files: python -m pytest tests/lib/evals/test_harness.py"""
 
 import json
 import math
@@ -20,8 +20,8 @@ from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT
 
 WINDOW = 48
-TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq", "openbookqa", "sciq",
-         "wikitext")
+TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "boolq",
+         "openbookqa", "sciq", "wikitext")
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -71,12 +71,15 @@ def adapters(model, hf_folder, processes):
 
 
 def run_both(adapters, manager, names, data):
-    """Both adapters on the tasks -> (results of both, requests of both), requests being (task, arguments, response)."""
+    """Both adapters on the tasks -> (results of both, requests of both), requests being (task,
+    arguments, response)."""
     results, requests = [], []
     for lm in adapters:
         tasks = harness.load_tasks(manager, names, data)
         results.append(harness.evaluate(lm, tasks))
-        requests.append([(task.task_name, one.args, one.resps[0]) for task in tasks for one in task.instances])
+        requests.append([(task.task_name, one.args, one.resps[0])
+                         for task in tasks
+                         for one in task.instances])
     return results, requests
 
 
@@ -90,12 +93,15 @@ def test_parity_with_the_harness_s_own_adapter(adapters, manager, data):
         else:
             assert have[0] == pytest.approx(want[0], abs=1e-3) and have[1] == want[1], (task, args)
     lengths = [len(adapters[0].tok_encode("".join(args))) for _, args, _ in our_requests]
-    assert min(lengths) < WINDOW / 2 and sum(length > WINDOW + 1 for length in lengths) > 10  # both sides of the window's edge
+    assert min(lengths) < WINDOW / 2 and sum(
+        length > WINDOW + 1 for length in lengths) > 10  # both sides of the window's edge
     assert ours["results"].keys() == set(TASKS)
     for task in TASKS:
         for key, value in theirs["results"][task].items():
-            exact = key.startswith("acc") or isinstance(value, str)  # a name, or the N/A of an error that is not computed
-            assert ours["results"][task][key] == (value if exact else pytest.approx(value, rel=1e-4)), (task, key)
+            exact = key.startswith("acc") or isinstance(
+                value, str)  # a name, or the N/A of an error that is not computed
+            assert ours["results"][task][key] == (value if exact else pytest.approx(
+                value, rel=1e-4)), (task, key)
 
 
 @pytest.mark.parametrize("kwargs", [
@@ -106,7 +112,9 @@ def test_generation_parity(kwargs, adapters):
 
     contexts = [*sentences(4), " ".join(sentences(20)), "A"]
     kwargs = {"max_gen_toks": 20} | kwargs
-    ours, theirs = (lm.generate_until([Instance("generate_until", {}, (context, dict(kwargs)), 0) for context in contexts])
+    ours, theirs = (lm.generate_until(
+        [Instance("generate_until", {}, (context, dict(kwargs)), 0)
+         for context in contexts])
                     for lm in adapters)
     assert ours == theirs and len(set(ours)) > 1
 
@@ -115,15 +123,18 @@ def test_generation_parity(kwargs, adapters):
 # Tokens at the join of context and continuation, and at the window's edge
 
 
-@pytest.mark.parametrize("context, continuation, want", [
-    ("A cat", " sat", ("A cat", " sat")),
-    ("A cat ", "sat", ("A cat", " sat")),          # the trailing space moves over, as words are encoded with theirs
-    ("A cat  ", "sat", ("A cat", "  sat")),
-    ("A cat\n", " sat", ("A cat", "\n sat")),      # the harness counts any white space
-    ("a", "b", ("a", "b")),                        # "ab" is one token: nothing would be left to score
-    ("  ", "sat", ("<|endoftext|>", "  sat")),     # all of the context moves over
-    ("<|endoftext|>", " sat", ("<|endoftext|>" + "as text", " sat")),
-])
+@pytest.mark.parametrize(
+    "context, continuation, want",
+    [
+        ("A cat", " sat", ("A cat", " sat")),
+        ("A cat ", "sat",
+         ("A cat", " sat")),  # the trailing space moves over, as words are encoded with theirs
+        ("A cat  ", "sat", ("A cat", "  sat")),
+        ("A cat\n", " sat", ("A cat", "\n sat")),  # the harness counts any white space
+        ("a", "b", ("a", "b")),  # "ab" is one token: nothing would be left to score
+        ("  ", "sat", ("<|endoftext|>", "  sat")),  # all of the context moves over
+        ("<|endoftext|>", " sat", ("<|endoftext|>" + "as text", " sat")),
+    ])
 def test_boundaries(context, continuation, want, adapters):
     lm, tokenizer = adapters[0], load_tokenizer("gpt2")
     ids, targets = lm._encode_pair(context, continuation)
@@ -137,7 +148,8 @@ def test_boundaries(context, continuation, want, adapters):
 
 
 def test_the_split_is_where_the_context_alone_would_end(adapters):
-    # encoded together, " m" + "at" is " mat": the harness splits at len(encode(context)), whatever stands there
+    # encoded together, " m" + "at" is " mat": the harness splits at len(encode(context)), whatever
+    # stands there
     tokenizer = load_tokenizer("gpt2")
     context, continuation = "the cat on the m", "at and more"
     ids, targets = adapters[0]._encode_pair(context, continuation)
@@ -157,8 +169,8 @@ def test_without_context_the_end_of_text_stands_before(adapters, model):
     (have, _), = lm.loglikelihood([request("loglikelihood", "", "The cat sat")], disable_tqdm=True)
     want = reference(model, [tokenizer.eot], tokenizer.encode("The cat sat").tolist())
     assert have == pytest.approx(want, abs=1e-4)
-    rolling, empty = lm.loglikelihood_rolling([request("loglikelihood_rolling", text) for text in ("The cat sat", "")],
-                                              disable_tqdm=True)
+    rolling, empty = lm.loglikelihood_rolling(
+        [request("loglikelihood_rolling", text) for text in ("The cat sat", "")], disable_tqdm=True)
     assert rolling == pytest.approx(want, abs=1e-4) and empty == 0
 
 
@@ -167,8 +179,10 @@ def test_rolling_windows_are_the_harness_s(adapters):
 
     lm, tokenizer = adapters[0], load_tokenizer("gpt2")
     for text in (" ".join(sentences(k)) for k in (1, 7, 20)):
-        windows = get_rolling_token_windows(tokenizer.encode(text).tolist(), tokenizer.eot, WINDOW, context_len=1)
-        want = sum(nats for nats, _ in lm.scores([make_disjoint_window(window) for window in windows]))
+        windows = get_rolling_token_windows(
+            tokenizer.encode(text).tolist(), tokenizer.eot, WINDOW, context_len=1)
+        want = sum(
+            nats for nats, _ in lm.scores([make_disjoint_window(window) for window in windows]))
         have = lm.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
         assert have == [pytest.approx(want, abs=1e-3)]
 
@@ -177,9 +191,10 @@ def test_rolling_windows_are_the_harness_s(adapters):
 # Generation
 
 
-@pytest.mark.parametrize("settings, want", [
-    ({}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.7}, 0.7),
-    ({"do_sample": True, "temperature": 0.7}, 0.7), ({"do_sample": False, "temperature": 0.7}, 0.0)])
+@pytest.mark.parametrize("settings, want", [({}, 0.0), ({"do_sample": True}, 1.0),
+                                            ({"temperature": 0.7}, 0.7),
+                                            ({"do_sample": True, "temperature": 0.7}, 0.7),
+                                            ({"do_sample": False, "temperature": 0.7}, 0.0)])
 def test_a_task_s_settings_decide_whether_it_samples(settings, want, adapters):
     assert adapters[0].prompts([("a", {"until": ["."], **settings})]).temperature == want
 
@@ -208,11 +223,13 @@ class Spelling(torch.nn.Module):
     (["the"], 99, ""),
 ])
 def test_stop_strings(until, max_gen_toks, want, tokenizer, processes):
-    model = Spelling([*tokenizer.encode("the cat sat on the mat.").tolist(), tokenizer.eot], tokenizer.vocab_size, 200)
+    model = Spelling([*tokenizer.encode("the cat sat on the mat.").tolist(), tokenizer.eot],
+                     tokenizer.vocab_size, 200)
     lm = harness.adapter(model, tokenizer, processes)
     kwargs = {"until": until, "max_gen_toks": max_gen_toks}
     assert lm.generate_until([request("generate_until", "a", kwargs)], disable_tqdm=True) == [want]
-    short, = lm.generate_until([request("generate_until", "a", {"until": [], "max_gen_toks": 3})], disable_tqdm=True)
+    short, = lm.generate_until([request("generate_until", "a", {"until": [], "max_gen_toks": 3})],
+                               disable_tqdm=True)
     assert short == tokenizer.decode(tokenizer.encode("the cat sat on the mat.")[:3])
 
 
@@ -239,8 +256,10 @@ def test_generation_is_shared_out_and_the_same_for_two_processes(launch, hf_fold
     (tmp_path / "together.py").write_text(TOGETHER)
     for processes in (1, 2):
         env = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-        assert launch(tmp_path / "together.py", hf_folder, processes=processes, env=env).returncode == 0
-    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0_of_1", "0_of_2", "1_of_2"))
+        assert launch(tmp_path / "together.py", hf_folder, processes=processes,
+                      env=env).returncode == 0
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text())
+                          for name in ("0_of_1", "0_of_2", "1_of_2"))
     assert first == second and first[0] == one[0] and len(set(one[0])) > 3 and first[1] < one[1]
 
 
@@ -254,7 +273,10 @@ def foundry(task, item):
         return {"query": f"Question: {item['question']}", "choices": item["choices"]["text"],
                 "gold": "ABCD".index(item["answerKey"])}
     if task == "piqa":
-        return {"query": f"Question: {item['goal']}\n", "choices": [item["sol1"], item["sol2"]], "gold": item["label"]}
+        return {
+            "query": f"Question: {item['goal']}\n", "choices": [item["sol1"], item["sol2"]],
+            "gold": item["label"]
+        }
     if task == "lambada_openai":
         context, _, word = item["text"].rpartition(" ")
         return {"context": context, "continuation": word}
@@ -267,7 +289,8 @@ def prompts(task):
     return [(one.args, one.doc_id, task.doc_to_target(one.doc)) for one in task.instances]
 
 
-@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "piqa", "lambada_openai", "hellaswag"])
+@pytest.mark.parametrize("task",
+                         ["arc_easy", "arc_challenge", "piqa", "lambada_openai", "hellaswag"])
 def test_both_kinds_of_files_give_the_harness_s_prompts(task, manager, tmp_path):
     there = task_items(task)
     if task == "hellaswag":
@@ -275,16 +298,20 @@ def test_both_kinds_of_files_give_the_harness_s_prompts(task, manager, tmp_path)
     (tmp_path / "own").mkdir()
     write_lines(tmp_path / "own" / f"{task}.jsonl", there)
     write_lines(tmp_path / f"{task}_val.jsonl", [foundry(task, item) for item in there])
-    own, other = (prompts(*harness.load_tasks(manager, [task], folder)) for folder in (tmp_path / "own", tmp_path))
+    own, other = (prompts(*harness.load_tasks(manager, [task], folder))
+                  for folder in (tmp_path / "own", tmp_path))
     assert own == other
     (context, continuation), _, _ = own[0]
     item = there[0]
     assert (context, continuation) == {
-        "arc_easy": lambda: (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
-        "arc_challenge": lambda: (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
+        "arc_easy": lambda:
+        (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
+        "arc_challenge": lambda:
+        (f"Question: {item['question']}\nAnswer:", f" {item['choices']['text'][0]}"),
         "piqa": lambda: (f"Question: {item['goal']}\nAnswer:", f" {item['sol1']}"),
-        "lambada_openai": lambda: (item["text"].rpartition(" ")[0], f" {item['text'].split(' ')[-1]}"),
-        "hellaswag": lambda: (f"Sitting: {item['ctx_a']} The fly", f" {item['endings'][0]}"),
+        "lambada_openai": lambda:
+        (item["text"].rpartition(" ")[0], f" {item['text'].split(' ')[-1]}"), "hellaswag": lambda:
+        (f"Sitting: {item['ctx_a']} The fly", f" {item['endings'][0]}"),
     }[task]()
 
 
@@ -293,7 +320,8 @@ def test_the_configuration_is_the_harness_s(manager, data):
     theirs, ours = manager.task_index["arc_easy"].cfg, task.config.to_dict()
     changed = {"dataset_path", "dataset_name", "dataset_kwargs",
                "test_split", "validation_split", "training_split", "fewshot_split"}
-    assert {key for key in theirs.keys() - {"tag", "metadata"} if theirs[key] != ours.get(key)} <= changed
+    assert {key for key in theirs.keys() - {"tag", "metadata"}
+            if theirs[key] != ours.get(key)} <= changed
     assert task.config.dataset_path == "json" and len(task.eval_docs) == 6
 
 
@@ -301,12 +329,16 @@ def test_few_shot_examples_are_no_items_of_the_test(tmp_path):
     """Where a task shows examples, its own items would be among them, with their answers."""
     from lm_eval import tasks
 
-    manager = tasks.TaskManager(include_defaults=False, include_path=Path(tasks.__file__).parent / "gsm8k")
+    manager = tasks.TaskManager(include_defaults=False,
+                                include_path=Path(tasks.__file__).parent / "gsm8k")
     for name, n in (("gsm8k", 9), ("gsm8k_train", 7)):
         if name == "gsm8k_train":
-            with pytest.raises(BadInput, match=r"gsm8k shows 5 examples before each item: add gsm8k_train\.jsonl to"):
+            with pytest.raises(
+                    BadInput,
+                    match=r"gsm8k shows 5 examples before each item: add gsm8k_train\.jsonl to"):
                 harness.load_tasks(manager, ["gsm8k"], tmp_path)
-        write_lines(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}", "answer": f"#### {i}"} for i in range(n)])
+        write_lines(tmp_path / f"{name}.jsonl",
+                    [{"question": f"{name} {i}", "answer": f"#### {i}"} for i in range(n)])
     task, = harness.load_tasks(manager, ["gsm8k"], tmp_path)
     task.set_fewshot_seed(0)
     task.build_all_requests()
@@ -333,7 +365,8 @@ def test_files_that_do_not_fit(text, says, manager, tmp_path):
 
 
 def test_local_files_ask_no_network(manager, data, monkeypatch):
-    """`datasets` counts each load of its readers by a HEAD request, which waits where packets are dropped."""
+    """`datasets` counts each load of its readers by a HEAD request, which waits where packets are
+    dropped."""
     import datasets
 
     asked = []
@@ -350,43 +383,54 @@ def test_local_files_are_of_single_tasks(manager, data):
 
 
 def test_without_network_and_data_one_line_says_what_to_do(manager):
-    with pytest.raises(BadInput, match=r"cannot load the data of arc_easy \(\w+\): connect .* or .*--data_dir"):
+    with pytest.raises(
+            BadInput,
+            match=r"cannot load the data of arc_easy \(\w+\): connect .* or .*--data_dir"):
         harness.load_tasks(manager, ["arc_easy"])  # HF_HUB_OFFLINE here
 
 
 GOLD = {"query": "Question: a", "choices": ["b", "c"], "gold": 0}
 
 
-@pytest.mark.parametrize("task, row", [
-    *(("arc_easy", GOLD | {"gold": gold}) for gold in (-1, 2, "x", "0", 1.0, True, None)),
-    ("arc_easy", GOLD | {"choices": list("abcdefghi")}), ("arc_easy", GOLD | {"choices": ["b", 3]}),
-    ("arc_easy", GOLD | {"query": 3}), ("piqa", GOLD | {"choices": ["a", "b", "c"]}),
-    ("lambada_openai", {"context": "a", "continuation": ["b"]}),
-    ("hellaswag", {"ctx": "a", "endings": ["b"] * 4, "label": -1, "activity_label": "c"}),
-    # in the harness's own columns
-    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}),
-    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}),
-    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}),
-    ("piqa", {"goal": None, "sol1": "b", "sol2": "c", "label": 1}),
-    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d"] * 4, "label": "7"}),
-    ("winogrande", {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "3"}),
-])
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        *(("arc_easy", GOLD | {"gold": gold}) for gold in (-1, 2, "x", "0", 1.0, True, None)),
+        ("arc_easy", GOLD | {"choices": list("abcdefghi")}),
+        ("arc_easy", GOLD | {"choices": ["b", 3]}),
+        ("arc_easy", GOLD | {"query": 3}),
+        ("piqa", GOLD | {"choices": ["a", "b", "c"]}),
+        ("lambada_openai", {"context": "a", "continuation": ["b"]}),
+        ("hellaswag", {"ctx": "a", "endings": ["b"] * 4, "label": -1, "activity_label": "c"}),
+        # in the harness's own columns
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}),
+        ("piqa", {"goal": None, "sol1": "b", "sol2": "c", "label": 1}),
+        ("hellaswag",
+         {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d"] * 4, "label": "7"}),
+        ("winogrande", {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "3"}),
+    ])
 def test_a_row_without_a_right_answer_is_refused(task, row, manager, tmp_path):
-    good = foundry(task, task_items(task)[0]) if "gold" in row or "ctx" in row or "context" in row else task_items(task)[0]
+    good = foundry(task,
+                   task_items(task)[0]
+                   ) if "gold" in row or "ctx" in row or "context" in row else task_items(task)[0]
     write_lines(tmp_path / f"{task}.jsonl", [good, row])
     with pytest.raises(BadInput, match=rf"{task}\.jsonl.*: give it the columns of"):
         harness.load_tasks(manager, [task], tmp_path)
 
 
 def test_brackets_that_never_close_take_no_time(manager, tmp_path):
-    write_lines(tmp_path / "hellaswag.jsonl", [task_items("hellaswag")[0] | {"ctx_a": "[" * 300_000}])
+    write_lines(tmp_path / "hellaswag.jsonl",
+                [task_items("hellaswag")[0] | {"ctx_a": "[" * 300_000}])
     assert len(harness.load_tasks(manager, ["hellaswag"], tmp_path)) == 1
 
 
 def test_names(manager, monkeypatch):
     monkeypatch.setattr(harness, "task_manager", lambda names: manager)
     assert harness.find_tasks("piqa, arc_eas*,piqa") == (manager, ["piqa", "arc_easy"])
-    for names, says in (("piqa,helaswag", "unknown task 'helaswag': did you mean hellaswag"), (" ,", "no task is named")):
+    for names, says in (("piqa,helaswag", "unknown task 'helaswag': did you mean hellaswag"),
+                        (" ,", "no task is named")):
         with pytest.raises(BadInput, match=says):
             harness.find_tasks(names)
 
@@ -407,7 +451,9 @@ def test_too_little_memory_has_its_own_remedy(adapters, manager, data, monkeypat
 
     monkeypatch.setattr(harness, "score", score)
     results = harness.evaluate(adapters[0], harness.load_tasks(manager, ["piqa"], data))
-    assert results == {"failed": {"piqa": "out of memory: eval_harness.py with a smaller --batch_size takes less"}}
+    assert results == {
+        "failed": {"piqa": "out of memory: eval_harness.py with a smaller --batch_size takes less"}
+    }
 
 
 def test_processes_that_lost_each_other_are_no_failed_task(adapters, manager, data, monkeypatch):
@@ -420,9 +466,11 @@ def test_processes_that_lost_each_other_are_no_failed_task(adapters, manager, da
 
 
 def test_a_task_that_fails_loses_no_other_s_results(adapters, manager, data, tmp_path):
-    write_lines(tmp_path / "wikitext.jsonl", [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
+    write_lines(tmp_path / "wikitext.jsonl",
+                [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
     shutil.copy(data / "piqa.jsonl", tmp_path)
-    results = harness.evaluate(adapters[0], harness.load_tasks(manager, ["wikitext", "piqa"], tmp_path))
+    results = harness.evaluate(adapters[0],
+                               harness.load_tasks(manager, ["wikitext", "piqa"], tmp_path))
     assert results["results"].keys() == harness.headlines(results).keys() == {"piqa"}
     assert results["failed"]["wikitext"].startswith("OverflowError")
 
@@ -446,7 +494,8 @@ def test_once_stopped_no_forward_pass_is_made(model, manager, data, processes):
 
 def test_tasks_that_cannot_run(adapters, manager, data, monkeypatch):
     tasks = harness.load_tasks(manager, ["piqa"], data)
-    several = SimpleNamespace(world_size=7)  # the harness's own adapter gives each process a share of the items
+    several = SimpleNamespace(
+        world_size=7)  # the harness's own adapter gives each process a share of the items
     with pytest.raises(BadInput, match="piqa: 6 items for 7 processes: raise --limit"):
         harness.evaluate(several, tasks)
     monkeypatch.setattr(type(tasks[0]), "UNSAFE_CODE", True, raising=False)

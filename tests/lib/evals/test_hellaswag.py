@@ -21,8 +21,11 @@ from lib.devices import Processes
 from lib.evals import harness, hellaswag
 from train_gpt2 import GPT
 
-ITEM = {"ind": 1, "activity_label": "Baking", "ctx_a": "A cook mixes flour.", "ctx_b": "the cook",
-        "ctx": "A cook mixes flour. the cook", "endings": ["bakes.", "sings.", "sleeps well.", "runs."], "label": 2}
+ITEM = {
+    "ind": 1, "activity_label": "Baking", "ctx_a": "A cook mixes flour.", "ctx_b": "the cook",
+    "ctx": "A cook mixes flour. the cook", "endings": ["bakes.", "sings.", "sleeps well.",
+                                                       "runs."], "label": 2
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -30,7 +33,8 @@ ITEM = {"ind": 1, "activity_label": "Baking", "ctx_a": "A cook mixes flour.", "c
 
 
 class Prices:
-    """A model by which, whatever came before, ids 0 to 3 cost 1, 2, 3 and 3 bits; ids 4 to 9 never come."""
+    """A model by which, whatever came before, ids 0 to 3 cost 1, 2, 3 and 3 bits; ids 4 to 9 never
+    come."""
     config = SimpleNamespace(block_size=32)
 
     def __call__(self, idx, logits_at):
@@ -50,7 +54,8 @@ def test_the_three_scores_choose_by_sum_by_token_and_by_character():
         assert hellaswag.evaluate(Prices(), [(label, rows)], Processes("cpu")) == want
     items = [(label, rows) for label in (0, 1, 1, 2, 2, 2)]
     assert hellaswag.evaluate(Prices(), items, Processes("cpu")) == [6, 1, 2, 3]
-    assert run_together(4, lambda processes: hellaswag.evaluate(Prices(), items, processes)) == [[6, 1, 2, 3]] * 4
+    assert run_together(
+        4, lambda processes: hellaswag.evaluate(Prices(), items, processes)) == [[6, 1, 2, 3]] * 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,24 +70,32 @@ def texts(rendered, tokenizer):
 def test_completion_rendering(tokenizer):
     rendered = hellaswag.render([ITEM], tokenizer)
     assert rendered[0][0] == 2
-    assert texts(rendered, tokenizer) == [(ITEM["ctx"], " " + ending, len(ending)) for ending in ITEM["endings"]]
-    context, ending, _ = rendered[0][1][0]  # build-nanogpt encodes the context and " ending" separately
+    assert texts(rendered, tokenizer) == [(ITEM["ctx"], " " + ending, len(ending))
+                                          for ending in ITEM["endings"]]
+    context, ending, _ = rendered[0][1][
+        0]  # build-nanogpt encodes the context and " ending" separately
     assert context == tokenizer.encode(ITEM["ctx"]).tolist()
     assert ending == tokenizer.encode(" bakes.").tolist()
 
 
-@pytest.mark.parametrize("change, context, ending", [
-    ({}, "Baking: A cook mixes flour. The cook", "bakes."),
-    ({"ctx_b": "THE COOK"}, "Baking: A cook mixes flour. The cook", "bakes."),  # str.capitalize, as lm-eval does
-    ({"ctx_a": "[header] How to bake [title] Mix. [step] Add eggs.", "ctx_b": ""},
-     "Baking: How to bake. Mix. Add eggs.", "bakes."),
-    ({"endings": ["[substeps] Wait [title] Eat it.", *ITEM["endings"][1:]]}, "Baking: A cook mixes flour. The cook",
-     " Wait. Eat it."),
-    ({"ctx_a": None, "ctx_b": None}, "Baking: A cook mixes flour. The cook", "bakes."),  # cleaned files hold ctx alone
-], ids=["plain", "capitals", "wikihow", "ending", "ctx alone"])
+@pytest.mark.parametrize(
+    "change, context, ending",
+    [
+        ({}, "Baking: A cook mixes flour. The cook", "bakes."),
+        ({"ctx_b": "THE COOK"
+          }, "Baking: A cook mixes flour. The cook", "bakes."),  # str.capitalize, as lm-eval does
+        ({"ctx_a": "[header] How to bake [title] Mix. [step] Add eggs.", "ctx_b": ""
+          }, "Baking: How to bake. Mix. Add eggs.", "bakes."),
+        ({"endings": ["[substeps] Wait [title] Eat it.", *ITEM["endings"][1:]]
+          }, "Baking: A cook mixes flour. The cook", " Wait. Eat it."),
+        ({"ctx_a": None, "ctx_b": None
+          }, "Baking: A cook mixes flour. The cook", "bakes."),  # cleaned files hold ctx alone
+    ],
+    ids=["plain", "capitals", "wikihow", "ending", "ctx alone"])
 def test_lm_eval_rendering(change, context, ending, tokenizer):
     item = {key: value for key, value in (ITEM | change).items() if value is not None}
-    have_context, have_ending, characters = texts(hellaswag.render([item], tokenizer, "lm_eval"), tokenizer)[0]
+    have_context, have_ending, characters = texts(hellaswag.render([item], tokenizer, "lm_eval"),
+                                                  tokenizer)[0]
     assert have_context.rstrip() == context.rstrip()
     assert have_ending == " " + ending and characters == len(ending)
 
@@ -101,16 +114,24 @@ def test_cleaning_takes_linear_time():  # the harness's takes many minutes
 
 
 def test_what_is_longer_than_the_context_is_cut_as_the_harness_cuts_it(tokenizer, monkeypatch):
-    """The harness feeds all tokens but the last, so one more of them than the context holds counts."""
+    """The harness feeds all tokens but the last, so one more of them than the context holds counts.
+    """
     torch.manual_seed(0)
-    model = GPT(tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=24, init="xavier")).eval()
-    item = ITEM | {"ctx_a": "the cat sat on the mat. " * 20, "endings": [*ITEM["endings"][:3], "the dog stood on the mat."]}
+    model = GPT(
+        tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=24,
+             init="xavier")).eval()
+    item = ITEM | {
+        "ctx_a": "the cat sat on the mat. " * 20,
+        "endings": [*ITEM["endings"][:3], "the dog stood on the mat."]
+    }
     scored = []
     real = hellaswag.score
-    monkeypatch.setattr(hellaswag, "score", lambda *args, **how: scored.append(real(*args, **how)) or scored[-1])
+    monkeypatch.setattr(hellaswag, "score",
+                        lambda *args, **how: scored.append(real(*args, **how)) or scored[-1])
     hellaswag.evaluate(model, hellaswag.render([item], tokenizer, "lm_eval"), Processes("cpu"))
     (nats, _), = scored
-    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}".replace("  ", " ")
+    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}".replace(
+        "  ", " ")
     requests = [SimpleNamespace(args=(context, f" {ending}")) for ending in item["endings"]]
     want = harness.adapter(model, tokenizer, Processes("cpu")).loglikelihood(requests)
     assert nats == pytest.approx([log_likelihood for log_likelihood, _ in want], abs=1e-4)
@@ -121,17 +142,21 @@ def test_what_is_longer_than_the_context_is_cut_as_the_harness_cuts_it(tokenizer
 
 
 def test_load(tmp_path):
-    items = [ITEM, ITEM | {"ctx": "a line\u2028separator and\x85another", "label": 0}]  # legal inside JSON strings
+    items = [ITEM, ITEM | {"ctx": "a line\u2028separator and\x85another", "label": 0}
+             ]  # legal inside JSON strings
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items),
+                    encoding="utf-8")
     assert hellaswag.load(path) == hellaswag.load(str(path)) == items
     path.write_text("")
     with pytest.raises(BadInput, match="a.jsonl holds no HellaSwag items"):
         hellaswag.load(path)
 
 
-ODD = st.sampled_from([None, True, 2, -1, 4, 1.0, "2", "", "text", "\ud800", [], ["a"], ["a", "b", "c", "d"],
-                       ["a", "b", "c", ""], {}, math.nan])
+ODD = st.sampled_from([
+    None, True, 2, -1, 4, 1.0, "2", "", "text", "\ud800", [], ["a"], ["a", "b", "c", "d"],
+    ["a", "b", "c", ""], {}, math.nan
+])
 
 
 @st.composite
@@ -157,15 +182,19 @@ def is_item(item):
     """An item as the scorer uses it, said once more in other words."""
     if type(item) is not dict or not {"ctx", "endings", "label"} <= item.keys():
         return False
-    needed, optional = [item["ctx"], item["endings"]], [item[k] for k in ("activity_label", "ctx_a", "ctx_b") if k in item]
-    return (type(needed[0]) is str and needed[0] != "" and type(needed[1]) is list and [type(e) for e in needed[1]] == [str] * 4
-            and "" not in needed[1] and repr(item["label"]) in "0123" and [type(o) for o in optional] == [str] * len(optional))
+    needed, optional = [item["ctx"], item["endings"]
+                        ], [item[k] for k in ("activity_label", "ctx_a", "ctx_b") if k in item]
+    return (type(needed[0]) is str and needed[0] != "" and type(needed[1]) is list
+            and [type(e) for e in needed[1]] == [str] * 4 and "" not in needed[1]
+            and repr(item["label"]) in "0123"
+            and [type(o) for o in optional] == [str] * len(optional))
 
 
 def test_any_bytes_are_bad_input_or_items_that_can_be_scored(tokenizer, tmp_path):
     path, whole = tmp_path / "any.jsonl", []
 
-    @settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(derandomize=True, deadline=None, max_examples=200,
+              suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.one_of(jsonl_bytes(), jsonl_bytes(), st.binary(max_size=200)))
     @example(json.dumps(ITEM | {"label": True}).encode())
     @example(json.dumps(ITEM | {"label": 1.0}).encode())
@@ -181,7 +210,8 @@ def test_any_bytes_are_bad_input_or_items_that_can_be_scored(tokenizer, tmp_path
         if whole[-1]:
             assert hellaswag.load(path) == want
             hellaswag.render(want, tokenizer)
-            hellaswag.render([item for item in want if "activity_label" in item], tokenizer, "lm_eval")
+            hellaswag.render([item for item in want if "activity_label" in item], tokenizer,
+                             "lm_eval")
         else:
             with pytest.raises(BadInput, match="any.jsonl"):
                 hellaswag.load(path)
@@ -200,7 +230,9 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path):
 def test_download(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hellaswag, "URL", (tmp_path / "not_there").as_uri())
-    with pytest.raises(BadInput, match="--hellaswag_every 0"):  # and no half file stays to be taken for the whole
+    with pytest.raises(
+            BadInput,
+            match="--hellaswag_every 0"):  # and no half file stays to be taken for the whole
         hellaswag.load()
     assert not list(tmp_path.rglob("*.jsonl*"))
     write_lines(tmp_path / "there", [ITEM])

@@ -16,10 +16,11 @@ from train_gpt2 import GPT
 
 
 def random_pairs(n, longest=40):
-    """n (context, continuation) of many lengths, on both sides of a window of 16; a few empty continuations."""
+    """n (context, continuation) of many lengths, on both sides of a window of 16; a few empty
+    continuations."""
     rng = np.random.default_rng(0)
-    return [(rng.integers(61, size=rng.integers(1, longest)).tolist(), rng.integers(61, size=rng.integers(0, longest)).tolist())
-            for _ in range(n)]
+    return [(rng.integers(61, size=rng.integers(1, longest)).tolist(),
+             rng.integers(61, size=rng.integers(0, longest)).tolist()) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,15 @@ def want(model):
 def test_batching_and_padding_change_nothing(batch, model, want):
     nats, greedy = score(model, random_pairs(25), Processes("cpu"), *batch)
     assert nats == pytest.approx(want, abs=1e-3)
-    assert [not continuation for _, continuation in random_pairs(25)] == greedy.tolist()  # nothing is certain
+    assert [not continuation
+            for _, continuation in random_pairs(25)] == greedy.tolist()  # nothing is certain
 
 
 def test_greedy_is_what_decoding_would_generate(model):
     context = [5, 6]
     likeliest = int(model(torch.tensor([context]))[0, -1].argmax())
-    _, greedy = score(model, [(context, [likeliest]), (context, [likeliest - 1])], Processes("cpu"), 100)
+    _, greedy = score(model, [(context, [likeliest]), (context, [likeliest - 1])], Processes("cpu"),
+                      100)
     assert greedy.tolist() == [True, False]
 
 
@@ -59,7 +62,8 @@ class Counting(torch.nn.Module):
         return self.model(*args, **kwargs)
 
 
-@pytest.mark.parametrize("world_size, batch_tokens", [(2, 60), (3, 200), (4, 10**6)])  # the last: one batch for four
+@pytest.mark.parametrize("world_size, batch_tokens", [(2, 60), (3, 200),
+                                                      (4, 10**6)])  # the last: one batch for four
 def test_every_process_works_equally_and_has_all_results(world_size, batch_tokens, model, want):
     def work(processes):
         counting = Counting(model)
@@ -75,7 +79,8 @@ def test_every_process_works_equally_and_has_all_results(world_size, batch_token
 def test_all_stop_together(model):
     def work(processes):
         counting, asked = Counting(model), []
-        score(counting, random_pairs(25), processes, 60, stopped=lambda: asked.append(None) or len(asked) == 3)
+        score(counting, random_pairs(25), processes, 60,
+              stopped=lambda: asked.append(None) or len(asked) == 3)
         return counting.calls, len(asked)
 
     assert run_together(2, work) == [(2, 3)] * 2
@@ -84,9 +89,13 @@ def test_all_stop_together(model):
 def test_damaged_weights_end_the_evaluation_on_every_process(model):
     broken = GPT(model.config).eval()
     broken.load_state_dict(model.state_dict())
-    broken.transformer.wte.weight.data[7] = math.nan  # only texts with this id, which one process alone may have
+    broken.transformer.wte.weight.data[
+        7] = math.nan  # only texts with this id, which one process alone may have
     pairs = [([1, 2], [3]), ([4, 7, 5], [6]), ([8], [9])]
-    assert [type(error) for error in run_together(2, lambda processes: score(broken, pairs, processes, 1))] == [NonFinite] * 2
+    assert [
+        type(error)
+        for error in run_together(2, lambda processes: score(broken, pairs, processes, 1))
+    ] == [NonFinite] * 2
     with pytest.raises(NonFinite):
         score(broken, pairs, Processes("cpu"), 100)
 
@@ -98,10 +107,14 @@ def test_what_one_process_meets_alone_ends_all(model):
 
     with pytest.raises(torch.OutOfMemoryError):
         score(OutOfMemory(model), [([1], [2])], Processes("cpu"), 100)
-    errors = run_together(2, lambda processes: score(OutOfMemory(model), [([1], [2])], processes, 100))
-    assert [type(error) for error in errors] == [RankError] * 2 and "process 1 (out of memory)" in str(errors[1])
+    errors = run_together(2,
+                          lambda processes: score(OutOfMemory(model), [([1], [2])], processes, 100))
+    assert [type(error) for error in errors
+            ] == [RankError] * 2 and "process 1 (out of memory)" in str(errors[1])
 
 
 def test_different_texts_on_two_processes_are_noticed(model):
-    errors = run_together(2, lambda processes: score(model, [([1], [2, processes.rank])], processes, 100))
-    assert [type(error) for error in errors] == [RankError] * 2 and "different texts" in str(errors[0])
+    errors = run_together(
+        2, lambda processes: score(model, [([1], [2, processes.rank])], processes, 100))
+    assert [type(error)
+            for error in errors] == [RankError] * 2 and "different texts" in str(errors[0])
