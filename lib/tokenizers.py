@@ -1,17 +1,17 @@
-"""Tokenizers: the one place that names, trains, saves and loads them.
+"""Tokenizers: named, trained, saved and loaded here only.
 
 A tokenizer is named by a *spec*, a string that is one of
   - a tiktoken encoding: gpt2, cl100k_base, o200k_base, ...;
-  - the path of a `tokenizer.json` (or of a folder that holds one), as `Tokenizer.save` and Hugging Face write it;
-  - the text of such a file, which is how a checkpoint carries a trained tokenizer with it.
-Whatever its origin, text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder
-to trust and to time.
+  - the path of a `tokenizer.json`, or of a folder that holds one, in Hugging Face's format;
+  - the text of such a file: a checkpoint carries its trained tokenizer that way.
+All text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to
+time.
 
-The ids that chat needs (RESERVED) follow right behind those that text can have. They lie in the
-rows with which the embeddings are padded to a multiple of 128, so a model has the same shape with
-or without them, except where fewer rows than they need are padding, as with exactly 32,000 ids of
-text: then it grows when it learns to chat (posttrain.py). Pretraining cuts the logits off in front
-of them and can neither meet nor sample one. Text never encodes to them, whatever it says.
+The ids for chat (RESERVED) come right after the ids of text. They use rows of the embedding that
+are padding otherwise, so the model's shape is the same with or without them. Only where fewer rows
+are padding, as with exactly 32,000 ids of text, does the model grow when it learns to chat
+(posttrain.py). Pretraining cuts the logits off before these ids, so it neither meets nor samples
+them. No text encodes to them.
 """
 
 import contextlib
@@ -19,24 +19,28 @@ import json
 import os
 import re
 import sys
-import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
+import tiktoken.load
 
 from lib.cli import BadInput
 from lib.files import read_text, replace
+from lib.network import is_reachable
 
 EOT = "<|endoftext|>"  # separates documents; placed before each one
 END = "<|end|>"        # the end of a turn
-RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", END)  # and who speaks
-MIN_BPE = 256 + 1 + len(RESERVED)  # ids: bytes, end-of-text and those
-MAX_BPE = 1_000_000    # ids; the trainer reserves memory for as many as it is asked for
-BPE_TEXT = 100_000_000  # characters to train one on, at most
-# the rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that
-# tiktoken's engine and that of tokenizers agree on every character. Against GPT-2's: contractions
-# in capitals, digits in threes, a leading sign joins its word, line ends stay together
+RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", END)  # roles, and the end of a turn
+MIN_BPE = 256 + 1 + len(RESERVED)  # ids: bytes, end-of-text, reserved
+MAX_BPE = 1_000_000    # ids; the trainer allocates memory for the number requested
+BPE_TEXT = 100_000_000  # characters to train on, at most
+# The rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that
+# tiktoken's regex engine and Hugging Face's agree on every character. Unlike GPT-2's it knows
+# contractions in capitals, cuts digits into threes, joins a leading sign to its word and keeps
+# line ends together.
 SPLIT = (r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CHANGES_IDS = ("normalizer", "truncation", "padding", "dropout", "continuing_subword_prefix",
@@ -45,309 +49,339 @@ MAKE_ONE = "make one with tokenizer.py train"
 
 
 class Tokenizer:
-    """A `tiktoken.Encoding` with what this project needs to know about it.
+    """A `tiktoken.Encoding` and what else this project needs to know about it.
 
-    spec: str, loads the same tokenizer again through `load_tokenizer`.
-    name: str, short, for people: "gpt2", "bpe4096".
-    vocab_size: int, all ids of text are below it. eot: int, the id of the end-of-text token.
-    reserved: dict token -> id, from vocab_size on. control: set of int, the ids that end a turn in
-    a chat: all of these.
+    spec: loads the same tokenizer again through `load_tokenizer`.
+    name: a short label: "gpt2", "bpe4096".
+    vocab_size: number of ids; every id of text is below it. eot: the end-of-text id.
+    reserved: dict token -> id, from vocab_size on. control: set of the ids that end a turn in a
+    chat: end-of-text and the reserved ones.
     """
 
-    def __init__(self, encoding, spec):
-        self.encoding, self.spec = encoding, spec
-        self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+    def __init__(self, encoding: tiktoken.Encoding, spec: str):
+        self.encoding = encoding
+        self.spec = spec
+        self.name = encoding.name
+        self.vocab_size = encoding.n_vocab
+        self.eot = encoding.eot_token
         self.reserved = {token: self.vocab_size + i for i, token in enumerate(RESERVED)}
         self.control = {self.eot, *self.reserved.values()}
 
     @property
-    def is_trained(self):
-        """Whether it came from a tokenizer.json rather than from tiktoken's list."""
+    def is_trained(self) -> bool:
+        """Whether it comes from a tokenizer.json, not from tiktoken's list."""
         return self.spec != self.name
 
-    def same_ids(self, other):
-        """Whether another Tokenizer gives every text the same ids.
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether another Tokenizer encodes every text to the same ids.
 
-        Their specs may differ: an exported folder spells "gpt2" out, and leaves the reserved ids
-        out.
+        Their specs may differ: an exported folder spells "gpt2" out, without reserved ids.
         """
         mine = self.encoding
         theirs = other.encoding
         return (mine._pat_str == theirs._pat_str and mine._special_tokens == theirs._special_tokens
                 and mine._mergeable_ranks == theirs._mergeable_ranks)
 
-    def encode(self, text):
-        """str -> uint32 array (n,). Special tokens written out in the text are encoded as plain
-        text."""
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> uint32 (n,). Special tokens written out in the text are plain text."""
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, which Python's str may hold but UTF-8 has no bytes for
+        except UnicodeEncodeError:  # lone surrogates, which UTF-8 cannot represent
             return self.encode(_replace_surrogates(text))
-        except ValueError:  # tiktoken's regex engine runs out of stack, as on a million spaces: split with Python's `regex`
+        except ValueError:  # a million spaces overflow the regex engine's stack: split in Python
             return np.array(self.encoding._encode_only_native_bpe(text), dtype=np.uint32)
 
-    def decode(self, ids):
-        """Token ids -> str. Bytes that are not UTF-8 become U+FFFD; unassigned ids are left out."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids -> text. Bytes that are not UTF-8 become U+FFFD; unassigned ids are left out.
+        """
         try:
             return self.encoding.decode(ids, errors="replace")
-        except KeyError:  # reserved ids; gaps in the numbering, as in cl100k_base: an untrained model samples them, too
+        except KeyError:  # reserved ids, or gaps in the numbering, which untrained models sample
             sizes = self.token_bytes()
-            return self.encoding.decode(
-                [i for i in ids if i < self.vocab_size and (sizes[i] or i == self.eot)],
-                errors="replace")
+            known = [i for i in ids if i < self.vocab_size and (sizes[i] or i == self.eot)]
+            return self.encoding.decode(known, errors="replace")
 
-    def token(self, token):
-        """The bytes of one id; none for an unassigned id."""
+    def token(self, token: int) -> bytes:
+        """The bytes of one id; empty for an unassigned id."""
         try:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:  # a gap in the numbering
             return b""
 
-    def token_bytes(self):
-        """int64 array (vocab_size,): UTF-8 bytes each id stands for; 0 for special and unassigned
-        ids."""
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {
-            self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set
-        }
-        for token in range(self.vocab_size):
-            if token not in special:
-                try:  # noqa: SIM105, contextlib.suppress takes longer than the work
-                    sizes[token] = len(self.encoding.decode_single_token_bytes(token))
-                except KeyError:  # a gap in the numbering, as in cl100k_base
-                    pass
+    def token_bytes(self) -> np.ndarray:
+        """int64 (vocab_size,): UTF-8 bytes of each id; 0 for special and unassigned ids."""
+        sizes = np.array([len(self.token(i)) for i in range(self.vocab_size)], dtype=np.int64)
+        sizes[list(self._special().values())] = 0
         return sizes
 
-    def to_json(self, chat=False):
-        """The text of a tokenizer.json with the same ids, for Hugging Face's tokenizers; the
-        reserved ones only for a chat model, others have no logits for them."""
-        if self.is_trained:
-            data = json.loads(self.spec)
-            token = next(token for token in data["added_tokens"] if token["content"] == EOT)
-            data["added_tokens"] = [
-                token for token in data["added_tokens"] if token["content"] not in RESERVED
-            ]
-            if chat:
-                data["added_tokens"] += [
-                    token | {"id": i, "content": name} for name, i in self.reserved.items()
-                ]
-            return json.dumps(data, ensure_ascii=False)
+    def _special(self) -> dict[str, int]:
+        names = self.encoding.special_tokens_set
+        return {name: self.encoding.encode_single_token(name) for name in names}
+
+    def to_json(self, chat: bool = False) -> str:
+        """The text of a tokenizer.json with the same ids, for Hugging Face's libraries.
+
+        chat: include the reserved ids; only chat models have logits for them.
+        """
+        if not self.is_trained:
+            return self._tiktoken_to_json(chat)
+        data = json.loads(self.spec)
+        added = [token for token in data["added_tokens"] if token["content"] not in RESERVED]
+        if chat:
+            eot = next(token for token in added if token["content"] == EOT)
+            added += [eot | {"id": i, "content": name} for name, i in self.reserved.items()]
+        data["added_tokens"] = added
+        return json.dumps(data, ensure_ascii=False)
+
+    def _tiktoken_to_json(self, chat: bool) -> str:
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as HFTokenizer
 
-        ranks, alphabet = self.encoding._mergeable_ranks, _byte_alphabet()
-        special = {
-            text: self.encoding.encode_single_token(text)
-            for text in self.encoding.special_tokens_set
-        }
-        special |= self.reserved if chat else {}
+        ranks = self.encoding._mergeable_ranks
+        alphabet = _byte_alphabet()
+        special = self._special()
+        if chat:
+            special |= self.reserved
         names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
-        merges = [tuple(names[part] for part in parts) for token in sorted(ranks, key=ranks.get)
-                  if len(parts := _parts(token, ranks)) == 2]
-        bpe = HFTokenizer(
-            models.BPE({names[token]: rank for token, rank in ranks.items()} | special, merges,
-                       ignore_merges=True))
-        # in their regex engine, {1,3}+ is not possessive but repeated
-        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", self.encoding._pat_str)
-        gpt2 = self.encoding._pat_str == _gpt2_rule()  # theirs, too, under a name of its own
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
-        bpe.pre_tokenizer = bytes_ if gpt2 else pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_])
+        vocab = {names[token]: rank for token, rank in ranks.items()}
+        merges = []
+        for token in sorted(ranks, key=ranks.__getitem__):
+            parts = _parts(token, ranks)
+            if len(parts) == 2:
+                merges.append((names[parts[0]], names[parts[1]]))
+        bpe = HFTokenizer(models.BPE(vocab | special, merges, ignore_merges=True))
+
+        by_gpt2 = self.encoding._pat_str == _gpt2_rule()  # built into ByteLevel
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_gpt2)
+        if by_gpt2:
+            bpe.pre_tokenizer = byte_level
+        else:
+            # in their regex engine, {1,3}+ is not possessive but repeated
+            pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", self.encoding._pat_str)
+            split = pre_tokenizers.Split(Regex(pattern), "isolated")
+            bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         bpe.decoder = decoders.ByteLevel()
-        bpe.add_special_tokens(sorted(special, key=special.get))
+        bpe.add_special_tokens(sorted(special, key=special.__getitem__))
         return bpe.to_str()
 
-    def save(self, path):
-        """Write a trained tokenizer's `tokenizer.json`, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write a trained tokenizer's tokenizer.json atomically."""
         replace(path, lambda file: file.write(self.spec.encode()))
 
 
-def load_tokenizer(spec):
-    """spec (see the module's docstring) -> Tokenizer. Raises BadInput if there is none or it cannot
-    be downloaded."""
+# --------------------------------------------------------------------------------------------------
+# Load
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """A spec (see above) -> Tokenizer. Raises BadInput if it is unknown, damaged, or cannot be
+    downloaded."""
     if spec.lstrip().startswith("{"):
         return _from_json(spec, "the checkpoint's tokenizer")
     if spec in tiktoken.list_encoding_names():
         return _from_tiktoken(spec)
     path = Path(spec)
-    path = path / "tokenizer.json" if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        path = path / "tokenizer.json"
     if path.suffix == ".json":
-        return _from_json(read_text(path, f"name another --tokenizer, or {MAKE_ONE}"), path)
+        return _from_json(read_text(path, f"name another --tokenizer, or {MAKE_ONE}"), str(path))
     known = ", ".join(tiktoken.list_encoding_names())
     raise BadInput(
         f"unknown tokenizer {spec[:80]!r}: name one of {known}, or the path of a tokenizer.json")
 
 
-def _from_tiktoken(name):
-    """tiktoken downloads without a time limit, so a network that never answers is found out while
-    it tries."""
-    done = []
-
-    def get():
-        try:
-            done.append(tiktoken.get_encoding(name))
-        except Exception as error:  # of requests, of the disk, of a file that is not the one expected
-            done.append(error)
-
-    thread = threading.Thread(target=get, daemon=True)
-    thread.start()
-    thread.join(2)
-    if thread.is_alive() and is_reachable("https://openaipublic.blob.core.windows.net"):
-        thread.join()
-    encoding = done[0] if done else TimeoutError()
-    if isinstance(encoding, Exception):
-        raise BadInput(f"cannot download the tokenizer {name} ({type(encoding).__name__}): fetch it once on a machine "
-                       "with internet and point TIKTOKEN_CACHE_DIR at the folder that holds it") from encoding
+def _from_tiktoken(name: str) -> Tokenizer:
+    try:
+        with _network_checked():
+            encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # of requests, of the disk, or a file with the wrong hash
+        raise BadInput(
+            f"cannot download the tokenizer {name} ({type(error).__name__}): fetch it once on a "
+            "machine with internet and point TIKTOKEN_CACHE_DIR at its folder") from error
     return Tokenizer(encoding, name)
 
 
-def is_reachable(url, seconds=4):
-    """Whether a server answers within `seconds`, whatever its answer."""
-    answered = threading.Event()
+@contextlib.contextmanager
+def _network_checked() -> Iterator[None]:
+    """Let tiktoken raise ConnectionError where it would wait for a dead network forever.
 
-    def ask():
-        import requests
-
-        with contextlib.suppress(requests.RequestException, OSError):
-            requests.head(url, timeout=seconds)
-            answered.set()
-
-    thread = threading.Thread(target=ask,
-                              daemon=True)  # looking up a name has no time limit of its own
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
-
-
-def train_bpe(texts, vocab_size):
-    """Train a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; split by
-    SPLIT) on an iterable of str.
-
-    Reads `texts` to its end and holds it in memory: callers bound it, by BPE_TEXT characters.
-    Returns a Tokenizer of exactly `vocab_size` ids, the last of them end-of-text and the reserved
-    ones. Raises BadInput if vocab_size is out of bounds or the text is too small to fill it.
+    It calls `read_file` only for a file that is not in its cache. A cached file is read without a
+    time limit, however slow the disk.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as HFTokenizer
+    read_file = tiktoken.load.read_file
 
-    special = [EOT, *RESERVED]
-    if not MIN_BPE <= vocab_size <= MAX_BPE:
-        raise BadInput(f"a byte-level BPE has {MIN_BPE} (256 bytes, end-of-text and {len(RESERVED)} reserved ones) "
-                       f"to {MAX_BPE:,} ids, not {vocab_size:,}")
-    bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    ])
-    bpe.decoder = decoders.ByteLevel()
-    # tokenizers steps an iterator in threads of its own. Whatever Python frees there, such as a
-    # tensor that the garbage collector finds, meets a thread state that is gone: torch 2.11 and
-    # 2.12 crash. A list runs no Python
-    texts = [_replace_surrogates(text) for text in texts]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=sys.stderr.isatty(),
-                            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    bpe.add_special_tokens(special)
-    if bpe.get_vocab_size() != vocab_size:
-        raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it gives {bpe.get_vocab_size()}): "
-                       "ask for fewer ids or give more text")
-    return _from_json(bpe.to_str(), "the tokenizer just trained")
+    def download(url):
+        if not is_reachable(url):
+            raise ConnectionError(f"{url} does not answer")
+        return read_file(url)
+
+    tiktoken.load.read_file = download
+    try:
+        yield
+    finally:
+        tiktoken.load.read_file = read_file
 
 
-def _replace_surrogates(text):
-    """`text` with U+FFFD for lone surrogates, which JSON can escape and UTF-8 has no bytes for."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _from_json(text: str, origin: str) -> Tokenizer:
+    """The text of a byte-level BPE's tokenizer.json -> Tokenizer. origin: names it in messages.
 
-
-def _from_json(text, origin):
-    """The text of a byte-level BPE's tokenizer.json -> Tokenizer.
-
-    tiktoken merges by the id of the merged bytes, tokenizers by the order of its merge list: the
-    same thing for a BPE whose ids were given out in merge order, as `train_bpe` and GPT-2 do
-    (compared in tests/lib/test_tokenizers.py). Whatever else would silently change the ids is
-    refused: another order, a normalizer, dropout, another splitting rule.
+    tiktoken merges by the id of the merged bytes, Hugging Face by the order of its merge list.
+    Both encode alike if ids were assigned in merge order, as `train_bpe` and GPT-2 do (compared in
+    tests/lib/test_tokenizers.py). Anything else that would silently change ids is refused: another
+    order, a normalizer, dropout, another splitting rule.
     """
-    to_byte = {char: byte for byte, char in _byte_alphabet().items()}
     try:
         data = json.loads(text)
-        model, pattern = data["model"], _pattern_of(data["pre_tokenizer"])
-        special = {token["content"]: token["id"] for token in data["added_tokens"]}
-        ranks = {bytes(to_byte[char] for char in token): rank
-                 for token, rank in model["vocab"].items() if token not in special}
-        ids = [*ranks.values(), *special.values()]
-        # every token of several bytes is made by one merge, in the order of the ids
-        merged = [
-            model["vocab"]["".join(pair if isinstance(pair, list) else pair.split(" "))]
-            for pair in model["merges"]
-        ]
+        ranks, special = _vocabulary(data)
+        pattern = _pattern_of(data["pre_tokenizer"])
         reserved = {token: special.pop(token) for token in RESERVED if token in special}
-        usable = (model.get("type", "BPE") == "BPE" and pattern and EOT in special and list(
-            reserved.values()) in ([], list(range(len(ids) - len(RESERVED), len(ids))))
-                  and all(token["special"] is True for token in data["added_tokens"])
-                  and all(type(rank) is int
-                          for rank in ids) and sorted(ids) == list(range(len(ids)))
-                  and all(bytes([byte]) in ranks for byte in range(256))
-                  and merged == sorted(rank for token, rank in ranks.items() if len(token) > 1)
-                  and not any(model.get(key) for key in CHANGES_IDS)
-                  and not any(data.get(key)
-                              for key in CHANGES_IDS) and _adds_no_ids(data.get("post_processor")))
+        size = len(ranks) + len(special) + len(reserved)
+        usable = (pattern and EOT in special
+                  and list(reserved.values()) in ([], list(range(size - len(RESERVED), size)))
+                  and _merges_in_order(data["model"], ranks)
+                  and not _changes_ids(data))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable:
-        raise BadInput(f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule or ours, "
-                       f"{EOT}, ids in merge order, and nothing else that changes ids: {MAKE_ONE}")
-    encoding = tiktoken.Encoding(f"bpe{len(ids)}", pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=special, explicit_n_vocab=len(ids) - len(reserved))
+        raise BadInput(
+            f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule or ours, "
+            f"{EOT}, ids in merge order, and nothing else that changes ids: {MAKE_ONE}")
+    encoding = tiktoken.Encoding(f"bpe{size}", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=special, explicit_n_vocab=size - len(reserved))
     return Tokenizer(encoding, text)
 
 
-def _adds_no_ids(post_processor):
+def _vocabulary(data: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]:
+    """A tokenizer.json's ({bytes: id}, {special token: id}). Raises ValueError unless its ids are
+    0, 1, 2, ... and include every byte."""
+    to_byte = {char: byte for byte, char in _byte_alphabet().items()}
+    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    ranks = {}
+    for token, rank in data["model"]["vocab"].items():
+        if token not in special:
+            ranks[bytes(to_byte[char] for char in token)] = rank
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError("ids have gaps")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("a byte has no id")
+    return ranks, special
+
+
+def _merges_in_order(model: dict[str, Any], ranks: dict[bytes, int]) -> bool:
+    """Whether every token of several bytes is made by one merge, in the order of the ids."""
+    merged = []
+    for pair in model["merges"]:
+        parts = pair if isinstance(pair, list) else pair.split(" ")
+        merged.append(model["vocab"]["".join(parts)])
+    return merged == sorted(rank for token, rank in ranks.items() if len(token) > 1)
+
+
+def _changes_ids(data: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json does more to ids than a byte-level BPE."""
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE" or not _adds_no_ids(data.get("post_processor")):
+        return True
+    if not all(token["special"] is True for token in data["added_tokens"]):
+        return True
+    return any(model.get(key) or data.get(key) for key in CHANGES_IDS)
+
+
+def _adds_no_ids(post_processor: dict[str, Any] | None) -> bool:
     """Whether a tokenizer.json's post_processor leaves ids as they are.
 
-    So do none, ByteLevel, which moves offsets, and a template without special tokens, as
-    transformers writes for GPT-2.
+    ByteLevel only moves offsets. transformers writes a template without special tokens for GPT-2.
     """
     if post_processor is None or post_processor["type"] == "ByteLevel":
         return True
     return post_processor["type"] == "TemplateProcessing" and not post_processor["special_tokens"]
 
 
-def _pattern_of(splitter):
-    """The regular expression by which a tokenizer.json's pre_tokenizer splits text: GPT-2's, SPLIT,
-    or None for any other."""
-    *before, last = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+def _pattern_of(splitter: dict[str, Any]) -> str | None:
+    """The regular expression by which a tokenizer.json's pre_tokenizer splits text: GPT-2's or
+    SPLIT; None for any other."""
+    steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    *before, last = steps
     if last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
         return None
-    ours = [{"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}]
-    return {True: _gpt2_rule() if not before else None,
-            False: SPLIT if before == ours else None}[last.get("use_regex", True)]
+    if last.get("use_regex", True):
+        return None if before else _gpt2_rule()
+    ours = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    return SPLIT if before == [ours] else None
 
 
-def _gpt2_rule():
+def _gpt2_rule() -> str:
     """GPT-2's splitting rule, a regular expression."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
     return r50k_pat_str
 
 
-def _parts(token, ranks):
-    """The two tokens that a byte-level BPE merges last into this one; a single byte is one part.
-    token: bytes. ranks: {bytes: id}."""
+# --------------------------------------------------------------------------------------------------
+# Train
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909), split by
+    SPLIT.
+
+    Holds all of `texts` in memory: callers limit it to BPE_TEXT characters. The Tokenizer has
+    exactly `vocab_size` ids; the last ones are end-of-text and the reserved ones. Raises BadInput
+    if vocab_size is out of bounds or the text too small for it.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    special = [EOT, *RESERVED]
+    if not MIN_BPE <= vocab_size <= MAX_BPE:
+        raise BadInput(f"a byte-level BPE has {MIN_BPE} (256 bytes, end-of-text and "
+                       f"{len(RESERVED)} reserved ones) to {MAX_BPE:,} ids, not {vocab_size:,}")
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(special),
+                                  show_progress=sys.stderr.isatty(),
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    # A list, not an iterator: tokenizers steps an iterator in its own threads, and anything that
+    # Python frees there, such as a tensor found by the garbage collector, crashes torch 2.11 and
+    # 2.12.
+    bpe.train_from_iterator([_replace_surrogates(text) for text in texts], trainer)
+    bpe.add_special_tokens(special)
+    size = bpe.get_vocab_size()
+    if size != vocab_size:
+        raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it gives {size}): "
+                       "ask for fewer ids or give more text")
+    return _from_json(bpe.to_str(), "the tokenizer just trained")
+
+
+# --------------------------------------------------------------------------------------------------
+# Bytes and characters
+
+
+def _replace_surrogates(text: str) -> str:
+    """`text` with U+FFFD for lone surrogates, which JSON can escape but UTF-8 cannot represent."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that a byte-level BPE merges last into `token`; a single byte is one part."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        rank, i = min(
-            (ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        pairs = enumerate(zip(parts, parts[1:]))
+        _, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in pairs)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-def _byte_alphabet():
-    """dict byte -> printable character that stands for it in a byte-level vocabulary file (GPT-2's
+def _byte_alphabet() -> dict[int, str]:
+    """Byte -> the printable character for it in a byte-level vocabulary file (GPT-2's
     encoder.json)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte)
-            for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    alphabet = {byte: chr(byte) for byte in printable}
+    return alphabet | {byte: chr(256 + i) for i, byte in enumerate(others)}
