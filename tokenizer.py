@@ -62,7 +62,7 @@ def read(cfg, characters):
     parts, left_out = find_parts(cfg.source, cfg.text_column)
     for line in left_out:
         print(line)
-    return Source(cfg, parts).texts(characters)
+    return Source(parts, cfg.text_column, cfg.name).texts(characters)
 
 
 def train(argv):

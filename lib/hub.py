@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lib.cli import BadInput
 from lib.files import DISK_FULL, check_room, open_file
 from lib.network import is_reachable
-from lib.shards import SPLITS, split_of
+from lib.shard_meta import SPLITS, split_of
 
 DOWNLOADS = ".download"       # in the folder of the shards: files on their way
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another try

@@ -1,69 +1,76 @@
-"""A folder of token shards: what is in it, whether it is whole, whose tokens they are. fineweb.py
-makes one.
+"""A folder of token shards: read, checked, compared with its meta.json. fineweb.py makes one.
 
 A shard is one array of token ids in a file <prefix>_{train|val}_<index>.npy, or .bin as llm.c and
-modded-nanogpt write it; that ending decides the split, nothing else in the name. meta.json beside
-the shards says what made them.
+modded-nanogpt write it. That ending decides the split, nothing else in the name.
 """
 
 import hashlib
 import os
-import re
 import shlex
-import zlib
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lib.cli import BadInput, check, flag
-from lib.files import Unreadable, open_file, read_json, read_text
+from lib.cli import BadInput
+from lib.files import Unreadable, open_file, replace
+from lib.shard_meta import (
+    OTHER,
+    SPLITS,
+    Meta,
+    Record,
+    check_described,
+    own_tokenizer,
+    read_meta,
+    split_of,
+    tokenizer_spec,
+)
+from lib.tokenizers import Tokenizer
 
-ENDING = re.compile(r"_(train|val)_[0-9]+\.(npy|bin)\Z")
-BIN_DTYPES = {(20240520, 1): np.uint16,
-              (20240801, 7): np.uint32}  # llm.c's and modded-nanogpt's (magic, version)
-SPLITS = ("val", "train")
-EDGE = 4096  # ids compared at each end of two shards of equal length
+BIN_DTYPES = {(20240520, 1): np.uint16,  # (magic, version) of llm.c and modded-nanogpt
+              (20240801, 7): np.uint32}
+BIN_HEADER = 256  # int32: magic, version, tokens, zeros
+EDGE = 4096       # ids compared at each end of two shards of equal length
+PROBED = 1_000_000  # ids at the beginning of a shard that tell whether the tokenizer fits
 UNREADABLE = "check the disk, the permissions and `ulimit -n`"
-REPAIR = "if fineweb.py made the folder, give its command again: it writes what is missing or damaged"
-OTHER = "give fineweb.py another --out"
+REPAIR = ("if fineweb.py made the folder, give its command again: it writes what is missing or "
+          "damaged")
 
 
 class Damaged(BadInput):
     """A file that was read and is not a whole shard."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One shard
 
 
 class Header(NamedTuple):
     dtype: np.dtype
     tokens: int
-    offset: int  # bytes in front of the ids
+    offset: int  # bytes before the ids
 
 
-def read_header(path, remedy=REPAIR):
-    """What a shard says about itself, compared with the size of its file.
+def read_header(path: str | Path, remedy: str = REPAIR) -> Header:
+    """The header of a shard, compared with the size of its file.
 
-    Raises Damaged, ending in `remedy`, if it is not a whole shard, Unreadable if it could not be
-    read, which says nothing about the ids in it.
+    Raises Damaged, ending in `remedy`, if it is not a whole shard; Unreadable if it could not be
+    read, which says nothing about its ids.
     """
     with open_file(path, UNREADABLE) as file:
         return _read_header(file, Path(path), remedy)
 
 
-def read_shard(path, remedy=REPAIR):
-    """A shard -> read-only token ids (n,), uint16 or uint32, memory-mapped where that is possible.
+def read_shard(path: str | Path, remedy: str = REPAIR) -> np.ndarray:
+    """A shard -> read-only token ids (n,), uint16 or uint32, memory-mapped where possible.
 
-    Raises Damaged and Unreadable as `read_header`.
+    Raises Damaged and Unreadable like `read_header`.
     """
     with open_file(path, UNREADABLE) as file:
         dtype, tokens, offset = _read_header(file, Path(path), remedy)
         try:
-            return np.asarray(
-                np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,)))
+            ids = np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,))
+            return np.asarray(ids)
         except OSError:  # not on this file system, or `ulimit -v`
             pass
         try:
@@ -78,357 +85,315 @@ def read_shard(path, remedy=REPAIR):
         return ids
 
 
-def _read_header(file, path, remedy):
-    """Of .npy, and of .bin: 256 int32 (magic, version, tokens), then the ids."""
+def _read_header(file: BinaryIO, path: Path, remedy: str) -> Header:
+    parse = _parse_npy if path.suffix == ".npy" else _parse_bin
     try:
-        if path.suffix == ".npy":
-            version = np.lib.format.read_magic(file)
-            parse = {(1, 0): np.lib.format.read_array_header_1_0,
-                     (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, _, dtype = parse(file)
-        else:
-            header = np.frombuffer(file.read(1024), dtype=np.int32, count=256)
-            kind = int(header[0]), int(header[1])
-            if kind not in BIN_DTYPES:
-                raise ValueError(f"unknown magic number and version {kind}")
-            shape, dtype = (int(header[2]),), np.dtype(BIN_DTYPES[kind])
-        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        shape, dtype = parse(file)
+        offset = file.tell()
+        size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise Unreadable(f"cannot read {path} ({error.strerror}): {UNREADABLE}") from error
-    except Exception as error:  # numpy's parser of headers raises many kinds
-        raise Damaged(
-            f"{path} is damaged, or not a shard ({type(error).__name__}: {str(error)[:200]}): {remedy}"
-        ) from error
+    except Exception as error:  # numpy's parser raises many kinds
+        raise Damaged(f"{path} is damaged, or not a shard "
+                      f"({type(error).__name__}: {str(error)[:200]}): {remedy}") from error
     if dtype not in (np.uint16, np.uint32) or len(shape) != 1:
-        raise Damaged(f"{path} is not a shard: it holds a {len(shape)}-dimensional array of {dtype}, not token ids in one "
-                      f"dimension, uint16 or uint32: {remedy}")
+        raise Damaged(f"{path} is not a shard: it holds a {len(shape)}-dimensional array of "
+                      f"{dtype}, not token ids in one dimension, uint16 or uint32: {remedy}")
     if size != offset + shape[0] * dtype.itemsize:
         raise Damaged(f"{path} is damaged (its header does not fit its {size:,} bytes): {remedy}")
     return Header(dtype, shape[0], offset)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# meta.json
+def _parse_npy(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    parse = {(1, 0): np.lib.format.read_array_header_1_0,
+             (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = parse(file)
+    return shape, dtype
 
 
-@dataclass
-class Start:
-    """Where a shard begins: `drop` ids after the place `source` of the text (None: its beginning).
-    """
-    source: dict | None = flag(None, None)
-    drop: int = flag(0, None, at_least=0, at_most=2**53)
+def _parse_bin(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    header = np.frombuffer(file.read(4 * BIN_HEADER), dtype=np.int32, count=BIN_HEADER)
+    magic, version, tokens = (int(number) for number in header[:3])
+    if (magic, version) not in BIN_DTYPES:
+        raise ValueError(f"unknown magic number and version {(magic, version)}")
+    return (tokens,), np.dtype(BIN_DTYPES[magic, version])
 
 
-@dataclass
-class Record:
-    """One shard as meta.json lists it."""
-    name: str = flag(MISSING, None)
-    tokens: int = flag(MISSING, None, at_least=1, at_most=2**53)
-    crc32: int = flag(MISSING, None, at_least=0, below=2**32)
-    start: dict = flag(MISSING, None)  # a Start
+def save_shard(path: Path, ids: np.ndarray) -> None:
+    """Write a .npy shard atomically."""
+    def write(file):  # np.save would hide the errno of a full disk
+        header = np.lib.format.header_data_from_array_1_0(ids)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(ids)
+
+    replace(path, write)
 
 
-@dataclass
-class Split:
-    """What the shards of a split hold together; `bytes` of UTF-8 text."""
-    shards: int = flag(0, None, at_least=0, at_most=2**53)
-    tokens: int = flag(0, None, at_least=0, at_most=2**53)
-    documents: int = flag(0, None, at_least=0, at_most=2**53)
-    bytes: int = flag(0, None, at_least=0, at_most=2**53)
+# --------------------------------------------------------------------------------------------------
+# The files of a folder
 
 
-@dataclass
-class Meta:
-    """meta.json. Written by hand beside shards of another program, it needs nothing but the
-    tokenizer."""
-    tokenizer: str = flag(MISSING, None)  # tokenizer.json beside it, or a tiktoken name
-    tokenizer_crc32: int | None = flag(None, None, at_least=0,
-                                       below=2**32)  # of the text of tokenizer.json
-    vocab_size: int | None = flag(None, None, at_least=1, at_most=2**32)
-    eot: int | None = flag(None, None, at_least=0, below=2**32)
-    dtype: Literal["uint16", "uint32"] | None = flag(None, None)
-    splits: dict | None = flag(None, None)        # split -> a Split
-    skipped_rows: int = flag(0, None, at_least=0, at_most=2**53)
-    duplicates: int = flag(0, None, at_least=0, at_most=2**53)  # documents left out by --dedup
-    command: str | None = flag(None, None)        # what made the folder, without --out
-    settings: dict | None = flag(None, None)      # what fineweb.py compares before it continues
-    shards: list | None = flag(
-        None, None)  # of Record; None: it does not list them, as by an older fineweb.py
-    complete: bool = flag(True, None)
-    resume: dict | None = flag(None, None)        # the Start of the shard after the last one listed
-
-
-def read_meta(folder, remedy=OTHER):
-    """The Meta of a folder, None without a meta.json. Raises BadInput, ending in `remedy`, whatever
-    else stands in the file."""
-    path = Path(folder) / "meta.json"
-    if not os.path.lexists(path):
-        return None
-    values = read_json(path, remedy)
-    try:
-        meta = _typed(Meta, values)
-        if meta.splits is not None:
-            meta.splits = {split: _typed(Split, meta.splits.get(split)) for split in SPLITS}
-        if meta.shards is not None:
-            meta.shards = [_typed(Record, record) for record in meta.shards]
-            for record in meta.shards:
-                record.start = _typed(Start, record.start)
-            meta.resume = meta.resume and _typed(Start, meta.resume)
-            _check_records(meta)
-    except BadInput as error:
-        raise BadInput(f"{path} is damaged ({error}): {remedy}") from error
-    return meta
-
-
-def _typed(cls, values):
-    """A dict out of JSON -> a dataclass, every type and bound checked by lib/cli.py; keys of other
-    programs are left out."""
-    if not isinstance(values, dict):
-        raise BadInput(f"{cls.__name__.lower()}: not an object")
-    for field in fields(cls):
-        if field.name not in values and field.default is MISSING:
-            raise BadInput(f"no {field.name}")
-    config = cls(
-        **{field.name: values[field.name] for field in fields(cls) if field.name in values})
-    check(config)
-    return config
-
-
-def _check_records(meta):
-    names = [record.name for record in meta.shards]
-    plain = all(split_of(name) and not {"/", "\\", "\0"} & set(name) for name in names)
-    if not plain or len(set(names)) < len(names):
-        raise BadInput("its list of shards does not name shards")
-    if None in (meta.splits, meta.settings, meta.dtype, meta.vocab_size,
-                meta.eot) or (meta.resume is None) != meta.complete:
-        raise BadInput("parts of it are missing")
-    for split in SPLITS:
-        tokens = [record.tokens for record in meta.shards if split_of(record.name) == split]
-        if (len(tokens), sum(tokens)) != (meta.splits[split].shards, meta.splits[split].tokens):
-            raise BadInput(f"its counts of {split} tokens contradict each other")
-
-
-def missing_records(folder, meta):
-    """The records of the shards that are missing, damaged, or not those listed. Raises Unreadable
-    where that cannot be told."""
-    found = []
-    for record in meta.shards:
-        path = Path(folder) / record.name
-        try:
-            header = read_header(path) if os.path.lexists(path) else None
-        except Damaged:
-            header = None
-        if header is None or (header.tokens, header.dtype) != (record.tokens, np.dtype(meta.dtype)):
-            found.append(record)
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-def split_of(name):
-    """"train", "val", or None for a file that is not named as a shard."""
-    ending = ENDING.search(name)
-    return ending and not name.startswith(".") and ending[1] or None
-
-
-def find_shards(folder):
-    """(dict split -> sorted paths of its shards, other .npy and .bin files) of a folder."""
+def find_shards(folder: str | Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """(split -> sorted paths of its shards, names of other .npy and .bin files) in a folder."""
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         names = []
     except OSError as error:
         raise Unreadable(f"cannot read {folder} ({error.strerror}): {UNREADABLE}") from error
-    paths = {
-        split: [Path(folder) / name
-                for name in names
-                if split_of(name) == split]
-        for split in SPLITS
-    }
-    return paths, [name for name in names if name.endswith((".npy", ".bin")) and not split_of(name)]
+    paths: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    others = []
+    for name in names:
+        split = split_of(name)
+        if split:
+            paths[split].append(Path(folder) / name)
+        elif name.endswith((".npy", ".bin")):
+            others.append(name)
+    return paths, others
+
+
+def missing_records(folder: Path, meta: Meta) -> list[Record]:
+    """The records of the shards that are missing, damaged, or of another length or dtype.
+    Raises Unreadable where a file cannot be read."""
+    return [record for record in meta.records
+            if not _is_there(folder / record.name, record, meta)]
+
+
+def _is_there(path: Path, record: Record, meta: Meta) -> bool:
+    if not os.path.lexists(path):
+        return False
+    try:
+        header = read_header(path)
+    except Damaged:
+        return False
+    return (header.tokens, header.dtype) == (record.tokens, np.dtype(meta.dtype))
+
+
+def is_complete(folder: Path, meta: Meta | None) -> bool:
+    """Whether a folder has all that its meta.json lists, and that is all it will have.
+    Raises BadInput if its tokenizer is missing."""
+    if meta is None or not meta.complete:
+        return False
+    if meta.shards is None:  # of an older fineweb.py: can be checked, not repaired
+        Shards(folder)
+    elif missing_records(folder, meta):
+        return False
+    if meta.tokenizer.endswith(".json"):  # others would need the network
+        own_tokenizer(folder, meta)
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder as data to train on
 
 
 class Shards:
-    """A folder of shards: `folder`, `train` and `val` (sorted paths), `tokens` (dict split ->
-    count), `tokenizer` (a spec), `meta`, `identity` (of the training text, as a checkpoint
-    remembers it) and `former_identity` (as checkpoints of earlier versions remember it).
+    """A folder of shards, whole, finished and of one tokenizer. Raises BadInput otherwise.
 
-    Reads every header and holds no file open. needed: the splits without which it is of no use.
-    named_by: the flag that names it. Raises BadInput unless the folder has these splits, is whole,
-    finished and of one tokenizer.
+    train, val: sorted paths. tokens: {"train": count, "val": count}. tokenizer: a spec.
+    vocab_size: None where a meta.json written by hand does not say.
+    identity: a hash of the training text, as a checkpoint remembers it; former_identity: as
+    checkpoints of earlier versions do.
+
+    needed: the splits that must be there. named_by: the flag that names the folder. Every header
+    is read, and no file is held open.
     """
 
-    def __init__(self, folder, needed=SPLITS, named_by="--data"):
-        self.folder = folder = Path(folder)
+    def __init__(self, folder: str | Path, needed=SPLITS, named_by: str = "--data"):
+        self.folder = Path(folder)
         self.meta = read_meta(folder)
-        command = self.meta and self.meta.command
-        command = f"`{command} --out {shlex.quote(str(folder))}`" if command else "the fineweb.py command that made it"
         if self.meta and not self.meta.complete:
-            raise BadInput(f"{folder}/ is not finished: give {command} again, which continues")
+            raise BadInput(f"{self.folder}/ is not finished: give {self._command()} again, "
+                           "which continues")
         paths, others = find_shards(folder)
-        self.train, self.val = paths["train"], paths["val"]
-        headers = {path: read_header(path) for path in self.train + self.val}
-        if self.meta and self.meta.shards is not None:
-            self._compare_names(folder, headers, command)
-        self._check_needed(folder, others, needed, named_by)
-        self._compare_dtypes(headers)
-        self.identity, self.former_identity = self._identify(headers)
-        self.tokens = {
-            split: sum(headers[p].tokens for p in paths[split]) for split in ("train", "val")
-        }
-        for split in SPLITS if self.meta and self.meta.splits else ():
-            if (told := self.meta.splits[split].tokens) != self.tokens[split]:
-                raise BadInput(f"{folder}/ holds {self.tokens[split]:,} {split} tokens and its meta.json says {told:,}: "
-                               f"shards are missing, or of another source; {OTHER}")
-        self._compare_splits(headers)
-        spec = self.meta.tokenizer if self.meta else "gpt2"  # shards of build-nanogpt and llm.c have no meta.json
-        self.tokenizer = str(folder / spec) if spec.endswith(".json") else spec
-        if spec.endswith(".json"):
-            check_tokenizer_file(folder / spec, self.meta)
-        self.vocab_size = self.meta.vocab_size if self.meta else 50257  # None where meta.json, written by hand, does not say
+        self.train = paths["train"]
+        self.val = paths["val"]
+        self.headers = {path: read_header(path) for path in self.train + self.val}
+        self._check_names()
+        self._check_needed(needed, named_by, others)
+        self._check_dtypes()
+        self.tokens = {"train": self._count(self.train), "val": self._count(self.val)}
+        self._check_counts()
+        self._check_splits()
+        self.identity, self.former_identity = self._identify()
 
-    def _identify(self, headers):
-        """(identity, former_identity): hashes that are the same wherever the shards lie.
+        self.tokenizer = "gpt2"  # of build-nanogpt and llm.c, whose shards have no meta.json
+        self.vocab_size: int | None = 50257
+        if self.meta:
+            self.tokenizer = tokenizer_spec(self.folder, self.meta)
+            self.vocab_size = self.meta.vocab_size
 
-        By the checksums that meta.json lists: other text may fill shards of the same names and
-        lengths, as it does with --max_tokens. Without them, and in earlier versions, by names and
-        lengths.
+    def _count(self, paths: list[Path]) -> int:
+        return sum(self.headers[path].tokens for path in paths)
+
+    def _command(self) -> str:
+        """The command that made the folder, for messages."""
+        if self.meta is None or not self.meta.command:
+            return "the fineweb.py command that made it"
+        return f"`{self.meta.command} --out {shlex.quote(str(self.folder))}`"
+
+    def _identify(self) -> tuple[str, str]:
+        """(identity, former_identity): hashes that do not depend on where the folder is.
+
+        By the checksums in meta.json: other text may fill shards of the same names and lengths, as
+        with --max_tokens. Without them, and in earlier versions, by names and lengths.
         """
-        named = [(path.name, headers[path].tokens) for path in self.train]
+        named = [(path.name, self.headers[path].tokens) for path in self.train]
+        former = digest(named)
         if not self.meta or self.meta.shards is None:
-            return digest(named), digest(named)
+            return former, former
         checksums = {record.name: record.crc32 for record in self.meta.shards}
-        summed = [(tokens, checksums[name]) for name, tokens in named]
-        return digest(summed), digest(named)
+        return digest([(tokens, checksums[name]) for name, tokens in named]), former
 
-    def _compare_names(self, folder, headers, command):
+    def _check_names(self):
+        """Raises BadInput unless the folder holds exactly the shards that meta.json lists."""
+        if not self.meta or self.meta.shards is None:
+            return
         listed = {record.name: record.tokens for record in self.meta.shards}
-        found = {path.name: header.tokens for path, header in headers.items()}
-        if odd := sorted(name for name in listed if found.get(name) != listed[name]):
-            what = f"holds {found[odd[0]]:,} tokens, not {listed[odd[0]]:,}" if odd[
-                0] in found else "is missing"
-            raise BadInput(
-                f"{folder / odd[0]} {what}, says meta.json: give {command} again, which writes it anew"
-            )
-        if more := sorted(found.keys() - listed.keys()):
-            raise BadInput(
-                f"{folder / more[0]} is not one of the shards that meta.json lists: move it to another folder"
-            )
+        found = {path.name: header.tokens for path, header in self.headers.items()}
+        for name in sorted(listed):
+            if found.get(name) == listed[name]:
+                continue
+            problem = "is missing"
+            if name in found:
+                problem = f"holds {found[name]:,} tokens, not {listed[name]:,}"
+            raise BadInput(f"{self.folder / name} {problem}, says meta.json: "
+                           f"give {self._command()} again, which writes it again")
+        unlisted = sorted(found.keys() - listed.keys())
+        if unlisted:
+            raise BadInput(f"{self.folder / unlisted[0]} is not one of the shards that meta.json "
+                           "lists: move it to another folder")
 
-    def _check_needed(self, folder, others, needed, named_by):
+    def _check_needed(self, needed, named_by, others):
         found = {"train": self.train, "val": self.val}
-        if any(not found[split] for split in needed):
-            missing = "train" if self.val else "val" if self.train else "any"
-            make = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}.get(
-                str(folder), "python fineweb.py --source <text files or dataset id> "
-                             f"--out {shlex.quote(str(folder))}")
-            if folder.is_file():
-                shard = folder.name.endswith((".npy", ".bin"))
-                raise BadInput(f"{named_by} {folder} is a file, not a folder of shards: name "
-                               + ("the folder that it is in"
-                                  if shard else "one that fineweb.py --source made of it"))
-            named = f" ({others[0]} does not end in _train_<index> or _val_<index>)" if others else ""
-            lack = f"does not hold {missing} shards{named}" if folder.is_dir(
-            ) else f"is not there (in {os.getcwd()})"
-            raise BadInput(f"{folder}/ {lack}: make them with `{make}`, "
-                           f"or name another {named_by}")
+        missing = [split for split in SPLITS if not found[split]]
+        if not set(missing) & set(needed):
+            return
+        if self.folder.is_file():
+            remedy = "one that fineweb.py --source made of it"
+            if self.folder.name.endswith((".npy", ".bin")):
+                remedy = "the folder that it is in"
+            raise BadInput(f"{named_by} {self.folder} is a file, not a folder of shards: "
+                           f"name {remedy}")
+        problem = f"is not there (in {os.getcwd()})"
+        if self.folder.is_dir():
+            splits = missing[0] if len(missing) == 1 else "any"
+            problem = f"does not hold {splits} shards"
+            if others:
+                problem += f" ({others[0]} does not end in _train_<index> or _val_<index>)"
+        raise BadInput(f"{self.folder}/ {problem}: make them with `{self._maker()}`, "
+                       f"or name another {named_by}")
 
-    def _compare_dtypes(self, headers):
-        want = np.dtype(
-            self.meta.dtype) if self.meta and self.meta.dtype else headers[self.train[0]].dtype
-        if odd := next((p for p in headers if headers[p].dtype != want), None):
-            other = "meta.json" if self.meta and self.meta.dtype else self.train[0].name
-            raise BadInput(f"{odd} holds {headers[odd].dtype} and {other} says {want}: they are of different tokenizers; "
-                           "put each tokenizer's shards into a folder of their own")
+    def _maker(self) -> str:
+        """A command that makes such a folder."""
+        defaults = {"edu_fineweb10B": "python fineweb.py", "docstrings": "make train"}
+        own = ("python fineweb.py --source <text files or dataset id> "
+               f"--out {shlex.quote(str(self.folder))}")
+        return defaults.get(str(self.folder), own)
 
-    def _compare_splits(self, headers):
-        """Raises BadInput if a val shard is also a train shard, told from the length and both ends.
-        """
-        def ends(path):
-            tokens = read_shard(path)
-            return tokens[:EDGE].tobytes() + tokens[-EDGE:].tobytes()
+    def _check_dtypes(self):
+        first = self.train[0] if self.train else self.val[0]
+        wanted = self.headers[first].dtype
+        by = first.name
+        if self.meta and self.meta.dtype:
+            wanted = np.dtype(self.meta.dtype)
+            by = "meta.json"
+        for path, header in self.headers.items():
+            if header.dtype != wanted:
+                raise BadInput(f"{path} holds {header.dtype} and {by} says {wanted}: they are of "
+                               "different tokenizers; put each tokenizer's shards into a folder "
+                               "of their own")
 
+    def _check_counts(self):
+        if not self.meta or not self.meta.splits:
+            return
+        for split in SPLITS:
+            counted = self.meta.splits[split].tokens
+            if counted != self.tokens[split]:
+                raise BadInput(f"{self.folder}/ holds {self.tokens[split]:,} {split} tokens and "
+                               f"its meta.json says {counted:,}: shards are missing, or of "
+                               f"another source; {OTHER}")
+
+    def _check_splits(self):
+        """Raises BadInput if a val shard is also a train shard, by its length and both ends."""
         for val in self.val:
-            same = [p for p in self.train if headers[p].tokens == headers[val].tokens > 0]
-            if same and (twin := next(
-                (p for p, first in ((p, ends(val)) for p in same) if ends(p) == first), None)):
-                raise BadInput(f"{twin} and {val.name} hold the same tokens: validation would measure the training "
-                               "text; move one of them to another folder")
+            tokens = self.headers[val].tokens
+            same_length = [path for path in self.train if self.headers[path].tokens == tokens]
+            if not tokens or not same_length:
+                continue
+            ends = ends_of(val)
+            for train in same_length:
+                if ends_of(train) == ends:
+                    raise BadInput(f"{train} and {val.name} hold the same tokens: validation would "
+                                   "measure the training text; move one of them to another folder")
 
 
-def digest(value):
-    """The SHA-256 of nested lists, tuples, numbers and strings, as hexadecimal digits."""
+def ends_of(path: Path) -> bytes:
+    """The first and the last EDGE ids of a shard."""
+    ids = read_shard(path)
+    return ids[:EDGE].tobytes() + ids[-EDGE:].tobytes()
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of nested lists, tuples, numbers and strings, in hexadecimal."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def read_validation(shards, val_tokens, block_size, tokenizer):
-    """The first val_tokens tokens of the val split, whole rows: int64 arrays x, y (rows,
-    block_size). Raises BadInput if there is no row."""
-    rows = min(val_tokens, shards.tokens["val"] - 1) // block_size
+def read_validation(shards: Shards, val_tokens: int, block_size: int,
+                    tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The first val_tokens tokens of the val split, whole rows: int64 x, y (rows, block_size).
+    Raises BadInput if that is not one row."""
+    found = shards.tokens["val"]
+    rows = min(val_tokens, found - 1) // block_size
     if rows < 1:
-        raise BadInput(
-            f"validation needs {block_size + 1} tokens: there are {shards.tokens['val']} in {shards.folder}, and "
-            f"--val_tokens is {val_tokens}; "
-            + ("raise it" if val_tokens <
-               shards.tokens["val"] else "lower --block_size or make a larger val split"))
-    pieces, missing = [], rows * block_size + 1
+        remedy = "lower --block_size or make a larger val split"
+        if val_tokens < found:
+            remedy = "raise it"
+        raise BadInput(f"validation needs {block_size + 1} tokens: there are {found} in "
+                       f"{shards.folder}, and --val_tokens is {val_tokens}; {remedy}")
+    pieces = []
+    missing = rows * block_size + 1
     for path in shards.val:
-        pieces.append(read_shard(path)[:missing])
-        check_ids(pieces[-1], tokenizer.vocab_size, path)
-        missing -= len(pieces[-1])
+        piece = read_shard(path)[:missing]
+        check_ids(piece, tokenizer.vocab_size, path)
+        pieces.append(piece)
+        missing -= len(piece)
     tokens = np.concatenate(pieces).astype(np.int64)
     return tokens[:-1].reshape(rows, block_size), tokens[1:].reshape(rows, block_size)
 
 
-def check_ids(tokens, vocab_size, path, remedy=f"the folder mixes tokenizers; {OTHER}"):
-    """Raises BadInput if a shard holds an id beyond its vocabulary."""
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise BadInput(
-            f"{path} holds the id {int(tokens.max())}, but its tokenizer ends at {vocab_size - 1}: {remedy}"
-        )
+# --------------------------------------------------------------------------------------------------
+# Whether ids are a tokenizer's
 
 
-def check_eot(tokens, tokenizer, path, remedy=f"it is of another tokenizer; {OTHER}"):
-    """Raises BadInput if the first million ids of a shard hold no end of text: they are of another
-    tokenizer."""
-    if len(tokens) >= 1_000_000 and not (tokens[:1_000_000] == tokenizer.eot).any():
-        raise BadInput(
-            f"{path} begins with a million tokens without {tokenizer.name}'s end of text, {tokenizer.eot}: {remedy}"
-        )
+def check_ids(ids: np.ndarray, vocab_size: int, path: str | Path,
+              remedy: str = f"the folder mixes tokenizers; {OTHER}") -> None:
+    """Raises BadInput if a shard holds an id outside its vocabulary."""
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise BadInput(f"{path} holds the id {int(ids.max())}, but its tokenizer ends at "
+                       f"{vocab_size - 1}: {remedy}")
 
 
-def check_shards(shards, tokenizer):
-    """Raises BadInput if meta.json or a shard cannot be the tokenizer's, told from the first
-    million ids of each shard.
+def check_eot(ids: np.ndarray, tokenizer: Tokenizer, path: str | Path,
+              remedy: str = f"it is of another tokenizer; {OTHER}") -> None:
+    """Raises BadInput if the first million ids of a shard hold no end-of-text: then they are of
+    another tokenizer."""
+    if len(ids) >= PROBED and not (ids[:PROBED] == tokenizer.eot).any():
+        raise BadInput(f"{path} begins with a million tokens without {tokenizer.name}'s end of "
+                       f"text, {tokenizer.eot}: {remedy}")
 
-    The loader checks the other ids as it comes to them.
+
+def check_shards(shards: Shards, tokenizer: Tokenizer) -> None:
+    """Raises BadInput if meta.json or the first million ids of a shard do not fit the tokenizer.
+
+    The loader checks the other ids when it reads them.
     """
-    check_tokenizer(shards.meta, tokenizer)
+    check_described(shards.meta, tokenizer)
+    # one document may be longer than a million tokens: a checksum is better evidence
+    is_certain = shards.meta is not None and shards.meta.tokenizer_crc32 is not None
     for path in shards.train + shards.val:
-        tokens = read_shard(path)[:1_000_000]
-        check_ids(tokens, tokenizer.vocab_size, path)
-        if shards.meta is None or shards.meta.tokenizer_crc32 is None:  # else check_tokenizer knows: a text may be that long
-            check_eot(tokens, tokenizer, path)
-
-
-def check_tokenizer_file(path, meta):
-    """Raises BadInput if the file of a folder's tokenizer is missing or not the shards' own: one
-    made anew would not do, its ids mean other text."""
-    mend = f"put back the one that was made with these shards, or {OTHER}"
-    text = read_text(path, mend)
-    if meta.tokenizer_crc32 not in (None, zlib.crc32(text.encode())):
-        raise BadInput(f"{path} is damaged, or of other shards than those beside it: {mend}")
-
-
-def check_tokenizer(meta, tokenizer, remedy=OTHER):
-    """Raises BadInput if what meta.json (None: there is none) says of the tokenizer is not so."""
-    for name in ("vocab_size", "eot"):
-        if meta and getattr(meta, name) not in (None, getattr(tokenizer, name)):
-            raise BadInput(f"the shards' meta.json says {name} {getattr(meta, name):,}, but their tokenizer "
-                           f"{tokenizer.name} has {getattr(tokenizer, name):,}: they are of another tokenizer; {remedy}")
-    if meta and meta.tokenizer_crc32 not in (None, zlib.crc32(tokenizer.spec.encode())):
-        raise BadInput(
-            f"the tokenizer.json beside the shards is not the one they were made with: put that back, or {remedy}"
-        )
+        ids = read_shard(path)[:PROBED]
+        check_ids(ids, tokenizer.vocab_size, path)
+        if not is_certain:
+            check_eot(ids, tokenizer, path)

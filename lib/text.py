@@ -132,9 +132,13 @@ class Source:
     opened; one that is there is read again.
     """
 
-    def __init__(self, cfg, parts, seen=None):
-        self.seen, self.column, self.name, self.parts = seen, cfg.text_column, cfg.name, parts
-        self.commits, self.others = {}, None
+    def __init__(self, parts, column, name=None, seen=None):
+        self.parts = parts
+        self.column = column
+        self.name = name
+        self.seen = seen
+        self.commits = {}
+        self.others = None
 
     def guess_tokens(self):
         """About how many tokens the local files hold; 0 where the source is a dataset of the hub.

@@ -66,6 +66,7 @@ class Tokenizer:
         self.eot = encoding.eot_token
         self.reserved = {token: self.vocab_size + i for i, token in enumerate(RESERVED)}
         self.control = {self.eot, *self.reserved.values()}
+        self._token_bytes: np.ndarray | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -109,10 +110,14 @@ class Tokenizer:
             return b""
 
     def token_bytes(self) -> np.ndarray:
-        """int64 (vocab_size,): UTF-8 bytes of each id; 0 for special and unassigned ids."""
-        sizes = np.array([len(self.token(i)) for i in range(self.vocab_size)], dtype=np.int64)
-        sizes[list(self._special().values())] = 0
-        return sizes
+        """int64 (vocab_size,), read-only: UTF-8 bytes of each id; 0 for special and unassigned ids.
+        """
+        if self._token_bytes is None:
+            sizes = np.array([len(self.token(i)) for i in range(self.vocab_size)], dtype=np.int64)
+            sizes[list(self._special().values())] = 0
+            sizes.flags.writeable = False
+            self._token_bytes = sizes
+        return self._token_bytes
 
     def _special(self) -> dict[str, int]:
         names = self.encoding.special_tokens_set

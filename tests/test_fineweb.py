@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import fineweb
 import tokenizer
-from lib import cli, files
+from lib import cli, docstrings, files, shard_writer
 from lib import text as text_files
 from lib.shards import Shards
 from lib.tokenizers import EOT, load_tokenizer, train_bpe
@@ -269,7 +269,7 @@ def test_a_bounded_number_of_batches_is_in_work():
             pulled += 1
             yield text_files.Batch(["text"], False, {})
 
-    stream = fineweb.encoded(endless(), load_tokenizer("gpt2"), np.uint16, workers=2)
+    stream = shard_writer.encode_batches(endless(), load_tokenizer("gpt2"), np.uint16, workers=2)
     for taken in range(1, 50):
         assert next(stream)[1].tolist() == [EOT_ID, 5239]
         assert pulled <= taken + 2 * 3
@@ -416,7 +416,7 @@ def test_a_run_killed_before_its_first_shard_trains_its_tokenizer_again(
         missing, tmp_path, monkeypatch):
     source, out = write_source(tmp_path / "in", "jsonl"), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fineweb, "save_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shard_writer, "save_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         make(source, out, "--tokenizer", "bpe:300", "--shard_size", 2000)
     assert {path.name for path in out.iterdir()} == {"meta.json", "tokenizer.json"}
     if missing:  # killed between the two
@@ -442,8 +442,8 @@ def test_docstrings_are_cached_and_hold_real_text(tmp_path, monkeypatch, capsys)
         (tmp_path / "library"
          / f"{name}.py").write_text(f'"""{name} {"long enough " * 20}end"""\ndef f():\n  "short"\n')
     (tmp_path / "library" / "broken.py").write_text("def (")
-    monkeypatch.setattr(fineweb, "DOCSTRING_PACKAGES", ("no_such_package",))
-    monkeypatch.setattr(fineweb.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
+    monkeypatch.setattr(docstrings, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
     monkeypatch.chdir(tmp_path)
     fineweb.main(["--docstrings", "--shard_size", "1000"])
     texts = [
@@ -561,8 +561,9 @@ def test_presets_name_datasets_of_the_hub():
         (["--preset", "books", "--out", "x"], (("sedthh/gutenberg_english",), None, "TEXT", "x")),
         ([], ((fineweb.FINEWEB_EDU,), "sample-10BT", "text", "edu_fineweb10B"))
     ]:
-        cfg, _ = fineweb.configured(flags)
-        assert (cfg.source, cfg.name, cfg.text_column, cfg.out) == want
+        job = fineweb.resolve(flags)
+        cfg = job.cfg
+        assert (cfg.source, cfg.name, cfg.text_column, str(job.out)) == want
     for flags, want in [(["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens not known; "
                                                     "about 11.63 GB on the hub; licence CC BY-SA 3.0, GFDL"),
                         (["--preset", "wikipedia", "--name", "20231101.de"],
@@ -572,11 +573,11 @@ def test_presets_name_datasets_of_the_hub():
                          "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens not known; "
                          "size on the hub not known; licence ODC-By 1.0"),
                         (["--docstrings"], "None"), (["--source", "a/b"], "None")]:
-        assert str(fineweb.row_of(fineweb.configured(flags)[0])) == want
+        assert str(fineweb.corpus_of(fineweb.resolve(flags).cfg)) == want
     for flags in (["--preset", "books", "--source", "a"], ["--preset", "books", "--docstrings"],
                   ["--docstrings", "--name", "x"]):
         with pytest.raises(cli.BadInput, match="each name the text: give one of them"):
-            fineweb.configured(flags)
+            fineweb.resolve(flags)
 
 
 def start(tmp_path, *flags):
@@ -827,7 +828,7 @@ def test_a_million_spaces_and_shards_before_a_text_that_cannot_be_encoded(tmp_pa
     ids = [token for _, shard in read_shards(tmp_path / "out") for token in shard]
     assert tiktoken.get_encoding("gpt2").decode(ids) == "".join(EOT + text for text in documents)
 
-    whole, encode = reference(["good " * 300] * 3), fineweb.encode
+    whole, encode = reference(["good " * 300] * 3), shard_writer.encode
     source = write_source(tmp_path / "in", "jsonl", ["good " * 300] * 3 + ["bad"])
     monkeypatch.setattr(text_files, "BATCH_ROWS", 1)
 
@@ -836,7 +837,7 @@ def test_a_million_spaces_and_shards_before_a_text_that_cannot_be_encoded(tmp_pa
             raise MemoryError
         return encode(batch, *rest)
 
-    monkeypatch.setattr(fineweb, "encode", fails)
+    monkeypatch.setattr(shard_writer, "encode", fails)
     with pytest.raises(MemoryError):
         make(source, tmp_path / "fails", "--shard_size", 200, "--workers", 4)
     assert [ids for _, ids in read_shards(tmp_path / "fails")
@@ -954,6 +955,8 @@ def test_any_bytes_are_bad_input_or_shards_of_what_json_finds_in_them(tmp_path, 
               suppress_health_check=list(HealthCheck))
     @given(data=st.one_of(any_jsonl(), any_jsonl(), any_jsonl(), st.binary(max_size=60)))
     @example(b'{"text": "a"}\n{"text": "b c"}\n')
+    @example(b'[{"text": "a"}, {"text": null}]')
+    @example(b'{"text": "\\ud800 a", "id": 1}\n\n{"text": ""}')
     @example(b'{"text": "a"}\n{"text": "b')
     @example(b'\xff\xfe{"text": "a"}\n')
     @example(b"[" * 100_000)

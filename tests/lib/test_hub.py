@@ -200,7 +200,7 @@ def test_corpora_say_their_licence_and_size(tmp_path, script):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
         "kjj0/fineweb10B-gpt2, default: about 10.36B tokens, 20.71 GB of shards with gpt2; "
         "about 20.71 GB on the hub; licence MIT; ")
-    assert str(fineweb.HUB["wikipedia"]) == ("wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 GB on the hub; "
+    assert str(fineweb.TEXTS["wikipedia"]) == ("wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 GB on the hub; "
                                              "licence CC BY-SA 3.0, GFDL")
 
 
@@ -260,7 +260,7 @@ def test_shards_of_this_project_bring_their_tokenizer(tmp_path, script, tokenize
         assert "its tokenizer is tokenizer.json, not gpt2: leave --tokenizer out" in line
         (tmp_path / "repo" / "v2" / "meta.json").write_text(
             json.dumps(theirs | {"tokenizer": "../../v1/tokenizer.json"}))
-        assert "names the tokenizer ../../v1/tokenizer.json, which does not lie beside it" in one_line(
+        assert "names the tokenizer ../../v1/tokenizer.json, which is not beside it" in one_line(
             script(hub, "--pretokenized", "some/shards:v2/*", "--out", "x"))
         np.save(tmp_path / "repo" / "v1" / "v1_train_000001.npy",
                 np.zeros(theirs["shards"][1]["tokens"], np.uint16))
@@ -334,9 +334,9 @@ def test_flags_that_contradict_pretokenized():
                          "give one of them"), (["--pretokenized", "a/b", "--tokenizer",
                                                 "bpe:400"], "have a tokenizer already")):
         with pytest.raises(BadInput, match=says):
-            fineweb.configured(flags)
-    cfg, _ = fineweb.configured(["--pretokenized", "fineweb-10BT"])
-    assert (cfg.pretokenized, cfg.out) == ("kjj0/fineweb10B-gpt2", "fineweb10B-gpt2")
+            fineweb.resolve(flags)
+    job = fineweb.resolve(["--pretokenized", "fineweb-10BT"])
+    assert (job.cfg.pretokenized, str(job.out)) == ("kjj0/fineweb10B-gpt2", "fineweb10B-gpt2")
 
 
 def test_a_column_that_a_dataset_lacks_is_named_before_the_first_token(tmp_path, script):

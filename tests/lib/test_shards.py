@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import fineweb
 from lib.cli import BadInput
 from lib.files import Unreadable
-from lib.shards import Damaged, Shards, check_ids, check_shards, read_meta, read_shard
+from lib.shard_meta import read_meta
+from lib.shards import Damaged, Shards, check_ids, check_shards, read_shard
 from lib.tokenizers import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
