@@ -39,10 +39,10 @@ import torch
 from lib import checkpoint
 from lib.budget import LENGTHS, length_flag, settle
 from lib.cli import BadInput, flag, parse, path_flag, run
+from lib.corpus import Corpus
 from lib.devices import Processes
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import read_scalars, without_compilation
-from lib.mixture import Corpus
 from lib.moe import ExpertConfig
 from lib.signals import StopSignals
 from train_gpt2 import check_model, settings, size_of

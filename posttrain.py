@@ -26,11 +26,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib import checkpoint, conversations, packing
+from lib import checkpoint, conversations, packing, streams
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput, check, flag, launched, parse, path_flag, run
+from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
-from lib.mixture import Corpus, split_weight
 from lib.run_folder import find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import END, RESERVED, load_tokenizer
@@ -287,7 +287,7 @@ def described(lines):
 
 def token_rows(corpus, tokenizer, seed, block_size):
     """The training tokens of a Corpus as a source of rows."""
-    return packing.Tokens(token_stream(corpus, tokenizer, seed, block_size), block_size,
+    return streams.TokenRows(token_stream(corpus, tokenizer, seed, block_size), block_size,
                           block_size + corpus.is_mixed)
 
 
@@ -448,9 +448,9 @@ class PostTraining(Pretraining):
     def stream(self, cfg, tokenizer, block_size, processes):
         replay = token_rows(self.pretraining, tokenizer, cfg.seed,
                             block_size) if cfg.replay else None
-        batches = partial(packing.micro_batches, micro_batch=cfg.sequences, processes=processes,
+        batches = partial(streams.row_micro_batches, micro_batch=cfg.sequences, processes=processes,
                           packed=self.corpus.chat)
-        return packing.Rows(self.corpus.source, replay, cfg.replay, batches)
+        return streams.Rows(self.corpus.source, replay, cfg.replay, batches)
 
     def packed(self, idx):
         """What else the model gets with a batch of these ids, as `pick_micro_batch` tries it."""

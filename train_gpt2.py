@@ -58,6 +58,7 @@ from lib.budget import (
     tokens_of,
 )
 from lib.cli import BadInput, RankError, check, flag, note, parse, path_flag, run
+from lib.corpus import Corpus
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
 from lib.decoding import SHOWN, NonFinite, sample
 from lib.devices import (
@@ -73,13 +74,13 @@ from lib.devices import (
 )
 from lib.evals import harness, hellaswag
 from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
-from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
 from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
+from lib.streams import Mixture, Stream, micro_batches
 from lib.tokenizers import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -1007,7 +1008,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     """Train `model` from `position` to step cfg.steps: save, evaluate, batch, forward and backward,
     agree, update, log.
 
-    stream: a lib.mixture.Stream; next(tokens) -> micro-batches, as many on every process: (idx,
+    stream: a lib.streams.StreamLike; next(tokens) -> micro-batches, as many on every process: (idx,
     targets), int64 (B, T) each, and a Packed where rows hold several texts; targets of -1 do not
     count. run: the RunFolder, null off rank 0. position: as Resume.restore returns it.
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.cli import BadInput, run
+from lib.corpus import split_weight
 from lib.devices import autocast, pick_device, to_device
-from lib.mixture import split_weight
 from lib.rope import ContextConfig, extend
 from lib.shards import Shards, check_shards, read_validation
 from lib.tokenizers import load_tokenizer

@@ -1,19 +1,20 @@
 """Several texts in one row: which go together, and what a model needs to keep them apart.
 
-`Packing` cuts conversations into rows, `Joined` plain text; `Rows` is the stream of batches of such
-rows, with replay among them. A row is int64 (3, T): ids, targets (-1: not learned) and documents,
-the number within the row of each position's text.
+`Packing` packs conversations into rows, `Joined` cuts plain text into rows. A row is int64 (3, T):
+ids, targets (-1: not learned), and documents, the number within the row of each position's text.
+lib/streams.py's `Rows` makes batches of them.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lib.attention import attention
-from lib.devices import to_device
-from lib.mixture import Stream
 
-OPEN = 1000  # the newest rows are those that first-fit tries: the others are as good as full
+OPEN = 1000  # first-fit tries the newest rows only: older ones are as good as full
 
 
 class Packed:
@@ -23,39 +24,44 @@ class Packed:
     documents: int64 (B, T), the same number throughout a text and another one next to it.
     """
 
-    def __init__(self, documents):
-        B, T = documents.shape
+    def __init__(self, documents: torch.Tensor):
+        T = documents.size(1)
+        changes = documents[:, 1:] != documents[:, :-1]
+        self.starts = F.pad(changes, (1, 0), value=True)                     # (B, T)
         at = torch.arange(T, device=documents.device)
-        self.starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
-        self.positions = at - torch.where(self.starts, at,
-                                          0).cummax(dim=1).values  # (B, T), new in each text
-        self.numbers = self.starts.cumsum(dim=1)                                        # (B, T)
+        start_of_text = torch.where(self.starts, at, 0).cummax(dim=1).values
+        self.positions = at - start_of_text                                  # (B, T), in each text
+        self.numbers = self.starts.cumsum(dim=1)                             # (B, T)
 
     @property
-    def mask(self):
-        """bool (B, 1, T, T), causal within a text. Made anew for each layer (compiled, for each
-        pass) and not kept: the masks of a whole batch of 524,288 tokens would take half a gigabyte.
-        """
-        return (self.numbers[:, None, :, None] == self.numbers[:, None, None, :]).tril()
+    def mask(self) -> torch.Tensor:
+        """bool (B, 1, T, T), causal within a text. Computed for each layer (once per compiled pass)
+        and not stored: masks of 524,288 tokens would take half a gigabyte."""
+        same_text = self.numbers[:, None, :, None] == self.numbers[:, None, None, :]
+        return same_text.tril()
 
     def attend(self, layer, q, k, v, dropout=0.0):
         """A layer's attention, (B, T, H, D) each."""
         return attention(q, k, v, self.mask, dropout)
 
     def previous(self, layer, x):
-        """What stands before each position of x (B, T, C): zeros where a text begins."""
-        return F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(self.starts[..., None], 0.0)
+        """x (B, T, C) shifted by one position, zeros where a text begins."""
+        shifted = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return shifted.masked_fill(self.starts[..., None], 0.0)
 
 
-def first_fit(lengths, room):
-    """Lengths, none above `room`, each put into the first row that still has room for it -> lists
-    of their indices."""
-    rows, left = [], np.full(len(lengths), room)
+def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Put each length, none above `room`, into the first row that still has room for it -> the
+    indices in each row."""
+    rows: list[list[int]] = []
+    left = np.full(len(lengths), room)
     for i, n in enumerate(lengths):
         begin = max(len(rows) - OPEN, 0)
         fits = left[begin:len(rows)] >= n
-        row = begin + int(fits.argmax()) if fits.any() else len(rows)
-        if row == len(rows):
+        if fits.any():
+            row = begin + int(fits.argmax())
+        else:
+            row = len(rows)
             rows.append([])
         rows[row].append(i)
         left[row] -= n
@@ -63,24 +69,37 @@ def first_fit(lengths, room):
 
 
 class RowSource:
-    """Rows of a data set in memory, in an order drawn anew from (seed, epoch); in the order given
+    """Rows of a data set in memory, in an order that follows from (seed, epoch); in the order given
     without a seed (None).
 
-    A subclass has `arrange`, epoch -> what `row` is made from, and how many rows that makes.
+    A subclass implements `arrange`, which decides on an epoch's rows, and `row`, which makes one.
     """
 
     names = "epoch", "row"
 
-    def __init__(self, block_size, seed, eot):
-        self.block_size, self.seed, self.eot = block_size, seed, eot
-        self.position, self.arranged = (0, 0), {}
+    def __init__(self, block_size: int, seed: int | None, eot: int):
+        self.block_size = block_size
+        self.seed = seed
+        self.eot = eot
+        self.position = (0, 0)
+        self.arranged: dict[int, tuple[Any, int]] = {}  # epoch -> its arrangement, the latest only
 
-    def order(self, epoch, n, salt=0):
-        return np.arange(n) if self.seed is None else np.random.default_rng(
-            (self.seed, epoch, salt)).permutation(n)
+    def arrange(self, epoch: int) -> tuple[Any, int]:
+        """-> (what `row` needs to make the rows of an epoch, how many rows there are)."""
+        raise NotImplementedError
 
-    def of(self, epoch):
-        """-> what an epoch's rows are made from, and their number."""
+    def row(self, arrangement: Any, number: int) -> np.ndarray:
+        """Row `number` of an epoch, int64 (3, T)."""
+        raise NotImplementedError
+
+    def order(self, epoch: int, n: int, salt: int = 0) -> np.ndarray:
+        """A permutation of n items for an epoch; the identity without a seed."""
+        if self.seed is None:
+            return np.arange(n)
+        return np.random.default_rng((self.seed, epoch, salt)).permutation(n)
+
+    def of(self, epoch: int) -> tuple[Any, int]:
+        """`arrange`, cached."""
         found = self.arranged.get(epoch)
         if found is None:
             found = self.arrange(epoch)
@@ -91,43 +110,52 @@ class RowSource:
         """Rows of the first epoch; others may have a few more or less."""
         return self.of(0)[1]
 
-    def read_batch(self, n, epoch, row):
+    def read_batch(self, n: int, epoch: int, row: int) -> tuple[np.ndarray, int, int]:
         """-> (the rows of n tokens from a position on, int64 (n / T, 3, T); the position after
         them)."""
-        rows = []
+        rows: list[np.ndarray] = []
         while len(rows) < n // self.block_size:
             if row >= self.of(epoch)[1]:
-                epoch, row = epoch + 1, 0
+                epoch += 1
+                row = 0
             rows.append(self.row(self.of(epoch)[0], row))
             row += 1
         return np.stack(rows), epoch, row
 
-    def all(self):
+    def all(self) -> np.ndarray:
         """All rows once: ids, targets, documents, int64 (rows, T) each."""
         rows, *_ = self.read_batch(len(self) * self.block_size, 0, 0)
         return rows.transpose(1, 0, 2)
 
-    def progress(self, position):
-        """How far a position is, by tag for TensorBoard."""
+    def progress(self, position: tuple[int, int]) -> dict[str, float]:
+        """The epoch at a position, by tag for TensorBoard."""
         return {"data/epoch": position[0]}
 
-    def where(self, state):
-        """A position as text. Raises IndexError if there is none such."""
-        epoch, row = state["epoch"], state["row"]
-        # the prefetch thread may be in another epoch, whose arrangement must stay
+    def where(self, state: dict[str, int]) -> str:
+        """A position as text. Raises IndexError if there is no such row."""
+        epoch = state["epoch"]
+        row = state["row"]
+        # not `of`: the prefetch thread may be in another epoch, whose arrangement must stay
         if epoch < 0 or not 0 <= row <= (self.arranged.get(epoch) or self.arrange(epoch))[1]:
             raise IndexError(row)
         return f"epoch {epoch}, from row {row:,}"
 
+    def empty_row(self) -> np.ndarray:
+        """int64 (3, T): end-of-text ids, none learned."""
+        row = np.zeros((3, self.block_size), dtype=np.int64)
+        row[0] = self.eot
+        row[1] = -1
+        return row
+
 
 class Packing(RowSource):
-    """Conversations packed into rows, whole, by first-fit in the epoch's order.
+    """Whole conversations packed into rows by first-fit, in the epoch's order.
 
-    items: list of (ids, learned), as lib/chat_template.py's `render` makes them, of at most
-    block_size + 1 ids, since the last is only a target.
+    items: (ids, learned) as lib/chat_template.py's `render` makes them, of at most block_size + 1
+    ids, since the last one is only a target.
     """
 
-    def __init__(self, items, block_size, seed, eot):
+    def __init__(self, items: list, block_size: int, seed: int | None, eot: int):
         super().__init__(block_size, seed, eot)
         self.items = [(np.asarray(ids, dtype=np.int64), np.asarray(learned, dtype=bool))
                       for ids, learned in items]
@@ -135,21 +163,19 @@ class Packing(RowSource):
     def arrange(self, epoch):
         order = self.order(epoch, len(self.items))
         rows = first_fit([len(self.items[i][0]) - 1 for i in order], self.block_size)
-        mixed = self.order(epoch, len(rows),
-                           salt=1)  # first-fit leaves the last rows emptier than the others
+        mixed = self.order(epoch, len(rows), salt=1)  # first-fit leaves the last rows emptier
         return [order[rows[i]] for i in mixed], len(rows)
 
-    def row(self, rows, number):
-        row, at = np.zeros((3, self.block_size), dtype=np.int64), 0
-        row[0], row[1] = self.eot, -1
-        for document, i in enumerate(rows[number], 1):
+    def row(self, arrangement, number):
+        row = self.empty_row()
+        start = 0
+        for document, i in enumerate(arrangement[number], 1):
             ids, learned = self.items[i]
-            end = at + len(ids) - 1
-            row[0, at:end], row[1,
-                                at:end], row[2,
-                                             at:end] = ids[:-1], np.where(learned[1:], ids[1:],
-                                                                          -1), document
-            at = end
+            end = start + len(ids) - 1
+            row[0, start:end] = ids[:-1]
+            row[1, start:end] = np.where(learned[1:], ids[1:], -1)
+            row[2, start:end] = document
+            start = end
         return row
 
 
@@ -157,7 +183,7 @@ class Joined(RowSource):
     """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and
     cut where rows end."""
 
-    def __init__(self, documents, block_size, seed, eot):
+    def __init__(self, documents: list, block_size: int, seed: int | None, eot: int):
         super().__init__(block_size, seed, eot)
         self.documents = [np.asarray(ids, dtype=np.int64) for ids in documents]
 
@@ -165,80 +191,10 @@ class Joined(RowSource):
         tokens = np.concatenate([self.documents[i] for i in self.order(epoch, len(self.documents))])
         return tokens, -(-(len(tokens) - 1) // self.block_size)
 
-    def row(self, tokens, number):
-        piece = tokens[number * self.block_size:][:self.block_size + 1]
-        row, n = np.zeros((3, self.block_size), dtype=np.int64), len(piece) - 1
-        row[0], row[1] = self.eot, -1
-        row[0, :n], row[1, :n] = piece[:-1], piece[1:]
+    def row(self, arrangement, number):
+        row = self.empty_row()
+        piece = arrangement[number * self.block_size:][:self.block_size + 1]
+        n = len(piece) - 1
+        row[0, :n] = piece[:-1]
+        row[1, :n] = piece[1:]
         return row
-
-
-class Tokens:
-    """Rows out of a Stream of tokens, for `Rows`: `stride` apart, as lib/mixture.py's
-    `micro_batches` cuts them."""
-
-    def __init__(self, stream, block_size, stride):
-        self.stream, self.block_size, self.stride = stream, block_size, stride
-        self.names, self.position, self.where = stream.names, stream.position, stream.where
-
-    def read_batch(self, n, *position):
-        tokens, *position = self.stream.read_batch(n, *position)
-        rows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[::self.stride]
-        return np.stack((rows[:, :-1], rows[:, 1:], np.zeros_like(rows[:, 1:])), axis=1), *position
-
-    def progress(self, position):
-        """As the stream's own, of a position; every source's, of a mixture."""
-        self.stream.position = position
-        return self.stream.progress()
-
-
-class Rows(Stream):
-    """An endless stream of batches of rows: those of `data`, and among them those of `replay`, a
-    constant `share` of any span.
-
-    The same for any processes, micro-batch and batch size. The state: how many rows there were, and
-    both sources' positions.
-    """
-
-    names = "rows", "data", "replay"
-
-    def __init__(self, data, replay=None, share=0.0, transform=None):
-        """data, replay: a RowSource or Tokens each. transform: callable run in the prefetch thread,
-        rows (n, 3, T) -> what `next` returns."""
-        self.sources, self.share = (data, replay), 0.0 if replay is None else share
-        self.transform = transform or (lambda rows: rows)
-        super().__init__(0, data.position, () if replay is None else replay.position)
-
-    def read_batch(self, n, rows, *places):
-        """-> (the rows of n tokens from a position on, transformed; the position after them: rows,
-        data, replay)."""
-        T = self.sources[0].block_size
-        numbers, places = np.arange(rows, rows + n // T), list(places)
-        replayed = np.floor((numbers + 1) * self.share) > np.floor(numbers * self.share)
-        batch = np.empty((len(numbers), 3, T), dtype=np.int64)
-        for i, mine in enumerate((~replayed, replayed)):
-            if mine.any():
-                batch[mine], *places[i] = self.sources[i].read_batch(
-                    int(mine.sum()) * T, *places[i])
-        return self.transform(batch), rows + len(numbers), *map(tuple, places)
-
-    def where(self, state):
-        """A position as text: what to look at after a spike."""
-        return "; replay ".join(
-            source.where(dict(zip(source.names, state[name], strict=True)))
-            for source, name in zip(self.sources, ("data", "replay"))
-            if source is not None)
-
-    def progress(self):
-        """How far the stream is, by tag for TensorBoard."""
-        return self.sources[0].progress(self.position[1])
-
-
-def micro_batches(rows, micro_batch, processes, packed):
-    """A global batch of rows, int64 (n, 3, T) -> this process's micro-batches on its device: list
-    of (idx, targets), int64 (B, T) each, and where they are packed a Packed."""
-    n = len(rows) // processes.world_size
-    mine = rows[processes.rank * n:(processes.rank + 1) * n].transpose(1, 0, 2)
-    parts = to_device(np.ascontiguousarray(mine), processes.device).split(micro_batch, dim=1)
-    return [(idx, targets, Packed(documents)) if packed else (idx, targets)
-            for idx, targets, documents in parts]

@@ -22,7 +22,7 @@ from lib.budget import (
     warnings,
 )
 from lib.cli import BadInput
-from lib.mixture import Corpus
+from lib.corpus import Corpus
 from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 

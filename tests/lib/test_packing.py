@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers import tiny
 
 from lib.devices import Processes
-from lib.packing import Joined, Packed, Packing, Rows, first_fit, micro_batches
+from lib.packing import Joined, Packed, Packing, first_fit
+from lib.streams import Rows, row_micro_batches
 from train_gpt2 import GPT, evaluate
 
 T, EOT = 16, 60
@@ -191,10 +192,10 @@ def test_text_is_learned_whole_and_nothing_twice():
 
 def test_micro_batches_and_processes_share_out_the_same_rows():
     rows, *_ = Packing(items(40), T, 1, EOT).read_batch(8 * T, 0, 0)
-    whole = micro_batches(rows, 8, Processes("cpu"), True)[0]
+    whole = row_micro_batches(rows, 8, Processes("cpu"), True)[0]
     for world_size, micro_batch in ((1, 4), (2, 2), (4, 1)):
         parts = [
-            part for rank in range(world_size) for part in micro_batches(
+            part for rank in range(world_size) for part in row_micro_batches(
                 rows, micro_batch,
                 SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu")), True)
         ]
@@ -206,4 +207,4 @@ def test_micro_batches_and_processes_share_out_the_same_rows():
     assert not any(value.dim() == 4
                    for part in parts
                    for value in vars(part[2]).values())  # masks would be the most of a batch
-    assert all(len(part) == 2 for part in micro_batches(rows, 4, Processes("cpu"), False))
+    assert all(len(part) == 2 for part in row_micro_batches(rows, 4, Processes("cpu"), False))

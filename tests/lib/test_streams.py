@@ -1,4 +1,4 @@
-"""Several folders as one corpus and one stream. Run: python -m pytest tests/lib/test_mixture.py"""
+"""Several folders as one corpus and one stream. Run: python -m pytest tests/lib/test_streams.py"""
 
 import json
 import math
@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import train_gpt2
 from lib import checkpoint
 from lib.cli import BadInput
-from lib.mixture import Corpus, Mixture, split_weight
+from lib.corpus import Corpus, split_weight
 from lib.shards import Shards
+from lib.streams import Mixture
 from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import ShardLoader
 

@@ -1,0 +1,413 @@
+"""Endless streams of batches that training reads, and what a task has to offer to be trained.
+
+`StreamLike`, `CorpusLike` and `TaskLike` are the interfaces. `Stream` implements the first with a
+prefetch thread; train_gpt2.py's `ShardLoader` reads shards, `Mixture` several sources of tokens,
+`Rows` packed conversations with replay, `IteratorStream` any iterator (docs/streams.md). All
+processes read the same global batches, which `micro_batches` and `row_micro_batches` cut into each
+one's share.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lib.cli import BadInput, RankError
+from lib.corpus import Corpus
+from lib.devices import Processes, to_device
+from lib.packing import Packed
+from lib.tokenizers import Tokenizer
+
+# (idx, targets), int64 (B, T) each, and a Packed where rows hold several texts; targets of -1 are
+# not learned
+MicroBatch = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, Packed]
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
+
+
+# --------------------------------------------------------------------------------------------------
+# Interfaces
+
+
+class StreamLike(Protocol):
+    """What `train` reads: an endless stream of global batches whose position a checkpoint keeps.
+
+    The batches must be the same on every process and after a resume.
+    """
+
+    def next(self, n: int) -> list[MicroBatch]:
+        """This process's micro-batches of the next n tokens, equally many on every process.
+        Advances by n."""
+
+    def prefetch(self, n: int) -> None:
+        """A hint that `next(n)` comes soon."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: numbers, and nested lists or tuples of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises ValueError, KeyError, IndexError or TypeError for another
+        stream's."""
+
+    def resume_at(self, step: int) -> None:
+        """Called on resume after `step` steps; the position may be the beginning of other data."""
+
+    def where(self, state: dict[str, Any]) -> str:
+        """A position as text: what to look at after a loss spike. Raises as `load_state_dict`."""
+
+    def progress(self) -> dict[str, float]:
+        """{TensorBoard tag: value}, logged every step."""
+
+
+class CorpusLike(Protocol):
+    """What `launch` has to know about the training data before it reads any.
+
+    tokens: {"train": tokens of an epoch}. vocab_size: None if unknown. identity: changes if the
+    text does; a checkpoint of another identity or former_identity is not continued silently.
+    """
+
+    tokens: dict[str, int]
+    vocab_size: int | None
+    identity: str
+    former_identity: str
+
+    def check_length(self, cfg: Any) -> None:
+        """Raises BadInput if a run of cfg.steps does not fit the data."""
+
+    def most_repeated(self, tokens: float) -> tuple[float, str]:
+        """(epochs, name) of what a run of `tokens` tokens repeats most."""
+
+    def describe(self, cfg: Any, block_size: int) -> list[str]:
+        """Lines for the start of a run."""
+
+
+class TaskLike(Protocol):
+    """What `launch` in train_gpt2.py trains: its `Pretraining`, posttrain.py's `PostTraining`.
+
+    weights: [a state dict to begin with], or empty. extra: more entries for checkpoints.
+    """
+
+    corpus: CorpusLike
+    weights: Any
+    extra: dict[str, Any]
+
+    def tokenizer(self, model_cfg: Any) -> Tokenizer:
+        """The data's Tokenizer; sets model_cfg.vocab_size."""
+
+    def evaluations(self, cfg: Any, tokenizer: Tokenizer, block_size: int,
+                    processes: Processes) -> list:
+        """List of train_gpt2.py's Evaluation. Raises BadInput if something they need is missing."""
+
+    def stream(self, cfg: Any, tokenizer: Tokenizer, block_size: int,
+               processes: Processes) -> StreamLike:
+        """The training data."""
+
+    def packed(self, idx: torch.Tensor) -> tuple:
+        """What a micro-batch of these ids has besides idx and targets: (a Packed,) or ()."""
+
+    def conclude(self, run: Any) -> None:
+        """Print a closing summary."""
+
+
+# --------------------------------------------------------------------------------------------------
+# A stream that reads ahead
+
+
+class Stream:
+    """A StreamLike that has the next batch ready in a background thread.
+
+    A subclass names the parts of its position in `names` and implements `read_batch`.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, *position):
+        """position: where the stream begins, one value per name."""
+        self.position = position
+        self.ahead = {}  # (n, *position) -> future of that batch
+        self.cutter = ThreadPoolExecutor(max_workers=1)
+
+    def read_batch(self, n: int, *position):
+        """-> (the batch of n tokens from a position on, *the position after it)."""
+        raise NotImplementedError
+
+    def next(self, n: int):
+        """The next batch, of n tokens. Advances by n."""
+        self.prefetch(n)
+        (future,) = self.ahead.values()
+        try:
+            batch, *position = future.result()
+        except BadInput as error:  # maybe on this process only
+            raise RankError(str(error)) from error
+        self.position = tuple(position)
+        self.prefetch(n)
+        return batch
+
+    def prefetch(self, n: int) -> None:
+        """Read the next n tokens in the background."""
+        key = n, *self.position
+        if key not in self.ahead:
+            self.ahead = {key: self.cutter.submit(self.read_batch, *key)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(zip(self.names, self.position, strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = tuple(_frozen(state[name]) for name in self.names)
+
+    def resume_at(self, step: int) -> None:
+        """Called on resume after `step` steps; the position may be the beginning of other data."""
+
+    def where(self, state: dict[str, Any]) -> str:
+        """A position as text: what to look at after a loss spike."""
+        return ", ".join(f"{name} {state[name]}" for name in self.names)
+
+    def progress(self) -> dict[str, float]:
+        """{TensorBoard tag: value}, logged every step."""
+        return {}
+
+
+def _frozen(value):
+    """A number, or nested lists as tuples, which can be keys of a dict."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value
+
+
+def identity(batch):
+    return batch
+
+
+class IteratorStream(Stream):
+    """The tokens of any iterator. Its position is the number of tokens so far: a resumed run begins
+    the iterator again and skips as many.
+
+    begin: returns a new iterator over sequences of token ids, the same ones every time. At the end
+    it begins again. transform: callable run in the prefetch thread, int64 tokens (n + 1,) -> what
+    `next` returns.
+    """
+
+    names = ("tokens",)
+
+    def __init__(self, begin: Callable[[], Iterable], transform: Callable = identity):
+        super().__init__(0)
+        self.begin = begin
+        self.transform = transform
+        self._restart()
+
+    def _restart(self):
+        self.pieces = iter(self.begin())
+        self.first = 0  # position of the first token in the buffer
+        self.buffer = np.empty(0, dtype=np.int64)
+
+    def _next_piece(self) -> np.ndarray:
+        piece = next(self.pieces, None)
+        if piece is None:
+            self.pieces = iter(self.begin())  # the next epoch
+            piece = next(self.pieces, None)
+        if piece is None:
+            raise ValueError("the iterator is empty")
+        return np.asarray(piece, dtype=np.int64)
+
+    def read_batch(self, n, tokens):
+        """-> (n tokens from position `tokens` on and one more, transformed; tokens + n)."""
+        if tokens < self.first:
+            self._restart()
+        while self.first + len(self.buffer) <= tokens:  # skip
+            self.first += len(self.buffer)
+            self.buffer = self._next_piece()
+        pieces = [self.buffer[tokens - self.first:]]
+        missing = n + 1 - len(pieces[0])
+        while missing > 0:
+            piece = self._next_piece()
+            pieces.append(piece)
+            missing -= len(piece)
+        self.first = tokens
+        self.buffer = np.concatenate(pieces)
+        return self.transform(self.buffer[:n + 1]), tokens + n
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens of several sources
+
+
+class Mixture(Stream):
+    """Rows from several streams of tokens; the same for every process, any batch size and
+    micro-batch.
+
+    A row is block_size tokens of one source and the target of the last. Row k of the run is from
+    the source into whose share of [0, 1) the point k / golden ratio mod 1 falls: an additive
+    recurrence (Weyl 1916), whose points are so evenly spread that after n rows each source had its
+    share to within a few rows. So the position is a few integers: rows, and for each source its
+    tokens so far and its position.
+    """
+
+    names = "rows", "tokens", "places"
+
+    def __init__(self, corpus: Corpus, streams: list, block_size: int,
+                 transform: Callable = identity):
+        """streams: for each of the corpus's sources one with `read_batch(n, *position)`, like
+        ShardLoader. transform: callable run in the prefetch thread, int64 tokens
+        (rows * (block_size + 1),) -> what `next` returns."""
+        self.corpus = corpus
+        self.streams = streams
+        self.block_size = block_size
+        self.transform = transform
+        self.before = 0  # tokens of the run from other data, or in batches of another size
+        places = tuple(stream.position for stream in streams)
+        super().__init__(0, (0,) * len(streams), places)
+
+    def resume_at(self, step):
+        # counted from the run's first step, so that a finished curriculum does not come back
+        self.before = self.corpus.tokens_of(step) - sum(self.position[1])
+
+    def read_batch(self, n, rows, tokens, places):
+        """-> (n tokens from a position on as whole rows, each with its last target, transformed;
+        the position after them: rows, tokens, places)."""
+        T = self.block_size
+        chosen = self._choose(n // T, rows, self.before + sum(tokens))
+        batch = np.empty((len(chosen), T + 1), dtype=np.int64)
+        tokens = list(tokens)
+        places = list(places)
+        for i in np.unique(chosen):
+            mine = chosen == i
+            count = T * int(mine.sum())
+            piece, *place = self.streams[i].read_batch(count, *places[i])
+            batch[mine] = np.lib.stride_tricks.sliding_window_view(piece, T + 1)[::T]
+            tokens[i] += count
+            places[i] = tuple(place)
+        batch = self.transform(batch.reshape(-1))
+        return batch, rows + len(chosen), tuple(tokens), tuple(places)
+
+    def _choose(self, n, first, tokens):
+        """The sources of n rows from row number `first` on, after `tokens` tokens of the run: int64
+        (n,)."""
+        k = np.arange(first, first + n, dtype=np.uint64)
+        points = (k * GOLDEN >> np.uint64(11)) * 2.0**-53  # k / golden ratio mod 1
+        ends = self.corpus.shares(tokens + self.block_size * np.arange(n)).cumsum(axis=1)
+        return (points[:, None] >= ends[:, :-1] / ends[:, -1:]).sum(axis=1)
+
+    def where(self, state):
+        texts = []
+        places = zip(self.corpus.sources, self.streams, state["places"], strict=True)
+        for source, stream, place in places:
+            position = dict(zip(stream.names, place, strict=True))
+            texts.append(f"{source.name} {stream.where(position)}")
+        return "; ".join(texts)
+
+    def progress(self):
+        """Tokens and epoch of each source so far, and its share of the next row."""
+        _, tokens, places = self.position
+        shares = self.corpus.shares(np.array([self.before + sum(tokens)]))[0]
+        epochs = [place[0] for place in places]
+        return {
+            **self.corpus.tags("data/tokens", tokens),
+            **self.corpus.tags("data/epoch", epochs),
+            **self.corpus.tags("data/share", shares.tolist()),
+        }
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows, (3, T) each, as lib/packing.py defines them
+
+
+class TokenRows:
+    """Rows out of a stream of tokens, for `Rows`. stride: tokens from one row to the next, as for
+    `micro_batches`."""
+
+    def __init__(self, stream: Stream, block_size: int, stride: int):
+        self.stream = stream
+        self.block_size = block_size
+        self.stride = stride
+        self.names = stream.names
+        self.position = stream.position
+        self.where = stream.where
+
+    def read_batch(self, n, *position):
+        tokens, *position = self.stream.read_batch(n, *position)
+        rows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[::self.stride]
+        documents = np.zeros_like(rows[:, 1:])
+        return np.stack((rows[:, :-1], rows[:, 1:], documents), axis=1), *position
+
+    def progress(self, position):
+        """The stream's own progress at a position."""
+        self.stream.position = position
+        return self.stream.progress()
+
+
+class Rows(Stream):
+    """Rows of `data`, and among them rows of `replay`, a constant `share` of any span.
+
+    The same for any number of processes, micro-batch and batch size. The position: how many rows
+    there were, and the positions of both sources.
+    """
+
+    names = "rows", "data", "replay"
+
+    def __init__(self, data, replay=None, share: float = 0.0, transform: Callable = identity):
+        """data, replay: a lib.packing.RowSource or TokenRows each. transform: callable run in the
+        prefetch thread, rows (n, 3, T) -> what `next` returns."""
+        self.sources = (data, replay)
+        self.share = 0.0 if replay is None else share
+        self.transform = transform
+        super().__init__(0, data.position, () if replay is None else replay.position)
+
+    def read_batch(self, n, rows, *places):
+        """-> (the rows of n tokens from a position on, transformed; the position after them: rows,
+        data, replay)."""
+        T = self.sources[0].block_size
+        numbers = np.arange(rows, rows + n // T)
+        replayed = np.floor((numbers + 1) * self.share) > np.floor(numbers * self.share)
+        batch = np.empty((len(numbers), 3, T), dtype=np.int64)
+        places = list(places)
+        for i, mine in enumerate((~replayed, replayed)):
+            if mine.any():
+                count = int(mine.sum()) * T
+                batch[mine], *place = self.sources[i].read_batch(count, *places[i])
+                places[i] = tuple(place)
+        return self.transform(batch), rows + len(numbers), *places
+
+    def where(self, state):
+        texts = []
+        for source, name in zip(self.sources, ("data", "replay")):
+            if source is not None:
+                position = dict(zip(source.names, state[name], strict=True))
+                texts.append(source.where(position))
+        return "; replay ".join(texts)
+
+    def progress(self):
+        return self.sources[0].progress(self.position[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# A global batch -> this process's micro-batches
+
+
+def micro_batches(tokens: np.ndarray, block_size: int, stride: int, micro_batch: int,
+                  processes: Processes) -> list[MicroBatch]:
+    """A global batch of tokens, int64 (n,) -> this process's (idx, targets) on its device.
+
+    Rows of block_size tokens and their last target begin `stride` tokens apart: block_size in a
+    stream, where the last target is also the next row's first token; one more in a Mixture, whose
+    rows are separate.
+    """
+    rows = len(tokens) // stride // processes.world_size
+    first = processes.rank * rows * stride
+    mine = tokens[first:first + (rows - 1) * stride + block_size + 1]
+    windows = to_device(mine, processes.device).unfold(0, block_size + 1, stride)  # (rows, T + 1)
+    x = windows[:, :-1].contiguous()
+    y = windows[:, 1:].clone(memory_format=torch.contiguous_format)
+    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
+
+
+def row_micro_batches(rows: np.ndarray, micro_batch: int, processes: Processes,
+                      packed: bool) -> list[MicroBatch]:
+    """A global batch of rows, int64 (n, 3, T) -> this process's (idx, targets) on its device, and a
+    Packed if `packed`."""
+    n = len(rows) // processes.world_size
+    mine = rows[processes.rank * n:(processes.rank + 1) * n].transpose(1, 0, 2)  # (3, n, T)
+    parts = to_device(np.ascontiguousarray(mine), processes.device).split(micro_batch, dim=1)
+    if packed:
+        return [(idx, targets, Packed(documents)) for idx, targets, documents in parts]
+    return [(idx, targets) for idx, targets, _ in parts]
