@@ -2,13 +2,15 @@
 
 import json
 import math
+import random
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import TINY_FLAGS, read_log, write_data
+from helpers import ROOT, TINY_FLAGS, read_log, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +19,9 @@ from lib import checkpoint
 from lib.cli import BadInput
 from lib.corpus import Corpus, split_weight
 from lib.shards import Shards
-from lib.streams import Mixture
+from lib.streams import CorpusLike, IteratorStream, Mixture, Rows, StreamLike, TaskLike
 from lib.tokenizers import load_tokenizer, train_bpe
+from posttrain import Data, PostTraining
 from train_gpt2 import ShardLoader
 
 T = 8
@@ -386,3 +389,74 @@ def test_a_tampered_position_is_refused(change, sources, tmp_path):
     checkpoint.write(path, state)
     with pytest.raises(BadInput, match="ckpt_00006.pt"):
         train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "a", "--max_steps", "9"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Any iterator
+
+
+def pieces_of(tokens, seed=0):
+    """The tokens in pieces of random lengths."""
+    rng = random.Random(seed)
+    start = 0
+    while start < len(tokens):
+        end = start + rng.randint(1, 7)
+        yield tokens[start:end].tolist()
+        start = end
+
+
+@pytest.mark.parametrize("batches", [[40], [8, 8, 8, 8, 8], [3, 20, 1, 16]])
+def test_an_iterator_gives_its_tokens_in_batches_of_any_size_and_after_a_resume(batches):
+    tokens = np.arange(31)  # shorter than the batches: it begins again
+    endless = np.resize(tokens, 100)
+    stream = IteratorStream(partial(pieces_of, tokens))
+    position = 0
+    for n in batches:
+        state = json.loads(json.dumps(stream.state_dict()))
+        batch = stream.next(n)
+        assert batch.tolist() == endless[position:position + n + 1].tolist()
+        position += n
+    resumed = IteratorStream(partial(pieces_of, tokens))
+    resumed.load_state_dict(state)
+    assert resumed.next(batches[-1]).tolist() == batch.tolist()
+    assert resumed.where(state) == f"tokens {position - batches[-1]}"
+    resumed.load_state_dict({"tokens": 0})  # back
+    assert resumed.next(5).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_empty_iterator_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        IteratorStream(list).next(1)
+
+
+def run_page(folder, flags, monkeypatch):
+    """Run the script on docs/streams.md, saved in a folder."""
+    page = (ROOT / "docs" / "streams.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr("sys.argv", [str(folder / "mine.py"), *map(str, flags)])
+    exec(compile(block, "mine.py", "exec"), {"__name__": "__main__"})
+
+
+def test_the_page_on_streams_trains_on_its_iterator_and_resumes(data, tmp_path, monkeypatch):
+    log = ["--log_dir", tmp_path, "--run_name", "a"]
+    flags = [*TINY_FLAGS, "--data", data, *log, "--save_every", 3, "--keep", 0]
+    run_page(tmp_path, flags, monkeypatch)
+    whole = read_log(tmp_path / "a")
+    assert whole[5, "train"] < whole[0, "train"]
+    (tmp_path / "a" / "ckpt_00006.pt").unlink()
+    run_page(tmp_path, log, monkeypatch)
+    assert read_log(tmp_path / "a") == whole
+    assert checkpoint.read(tmp_path / "a" / "ckpt_00006.pt")["loader"] == {"tokens": 6 * 256}
+
+
+def test_the_classes_here_have_the_interface_that_training_uses():
+    for kind in (ShardLoader, Mixture, Rows, IteratorStream):
+        assert members(StreamLike) <= set(dir(kind))
+    for kind in (train_gpt2.Pretraining, PostTraining):
+        assert members(TaskLike) <= set(dir(kind))
+    assert members(CorpusLike) <= set(dir(Corpus)) & set(dir(Data))
+
+
+def members(protocol):
+    """The methods of a Protocol."""
+    return {name for name in vars(protocol) if not name.startswith("_")}
