@@ -36,6 +36,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -80,8 +81,8 @@ from lib.packing import Packed
 from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
-from lib.streams import Mixture, Stream, micro_batches
-from lib.tokenizers import load_tokenizer
+from lib.streams import Mixture, Stream, micro_batches, unchanged
+from lib.tokenizers import Tokenizer, load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
@@ -827,25 +828,26 @@ def gradient_norm(parameters):
 
 
 class ShardLoader(Stream):
-    """One endless stream of tokens, the same for every process, that depends on (files, seed)
-    alone.
+    """One endless stream of tokens that depends on (files, seed) alone, so it is the same on every
+    process.
 
     Every epoch passes over all shards. With a seed, (seed, epoch) determines the order of the
-    shards and of the documents inside each; without one (None) everything stays in order. Nothing
-    is dropped at a shard's end. The state is three integers: epoch, shard (its position in the
+    shards and of the documents inside each; without one (None) everything stays in order. No token
+    is dropped at a shard's end. The position is three integers: epoch, shard (its index in the
     epoch's order), offset (tokens into the permuted shard). Background threads read and permute the
-    next shard while the current one is used, and have the next batch ready.
+    next shard, and prepare the next batch.
     """
 
     names = "epoch", "shard", "offset"
 
-    def __init__(self, files, tokenizer, seed, transform=None):
-        """transform: callable run in the prefetch thread, tokens (n + 1,) -> what `next` returns;
-        None: the tokens."""
+    def __init__(self, files: list[Path], tokenizer: Tokenizer, seed: int | None,
+                 transform: Callable = unchanged):
+        """transform: callable run in the prefetch thread, int64 tokens (n + 1,) -> what `next`
+        returns."""
         self.files = files
         self.tokenizer = tokenizer
         self.seed = seed
-        self.transform = transform or (lambda tokens: tokens)
+        self.transform = transform
         self.loaded = {}  # (epoch, shard) -> future of its tokens
         self.reader = ThreadPoolExecutor(max_workers=1)
         super().__init__(0, 0, 0)
@@ -865,11 +867,15 @@ class ShardLoader(Stream):
                 offset = 0
         self._read_ahead(*self._after(epoch, shard))
         tokens = np.concatenate(pieces).astype(np.int64)
-        return self.transform(tokens), epoch, shard, offset - 1  # the last target comes again
+        return self.transform(tokens), epoch, shard, offset - 1  # the last target is read again
 
     def progress(self):
-        """How far the stream is, by tag for TensorBoard."""
         return {"data/epoch": self.position[0]}
+
+    def where(self, state):
+        file = self.files[self._index(state["epoch"], state["shard"])].name
+        permuted = "" if self.seed is None else ", permuted"
+        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{permuted}"
 
     def _after(self, epoch, shard):
         if shard + 1 < len(self.files):
@@ -886,14 +892,8 @@ class ShardLoader(Stream):
         if (epoch, shard) not in self.loaded:
             self.loaded[epoch, shard] = self.reader.submit(self._read, epoch, shard)
 
-    def where(self, state):
-        """A position as text: what to look at after a spike."""
-        file = self.files[self._index(state["epoch"], state["shard"])].name
-        permuted = "" if self.seed is None else ", permuted"
-        return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{permuted}"
-
     def _index(self, epoch, shard):
-        """Which file is the epoch's shard number `shard`."""
+        """Which file is number `shard` of an epoch."""
         if self.seed is None:
             return shard
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
@@ -914,7 +914,8 @@ class ShardLoader(Stream):
         return np.concatenate([tokens[starts[d]:ends[d]] for d in documents])
 
 
-def token_stream(corpus, tokenizer, seed, block_size, transform=None):
+def token_stream(corpus: Corpus, tokenizer: Tokenizer, seed: int | None, block_size: int,
+                 transform: Callable = unchanged) -> Stream:
     """The training tokens of a Corpus: a ShardLoader, or a Mixture of several folders.
     seed None: no shuffling."""
     if not corpus.is_mixed:

@@ -175,7 +175,7 @@ def _frozen(value):
     return value
 
 
-def identity(batch):
+def unchanged(batch):
     return batch
 
 
@@ -190,7 +190,7 @@ class IteratorStream(Stream):
 
     names = ("tokens",)
 
-    def __init__(self, begin: Callable[[], Iterable], transform: Callable = identity):
+    def __init__(self, begin: Callable[[], Iterable], transform: Callable = unchanged):
         super().__init__(0)
         self.begin = begin
         self.transform = transform
@@ -246,7 +246,7 @@ class Mixture(Stream):
     names = "rows", "tokens", "places"
 
     def __init__(self, corpus: Corpus, streams: list, block_size: int,
-                 transform: Callable = identity):
+                 transform: Callable = unchanged):
         """streams: for each of the corpus's sources one with `read_batch(n, *position)`, like
         ShardLoader. transform: callable run in the prefetch thread, int64 tokens
         (rows * (block_size + 1),) -> what `next` returns."""
@@ -345,7 +345,7 @@ class Rows(Stream):
 
     names = "rows", "data", "replay"
 
-    def __init__(self, data, replay=None, share: float = 0.0, transform: Callable = identity):
+    def __init__(self, data, replay=None, share: float = 0.0, transform: Callable = unchanged):
         """data, replay: a lib.packing.RowSource or TokenRows each. transform: callable run in the
         prefetch thread, rows (n, 3, T) -> what `next` returns."""
         self.sources = (data, replay)

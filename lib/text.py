@@ -1,10 +1,9 @@
-"""Text out of files and of the Hugging Face hub, as a stream of documents that can be resumed
-anywhere.
+"""Text from files and from the Hugging Face hub, as a stream of documents that resumes anywhere.
 
 A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. Only the column of the
-text is read, so no other column can make a file fail: parquet by column, JSON row by row. All
-Python runs in the thread that asks for the next batch. The library `datasets` finds the files of
-a dataset of the hub, and reads them where they have another format.
+text is read, so no other column can make a file fail: parquet by column, JSON row by row. The
+library `datasets` finds the files of a dataset on the hub, and reads those of other formats. All
+Python code runs in the thread that asks for the next batch.
 """
 
 import contextlib
@@ -16,8 +15,10 @@ import io
 import itertools
 import os
 import re
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,24 +27,26 @@ from lib.cli import BadInput, flag
 from lib.files import HIDDEN, find_files, json_rows, left_out, naming, open_file
 
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "txt"}  # -> READERS
-PACKED = (".gz", ".zst")     # behind any of these but .parquet
+PACKED = (".gz", ".zst")     # may follow any of these but .parquet
 FORMATS = "parquet, jsonl(.gz|.zst) and txt"
 ON_HUB = re.compile(r"hf://datasets/([^@]+)@[^/]+/")  # a file of a dataset at a commit
 BATCH_ROWS = 64              # documents per batch, the unit of work of a thread
-BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8,
-                   ".zst": 1.6}  # of English, else 4.3: a guess, for the time left alone
+# of English text, for the progress bar only
+BYTES_PER_TOKEN = {".parquet": 1.3, ".gz": 1.8, ".zst": 1.6}
+PLAIN_BYTES_PER_TOKEN = 4.3  # of any other file
 TXT_LINES = 4096             # lines of a .txt per batch
-HASHES = 2**16               # read back from a file at a time, 3 MB as Python's integers
-SHOWN = 20                   # columns that are named where the one asked for is missing
+HASHES = 2**16               # read from a file at a time, 3 MB as Python integers
+SHOWN = 20                   # columns that a message lists
 
 
 @dataclass
 class Place:
-    """A position in a Source, as meta.json keeps it.
+    """A position in a Source, as meta.json stores it.
 
-    part, path: which of its files. skipped: rows without text so far. duplicates, hashes: what a
-    Seen has met. state: rows, of a .txt lines, before it in that file, None for none. Where
-    `datasets` reads, its state, a dict; older versions noted that everywhere, of a .txt in a list.
+    part, path: which of its files. skipped: rows without text so far. duplicates, hashes: the
+    counts of a Seen. state: rows before it in that file, lines of a .txt; None: the beginning.
+    Where `datasets` reads, its state, a dict. Older versions stored such a dict for every file, and
+    a list for a .txt.
     """
     part: int = flag(0, None, at_least=0)
     path: str = flag("", None)
@@ -55,54 +58,54 @@ class Place:
 
 @dataclass
 class Batch:
-    """Documents in order, and where the source stands after them (a Place as a dict).
+    """Documents in order, and the source's position after them (a Place as a dict).
 
-    continues: the first is the rest of a document that began in an earlier batch.
+    continues: the first one is the rest of a document that began in an earlier batch.
     """
-    texts: list
+    texts: list[str]
     continues: bool
-    after: dict
+    after: dict[str, Any]
 
 
 class Seen:
-    """The documents met so far, by a hash of 64 bits each: tells exact duplicates in bounded
-    memory.
+    """The documents seen so far, by 64-bit hashes: finds exact duplicates in bounded memory.
 
-    1 GiB (of which the system hands out what is used) holds 134 million hashes in buckets of 8. A
-    bucket that is full forgets one for each that it takes, the first ones at about 60 million
-    documents: a duplicate of a forgotten document stays, no other document is dropped. All hashes
-    are kept in a file, 8 bytes each, from which the state at any earlier place is restored.
+    1 GiB, allocated as it fills, holds 134 million hashes in buckets of 8. A full bucket forgets
+    one hash for each new one, the first at about 60 million documents: a duplicate of a forgotten
+    document is kept, but no other document is dropped. A file keeps all hashes, 8 bytes each, from
+    which the state at any earlier position is restored.
     """
 
     BUCKETS, SLOTS = 2**24, 8
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
 
-    def rewind(self, count, keep=True):
-        """Back to where `count` documents were new. keep: whether those that come go into the file,
-        over those that came then."""
+    def rewind(self, count: int, keep: bool = True) -> None:
+        """Go back to where `count` documents were new. keep: write the hashes that follow to the
+        file, over those that followed before."""
         mode = "r+b" if os.path.lexists(self.path) else "w+b"
         self.file = open(self.path, mode)  # noqa: SIM115 (open as long as it is read from)
         self.count = count
         self.keep = keep
-        if (held := os.path.getsize(self.path) // 8) < count:
-            raise BadInput(
-                f"{self.path} holds {held:,} hashes, not the {count:,} that meta.json says: give another --out"
-            )
+        in_file = os.path.getsize(self.path) // 8
+        if in_file < count:
+            raise BadInput(f"{self.path} holds {in_file:,} hashes, not the {count:,} that "
+                           "meta.json says: give another --out")
         self.table = np.zeros((self.BUCKETS, self.SLOTS), dtype=np.uint64)
         for first in range(0, count, HASHES):
-            for one in np.fromfile(self.file, dtype=np.uint64, count=min(HASHES,
-                                                                         count - first)).tolist():
+            hashes = np.fromfile(self.file, dtype=np.uint64, count=min(HASHES, count - first))
+            for one in hashes.tolist():
                 self._add(one)
         self.file.seek(8 * count)
 
-    def new(self, texts):
-        """Those of the documents that were not met before."""
-        kept, hashes = [], []
+    def new(self, texts: Iterable[str]) -> list[str]:
+        """The documents that were not seen before."""
+        kept = []
+        hashes = []
         for text in texts:
             digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-            one = int.from_bytes(digest, "little") or 1  # 0: an empty slot
+            one = int.from_bytes(digest, "little") or 1  # 0 marks an empty slot
             if self._add(one):
                 kept.append(text)
                 hashes.append(one)
@@ -113,43 +116,53 @@ class Seen:
         self.count += len(hashes)
         return kept
 
-    def _add(self, one):
+    def _add(self, one: int) -> bool:
+        """Add a hash -> whether it is new."""
         bucket = self.table[one % self.BUCKETS]
         if (bucket == one).any():
             return False
         free = np.flatnonzero(bucket == 0)
-        bucket[free[0] if len(free) else (one >> 32) % self.SLOTS] = one
+        slot = free[0] if len(free) else (one >> 32) % self.SLOTS
+        bucket[slot] = one
         return True
 
 
 class Source:
-    """The documents of --source as a stream of Batch, from the start or from the `after` of an
-    earlier batch.
+    """The documents of --source as a stream of Batch, from any earlier position.
 
-    parts: paths of files, as `find_parts` returns them, and ids of datasets of the hub, replaced by
-    their files once they are asked for. seen: a Seen, which drops documents met before; not the
-    pieces of a .txt. commits: dict from a dataset of the hub to its commit, filled in as it is
-    opened; one that is there is read again.
+    parts: paths of files, as returned by `find_parts`, and ids of datasets of the hub, which are
+    replaced by their files when they are first needed. name: configuration of the datasets. seen:
+    a Seen, which drops duplicates, except pieces of a .txt. commits: dict from a dataset to its
+    commit, filled in as datasets are opened; one that is there already is read again.
     """
 
-    def __init__(self, parts, column, name=None, seen=None):
-        self.parts = parts
+    def __init__(self, parts: Sequence[str], column: str, name: str | None = None,
+                 seen: Seen | None = None):
+        self.parts = list(parts)
         self.column = column
         self.name = name
         self.seen = seen
-        self.commits = {}
-        self.others = None
+        self.commits: dict[str, str] = {}
+        self.replaced: list[str] = []    # datasets whose files are among the parts
+        self.others: dict[str, Any] = {}  # datasets in formats that are not read here -> builder
+        self.is_resolved = False
 
-    def guess_tokens(self):
-        """About how many tokens the local files hold; 0 where the source is a dataset of the hub.
-        """
-        return sum(int(os.path.getsize(part) / BYTES_PER_TOKEN.get(Path(part).suffix.lower(), 4.3))
-                   for part in self.parts if os.path.exists(part))
+    def guess_tokens(self) -> int:
+        """About how many tokens the local files hold; 0 for a dataset of the hub."""
+        tokens = 0
+        for part in self.parts:
+            if os.path.exists(part):
+                ending = Path(part).suffix.lower()
+                size = os.path.getsize(part)
+                tokens += int(size / BYTES_PER_TOKEN.get(ending, PLAIN_BYTES_PER_TOKEN))
+        return tokens
 
-    def batches(self, start=None, keep=True):
-        """The stream. keep: whether what `seen` meets is kept for later streams."""
+    def batches(self, position: dict[str, Any] | None = None,
+                keep: bool = True) -> Generator[Batch, None, None]:
+        """The stream, from the `after` of an earlier Batch on. keep: whether `seen` keeps what it
+        sees for later streams."""
         self._resolve()
-        start = self._check(start) if start else Place(path=self.parts[0])
+        start = self._check(position) if position else Place(path=self.parts[0])
         skipped = start.skipped
         duplicates = start.duplicates
         if self.seen:
@@ -160,9 +173,7 @@ class Source:
             continues = is_txt and state is not None
             with reading(part), contextlib.closing(self._read(part, state)) as stream:
                 for rows, after in stream:
-                    texts = [
-                        row for row in rows if isinstance(row, str) and (continues or row.strip())
-                    ]
+                    texts = [row for row in rows if has_text(row, continues)]
                     skipped += len(rows) - len(texts)
                     place = {"part": index, "path": part, "state": after, "skipped": skipped}
                     if self.seen:
@@ -174,48 +185,53 @@ class Source:
                     yield Batch(texts, continues, place)
                     continues = is_txt
 
-    def texts(self, characters):
-        """Its documents, until so many characters are read."""
+    def texts(self, characters: int) -> Iterator[str]:
+        """Its first documents, at least `characters` characters of them."""
         with contextlib.closing(self.batches()) as batches:
-            for text in (text for batch in batches for text in batch.texts):
-                yield text
-                characters -= len(text)
-                if characters < 0:
-                    break
+            for batch in batches:
+                for text in batch.texts:
+                    yield text
+                    characters -= len(text)
+                    if characters < 0:
+                        return
 
-    def understands(self, place):
-        """Whether `batches` can start from a place out of meta.json (None: the beginning).
+    def understands(self, position: dict[str, Any] | None) -> bool:
+        """Whether `batches` can start from a position of a meta.json (None: the beginning).
 
-        Versions that read files through `datasets` noted its state, which no reader here
-        understands. Raises BadInput if the place is of other files.
+        Versions that read files through `datasets` stored its state, which no reader here
+        understands. Raises BadInput if the position is in other files.
         """
         self._resolve()
-        if place is None:
+        if position is None:
             return True
-        place = self._check(place)
+        place = self._check(position)
         return not isinstance(place.state, (dict, list)) or place.path in self.others
 
-    def _check(self, start):
+    def _check(self, position: dict[str, Any]) -> Place:
         try:
-            place = Place(**start)
+            place = Place(**position)
             cli.check(place)
         except (TypeError, BadInput) as error:
             raise BadInput(f"meta.json is damaged (source: {error}): give another --out") from error
-        if place.path not in [*self.parts[place.part:place.part + 1], *self.replaced]:
-            raise BadInput(f"the files of --source have changed: {place.path} stood at place {place.part + 1} "
-                           "among them; put them back, or give another --out")
+        expected = self.parts[place.part:place.part + 1]
+        if place.path not in [*expected, *self.replaced]:
+            raise BadInput(f"the files of --source have changed: {place.path} was number "
+                           f"{place.part + 1} among them; put them back, or give another --out")
         return place
 
-    def _resolve(self):
-        """Replace the datasets of the hub among the parts by their files; `replaced` are their
-        names. One that has files of another format stays, and is kept in `others`: {name: its
-        builder}."""
-        if self.others is None:
-            self.others = {}
-            self.replaced = []
-            self.parts = [file for part in self.parts for file in self._files(part)]
+    def _resolve(self) -> None:
+        """Replace the datasets of the hub among the parts by their files, once."""
+        if self.is_resolved:
+            return
+        parts = []
+        for part in self.parts:
+            parts += self._files(part)
+        self.parts = parts
+        self.is_resolved = True
 
-    def _files(self, part):
+    def _files(self, part: str) -> list[str]:
+        """The files of a dataset; the dataset itself if some are of a format that is not read here.
+        """
         if is_local(part):
             return [part]
         hub.check_answers(part)  # before the slow import
@@ -235,13 +251,13 @@ class Source:
         self.others[part] = builder
         return [part]
 
-    def _read(self, part, state):
-        """-> stream of (values of the column, or the next piece of a .txt; `state` after them)."""
+    def _read(self, part: str, state: Any) -> Generator[tuple[list, Any], None, None]:
+        """(values of the column, or the next piece of a .txt; `state` after them)."""
         if part in self.others:
             return self._read_other(part, state)
         return READERS[kind_of(part)](part, self.column, state)
 
-    def _read_other(self, name, state):
+    def _read_other(self, name: str, state: Any) -> Generator[tuple[list, Any], None, None]:
         """A dataset of the hub that `datasets` reads, whatever its format."""
         with explained(name):
             dataset = self.others[name].as_streaming_dataset("train").with_format("arrow")
@@ -252,18 +268,23 @@ class Source:
                 demand_column(name, self.column, table.column_names)
                 yield table[self.column].to_pylist(), dataset.state_dict()
         finally:
+            # an unfinished reader must be freed first, or pyarrow aborts (arrow issue 45214)
             del dataset
-            gc.collect(
-            )  # an unfinished reader must go first, or pyarrow aborts (arrow issue 45214)
+            gc.collect()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Readers: (path or address of a file, column, how many rows come before; None: the beginning)
+def has_text(row: Any, continues: bool) -> bool:
+    """Whether a row is text. Blank lines count within a document that continues."""
+    return isinstance(row, str) and (continues or bool(row.strip()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Readers: (path or address of a file, column, number of rows to skip; None: 0)
 # -> stream of (values, rows before what follows)
 
 
 def read_parquet(part, column, skip):
-    """The values of one column. Row groups that are skipped are not read."""
+    """The values of one column. Skipped row groups are not read."""
     done = skip or 0
     first = 0  # row of the file at which a row group begins
     with open_parquet(part) as parquet:
@@ -280,7 +301,7 @@ def read_parquet(part, column, skip):
 
 
 def drop_rows(batches, count):
-    """Batches of pyarrow, of one column -> lists of its values, without the first `count` rows."""
+    """pyarrow's batches of one column -> lists of its values, without the first `count` rows."""
     for batch in batches:
         values = batch.column(0).to_pylist()
         if count < len(values):
@@ -302,8 +323,8 @@ def read_txt(part, column, skip):
     """A text file, one document -> stream of ([its next piece], lines up to its end).
 
     It is cut where a line begins with a letter or digit and the line above is not blank: every
-    tiktoken encoding splits there whatever stands further left and right, so the pieces give the
-    ids of the whole.
+    tiktoken encoding splits there, whatever comes before and after, so the pieces have the ids of
+    the whole.
     """
     done = skip or 0
     kept = []  # lines after the last cut
@@ -314,7 +335,7 @@ def read_txt(part, column, skip):
             lines = kept + new
             cut = last_cut(lines, len(kept))
             if cut is None and len(lines) > 64 * TXT_LINES:
-                cut = len(lines)  # no such place: cut anyway rather than fill the memory
+                cut = len(lines)  # cut anywhere rather than fill the memory
             if cut is not None:
                 done += cut
                 yield ["".join(lines[:cut])], done
@@ -323,8 +344,8 @@ def read_txt(part, column, skip):
         yield ["".join(kept)], done + len(kept)
 
 
-def last_cut(lines, first):
-    """The last place behind `first` where a .txt may be cut, or None."""
+def last_cut(lines: list[str], first: int) -> int | None:
+    """The last index after `first` at which a .txt may be cut, or None."""
     for i in range(len(lines) - 1, first, -1):
         if lines[i][:1].isalnum() and lines[i - 1].rstrip("\r\n")[-1:].strip():
             return i
@@ -334,10 +355,10 @@ def last_cut(lines, first):
 READERS = {"parquet": read_parquet, "json": read_json, "txt": read_txt}
 
 
-def objects(file):
-    """The rows of a JSON file, as dicts. One that is not an object has no columns.
+def objects(file: BinaryIO) -> Iterator[dict]:
+    """The rows of a JSON file, as dicts. A row that is not an object has no columns.
 
-    Raises ValueError where it holds anything but JSON.
+    Raises ValueError if the file holds anything but JSON.
     """
     for place, row in json_rows(file):
         if isinstance(row, ValueError):
@@ -346,13 +367,13 @@ def objects(file):
 
 
 @contextlib.contextmanager
-def open_part(part):
-    """A local file, or one of the hub, opened for reading bytes; .gz and .zst unpacked."""
+def open_part(part: str) -> Iterator[Any]:
+    """A local file, or one on the hub, opened for reading bytes; .gz and .zst are decompressed."""
     with contextlib.ExitStack() as stack:
         if is_local(part):
             file = stack.enter_context(open_file(part, LEAVE_OUT))
         else:
-            from datasets.utils.file_utils import xopen  # tries again after errors of the network
+            from datasets.utils.file_utils import xopen  # retries after network errors
 
             file = stack.enter_context(xopen(part, "rb"))
         if part.lower().endswith(".gz"):
@@ -367,49 +388,51 @@ def open_part(part):
 
 
 @contextlib.contextmanager
-def open_parquet(part):
+def open_parquet(part: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     with open_part(part) as file, pyarrow.parquet.ParquetFile(file) as parquet:
         yield parquet
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What can be read
 
 
 LEAVE_OUT = "make it readable, or leave it out"
 
 
-def is_local(part):
-    """Whether a part is a path: else it is a dataset of the hub, or a file of one."""
+def is_local(part: str) -> bool:
+    """Whether a part is a path; else it is a dataset of the hub, or a file of one."""
     return os.path.lexists(part)
 
 
-def is_read_here(address):
-    """Whether a file on the hub is for one of READERS. A .txt is not: there, a line is a document.
+def is_read_here(address: str) -> bool:
+    """Whether READERS has a reader for a file on the hub. Not for .txt: a line is a document there.
     """
     return bool(ON_HUB.match(address)) and kind_of(address) in ("parquet", "json")
 
 
-def shown(part):
+def shown(part: str) -> str:
     """A part as messages name it."""
     return ON_HUB.sub(r"\1: ", part)
 
 
-def kind_of(path):
-    """Which of READERS a file is for, by its ending, whatever its case; None: for none of them."""
+def kind_of(path: str) -> Any:
+    """Which of READERS reads a file, by its ending in any case; None: no one does."""
     stem, ending = os.path.splitext(path.lower())
     packed = ending in PACKED
     if packed:
         ending = os.path.splitext(stem)[1]
     kind = KINDS.get(ending)
-    return None if packed and kind == "parquet" else kind
+    if packed and kind == "parquet":
+        return None
+    return kind
 
 
 @contextlib.contextmanager
-def reading(part):
-    """Whatever reading a part raises ends as BadInput."""
+def reading(part: str) -> Iterator[None]:
+    """Turn any error of reading a part into BadInput."""
     try:
         yield
     except BadInput:
@@ -420,8 +443,8 @@ def reading(part):
                        "command again; the shards already written stay") from error
 
 
-def _remedy(part, error):
-    """What makes a part readable. Only a file whose content is wrong is called broken."""
+def _remedy(part: str, error: Exception) -> str:
+    """How to make a part readable. Only a file whose content is wrong is called broken."""
     if isinstance(error, MemoryError):
         return "free some memory and give"
     if not is_local(part):
@@ -434,51 +457,56 @@ def _remedy(part, error):
 
 
 @contextlib.contextmanager
-def explained(name):
-    """Errors of the hub's client, of `datasets`, of readers that look at the first file, as
-    BadInput."""
+def explained(name: str) -> Iterator[None]:
+    """Turn errors of the hub's client and of `datasets` into BadInput."""
     try:
         yield
     except Exception as error:
         raise hub.explain(error, name, "check --source and --name, or give local files") from error
 
 
-def demand_column(part, column, names):
-    """Raises BadInput if the text's column is not among those that a part has."""
+def demand_column(part: str, column: str, names: Iterable[str]) -> None:
+    """Raises BadInput if a part has no such column."""
     if column not in names:
         known = ", ".join(list(names)[:SHOWN]) or "(none)"
-        raise BadInput(f"{shown(part)} has no column {column}: name one of {known} by --text_column, "
-                       "or leave it out")
+        raise BadInput(f"{shown(part)} has no column {column}: name one of {known} by "
+                       "--text_column, or leave it out")
 
 
-def check_part(part, column):
+def check_part(part: str, column: str) -> None:
     """Raises BadInput if the beginning of a file cannot be read, or the file lacks the column."""
     with reading(part):
         if kind_of(part) == "parquet":
             with open_parquet(part) as parquet:
                 demand_column(part, column, parquet.schema_arrow.names)
         elif kind_of(part) == "json":
-            names = {}
-            is_empty = True
-            with open_part(part) as file:
-                for row in objects(file):
-                    if column in row:
-                        return
-                    names |= dict.fromkeys(row)
-                    is_empty = False
-            if not is_empty:
-                demand_column(part, column, names)
+            check_json(part, column)
         else:
             with contextlib.closing(read_txt(part, column, None)) as pieces:
                 next(pieces)
 
 
-def find_parts(sources, column):
+def check_json(part: str, column: str) -> None:
+    """Raises BadInput if no row has the column."""
+    names: dict[str, None] = {}
+    is_empty = True
+    with open_part(part) as file:
+        for row in objects(file):
+            if column in row:
+                return
+            names |= dict.fromkeys(row)
+            is_empty = False
+    if not is_empty:
+        demand_column(part, column, names)
+
+
+def find_parts(sources: Sequence[str], column: str) -> tuple[list[str], list[str]]:
     """--source -> (paths of files and ids of datasets, in order; lines about files left out).
 
-    Raises BadInput where a path holds nothing that can be read, and for a file without the column.
+    Raises BadInput for a path without anything to read, and for a file without the column.
     """
-    parts, lines = [], []
+    parts = []
+    lines = []
     for source in sources:
         files, left_out = _find(source)
         for file in files:
@@ -493,8 +521,11 @@ def find_parts(sources, column):
     return parts, lines
 
 
-def _find(source):
+def _find(source: str) -> tuple[list[str], list[str]]:
     """One word of --source -> (files, lines about those that are left out)."""
+    files: list[str] = []
+    lines: list[str] = []
+    missing = f"no file {source}"
     if os.path.isdir(source):
         files, lines = find_files(source, kind_of)
         missing = f"{source} holds no file of text"
@@ -502,29 +533,27 @@ def _find(source):
         return [source], []
     elif glob.has_magic(source):
         files, lines = _match(source)
-        missing = f"no file {source}"
-    elif kind_of(source) or source.endswith("/"):  # no name of a dataset
-        files, lines = [], []
-        missing = f"no file {source}"
-    else:
+    elif not kind_of(source) and not source.endswith("/"):  # a dataset of the hub
         return [source], []
     if not files:
         raise BadInput("; ".join([f"{missing}: --source takes {FORMATS}", *lines]))
     return files, lines
 
 
-def _match(pattern):
-    """The files that a pattern matches, without hidden ones where it does not ask for them."""
+def _match(pattern: str) -> tuple[list[str], list[str]]:
+    """(files that match a pattern, lines about those that are left out). Hidden ones match only a
+    pattern that begins like them."""
     words = Path(pattern).parts
     fixed = next(i for i, word in enumerate(words) if glob.has_magic(word))
-    asked = any(word.startswith(HIDDEN) for word in words[fixed:])
+    asks_hidden = any(word.startswith(HIDDEN) for word in words[fixed:])
     files = []
-    others = {}
+    others: dict[str, list[str]] = {}
     for path in sorted(glob.glob(pattern, recursive=True)):
-        if not asked and any(part.startswith(HIDDEN) for part in Path(path).parts[fixed:]):
+        is_hidden = any(part.startswith(HIDDEN) for part in Path(path).parts[fixed:])
+        if is_hidden and not asks_hidden:
             others.setdefault("hidden or temporary", []).append(path)
         elif not os.path.isdir(path):
             files.append(path)
-        elif "**" not in words:  # which goes through folders
+        elif "**" not in words:  # which descends into folders
             others.setdefault("folders", []).append(path)
     return files, left_out(pattern, others)

@@ -674,7 +674,7 @@ def test_a_source_whose_files_changed_is_not_continued(tmp_path, monkeypatch):
         make(folder, tmp_path / "out", "--shard_size", 100)
     write_source(folder, "jsonl", make_documents(20, 1)).rename(folder / "a.jsonl")
     with pytest.raises(cli.BadInput,
-                       match="files of --source have changed: .*[bcd].jsonl stood at place"):
+                       match="files of --source have changed: .*[bcd].jsonl was number"):
         make(folder, tmp_path / "out", "--shard_size", 100)
     (folder / "a.jsonl").unlink()
     write_source(folder, "jsonl", make_documents(20, ord("d"))).rename(folder / "d.jsonl")
