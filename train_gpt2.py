@@ -848,7 +848,7 @@ class ShardLoader(Stream):
         self.tokenizer = tokenizer
         self.seed = seed
         self.transform = transform
-        self.loaded = {}  # (epoch, shard) -> future of its tokens
+        self.loaded: dict = {}  # (epoch, shard) -> future of its tokens
         self.reader = ThreadPoolExecutor(max_workers=1)
         super().__init__(0, 0, 0)
 
