@@ -324,6 +324,19 @@ def test_links_lead_somewhere():
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
+def test_indexes_are_complete():
+    scripts, modules, results = ((ROOT / folder / "README.md").read_text()
+                                 for folder in ("", "lib", "benchmarks"))
+    for script in SCRIPTS:
+        assert f"| `{script}.py` |" in scripts
+    for path in [*(ROOT / "lib").glob("*.py"), *(ROOT / "lib" / "evals").glob("*.py")]:
+        assert path.name == "__init__.py" or f"`{path.name}`" in modules, path.name
+    for path in (ROOT / "benchmarks").glob("*.md"):
+        assert path.name == "README.md" or f"({path.name}" in results, path.name
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert f"`{path.name}`" in results, path.name
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
