@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,7 +127,8 @@ COMMANDS = {
     "python ablate.py --changes mine.txt --seeds 1 2 3 -- --preset modern --data mine "
     "--minutes 2": PARSED,
 }
-PYTHON = {"post-training-and-chat.md", "streams.md"}  # pages with Python code, which tests elsewhere run
+# pages with Python code, which other tests run
+PYTHON = {"post-training-and-chat.md", "streams.md"}
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",
@@ -253,16 +253,15 @@ def read_flags(command: str):
         read_flags(shlex.join(["python", "train_gpt2.py", *base]))
     main = main_of(script)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        ours = [name for name in sys.modules if name.partition(".")[0] in ("lib", *SCRIPTS)]
-        for name in ours:
-            module = sys.modules[name]
-            if vars(module).get("parse") is cli.parse and module is not cli:
-                patch.setattr(module, "parse", parse_and_stop)
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         main(flags)
 
 
+PARSE_ARGS = argparse.ArgumentParser.parse_args
+
+
 def parse_and_stop(*args, **kwargs):
-    cli.parse(*args, **kwargs)
+    PARSE_ARGS(*args, **kwargs)
     raise Parsed
 
 
@@ -329,8 +328,8 @@ def test_indexes_are_complete():
                                  for folder in ("", "lib", "benchmarks"))
     for script in SCRIPTS:
         assert f"| `{script}.py` |" in scripts
-    for path in [*(ROOT / "lib").glob("*.py"), *(ROOT / "lib" / "evals").glob("*.py")]:
-        assert path.name == "__init__.py" or f"`{path.name}`" in modules, path.name
+    there = {path.name for path in (ROOT / "lib").rglob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", modules)) == there
     for path in (ROOT / "benchmarks").glob("*.md"):
         assert path.name == "README.md" or f"({path.name}" in results, path.name
     for path in (ROOT / "benchmarks").glob("*.py"):
