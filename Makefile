@@ -1,13 +1,15 @@
-# make train: a small model on this machine in minutes, nothing to download but packages. Given again, it goes on with
-# the last run of the same ARGS if that was interrupted; else it begins a new one.
-# make lint, make test, make test-slow: the checks .ci/run makes. Settings: PYTHON (3.10 or newer), ARGS (flags of train_gpt2.py).
+# make train: train a small model on this machine in minutes. Downloads packages only. Run it again
+#     with the same ARGS to continue after an interruption; after a finished run it starts a new one.
+# make lint, make test, make test-slow: the checks that .ci/run makes.
+# Settings: PYTHON (3.10 or newer), ARGS (flags of train_gpt2.py).
 PYTHON ?= python3
 BIN = .venv/bin
 ARGS ?=
 
-# A rented box often brings a torch built for its driver: where the Python at hand has one in range, the venv sees that
-# Python's packages (behind its own), and pip finds torch installed instead of downloading gigabytes. A path file does this
-# for a system Python, conda and a venv alike; --system-site-packages would miss the packages of a venv.
+# A rented machine often has a torch built for its driver. If PYTHON has one in range, the venv sees
+# PYTHON's packages after its own, so pip finds torch installed instead of downloading gigabytes. A
+# path file does this for a system Python, conda and a venv alike; --system-site-packages would miss
+# a venv's packages.
 define FIND_TORCH
 import pathlib, subprocess, sys
 try:
@@ -16,14 +18,16 @@ try:
 except (ImportError, ValueError):
     sys.exit()
 if (2, 11, 0) <= version <= (2, 13, 0):
-    site = subprocess.check_output([sys.argv[1], '-c', 'import sysconfig; print(sysconfig.get_path(\"purelib\"))'], text=True)
+    query = 'import sysconfig; print(sysconfig.get_path(\"purelib\"))'
+    site = subprocess.check_output([sys.argv[1], '-c', query], text=True)
     folders = [p for p in sys.path if p.endswith(('site-packages', 'dist-packages'))]
     pathlib.Path(site.strip(), 'box.pth').write_text('\n'.join(folders) + '\n')
     print('keeping torch', torch.__version__, 'of', sys.executable)
 endef
 export FIND_TORCH
 
-# With the box's torch, pip wrote no torchrun into the venv, and the box's own would start the box's Python: have pip write it.
+# With the machine's torch, pip wrote no torchrun into the venv, and the machine's own would start
+# another Python. So let pip write one.
 define TORCHRUN
 from pip._vendor.distlib.scripts import ScriptMaker
 maker = ScriptMaker(None, '$(BIN)')
@@ -37,7 +41,7 @@ export TORCHRUN
 train: $(BIN)/.main
 	@$(BIN)/python fineweb.py --docstrings --tokenizer bpe:4096
 	@$(BIN)/python train_gpt2.py --preset tiny --resume auto $(ARGS)
-	@echo 'in the commands above and below, python means the one of `source .venv/bin/activate`'
+	@echo 'run `source .venv/bin/activate` before the commands above and below'
 	@echo 'the real run:  python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py'
 
 test: $(BIN)/.dev
@@ -46,7 +50,8 @@ test: $(BIN)/.dev
 test-slow: $(BIN)/.dev
 	@$(BIN)/python -m pytest -m slow -n 2
 
-# Not part of .ci/run: the data step of make train, six times, on the oldest torch in range, in a venv of its own (5 GB).
+# Not part of .ci/run: the data step of make train, six times, on the oldest torch in range, in a
+# separate venv (5 GB).
 .PHONY: test-extra
 EXTRA = .venv-extra
 
@@ -59,13 +64,16 @@ test-extra:
 
 lint: $(BIN)/.dev
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
 
 clean:
 	rm -rf .venv docstrings
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...'; exit 2; }
-	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'cannot make .venv: on Debian and Ubuntu, apt-get install python3-venv'; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...'; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo 'cannot create .venv: on Debian and Ubuntu, apt-get install python3-venv'; exit 2; }
 	@$(PYTHON) -c "$$FIND_TORCH" $(BIN)/python
 
 $(BIN)/.main: $(BIN)/python requirements.txt

@@ -166,19 +166,18 @@ def picture(logs, path):
     for name, (head, curve) in logs.items():
         if head["kind"] == "gpt2":
             seconds, _, losses = zip(*curve[1:])
-            told = name if name in PATCHES else f"ours, {name.replace('_', ' ')}"
-            axes.plot(seconds, losses, marker="o", ms=3,
-                      label=f"{told}: {head['parameters'] / 1e6:.0f}M")
-    for bar, (rival, target) in BARS.items():
+            millions = head["parameters"] / 1e6
+            axes.plot(seconds, losses, marker="o", ms=3, label=f"{name}, {millions:.0f}M")
+    for rival, target in BARS.values():
         axes.axhline(target, color="gray", lw=0.8, ls="--")
-        axes.annotate(f"{bar}: {rival} ends at {target:.3f}", (0.01, target), xytext=(0, 2),
+        axes.annotate(f"{rival} ends at {target:.3f}", (0.01, target), xytext=(0, 2),
                       xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8,
                       color="gray")
     axes.set(xscale="log", xlabel="seconds of training steps",
              ylabel="val loss, nats per GPT-2 token")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 1))
+    axes.legend(title="recipe, parameters", fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -312,8 +312,9 @@ def test_openai_s_client(chatty):
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_the_readme_s_curl_line(chatty):
-    (line,) = re.findall(r"^curl .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_docs_curl_line(chatty):
+    page = (ROOT / "docs" / "post-training-and-chat.md").read_text().replace("\\\n", "")
+    (line,) = re.findall(r"^curl .*", page, re.MULTILINE)
     with serving(chatty[0], "--api_key", "SECRET") as (_, url):
         line = line.replace("http://127.0.0.1:8000", url).replace('"Hi"', json.dumps(CAT))
         for key, says in (("", "a wrong API key"),
