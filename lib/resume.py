@@ -12,7 +12,7 @@ import torch
 
 from lib import checkpoint
 from lib.cli import BadInput, check, note
-from lib.run_folder import check_name, check_ours, has_foreign_config, interrupted, restarted
+from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
 
 OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data",
                "strict"}  # flags that choose it

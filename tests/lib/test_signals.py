@@ -57,7 +57,9 @@ def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
     assert step < 250 and lines(folder)[-1].startswith(f"{step - 1} train ")
     assert out.count(f"{name}: this step is finished, then the run is saved; "
                      "another signal, from 2 s on, ends it at once\n") == 1
-    assert f"\nstopped at step {step} of 250: the same command with --run_name a goes on\n" in out and "Traceback" not in out
+    assert (f"\nstopped at step {step} of 250: run the same command again with --run_name a "
+            "to continue\n") in out
+    assert "Traceback" not in out
     assert steps_saved(folder)[-1] == step and not list(folder.glob("*.tmp"))
     train(data, folder, *LONG)
     assert_same_runs(folder, whole("long", *LONG))
