@@ -74,11 +74,13 @@ from lib.devices import (
     to_device,
 )
 from lib.evals import harness, hellaswag
+from lib.failures import explain_failures
 from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
-from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
+from lib.resume import find_resume, may_change, take_settings
+from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
 from lib.streams import Mixture, Stream, micro_batches, unchanged
@@ -1466,10 +1468,10 @@ def launch(cfg, model_cfg, explicit, resume, task):
         resume.compare_text(cfg, corpus, explicit)
         rise = rate_rise(cfg, resume.state)
 
-    # The folder is locked from here on. `explained` is outermost: it turns what the machine lacks
-    # into one line, wherever that shows.
+    # The folder is locked from here on. `explain_failures` is outermost: it turns failures of the
+    # machine into one line, wherever they occur.
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
-    with explained(cfg), contextlib.closing(run), processes:
+    with explain_failures(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
             serve_tensorboard(cfg.log_dir, cfg.tensorboard)
         with processes.main_first():  # it may download

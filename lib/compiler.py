@@ -1,8 +1,8 @@
-"""torch.compile for training: whether it pays, ahead of the first step, with results kept on disk.
+"""torch.compile for training: whether it pays, and compiling before the first step.
 
-A model compiles part by part (`GPT.compile`): all blocks share one graph, which training and
-evaluation share too, so the time does not grow with depth. What is compiled is kept in CACHE, in
-the project, where it outlives a stopped instance; processes and versions of the code may share it.
+The model compiles part by part (`GPT.compile`). All blocks share one graph, also between training
+and evaluation, so the time does not grow with depth. Compiled kernels are cached in the project
+folder (CACHE), so they outlive a stopped instance; processes and versions of the code may share it.
 """
 
 import contextlib
@@ -11,24 +11,28 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lib.devices import autocast, peak_flops
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "torchinductor"
-HEARTBEAT = 15  # seconds between signs of life
+HEARTBEAT = 15  # seconds between progress lines
 
 # From benchmarks/cold_start_h200_202611.md, for models of 16M to 124M parameters on an H200
-MFU_EAGER, MFU_COMPILED = 0.11, 0.40
-SECONDS = 25  # that compiling takes, imports included, where nothing is cached
+MFU_EAGER = 0.11
+MFU_COMPILED = 0.40
+SECONDS = 25  # to compile without a cache, including imports
 
 
-def worth_compiling(flops, device):
-    """Whether a run of `flops` FLOPs on one device saves more time by compiling than that takes.
+def worth_compiling(flops: float, device: torch.device) -> bool:
+    """Whether compiling saves more time in a run of `flops` FLOPs on one device than it takes.
 
-    On cuda alone. Where the device's speed is unknown: yes.
+    Only on CUDA; True if the device's speed is unknown.
     """
     if device.type != "cuda":
         return False
@@ -39,33 +43,32 @@ def worth_compiling(flops, device):
     return saved > SECONDS
 
 
-def off():
-    """Context in which compiled parts run as plain PyTorch, for shapes that vary between calls."""
+def off() -> AbstractContextManager:
+    """Context that runs compiled parts as plain PyTorch, for shapes that vary between calls."""
     return torch.compiler.set_stance("force_eager")
 
 
-def prepare():
-    """Begin, in the background, what compiling needs first: imports of seconds, worker processes.
-    """
-    # torch itself sets the variable to its default, once a part of inductor is imported
+def prepare() -> None:
+    """Start slow imports and worker processes of the compiler in the background."""
+    # torch sets the variable to its default when a part of inductor is imported
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if folder in (None, default_cache_dir()) and _writable(CACHE):
+    if folder in (None, default_cache_dir()) and _is_writable(CACHE):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE)
-    gc.disable()  # see lib/startup.py; until compile_ahead is done
+    gc.disable()  # until compile_ahead is done, see lib/startup.py
     threading.Thread(target=_import, name="import inductor", daemon=True).start()
 
 
-def _import():
-    with contextlib.suppress(Exception):  # compiling meets it again, unless the process is ending
+def _import() -> None:
+    with contextlib.suppress(Exception):  # compiling raises it again, unless the process is ending
         from torch._inductor.async_compile import AsyncCompile
 
-        AsyncCompile.warm_pool()  # else the first kernels are compiled one by one in this process
+        AsyncCompile.warm_pool()  # else this process compiles the first kernels one by one
         import torch._inductor.compile_fx  # noqa: F401
 
 
-def _writable(folder):
+def _is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -74,31 +77,32 @@ def _writable(folder):
         return False
 
 
-def compile_ahead(model, batch, evaluating, say):
-    """Compile `model` for training on micro-batches like `batch`, by a pass over it.
+def compile_ahead(model, batch: tuple, evaluating: bool, say: Callable[[str], Any]) -> None:
+    """Compile `model` by a training pass over a micro-batch.
 
-    batch: (idx, targets), int64 (B, T) each, and a Packed where rows hold several texts.
-    evaluating: compile the evaluation's loss, too. say: called with lines for the user.
-    A damaged cache costs a warning and a second attempt without it.
+    batch: (idx, targets), int64 (B, T) each, and a Packed if rows hold several texts.
+    evaluating: compile the evaluation loss, too. say: called with lines for the user. If compiling
+    fails with a cache, warns and tries again without it.
     """
     from torch._dynamo.utils import counters
 
     started = time.perf_counter()
     say("compiling the model, part by part, for training and evaluation")
     model.compile(dynamic=False)
-    with _alive(say, started):
+    with _heartbeat(say, started):
         try:
             _pass(model, batch, evaluating)
         except RuntimeError as error:
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
             if isinstance(error, torch.cuda.OutOfMemoryError) or not _holds_kernels(cache):
                 raise
-            say(f"warning: compiling failed with what {cache} holds "
-                f"({str(error).splitlines()[0][:100]}): trying without it")
+            reason = str(error).splitlines()[0][:100]
+            say(f"warning: compiling failed with the cache in {cache} ({reason}): "
+                "trying without it")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
             torch.compiler.reset()
             _pass(model, batch, evaluating)
-    gc.freeze()  # what is there by now stays: later collections need not look at it
+    gc.freeze()  # later collections skip the objects that exist now
     gc.enable()
     graphs = counters["stats"]["unique_graphs"]
     cached = counters["aot_autograd"]["autograd_cache_hit"]
@@ -106,11 +110,11 @@ def compile_ahead(model, batch, evaluating, say):
     say(f"compiled {graphs} graphs, {cached} of them from the cache, in {seconds:.1f} s")
 
 
-def _holds_kernels(cache):
+def _holds_kernels(cache: str | None) -> bool:
     return cache is not None and any(Path(cache).glob("fxgraph/*"))
 
 
-def _pass(model, batch, evaluating):
+def _pass(model, batch: tuple, evaluating: bool) -> None:
     with autocast(batch[0].device):
         model(*batch).backward()
         model.zero_grad(set_to_none=True)
@@ -121,8 +125,8 @@ def _pass(model, batch, evaluating):
 
 
 @contextlib.contextmanager
-def _alive(say, started):
-    """Show every HEARTBEAT seconds that the block is still at work."""
+def _heartbeat(say: Callable[[str], Any], started: float) -> Iterator[None]:
+    """Print every HEARTBEAT seconds that the block is still running."""
     done = threading.Event()
 
     def beat():

@@ -1,7 +1,7 @@
-"""The processes and devices of a run: how many, which, what they can do.
+"""The processes and devices of a run: how many, which, and what they support.
 
-One process, or as many as torchrun started, each with a GPU of its own (NCCL), or all on the CPU
-(gloo).
+A run is one process, or those that torchrun started: each with a GPU of its own (NCCL), or all on
+the CPU (gloo).
 """
 
 import contextlib
@@ -10,8 +10,12 @@ import os
 import pickle
 import re
 import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,70 +24,85 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from lib.cli import BadInput, RankError, launched
 
 DONE = b"done"
-PEAK_FLOPS = {  # dense bf16 with fp32 accumulation, from the data sheets; the first name found as a word in the GPU's
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
-    "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+# Dense bf16 with fp32 accumulation, from the data sheets. The first name found as a word in the
+# GPU's name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }
+VARIANTS = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # GPUs of the same name, other cores or clocks
 
 
-def peak_flops(device):
-    """FLOP/s of bf16 matmuls on `device`, or None where the table does not say: MFU is n/a there,
-    never a guess."""
+# --------------------------------------------------------------------------------------------------
+# Devices and precision
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of bf16 matmuls; None if unknown: MFU is n/a then, never a guess."""
     if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
         return None
     gpu = torch.cuda.get_device_name(device)
-    others = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # cousins with fewer cores or lower clocks
-    return next(
-        (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{others}", gpu)),
-        None)
+    for name, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b{VARIANTS}", gpu):
+            return flops
+    return None
 
 
-def compute_dtype(device):
-    """bf16 where the hardware has it. `is_bf16_supported` also says yes to emulation, so ask for
-    the capability."""
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that support it in hardware, else fp32.
+
+    torch's `is_bf16_supported` also returns True for emulation, hence the compute capability.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32
 
 
-def autocast(device):
+def autocast(device: torch.device) -> AbstractContextManager:
     dtype = compute_dtype(device)
-    return torch.autocast(device.type,
-                          dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
 
 
-def any_shape():
-    """For attention whose shapes change from call to call: not by cuDNN, which takes hundredths of
-    a second to prepare for each."""
-    return sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+def any_shape() -> AbstractContextManager:
+    """For attention whose shapes vary between calls: no cuDNN, which takes hundredths of a second
+    to prepare for each new shape."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                        SDPBackend.MATH])
 
 
-def cast(x):
-    """x cast to the autocast dtype, as a linear layer casts its input and weight; unchanged without
-    autocast."""
+def cast(x: torch.Tensor) -> torch.Tensor:
+    """x cast to the autocast dtype, as linear layers do; unchanged without autocast."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
-def to_device(array, device):
-    """A numpy array -> a tensor on `device`, without waiting for the GPU's queue, as a copy from
-    pageable memory would."""
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy a numpy array to `device` without waiting for the GPU's queue."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
-    with torch.cuda.device(
-            device):  # a thread begins with the first GPU, and pinning is for the current one
+    # in a new thread, the current GPU, for which memory is pinned, is the first
+    with torch.cuda.device(device):
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def to_host(tensor):
-    """Begin to copy a tensor to the CPU -> a function that waits for the copy, not for what the GPU
-    was given afterwards, and returns it as nested lists."""
+def to_host(tensor: torch.Tensor) -> Callable[[], Any]:
+    """Begin to copy a tensor to the CPU -> a function that returns it as nested lists.
+
+    The function waits for the copy, not for work that the GPU was given afterwards.
+    """
     if tensor.device.type != "cuda":
         return tensor.tolist
-    copied, host = torch.cuda.Event(), tensor.to("cpu", non_blocking=True)  # into pinned memory
+    host = tensor.to("cpu", non_blocking=True)  # in pinned memory
+    copied = torch.cuda.Event()
     copied.record()
 
     def wait():
@@ -93,30 +112,32 @@ def to_host(tensor):
     return wait
 
 
-def pick_device(name, local_rank=0, local_world=1):
-    """--device -> torch.device. Raises BadInput if this machine has no such device."""
-    mps = torch.backends.mps.is_available()
+def pick_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.device:
+    """Resolve --device. Raises BadInput if this machine has no such device."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
-        raise BadInput(
-            f"--device {name}: torch {torch.__version__} sees no such device here; use --device cpu"
-        )
-    if name == "cuda" and local_world > torch.cuda.device_count():
-        raise BadInput(
-            f"{local_world} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available.get(name, True):
+        raise BadInput(f"--device {name}: torch {torch.__version__} sees no such device here; "
+                       "use --device cpu")
+    if name != "cuda":
+        return torch.device(name)
+    if local_world > torch.cuda.device_count():
+        raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: "
+                       "lower --nproc_per_node")
+    return torch.device(name, local_rank)
 
 
-def peak_memory_gb(device):
-    """The most memory that tensors took on a GPU, GB; None elsewhere."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """The peak of a GPU's memory in tensors, GB; None on other devices."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated() / 1e9
 
 
-def memory_bytes(device):
-    """The memory of a device, bytes; None where it cannot be told."""
+def memory_bytes(device: torch.device) -> int | None:
+    """The memory of a device, bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -125,158 +146,181 @@ def memory_bytes(device):
         return None
 
 
-def parallel(model, processes):
-    """The module to train: averages gradients over the processes (DDP), or `model` itself where
-    there is one process.
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
+def parallel(model: torch.nn.Module, processes: "Processes") -> torch.nn.Module:
+    """The module to train: DDP, which averages gradients over processes; `model` itself if alone.
 
     Must not outlive the `with` block of `processes`: DDP holds the process group, and may deadlock
-    if it is the last to.
+    if it is the last to release it.
     """
     if not processes.distributed:
         return model
-    # buffers are constant tables, or what LoadBalancer keeps equal; torch 2.13 renamed the option
-    # that leaves them alone
-    names = inspect.signature(DDP).parameters
-    buffers = {
-        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
-    }
-    return DDP(model,
-               device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-               gradient_as_bucket_view=True, **buffers)
+    # Buffers are constant tables, or kept equal by LoadBalancer: do not synchronize them. torch
+    # 2.13 renamed the option.
+    parameters = inspect.signature(DDP).parameters
+    new_name = "forward_sync_buffers"
+    buffers = {new_name if new_name in parameters else "broadcast_buffers": False}
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
 
 
-def gradient_sync(model, last):
-    """Context of a forward and backward pass: gradients are exchanged with the last micro-batch
-    only; DDP decides that in forward."""
-    return contextlib.nullcontext() if last or not isinstance(model, DDP) else model.no_sync()
+def gradient_sync(model: torch.nn.Module, last: bool) -> AbstractContextManager:
+    """Context of a micro-batch's forward and backward: only the last one exchanges gradients.
+
+    It includes the forward pass, where DDP decides this.
+    """
+    if last or not isinstance(model, DDP):
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 class Processes:
-    """The processes of this run: one, or as many as torchrun started (NCCL on cuda, gloo
-    elsewhere), joined by `with`.
+    """The processes of this run, joined by `with`: one, or those that torchrun started.
 
-    rank, world_size: this process and how many there are. device: this process's. main: whether
-    this is rank 0. deterministic: take kernels that add in one order, from the joining on. Raises
-    BadInput if the environment of a launcher is not whole (lib/cli.py's `launched`), or there is no
-    such device.
+    rank, world_size: this process and their number. device: this process's. main: whether this is
+    rank 0. deterministic: use kernels that add in a fixed order, once joined. Raises BadInput if
+    the launcher's environment is incomplete (lib/cli.py's `launched`) or the device is missing.
     """
 
-    def __init__(self, device_name, deterministic=False):
+    def __init__(self, device_name: str, deterministic: bool = False):
         env = launched()
-        self.distributed, self.store, self.met = env is not None, None, 0
+        self.distributed = env is not None
         env = env or {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
-        self.rank, self.world_size, self.main = env["rank"], env["world_size"], env["rank"] == 0
+        self.rank = env["rank"]
+        self.world_size = env["world_size"]
+        self.main = self.rank == 0
         self.device = pick_device(device_name, env["local_rank"], env["local_world_size"])
         self.deterministic = deterministic
+        self.store: Any = None
+        self.barriers = 0  # passed so far
 
-    def __enter__(self):
-        if self.deterministic:  # before the group is made: NCCL chooses its algorithms then
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    def __enter__(self) -> "Processes":
+        if self.deterministic:  # before the group exists: NCCL chooses its algorithms then
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
             torch.use_deterministic_algorithms(True)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
-            # The default arguments of this module hold the process group of its first import, and
-            # building a model may be that. The group's threads would outlive destroy_process_group,
-            # and gloo's, freeing a tensor while Python shuts down, abort the process
-            # (https://github.com/pytorch/pytorch/issues/190489): import it while there is no group.
-            from torch.distributed.nn import functional  # noqa: F401
-
-            # torchrun keeps its store when it restarts the processes: without a prefix they would
-            # read dead addresses in it
-            attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-            try:
-                socket.getaddrinfo(
-                    os.environ["MASTER_ADDR"],
-                    None)  # an unknown name would be looked up again for half an hour
-                base = next(dist.rendezvous("env://"))[0]
-                self.store = dist.PrefixStore(attempt, base)
-                if self.device.type == "cuda":
-                    # what NCCL's watchdog leaves after a timeout, beneath any prefix; it would end
-                    # the next attempt, too
-                    base.delete_key("exception_dump")
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                        store=self.store, rank=self.rank,
-                                        world_size=self.world_size)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise RankError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                                f"({str(error).splitlines()[0][:100]}): start with torchrun") from error
+            self._join()
         return self
 
-    def __exit__(self, kind, error, trace):
-        if self.distributed and kind is None:  # after an error the others may be gone: waiting for them would hang
-            dist.destroy_process_group()
-        if isinstance(error, dist.DistBackendError) and self.device.type == "cuda":
-            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-            raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another process has ended, its error "
-                            "stands above; else NCCL_DEBUG=WARN tells more") from error
-        if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError)
-                                                        and "gloo" in str(error)):
-            raise BadInput("another process has ended: torchrun names the first one below, "
-                           "its error stands above") from error
+    def _join(self) -> None:
+        # This module's default arguments keep the process group that exists when it is first
+        # imported, and building a model may import it. The group's threads would then outlive
+        # destroy_process_group, and gloo's abort the process when they free a tensor at shutdown
+        # (https://github.com/pytorch/pytorch/issues/190489). So import it before there is a group.
+        from torch.distributed.nn import functional  # noqa: F401
 
-    def all_reduce(self, tensor):
+        address = os.environ["MASTER_ADDR"]
+        # torchrun keeps its store when it restarts the processes; without a prefix they would read
+        # addresses of dead processes
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        on_gpu = self.device.type == "cuda"
+        try:
+            socket.getaddrinfo(address, None)  # torch would retry for half an hour
+            base = next(dist.rendezvous("env://"))[0]
+            self.store = dist.PrefixStore(attempt, base)
+            if on_gpu:
+                # left by NCCL's watchdog after a timeout, outside any prefix; it would end this
+                # attempt, too
+                base.delete_key("exception_dump")
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=self.store, rank=self.rank,
+                                    world_size=self.world_size)
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise RankError(f"the processes cannot meet at {address}:{os.environ['MASTER_PORT']} "
+                            f"({reason}): start with torchrun") from error
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.distributed and kind is None:  # after an error this would wait for dead processes
+            dist.destroy_process_group()
+        is_backend = isinstance(error, dist.DistBackendError)
+        if is_backend and self.device.type == "cuda":
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+            raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another "
+                            "process has ended, fix its error, printed above; otherwise set "
+                            "NCCL_DEBUG=WARN to learn more") from error
+        if is_backend or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise BadInput("another process has ended: fix its error, printed above; torchrun "
+                           "names the first one to fail below") from error
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place; a no-op for one process."""
         if self.distributed:
             dist.all_reduce(tensor)
 
-    def sum(self, values):
-        """Sum a list of numbers over all processes, in double precision -> list of float."""
+    def sum(self, values: Iterable[float]) -> list[float]:
+        """Sum a list of numbers over all processes, in double precision."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.distributed:
             total = total.to(self.device)  # NCCL sums on the GPU only
             dist.all_reduce(total)
         return total.tolist()
 
-    def check_same(self, number, message):
+    def check_same(self, number: float, message: str) -> None:
         """Raises RankError with `message` on every process unless all have the same number."""
         if self.sum([number])[0] != number * self.world_size:
             raise RankError(message)
 
     @contextlib.contextmanager
-    def main_first(self):
-        """Rank 0 runs the block before the others do: what it downloads, they find.
-        Where it fails they raise its BadInput, without running the block."""
+    def main_first(self) -> Iterator[None]:
+        """Run the block on rank 0 first, so that the others find what it downloaded.
+
+        If it fails there, the others raise its BadInput without running the block.
+        """
         if self.main:
             try:
                 yield
             except BaseException as error:
                 known = isinstance(error, BadInput) and not isinstance(error, RankError)
+                shared = error if known else BadInput("rank 0 has failed")
                 with contextlib.suppress(RuntimeError):  # the others may be gone
-                    self.barrier(pickle.dumps(error if known else BadInput("rank 0 has failed")))
+                    self.barrier(pickle.dumps(shared))
                 raise
             self.barrier(DONE)
             return
-        word = self.barrier()
-        if word != DONE:
-            raise pickle.loads(word)
+        message = self.barrier()
+        if message != DONE:
+            raise pickle.loads(message)
         try:
             yield
         except BadInput as error:
-            raise RankError(str(error)) from error  # rank 0 has not met this
+            raise RankError(str(error)) from error  # rank 0 did not have this error
 
-    def barrier(self, word=DONE):
-        """Wait until all processes are here -> rank 0's word, bytes. However long rank 0 takes to
-        come: it may download or save, and a collective gives up after ten minutes."""
-        if self.distributed:
-            self.met += 1
-            if self.main:
-                self.store.set(f"met {self.met}", word)
-            self.store.wait([f"met {self.met}"], timedelta(days=1))
-            word = self.store.get(f"met {self.met}")
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-        return word
+    def barrier(self, message: bytes = DONE) -> bytes:
+        """Wait for all processes -> rank 0's message.
+
+        Rank 0 may take long, as it downloads and saves: collectives would time out after ten
+        minutes, this waits for a day.
+        """
+        if not self.distributed:
+            return message
+        self.barriers += 1
+        key = f"barrier {self.barriers}"
+        if self.main:
+            self.store.set(key, message)
+        self.store.wait([key], timedelta(days=1))
+        message = self.store.get(key)
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return message
 
 
-def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx: ()):
-    """--micro_batch -> sequences per forward pass, a divisor of `rows` (the sequences per process
-    and step).
+# --------------------------------------------------------------------------------------------------
+# Micro-batch
 
-    auto on cuda: run more and more sequences forward and backward until a tenth of the memory and
-    room for tensors like those `reserved`, the optimizer's state, are no longer left. The probe
-    runs the uncompiled model, which needs more than the compiled one, so the choice is safe. auto
-    elsewhere: up to 8 sequences. packed: ids -> what else the model gets, a tuple: masks take
-    memory, too.
+
+def pick_micro_batch(model, asked, rows: int, processes: Processes,
+                     reserved: Iterable[torch.Tensor],
+                     packed: Callable[[torch.Tensor], tuple] = lambda idx: ()) -> int:
+    """Resolve --micro_batch -> sequences per forward pass; auto: a divisor of `rows`.
+
+    On a GPU, auto is the largest that leaves a tenth of the memory free; elsewhere the largest up
+    to 8. The GPU is probed with the uncompiled model, which needs more memory than the compiled
+    one. rows: sequences per process and step. reserved: tensors like those allocated later, the
+    optimizer's state. packed: ids -> further arguments of the model, whose masks take memory, too.
     """
     if asked != "auto":
         return asked
@@ -293,21 +337,27 @@ def pick_micro_batch(model, asked, rows, processes, reserved, packed=lambda idx:
             model(idx, idx, *packed(idx)).backward()
         return torch.cuda.max_memory_allocated()
 
-    free, total = torch.cuda.mem_get_info()
-    free = min(free + torch.cuda.memory_reserved(),
-               torch.cuda.get_per_process_memory_fraction() * total)
-    reserved = [*reserved, *(model.parameters() if processes.distributed else ())]  # DDP's buckets
-    room = 0.9 * free - sum(t.numel() * t.element_size() for t in reserved)
-    choice = 1
+    reserved = list(reserved)
+    if processes.distributed:
+        reserved += model.parameters()  # DDP's buckets
+    available = 0.9 * _available_bytes() - sum(t.numel() * t.element_size() for t in reserved)
+    largest = 1
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         for n in divisors:
-            if peak(n) > room:
+            if peak(n) > available:
                 break
-            choice = n
+            largest = n
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()  # what is logged is the training's
-    choice = torch.tensor(choice, device=device)
+    torch.cuda.reset_peak_memory_stats()  # the log shows the peak of training
+    choice = torch.tensor(largest, device=device)
     if processes.distributed:
         dist.all_reduce(choice, op=dist.ReduceOp.MIN)
     return int(choice)
+
+
+def _available_bytes() -> float:
+    """GPU memory that this process can use, including what it has reserved."""
+    free, total = torch.cuda.mem_get_info()
+    limit = torch.cuda.get_per_process_memory_fraction() * total
+    return min(free + torch.cuda.memory_reserved(), limit)

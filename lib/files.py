@@ -1,8 +1,7 @@
-"""Files as this project reads and writes them: regular, whole, its own. Needs no torch.
+"""Read and write files safely; needs no torch.
 
-Reading: `open_file` opens regular files only, so that a pipe cannot hang a script and /dev/zero
-cannot fill its memory. Writing: `replace` leaves a path as it was or whole. `locked` keeps two
-processes out of one folder.
+`open_file` opens regular files only, so that a pipe cannot hang a script and /dev/zero cannot fill
+its memory. `replace` writes atomically. `locked` lets one process at a time use a folder.
 """
 
 import contextlib
@@ -16,33 +15,39 @@ import secrets
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from lib.cli import BadInput
 
 TEXT_LIMIT = 2**28  # bytes; a meta.json, tokenizer.json or config.json is far smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# what a failed sync says where data is lost; by any other error, file systems (SMB, drvfs, FUSE)
-# say that they do not offer it
+# Errors of fsync that mean lost data; any other means that the file system (SMB, drvfs, FUSE) does
+# not support it.
 LOST = (errno.EIO, *DISK_FULL)
-HIDDEN = (".", "_")  # names that begin so are of editors, notebooks, macOS, jobs in progress
-NAMED = 20           # files of a kind that are named where they are left out
-BOM = b"\xef\xbb\xbf"  # the byte order mark that editors on Windows put in front
-# Python refuses to make an integer of thousands of digits, and no number is text
+HIDDEN = (".", "_")  # first characters of files of editors, notebooks, macOS and unfinished jobs
+NAMED = 20           # left-out files of a kind that are named
+BOM = b"\xef\xbb\xbf"  # byte order mark, which editors on Windows prepend
+# Python refuses integers of thousands of digits, and text fields hold no numbers anyway
 DECODER = json.JSONDecoder(parse_int=float)
 BLANK = re.compile(r"\s*")
 
 
 class Unreadable(BadInput):
-    """A file that could not be read, which says nothing about what is in it."""
+    """A file that could not be read; its content may be fine."""
 
 
-def open_file(path, remedy):
-    """A regular file, opened for reading bytes. Raises Unreadable, whose message ends in `remedy`,
-    for anything else."""
+# --------------------------------------------------------------------------------------------------
+# Reading. `remedy` ends the message of the error.
+
+
+def open_file(path: str | Path, remedy: str) -> IO[bytes]:
+    """Open a regular file for reading bytes. Raises Unreadable for anything else."""
+    # without O_NONBLOCK, opening a pipe would block
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-                         | getattr(os, "O_BINARY", 0))  # a pipe would wait
+        handle = os.open(path, flags)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or str(error)
         if os.path.islink(path) and not os.path.exists(path):
@@ -51,15 +56,13 @@ def open_file(path, remedy):
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
-        raise Unreadable(
-            f"cannot read {path} ({'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}): {remedy}"
-        )
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise Unreadable(f"cannot read {path} ({kind}): {remedy}")
     return open(handle, "rb")
 
 
-def read_text(path, remedy, limit=TEXT_LIMIT):
-    """The text of a UTF-8 file of at most `limit` bytes. Raises BadInput, ending in `remedy`, if it
-    is not one."""
+def read_text(path: str | Path, remedy: str, limit: int = TEXT_LIMIT) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises BadInput for any other."""
     with open_file(path, remedy) as file:
         try:
             content = file.read(limit + 1)
@@ -73,23 +76,23 @@ def read_text(path, remedy, limit=TEXT_LIMIT):
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): {remedy}") from error
 
 
-def read_json(path, remedy):
-    """The object a JSON file holds. Raises BadInput, ending in `remedy`, if it cannot be read or is
-    not JSON."""
+def read_json(path: str | Path, remedy: str) -> Any:
+    """The value in a JSON file. Raises BadInput if it cannot be read or is not JSON."""
     try:
         return json.loads(read_text(path, remedy))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged ({error}): {remedy}") from error
 
 
-def read_rows(path, remedy, check=lambda row: row):
-    """A list of what `check` makes of each line of a jsonl file. Raises BadInput naming the line:
-    not JSON, or a ValueError of `check`."""
+def read_rows(path: str | Path, remedy: str,
+              check: Callable[[Any], Any] = lambda row: row) -> list:
+    """[check(row)] of the rows of a jsonl file.
+
+    Raises BadInput, which names the line, if it is not JSON or `check` raises a ValueError.
+    """
     rows = []
-    with open_file(
-            path,
-            remedy) as file:  # split at newlines alone: JSON may hold what str.splitlines splits at
-        for line in file:
+    with open_file(path, remedy) as file:
+        for line in file:  # not str.splitlines, which splits inside JSON strings
             try:
                 rows.append(check(json.loads(line)))
             except (ValueError, RecursionError) as error:
@@ -97,40 +100,58 @@ def read_rows(path, remedy, check=lambda row: row):
     return rows
 
 
-def json_rows(file):
-    """The rows of an open JSON file -> stream of (place for people, row).
+def json_rows(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yield (where it is, for messages; row) for each row of an open JSON file.
 
-    They follow each other, each on lines of its own, or stand in an array. A line that is not JSON
-    yields a ValueError as its row; raises one where rows over several lines are not JSON.
+    The file is JSON lines, an array of rows, or rows of several lines one after another. A line
+    that is not JSON yields a ValueError as its row. Raises ValueError where rows of several lines
+    are not JSON.
     """
-    lines = enumerate((line.removeprefix(BOM) for line in file), 1)
-    lines = ((f"line {number}", line) for number, line in lines if line.strip())
-    place, line = next(lines, ("", b""))
+    lines = _numbered_lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    line = first[1]
     if line.lstrip().startswith(b"[") or line.strip() == b"{":
-        values = decode_json(line + file.read())
-        lists = (value if isinstance(value, list) else [value] for value in values)
-        for number, row in enumerate(itertools.chain.from_iterable(lists), 1):
+        for number, row in enumerate(_flattened(decode_json(line + file.read())), 1):
             yield f"row {number}", row
         return
-    for where, data in itertools.chain([(place, line)], lines):
+    for where, line in itertools.chain([first], lines):
         try:
-            rows = decode_json(data)
+            rows = decode_json(line)
         except ValueError as error:
             rows = [error]
-        for row in rows:  # none in an empty file
+        for row in rows:
             yield where, row
 
 
-def decode_json(data):
+def _numbered_lines(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """("line <number>", line) of the lines that are not blank."""
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(BOM)
+        if line.strip():
+            yield f"line {number}", line
+
+
+def _flattened(values: list) -> Iterator[Any]:
+    """The values, with lists replaced by their elements."""
+    for value in values:
+        if isinstance(value, list):
+            yield from value
+        else:
+            yield value
+
+
+def decode_json(data: bytes) -> list:
     """The JSON values in UTF-8 bytes, one after another. Raises ValueError."""
     values = []
     try:
         text = data.decode()
-        at = BLANK.match(text).end()
+        at = _skip_blanks(text, 0)
         while at < len(text):
             value, at = DECODER.raw_decode(text, at)
             values.append(value)
-            at = BLANK.match(text, at).end()
+            at = _skip_blanks(text, at)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except ValueError as error:
@@ -138,23 +159,27 @@ def decode_json(data):
     return values
 
 
-def find_files(folder, wanted):
-    """Files below a folder -> (sorted paths of those whose name `wanted` accepts, lines about
-    others).
+def _skip_blanks(text: str, at: int) -> int:
+    match = BLANK.match(text, at)
+    assert match  # the pattern also matches nothing
+    return match.end()
 
-    Whatever has a hidden name, or lies in a folder that has one, is left out. Links are followed; a
-    file or folder that several lead to is taken once. Raises Unreadable where a folder cannot be
-    listed.
+
+def find_files(folder: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Find files below a folder -> (sorted paths whose names `wanted` accepts, lines about others).
+
+    Hidden files, and files in hidden folders, are left out. Links are followed; a file or folder
+    reached by several is taken once. Raises Unreadable if a folder cannot be listed.
     """
     found = []
-    others = {}
+    others: dict[str, list[str]] = {}
     seen = {os.path.realpath(folder)}
 
     def is_new(path):
         real = os.path.realpath(path)
         if real in seen:
             name = os.path.relpath(path, folder)
-            others.setdefault("read already, by another link", []).append(name)
+            others.setdefault("already read through another link", []).append(name)
             return False
         seen.add(real)
         return True
@@ -178,20 +203,26 @@ def find_files(folder, wanted):
     return sorted(found), left_out(folder, others)
 
 
-def left_out(folder, kinds):
-    """Lines about files that are not read. kinds: {what kind: their names}."""
+def left_out(folder: str, kinds: dict[str, list[str]]) -> list[str]:
+    """A line about each kind of files that are not read. kinds: {kind: names}."""
     lines = []
     for kind, names in kinds.items():
-        names = [name if name.isprintable() else ascii(name) for name in names]  # a line each
+        shown = [name if name.isprintable() else ascii(name) for name in names[:NAMED]]
         more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-        lines.append(f"left out of {folder} ({kind}): {', '.join(names[:NAMED])}{more}")
+        lines.append(f"left out of {folder} ({kind}): {', '.join(shown)}{more}")
     return lines
 
 
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
 @contextlib.contextmanager
-def naming(path):
-    """Let an OSError of writing a file name it, as one of opening it does; one of the console names
-    nothing."""
+def naming(path: str | Path) -> Iterator[None]:
+    """Set the file name of an OSError, which only opening a file does by itself.
+
+    An OSError without one is then the console's.
+    """
     try:
         yield
     except OSError as error:
@@ -199,12 +230,12 @@ def naming(path):
         raise
 
 
-def replace(path, write):
-    """Call `write` with a binary file, so that `path` holds either what it held before or all that
-    was written, flushed to the disk. Several processes may replace one path at once: the last wins.
+def replace(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file atomically: `path` holds its old content or all of the new, flushed to the disk.
 
-    Until it is whole, the content is in <name>.<8 hex digits>.tmp. A killed process leaves that
-    file behind; the next `replace` of the same path removes it.
+    write: called with an open binary file. If several processes replace one path at once, the last
+    wins. Unfinished content is in <name>.<8 hex digits>.tmp; a killed process leaves that file
+    behind, and the next `replace` of the same path removes it.
     """
     path = Path(path)
     for leftover in leftovers(path.parent, glob.escape(path.name)):
@@ -216,21 +247,21 @@ def replace(path, write):
             file.flush()
             sync(file.fileno())
             if os.name == "nt":
-                file.close()  # only closed files are renamed there; elsewhere that would unlock it
+                file.close()  # Windows renames closed files only; elsewhere, closing unlocks it
             _rename(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def leftovers(folder, name):
-    """The temporary files of `replace` in `folder`, of files whose names match the glob `name`."""
-    earlier = folder.glob(f"{name}.tmp")  # as earlier versions named them
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """The temporary files of `replace` in `folder` for files whose names match the glob `name`."""
+    earlier = folder.glob(f"{name}.tmp")  # named by earlier versions
     return [*earlier, *folder.glob(f"{name}.{'[0-9a-f]' * 8}.tmp")]
 
 
-def _open_partial(path):
-    """-> (path, open file) of a new temporary file beside `path`, locked while it is open."""
+def _open_partial(path: Path) -> tuple[Path, IO[bytes]]:
+    """Create a temporary file beside `path`, locked while it is open -> (its path, the file)."""
     while True:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         file = open(partial, "xb")  # noqa: SIM115 (closed by the caller)
@@ -239,24 +270,26 @@ def _open_partial(path):
         file.close()  # another process removed it before it was locked
 
 
-def _remove_unlocked(partial):
-    """Remove a temporary file whose writer was killed: its lock is free.
-    Where files cannot be locked, nothing tells it from one that is being written, and it stays."""
+def _remove_unlocked(partial: Path) -> None:
+    """Remove a temporary file whose writer was killed, so its lock is free.
+
+    Without file locks it stays, as it might still be in use.
+    """
     with contextlib.suppress(OSError), open(partial, "r+b") as file:
         if _lock(file):
             partial.unlink()
 
 
-def _lock(file, wait=False):
-    """Lock an open file, or a folder's descriptor, until it is closed -> whether that worked.
+def _lock(file: IO[bytes] | int, wait: bool = False) -> bool | None:
+    """Lock an open file, or a folder's descriptor, until it is closed.
 
-    False if another process holds the lock and `wait` is not set; None where the system or the
-    file system has no such locks.
+    Returns True on success, False if another process holds the lock and `wait` is not set, None if
+    the system or file system has no locks.
     """
     try:
         import fcntl  # not on Windows
 
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):
@@ -264,34 +297,33 @@ def _lock(file, wait=False):
     return True
 
 
-def move(source, path):
-    """Give a whole file of the same disk another name, flushed to the disk first."""
+def move(source: str | Path, path: str | Path) -> None:
+    """Rename a complete file on the same disk, flushed to the disk first."""
     with naming(source), open(source, "r+b") as file:
         sync(file.fileno())
     _rename(source, Path(path))
 
 
-def _rename(source, path):
+def _rename(source: str | Path, path: Path) -> None:
     os.replace(source, path)
     if os.name == "posix":
-        with naming(path.parent), _refusable():
+        with naming(path.parent), _optional():
             folder = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the new name itself is on the disk once its folder is
+                os.fsync(folder)  # the new name is part of the folder
             finally:
                 os.close(folder)
 
 
-def sync(handle):
-    """Flush an open file to the disk, where its file system can. Raises OSError (EIO)."""
-    with _refusable():
+def sync(handle: int) -> None:
+    """Flush an open file to the disk if its file system can. Raises OSError if data is lost."""
+    with _optional():
         os.fsync(handle)
 
 
 @contextlib.contextmanager
-def _refusable():
-    """What a file system may refuse, for it only makes data last. Raises OSError where data is
-    lost."""
+def _optional() -> Iterator[None]:
+    """A flush that the file system may not support. Raises OSError only if data is lost."""
     try:
         yield
     except OSError as error:
@@ -299,22 +331,46 @@ def _refusable():
             raise
 
 
-def write_json(path, value):
-    """Write a JSON file by `replace`."""
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file atomically."""
     replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
-def make_folder(folder, remedy):
-    """Make a folder, with its parents, and see that files can be written there.
+def check_appendable(path: Path, remedy: str) -> None:
+    """Raises BadInput, ending in `remedy`, unless an existing file can be opened for appending.
 
-    Returns the folders made, the innermost first. Raises BadInput, ending in `remedy`, with none of
-    them left.
+    It cannot if it is a folder, a pipe or immutable.
     """
-    made = []
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)))
+        if not path.is_file():
+            raise OSError(0, "not a regular file")
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror}): {remedy}") from error
+
+
+def check_room(folder: str | Path, needed: int, what: str, remedy: str) -> None:
+    """Raises BadInput if the disk of `folder` has fewer than `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BadInput(f"{what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB "
+                       f"free: {remedy}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+
+def make_folder(folder: str | Path, remedy: str) -> list[Path]:
+    """Make a folder with its parents and check that files can be written there.
+
+    Returns the folders made, innermost first. On failure removes them and raises BadInput, ending
+    in `remedy`.
+    """
+    made: list[Path] = []
     try:
         for path in (*reversed(Path(folder).parents), Path(folder)):
-            with contextlib.suppress(OSError,
-                                     ValueError):  # there already, or the next line says why not
+            with contextlib.suppress(OSError, ValueError):  # exists, or the next line raises
                 path.mkdir()
                 made.insert(0, path)
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -322,23 +378,21 @@ def make_folder(folder, remedy):
             pass
     except (OSError, ValueError) as error:
         remove_empty(made)
-        raise BadInput(
-            f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): {remedy}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot write to {folder} ({reason}): {remedy}") from error
     return made
 
 
-def remove_empty(folders):
-    """Remove nested folders, the innermost first, up to one in which something was written."""
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove nested folders, innermost first, up to the first that is not empty."""
     with contextlib.suppress(OSError):  # not empty
         for path in folders:
             path.rmdir()
 
 
 @contextlib.contextmanager
-def new_folder(folder, remedy):
-    """`make_folder`. If what follows fails, those made here go again, unless something was written
-    there."""
+def new_folder(folder: str | Path, remedy: str) -> Iterator[None]:
+    """`make_folder` for the block; if that fails, removes the folders made that are still empty."""
     made = make_folder(folder, remedy)
     try:
         yield
@@ -347,22 +401,13 @@ def new_folder(folder, remedy):
         raise
 
 
-def check_room(folder, needed, what, remedy):
-    """Raises BadInput if the disk of `folder` has fewer than `needed` bytes free for `what`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BadInput(
-            f"{what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: {remedy}"
-        )
-
-
 @contextlib.contextmanager
-def locked(folder, remedy, wait=None):
-    """Hold the lock of a folder; it goes with the process, however that ends.
-    Where folders cannot be locked, do without.
+def locked(folder: str | Path, remedy: str,
+           wait: Callable[[], Any] | None = None) -> Iterator[None]:
+    """Hold the lock of a folder; it is released however the process ends.
 
-    wait: a function, called before waiting for another process that holds it. Without one, raises
-    BadInput, ending in `remedy`, if there is such a process.
+    A no-op where folders cannot be locked. If another process holds the lock, calls `wait` and
+    waits; without `wait`, raises BadInput, ending in `remedy`.
     """
     handle = None
     with contextlib.suppress(OSError):  # Windows does not open folders

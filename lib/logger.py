@@ -1,4 +1,4 @@
-"""What a run says: to the console, to log.txt and to TensorBoard."""
+"""What a run logs: to the console, to log.txt and to TensorBoard."""
 
 import contextlib
 import datetime
@@ -12,12 +12,15 @@ import sys
 import textwrap
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 from lib.budget import UNMEASURED, hours_and_dollars
 from lib.cli import BadInput
 from lib.files import sync
 
-# TensorBoard tag -> kind of line in log.txt, words on the console
+# TensorBoard tag -> its name in log.txt, on the console
 RECORDED = {
     "Loss/train": "train", "Loss/val": "val", "Loss/val_pretraining": "val_pretraining",
     "eval/hellaswag": "hella"
@@ -28,12 +31,11 @@ LABELS = {
     "Loss/val_pretraining_bpb": "pretraining bits per byte", "eval/hellaswag": "HellaSwag acc_norm"
 }
 EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\.")
-COMPILED = 10  # times as long as its neighbours: a step that compiled a new shape
+COMPILED = 10  # a step this many times slower than its neighbors compiled a new shape
 
 
 class Null:
-    """Stands in for an object on the ranks that have none: every method is a no-op and returns
-    None."""
+    """Replaces an object on ranks that have none: every method is a no-op and returns None."""
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
@@ -42,90 +44,72 @@ class Null:
 class Logger:
     """Console, log.txt and TensorBoard of one run folder.
 
-    What TensorBoard has of first_step and later is forgotten: these steps run again. Tags are named
-    so that TensorBoard, which sorts their groups by name with capitals first, shows Loss, eval,
-    optim, perf, and the norms of parts (weights) last.
+    What TensorBoard has of `first_step` and later steps is dropped, since these steps run again.
     """
 
-    def __init__(self, folder, max_steps, first_step, price_per_hour=None, work=lambda steps: steps,
-                 log_every=None):
-        """work: what the first so many steps amount to, by which the time left is predicted;
-        steps may grow, as with --batch_warmup. log_every: steps per line on the console; None: see
-        `_is_shown`."""
-        self.work = work
-        self.log_every = log_every
-        self.shown = (first_step, -math.inf
-                      )  # the latest step that has a line on the console, and when, seconds
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import: only rank 0 pays
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def __init__(self, folder: Path, max_steps: int, first_step: int,
+                 price_per_hour: float | None = None,
+                 tokens_of: Callable[[int], int] = lambda steps: steps,
+                 log_every: int | None = None):
+        """tokens_of: tokens in the first n steps, to predict the remaining time, as steps may grow
+        (--batch_warmup). log_every: steps per line on the console; None: see `_is_shown`."""
         from tqdm import tqdm
 
-        self.protos, self.max_steps, self.first_step = (event_pb2,
-                                                        summary_pb2), max_steps, first_step
+        self.max_steps = max_steps
+        self.first_step = first_step
         self.price_per_hour = price_per_hour
-        # seconds per unit of work in the latest steps, without the first, which also loads kernels
-        self.recent = deque(maxlen=20)
-        # open as long as the run
+        self.tokens_of = tokens_of
+        self.log_every = log_every
+        self.shown = (first_step, -math.inf)  # step and time of the last step line, seconds
+        # seconds per token of the latest steps, without the first, which also loads kernels
+        self.recent: deque[float] = deque(maxlen=20)
+        # open until the end of the run
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
-        number = next_events_number(folder)
-        # written here and not by SummaryWriter, whose thread meets a full disk or a folder that is
-        # gone with a traceback
-        name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
-        self.records = RecordWriter(open(folder / name, "ab"))  # noqa: SIM115
-        self._event(file_version="brain.Event:2", step=0)
-        if number > 1:
-            self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
-                        step=first_step)
-        self.bar = tqdm(initial=first_step, unit="step",
-                        dynamic_ncols=True) if sys.stdout.isatty() else None
+        self.events = EventFile(folder, first_step)
+        self.bar: tqdm | None = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(initial=first_step, unit="step", dynamic_ncols=True)
         self.set_length(max_steps)
 
     # -- console --
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         with self._console():
-            print(f"{text}\n", end="", flush=True) if self.bar is None else self.bar.write(text)
+            if self.bar is None:
+                print(f"{text}\n", end="", flush=True)
+            else:
+                self.bar.write(text)
 
     @contextlib.contextmanager
-    def _console(self):
-        """A run outlives its console: after Ctrl-C to `| tee` too, or with the connection gone, it
-        must still be saved."""
+    def _console(self) -> Iterator[None]:
+        """Continue without a console once it is gone (a closed connection, Ctrl-C to `| tee`), so
+        that the run is still saved."""
         try:
             yield
         except OSError:
-            self.bar, nowhere = None, os.open(os.devnull, os.O_WRONLY)
-            for stream in (2, 1) if os.path.sameopenfile(
-                    1, 2) else (1,):  # errors are still said where they can be
-                os.dup2(nowhere, stream)
+            self.bar = None
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if os.path.sameopenfile(1, 2):  # else errors can still be printed
+                os.dup2(nowhere, 2)
+            os.dup2(nowhere, 1)
 
-    def set_length(self, steps):
-        """How long the run is; UNMEASURED: not known yet."""
+    def set_length(self, steps: int) -> None:
+        """Set the length of the run; UNMEASURED: not known yet."""
         self.max_steps = steps
         if self.bar is not None:
             self.bar.total = steps if steps < UNMEASURED else None
 
     # -- a step, an evaluation --
 
-    def log_step(self, step, scalars, seconds):
-        """One training step: its scalars by tag (None: not known here; a list: a histogram's bars)
-        to TensorBoard and, the main ones, to log.txt and the console."""
-        pace = seconds / (self.work(step + 1) - self.work(step))
+    def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
+        """Log a training step. scalars: by tag; None: unknown here; a list: a histogram's bars."""
+        tokens = self.tokens_of(step + 1) - self.tokens_of(step)
+        seconds_per_token = seconds / tokens
         if step > self.first_step:
-            self.recent.append(pace)
-        typical = statistics.median(self.recent or [pace])
-
-        def ahead(first):
-            return typical * (self.work(self.max_steps) - self.work(first))
-
-        eta = "unknown until steps are timed"
-        if self.max_steps < UNMEASURED:
-            eta = datetime.timedelta(seconds=round(ahead(step + 1)))
+            self.recent.append(seconds_per_token)
+        typical = statistics.median(self.recent or [seconds_per_token])
         self.scalars(step, scalars)
-        mfu, memory, rate = (scalars.get(f"perf/{name}")
-                             for name in ("mfu", "memory_gb", "tok_per_sec"))
-        text = (f"loss {scalars['Loss/train']:.4f} | lr {scalars['optim/lr']:.2e} | norm {scalars['optim/grad_norm']:.3f} | "
-                f"{seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu is not None else 'n/a'} | "
-                f"{f'{memory:.1f} GB | ' if memory else ''}ETA {eta}")
+        text = step_line(scalars, seconds, self._eta(step + 1, typical))
         if self.bar is not None:
             with self._console():
                 self.bar.set_postfix_str(text, refresh=False)
@@ -134,13 +118,26 @@ class Logger:
             self.say(f"step {step} | {text}")
             self.shown = (step, time.monotonic())
         if step + 1 - self.first_step == min(10, self.max_steps):
-            left = hours_and_dollars(ahead(self.first_step), self.price_per_hour)
-            self.say(f"predicted: {left} of training steps, at {rate * pace / typical:,.0f} tok/s")
+            duration = hours_and_dollars(self._remaining(self.first_step, typical),
+                                         self.price_per_hour)
+            rate = scalars["perf/tok_per_sec"] * seconds_per_token / typical
+            self.say(f"predicted: {duration} of training steps, at {rate:,.0f} tok/s")
 
-    def _is_shown(self, step):
-        """Whether the console gets a line for this step: every --log_every; without it each of the
-        first ten, the last, and between them one per second or per hundred steps, whichever comes
-        first."""
+    def _remaining(self, step: int, seconds_per_token: float) -> float:
+        """Seconds of training from `step` to the end."""
+        return seconds_per_token * (self.tokens_of(self.max_steps) - self.tokens_of(step))
+
+    def _eta(self, step: int, seconds_per_token: float) -> str:
+        if self.max_steps >= UNMEASURED:
+            return "unknown until steps are timed"
+        return str(datetime.timedelta(seconds=round(self._remaining(step, seconds_per_token))))
+
+    def _is_shown(self, step: int) -> bool:
+        """Whether the console gets a line for this step.
+
+        Every --log_every steps; without it, the first ten, the last, and between them one per
+        second or per hundred steps, whichever comes first.
+        """
         if self.log_every:
             return step % self.log_every == 0
         if step < self.first_step + 10 or step + 1 == self.max_steps:
@@ -148,215 +145,189 @@ class Logger:
         shown, shown_at = self.shown
         return step - shown >= 100 or time.monotonic() - shown_at >= 1
 
-    def log_evaluation(self, step, results):
-        """What an evaluation found: by tag, a number or a list of texts."""
-        numbers = {tag: value for tag, value in results.items() if not isinstance(value, list)}
+    def log_evaluation(self, step: int, results: dict[str, Any]) -> None:
+        """Log an evaluation's results: by tag, a number or a list of texts."""
+        texts = {tag: value for tag, value in results.items() if isinstance(value, list)}
+        numbers = {tag: value for tag, value in results.items() if tag not in texts}
         self.scalars(step, numbers)
         if numbers:
-            self.say(f"step {step} | " + " | ".join(f"{LABELS.get(tag, tag)} {value:.4f}"
-                                                    for tag, value in numbers.items()))
-        for tag, texts in results.items():
-            if isinstance(texts, list):
-                if step < self.max_steps:  # those of the end are said at the end
-                    self.say(quoted(texts))
-                self.text(step, tag,
-                          "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts))
+            shown = [f"{LABELS.get(tag, tag)} {value:.4f}" for tag, value in numbers.items()]
+            self.say(" | ".join([f"step {step}", *shown]))
+        for tag, samples in texts.items():
+            if step < self.max_steps:  # the summary at the end prints the last ones
+                self.say(quoted(samples))
+            indented = [textwrap.indent(sample, "    ") for sample in samples]
+            self.events.write_text(step, tag, "\n\n---\n\n".join(indented))
 
-    def scalars(self, step, scalars):
-        """Numbers by tag to TensorBoard, losses and evaluations also as lines `step kind value` of
-        log.txt; a list becomes a histogram."""
-        _, summary = self.protos
-        bars = {tag: value for tag, value in scalars.items() if isinstance(value, list)}
-        scalars = {
-            tag: value for tag, value in scalars.items() if value is not None and tag not in bars
-        }
+    def scalars(self, step: int, scalars: dict[str, Any]) -> None:
+        """Write numbers by tag to TensorBoard, losses and evaluations to log.txt, too.
+
+        A list becomes a histogram; None is left out.
+        """
+        scalars = {tag: value for tag, value in scalars.items() if value is not None}
         for tag, value in scalars.items():
-            if kind := RECORDED.get(tag, tag if tag.startswith("eval/") else None):
+            kind = RECORDED.get(tag, tag if tag.startswith("eval/") else None)
+            if kind:
                 self.file.write(f"{step} {kind} {value:.6f}\n")
-        values = [summary.Summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
-        values += [
-            summary.Summary.Value(tag=tag, histo=histogram(counts)) for tag, counts in bars.items()
-        ]
-        self._event(summary=summary.Summary(value=values), step=step)
+        self.events.write_scalars(step, scalars)
 
-    def text(self, step, tag, text):
-        from torch.utils.tensorboard.summary import text as summary
+    def hyperparameters(self, step: int, values: dict[str, Any]) -> None:
+        """Write all settings to TensorBoard, as a table under TEXT and under HPARAMS."""
+        rows = [f"|{name}|{value}|" for name, value in values.items()]
+        self.events.write_text(step, "hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        self.events.write_hparams(values, metrics=("Loss/val", "eval/hellaswag"))
 
-        self._event(summary=summary(tag,
-                                    text.encode(errors="replace").decode()),
-                    step=step)  # a lone surrogate has no UTF-8
-
-    def hyperparameters(self, step, values):
-        """All settings, as a table under TEXT and, in this same run, under HPARAMS."""
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in values.items()}
-        self.text(step, "hyperparameters",
-                  "\n".join(["|flag|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in values.items()]))
-        for summary in hparams(plain, {"Loss/val": 0.0, "eval/hellaswag": 0.0}):
-            self._event(summary=summary)
-
-    def _event(self, **fields):
-        event, _ = self.protos
-        self.records.write(event.Event(wall_time=time.time(), **fields).SerializeToString())
-        self.records.flush()  # to the file at once: TensorBoard is watched while the run goes on
-
-    def flush(self):
-        """What was logged so far survives a crash: called before a checkpoint, from which later
-        steps run again."""
+    def flush(self) -> None:
+        """Flush log.txt to the disk, so that it is never behind a checkpoint."""
         sync(self.file.fileno())
 
-    def close(self):
+    def close(self) -> None:
         if self.bar is not None:
             with self._console():
                 self.bar.close()
-        for file in (self.records, self.file):
+        for file in (self.events, self.file):
             with contextlib.suppress(OSError):  # a full disk has been reported by now
                 file.close()
 
 
-def next_events_number(folder):
-    """One more than the largest number in the names of a folder's event files; 1 for the first.
+def step_line(scalars: dict[str, Any], seconds: float, eta: str) -> str:
+    """A training step for the console."""
+    mfu = scalars.get("perf/mfu")
+    memory = scalars.get("perf/memory_gb")
+    parts = [
+        f"loss {scalars['Loss/train']:.4f}",
+        f"lr {scalars['optim/lr']:.2e}",
+        f"norm {scalars['optim/grad_norm']:.3f}",
+        f"{seconds * 1e3:.0f} ms",
+        f"{scalars['perf/tok_per_sec']:,.0f} tok/s",
+        "MFU n/a" if mfu is None else f"MFU {mfu:.1%}",
+    ]
+    if memory:
+        parts.append(f"{memory:.1f} GB")
+    return " | ".join([*parts, f"ETA {eta}"])
 
-    TensorBoard reads the files in the order of their names, and a start forgets steps only in the
-    files before its own. Earlier versions, like TensorBoard's writers, number them by the clock,
-    which may go back or be another machine's.
-    """
-    names = [EVENTS.match(path.name) for path in folder.glob("events.out.tfevents.*")]
-    numbers = [int(name[1].ljust(10, "0")) for name in names if name]  # names are compared as text
-    return max(numbers, default=0) + 1
 
-
-def quoted(texts):
-    """Texts as a mail quotes them, a blank line between two."""
+def quoted(texts: Iterable[str]) -> str:
+    """Texts quoted as in an email, separated by blank lines."""
     return "\n\n".join(textwrap.indent(text, "> ", lambda line: True) for text in texts)
 
 
-def histogram(counts):
-    """The fields of TensorBoard's histogram in which the bar from i - 0.5 to i + 0.5 is counts[i].
+# --------------------------------------------------------------------------------------------------
+# TensorBoard
+
+
+class EventFile:
+    """A file of TensorBoard events, written at once, as TensorBoard is watched during the run.
+
+    Not a SummaryWriter: its thread ends in a traceback on a full disk or in a removed folder. Tags
+    are named so that TensorBoard, which sorts groups by name with capitals first, shows Loss, eval,
+    optim, perf, and the norms of parts (weights) last.
     """
+
+    def __init__(self, folder: Path, first_step: int):
+        # slow to import, so only rank 0 does
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        number = next_events_number(folder)
+        name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
+        self.records = RecordWriter(open(folder / name, "ab"))  # noqa: SIM115
+        self._write(file_version="brain.Event:2", step=0)
+        if number > 1:  # drops the steps from first_step on in earlier files
+            self._write(session_log=SessionLog(status=SessionLog.START), step=first_step)
+
+    def write_scalars(self, step: int, scalars: dict[str, Any]) -> None:
+        """Write numbers by tag; a list becomes a histogram."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = []
+        histograms = []
+        for tag, value in scalars.items():
+            if isinstance(value, list):
+                histograms.append(Summary.Value(tag=tag, histo=histogram(value)))
+            else:
+                numbers.append(Summary.Value(tag=tag, simple_value=value))
+        self._write(summary=Summary(value=numbers + histograms), step=step)
+
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        from torch.utils.tensorboard.summary import text as summary_of
+
+        encodable = text.encode(errors="replace").decode()  # a lone surrogate has no UTF-8
+        self._write(summary=summary_of(tag, encodable), step=step)
+
+    def write_hparams(self, values: dict[str, Any], metrics: Iterable[str]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {}
+        for name, value in values.items():
+            plain[name] = value if isinstance(value, (bool, int, float)) else str(value)
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
+            self._write(summary=summary)
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self.records.flush()
+
+    def close(self) -> None:
+        self.records.close()
+
+
+def next_events_number(folder: Path) -> int:
+    """One more than the largest number in the names of a folder's event files; 1 for the first.
+
+    TensorBoard reads the files in the order of their names, and a restart drops steps only from
+    files before its own. Earlier versions and TensorBoard's own writers use the time as the number,
+    which may go backwards or come from another machine.
+    """
+    numbers = []
+    for path in folder.glob("events.out.tfevents.*"):
+        match = EVENTS.match(path.name)
+        if match:
+            numbers.append(int(match[1].ljust(10, "0")))  # names are compared as text
+    return max(numbers, default=0) + 1
+
+
+def histogram(counts: list[int]) -> dict[str, Any]:
+    """The fields of a TensorBoard histogram whose bar from i - 0.5 to i + 0.5 is counts[i]."""
     return {
-        "min": -0.5, "max": len(counts) - 0.5, "num": sum(counts),
+        "min": -0.5,
+        "max": len(counts) - 0.5,
+        "num": sum(counts),
         "sum": sum(i * n for i, n in enumerate(counts)),
         "sum_squares": sum(i * i * n for i, n in enumerate(counts)),
-        "bucket_limit": [i + 0.5 for i in range(len(counts))], "bucket": counts
+        "bucket_limit": [i + 0.5 for i in range(len(counts))],
+        "bucket": counts,
     }
 
 
-def read_scalars(folder):
-    """What a run folder's TensorBoard events hold: {tag: {step: value}}."""
+def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
+    """The scalars in a run folder's TensorBoard events: {tag: {step: value}}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: {event.step: event.value
-              for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
+    scalars = {}
+    for tag in events.Tags()["scalars"]:
+        scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    return scalars
 
 
-def without_compilation(seconds):
-    """Seconds of steps -> the same, where the first, and any that takes COMPILED times the median
-    of its neighbours, counts as that median."""
-    typical = [
-        statistics.median(seconds[max(i - 10, 1):max(i, 1)] + seconds[i + 1:i + 11] or seconds)
-        for i in range(len(seconds))
-    ]
-    return [
-        usual if i == 0 or took > COMPILED * usual else took
-        for i, (took, usual) in enumerate(zip(seconds, typical))
-    ]
+def serve_tensorboard(log_dir: str, port: int) -> None:
+    """Serve TensorBoard from a thread of this process, so that it ends with the run.
 
-
-class SpikeDetector:
-    """Losses far above the median of the 50 before, judged by how far those lie apart.
-
-    Batches of a few documents differ by nats, batches of half a million tokens by hundredths. A
-    spike is SPREADS standard deviations above the median, and where losses hardly differ, at least
-    `floor` nats; a floor of 0: nothing is a spike.
+    Raises BadInput if the port is taken.
     """
-
-    SPREADS = 8  # healthy runs in benchmarks/, of 2,048 to 524,288 tokens per step, stay below 6.5
-
-    def __init__(self, floor):
-        self.floor = floor
-        self.losses = deque(maxlen=50)
-
-    def __call__(self, loss):
-        """A line if `loss` is a spike, else None; finite losses count for the next."""
-        line = self._judge(loss)
-        if math.isfinite(loss):
-            self.losses.append(loss)
-        return line
-
-    def _judge(self, loss):
-        if not self.floor or len(self.losses) < 10:
-            return None
-        median = statistics.median(self.losses)
-        spread = spread_of(self.losses)
-        if loss > median + max(self.SPREADS * spread, self.floor):
-            return f"spike: loss {loss:.4f}, median before {median:.4f}, spread {spread:.4f}"
-        return None
-
-
-def spread_of(losses):
-    """The standard deviation of losses around their trend, of medians, which no spike among them
-    moves.
-
-    1.4826 times the median absolute deviation is that of a normal distribution (Rousseeuw & Croux
-    1993).
-    """
-    losses = list(losses)
-    half = len(losses) // 2
-    slope = (statistics.median(losses[-half:]) - statistics.median(losses[:half])) / (len(losses)
-                                                                                      - half)
-    residuals = [loss - slope * i for i, loss in enumerate(losses)]
-    center = statistics.median(residuals)
-    return 1.4826 * statistics.median(abs(residual - center) for residual in residuals)
-
-
-class RecompileMonitor:
-    """`with monitor("training"):` reports a compilation in the block after the first: it takes as
-    long as many steps."""
-
-    def __init__(self, say):
-        self.say, self.done, self.count = say, set(), 0
-
-    @contextlib.contextmanager
-    def __call__(self, what):
-        from torch._dynamo.utils import counters  # slow to import, but any optimizer imports it, too
-
-        before = counters["stats"]["unique_graphs"]
-        yield
-        if counters["stats"]["unique_graphs"] > before and what in self.done:
-            self.count += 1
-            self.say(
-                f"{what} was recompiled, {self.count} times by now: TORCH_LOGS=recompiles tells why"
-            )
-        self.done.add(what)
-
-
-def progress(iterable, what, processes):
-    """The iterable, with a bar on a terminal if it takes long; one process draws it."""
-    from tqdm import tqdm
-
-    disable = None if processes.main else True  # None: only where there is no terminal
-    return tqdm(iterable, desc=what, leave=False, delay=2, disable=disable)
-
-
-def serve_tensorboard(log_dir, port):
-    """Serve TensorBoard from a thread of this process, so that it ends with the run. Raises
-    BadInput if the port is taken."""
     from tensorboard import program
 
-    remedy = "give another --tensorboard port, or end what uses it"
-    with socket.socket() as probe:  # TensorBoard itself says it in four lines
+    remedy = "give another --tensorboard port, or end the process that uses it"
+    with socket.socket() as probe:  # TensorBoard's own error has four lines
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise BadInput(
-                f"TensorBoard cannot use port {port} ({error.strerror}): {remedy}") from error
+            raise BadInput(f"TensorBoard cannot use port {port} ({error.strerror}): "
+                           f"{remedy}") from error
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     board = program.TensorBoard()
     board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--bind_all"])
@@ -365,3 +336,102 @@ def serve_tensorboard(log_dir, port):
     except program.TensorBoardServerException as error:
         raise BadInput(f"TensorBoard cannot use port {port}: {remedy}") from error
     print(f"TensorBoard at http://localhost:{port}, open to every host that reaches this port")
+
+
+# --------------------------------------------------------------------------------------------------
+# Watching a run
+
+
+class SpikeDetector:
+    """Finds losses far above the median of the 50 before, relative to their spread.
+
+    Losses of batches of a few documents differ by nats, those of half a million tokens by
+    hundredths. A spike is SPREADS standard deviations above the median, and at least `floor` nats;
+    floor 0: nothing is a spike.
+    """
+
+    SPREADS = 8  # healthy runs in benchmarks/, of 2,048 to 524,288 tokens per step, stay below 6.5
+
+    def __init__(self, floor: float):
+        self.floor = floor
+        self.losses: deque[float] = deque(maxlen=50)
+
+    def __call__(self, loss: float) -> str | None:
+        """A line if `loss` is a spike, else None. Finite losses are kept to judge the next ones."""
+        line = self._judge(loss)
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return line
+
+    def _judge(self, loss: float) -> str | None:
+        if not self.floor or len(self.losses) < 10:
+            return None
+        median = statistics.median(self.losses)
+        spread = spread_of(self.losses)
+        threshold = median + max(self.SPREADS * spread, self.floor)
+        if not loss > threshold:  # or NaN
+            return None
+        return f"spike: loss {loss:.4f}, median before {median:.4f}, spread {spread:.4f}"
+
+
+def spread_of(losses: Iterable[float]) -> float:
+    """The standard deviation of losses around their trend, estimated by medians, so that spikes
+    among them do not change it.
+
+    1.4826 times the median absolute deviation estimates that of a normal distribution (Rousseeuw &
+    Croux 1993).
+    """
+    losses = list(losses)
+    half = len(losses) // 2
+    rise = statistics.median(losses[-half:]) - statistics.median(losses[:half])
+    slope = rise / (len(losses) - half)
+    residuals = [loss - slope * i for i, loss in enumerate(losses)]
+    center = statistics.median(residuals)
+    return 1.4826 * statistics.median(abs(residual - center) for residual in residuals)
+
+
+class RecompileMonitor:
+    """`with monitor("training"):` reports every compilation in the block after its first.
+
+    A recompilation takes as long as many steps.
+    """
+
+    def __init__(self, say: Callable[[str], Any]):
+        self.say = say
+        self.done: set[str] = set()
+        self.count = 0
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        from torch._dynamo.utils import counters  # slow, but any optimizer imports it, too
+
+        before = counters["stats"]["unique_graphs"]
+        yield
+        if counters["stats"]["unique_graphs"] > before and what in self.done:
+            self.count += 1
+            self.say(f"{what} was recompiled, {self.count} times by now: "
+                     "TORCH_LOGS=recompiles shows why")
+        self.done.add(what)
+
+
+def without_compilation(seconds: list[float]) -> list[float]:
+    """Seconds of steps without time spent compiling.
+
+    The first, and any that takes COMPILED times the median of its neighbors, is replaced by that
+    median.
+    """
+    cleaned = []
+    for i, took in enumerate(seconds):
+        neighbors = seconds[max(i - 10, 1):max(i, 1)] + seconds[i + 1:i + 11]
+        usual = statistics.median(neighbors or seconds)
+        compiled = i == 0 or took > COMPILED * usual
+        cleaned.append(usual if compiled else took)
+    return cleaned
+
+
+def progress(iterable: Iterable, what: str, processes) -> Iterable:
+    """The iterable with a progress bar on rank 0's terminal if it takes long."""
+    from tqdm import tqdm
+
+    disable = None if processes.main else True  # None: disabled without a terminal
+    return tqdm(iterable, desc=what, leave=False, delay=2, disable=disable)

@@ -1,16 +1,16 @@
-"""Mixture of Experts: in place of one MLP, several smaller ones, the experts,
-of which each token uses the few its router picks.
+"""Mixture of Experts: a router sends each token to a few of several small MLPs, the experts.
 
-Shazeer et al. 2017, https://arxiv.org/abs/1701.06538. No token is ever dropped: tokens are sorted
-by expert and multiplied in groups of any size (MegaBlocks, Gale et al. 2022,
-https://arxiv.org/abs/2211.15841). A bias that picks experts keeps their loads even, without an
+Shazeer et al. 2017, https://arxiv.org/abs/1701.06538. No token is dropped: tokens are sorted by
+expert and multiplied in groups of any size (MegaBlocks, Gale et al. 2022,
+https://arxiv.org/abs/2211.15841). A bias on the router's scores balances the experts without an
 auxiliary loss (Wang et al. 2024, https://arxiv.org/abs/2408.15664); the load-balance loss and the
 router z-loss are options.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,17 @@ import torch.nn.functional as F
 from lib.cli import BadInput, flag
 from lib.devices import cast
 
-MULTIPLE = 8         # of the widths that grouped_mm takes: rows of bf16 in whole 16 bytes
-BIAS_RATE = 1e-2  # of a bias per step; DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is for longer runs
-BALANCE_LOSS = 1e-2  # coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2)
-PATIENCE = 20        # steps in a row that an expert gets next to nothing before that is said
-STARVED = 0.01  # of an even share: next to nothing. In a step of many tokens even a collapsed router sends a few astray
+MULTIPLE = 8  # of grouped_mm's widths: rows of bf16 must be multiples of 16 bytes
+# Change of a bias per step. DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is
+# for longer runs.
+BIAS_RATE = 1e-2
+# Coefficient of the load-balance loss (Switch Transformers, https://arxiv.org/abs/2101.03961,
+# section 2.2)
+BALANCE_LOSS = 1e-2
+# An expert is starved below this fraction of an even share, not only at 0: in a large batch even a
+# collapsed router sends it a few tokens.
+STARVED = 0.01
+PATIENCE = 20  # consecutive steps that an expert is starved before it is reported
 
 SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
@@ -32,62 +38,65 @@ SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 @dataclass
 class ExpertConfig:
     n_experts: int = flag(
-        0, "experts in place of each block's MLP, a Mixture of Experts; 0: a dense MLP", at_least=0,
-        at_most=256)
+        0, "experts per block, a Mixture of Experts; 0: a dense MLP", at_least=0, at_most=256)
     n_active: int = flag(
-        2,
-        "experts per token; with 1 the router learns from --balance loss and --router_z_loss alone",
-        above=0, at_most=256)
-    n_shared: int = flag(0, "experts that every token takes besides", at_least=0, at_most=256)
-    expert_width: int | None = flag(None, "hidden units per expert, a multiple of 8; unset: the active ones take the FLOPs of "
-                                    "the dense MLP", above=0, at_most=2**20)
-    router: Literal["sigmoid",
-                    "softmax"] = flag("sigmoid",
-                                      "scores by which a token's experts are picked and weighted")
+        2, "experts per token; with 1 the router learns only from --balance loss and "
+           "--router_z_loss", above=0, at_most=256)
+    n_shared: int = flag(
+        0, "additional experts that process every token", at_least=0, at_most=256)
+    expert_width: int | None = flag(
+        None, "hidden units per expert, a multiple of 8; unset: the active ones together take as "
+              "many FLOPs as the dense MLP", above=0, at_most=2**20)
+    router: Literal["sigmoid", "softmax"] = flag(
+        "sigmoid", "function of the scores that pick and weight a token's experts")
     balance: Literal["bias", "loss"] = flag(
-        "bias", "even load by nudging biases after each step, or by the load-balance loss")
-    router_z_loss: float = flag(0.0, "coefficient of the router z-loss, 1e-3 in ST-MoE; 0: none",
-                                at_least=0, at_most=1e4)
+        "bias", "balance the experts by adjusting biases after each step, or by the load-balance "
+                "loss")
+    router_z_loss: float = flag(
+        0.0, "coefficient of the router z-loss, 1e-3 in ST-MoE; 0: none", at_least=0, at_most=1e4)
 
 
-def expert_width(config, hidden):
-    """Hidden units per expert: --expert_width, or as many as make the active experts as wide
-    as a dense MLP of `hidden` units."""
-    return config.expert_width or hidden // (config.n_active
-                                             + config.n_shared) // MULTIPLE * MULTIPLE
+def expert_width(config: ExpertConfig, hidden: int) -> int:
+    """Hidden units per expert: --expert_width, or an equal share of the dense MLP's `hidden`."""
+    if config.expert_width:
+        return config.expert_width
+    share = hidden // (config.n_active + config.n_shared)
+    return share // MULTIPLE * MULTIPLE
 
 
-def check_experts(config, hidden):
-    """Raises BadInput if these experts cannot be built. hidden: the hidden units of the dense MLP.
+def check_experts(config, hidden: int) -> None:
+    """Raises BadInput if the experts of a GPTConfig cannot be built.
+
+    hidden: hidden units of the dense MLP.
     """
     if not config.n_experts:
         return
     if config.n_active > config.n_experts:
-        raise BadInput(
-            f"--n_active {config.n_active} is above --n_experts {config.n_experts}: lower it")
+        raise BadInput(f"--n_active {config.n_active} is above --n_experts {config.n_experts}: "
+                       "lower it")
     if not expert_width(config, hidden):
-        raise BadInput(f"{config.n_active + config.n_shared} active experts share {hidden} hidden units, "
-                       f"less than {MULTIPLE} each: lower --n_active or --n_shared, or give --expert_width")
+        raise BadInput(f"{config.n_active + config.n_shared} active experts share {hidden} hidden "
+                       f"units, less than {MULTIPLE} each: lower --n_active or --n_shared, or give "
+                       "--expert_width")
     for name, width in (("expert_width", config.expert_width or 0), ("n_embd", config.n_embd)):
         if width % MULTIPLE:
             below = width // MULTIPLE * MULTIPLE
-            raise BadInput(f"--{name} {width} must be a multiple of {MULTIPLE}, which grouped_mm takes: "
-                           f"{f'{below} or ' if below else ''}{below + MULTIPLE} is")
+            choices = f"{below} or {below + MULTIPLE}" if below else f"{MULTIPLE}"
+            raise BadInput(f"--{name} {width} must be a multiple of {MULTIPLE} for grouped_mm: "
+                           f"give {choices}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Products and permutations
 
 
-# operators of our own around F.grouped_mm: torch 2.11 to 2.13 compile it for bf16 alone;
-# and inside them, a transposed view is no copy
+# Custom operators around F.grouped_mm: torch 2.11 to 2.13 compile it for bf16 only, and inside an
+# operator a transposed view needs no copy.
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows x (n, in), sorted by expert, each times its expert's matrix, weight (E, out, in) -> (n,
-    out).
+    """Multiply rows x (n, in), sorted by expert, by their expert's weight (E, out, in) -> (n, out).
 
-    ends: int32 (E,), where each expert's rows end; an expert may have none, and then its gradient
-    is zero.
+    ends: int32 (E,), where each expert's rows end. An expert without rows has a zero gradient.
     """
     return F.grouped_mm(x, weight.mT, offs=ends)
 
@@ -95,24 +104,38 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 @torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
 def grouped_linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
                             ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of x and weight from that of the output."""
-    grad = grad.contiguous()  # an expanded one has strides that the kernel does not take
-    # columns of grad times rows of x: the one layout in which it takes groups of any size along the
-    # dimension that is summed
+    """The gradients of x and weight, given that of the output."""
+    grad = grad.contiguous()  # the kernel does not support the strides of an expanded tensor
+    # The only layout that supports groups of any size along the summed dimension
     return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.mT, x, offs=ends)
 
 
-grouped_linear.register_fake(lambda x, weight, ends: x.new_empty(x.size(0), weight.size(1)))
-grouped_linear_backward.register_fake(lambda grad, x, weight, ends:
-                                      (torch.empty_like(x), torch.empty_like(weight)))
-grouped_linear.register_autograd(
-    lambda ctx, grad: (*grouped_linear_backward(grad, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+@grouped_linear.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.size(0), weight.size(1))
+
+
+@grouped_linear_backward.register_fake
+def _(grad, x, weight, ends):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    return (*grouped_linear_backward(grad, *ctx.saved_tensors), None)
+
+
+grouped_linear.register_autograd(_backward, setup_context=_save_inputs)
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], whose gradient is taken back in order too. Autograd, which cannot know a
-    permutation, would add rows with atomics."""
+    """x[order], whose gradient is permuted back by indexing.
+
+    Autograd does not know that `order` is a permutation and would add rows with atomics.
+    """
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -121,37 +144,40 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        inverse, = ctx.saved_tensors
+        (inverse,) = ctx.saved_tensors
         return grad[inverse], None, None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The layer
 
 
 class ExpertLinear(nn.Module):
-    """A linear layer per expert, without bias: weight (E, out, in)."""
+    """A linear layer without bias per expert: weight (E, out, in)."""
 
-    def __init__(self, n_experts, n_in, n_out):
+    def __init__(self, n_experts: int, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, n_out, n_in))
 
-    def forward(self, x, ends):
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         return grouped_linear(cast(x), cast(self.weight), ends)
 
 
-def is_capturable(model, device):
-    """Whether a forward pass on `device`, a GPU, can be captured as a CUDA graph. grouped_mm has a
-    kernel for bf16 on GPUs of capability 9 and 10; elsewhere it waits for the GPU, to learn where
-    each group ends."""
+def is_capturable(model: nn.Module, device: torch.device) -> bool:
+    """Whether a forward pass on a GPU can be captured as a CUDA graph.
+
+    grouped_mm has a kernel for bf16 on GPUs of capability 9 and 10. Elsewhere it synchronizes with
+    the GPU to read where each group ends.
+    """
     weights = [module.weight for module in model.modules() if isinstance(module, ExpertLinear)]
-    return not weights or (weights[0].dtype == torch.bfloat16
-                           and torch.cuda.get_device_capability(device)[0] in (9, 10))
+    if not weights:
+        return True
+    major, _ = torch.cuda.get_device_capability(device)
+    return weights[0].dtype == torch.bfloat16 and major in (9, 10)
 
 
 class _LinearInFloat32(torch.autograd.Function):
-    """x weight^T without autocast, in backward too: a compiled backward runs under the autocast of
-    its forward."""
+    """x weight^T in fp32, in backward too: compiled, it runs under the autocast of its forward."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -167,203 +193,229 @@ class _LinearInFloat32(torch.autograd.Function):
 
 
 class Router(nn.Linear):
-    """The linear layer that scores experts: its input, weight and logits are fp32 whatever the
-    others compute in. On CUDA, the product itself is TF32 in training, which sets
-    set_float32_matmul_precision("high"): factors of 10 bits, summed in fp32."""
+    """The linear layer that scores experts, in fp32 whatever precision other layers use.
 
-    def forward(self, x):
+    In training on CUDA the product is TF32, as set_float32_matmul_precision("high") is set: factors
+    of 10 bits, summed in fp32.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _LinearInFloat32.apply(x, self.weight)
 
 
-def top(scores, k):
-    """Indices of the k largest along the last dimension, as topk's, which the compiler cannot fuse
-    and which is slow for so few."""
-    if k > 8:  # so many passes take long to compile
+def top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k largest along the last dimension, as topk returns them.
+
+    topk is slow for a small k, and the compiler cannot fuse it.
+    """
+    if k > 8:  # a loop this long takes long to compile
         return scores.topk(k).indices
-    places, picked = torch.arange(scores.size(-1), device=scores.device), []
+    experts = torch.arange(scores.size(-1), device=scores.device)
+    picked = []
     for _ in range(k):
-        picked.append(scores.argmax(dim=-1, keepdim=True))
-        scores = torch.where(places == picked[-1], -torch.inf, scores)
+        best = scores.argmax(dim=-1, keepdim=True)
+        picked.append(best)
+        scores = torch.where(experts == best, -torch.inf, scores)
     return torch.cat(picked, dim=-1)
 
 
 class NoShared(nn.Module):
-    """Stands where there is no shared expert."""
+    """Replaces the shared experts if there are none."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> float:
         return 0.0
 
 
-def load_balance_loss(logits, probs, counts):
-    """E sum_e f_e P_e, summed over tokens: f the share of picks that went to expert e,
-    P its mean probability (Switch Transformers, eq. 4).
+def load_balance_loss(logits: torch.Tensor, probs: torch.Tensor,
+                      counts: torch.Tensor) -> torch.Tensor:
+    """E sum_e f_e P_e, summed over tokens (Switch Transformers, eq. 4).
 
-    Each sequence is a group of its own (as in GShard, Lepikhin et al. 2020,
-    https://arxiv.org/abs/2006.16668, section 2.2): then the gradient does not depend on how a batch
-    is cut into micro-batches and shared out over processes.
+    f_e: the share of picks that expert e got. P_e: its mean probability. Each sequence is a group
+    of its own (as in GShard, Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668, section 2.2),
+    so the gradient does not depend on how a batch is split into micro-batches and over processes.
     """
     T, E = probs.shape[1:]
-    f = counts / counts.sum(dim=-1, keepdim=True)                                       # (B, E)
+    f = counts / counts.sum(dim=-1, keepdim=True)  # (B, E)
     return BALANCE_LOSS * E * T * (f * probs.mean(dim=1)).sum()
 
 
-def router_z_loss(logits, probs, counts, coefficient):
-    """logsumexp(logits)^2, summed over tokens: keeps logits small
-    (ST-MoE, Zoph et al. 2022, https://arxiv.org/abs/2202.08906, eq. 5)."""
+def router_z_loss(logits: torch.Tensor, probs: torch.Tensor, counts: torch.Tensor,
+                  coefficient: float) -> torch.Tensor:
+    """logsumexp(logits)^2, summed over tokens: keeps logits small.
+
+    ST-MoE, Zoph et al. 2022, https://arxiv.org/abs/2202.08906, eq. 5.
+    """
     return coefficient * logits.logsumexp(dim=-1).square().sum()
 
 
 class MoE(nn.Module):
-    """x (B, T, C) -> the sum of each token's K of E experts, weighted by its router's normalized
-    scores, plus the shared experts'.
+    """x (B, T, C) -> the sum of each token's K of E experts, weighted by their normalized scores,
+    plus the shared experts.
 
-    mlp: the class of the dense MLP: its `act` and `fused` make the experts, which have no biases; S
-    shared experts are one MLP of S times their width. For the LoadBalancer, `seen` sums up training
-    passes: tokens per expert (E), then the norms of logits and the entropies of probabilities of
-    all tokens. `penalty` is the auxiliary losses of the latest pass as a number that is 0 and has
-    their gradient.
+    mlp: the class of the dense MLP, whose `act` and `fused` the experts use, without biases. S
+    shared experts are one MLP, S times as wide. `penalty` is a zero whose gradient is that of the
+    latest pass's auxiliary losses. `seen`, for the LoadBalancer, sums over training passes: tokens
+    per expert (E), the norms of all tokens' logits, the entropies of their probabilities.
     """
 
     def __init__(self, config, mlp):
         super().__init__()
-        E, C, width = config.n_experts, config.n_embd, expert_width(config,
-                                                                    mlp.width(config.n_embd))
-        self.n_active, self.score, self.act = config.n_active, SCORES[config.router], mlp.act
+        E = config.n_experts
+        C = config.n_embd
+        width = expert_width(config, mlp.width(C))
+        self.n_active = config.n_active
+        self.score = SCORES[config.router]
+        self.act = mlp.act
         self.router = Router(C, E, bias=False)
-        self.c_fc, self.c_proj = ExpertLinear(E, C, mlp.fused * width), ExpertLinear(E, width, C)
+        self.c_fc = ExpertLinear(E, C, mlp.fused * width)
+        self.c_proj = ExpertLinear(E, width, C)
         self.shared = mlp(config, config.n_shared * width) if config.n_shared else NoShared()
         self.bias_rate = BIAS_RATE if config.balance == "bias" else 0.0
-        self.losses = [loss for loss, on in (
-            (load_balance_loss, config.balance == "loss"),
-            (partial(router_z_loss, coefficient=config.router_z_loss), config.router_z_loss)) if on]
-        self.penalty = 0.0
+        self.losses: list[Callable] = []
+        if config.balance == "loss":
+            self.losses.append(load_balance_loss)
+        if config.router_z_loss:
+            self.losses.append(partial(router_z_loss, coefficient=config.router_z_loss))
+        self.penalty: float | torch.Tensor = 0.0
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("seen", torch.zeros(E + 2), persistent=False)
-        self.register_buffer("scale", torch.ones(()),
-                             persistent=False)  # of the penalty, see LoadBalancer.weigh
+        # of the penalty, see LoadBalancer.weigh
+        self.register_buffer("scale", torch.ones(()), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
         gates, picked, counts = self.route(x)
-        # 1) sort (token, pick) by expert; bytes sort in the fewest passes
-        order = picked.flatten().to(torch.uint8).argsort(stable=True)                   # (B T K,)
-        inverse = torch.empty_like(order).scatter_(0, order,
-                                                   torch.arange(len(order), device=x.device))
-        ends = counts.sum(dim=0).cumsum(0).to(torch.int32)                              # (E,)
-        # 2) every expert on its rows
-        rows = cast(x).view(-1, 1, C).expand(-1, self.n_active, -1).reshape(-1, C)      # (B T K, C)
+        # 1) sort (token, pick) by expert; uint8 takes the fewest passes
+        order = picked.flatten().to(torch.uint8).argsort(stable=True)  # (B T K,)
+        positions = torch.arange(len(order), device=x.device)
+        inverse = torch.empty_like(order).scatter_(0, order, positions)
+        ends = counts.sum(dim=0).cumsum(0).to(torch.int32)  # (E,)
+        # 2) each expert processes its rows
+        rows = cast(x).view(-1, 1, C).expand(-1, self.n_active, -1).reshape(-1, C)  # (B T K, C)
         rows = _Permute.apply(rows, order, inverse)
-        # on hidden units: what comes out is just summed
+        # weight the hidden units, so that the outputs only need to be summed
         weights = _Permute.apply(gates.view(-1, 1), order, inverse)
         rows = self.act(self.c_fc(rows, ends))
         rows = self.c_proj((rows * weights).type_as(rows), ends)
-        # 3) back in order, and the sum over a token's experts
+        # 3) restore the order and sum over each token's experts
         y = _Permute.apply(rows, inverse, order).view(B, T, self.n_active, C)
         return y.sum(dim=2) + self.shared(x)
 
-    def route(self, x):
-        """-> gates (B, T, K), which add up to 1 for each token; the experts picked (B, T, K);
-        tokens per sequence and expert (B, E)."""
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pick the experts of x (B, T, C).
+
+        Returns gates (B, T, K), which add up to 1 per token, the picked experts (B, T, K), and the
+        number of tokens per sequence and expert (B, E).
+        """
         with torch.autocast(x.device.type, enabled=False):
             logits = self.router(x)  # (B, T, E), in fp32
             scores = self.score(logits)
-            picked = top(scores.detach() + self.bias,
-                         self.n_active)  # the bias picks, and does not weigh
-            chosen = picked[..., None] == torch.arange(len(self.bias),
-                                                       device=x.device)  # (B, T, K, E)
-            gates = (scores[..., None, :] * chosen).sum(
-                dim=-1)  # not gather: its gradient takes atomics
+            # the bias affects which experts are picked, not their weights
+            picked = top(scores.detach() + self.bias, self.n_active)
+            experts = torch.arange(len(self.bias), device=x.device)
+            chosen = picked[..., None] == experts  # (B, T, K, E)
+            # not gather, whose gradient uses atomics
+            gates = (scores[..., None, :] * chosen).sum(dim=-1)
             gates = gates / gates.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-            counts, probs = chosen.sum(
-                dim=(1, 2)), scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+            counts = chosen.sum(dim=(1, 2))
+            probs = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
             self.penalty = 0.0
             if self.training:
                 for loss_of in self.losses:
                     loss = loss_of(logits, probs, counts)
                     self.penalty = self.penalty + self.scale * (loss - loss.detach())
                 entropies = torch.special.entr(probs.detach()).sum()
-                self.seen += torch.cat(
-                    (counts.sum(dim=0), torch.stack(
-                        (logits.detach().norm(dim=-1).sum(), entropies))))
+                norms = logits.detach().norm(dim=-1).sum()
+                self.seen += torch.cat((counts.sum(dim=0), torch.stack((norms, entropies))))
         return gates, picked, counts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Balance
 
 
 class LoadBalancer:
-    """Once per step: nudges the biases of all MoE layers and tells how their tokens were shared
-    out. Does nothing for a dense model."""
+    """After each step, adjusts the biases of all MoE layers and reports expert load.
 
-    def __init__(self, model, processes, say):
-        """say: called with a line about experts that get next to no tokens. Passes made before,
-        to probe the memory, are forgotten."""
-        self.layers, self.distributed, self.say = [
-            m for m in model.modules() if isinstance(m, MoE)
-        ], processes.distributed, say
-        self.idle = [[0] * len(layer.bias)
-                     for layer in self.layers]  # steps in a row that an expert was starved
-        self.told = ""
-        self._forget()
+    A no-op for a dense model.
+    """
 
-    def _forget(self):
+    def __init__(self, model: nn.Module, processes, say: Callable[[str], Any]):
+        """say: called with a line about starved experts.
+
+        Discards what passes that probed the memory left in the layers.
+        """
+        self.layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self.processes = processes
+        self.say = say
+        # consecutive steps that each expert was starved, per layer
+        self.starved = [[0] * len(layer.bias) for layer in self.layers]
+        self.reported = ""
+        self._reset()
+
+    def _reset(self) -> None:
         for layer in self.layers:
             layer.seen.zero_()
-            layer.penalty = 0.0  # a tensor of the graph of a pass, which could not be copied
+            layer.penalty = 0.0  # holds the graph of a pass, so the layer could not be copied
 
-    def weigh(self, share):
-        """The share of a step's tokens that are targets, a tensor: the loop divides all losses by
-        the number of targets, and auxiliary losses are of all tokens."""
+    def weigh(self, share: torch.Tensor) -> None:
+        """Set the share of a step's tokens that are targets.
+
+        The loop divides all losses by the number of targets, but auxiliary losses are over all
+        tokens.
+        """
         for layer in self.layers:
             layer.scale.copy_(share)
 
     @torch.no_grad()
-    def __call__(self, finite):
-        """-> per layer {tag: number, or list of loads by expert}; finite: False for a step that is
-        skipped, which nudges nothing.
+    def __call__(self, finite: bool) -> dict[str, Any]:
+        """Called by every process -> {tag: number, or list of loads by expert} for each layer.
 
-        Called by every process. Waits for the device: where the loop has just done so, a few
-        numbers more cost nothing.
+        finite: False for a skipped step, which changes no bias. Synchronizes with the device; call
+        it right after another sync.
         """
         if not self.layers:
             return {}
         seen = torch.stack([layer.seen for layer in self.layers])  # (layers, E + 2)
-        if self.distributed:
-            dist.all_reduce(seen)  # every process sees the same, and its biases stay the others'
-        self._forget()
-        for layer, counts in zip(self.layers, seen[:, :-2], strict=True):
-            if finite:
+        if self.processes.distributed:
+            dist.all_reduce(seen)  # so that biases stay equal on all processes
+        self._reset()
+        if finite:
+            for layer, counts in zip(self.layers, seen[:, :-2], strict=True):
                 layer.bias += layer.bias_rate * (counts.mean() - counts).sign()
-        report = {}
+        report: dict[str, Any] = {}
         for i, (*counts, norms, entropies) in enumerate(seen.tolist()):
-            mean = sum(counts) / len(counts)
             tokens = sum(counts) / self.layers[i].n_active
-            report |= {
-                f"moe/load_{i:02d}": [n / mean for n in counts],
-                f"moe/max_load_{i:02d}": max(counts) / mean, f"moe/dead_{i:02d}": counts.count(0.0),
-                f"moe/entropy_{i:02d}": entropies / tokens,
-                f"moe/logit_norm_{i:02d}": norms / tokens
-            }
-            self.idle[i] = [
-                0 if n >= STARVED * mean else steps + 1
-                for n, steps in zip(counts, self.idle[i], strict=True)
-            ]
-        self._tell()
+            report |= self._report(i, counts)
+            report[f"moe/entropy_{i:02d}"] = entropies / tokens
+            report[f"moe/logit_norm_{i:02d}"] = norms / tokens
+        self._warn()
         return report
 
-    def _tell(self):
-        """Say which layers have experts that get next to no tokens, whenever that has changed."""
+    def _report(self, i: int, counts: list[float]) -> dict[str, Any]:
+        """Layer i's load by tokens per expert; counts the steps that experts are starved."""
+        mean = sum(counts) / len(counts)
+        starved = self.starved[i]
+        for expert, count in enumerate(counts):
+            starved[expert] = 0 if count >= STARVED * mean else starved[expert] + 1
+        return {
+            f"moe/load_{i:02d}": [count / mean for count in counts],
+            f"moe/max_load_{i:02d}": max(counts) / mean,
+            f"moe/dead_{i:02d}": counts.count(0.0),
+        }
+
+    def _warn(self) -> None:
+        """Report which layers have starved experts, whenever that changes."""
         found = []
-        for i, (layer, idle) in enumerate(zip(self.layers, self.idle, strict=True)):
-            if dead := sum(steps >= PATIENCE for steps in idle):
-                collapsed = dead == len(idle) - layer.n_active
-                found.append(
-                    f"layer {i} {dead} of {len(idle)}{', its router has collapsed' if collapsed else ''}"
-                )
-        told = "; ".join(found)
-        if told and told != self.told:
-            self.say(
-                f"experts with less than {STARVED:.0%} of an even share of the tokens in each of {PATIENCE} steps: {told}"
-            )
-        self.told = told
+        for i, (layer, starved) in enumerate(zip(self.layers, self.starved, strict=True)):
+            dead = sum(steps >= PATIENCE for steps in starved)
+            if not dead:
+                continue
+            collapsed = dead == len(starved) - layer.n_active
+            note = ", its router has collapsed" if collapsed else ""
+            found.append(f"layer {i} {dead} of {len(starved)}{note}")
+        line = "; ".join(found)
+        if line and line != self.reported:
+            self.say(f"experts with less than {STARVED:.0%} of an even share of the tokens in each "
+                     f"of {PATIENCE} steps: {line}")
+        self.reported = line

@@ -1,5 +1,7 @@
-"""Rotary position embeddings (Su et al. 2021, https://arxiv.org/abs/2104.09864): frequencies and
-tables, also for more positions than a model was trained with."""
+"""Rotary position embeddings, also for contexts longer than a model was trained with.
+
+Su et al. 2021, https://arxiv.org/abs/2104.09864.
+"""
 
 import math
 from dataclasses import dataclass
@@ -15,65 +17,76 @@ BASE = 10_000.0
 @dataclass
 class ContextConfig:
     context: int | None = flag(
-        None,
-        "context length, tokens, instead of the one trained with; a longer one needs --pos rope",
+        None, "context length, tokens; unset: as trained; a longer one needs --pos rope",
         at_least=2, at_most=2**20)
-    rope_scaling: Literal["plain", "ntk",
-                          "yarn"] = flag("plain",
-                                         "how rotary positions stretch to a longer --context")
+    rope_scaling: Literal["plain", "ntk", "yarn"] = flag(
+        "plain", "how rotary positions scale to a longer --context")
 
 
-def frequencies(head_dim, scaling="plain", factor=1.0, trained=1):
-    """-> (radians per position of each pair of dimensions, fp32 (head_dim / 2,), factor on the
-    cosines and sines).
+def frequencies(head_dim: int, scaling: str = "plain", factor: float = 1.0,
+                trained: int = 1) -> tuple[torch.Tensor, float]:
+    """Rotary frequencies for a context `factor` times as long as the `trained` one.
 
-    For `factor` times the `trained` positions:
-    plain: as trained; positions beyond turn on.
-    ntk:   a larger base, so that the slowest pair turns no further than in training and the fastest
-    as fast as there (NTK-aware
-           scaling: bloc97 2023, in Peng et al. section 3.1).
-    yarn:  pairs that turn less than once in training are slowed down by the factor, those that turn
-    more than 32 times not at
-           all, those between by degrees; and attention is sharpened (Peng et al. 2023, https://arxiv.org/abs/2309.00071,
-           sections 3.2 to 3.4).
+    Returns radians per position for each pair of dimensions, fp32 (head_dim / 2,), and a scale for
+    cosines and sines. scaling:
+    plain: as trained; positions are extrapolated.
+    ntk:   a larger base, so that the slowest pair rotates no further than in training, and the
+           fastest as fast (NTK-aware scaling: bloc97 2023, in Peng et al. section 3.1).
+    yarn:  pairs with less than one full rotation in training are slowed down by `factor`, those
+           with more than 32 not at all, with a linear ramp between; the scale sharpens attention
+           (Peng et al. 2023, https://arxiv.org/abs/2309.00071, sections 3.2 to 3.4).
     """
-    base = BASE * factor ** (head_dim / max(head_dim - 2, 1)) if scaling == "ntk" else BASE
+    base = BASE
+    if scaling == "ntk":
+        base *= factor ** (head_dim / max(head_dim - 2, 1))
     freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling != "yarn" or factor == 1:
         return freq, 1.0
-    # the pairs of such turns
-    low, high = (head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(BASE))
-                 for turns in (32, 1))
-    low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-    slowed = ((torch.arange(head_dim // 2, dtype=torch.float32) - low)
-              / max(high - low, 1e-3)).clamp(0, 1)
+    low = max(math.floor(_pair_with(32, head_dim, trained)), 0)
+    high = min(math.ceil(_pair_with(1, head_dim, trained)), head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+    slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
     return freq * (1 - slowed + slowed / factor), 0.1 * math.log(factor) + 1
 
 
-def tables(freq, scale, length):
-    """What `frequencies` returns, and a number of positions -> cosines and sines, fp32 (length,
-    head_dim / 2) each."""
+def _pair_with(rotations: int, head_dim: int, trained: int) -> float:
+    """The (fractional) pair of dimensions that rotates this often in the trained context."""
+    return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(BASE))
+
+
+def tables(freq: torch.Tensor, scale: float, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of `length` positions, fp32 (length, head_dim / 2) each.
+
+    freq, scale: as `frequencies` returns them.
+    """
     angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
     return angle.cos() * scale, angle.sin() * scale
 
 
-def extend(model, cfg):
-    """Give a GPT, as trained, the context of a ContextConfig; returns it. Raises BadInput if its
-    positions are learned and end before, or if there is nothing to scale."""
+def extend(model, cfg: ContextConfig):
+    """Set the context length of a trained GPT, in place; returns it.
+
+    Raises BadInput if its positions are learned and too few, or if there is nothing to scale.
+    """
     trained = model.config.block_size
     if cfg.rope_scaling != "plain" and (cfg.context or 0) <= trained:
-        raise BadInput(f"--rope_scaling {cfg.rope_scaling} is for a --context longer than the {trained:,} tokens trained with: "
-                       "name one, or leave it out")
+        raise BadInput(f"--rope_scaling {cfg.rope_scaling} needs a --context longer than the "
+                       f"{trained:,} tokens trained with: give one, or leave it out")
     if cfg.context is None:
         return model
     if cfg.context > trained and model.config.pos != "rope":
-        raise BadInput(f"--context {cfg.context:,}: this model has learned its {trained:,} positions and knows no others; only "
-                       "--pos rope goes beyond")
-    head_dim, device = model.config.n_embd // model.config.n_head, next(model.parameters()).device
-    how = frequencies(head_dim, cfg.rope_scaling, max(cfg.context / trained, 1.0), trained)
-    cos, sin = (table.to(device) for table in tables(*how, cfg.context)
-                )  # the same for all layers: a long context's are large
-    for rotary in (module for module in model.modules() if hasattr(module, "cos")):
-        rotary.cos, rotary.sin = cos, sin
+        raise BadInput(f"--context {cfg.context:,}: this model has {trained:,} learned positions: "
+                       "give fewer, or train with --pos rope")
+    head_dim = model.config.n_embd // model.config.n_head
+    device = next(model.parameters()).device
+    factor = max(cfg.context / trained, 1.0)
+    freq, scale = frequencies(head_dim, cfg.rope_scaling, factor, trained)
+    cos, sin = tables(freq, scale, cfg.context)
+    cos = cos.to(device)  # shared by all layers: those of a long context are large
+    sin = sin.to(device)
+    for module in model.modules():
+        if hasattr(module, "cos"):
+            module.cos = cos
+            module.sin = sin
     model.config.block_size = cfg.context
     return model

@@ -1,20 +1,18 @@
-"""What a script's process needs before torch is imported, so each script imports this first.
+"""Prepares a script's process before torch is imported: every script imports this first.
 
-It acts only where a script of this project is the main program: a test, a notebook or another
-script that imports one changes nothing. Python's standard library alone, so that it is there at
-once.
+It only acts if a script of this project is the main program, so tests, notebooks and other scripts
+can import one without side effects. It uses the standard library only, which imports fast.
 
-1. While OpenMP's threads wait for each other, they spin; on busy cores they take the time of the
-   very thread they wait for, and training is 1.2 to 3 times slower, at worst 20 times. They sleep
-   instead after a short spin (benchmarks/threads_cpu_202611.md). torch's wheels for Linux hold
-   GNU's OpenMP, which reads GOMP_SPINCOUNT before OMP_WAIT_POLICY; LLVM's and Intel's (macOS,
-   conda) read OMP_WAIT_POLICY. The number of threads stays as it is: it changes the order of sums,
-   and with it the losses.
-2. Ctrl-C while Python still imports ends in one line and exit code 130.
-3. No garbage collection while Python still imports: it looks through all objects again and again, a
-   quarter of the time that torch takes (benchmarks/cold_start_h200_202611.md).
+1. OpenMP's threads sleep while they wait for each other. By default they spin, which on busy cores
+   takes time from the very thread they wait for: training is 1.2 to 3 times slower, at worst 20
+   times (benchmarks/threads_cpu_202611.md). torch's Linux wheels contain GNU's OpenMP, which reads
+   GOMP_SPINCOUNT first; LLVM's and Intel's (macOS, conda) read OMP_WAIT_POLICY. The number of
+   threads stays: it changes the order of sums, and with it the losses.
+2. Ctrl-C during imports ends in one line and exit code 130.
+3. Garbage collection is off during imports, where it takes a quarter of torch's import time
+   (benchmarks/cold_start_h200_202611.md).
 
-lib/cli.py's `run` ends the last two by `imported`.
+lib/cli.py's `run` ends the last two by calling `imported`.
 """
 
 import gc
@@ -26,33 +24,35 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def is_script():
-    """Whether the main program of this process is one of this project's scripts."""
+def is_script() -> bool:
+    """Whether the main program is one of this project's scripts."""
     path = getattr(sys.modules["__main__"], "__file__", None)
     return path is not None and os.path.dirname(os.path.abspath(path)) == ROOT
 
 
-def let_threads_sleep():
-    """Have OpenMP's waiting threads sleep, unless the environment says how they wait."""
+def let_threads_sleep() -> None:
+    """Have OpenMP's waiting threads sleep, unless the environment sets how they wait."""
     if not {*WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ.update(WAITING)
 
 
-def leave_quietly(*_):
-    """SIGINT before there is anything to save. Not an exception: imports swallow some, and print
-    others."""
-    if os.environ.get("RANK", "0") == "0":  # the one process that speaks for all of torchrun's
+def leave_quietly(*_) -> None:
+    """Handle SIGINT before there is anything to save.
+
+    It raises no exception: some imports swallow those, others print them.
+    """
+    if os.environ.get("RANK", "0") == "0":  # one line for all of torchrun's processes
         os.write(2, b"\ninterrupted\n")
     os._exit(130)
 
 
-def interrupt_quietly():
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored
+def interrupt_quietly() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored
         signal.signal(signal.SIGINT, leave_quietly)
 
 
-def imported():
-    """From here on, Ctrl-C raises KeyboardInterrupt, and garbage is collected."""
+def imported() -> None:
+    """Call after imports: Ctrl-C raises KeyboardInterrupt again, garbage is collected again."""
     gc.enable()
     if signal.getsignal(signal.SIGINT) is leave_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1341,7 +1341,7 @@ BAD_FLAGS = [
         (["--max_steps", "1e18"], "--max_steps must be"),
         (["--log_dir", "notes.txt"], "cannot write to notes.txt/new"), (["--log_dir", LONG], ""),
         (["--resume", LONG], ""), (["--resume", "nowhere.pt"], "cannot read nowhere.pt"),
-        (["--resume", "notes.txt"], "notes.txt is not a whole checkpoint"),
+        (["--resume", "notes.txt"], "notes.txt is not a complete checkpoint"),
         (["--resume", "others.pt"], "others.pt is not a checkpoint of this project"),
         (["--resume", "untrained.pt"], "untrained.pt is not a checkpoint of this project"))),
 ]

@@ -62,7 +62,7 @@ def test_a_folder_is_searched_through_links_once_and_what_is_left_out_is_named(t
     assert [os.path.relpath(path, folder) for path in found] == ["sub/b.txt", "sub/c.TXT", "z.txt"]
     assert lines == [
         f"left out of {folder} {kind}"
-        for kind in ("(read already, by another link): twice, linked/d.txt, sub/loop",
+        for kind in ("(already read through another link): twice, linked/d.txt, sub/loop",
                      "(no ending): LICENSE", "(.md): notes.md",
                      "(hidden or temporary): _job/a.txt, sub/.b.txt, sub/.c/deep/c.txt")
     ]

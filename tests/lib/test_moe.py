@@ -380,9 +380,9 @@ def test_muon_orthogonalizes_each_expert_alone():
 @pytest.mark.parametrize(
     "settings, says",
     [(dict(n_active=5), "--n_active 5 is above --n_experts 4"),
-     (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.*: 16 or 24 is"),
-     (dict(expert_width=3), "multiple of 8.*: 8 is"),
-     (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.*: 32 or 40 is"),
+     (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.* 16 or 24"),
+     (dict(expert_width=3), "multiple of 8.* give 8"),
+     (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.* 32 or 40"),
      (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
 def test_experts_that_cannot_be_are_refused(settings, says):
     with pytest.raises(BadInput, match=says):

@@ -48,10 +48,12 @@ from runs import (
 
 import fineweb
 import train_gpt2
-from lib import checkpoint, run_folder
+from lib import checkpoint, resume, run_folder
+from lib.checkpoint_writer import CheckpointWriter
 from lib.cli import BadInput, RankError
+from lib.existing_runs import check_name
 from lib.files import locked
-from lib.run_folder import Writer, check_name, rewind
+from lib.rewind import rewind
 from lib.shards import Shards
 from lib.signals import StopSignals
 from lib.tokenizers import train_bpe
@@ -105,7 +107,7 @@ def test_settings_younger_than_a_checkpoint_stay_off(whole):
     }
     cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(
         token_shift=True)  # as today's preset may say
-    run_folder.Resume("old", state, set()).adopt(cfg, model_cfg, set())
+    resume.Resume("old", state, set()).adopt(cfg, model_cfg, set())
     assert (cfg.batch_warmup, cfg.data,
             model_cfg.token_shift) == (0, ("one",), False) and state["timed"] == (3 * batch, 2.0)
 
@@ -130,7 +132,7 @@ def test_a_run_that_went_back_and_is_stopped_says_how_to_go_on(whole, tmp_path, 
         patch.setattr(train_gpt2.StopSignals, "requested",
                       property(lambda self: logged(folder) >= 50))
         train_gpt2.main(["--resume", "log/a/ckpt_00040.pt"])
-    says = re.search(r"stopped at step (\d+) of 60: the same command with (.+) goes on\n",
+    says = re.search(r"stopped at step (\d+) of 60: run the same command again with (.+) to continue\n",
                      capsys.readouterr().out)
     train_gpt2.main(["--resume", "log/a/ckpt_00040.pt", *says[2].split()])
     assert int(says[1]) > 40 and f"step {says[1]}; as before" in capsys.readouterr().out
@@ -592,7 +594,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, data, tmp_p
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines(folder)[:5]) + "5 tra")
     (folder / "ckpt_00008.pt.tmp").write_bytes(b"half")
     train(data, folder, *KINDS["gpt2"])
-    assert "holds no checkpoint: its run begins anew" in capsys.readouterr().out
+    assert "holds no checkpoint: starting its run over" in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
     assert scalars(folder) == scalars(whole("gpt2")) and not list(folder.glob("*.tmp"))
 
@@ -803,7 +805,7 @@ def test_a_run_whose_folder_goes_away_says_so_and_saves(moved, data, tmp_path):
             shutil.rmtree(folder)
         assert process.wait(60) == 0
     told = out.read_text()
-    assert f"{folder} was moved or removed while the run went on: made again" in told
+    assert f"{folder} was moved or removed during the run: made again" in told
     assert "Traceback" not in told and "done: " in told
     assert steps_saved(folder)[-3:] == [200, 225, 250] and (folder / "config.json").exists()
     assert checkpoint.read(
@@ -856,7 +858,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, m
 
 
 @pytest.mark.parametrize("code, told", [(errno.ENOSPC, "is full: free some space"),
-                                        (errno.EIO, r"fails \(Input/output error\): see to it")])
+                                        (errno.EIO, r"fails \(Input/output error\): check it")])
 def test_a_log_that_cannot_grow_ends_a_run_in_one_line(code, told, data, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.Logger, "log_step",
                         lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
@@ -949,7 +951,7 @@ def test_a_run_outlives_a_folder_that_cannot_be_written_for_a_while(whole, data,
     train(data, folder, *KINDS["gpt2"])
     out = capsys.readouterr().out
     assert out.count(
-        f"cannot save a checkpoint in {folder} (Is a directory): see what became of it") == 2
+        f"cannot save a checkpoint in {folder} (Is a directory): check the folder") == 2
     assert steps_saved(folder) == [8, 32, 40, 48, 56, 60] and "done: " in out
     assert_same_runs(folder, whole_run)
 
@@ -968,7 +970,7 @@ def write(writer, step, state):
 @pytest.mark.parametrize("keep, left", [(2, [4, 5]), (0, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
 def test_the_writer_keeps_the_newest(keep, left, tmp_path):
     (tmp_path / "ckpt_00001.pt.aside").touch()
-    writer = Writer(tmp_path, keep)
+    writer = CheckpointWriter(tmp_path, keep)
     for step in range(1, 6):
         assert writer.collect() is None
         says = rf"saved {tmp_path}/ckpt_0000{step}.pt, 0.00 GB in \d+\.\d s; training waited \d+ ms"
@@ -982,7 +984,7 @@ def test_the_writer_keeps_the_newest(keep, left, tmp_path):
 
 
 def test_the_writer_makes_room_but_for_the_newest(tmp_path, monkeypatch):
-    writer = Writer(tmp_path, keep=5)
+    writer = CheckpointWriter(tmp_path, keep=5)
     for step in (1, 2, 3):
         checkpoint.write(checkpoint.path_of(tmp_path, step), {"x": torch.ones(1000)})
     with monkeypatch.context() as patch:
@@ -996,7 +998,7 @@ def test_the_writer_makes_room_but_for_the_newest(tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_makes_no_room(tmp_path, monkeypatch):
-    writer = Writer(tmp_path, keep=5)
+    writer = CheckpointWriter(tmp_path, keep=5)
     for step in (1, 2, 3):
         checkpoint.write(checkpoint.path_of(tmp_path, step), {"x": torch.ones(1000)})
     full_when(monkeypatch, lambda _: True)
@@ -1009,7 +1011,7 @@ def test_the_best_checkpoint_makes_no_room(tmp_path, monkeypatch):
 def test_tied_tensors_stay_one(tmp_path):
     tied = torch.randn(200, 100)
     state = {"wte": tied, "head": tied, "parts": [tied, tied.clone()]}
-    write(Writer(tmp_path, 0), 1, state)
+    write(CheckpointWriter(tmp_path, 0), 1, state)
     assert 160_000 < (tmp_path / "ckpt_00001.pt").stat().st_size < 170_000
     loaded = checkpoint.read(tmp_path / "ckpt_00001.pt")
     assert loaded["wte"].data_ptr() == loaded["head"].data_ptr() != loaded["parts"][1].data_ptr(
@@ -1017,7 +1019,7 @@ def test_tied_tensors_stay_one(tmp_path):
 
 
 def test_training_waits_for_the_copy_and_not_for_the_disk(whole, data, tmp_path, monkeypatch):
-    copy, save, updates = Writer._to_host, torch.save, []
+    copy, save, updates = CheckpointWriter._to_host, torch.save, []
 
     def late_copy(*args):
         time.sleep(0.1)  # the tensors would have changed by then
@@ -1031,7 +1033,7 @@ def test_training_waits_for_the_copy_and_not_for_the_disk(whole, data, tmp_path,
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (updates.append(1), step(self)))
-    monkeypatch.setattr(Writer, "_to_host", late_copy)
+    monkeypatch.setattr(CheckpointWriter, "_to_host", late_copy)
     monkeypatch.setattr(torch, "save", late_save)
     folder = train(data, tmp_path / "a", *KINDS["gpt2"])
     assert_same_runs(folder, whole("gpt2"))
@@ -1044,7 +1046,7 @@ def test_training_waits_for_the_copy_and_not_for_the_disk(whole, data, tmp_path,
 
 
 def test_what_fails_in_the_background_comes_out_of_collect(tmp_path, monkeypatch):
-    writer = Writer(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, 1)
     write(writer, 1, {"x": torch.zeros(9)})
 
     def half(state, file):
@@ -1056,7 +1058,7 @@ def test_what_fails_in_the_background_comes_out_of_collect(tmp_path, monkeypatch
         patch.setattr(torch, "save", half)
         write(writer, 2, {"x": torch.zeros(9)})
     with monkeypatch.context() as patch, pytest.raises(BadInput,
-                                                       match="no copy of it fits into memory"):
+                                                       match="no memory for a copy"):
         patch.setattr(torch, "empty", lambda *args, **kwargs:
                       (_ for _ in ()).throw(RuntimeError("no memory")))
         write(writer, 2, {"x": torch.zeros(10)})
@@ -1071,7 +1073,7 @@ def test_the_optimizer_keeps_its_own_settings():
     model(torch.ones(1, 3)).sum().backward()
     before.step()
     after = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
-    run_folder.load_optimizer(after, before.state_dict(), 1)
+    resume.load_optimizer(after, before.state_dict(), 1)
     assert after.param_groups[0]["fused"] is True and after.param_groups[0]["weight_decay"] == 0.1
     assert same(after.state_dict()["state"], before.state_dict()["state"])
 

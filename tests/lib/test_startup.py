@@ -1,4 +1,4 @@
-"""What each script does before torch is imported: python -m pytest tests/lib/test_startup.py"""
+"""Every script before torch is imported: python -m pytest tests/lib/test_startup.py"""
 
 import os
 import subprocess
@@ -9,14 +9,13 @@ from helpers import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
-# stands in for numpy and torch, one of which every script imports first of the slow modules
+# replaces numpy and torch, the first slow modules that the scripts import
 REPORT = f"import os; print(*[os.environ.get(name) for name in {OURS}], flush=True); os._exit(0)"
 INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
 
 
 def start(words, tmp_path, module, **environment):
-    """Run Python on `words`, with this source in place of the libraries that take long to import.
-    """
+    """Run Python on `words`; `module` is the source of numpy and torch."""
     for name in ("numpy.py", "torch.py"):
         (tmp_path / name).write_text(module)
     env = {name: value for name, value in os.environ.items() if name not in OURS}
@@ -26,7 +25,7 @@ def start(words, tmp_path, module, **environment):
 
 
 def waiting(words, tmp_path, **environment):
-    """How OpenMP is to wait when the slow imports begin."""
+    """The variables of OpenMP when the slow imports begin."""
     return start(words, tmp_path, REPORT, **environment).stdout.split()
 
 
@@ -39,7 +38,7 @@ def test_waiting_threads_sleep(script, tmp_path):
     ({"OMP_NUM_THREADS": "1"}, ["PASSIVE", "1000", "None", "1"]),  # torchrun's
     ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None", "None", "None"]),
     ({"KMP_BLOCKTIME": "0"}, ["None", "None", "0", "None"])])
-def test_what_the_environment_says_of_threads_stays(environment, want, tmp_path):
+def test_the_environment_decides_how_threads_wait(environment, want, tmp_path):
     assert waiting([ROOT / "train_gpt2.py"], tmp_path, **environment) == want
 
 
@@ -54,20 +53,32 @@ def test_ctrl_c_during_imports_is_one_line(script, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
-def test_of_several_processes_one_speaks(tmp_path):
+def test_only_rank_0_prints(tmp_path):
     done = start([ROOT / "train_gpt2.py"], tmp_path, INTERRUPT, RANK="1")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_ctrl_c_later_is_an_exception_again(tmp_path):
-    code = ("import os, signal, sys\nfrom lib import startup\nstartup.interrupt_quietly()\nfrom lib.cli import run\n"
-            "def main(argv):\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        signal.pause()\n"
-            "    finally:\n        print('saved', flush=True)\nrun(main)")
+    code = """
+import os, signal, sys
+from lib import startup
+startup.interrupt_quietly()
+from lib.cli import run
+
+def main(argv):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    finally:
+        print("saved", flush=True)
+
+run(main)
+"""
     done = start(["-c", code], tmp_path, "")
     assert (done.returncode, done.stdout, done.stderr) == (130, "saved\n", "\ninterrupted\n")
 
 
-def test_garbage_is_left_alone_while_a_script_imports(tmp_path):
+def test_garbage_is_not_collected_while_a_script_imports(tmp_path):
     report = "import gc, os; print(gc.isenabled(), flush=True); os._exit(0)"
     assert start([ROOT / "train_gpt2.py"], tmp_path, report).stdout == "False\n"
     assert start(["-c", "import train_gpt2"], tmp_path, report).stdout == "True\n"

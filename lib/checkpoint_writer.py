@@ -1,0 +1,163 @@
+"""Write checkpoints in the background while training continues, and delete old ones."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib import checkpoint
+from lib.cli import EXHAUSTED, BadInput
+
+
+class CheckpointWriter:
+    """Writes checkpoints to `folder` in a thread, one at a time; keeps the newest `keep` (0: all).
+
+    `start` returns at once: the thread copies the tensors to the host on a CUDA stream of its own,
+    while the next forward and backward passes only read them. Call `wait_copied` before changing
+    them.
+    """
+
+    def __init__(self, folder: str | Path, keep: int):
+        self.folder = Path(folder)
+        self.keep = keep
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.future: Future[str] | None = None
+        self.stall = 0.0  # seconds that training waited for the latest checkpoint
+        self.copied = threading.Event()
+        self.copied.set()
+        # Host tensors by (shape, dtype), reused for every checkpoint: pinning a gigabyte halts
+        # the GPU for a second.
+        self.pool: dict[tuple, list[torch.Tensor]] = {}
+
+    def reserve(self, like: Iterable[torch.Tensor]) -> None:
+        """Allocate pinned memory for GPU tensors like these in the background."""
+        on_gpu = [tensor for tensor in like if tensor.is_cuda]
+
+        def allocate():
+            for tensor in on_gpu:
+                self._allocate(tensor)
+
+        self.executor.submit(allocate)
+
+    def start(self, step: int, state: dict[str, Any], before: Callable[[], Any] = lambda: None,
+              former_best: int | None = None) -> None:
+        """Begin to write ckpt_<step>.pt. `collect` the previous one first.
+
+        before: called right before writing; if it fails, so does the checkpoint. former_best: step
+        of the best checkpoint so far, which is not deleted to make room for this one.
+        """
+        started = time.perf_counter()
+        assert self.future is None, "collect the previous checkpoint first"
+        self.copied.clear()
+        ready = None
+        device = next((t.device for t in checkpoint.tensors(state) if t.is_cuda), None)
+        if device:
+            ready = (device, torch.cuda.current_stream(device).record_event())
+        copy = partial(self._to_host, state, ready)
+        path = checkpoint.path_of(self.folder, step)
+        self.future = self.executor.submit(self._write, path, copy, before, former_best)
+        self.stall = time.perf_counter() - started
+
+    def wait_copied(self) -> None:
+        """Wait until the tensors passed to `start` may change."""
+        started = time.perf_counter()
+        self.copied.wait()
+        self.stall += time.perf_counter() - started
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint was started and not collected yet."""
+        return self.future is not None
+
+    def collect(self, wait: bool = False) -> str | None:
+        """A line about the checkpoint once it is written; None until then, or without one.
+
+        Raises BadInput if it cannot be written.
+        """
+        future = self.future
+        if future is None or not (wait or future.done()):
+            return None
+        self.future = None
+        started = time.perf_counter()
+        error = future.exception()  # waits for it
+        self.stall += time.perf_counter() - started
+        if isinstance(error, OSError):  # the folder was removed or is read-only
+            remedy = EXHAUSTED.get(error.errno or 0, "check the folder")
+            raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): "
+                           f"{remedy}") from error
+        return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
+
+    def _write(self, path: Path, copy: Callable[[], dict], before: Callable[[], Any],
+               former_best: int | None) -> str:
+        started = time.perf_counter()
+        try:
+            state = copy()
+        except Exception as error:
+            raise BadInput(f"cannot save {path}: no memory for a copy "
+                           f"({type(error).__name__}: {str(error)[:80]})") from error
+        finally:
+            self.copied.set()
+        size = checkpoint.n_bytes(state)
+        self._make_room(size, former_best)
+        before()
+        checkpoint.write(path, state)
+        best = state.get("best")
+        self._delete_old(best[1] if best else None)
+        return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
+
+    def _make_room(self, size: int, best: int | None) -> None:
+        """Delete checkpoints, oldest first, until `size` bytes are free; keep the newest and that
+        of the step `best`."""
+        if not self.keep:
+            return
+        for path in reversed(self._newest_first(best)[1:]):
+            if shutil.disk_usage(self.folder).free < size:
+                path.unlink(missing_ok=True)
+
+    def _delete_old(self, best: int | None) -> None:
+        """Delete all but the newest `keep` checkpoints and that of the step `best`."""
+        if not self.keep:
+            return
+        for path in self._newest_first(best)[self.keep:]:
+            path.unlink(missing_ok=True)
+
+    def _newest_first(self, best: int | None) -> list[Path]:
+        """The checkpoints without that of the step `best`."""
+        return [path for step, path in checkpoint.found(self.folder) if step != best]
+
+    def _to_host(self, state: dict, ready: tuple | None) -> Any:
+        """A copy of `state` on the CPU. ready: (device, event to wait for) on a GPU, else None."""
+        spare = {key: list(buffers) for key, buffers in self.pool.items()}
+        copies: dict[tuple, torch.Tensor] = {}
+
+        def copy(tensor):
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if key not in copies:  # tied weights stay one tensor
+                buffers = spare.get((tensor.shape, tensor.dtype)) or [self._allocate(tensor)]
+                copies[key] = buffers.pop().copy_(tensor, non_blocking=True)
+            return copies[key]
+
+        if ready is None:
+            return checkpoint.map_tensors(copy, state)
+        device, event = ready
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            state = checkpoint.map_tensors(copy, state)
+        stream.synchronize()
+        return state
+
+    def _allocate(self, tensor: torch.Tensor) -> torch.Tensor:
+        shape, dtype = tensor.shape, tensor.dtype
+        try:
+            buffer = torch.empty(shape, dtype=dtype, pin_memory=tensor.is_cuda)
+        except RuntimeError:  # pinned memory may be limited; unpinned memory is slower to copy to
+            buffer = torch.empty(shape, dtype=dtype)
+        self.pool.setdefault((shape, dtype), []).append(buffer)
+        return buffer
