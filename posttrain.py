@@ -31,7 +31,7 @@ from lib.chat_template import JINJA, render
 from lib.cli import BadInput, check, flag, launched, parse, path_flag, run
 from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
-from lib.run_folder import find_resume
+from lib.resume import find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import END, RESERVED, load_tokenizer
 from train_gpt2 import (

@@ -77,7 +77,8 @@ from lib.mixture import Corpus, Mixture, Stream, micro_batches
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
-from lib.run_folder import RunFolder, explained, find_resume, may_change, take_settings
+from lib.resume import find_resume, may_change, take_settings
+from lib.run_folder import RunFolder, explained
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
 from lib.tokenizers import load_tokenizer

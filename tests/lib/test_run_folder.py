@@ -48,7 +48,7 @@ from runs import (
 
 import fineweb
 import train_gpt2
-from lib import checkpoint, run_folder
+from lib import checkpoint, resume, run_folder
 from lib.cli import BadInput, RankError
 from lib.files import locked
 from lib.run_folder import Writer, check_name, rewind
@@ -105,7 +105,7 @@ def test_settings_younger_than_a_checkpoint_stay_off(whole):
     }
     cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(
         token_shift=True)  # as today's preset may say
-    run_folder.Resume("old", state, set()).adopt(cfg, model_cfg, set())
+    resume.Resume("old", state, set()).adopt(cfg, model_cfg, set())
     assert (cfg.batch_warmup, cfg.data,
             model_cfg.token_shift) == (0, ("one",), False) and state["timed"] == (3 * batch, 2.0)
 
@@ -1071,7 +1071,7 @@ def test_the_optimizer_keeps_its_own_settings():
     model(torch.ones(1, 3)).sum().backward()
     before.step()
     after = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
-    run_folder.load_optimizer(after, before.state_dict(), 1)
+    resume.load_optimizer(after, before.state_dict(), 1)
     assert after.param_groups[0]["fused"] is True and after.param_groups[0]["weight_decay"] == 0.1
     assert same(after.state_dict()["state"], before.state_dict()["state"])
 
