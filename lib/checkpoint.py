@@ -45,7 +45,7 @@ DIFFERENT = "the processes found different checkpoints: name one ckpt_<step>.pt"
 GPT2 = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """The flags that name a trained model, for train_gpt2.py's `load_checkpoint`."""
 

@@ -49,16 +49,18 @@ class RankError(BadInput):
     """A BadInput that one process of several may meet alone: printed by the one that meets it."""
 
 
-def flag(default, help, short=None, path=False, **bounds):
+def flag(default, help, short=None, path=False, choices=None, **bounds):
     """A dataclass field that `parse` turns into the flag --<name of the field>;
     without a help text (None), a setting without a flag.
 
     short: a letter, for the same flag as -<letter>. path: see path_flag.
-    bounds: above, at_least, below, at_most; `check` compares every number with them. Any float must
-    be finite besides, any integer below 2**63.
+    choices: a function that returns the allowed names, such as the dict of name -> class that the
+    setting selects from. It is called late: the classes may be defined below the config.
+    bounds: above, at_least, below, at_most. `check` compares numbers with them. Floats must also be
+    finite, integers below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    metadata = {"help": help, "short": short, "path": path, "bounds": bounds}
+    metadata = {"help": help, "short": short, "path": path, "choices": choices, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -255,10 +257,23 @@ def check(config):
             _check(field, getattr(config, field.name), hints[field.name])
 
 
+def choices_of(field, hint):
+    """The values that a field allows, a tuple; empty if they are not listed. hint: its type."""
+    if field.metadata.get("choices"):
+        return tuple(field.metadata["choices"]())
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return choices_of(field, kinds[0]) if len(kinds) == 1 else ()
+
+
 def _check(field, value, hint):
     name = f"--{field.name}" if field.metadata["help"] else field.name
-    if not _is_a(value, hint):
-        raise BadInput(f"{name} must be {_describe(hint)}, not {_short(value)}")
+    choices = field.metadata["choices"] and choices_of(field, hint)
+    known = not choices or value is None or value in choices
+    if not _is_a(value, hint) or not known:
+        allowed = " or ".join(choices) if choices else _describe(hint)
+        raise BadInput(f"{name} must be {allowed}, not {_short(value)}")
     if value == "" and _is_a(
             None, hint
     ):  # what can be left out says nothing when it is empty: an unset variable of a shell
@@ -316,13 +331,37 @@ def _is_utf8(text):
 def parse(classes, argv, doc=None, presets=None, command=None):
     """Read `argv` into one instance of each dataclass.
 
-    The first class may have a field `preset`; `presets` then maps its values to overrides of the
-    defaults, which any flag overrides in turn. Fields without help are not flags and keep their
-    defaults.
+    Returns (list of instances, set of the names given on the command line). Takes and raises what
+    `read_flags` does.
+    """
+    given = read_flags(classes, argv, doc, presets, command)
+    preset = presets[given.get("preset", classes[0].preset)] if presets else {}
+    return [resolve(cls(), preset, given) for cls in classes], set(given)
 
-    Returns (list of instances, set of the names given on the command line).
-    Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type,
-    outside the choices or the bounds.
+
+def resolve(config, *sources):
+    """A config dataclass with the settings of each source, a dict. Later sources win.
+
+    A source may name settings of other configs, too; they are left out. Raises BadInput as `check`
+    does.
+    """
+    names = {field.name for field in dataclasses.fields(config)}
+    merged = {}
+    for source in sources:
+        merged.update(source)
+    resolved = dataclasses.replace(config, **{n: v for n, v in merged.items() if n in names})
+    check(resolved)
+    return resolved
+
+
+def read_flags(classes, argv, doc=None, presets=None, command=None):
+    """Read `argv` into {name: value} of the flags that it gives, fields of any of `classes`.
+
+    The first class may have a field `preset`; `presets` then maps its values to overrides of the
+    defaults, for --help. Fields without help are not flags.
+
+    Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type or
+    outside the choices; bounds are checked by `resolve`.
     """
     overrides = {}
     if presets:
@@ -335,34 +374,35 @@ def parse(classes, argv, doc=None, presets=None, command=None):
                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS)
     for cls in classes:
-        group, hints = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls)
+        group = parser.add_argument_group(cls.__name__)
+        hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if field.metadata.get("help"):
-                default, bounds = overrides.get(field.name, field.default), field.metadata["bounds"]
-                shown = field.metadata["help"] + (f"; {_range(bounds)}" if bounds else "")
-                shown += "" if default is None else f" [{_show(default)}]"
+                default = overrides.get(field.name, field.default)
                 short = [f"-{field.metadata['short']}"] if field.metadata["short"] else []
-                group.add_argument(*short, f"--{field.name}", help=shown.replace("%", "%%"),
-                                   **_argument(hints[field.name]))
+                group.add_argument(*short, f"--{field.name}", help=_help(field, default),
+                                   **_argument(field, hints[field.name]))
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     given = vars(parser.parse_args(argv))
     given.pop("debug", None)  # read by run()
-    if empty := [name for name, value in given.items()
-                 if value in ([], ())]:  # argparse drops a value of "--"
+    empty = [name for name, value in given.items() if value in ([], ())]
+    if empty:  # argparse drops a value of "--"
         raise BadInput(f"--{empty[0]}: expected one argument")
 
     for cls in classes:
         for field in dataclasses.fields(cls):
             if field.metadata.get("path") and field.name in given:
                 given[field.name] = _expand(field.name, given[field.name])
-    values = {**overrides, **given}
-    names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
-    configs = [
-        cls(**{k: v for k, v in values.items() if k in own}) for cls, own in zip(classes, names)
-    ]
-    for config in configs:
-        check(config)
-    return configs, set(given)
+    return given
+
+
+def _help(field, default):
+    text = field.metadata["help"]
+    if field.metadata["bounds"]:
+        text += f"; {_range(field.metadata['bounds'])}"
+    if default is not None:
+        text += f" [{_show(default)}]"
+    return text.replace("%", "%%")
 
 
 def _expand(name, value):
@@ -411,18 +451,19 @@ def _show(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def _argument(hint):
+def _argument(field, hint):
     """The keyword arguments of `add_argument` for a field's type."""
     if hint is bool or hint == bool | None:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is typing.Literal:
-        return {"choices": typing.get_args(hint)}
+    choices = choices_of(field, hint)
+    if choices:
+        return {"choices": choices}
     if typing.get_origin(hint) is tuple:  # tuple[str, ...]
         return {"nargs": "+", "type": _scalar(typing.get_args(hint)[0]), "action": _Extend}
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         if len(kinds) == 1:  # str | None, Literal[...] | None
-            return _argument(kinds[0])
+            return _argument(field, kinds[0])
         return {"type": _union(kinds)}  # int | Literal["auto"]
     return {"type": _scalar(hint)}
 

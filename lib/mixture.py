@@ -163,28 +163,28 @@ class Corpus:
         for source in self.sources:
             check_shards(source.shards, tokenizer)
 
-    def check_length(self, cfg):
-        """Raises BadInput if a run of cfg.steps is too short for the curriculum, or so long that a
+    def check_length(self, cfg, steps):
+        """Raises BadInput if a run of `steps` is too short for the curriculum, or so long that a
         source of several runs dry; not for one of --minutes, whose length comes later:
-        lib/budget.py's `warnings`."""
+        lib/description.py's `warnings`."""
         if cfg.minutes:
             return
-        if (cfg.curriculum_steps or 0) > cfg.steps:
+        if (cfg.curriculum_steps or 0) > steps:
             raise BadInput(
-                f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {cfg.steps} steps: shorten it"
+                f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of {steps} steps: shorten it"
             )
         passes = zip(self.sources, self.weights, self.epochs(tokens_of(
-            cfg.steps, cfg))) if self.is_mixed else ()
+            steps, cfg))) if self.is_mixed else ()
         for source, weight, epochs in passes:
             if epochs > MOST_EPOCHS:
                 raise BadInput(f"{source.name} runs dry: the run would pass over its {source.shards.tokens['train']:,} tokens "
                                f"{epochs:,.0f} times, more than {MOST_EPOCHS}; lower "
                                f"{'its weight' if weight else '--curriculum_steps'}, train for less, or give it more text")
 
-    def describe(self, cfg, block_size):
-        """Lines for the start of a run of cfg.steps."""
+    def describe(self, cfg, plan):
+        """Lines for the start of a run. plan: its lib.plan.RunPlan."""
         val = [
-            min(cfg.val_tokens, s.shards.tokens["val"] - 1) // block_size * block_size
+            min(cfg.val_tokens, s.shards.tokens["val"] - 1) // plan.block_size * plan.block_size
             for s in self.sources
         ]
         lines = [f"data    {s.shards.folder}: {s.shards.tokens['train']:,} train tokens in {len(s.shards.train)} shards, "
@@ -193,7 +193,7 @@ class Corpus:
             lines = [
                 f"{line}; {share:.1%} of the mixture" + ("" if cfg.minutes else f", {n:.2f} epochs")
                 for line, share, n in zip(lines, self.weights, self.epochs(tokens_of(
-                    cfg.steps, cfg)))
+                    plan.steps, cfg)))
             ]
         if self.is_mixed and cfg.curriculum:
             lines[

@@ -29,7 +29,7 @@ STARVED = 0.01  # of an even share: next to nothing. In a step of many tokens ev
 SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExpertConfig:
     n_experts: int = flag(
         0, "experts in place of each block's MLP, a Mixture of Experts; 0: a dense MLP", at_least=0,

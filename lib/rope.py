@@ -2,7 +2,7 @@
 tables, also for more positions than a model was trained with."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -75,5 +75,5 @@ def extend(model, cfg):
                 )  # the same for all layers: a long context's are large
     for rotary in (module for module in model.modules() if hasattr(module, "cos")):
         rotary.cos, rotary.sin = cos, sin
-    model.config.block_size = cfg.context
+    model.config = replace(model.config, block_size=cfg.context)
     return model

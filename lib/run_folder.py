@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.budget import UNMEASURED, tokens_of, warnings
+from lib.budget import UNMEASURED, tokens_of
 from lib.cli import EXHAUSTED, BadInput, RankError, is_broken, launched
 from lib.decoding import SHOWN
+from lib.description import warnings
 from lib.files import (
     DISK_FULL,
     LOST,
@@ -172,8 +173,8 @@ class RunFolder:
         self.log, self.writer, self.open_locks = Null(), Null(), contextlib.ExitStack()
         self.seconds = 0.0  # of training steps, in this start
         self.results = {}   # the latest of each evaluation, by tag
-        self.warnings = partial(
-            warnings, cfg, corpus) if cfg.minutes else list  # of the length, as soon as it stands
+        # of the length, once it is fixed
+        self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else None
         self.saved = None      # step of the newest checkpoint that this start wrote, or is writing
         self.best = None       # [validation loss, step] of the best checkpoint that was written
         self.candidate = None  # the same of the one to replace it
@@ -212,11 +213,11 @@ class RunFolder:
         """Rewind the folder to where the run begins, write config.json and open the log.
 
         config: dict of what says which run this is: goes into config.json and into every
-        checkpoint. position: as Resume.restore gives it. like: tensors (shapes and dtypes) of a
+        checkpoint. position: a lib.resume.Position. like: tensors (shapes and dtypes) of a
         checkpoint, for which there must be room on the disk, and for which memory is allocated;
         raises BadInput if there is none.
         """
-        step = position["step"]
+        step = position.step
         check_room(self.folder, sum(t.numel() * t.element_size() for t in like), "a checkpoint",
                    checkpoint.NO_ROOM)
         changed, command = ", ".join(resume.changed) if resume else "", this_command()
@@ -245,7 +246,7 @@ class RunFolder:
         first = {name: settings[name] for name in FIRST_COLUMNS}
         self.log.hyperparameters(step, first | settings)
         self.first = step
-        self.best = position.get("best")
+        self.best = position.best
         self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
         self.saved_at = time.monotonic()
         self.writer = Writer(self.folder, self.keep)
@@ -382,9 +383,9 @@ class RunFolder:
         """The run has so many steps, as --minutes of them turn out to be. Once that stands, says
         what speaks against it."""
         if stands:
-            for line in self.warnings():
+            for line in self.warnings(steps) if self.warnings else ():
                 self.say(line)
-            self.warnings = list
+            self.warnings = None
         self.config["max_steps"] = steps  # written with the next checkpoint
         self.log.set_length(steps)
 
@@ -406,12 +407,14 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def explained(cfg):
-    """What the machine lacks, in one line: memory, a compiler, room on the disk."""
+def explained(cfg, micro_batch=None):
+    """What the machine lacks, in one line: memory, a compiler, room on the disk.
+
+    micro_batch: sequences per forward pass, once known."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: "
+        raise RankError(f"out of GPU memory with --micro_batch {micro_batch or cfg.micro_batch}: "
                         "give a smaller one") from error
     except (RuntimeError, MemoryError) as error:
         if checkpoint.is_memory(error):
