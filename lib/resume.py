@@ -5,7 +5,6 @@ import copy
 import math
 import os
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -202,7 +201,8 @@ def merge(config, before: dict, explicit: set[str], free: set[str]):
     and the others. Raises BadInput for values out of bounds.
     """
     earlier = {}
-    changed, misfits = [], []
+    changed: list[str] = []
+    misfits: list[str] = []
     for setting in fields(config):
         if setting.name in START_FLAGS:
             continue
@@ -224,15 +224,12 @@ def as_text(value) -> str:
 
 def leaves(state) -> list:
     """The values in nested dicts and lists, in order."""
-    parts: Iterable
     if isinstance(state, dict):
-        parts = state.values()
-    elif isinstance(state, (list, tuple)):
-        parts = state
-    else:
+        state = list(state.values())
+    if not isinstance(state, (list, tuple)):
         return [state]
     found = []
-    for part in parts:
+    for part in state:
         found += leaves(part)
     return found
 
@@ -280,7 +277,7 @@ def state_after_step(optimizer, group, p):
 def kinds(state: dict) -> dict:
     """What two states of a parameter must have in common: names, shapes, finite values, and counts
     of steps that are not negative."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in state.items():
         found[name] = None
         if isinstance(value, torch.Tensor):
@@ -323,14 +320,16 @@ def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
             if start:
                 note(f"--resume {start} is where {name} began; it continues from its own "
                      "checkpoints")
-            return Resume(*checkpoint.newest(own, note), seen), found
+            path, state = checkpoint.newest(own, note)
+            return Resume(path, state, seen), found
     if start is None:
         return None, found
     if not os.path.isdir(start):
         return Resume(start, checkpoint.read(start), seen), found
     if not checkpoint.found(start):
         raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-    return Resume(*checkpoint.newest(start, note), seen), found
+    path, state = checkpoint.newest(start, note)
+    return Resume(path, state, seen), found
 
 
 def is_run(folder: Path) -> bool:

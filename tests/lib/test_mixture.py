@@ -316,7 +316,7 @@ def test_a_curriculum_goes_by_the_steps_of_the_run_whatever_changes_on_the_way(s
             0.375, 0.25, 0.125, 0, 0, 0]  # of the next row
     train_gpt2.main([*flags, "--run_name", "plain", "--data", str(sources[0])])
     with pytest.raises(BadInput,
-                       match="is at step 10, and --curriculum_steps 8 count from the run's first"):
+                       match="is at step 10, and --curriculum_steps 8 count from the first step"):
         train_gpt2.main(
             ["--log_dir",
              str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage])
