@@ -449,6 +449,7 @@ class PostTraining(Pretraining):
     def begin_with(self, model, model_cfg):
         """Take the weights of the model to begin with -> model_cfg with its vocabulary."""
         fit_vocabulary(model, model_cfg.vocab_size)
+        model_cfg = replace(model_cfg, vocab_multiple=model.config.vocab_multiple)
         if not self.corpus.chat:
             self.weights = [model.state_dict()]
             return model_cfg

@@ -11,10 +11,10 @@
 Improvements over the baseline and their flags:
     SwiGLU or ReLU^2 MLP  --mlp            3x learning rate       --max_lr
     RMSNorm               --norm           4 epochs               --epochs
-    RoPE                  --pos            so many minutes        --minutes
+    RoPE                  --pos            a length in minutes    --minutes
     post-embedding norm   --emb_norm       new shuffle each epoch --shuffle
     query-key norm        --qk_norm        Muon                   --optimizer
-    token shift           --token_shift    other schedules        --schedule, --cooldown
+    token shift           --token_shift    WSD, linear schedules  --schedule, --cooldown
     value residual        --value_residual small batches at first --batch_warmup
     residual scalars      --residual_scalars
     bounded logits        --softcap        weight initialization  --init
@@ -88,7 +88,7 @@ from lib.tokenizers import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
-# (--preset gpt2). Choices are the names in a dict: of a class or function below, or of a preset.
+# (--preset gpt2). Choices are the keys of a dict, which may be defined below.
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,14 @@ class TrainConfig:
               "gpt2-xl 1.6B", choices=lambda: SIZES)
     # data
     data: tuple[str, ...] = path_flag(
-        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each, by their share of the "
-                             "tokens; without weights, mixed by size")
+        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; weights are shares of "
+                             "the tokens, unset: by size")
     curriculum: str | None = path_flag(
-        None, "folder of shards to begin with, simple text, which gives way to --data")
+        None, "folder of shards to begin with, such as simple text; --data gradually replaces it")
     curriculum_steps: int | None = flag(
-        None, "steps until it has given way", above=0, below=2**31)
+        None, "steps until --data has replaced --curriculum", above=0, below=2**31)
     curriculum_mix: str = flag(
-        "cosine", "how it gives way: along half a cosine, linearly, or at once",
+        "cosine", "how the share of --curriculum decays; step: all at once",
         choices=lambda: CURRICULUM_MIX)
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
     val_tokens: int = flag(
@@ -158,36 +158,42 @@ class TrainConfig:
     max_steps: int | None = flag(
         None, "optimizer steps; instead of --epochs", above=0, below=2**31)
     minutes: float | None = flag(
-        None, "minutes of training steps alone; instead of --epochs", above=0, at_most=1e7)
+        None, "minutes of training steps, evaluations apart; instead of --epochs", above=0,
+        at_most=1e7)
     tokens_per_param: float | None = flag(
         None, "tokens per parameter, Chinchilla's: 20; instead of --epochs", above=0, at_most=1e6)
     total_batch_size: int = flag(
         524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
     batch_warmup: int = flag(
-        0, "first tokens, trained on in steps of half --total_batch_size", at_least=0)
+        0, "tokens at the start for which the batch is half of --total_batch_size", at_least=0)
     micro_batch: int | Literal["auto"] = flag(
-        "auto", "sequences per forward pass; auto: what fits in memory", above=0)
+        "auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     plan: bool = flag(
-        False, "print what --tokens_per_param of 8 to 40 take at every --size, and exit")
+        False, "print steps, FLOPs and cost of 8 to 40 tokens per parameter at every --size, and "
+               "exit")
     tok_per_sec: float | None = flag(
-        None, "for --plan: the measured speed, all GPUs together", above=0)
+        None, "for --plan: measured throughput of all GPUs together", above=0)
     price_per_hour: float | None = flag(
         None, "dollars per hour of the machine, to predict what a run costs", above=0)
     # optimizer
     optimizer: str = flag(
-        "adamw", "muon: for the matrices in blocks, with AdamW for the rest",
+        "adamw", "muon: Muon for the matrices in blocks, AdamW for the rest",
         choices=lambda: OPTIMIZERS)
     max_lr: float = flag(
-        6e-4, "peak learning rate; if --optimizer is not the preset's, its own", **LEARNING_RATE)
+        6e-4, "peak learning rate; this and the next three: with another --optimizer than the "
+              "preset's, its own", **LEARNING_RATE)
     embedding_lr: float | None = flag(
-        None, "peak rate of embeddings; unset: --max_lr, 5 times that with --emb_norm", **LEARNING_RATE)
-    head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **LEARNING_RATE)
+        None, "peak rate of embeddings; unset: --max_lr, 5 times that with --emb_norm",
+        **LEARNING_RATE)
+    head_lr: float | None = flag(
+        None, "peak rate of an untied head; unset: --max_lr", **LEARNING_RATE)
     vector_lr: float | None = flag(
         None, "peak rate of norms, biases and scalars; unset: --max_lr", **LEARNING_RATE)
     min_lr_frac: float = flag(
         0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     warmup_steps: int | None = flag(
-        None, "steps of linear warm-up; unset: 3.75%, at least 40 or a quarter", at_least=0)
+        None, "steps of linear warm-up; unset: 3.75% of the run, at least 40 or a quarter of it",
+        at_least=0)
     schedule: str = flag(
         "cosine", "learning rate after the warm-up", choices=lambda: SCHEDULES)
     cooldown: float = flag(
@@ -200,55 +206,55 @@ class TrainConfig:
     eval_every: int = flag(250, "steps between validations", at_least=0)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
     hellaswag_file: str | None = path_flag(
-        None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+        None, "hellaswag_val.jsonl; unset: downloaded once into hellaswag/")
     eval_tasks: str | None = flag(
-        None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
-    eval_tasks_every: int = flag(1000, "steps between evaluations on them", at_least=0)
+        None, "tasks of lm-evaluation-harness, separated by commas: see eval_harness.py")
+    eval_tasks_every: int = flag(1000, "steps between evaluations on --eval_tasks", at_least=0)
     eval_tasks_dir: str | None = path_flag(
-        None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
-    eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all", above=0)
+        None, "folder of <task>.jsonl for --eval_tasks; unset: the Hugging Face hub")
+    eval_tasks_limit: int | None = flag(None, "items per task; unset: all", above=0)
     sample_every: int = flag(250, "steps between printed samples", at_least=0)
-    sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
+    sample_prompt: str = flag("Hello, I'm a language model,", "text that samples continue")
     save_every: int = flag(
         5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
     save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never", at_least=0)
-    keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
+    keep: int = flag(3, "number of newest checkpoints to keep; 0: all", at_least=0)
     keep_best: bool = flag(
         False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after N consecutive non-finite steps", above=0)
     spike: float = flag(
-        0.2, "report losses that are 8 times their spread, and at least N nats, above the median "
-             "of the last 50; 0: none", at_least=0)
+        0.2, "report losses above the median of the last 50 by 8 times their spread, and by at "
+             "least N nats; 0: never", at_least=0)
     log_every: int | None = flag(
-        None, "steps between lines on the console; unset: each of the first ten, then about one "
-              "per second, or per hundred steps", above=0)
+        None, "steps between lines on the console; unset: the first ten, then about one per "
+              "second, or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(
-        None, "name of the folder under --log_dir; without it, preset and time")
-    log_dir: str = path_flag("log", "where run folders go")
+        None, "name of the run's folder in --log_dir; unset: preset and time")
+    log_dir: str = path_flag("log", "folder of all runs")
     resume: str | None = path_flag(
-        None, "checkpoint or run folder to continue; auto: --run_name's newest, as without the "
-              "flag; without a name, the last run of this same command, unless it is finished")
+        None, "checkpoint or run folder to resume; auto: the newest of --run_name, as by default, "
+              "or without a name the last run of this same command, unless it is finished")
     init_from: str | None = path_flag(
         None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
               "or a folder that export_hf.py made")
     tensorboard: int = flag(
-        0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
+        0, "port on which to serve TensorBoard of --log_dir to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(
-        False, "the same losses from the same seed on a GPU too, at a cost in speed")
+        False, "reproducible losses on a GPU, too, at a cost in speed")
     seed: int = flag(
         1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = flag(
-        None, "torch.compile the model; without the flag, on cuda where it saves time")
+        None, "torch.compile the model; unset: on cuda, if that saves time")
 
 
-# Peak learning rates of an optimizer that is not the preset's: the preset's would not suit it.
-RATES = {
+# Peak learning rates of an optimizer that is not the preset's
+RATES: dict[str, dict] = {
     "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
     "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
 }
-FAR_OFF = 10  # times the usual --max_lr, up or down, from which on a run warns
+FAR_OFF = 10  # factor between --max_lr and the usual one, beyond which a run warns
 
 MODERN = dict(
     n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False,
@@ -272,8 +278,8 @@ TINY = SPEEDRUN | dict(
     val_tokens=65_536, eval_every=230, hellaswag_every=0, sample_every=460,
     sample_prompt="Return the", compile=False,
 )
-PRESETS = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
-SIZES = {
+PRESETS: dict[str, dict] = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
+SIZES: dict[str, dict] = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large":  dict(n_layer=36, n_head=20, n_embd=1280),
@@ -694,26 +700,31 @@ def init_weights(model):
 # --------------------------------------------------------------------------------------------------
 # Optimizer set-up and schedule. Nothing else knows what state an optimizer keeps.
 
-# times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
-EMB_NORM_LR = 5
+EMB_NORM_LR = 5  # times --max_lr, for normalized embeddings: at --max_lr they learn too slowly
 
 
 def make_optimizer(model, cfg):
-    """The optimizer of --optimizer.
+    """The optimizer of --optimizer, with every parameter in one group.
 
-    Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits` is how
-    many matrices a fused weight holds.
+    Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits`: number of
+    matrices in a fused weight.
     """
     outside = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
+    fused = row_blocks(model.config)
     members = {}
     for name, p in model.named_parameters():
         module = name.split(".")[-2]
-        kind = "vector" if p.dim() == 1 else outside.get(module, "matrix")
-        splits = row_blocks(model.config).get(module, 1) if kind == "matrix" else 1
+        kind = outside.get(module, "matrix")
+        splits = fused.get(module, 1)
+        if p.dim() == 1:
+            kind = "vector"
+        if kind != "matrix":
+            splits = 1
         members.setdefault((kind, splits), []).append(p)
 
-    embedding_lr = cfg.embedding_lr or cfg.max_lr * (EMB_NORM_LR if model.config.emb_norm else 1)
-    rates = {"embedding": embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
+    rates = {"embedding": cfg.embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
+    if model.config.emb_norm and not cfg.embedding_lr:
+        rates["embedding"] = cfg.max_lr * EMB_NORM_LR
     groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr)
               for (kind, splits), params in members.items()]
     grouped = [id(p) for group in groups for p in group["params"]]
@@ -727,7 +738,7 @@ def make_optimizer(model, cfg):
 
 def adamw(groups, cfg):
     """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al.
-    2020, appendix B). Matrices and embeddings are decayed, vectors are not."""
+    2020, appendix B). Weight decay on matrices and embeddings, not on vectors."""
     decay = {"vector": 0.0}
     groups = [group | dict(kind="adamw", weight_decay=decay.get(group["kind"], cfg.weight_decay))
               for group in groups]
@@ -736,8 +747,8 @@ def adamw(groups, cfg):
 
 
 def muon(groups, cfg):
-    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas
-    for all others."""
+    """Muon for the matrices in blocks, with weight decay; AdamW with modded-nanogpt's betas and
+    without weight decay for all others."""
     of_matrices = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     of_others = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10)
     matrices = [group | of_matrices for group in groups if group["kind"] == "matrix"]
@@ -745,11 +756,11 @@ def muon(groups, cfg):
     return Muon(matrices + others)
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Callable] = {"adamw": adamw, "muon": muon}
 
 
 def state_like(optimizer):
-    """Tensors shaped as those that the optimizer's state will hold: AdamW's two moments, Muon's
+    """Tensors of the shapes that the optimizer's state will have: AdamW's two moments, Muon's
     momentum."""
     copies = {"adamw": 2, "muon": 1}
     like = []
@@ -800,14 +811,14 @@ def cosine(step, start, steps, cooldown):
 
 
 def wsd(step, start, steps, cooldown):
-    """Warm-up, stable, decay: linear in the last share `cooldown` of all steps (Hägele et al. 2024,
-    https://arxiv.org/abs/2405.18392)."""
+    """Warm-up, stable, decay: linear decay in the last share `cooldown` of all steps (Hägele et al.
+    2024, https://arxiv.org/abs/2405.18392)."""
     start = max(start, round(steps * (1 - cooldown)))
     return linear(step, start, steps, cooldown)
 
 
 # (step, first step of the decay, steps of the run, --cooldown) -> what is left of the rate, 1 to 0
-SCHEDULES = {"cosine": cosine, "wsd": wsd, "linear": linear}
+SCHEDULES: dict[str, Callable] = {"cosine": cosine, "wsd": wsd, "linear": linear}
 
 
 def rate_rise(cfg, steps, state):
@@ -829,10 +840,8 @@ def rate_rise(cfg, steps, state):
 
 
 def gradient_groups(model):
-    """dict: name of a part (embedding, block_00, ..., rest) -> its parameters, each in one part.
-
-    A tied head counts as embedding. TensorBoard shows the gradient norms of these parts.
-    """
+    """{name of a part (embedding, block_00, ..., rest): its parameters}, for TensorBoard's gradient
+    norms. A tied head is in embedding."""
     parts = {}
     for name, p in model.named_parameters():
         _, module, layer, *_ = f"{name}..".split(".")
@@ -846,7 +855,7 @@ def gradient_groups(model):
 
 
 def gradient_norm(parameters):
-    """The 2-norm of the gradients of several parameters together, a scalar on their device."""
+    """The 2-norm of all gradients of these parameters, a scalar on their device."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
@@ -952,8 +961,7 @@ def token_stream(corpus, tokenizer, seed, block_size, transform=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation: a list of what is measured, how often, and how. Every process takes part in every
-# forward pass.
+# Evaluation. Every process takes part in every forward pass.
 
 
 class Evaluation(NamedTuple):
@@ -980,13 +988,14 @@ class Evaluation(NamedTuple):
 
 
 def mean_loss(model, rows, micro_batch, processes, stopped=lambda: False):
-    """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of
-    all processes; nan once `stopped()`, which every process asks equally often.
+    """Mean loss in nats per target over all validation rows, of all processes.
 
-    Sums are gathered, not means: the result is the same for any number of processes and any
-    micro-batch. The model, in eval mode, sees one shape, (micro_batch, T), equally often on every
-    process, padded with rows without targets. Gradients stay enabled, so that a compiled forward
-    pass is that of training; the loss asks for none in eval mode.
+    rows: (x, y), or (x, y, documents) if they are packed. stopped: asked by every process equally
+    often; once it is true, the result is nan. Sums are gathered, not means, so that the result is
+    the same for any number of processes and any micro-batch. Every process runs equally many
+    forward passes of one shape, (micro_batch, T), padded with rows without targets. Gradients stay
+    enabled, since a compiled forward pass would be recompiled without; in eval mode the loss
+    computes none.
     """
     nats = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
@@ -1007,7 +1016,7 @@ def mean_loss(model, rows, micro_batch, processes, stopped=lambda: False):
 
 
 def pad_rows(rows, n, fill, device):
-    """int64 (at most n, T) -> a tensor (n, T) on `device`, its last rows full of `fill`."""
+    """int64 (at most n, T) -> a tensor (n, T) on `device`; missing rows are filled with `fill`."""
     missing = n - len(rows)
     return to_device(np.pad(rows, ((0, missing), (0, 0)), constant_values=fill), device)
 
@@ -1213,16 +1222,14 @@ def measure(evaluation, model, micro_batch, stop, monitor):
 
 
 def seed_dropout(seed, step, rank):
-    """Dropout follows from (seed, step, rank): there is no random state to save."""
+    """Dropout depends on (seed, step, rank) alone: there is no random state to save."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
 def accumulate(ddp, batch, n_targets, processes):
-    """Forward and backward over the micro-batches of a step -> this process's share of its loss.
-
-    The loss of a step is the sum over all targets divided by their number over all processes.
-    """
+    """Forward and backward over the micro-batches of a step -> this process's share of its loss:
+    the sum over its targets, divided by the number of targets on all processes."""
     loss_sum = torch.zeros((), device=processes.device)
     for i, (idx, targets, *packing) in enumerate(batch):
         with gradient_sync(ddp, last=i == len(batch) - 1):
@@ -1238,12 +1245,11 @@ def accumulate(ddp, batch, n_targets, processes):
 
 
 def load_checkpoint(name, device="cpu"):
-    """The model that a user named -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
+    """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
     name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl",
-    as lib/checkpoint.py's `pick` takes it. The checkpoint of the last two is a dict of
-    model_config, tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such
-    model.
+    see lib/checkpoint.py's `pick`. The checkpoint of the last two is a dict of model_config,
+    tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
@@ -1257,7 +1263,7 @@ def load_checkpoint(name, device="cpu"):
         with checkpoint.ours(name):
             config = GPTConfig(**state["model_config"])
             check_model(config)
-            # shapes alone, before memory is taken for them
+            # compare shapes, before memory is allocated for them
             on_meta(config).load_state_dict(state["model"], assign=True)
             model = GPT(config)
             model.load_state_dict(state["model"])
@@ -1333,7 +1339,7 @@ def begin_with(cfg, model_cfg, explicit):
 
 
 def flag_warnings(cfg, model_cfg, explicit):
-    """Lines about flags that have no effect, or a rate far from what suits the optimizer."""
+    """Warnings about flags without effect, and a rate far from what suits the optimizer."""
     idle = {
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
         "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
@@ -1341,7 +1347,7 @@ def flag_warnings(cfg, model_cfg, explicit):
     }
     lines = [f"warning: --{name} has no effect without {needed}"
              for name, (is_idle, needed) in idle.items() if is_idle and name in explicit]
-    usual = RATES[cfg.optimizer]["max_lr"]
+    usual = RATES.get(cfg.optimizer, {}).get("max_lr", cfg.max_lr)
     if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
         lines.append(
             f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that "
@@ -1351,8 +1357,7 @@ def flag_warnings(cfg, model_cfg, explicit):
 
 
 def check_model(c):
-    """Check a model's settings against each other; bounds of each are on its field.
-    Raises BadInput."""
+    """Check a model's settings, their bounds and against each other. Raises BadInput."""
     check(c)
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
@@ -1362,13 +1367,14 @@ def check_model(c):
 
 
 def on_meta(model_cfg):
-    """A GPT without weights, to be counted."""
+    """A GPT without memory for its weights, to be counted."""
     with torch.device("meta"):
         return GPT(model_cfg)
 
 
 def build_model(model_cfg, cfg, device):
-    """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
+    """A GPT on `device`, initialized from cfg.seed. Raises BadInput if there is not enough memory
+    to train it."""
     like = on_meta(model_cfg)
     weights = list(like.parameters())
     gradients = weights
@@ -1385,10 +1391,10 @@ def build_model(model_cfg, cfg, device):
 
 @torch.no_grad()
 def fit_vocabulary(model, vocab_size):
-    """Give a GPT, before it is trained, tables for `vocab_size` ids, padded as GPTConfig pads them.
+    """Resize the embedding and the head of a GPT to `vocab_size` ids, padded as GPTConfig says.
 
-    A model of Hugging Face has no padding. New rows begin as the mean of the others: their logits
-    are then the others' mean, so each takes at most 1 / vocab_size of the probability (Jensen).
+    Models from Hugging Face have no padding. New rows begin as the mean of the others: their logits
+    are then the others' mean, so each gets at most 1 / vocab_size of the probability (Jensen).
     """
     c = replace(model.config, vocab_size=vocab_size, vocab_multiple=GPTConfig.vocab_multiple)
     model.config = c

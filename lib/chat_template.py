@@ -25,9 +25,8 @@ def check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadInput("no messages")
     for message in messages:
-        if not isinstance(message, dict):
-            raise BadInput("a message that is not an object")
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+                isinstance(message.get(key), str) for key in ("role", "content")):
             raise BadInput("a message without a role and a content, both text")
         if message["role"] not in ROLES:
             raise BadInput(f"the unknown role {message['role'][:40]!r}")

@@ -110,7 +110,9 @@ def parse(classes, argv: list[str], doc=None, presets=None, command=None):
     are those of `read_flags`.
     """
     given = read_flags(classes, argv, doc, presets, command)
-    preset = presets[given.get("preset", classes[0].preset)] if presets else {}
+    preset = {}
+    if presets:
+        preset = presets.get(given.get("preset", classes[0].preset), {})
     return [resolve(cls(), preset, given) for cls in classes], set(given)
 
 

@@ -625,7 +625,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), data, tmp_path / "log" / "x", "--val_data",
                  chat_file), "--val_data is for files"),
         (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file),
-         r"none to learn from.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
+         r"none to train on.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
         (["--run_name", pretraining.name, "--log_dir",
           pretraining.parent], "not a checkpoint of a post-training run"),
     ]

@@ -66,7 +66,7 @@ def test_a_stopped_run_is_saved_and_goes_on(name, whole, data, tmp_path):
 @pytest.mark.parametrize("step", [8, 60])  # in the midst of the run, and at its last evaluation
 def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole, data, tmp_path,
                                                                     monkeypatch, capsys):
-    evaluate, folder, calls = train_gpt2.evaluate, tmp_path / "a", []
+    evaluate, folder, calls = train_gpt2.mean_loss, tmp_path / "a", []
 
     def stopped(*args):
         calls.append(1)
@@ -75,7 +75,7 @@ def test_a_signal_during_an_evaluation_stops_before_what_comes_next(step, whole,
             time.sleep(0.5)  # the thread that listens hears it
         return evaluate(*args)
 
-    monkeypatch.setattr(train_gpt2, "evaluate", stopped)
+    monkeypatch.setattr(train_gpt2, "mean_loss", stopped)
     sampling = [*KINDS["gpt2"], "--sample_every", "4"]
     train(data, folder, *sampling)
     assert f"stopped at step {step} of 60" in capsys.readouterr().out
