@@ -117,8 +117,7 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
         False, "learned shares of residual stream and embedding in each block's input")
     softcap: float = flag(
         0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
-    init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag(
-        "gpt2", "weight initialization, see init_weights")
+    init: str = flag("gpt2", "weight initialization, see init_weights", choices=lambda: INITS)
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
     vocab_multiple: int = flag(128, None, above=0, at_most=2**16)
@@ -511,8 +510,8 @@ class SwiGLUMLP(MLP):
         return F.silu(gate) * value
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
+NORMS: dict[str, type[nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+MLPS: dict[str, type[MLP]] = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
 
 
 class Block(nn.Module):
@@ -641,6 +640,14 @@ def row_blocks(config):
     return {"c_attn": 3, "c_fc": MLPS[config.mlp].fused, "c_proj": 1, "router": 1}
 
 
+INITS: dict[str, Callable] = {  # standard deviation of a matrix, see init_weights
+    "gpt2": lambda fan_in, fan_out, squared_gain: 0.02,
+    "xavier": lambda fan_in, fan_out, squared_gain: math.sqrt(2 / (fan_in + fan_out)),
+    "kaiming": lambda fan_in, fan_out, squared_gain: math.sqrt(squared_gain / fan_in),
+    "zero_proj": lambda fan_in, fan_out, squared_gain: math.sqrt(1 / 3 / fan_in),
+}
+
+
 @torch.no_grad()
 def init_weights(model):
     """Initialize every parameter, by config.init; fails on a parameter it does not know.
@@ -686,12 +693,7 @@ def init_weights(model):
             fan_out = p.size(-2) / fused[module]
             fan_in = p.size(-1)
             squared_gain = 2 if module == "c_fc" else 1
-            std = {
-                "gpt2": 0.02,
-                "xavier": math.sqrt(2 / (fan_in + fan_out)),
-                "kaiming": math.sqrt(squared_gain / fan_in),
-                "zero_proj": math.sqrt(1 / 3 / fan_in),
-            }[config.init]
+            std = INITS[config.init](fan_in, fan_out, squared_gain)
             p.normal_(std=std * projection_scale if module == "c_proj" else std)
         else:
             raise ValueError(f"init_weights does not know the parameter {name}")
@@ -1414,8 +1416,8 @@ class Pretraining:
     (). extra: more for checkpoints.
     """
 
-    weights = ()
-    extra = {}
+    weights: list | tuple = ()
+    extra: dict = {}
 
     def __init__(self, cfg, explicit, start=None):
         """start: as `begin_with` returns it, or None. Raises BadInput for data of another
