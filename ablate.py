@@ -37,13 +37,14 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.budget import LENGTHS, length_flag, settle
-from lib.cli import BadInput, flag, parse, path_flag, run
+from lib.budget import LENGTHS, length_flag
+from lib.cli import BadInput, choices_of, flag, parse, path_flag, run
 from lib.corpus import Corpus
 from lib.devices import Processes
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import read_scalars, without_compilation
 from lib.moe import ExpertConfig
+from lib.plan import make_plan
 from lib.signals import StopSignals
 from train_gpt2 import check_model, settings, size_of
 
@@ -124,7 +125,7 @@ def choices(config, field):
         return (True, False)
     if field.name in AMOUNTS:
         return AMOUNTS[field.name]
-    return typing.get_args(typing.get_type_hints(type(config))[field.name])
+    return choices_of(field, typing.get_type_hints(type(config))[field.name])
 
 
 def read_changes(path):
@@ -163,8 +164,9 @@ def check_flags(base, words):
         raise BadInput(f"leave --{taken[0]} out"
                        + (" and give --seeds" if taken[0] == "seed" else ""))
     settings(words)  # alone: a stray word would be taken for one more --data
-    whole, (train, model, explicit, *_) = settings([*QUIET,
-                                                    *base])[0], settings([*QUIET, *base, *words])
+    whole = settings([*QUIET, *base]).train
+    changed = settings([*QUIET, *base, *words])
+    train, model, explicit, *_ = changed
     if unlike := [
             name for name, value in shared(whole).items() if shared(train).get(name) != value
     ]:
@@ -181,7 +183,7 @@ def check_flags(base, words):
     if not train.eval_every:
         raise BadInput("--eval_every 0 would measure no loss: leave it out")
     corpus = Corpus(train)
-    settle(train, model, explicit, corpus, size_of(model, corpus), world_size=1)
+    make_plan(changed, corpus, size_of(model, corpus), world_size=1)
     return train.device
 
 

@@ -39,7 +39,7 @@ from train_gpt2 import load_checkpoint
 COMMANDS = "/reset, /temp X, /save FILE, /quit"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     prompt: str | None = flag(None, "answer this alone, and end", short="p")
     system: str | None = flag(None, "a system message to begin with")

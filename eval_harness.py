@@ -31,7 +31,7 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +52,7 @@ TABLES = ("results", "n-samples", "higher_is_better"
           )  # of the harness's results, each a dict of one per task
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     # what is evaluated
     model: str | None = path_flag(
@@ -310,7 +310,7 @@ def main(argv):
     if cfg.model and {"context", "rope_scaling"} & given:
         raise BadInput("--context and --rope_scaling are for a --checkpoint: leave them out")
     if cfg.checkpoint:
-        cfg.checkpoint = checkpoint.pick(cfg.checkpoint)
+        cfg = replace(cfg, checkpoint=checkpoint.pick(cfg.checkpoint))
     output = pick_output(cfg, context)
     manager, names = harness.find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
     with Processes(cfg.device) as processes:

@@ -44,7 +44,7 @@ from lib.decoding import NonFinite
 from train_gpt2 import load_checkpoint
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "folder to write, new or empty")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights")

@@ -28,7 +28,7 @@ from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",),
                                    "texts to continue; an empty one: a document of its own")

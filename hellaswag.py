@@ -32,7 +32,7 @@ from train_gpt2 import load_checkpoint
 CHANCE = 0.25  # one ending of four
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     file: str | None = path_flag(
         None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")

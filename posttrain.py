@@ -1,17 +1,18 @@
 """Post-train a checkpoint on your own data: instructions, conversations, or more text.
 
     python posttrain.py --checkpoint log/<run> --data instructions.jsonl
-    python posttrain.py --checkpoint PATH --data chats.parquet more/ --replay 0.1      # a tenth of the rows is pretraining text
-    python posttrain.py --model gpt2 --data chats.jsonl                                # OpenAI's weights
-    python posttrain.py --checkpoint PATH --data book.txt --epochs 1                   # continued pretraining
-    torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint PATH --data chats.json
+    python posttrain.py --checkpoint log/<run> --data chats.parquet more/ --replay 0.1  # a tenth of
+                                                             # the rows is pretraining text
+    python posttrain.py --model gpt2 --data chats.jsonl                # OpenAI's weights
+    python posttrain.py --checkpoint log/<run> --data book.txt --epochs 1  # continued pretraining
+    torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint log/<run> --data chats.json
 
-The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is told by its
-columns: lib/conversations.py. Of conversations only what the assistant says is learned; they are
-packed into rows without seeing each other, and the model can chat afterwards. A run begins with the
-checkpoint's weights and an optimizer of its own; the checkpoint itself stays as it is.
+The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) follows from its
+columns: lib/conversations.py. In conversations only the assistant's turns are learned. They are
+packed into rows without attending to each other, and the model can chat afterwards. A run begins
+with the checkpoint's weights and a new optimizer; the checkpoint itself is not changed.
 
-Everything a run makes goes to log/<run>/, and an interrupted one goes on, as with train_gpt2.py.
+Everything a run makes goes to log/<run>/, and an interrupted one resumes, as with train_gpt2.py.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -21,89 +22,95 @@ import lib.startup  # noqa: F401 (before torch)
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 
 from lib import checkpoint, conversations, packing, streams
+from lib.budget import only_length
 from lib.chat_template import JINJA, render
-from lib.cli import BadInput, check, flag, launched, parse, path_flag, run
+from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
 from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
+from lib.plan import EVALUATIONS, Settings
 from lib.resume import find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import END, RESERVED, load_tokenizer
 from train_gpt2 import (
+    LEARNING_RATE,
+    OPTIMIZERS,
+    SCHEDULES,
     GPTConfig,
     Pretraining,
     TrainConfig,
     adopt,
-    evaluate,
     fit_vocabulary,
     launch,
     load_checkpoint,
+    mean_loss,
     token_stream,
     validation,
 )
 
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
-MOMENTS = 10  # validations in a run, without --eval_every
 BATCH = 16_384  # tokens per step at most, without --total_batch_size
 # GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not
 # published
 GPT3_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
-ENOUGH = 10  # steps: at least so many per epoch without --total_batch_size, and fewer in all are warned of
-MOST_TOLD = 5  # lines about the data in an error
+# without --total_batch_size, an epoch has at least this many steps; a run of fewer gets a warning
+ENOUGH = 10
+SHOWN_LINES = 5  # about the data, in an error
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(TrainConfig, checkpoint.ModelConfig):
-    """Flags of train_gpt2.py, some with other defaults, and this script's own behind them."""
+    """train_gpt2.py's flags, some with other defaults, then those of this script."""
     # data
     data: tuple[str, ...] | None = path_flag(
         None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
-    val_tokens: int = flag(1_048_576, "validation tokens of token shards, from the start of each folder's val split; "
-                           "if unset, no more than in pretraining", above=0)
-    # length and batch: small steps, for there is little data
+    val_tokens: int = flag(
+        1_048_576, "validation tokens of token shards, from the start of each folder's val split; "
+                   "unset: no more than in pretraining", above=0)
+    # length and batch: small steps, for little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
     total_batch_size: int | None = flag(
-        None, f"tokens per optimizer step, padding included, over all processes and accumulation; if unset, {BATCH:,}, or "
-              f"with little data fewer, for {ENOUGH} to {2 * ENOUGH} steps per epoch", above=0, at_most=2**28)
-    # optimizer: a lower rate than pretraining's, without a warm-up, down to 0
-    optimizer: Literal["adamw", "muon"] | None = flag(None, "if unset, the checkpoint's")
+        None, "tokens per optimizer step, padding included, over all processes and accumulation; "
+              f"unset: {BATCH:,}, or with little data fewer, for {ENOUGH} to {2 * ENOUGH} steps "
+              "per epoch", above=0, at_most=2**28)
+    # optimizer: a lower rate than in pretraining, without a warm-up, down to 0
+    optimizer: str | None = flag(
+        None, "unset: the checkpoint's", choices=lambda: OPTIMIZERS)
     max_lr: float | None = flag(
-        None, "peak learning rate; if unset, as the next three, --lr_scale times the checkpoint's",
-        above=0, at_most=1e6)
-    embedding_lr: float | None = flag(None, "peak learning rate of the embeddings", above=0,
-                                      at_most=1e6)
-    head_lr: float | None = flag(None, "peak learning rate of an untied head", above=0, at_most=1e6)
-    vector_lr: float | None = flag(None, "peak learning rate of norms, biases and scalars", above=0,
-                                   at_most=1e6)
+        None, "peak learning rate; this and the next three unset: --lr_scale times the "
+              "checkpoint's", **LEARNING_RATE)
+    embedding_lr: float | None = flag(
+        None, "peak learning rate of embeddings", **LEARNING_RATE)
+    head_lr: float | None = flag(None, "peak learning rate of an untied head", **LEARNING_RATE)
+    vector_lr: float | None = flag(
+        None, "peak learning rate of norms, biases and scalars", **LEARNING_RATE)
     warmup_steps: int | None = flag(0, "steps of linear warm-up", at_least=0)
-    schedule: Literal["cosine", "wsd",
-                      "linear"] = flag("linear",
-                                       "learning rate after the warm-up, see lr_multiplier")
-    min_lr_frac: float = flag(0.0, "final learning rate as a fraction of the peak", at_least=0,
-                              at_most=1)
-    momentum: float | None = flag(None, "Muon's momentum; if unset, the checkpoint's", at_least=0,
-                                  below=1)
+    schedule: str = flag(
+        "linear", "learning rate after the warm-up", choices=lambda: SCHEDULES)
+    min_lr_frac: float = flag(
+        0.0, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
+    momentum: float | None = flag(
+        None, "Muon's momentum; unset: the checkpoint's", at_least=0, below=1)
     weight_decay: float = flag(
-        0.0, "on matrices, with AdamW on embeddings and head, too; vectors are never decayed",
-        at_least=0, at_most=1e6)
+        0.0, "on matrices; with AdamW on embeddings and head, too", at_least=0, at_most=1e6)
     # what happens along the way
     eval_every: int | None = flag(
-        None, f"steps between validations, 0: never; if unset, {MOMENTS} times in all", at_least=0)
+        None, f"steps between validations, 0: never; unset: {EVALUATIONS} per run", at_least=0)
     hellaswag_every: int = flag(0, "steps between HellaSwag evaluations", at_least=0)
     sample_every: int | None = flag(
-        None, "steps between printed samples, 0: never; if unset, as --eval_every", at_least=0)
+        None, "steps between printed samples, 0: never; unset: as --eval_every", at_least=0)
     sample_prompt: str | None = flag(
-        None, "what a user says, or a text begins with, in samples; if unset, a held-out question")
+        None, "user message, or beginning of a text, that samples answer or continue; unset: a "
+              "held-out question")
     keep_best: bool = flag(
         True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
     # the run
-    seed: int = flag(1337, "seed of what is held out, of shuffling and of dropout", at_least=0,
-                     below=2**63)
+    seed: int = flag(
+        1337, "seed of the validation split, shuffling and dropout", at_least=0, below=2**63)
     # its own
     val_share: float = flag(
         0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
@@ -111,18 +118,20 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     val_data: tuple[str, ...] | None = path_flag(
         None, "files of validation data, instead of --val_share")
     strict: bool = flag(
-        False,
-        "end at the first row that is malformed, or too long, instead of leaving it out, or cutting it"
-    )
-    replay: float = flag(0.0, "share of the rows that is pretraining text, against forgetting",
-                         at_least=0, below=1)
-    replay_data: tuple[str, ...] | None = path_flag(None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure "
-                                                    "what is forgotten; if unset, those the checkpoint was trained on")
-    lr_scale: float | None = flag(None, "of the checkpoint's peak learning rates; if unset, 0.1 after pretraining, "
-                                  "1 after post-training", above=0, at_most=1e3)
-    dropout: float | None = flag(None, "if unset, the checkpoint's", at_least=0, below=1)
-    # what only pretraining has, no flags here
-    preset: Literal["posttrain"] = flag("posttrain", None)
+        False, "stop at the first row that is malformed or too long, instead of skipping or "
+               "cutting it")
+    replay: float = flag(
+        0.0, "share of the rows that is pretraining text, against forgetting",
+        at_least=0, below=1)
+    replay_data: tuple[str, ...] | None = path_flag(
+        None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure forgetting; "
+              "unset: those the checkpoint was trained on")
+    lr_scale: float | None = flag(
+        None, "multiplies the checkpoint's peak learning rates; unset: 0.1 after pretraining, 1 "
+              "after post-training", above=0, at_most=1e3)
+    dropout: float | None = flag(None, "unset: the checkpoint's", at_least=0, below=1)
+    # settings of pretraining alone, not flags here
+    preset: str = flag("posttrain", None)
     init_from: str | None = flag(None, None)
     size: str | None = flag(None, None)
     curriculum: str | None = flag(None, None)
@@ -136,36 +145,40 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     tok_per_sec: float | None = flag(None, None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
 class Data:
-    """--data and --val_data as rows: what `launch` asks of a corpus, and what a stream and a
-    validation are made from.
+    """--data and --val_data as rows, with the interface of a Corpus.
 
-    chat: whether conversations are among those to learn from; then rows are packed. question: a
-    conversation to ask for samples. source, val: a lib.packing.RowSource each, val None where
-    nothing is held out. lines: what to say of them.
+    chat: whether there are conversations to learn from; then rows are packed. question: a
+    conversation to ask for samples, None without any. source, val: a lib.packing.RowSource each,
+    val None if nothing is held out. lines: what to print about them.
     """
 
-    vocab_size, val = None, None
+    vocab_size = None
 
     def __init__(self, cfg, tokenizer, block_size):
-        self.tokenizer, self.T, self.strict = tokenizer, block_size, cfg.strict
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.strict = cfg.strict
         train, self.lines = self._read(cfg.data)
         val, lines = self._read(cfg.val_data or ())
         self.lines += [f"validation on {line}" for line in lines]
         try:
             self._prepare(cfg, train, val)
-        except BadInput as error:  # malformed rows are among what was found
-            found = "; ".join(self.lines[:MOST_TOLD]) + "; ..." * (len(self.lines) > MOST_TOLD)
+        except BadInput as error:  # which rows are malformed may explain it
+            found = "; ".join(self.lines[:SHOWN_LINES])
+            if len(self.lines) > SHOWN_LINES:
+                found += "; ..."
             raise BadInput(f"{error} ({found})") from error
-        self.tokens = {"train": int(len(self.source) * block_size /
-                                    (1 - cfg.replay))}  # with the rows of --replay among them
+        own_tokens = len(self.source) * block_size
+        self.tokens = {"train": int(own_tokens / (1 - cfg.replay))}  # with the rows of --replay
         self.identity = self.former_identity = self._hash(self.source)
 
     def _read(self, words):
+        """Files and folders -> (examples, lines about them)."""
         examples = []
         paths, lines = conversations.find_paths(words)
         for path in paths:
@@ -184,79 +197,87 @@ class Data:
         """
         if not cfg.val_data:
             train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
-        self.question = next((example for example in val + train if not isinstance(example, str)),
-                             None)
+        chats = [example for example in val + train if not isinstance(example, str)]
+        self.question = chats[0] if chats else None
         self.chat = not all(isinstance(example, str) for example in train)
         if self.question and not self.chat:
-            raise BadInput("there are conversations to validate on and none to learn from: give --data with more of them, "
-                           "or other --val_data")
-        self.source = self._cut(train, cfg.seed, "training")
-        self.val = self._cut(val, None, "validation") if val else None
-        for rows, what in ((self.source, "--data"),
-                           (self.val, "--val_data" if cfg.val_data else "what is held out")):
-            if rows is not None and not len(rows):
-                raise BadInput(
-                    f"nothing of {what} can be learned, it is empty or too long: see what it holds, or give more"
-                )
+            raise BadInput("there are conversations to validate on, but none to train on: give "
+                           "--data with conversations, or other --val_data")
+        self.source = self._rows(train, cfg.seed, "training")
+        self.val = self._rows(val, None, "validation") if val else None
+        check_learnable(self.source, "--data")
+        check_learnable(self.val, "--val_data" if cfg.val_data else "what is held out")
 
-    def _cut(self, examples, seed, what):
-        """Examples -> rows of training or validation."""
+    def _rows(self, examples, seed, what):
+        """Examples -> a RowSource for training or validation, with a line about it."""
         if not self.chat:
-            return packing.Joined([self._ids(text) for text in examples], self.T, seed,
-                                  self.tokenizer.eot)
-        items, counts = [], dict.fromkeys(("whole", "cut", "truncated", "dropped"), 0)
+            documents = [self._ids(text) for text in examples]
+            return packing.Joined(documents, self.block_size, seed, self.tokenizer.eot)
+        items = []
+        counts = {"whole": 0, "cut": 0, "truncated": 0, "dropped": 0}
         for example in examples:
-            if isinstance(example,
-                          str):  # a text among conversations: pieces of a row each, all learned
-                ids = self._ids(example)
-                pieces = [ids[at:at + self.T + 1] for at in range(0, len(ids) - 1, self.T)]
-                items += [(piece, [True] * len(piece)) for piece in pieces]
+            if isinstance(example, str):
+                items += self._pieces(example)
                 continue
-            ids, learned, how = conversations.truncate(example, self.tokenizer, self.T + 1)
-            counts[how] += 1
-            items += [(ids, learned)] if ids else []
+            ids, learned, how = conversations.truncate(example, self.tokenizer,
+                                                       self.block_size + 1)
             if self.strict and how != "whole":
-                raise BadInput(f"a conversation is longer than the context of {self.T} tokens, "
-                               f"{example[0]['content'][:60]!r}...: shorten it, or leave out --strict")
-        rows = packing.Packing(items, self.T, seed, self.tokenizer.eot)
-        ids, learned = sum(len(ids) - 1 for ids, _ in items), sum(
-            int(np.sum(learned[1:])) for _, learned in items)
-        filled = ids / max(len(rows) * self.T, 1)
-        told = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.T}, filled to {filled:.0%}; of {ids:,} tokens "
-                f"{learned:,} are learned")
-        odd = {
-            "cut": "cut after an answer", "truncated": "truncated on the right",
-            "dropped": "left out, as no answer fits"
-        }
-        told += "".join(f"; {counts[how]:,} too long, {words}" for how, words in odd.items()
-                        if counts[how])
-        self.lines.append(told)
+                raise BadInput(f"a conversation is longer than the context of {self.block_size} "
+                               f"tokens, {example[0]['content'][:60]!r}...: shorten it, or leave "
+                               "out --strict")
+            counts[how] += 1
+            if ids:
+                items.append((ids, learned))
+        rows = packing.Packing(items, self.block_size, seed, self.tokenizer.eot)
+        self.lines.append(self._line(what, items, rows, counts))
         return rows
+
+    def _pieces(self, text):
+        """A text among conversations -> items of at most a row each, learned entirely."""
+        ids = self._ids(text)
+        pieces = [ids[at:at + self.block_size + 1]
+                  for at in range(0, len(ids) - 1, self.block_size)]
+        return [(piece, [True] * len(piece)) for piece in pieces]
+
+    def _line(self, what, items, rows, counts):
+        n_ids = sum(len(ids) - 1 for ids, _ in items)
+        n_learned = sum(int(np.sum(learned[1:])) for _, learned in items)
+        filled = n_ids / max(len(rows) * self.block_size, 1)
+        line = (f"{what}: {len(items):,} in {len(rows):,} rows of {self.block_size}, filled to "
+                f"{filled:.0%}; of {n_ids:,} tokens {n_learned:,} are learned")
+        fates = {"cut": "cut after an answer", "truncated": "truncated on the right",
+                 "dropped": "dropped, as no answer fits"}
+        for how, fate in fates.items():
+            if counts[how]:
+                line += f"; {counts[how]:,} too long, {fate}"
+        return line
 
     def _ids(self, text):
         return [self.tokenizer.eot, *self.tokenizer.encode(text).tolist()]
 
     @staticmethod
     def _hash(source):
-        told = hashlib.sha256(str(source.block_size).encode())
+        """A hash of the rows' content: whether a resumed run has the same data."""
+        digest = hashlib.sha256(str(source.block_size).encode())
         for item in getattr(source, "items", None) or source.documents:
             for part in item if isinstance(item, tuple) else (item,):
-                told.update(len(part).to_bytes(8, "big") + part.tobytes())
-        return told.hexdigest()
+                digest.update(len(part).to_bytes(8, "big") + part.tobytes())
+        return digest.hexdigest()
 
     def rows(self):
-        """The validation rows as `evaluate` takes them."""
-        return self.val.all()[:3 if self.chat else 2]
+        """The validation rows as `mean_loss` takes them."""
+        parts = self.val.all()
+        return parts if self.chat else parts[:2]
 
-    def check_length(self, cfg):
-        """A run may pass over it as often as it is told to."""
+    def check_length(self, cfg, steps):
+        """Any number of epochs is allowed."""
 
     def most_repeated(self, tokens):
-        """Passes over it in a run of so many tokens, and what it is called."""
+        """(epochs in `tokens`, what is repeated)."""
         return tokens / self.tokens["train"], "--data"
 
-    def describe(self, cfg, block_size):
-        return described(self.lines)
+    def describe(self, cfg, plan):
+        return as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
 class ShardData(Corpus):
@@ -269,78 +290,110 @@ class ShardData(Corpus):
         super().__init__(TrainConfig(data=cfg.data))
         self.check_tokenizer(tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
-        self.tokens, self.replay = {"train": int(self.tokens["train"] /
-                                                 (1 - cfg.replay))}, cfg.replay
+        self.tokens = {"train": int(self.tokens["train"] / (1 - cfg.replay))}
+        self.replay = cfg.replay
         self.lines = []
 
     def epochs(self, tokens):
         return super().epochs(tokens * (1 - self.replay))
 
-    def describe(self, cfg, block_size):
-        return super().describe(cfg, block_size) + described(self.lines)
+    def describe(self, cfg, plan):
+        return super().describe(cfg, plan) + as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
-def described(lines):
-    """What is said of data at the start of a run."""
+def check_learnable(rows, name):
+    """Raises BadInput if a RowSource, or None, is empty."""
+    if rows is not None and not len(rows):
+        raise BadInput(f"nothing of {name} can be learned, it is empty or too long: see what it "
+                       "holds, or give more")
+
+
+def as_data_lines(lines):
+    """Lines about the data as a run prints them."""
     return [f"data    {line}" for line in lines]
+
+
+def few_steps(cfg, plan):
+    """A warning if a run is very short without having been asked to be; else none."""
+    if plan.steps >= ENOUGH or cfg.max_steps is not None:
+        return []
+    remedy = "give more data, or raise --epochs"
+    if plan.rows > 1:
+        remedy += ", or lower --total_batch_size"
+    return [f"warning: {plan.steps} steps in all teach little: {remedy}"]
 
 
 def token_rows(corpus, tokenizer, seed, block_size):
     """The training tokens of a Corpus as a source of rows."""
-    return streams.TokenRows(token_stream(corpus, tokenizer, seed, block_size), block_size,
-                          block_size + corpus.is_mixed)
+    stream = token_stream(corpus, tokenizer, seed, block_size)
+    return streams.TokenRows(stream, block_size, block_size + corpus.is_mixed)
 
 
 def read_data(cfg, explicit, tokenizer, block_size):
-    """--data -> Data or ShardData. Raises BadInput for what cannot be read, holds nothing or is a
-    mixture of both, and for flags that do not fit."""
-    shards = [word for word in cfg.data if any(find_shards(split_weight(word)[0])[0].values())]
+    """--data -> Data or ShardData.
+
+    Raises BadInput for data that cannot be read, is empty or mixes both, and for flags that do not
+    fit.
+    """
+    shards = [word for word in cfg.data if is_shard_folder(word)]
     if not shards:
         return Data(cfg, tokenizer, block_size)
-    if others := [word for word in cfg.data if word not in shards]:
-        conversations.find_paths(others)  # what is missing is told as such
-        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files such as {others[0]}: "
-                       "give one kind alone")
-    if unused := sorted({"val_data", "val_share", "strict"}
-                        & explicit) or (["val_data"] if cfg.val_data else []):
-        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards with a val split of its own: "
-                       "leave it out")
+    others = [word for word in cfg.data if word not in shards]
+    if others:
+        conversations.find_paths(others)  # a missing file has an error of its own
+        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files "
+                       f"such as {others[0]}: give one kind alone")
+    unused = sorted({"val_data", "val_share", "strict"} & explicit)
+    if cfg.val_data and not unused:
+        unused = ["val_data"]
+    if unused:
+        raise BadInput(f"--{unused[0]} is for files, and {shards[0]} is a folder of token shards "
+                       "with a val split of its own: leave it out")
     return ShardData(cfg, tokenizer, block_size)
 
 
+def is_shard_folder(word):
+    folder, _ = split_weight(word)
+    shards, *_ = find_shards(folder)
+    return any(shards.values())
+
+
 def find_pretraining(cfg, explicit, tokenizer, block_size):
-    """-> the Corpus of pretraining, None if it is not at hand; whether its validation loss can be
-    measured; a line about both.
+    """-> (the Corpus of pretraining, None if missing; whether forgetting can be measured; a line
+    about both).
 
-    Raises BadInput where --replay, or --replay_data for the validation alone, asks for what is not
-    there. Replay needs no val split.
+    Raises BadInput if --replay, or --replay_data for the validation alone, needs what is missing.
+    Replay needs no val split.
     """
-    def named(error):
-        return str(error).replace("--data", "--replay_data")
-
     try:
         if not cfg.replay_data:
-            raise BadInput(
-                "the checkpoint does not say what it was trained on: name it by --replay_data")
+            raise BadInput("the checkpoint does not say what it was trained on: name it by "
+                           "--replay_data")
         corpus = Corpus(TrainConfig(data=cfg.replay_data), needed=("train",))
         corpus.check_tokenizer(tokenizer)
     except BadInput as error:
+        problem = str(error).replace("--data", "--replay_data")
         if cfg.replay or "replay_data" in explicit:
-            raise BadInput(f"pretraining data: {named(error)}") from error
-        return None, False, f"not measuring forgetting: {named(error)}"
-    folders, share = ", ".join(map(str, cfg.replay_data)), f"{cfg.replay:.1%} of the rows"
+            raise BadInput(f"pretraining data: {problem}") from error
+        return None, False, f"not measuring forgetting: {problem}"
+    folders = ", ".join(map(str, cfg.replay_data))
+    share = f"{cfg.replay:.1%} of the rows"
     try:
         for source in corpus.sources:
             read_validation(source.shards, cfg.val_tokens, block_size, tokenizer)
     except BadInput as error:
+        problem = str(error).replace("--data", "--replay_data")
         if not cfg.replay and "replay_data" in explicit:
-            raise BadInput(f"pretraining data: {named(error)}") from error
-        replayed = f"pretraining text for {share}: {folders}; " if cfg.replay else ""
-        return corpus, False, f"{replayed}not measuring forgetting: {named(error)}"
-    return corpus, True, f"pretraining text for {f'{share}, and ' if cfg.replay else ''}validation: {folders}"
+            raise BadInput(f"pretraining data: {problem}") from error
+        line = f"not measuring forgetting: {problem}"
+        if cfg.replay:
+            line = f"pretraining text for {share}: {folders}; {line}"
+        return corpus, False, line
+    uses = f"{share}, and validation" if cfg.replay else "validation"
+    return corpus, True, f"pretraining text for {uses}: {folders}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -348,210 +401,270 @@ def find_pretraining(cfg, explicit, tokenizer, block_size):
 def grow(model, tokenizer):
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
-    These follow behind those of text. Pretraining pushed their rows of the embedding and of the
-    head away, so they begin as the mean of the rows of text; so does what pads the tables where
-    these have no room and grow. But the end of a turn begins as the end of a text, which the model
-    knows: from the mean, a few steps at low rates never make it likely, and replies do not end.
+    The new ids follow those of text. Pretraining pushed their rows of the embedding and the head
+    away, so they begin as the mean of the rows of text; so do padding rows that are added. But the
+    row of the end of a turn begins as that of the end of a text, which the model knows: starting
+    from the mean, a few steps at low rates never make it likely, and replies do not end.
     """
-    config, state = replace(model.config,
-                            vocab_size=tokenizer.vocab_size + len(RESERVED)), model.state_dict()
-    if model.config.vocab_size < config.vocab_size:  # else it was post-trained before
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            before, text = state[name], state[name][:tokenizer.vocab_size]
-            state[name] = text.mean(dim=0).repeat(config.padded_vocab_size, 1)
-            state[name][:tokenizer.vocab_size] = text
-            state[name][tokenizer.reserved[END]] = text[tokenizer.eot]
-            state[name][config.vocab_size:len(before)] = before[config.vocab_size:]
+    config = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED))
+    state = model.state_dict()
+    if model.config.vocab_size >= config.vocab_size:  # it was post-trained before
+        return config.vocab_size, state
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        before = state[name]
+        text = before[:tokenizer.vocab_size]
+        rows = text.mean(dim=0).repeat(config.padded_vocab_size, 1)
+        rows[:tokenizer.vocab_size] = text
+        rows[tokenizer.reserved[END]] = text[tokenizer.eot]
+        rows[config.vocab_size:len(before)] = before[config.vocab_size:]
+        state[name] = rows
     return config.vocab_size, state
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
 class PostTraining(Pretraining):
-    """What `launch` trains on and measures here. pretraining: its Corpus, or None. forgetting:
-    whether that is measured."""
+    """The task of this script.
+
+    pretraining: the Corpus of pretraining, or None. forgetting: whether its validation loss is
+    measured.
+    """
 
     has_learned = True
 
-    def __init__(self, cfg, model_cfg, explicit, state, model):
-        """state: the checkpoint to begin with, or resumed. model: its GPT, None if resumed. Sets
-        model_cfg.vocab_size."""
+    def __init__(self, cfg, explicit, tokenizer, block_size):
+        """Read the data. Raises BadInput."""
         self.explicit = explicit
-        self.own_tokenizer = tokenizer = load_tokenizer(state["tokenizer"])
-        self.corpus = read_data(cfg, explicit, tokenizer, model_cfg.block_size)
+        self.tokenizer = tokenizer
+        self.corpus = read_data(cfg, explicit, tokenizer, block_size)
         self.pretraining, self.forgetting, line = find_pretraining(cfg, explicit, tokenizer,
-                                                                   model_cfg.block_size)
+                                                                   block_size)
         self.corpus.lines.append(line)
         if cfg.replay:
             self.corpus.identity += self.pretraining.identity
             self.corpus.former_identity += self.pretraining.former_identity
-        if model:
-            fit_vocabulary(model, model_cfg.vocab_size)
-            weights = model.state_dict()
-            if self.corpus.chat:
-                model_cfg.vocab_size, weights = grow(model, tokenizer)
-            self.weights = [weights]
-        elif self.corpus.chat and model_cfg.vocab_size < tokenizer.vocab_size + len(RESERVED):
-            raise BadInput("the run that goes on has learned plain text and has no ids for conversations: "
-                           "begin another --run_name")
-        template = JINJA if self.corpus.chat else state.get("chat_template")
-        self.extra = {"chat_template": template} if template else {}
 
-    def tokenizer(self, model_cfg):
-        return self.own_tokenizer
+    def begin_with(self, model, model_cfg):
+        """Take the weights of the model to begin with -> model_cfg with its vocabulary."""
+        fit_vocabulary(model, model_cfg.vocab_size)
+        model_cfg = replace(model_cfg, vocab_multiple=model.config.vocab_multiple)
+        if not self.corpus.chat:
+            self.weights = [model.state_dict()]
+            return model_cfg
+        vocab_size, weights = grow(model, self.tokenizer)
+        self.weights = [weights]
+        return replace(model_cfg, vocab_size=vocab_size)
 
-    def evaluations(self, cfg, tokenizer, block_size, processes):
-        self.steps = cfg.steps
-        if cfg.eval_every is None:
-            cfg.eval_every = -(-cfg.steps // MOMENTS)
-        if cfg.sample_every is None:
-            cfg.sample_every = cfg.eval_every
-        if cfg.steps < ENOUGH and cfg.max_steps is None:
-            smaller = ", or lower --total_batch_size" if cfg.total_batch_size > block_size * processes.world_size else ""
-            self.corpus.lines.append(
-                f"warning: {cfg.steps} steps in all teach little: give more data, or raise --epochs{smaller}"
-            )
-        return super().evaluations(cfg, tokenizer, block_size, processes)
+    def continue_with(self, model_cfg):
+        """Raises BadInput if a resumed model has no ids for the data."""
+        needed = self.tokenizer.vocab_size + len(RESERVED)
+        if self.corpus.chat and model_cfg.vocab_size < needed:
+            raise BadInput("the resumed run has learned plain text and has no ids for "
+                           "conversations: begin another --run_name")
 
-    def validation(self, cfg, tokenizer, block_size, processes):
-        new, runs = self.corpus, []
-        if isinstance(new, Corpus):
-            runs.append(validation(cfg, new, tokenizer, block_size, processes))
-        elif new.val:
-            rows = new.rows()
-            runs.append(lambda model, stopped: {
-                "Loss/val": evaluate(model, rows, cfg.sequences, processes, stopped)})
+    def vocabulary(self, model_cfg):
+        return self.tokenizer, model_cfg
+
+    def evaluations(self, cfg, plan, tokenizer, processes):
+        self.last_step = plan.steps
+        return super().evaluations(cfg, plan, tokenizer, processes)
+
+    def validation(self, cfg, plan, tokenizer, processes):
+        runs = []
+        if isinstance(self.corpus, Corpus):
+            runs.append(validation(cfg, plan, self.corpus, tokenizer, processes))
+        elif self.corpus.val:
+            runs.append(self._own_validation(processes))
         if self.forgetting:
-            runs.append(
-                validation(cfg, self.pretraining, tokenizer, block_size, processes,
-                           "Loss/val_pretraining"))
-        return lambda *args: {tag: value for run in runs for tag, value in run(*args).items()}
+            runs.append(validation(cfg, plan, self.pretraining, tokenizer, processes,
+                                   "Loss/val_pretraining"))
+
+        def run(model, micro_batch, stopped):
+            results = {}
+            for measure in runs:
+                results.update(measure(model, micro_batch, stopped))
+            return results
+
+        return run
+
+    def _own_validation(self, processes):
+        rows = self.corpus.rows()
+
+        def run(model, micro_batch, stopped):
+            return {"Loss/val": mean_loss(model, rows, micro_batch, processes, stopped)}
+
+        return run
 
     def samples(self, cfg, tokenizer):
         if not self.corpus.chat:
-            cfg.sample_prompt = cfg.sample_prompt or TrainConfig.sample_prompt
             return super().samples(cfg, tokenizer)
-        question = self.corpus.question[:1 + (self.corpus.question[0]["role"] == "system")]
+        question = first_turn(self.corpus.question)
         if cfg.sample_prompt:
             question = [{"role": "user", "content": cfg.sample_prompt}]
-        ids, settings = render(question, tokenizer,
-                               reply=True)[0], SampleConfig(max_new_tokens=64, samples=2)
+        ids, _ = render(question, tokenizer, reply=True)
+        sampling = SampleConfig(max_new_tokens=64, samples=2)
 
-        def run(model, stopped):
-            texts = continuations(model, tokenizer, [ids] * settings.samples, settings)
+        def run(model, micro_batch, stopped):
+            texts = continuations(model, tokenizer, [ids] * sampling.samples, sampling)
             return {"samples": [f"{question[-1]['content']} -> {text}" for text in texts]}
 
         return run
 
-    def stream(self, cfg, tokenizer, block_size, processes):
-        replay = token_rows(self.pretraining, tokenizer, cfg.seed,
-                            block_size) if cfg.replay else None
-        batches = partial(streams.row_micro_batches, micro_batch=cfg.sequences, processes=processes,
+    def stream(self, cfg, plan, tokenizer, processes):
+        replay = None
+        if cfg.replay:
+            replay = token_rows(self.pretraining, tokenizer, cfg.seed, plan.block_size)
+        batches = partial(streams.row_micro_batches, micro_batch=plan.micro_batch,
+                          processes=processes,
                           packed=self.corpus.chat)
         return streams.Rows(self.corpus.source, replay, cfg.replay, batches)
 
     def packed(self, idx):
-        """What else the model gets with a batch of these ids, as `pick_micro_batch` tries it."""
         return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
 
     def conclude(self, run):
+        """Print how much was forgotten, if that was measured from the beginning to the end."""
         losses = run.recorded("val_pretraining") or {}
-        if len(
-                losses
-        ) > 1 and self.steps in losses:  # an older one is no end: pretraining data may be gone since
-            first, last = min(losses), self.steps
-            best = run.best[1] if run.best else last
-            told = f"{losses[last]:.4f} ({losses[last] - losses[first]:+.4f} nats per token)"
-            at_best = f", {losses[best]:.4f} at the best checkpoint" if best != last and best in losses else ""
-            run.say(
-                f"forgetting: pretraining validation loss {losses[first]:.4f} -> {told}{at_best}")
+        if len(losses) < 2 or self.last_step not in losses:  # the data may be gone since
+            return
+        start = losses[min(losses)]
+        end = losses[self.last_step]
+        line = (f"forgetting: pretraining validation loss {start:.4f} -> {end:.4f} "
+                f"({end - start:+.4f} nats per token)")
+        best = run.best[1] if run.best else self.last_step
+        if best != self.last_step and best in losses:
+            line += f", {losses[best]:.4f} at the best checkpoint"
+        run.say(line)
+
+
+def first_turn(conversation):
+    """A conversation up to the first message of the user."""
+    has_system = conversation[0]["role"] == "system"
+    return conversation[:1 + has_system]
 
 
 def pick_batch(tokens, row):
-    """--total_batch_size where the flag is not given, for an epoch of so many tokens. row: tokens
-    of one row per process, or of a micro-batch where --micro_batch is given.
+    """--total_batch_size if unset, for an epoch of `tokens`. row: tokens of one row per process, or
+    of a micro-batch if --micro_batch is given.
 
-    A power of two of these, so that micro-batches divide it: BATCH tokens, or as many as make
-    ENOUGH to twice ENOUGH steps per epoch; at least one.
+    A power of two of these, so that micro-batches divide it: at most BATCH tokens, and few enough
+    for ENOUGH to twice ENOUGH steps per epoch; at least one.
     """
     rows = max(min(BATCH, tokens // ENOUGH) // row, 1)
     return row << rows.bit_length() - 1
 
 
-def settle(cfg, before, explicit):
-    """Fill in what the checkpoint decides. before: its train_config, or {}. Raises BadInput if that
-    gives no rate."""
-    again = "checkpoint" in before  # its rates are those of post-training
-    if cfg.optimizer not in (None, before.get("optimizer", "adamw")) and cfg.max_lr is None:
-        raise BadInput(
-            f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not fit it: give --max_lr, too"
-        )
-    if cfg.optimizer in (None, before.get("optimizer", "adamw")):
-        cfg.lr_scale = cfg.lr_scale or (1.0 if again else 0.1)
+def inherited(cfg, before, explicit):
+    """The settings that a new run takes from its checkpoint, a dict.
+
+    before: the checkpoint's train_config, or {}. Raises BadInput if that has no learning rate.
+    """
+    was_posttrained = "checkpoint" in before
+    optimizer = before.get("optimizer", "adamw")
+    settings = {"optimizer": cfg.optimizer or optimizer}
+    if settings["optimizer"] != optimizer and cfg.max_lr is None:
+        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not "
+                       "fit it: give --max_lr, too")
+    if settings["optimizer"] == optimizer:
+        scale = cfg.lr_scale or (1.0 if was_posttrained else 0.1)
+        settings["lr_scale"] = scale
         for name in RATES:
             if getattr(cfg, name) is None and isinstance(before.get(name), float):
-                setattr(cfg, name, before[name] * cfg.lr_scale)
-    if cfg.max_lr is None:
+                settings[name] = before[name] * scale
+    if cfg.max_lr is None and "max_lr" not in settings:
         raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
-    cfg.optimizer = cfg.optimizer or before.get("optimizer", "adamw")
-    cfg.momentum = before.get("momentum",
-                              TrainConfig.momentum) if cfg.momentum is None else cfg.momentum
-    if "val_tokens" not in explicit:  # which suit the machine that it was made on
-        cfg.val_tokens = min(cfg.val_tokens, before.get("val_tokens", cfg.val_tokens))
-    folders = cfg.replay_data or before.get("replay_data" if again else "data") or ()
-    cfg.replay_data = (folders,) if isinstance(folders, str) else tuple(folders)
+    if cfg.momentum is None:
+        settings["momentum"] = before.get("momentum", TrainConfig.momentum)
+    if "val_tokens" not in explicit:  # pretraining's suit the machine
+        settings["val_tokens"] = min(cfg.val_tokens, before.get("val_tokens", cfg.val_tokens))
+    folders = cfg.replay_data or before.get("replay_data" if was_posttrained else "data") or ()
+    settings["replay_data"] = (folders,) if isinstance(folders, str) else tuple(folders)
+    return settings
 
 
-def begun(resume):
+def resumed_model(resume):
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script."""
-    before, config = resume.state.get("train_config"), resume.state.get("model_config")
+    before = resume.state.get("train_config")
+    config = resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
-        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by --checkpoint, to begin with, "
-                       "and give another --run_name")
+        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by "
+                       "--checkpoint, to begin with, and give another --run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:
-        raise BadInput(
-            f"{resume.path} is of another version of this project ({error}): name another one"
-        ) from error
+        raise BadInput(f"{resume.path} is of another version of this project ({error}): name "
+                       "another one") from error
 
 
-def prepare(cfg, explicit, resume):
-    """-> the GPTConfig and the PostTraining of a run. Sets what cfg leaves open.
-    Holds nothing else of the checkpoint: a run may be long."""
+def load_start(cfg, explicit):
+    """The checkpoint of a new run -> (cfg with what it decides, its GPT, its state)."""
+    start = checkpoint.pick(checkpoint.named(cfg))
+    if cfg.data is None:
+        raise BadInput("name --data, what to train on")
+    model, _, state = load_checkpoint(start)
+    checkpoint.check_finite(model.state_dict(), start)
+    before = state.get("train_config")
+    if before is None and cfg.model:
+        before = {"max_lr": GPT3_RATES[cfg.model]}
+    if not isinstance(before, dict):
+        before = {}
+    if cfg.checkpoint:
+        cfg = replace(cfg, checkpoint=start)
+    return resolve(cfg, inherited(cfg, before, explicit)), model, state
+
+
+def prepare(argv):
+    """The command line -> (Settings, PostTraining). Later sources win: defaults, the checkpoint
+    that the run begins with, the run's own checkpoint, flags; then what follows from the data.
+
+    Holds nothing else of the checkpoint: its memory must be free during the run.
+    """
+    (cfg,), explicit = parse((Config,), argv, __doc__)
+    resume, folder = find_resume(cfg, explicit)
+    cfg = resolve(cfg, folder)
     if resume:
-        state, model, model_cfg = resume.state, None, begun(resume)
+        state = resume.state
+        model = None
+        model_cfg = resumed_model(resume)
     else:
-        start = checkpoint.pick(checkpoint.named(cfg))
-        if cfg.checkpoint:
-            cfg.checkpoint = start
-        if cfg.data is None:
-            raise BadInput("name --data, what to train on")
-        model, _, state = load_checkpoint(start)
-        checkpoint.check_finite(model.state_dict(), start)
+        cfg, model, state = load_start(cfg, explicit)
         model_cfg = model.config
-        before = state.get("train_config", {"max_lr": GPT3_RATES[cfg.model]} if cfg.model else {})
-        settle(cfg, before if isinstance(before, dict) else {}, explicit)
-    if cfg.dropout is not None:
-        model_cfg.dropout, cfg.dropout = cfg.dropout, None  # the model's setting from here on
-    adopt(resume, cfg, model_cfg, explicit)
-    check(cfg)
-    task = PostTraining(cfg, model_cfg, explicit, state, model)
-    if cfg.total_batch_size is None:  # a run that goes on keeps what it began with
-        world_size = (launched() or {"world_size": 1})["world_size"]
-        row = model_cfg.block_size * world_size * (1 if cfg.micro_batch == "auto" else
-                                                   cfg.micro_batch)
-        cfg.total_batch_size = pick_batch(task.corpus.tokens["train"], row)
-    return model_cfg, task
+    if cfg.dropout is not None:  # from here on the model's setting
+        model_cfg = replace(model_cfg, dropout=cfg.dropout)
+        cfg = replace(cfg, dropout=None)
+    if resume:
+        cfg, model_cfg = adopt(resume, cfg, model_cfg, explicit)
+    cfg = resolve(cfg, only_length(explicit))
+
+    task = PostTraining(cfg, explicit, load_tokenizer(state["tokenizer"]), model_cfg.block_size)
+    if resume:
+        task.continue_with(model_cfg)
+    else:
+        model_cfg = task.begin_with(model, model_cfg)
+    template = JINJA if task.corpus.chat else state.get("chat_template")
+    if template:
+        task.extra = {"chat_template": template}
+    if cfg.total_batch_size is None:  # a resumed run keeps what it began with
+        cfg = replace(cfg, total_batch_size=batch_for(task.corpus, cfg, model_cfg.block_size))
+    if cfg.sample_prompt is None and not task.corpus.chat:
+        cfg = replace(cfg, sample_prompt=TrainConfig.sample_prompt)
+    return Settings(cfg, model_cfg, explicit, resume), task
+
+
+def batch_for(corpus, cfg, block_size):
+    """--total_batch_size for this data on all processes."""
+    processes = launched()
+    row = block_size * (processes["world_size"] if processes else 1)
+    if cfg.micro_batch != "auto":
+        row *= cfg.micro_batch
+    return pick_batch(corpus.tokens["train"], row)
 
 
 def main(argv):
-    (cfg,), explicit = parse((Config,), argv, __doc__)
-    resume = find_resume(cfg, explicit)
-    model_cfg, task = prepare(cfg, explicit, resume)
-    launch(cfg, model_cfg, explicit, resume, task)
+    settings, task = prepare(argv)
+    launch(settings, task)
 
 
 if __name__ == "__main__":

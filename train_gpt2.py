@@ -11,10 +11,10 @@
 Improvements over the baseline and their flags:
     SwiGLU or ReLU^2 MLP  --mlp            3x learning rate       --max_lr
     RMSNorm               --norm           4 epochs               --epochs
-    RoPE                  --pos            so many minutes        --minutes
+    RoPE                  --pos            a length in minutes    --minutes
     post-embedding norm   --emb_norm       new shuffle each epoch --shuffle
     query-key norm        --qk_norm        Muon                   --optimizer
-    token shift           --token_shift    other schedules        --schedule, --cooldown
+    token shift           --token_shift    WSD, linear schedules  --schedule, --cooldown
     value residual        --value_residual small batches at first --batch_warmup
     residual scalars      --residual_scalars
     bounded logits        --softcap        weight initialization  --init
@@ -46,22 +46,22 @@ import torch.nn.functional as F
 
 from lib import checkpoint, compiler, huggingface, rope
 from lib.attention import attention
-from lib.budget import (
-    LENGTHS,
-    UNMEASURED,
-    StepTimer,
-    batch_size,
-    check_memory,
-    describe,
-    length_flag,
-    plan,
-    settle,
-    tokens_of,
+from lib.budget import UNMEASURED, batch_size, length_flag, only_length, tokens_of
+from lib.cli import (
+    BadInput,
+    RankError,
+    check,
+    flag,
+    note,
+    path_flag,
+    read_flags,
+    resolve,
+    run,
 )
-from lib.cli import BadInput, RankError, check, flag, note, parse, path_flag, run
-from lib.corpus import Corpus
+from lib.corpus import CURRICULUM_MIX, Corpus
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
 from lib.decoding import SHOWN, NonFinite, sample
+from lib.description import describe
 from lib.devices import (
     Processes,
     autocast,
@@ -75,23 +75,26 @@ from lib.devices import (
 )
 from lib.evals import harness, hellaswag
 from lib.failures import explain_failures
+from lib.forecast import forecast
 from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
-from lib.resume import find_resume, may_change, take_settings
+from lib.plan import Settings, check_memory, make_plan
+from lib.resume import Position, find_resume, may_change, merge
 from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
 from lib.streams import Mixture, Stream, micro_batches, unchanged
+from lib.timer import StepTimer
 from lib.tokenizers import Tokenizer, load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
-# (--preset gpt2).
+# (--preset gpt2). Choices are the keys of a dict, which may be defined below.
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     # shape
     block_size: int = flag(1024, "context length, tokens", at_least=2, at_most=2**20)
@@ -99,10 +102,10 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     n_head: int = flag(12, "attention heads per block", above=0, at_most=1024)
     n_embd: int = flag(768, "width of the residual stream", above=0, at_most=65_536)
     # improvements
-    mlp: Literal["gelu", "swiglu", "relu2"] = flag(
-        "gelu", "feed-forward layer, the same parameter count each")
-    norm: Literal["layernorm", "rmsnorm"] = flag(
-        "layernorm", "normalization before each layer and the head")
+    mlp: str = flag(
+        "gelu", "feed-forward layer, the same parameter count each", choices=lambda: MLPS)
+    norm: str = flag(
+        "layernorm", "normalization before each layer and the head", choices=lambda: NORMS)
     pos: Literal["learned", "rope"] = flag("learned", "positional encoding: learned or rotary")
     emb_norm: bool = flag(False, "norm right after the embeddings (post-embedding norm)")
     qk_norm: bool = flag(False, "norm on each head's queries and keys")
@@ -117,8 +120,7 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
         False, "learned shares of residual stream and embedding in each block's input")
     softcap: float = flag(
         0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
-    init: Literal["gpt2", "xavier", "kaiming", "zero_proj"] = flag(
-        "gpt2", "weight initialization, see init_weights")
+    init: str = flag("gpt2", "weight initialization, see init_weights", choices=lambda: INITS)
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
     vocab_multiple: int = flag(128, None, above=0, at_most=2**16)
@@ -129,23 +131,27 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-@dataclass
+LEARNING_RATE = dict(above=0, at_most=1e6)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    preset: Literal["gpt2", "modern", "speedrun", "tiny"] = flag(
-        "modern", "starting point, overridden by other flags")
-    size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = flag(
+    preset: str = flag(
+        "modern", "starting point, overridden by other flags", choices=lambda: PRESETS)
+    size: str | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, "
-              "gpt2-xl 1.6B")
+              "gpt2-xl 1.6B", choices=lambda: SIZES)
     # data
     data: tuple[str, ...] = path_flag(
-        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each, by their share of the "
-                             "tokens; without weights, mixed by size")
+        ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; weights are shares of "
+                             "the tokens, unset: by size")
     curriculum: str | None = path_flag(
-        None, "folder of shards to begin with, simple text, which gives way to --data")
+        None, "folder of shards to begin with, such as simple text; --data gradually replaces it")
     curriculum_steps: int | None = flag(
-        None, "steps until it has given way", above=0, below=2**31)
-    curriculum_mix: Literal["cosine", "linear", "step"] = flag(
-        "cosine", "how: half a cosine, a line, or at once")
+        None, "steps until --data has replaced --curriculum", above=0, below=2**31)
+    curriculum_mix: str = flag(
+        "cosine", "how the share of --curriculum decays; step: all at once",
+        choices=lambda: CURRICULUM_MIX)
     shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
     val_tokens: int = flag(
         10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
@@ -154,38 +160,44 @@ class TrainConfig:
     max_steps: int | None = flag(
         None, "optimizer steps; instead of --epochs", above=0, below=2**31)
     minutes: float | None = flag(
-        None, "minutes of training steps alone; instead of --epochs", above=0, at_most=1e7)
+        None, "minutes of training steps, evaluations apart; instead of --epochs", above=0,
+        at_most=1e7)
     tokens_per_param: float | None = flag(
         None, "tokens per parameter, Chinchilla's: 20; instead of --epochs", above=0, at_most=1e6)
     total_batch_size: int = flag(
         524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
     batch_warmup: int = flag(
-        0, "first tokens, trained on in steps of half --total_batch_size", at_least=0)
+        0, "tokens at the start for which the batch is half of --total_batch_size", at_least=0)
     micro_batch: int | Literal["auto"] = flag(
-        "auto", "sequences per forward pass; auto: what fits in memory", above=0)
+        "auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     plan: bool = flag(
-        False, "print what --tokens_per_param of 8 to 40 take at every --size, and exit")
+        False, "print steps, FLOPs and cost of 8 to 40 tokens per parameter at every --size, and "
+               "exit")
     tok_per_sec: float | None = flag(
-        None, "for --plan: the measured speed, all GPUs together", above=0)
+        None, "for --plan: measured throughput of all GPUs together", above=0)
     price_per_hour: float | None = flag(
         None, "dollars per hour of the machine, to predict what a run costs", above=0)
     # optimizer
-    RATE = dict(above=0, at_most=1e6)
-    optimizer: Literal["adamw", "muon"] = flag(
-        "adamw", "muon: for the matrices in blocks, with AdamW for the rest")
+    optimizer: str = flag(
+        "adamw", "muon: Muon for the matrices in blocks, AdamW for the rest",
+        choices=lambda: OPTIMIZERS)
     max_lr: float = flag(
-        6e-4, "peak learning rate; if --optimizer is not the preset's, its own", **RATE)
+        6e-4, "peak learning rate; this and the next three: with another --optimizer than the "
+              "preset's, its own", **LEARNING_RATE)
     embedding_lr: float | None = flag(
-        None, "peak rate of embeddings; unset: --max_lr, 5 times that with --emb_norm", **RATE)
-    head_lr: float | None = flag(None, "peak rate of an untied head; unset: --max_lr", **RATE)
+        None, "peak rate of embeddings; unset: --max_lr, 5 times that with --emb_norm",
+        **LEARNING_RATE)
+    head_lr: float | None = flag(
+        None, "peak rate of an untied head; unset: --max_lr", **LEARNING_RATE)
     vector_lr: float | None = flag(
-        None, "peak rate of norms, biases and scalars; unset: --max_lr", **RATE)
+        None, "peak rate of norms, biases and scalars; unset: --max_lr", **LEARNING_RATE)
     min_lr_frac: float = flag(
         0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
     warmup_steps: int | None = flag(
-        None, "steps of linear warm-up; unset: 3.75%, at least 40 or a quarter", at_least=0)
-    schedule: Literal["cosine", "wsd", "linear"] = flag(
-        "cosine", "learning rate after the warm-up, see lr_multiplier")
+        None, "steps of linear warm-up; unset: 3.75% of the run, at least 40 or a quarter of it",
+        at_least=0)
+    schedule: str = flag(
+        "cosine", "learning rate after the warm-up", choices=lambda: SCHEDULES)
     cooldown: float = flag(
         0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
@@ -196,58 +208,55 @@ class TrainConfig:
     eval_every: int = flag(250, "steps between validations", at_least=0)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
     hellaswag_file: str | None = path_flag(
-        None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
+        None, "hellaswag_val.jsonl; unset: downloaded once into hellaswag/")
     eval_tasks: str | None = flag(
-        None, "tasks of lm-evaluation-harness, joined by commas: see eval_harness.py")
-    eval_tasks_every: int = flag(1000, "steps between evaluations on them", at_least=0)
+        None, "tasks of lm-evaluation-harness, separated by commas: see eval_harness.py")
+    eval_tasks_every: int = flag(1000, "steps between evaluations on --eval_tasks", at_least=0)
     eval_tasks_dir: str | None = path_flag(
-        None, "folder of <task>.jsonl for them, instead of the Hugging Face hub")
-    eval_tasks_limit: int | None = flag(None, "items of each of them; without it, all", above=0)
+        None, "folder of <task>.jsonl for --eval_tasks; unset: the Hugging Face hub")
+    eval_tasks_limit: int | None = flag(None, "items per task; unset: all", above=0)
     sample_every: int = flag(250, "steps between printed samples", at_least=0)
-    sample_prompt: str = flag("Hello, I'm a language model,", "what the samples continue")
+    sample_prompt: str = flag("Hello, I'm a language model,", "text that samples continue")
     save_every: int = flag(
         5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
     save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never", at_least=0)
-    keep: int = flag(3, "checkpoints kept, the newest; 0: all", at_least=0)
+    keep: int = flag(3, "number of newest checkpoints to keep; 0: all", at_least=0)
     keep_best: bool = flag(
         False, "save and keep the checkpoint of the lowest validation loss, too")
     max_skipped: int = flag(10, "abort after N consecutive non-finite steps", above=0)
     spike: float = flag(
-        0.2, "report losses that are 8 times their spread, and at least N nats, above the median "
-             "of the last 50; 0: none", at_least=0)
+        0.2, "report losses above the median of the last 50 by 8 times their spread, and by at "
+             "least N nats; 0: never", at_least=0)
     log_every: int | None = flag(
-        None, "steps between lines on the console; unset: each of the first ten, then about one "
-              "per second, or per hundred steps", above=0)
+        None, "steps between lines on the console; unset: the first ten, then about one per "
+              "second, or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(
-        None, "name of the folder under --log_dir; without it, preset and time")
-    log_dir: str = path_flag("log", "where run folders go")
+        None, "name of the run's folder in --log_dir; unset: preset and time")
+    log_dir: str = path_flag("log", "folder of all runs")
     resume: str | None = path_flag(
-        None, "checkpoint or run folder to continue; auto: --run_name's newest, as without the "
-              "flag; without a name, the last run of this same command, unless it is finished")
+        None, "checkpoint or run folder to resume; auto: the newest of --run_name, as by default, "
+              "or without a name the last run of this same command, unless it is finished")
     init_from: str | None = path_flag(
         None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
               "or a folder that export_hf.py made")
     tensorboard: int = flag(
-        0, "port to serve TensorBoard at, for --log_dir, to all hosts", at_least=0, below=2**16)
+        0, "port on which to serve TensorBoard of --log_dir to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(
-        False, "the same losses from the same seed on a GPU too, at a cost in speed")
+        False, "reproducible losses on a GPU, too, at a cost in speed")
     seed: int = flag(
         1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = flag(
-        None, "torch.compile the model; without the flag, on cuda where it saves time")
-    # derived, not flags
-    steps: int | None = None      # length of the run, from --max_steps, --epochs or --minutes
-    sequences: int | None = None  # per forward pass, from --micro_batch
+        None, "torch.compile the model; unset: on cuda, if that saves time")
 
 
-# Peak learning rates of an optimizer that is not the preset's: the preset's would not suit it.
-RATES = {
+# Peak learning rates of an optimizer that is not the preset's
+RATES: dict[str, dict] = {
     "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
     "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
 }
-FAR_OFF = 10  # times the usual --max_lr, up or down, from which on a run warns
+FAR_OFF = 10  # factor between --max_lr and the usual one, beyond which a run warns
 
 MODERN = dict(
     n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False,
@@ -271,8 +280,8 @@ TINY = SPEEDRUN | dict(
     val_tokens=65_536, eval_every=230, hellaswag_every=0, sample_every=460,
     sample_prompt="Return the", compile=False,
 )
-PRESETS = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
-SIZES = {
+PRESETS: dict[str, dict] = {"gpt2": {}, "modern": MODERN, "speedrun": SPEEDRUN, "tiny": TINY}
+SIZES: dict[str, dict] = {
     "gpt2":        dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large":  dict(n_layer=36, n_head=20, n_embd=1280),
@@ -504,8 +513,8 @@ class SwiGLUMLP(MLP):
         return F.silu(gate) * value
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
+NORMS: dict[str, type[nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+MLPS: dict[str, type[MLP]] = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReLU2MLP}
 
 
 class Block(nn.Module):
@@ -634,6 +643,14 @@ def row_blocks(config):
     return {"c_attn": 3, "c_fc": MLPS[config.mlp].fused, "c_proj": 1, "router": 1}
 
 
+INITS: dict[str, Callable] = {  # standard deviation of a matrix, see init_weights
+    "gpt2": lambda fan_in, fan_out, squared_gain: 0.02,
+    "xavier": lambda fan_in, fan_out, squared_gain: math.sqrt(2 / (fan_in + fan_out)),
+    "kaiming": lambda fan_in, fan_out, squared_gain: math.sqrt(squared_gain / fan_in),
+    "zero_proj": lambda fan_in, fan_out, squared_gain: math.sqrt(1 / 3 / fan_in),
+}
+
+
 @torch.no_grad()
 def init_weights(model):
     """Initialize every parameter, by config.init; fails on a parameter it does not know.
@@ -679,12 +696,7 @@ def init_weights(model):
             fan_out = p.size(-2) / fused[module]
             fan_in = p.size(-1)
             squared_gain = 2 if module == "c_fc" else 1
-            std = {
-                "gpt2": 0.02,
-                "xavier": math.sqrt(2 / (fan_in + fan_out)),
-                "kaiming": math.sqrt(squared_gain / fan_in),
-                "zero_proj": math.sqrt(1 / 3 / fan_in),
-            }[config.init]
+            std = INITS[config.init](fan_in, fan_out, squared_gain)
             p.normal_(std=std * projection_scale if module == "c_proj" else std)
         else:
             raise ValueError(f"init_weights does not know the parameter {name}")
@@ -693,26 +705,31 @@ def init_weights(model):
 # --------------------------------------------------------------------------------------------------
 # Optimizer set-up and schedule. Nothing else knows what state an optimizer keeps.
 
-# times --max_lr, for embeddings that are normalized: at the others' rate they learn far too slowly
-EMB_NORM_LR = 5
+EMB_NORM_LR = 5  # times --max_lr, for normalized embeddings: at --max_lr they learn too slowly
 
 
 def make_optimizer(model, cfg):
-    """The optimizer of --optimizer.
+    """The optimizer of --optimizer, with every parameter in one group.
 
-    Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits` is how
-    many matrices a fused weight holds.
+    Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits`: number of
+    matrices in a fused weight.
     """
     outside = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
+    fused = row_blocks(model.config)
     members = {}
     for name, p in model.named_parameters():
         module = name.split(".")[-2]
-        kind = "vector" if p.dim() == 1 else outside.get(module, "matrix")
-        splits = row_blocks(model.config).get(module, 1) if kind == "matrix" else 1
+        kind = outside.get(module, "matrix")
+        splits = fused.get(module, 1)
+        if p.dim() == 1:
+            kind = "vector"
+        if kind != "matrix":
+            splits = 1
         members.setdefault((kind, splits), []).append(p)
 
-    embedding_lr = cfg.embedding_lr or cfg.max_lr * (EMB_NORM_LR if model.config.emb_norm else 1)
-    rates = {"embedding": embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
+    rates = {"embedding": cfg.embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
+    if model.config.emb_norm and not cfg.embedding_lr:
+        rates["embedding"] = cfg.max_lr * EMB_NORM_LR
     groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr)
               for (kind, splits), params in members.items()]
     grouped = [id(p) for group in groups for p in group["params"]]
@@ -726,7 +743,7 @@ def make_optimizer(model, cfg):
 
 def adamw(groups, cfg):
     """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al.
-    2020, appendix B). Matrices and embeddings are decayed, vectors are not."""
+    2020, appendix B). Weight decay on matrices and embeddings, not on vectors."""
     decay = {"vector": 0.0}
     groups = [group | dict(kind="adamw", weight_decay=decay.get(group["kind"], cfg.weight_decay))
               for group in groups]
@@ -735,8 +752,8 @@ def adamw(groups, cfg):
 
 
 def muon(groups, cfg):
-    """Muon for the matrices in blocks, which alone are decayed; AdamW with modded-nanogpt's betas
-    for all others."""
+    """Muon for the matrices in blocks, with weight decay; AdamW with modded-nanogpt's betas and
+    without weight decay for all others."""
     of_matrices = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     of_others = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10)
     matrices = [group | of_matrices for group in groups if group["kind"] == "matrix"]
@@ -744,11 +761,11 @@ def muon(groups, cfg):
     return Muon(matrices + others)
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Callable] = {"adamw": adamw, "muon": muon}
 
 
 def state_like(optimizer):
-    """Tensors shaped as those that the optimizer's state will hold: AdamW's two moments, Muon's
+    """Tensors of the shapes that the optimizer's state will have: AdamW's two moments, Muon's
     momentum."""
     copies = {"adamw": 2, "muon": 1}
     like = []
@@ -763,51 +780,73 @@ WARMUP_SHARE = 0.0375  # of all steps
 WARMUP_LEAST = 40      # steps
 
 
-def lr_multiplier(step, cfg):
-    """Between 0 and 1, multiplies the learning rates of update `step`, 0 <= step < cfg.steps."""
-    # 1) linear warm-up, from the first step above zero
-    rule = min(WARMUP_LEAST, cfg.steps // 4)
-    if cfg.steps < UNMEASURED:  # else --minutes has no length yet that could be shared out
-        rule = max(rule, round(WARMUP_SHARE * cfg.steps))
-    warmup = rule if cfg.warmup_steps is None else min(cfg.warmup_steps, cfg.steps - 1)
+def lr_multiplier(step, cfg, steps):
+    """Between 0 and 1: multiplies the learning rates of update `step`, 0 <= step < steps."""
+    # 1) linear warm-up, from above zero in the first step
+    warmup = warmup_length(cfg, steps)
     if step < warmup:
         return (step + 1) / warmup
-    # 2) how far the decay has come, 0 to 1; wsd begins it late (Hägele et al. 2024,
-    #    https://arxiv.org/abs/2405.18392)
-    start = warmup
-    if cfg.schedule == "wsd":
-        start = max(warmup, round(cfg.steps * (1 - cfg.cooldown)))
-    progress = (step - start) / max(cfg.steps - start, 1)
-    progress = min(max(progress, 0.0), 1.0)
-    # 3) from the peak down to min_lr_frac of it, along half a cosine or a line
-    left = 1 - progress
-    if cfg.schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * progress))
+    # 2) decay from the peak to min_lr_frac of it
+    left = SCHEDULES[cfg.schedule](step, warmup, steps, cfg.cooldown)
     return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
 
-def rate_rise(cfg, state):
-    """A line for a run that is extended, if its learning rate rises again; else None.
+def warmup_length(cfg, steps):
+    """Steps of warm-up in a run of `steps`."""
+    if cfg.warmup_steps is not None:
+        return min(cfg.warmup_steps, steps - 1)
+    least = min(WARMUP_LEAST, steps // 4)
+    if steps == UNMEASURED:  # --minutes: there is no length yet to take a share of
+        return least
+    return max(least, round(WARMUP_SHARE * steps))
+
+
+def decay_progress(step, start, steps):
+    """How far the decay from step `start` to the end of the run has come, 0 to 1."""
+    progress = (step - start) / max(steps - start, 1)
+    return min(max(progress, 0.0), 1.0)
+
+
+def linear(step, start, steps, cooldown):
+    return 1 - decay_progress(step, start, steps)
+
+
+def cosine(step, start, steps, cooldown):
+    return 0.5 * (1 + math.cos(math.pi * decay_progress(step, start, steps)))
+
+
+def wsd(step, start, steps, cooldown):
+    """Warm-up, stable, decay: linear decay in the last share `cooldown` of all steps (Hägele et al.
+    2024, https://arxiv.org/abs/2405.18392)."""
+    start = max(start, round(steps * (1 - cooldown)))
+    return linear(step, start, steps, cooldown)
+
+
+# (step, first step of the decay, steps of the run, --cooldown) -> what is left of the rate, 1 to 0
+SCHEDULES: dict[str, Callable] = {"cosine": cosine, "wsd": wsd, "linear": linear}
+
+
+def rate_rise(cfg, steps, state):
+    """A line for a run that is extended to `steps`, if its learning rate rises again; else None.
     state: the checkpoint's."""
-    if cfg.minutes or cfg.steps <= state["max_steps"]:
+    before = state["max_steps"]
+    if cfg.minutes or steps <= before:
         return None
-    shape = ("schedule", "cooldown", "warmup_steps", "min_lr_frac", "max_lr")
-    settings = {name: state["train_config"].get(name, getattr(cfg, name)) for name in shape}
-    before = replace(cfg, steps=state["max_steps"], **settings)
-    was = before.max_lr * lr_multiplier(state["step"], before)
-    now = cfg.max_lr * lr_multiplier(state["step"], cfg)
+    names = ("schedule", "cooldown", "warmup_steps", "min_lr_frac", "max_lr")
+    shape = {name: state["train_config"].get(name, getattr(cfg, name)) for name in names}
+    old_cfg = replace(cfg, **shape)
+    step = state["step"]
+    was = old_cfg.max_lr * lr_multiplier(step, old_cfg, before)
+    now = cfg.max_lr * lr_multiplier(step, cfg, steps)
     if now <= 1.01 * was:
         return None
     return (f"rate    rises again, from {was:.2e} to {now:.2e}: the {cfg.schedule} schedule now "
-            f"ends at step {cfg.steps:,}, not {state['max_steps']:,}; "
-            "a lower --max_lr keeps it low")
+            f"ends at step {steps:,}, not {before:,}; a lower --max_lr keeps it low")
 
 
 def gradient_groups(model):
-    """dict: name of a part (embedding, block_00, ..., rest) -> its parameters, each in one part.
-
-    A tied head counts as embedding. TensorBoard shows the gradient norms of these parts.
-    """
+    """{name of a part (embedding, block_00, ..., rest): its parameters}, for TensorBoard's gradient
+    norms. A tied head is in embedding."""
     parts = {}
     for name, p in model.named_parameters():
         _, module, layer, *_ = f"{name}..".split(".")
@@ -821,7 +860,7 @@ def gradient_groups(model):
 
 
 def gradient_norm(parameters):
-    """The 2-norm of the gradients of several parameters together, a scalar on their device."""
+    """The 2-norm of all gradients of these parameters, a scalar on their device."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
@@ -927,19 +966,19 @@ def token_stream(corpus: Corpus, tokenizer: Tokenizer, seed: int | None, block_s
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation: a list of what is measured, how often, and how. Every process takes part in every
-# forward pass.
+# Evaluation. Every process takes part in every forward pass.
 
 
 class Evaluation(NamedTuple):
-    """run: (model, stopped) -> {tag: number or texts}, called by every process. every: N steps,
-    0: never.
+    """What is measured during training.
 
-    stopped: whether to stop early, asked by every process equally often. compiled: its batches have
-    the shape of training's, so the compiled model is used; others run as plain PyTorch.
+    run: (model, micro_batch, stopped) -> {tag: number or texts}, called by every process.
+    micro_batch: training's sequences per forward pass. stopped: whether to stop early; every
+    process must ask it equally often. compiled: its batches have the shape of training's, so the
+    compiled model is used; others run as plain PyTorch.
     """
     name: str
-    every: int
+    every: int  # steps, 0: never
     run: Callable
     at_start: bool = True
     compiled: bool = False
@@ -947,20 +986,21 @@ class Evaluation(NamedTuple):
     def mode(self):
         return contextlib.nullcontext() if self.compiled else compiler.off()
 
-    def due(self, step, last):
+    def is_due(self, step, last):
         if not self.every or (step == 0 and not self.at_start):
             return False
         return last or step % self.every == 0
 
 
-def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
-    """Mean loss in nats per target over all validation rows, (x, y) or packed (x, y, documents), of
-    all processes; nan once `stopped()`, which every process asks equally often.
+def mean_loss(model, rows, micro_batch, processes, stopped=lambda: False):
+    """Mean loss in nats per target over all validation rows, of all processes.
 
-    Sums are gathered, not means: the result is the same for any number of processes and any
-    micro-batch. The model, in eval mode, sees one shape, (micro_batch, T), equally often on every
-    process, padded with rows without targets. Gradients stay enabled, so that a compiled forward
-    pass is that of training; the loss asks for none in eval mode.
+    rows: (x, y), or (x, y, documents) if they are packed. stopped: asked by every process equally
+    often; once it is true, the result is nan. Sums are gathered, not means, so that the result is
+    the same for any number of processes and any micro-batch. Every process runs equally many
+    forward passes of one shape, (micro_batch, T), padded with rows without targets. Gradients stay
+    enabled, since a compiled forward pass would be recompiled without; in eval mode the loss
+    computes none.
     """
     nats = [torch.zeros((), device=processes.device)]
     mine = [part[processes.rank::processes.world_size] for part in rows]
@@ -981,21 +1021,21 @@ def evaluate(model, rows, micro_batch, processes, stopped=lambda: False):
 
 
 def pad_rows(rows, n, fill, device):
-    """int64 (at most n, T) -> a tensor (n, T) on `device`, its last rows full of `fill`."""
+    """int64 (at most n, T) -> a tensor (n, T) on `device`; missing rows are filled with `fill`."""
     missing = n - len(rows)
     return to_device(np.pad(rows, ((0, missing), (0, 0)), constant_values=fill), device)
 
 
-def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
+def validation(cfg, plan, corpus, tokenizer, processes, tag="Loss/val"):
     """-> the `run` of an Evaluation: the loss on the val splits of a Corpus, weighted as in
     training after a curriculum."""
-    rows = [read_validation(source.shards, cfg.val_tokens, block_size, tokenizer)
+    rows = [read_validation(source.shards, cfg.val_tokens, plan.block_size, tokenizer)
             for source in corpus.sources]
     sizes = tokenizer.token_bytes()
     bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
-    def run(model, stopped):
-        losses = [evaluate(model, part, cfg.sequences, processes, stopped) for part in rows]
+    def run(model, micro_batch, stopped):
+        losses = [mean_loss(model, part, micro_batch, processes, stopped) for part in rows]
         loss = float(corpus.weights @ losses)
         bits_per_byte = loss / math.log(2) / bytes_per_token
         return {tag: loss, f"{tag}_bpb": bits_per_byte, **corpus.tags(tag, losses)}
@@ -1007,15 +1047,14 @@ def validation(cfg, corpus, tokenizer, block_size, processes, tag="Loss/val"):
 # The training loop
 
 
-def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
-    """Train `model` from `position` to step cfg.steps: save, evaluate, batch, forward and backward,
-    agree, update, log.
+def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, position):
+    """Train `model` from `position` to the last step.
 
-    stream: a lib.streams.StreamLike; next(tokens) -> micro-batches, as many on every process: (idx,
-    targets), int64 (B, T) each, and a Packed where rows hold several texts; targets of -1 do not
-    count. run: the RunFolder, null off rank 0. position: as Resume.restore returns it.
+    plan: a RunPlan. stream: `next(tokens)` returns this process's micro-batches, equally many on
+    every process: (idx, targets), int64 (B, T) each, and a Packed if rows hold several texts.
+    Targets of -1 are ignored. run: the RunFolder, null off rank 0. position: a Position.
 
-    Ends after cfg.steps steps, or after the step in which a stop signal came; either way with a
+    Ends after the last step, or after the step in which a stop signal came; either way with a
     checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
     """
     device = processes.device
@@ -1025,12 +1064,14 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     flops = model.flops_per_token()
     peak = peak_flops(device)
 
-    step = first = position["step"]
-    skipped = position["skipped"]
-    consecutive_skips = position["consecutive_skips"]
-    timer = StepTimer(cfg, position.get("timed", (0, 0.0)))
+    step = position.step
+    first = position.step
+    skipped = position.skipped
+    consecutive_skips = position.consecutive_skips
+    timer = StepTimer(cfg, plan.steps, position.timed)
     seconds = 0.0  # of the previous step
     save_due = False
+    last = False
     last_good = {"step": step, "skipped": skipped, "loader": stream.state_dict()}
 
     def say(line):
@@ -1038,9 +1079,33 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
 
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips,
-                "finished": False, "loader": stream.state_dict(), "max_steps": cfg.steps,
+                "finished": False, "loader": stream.state_dict(), "max_steps": timer.steps,
                 "timed": timer.timed, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), **changes}
+
+    def evaluate():
+        """Run the evaluations that are due, until a stop is requested."""
+        for evaluation in evaluations:
+            if not evaluation.is_due(step, last):
+                continue
+            if stop.agree():
+                return
+            try:
+                results = measure(evaluation, model, plan.micro_batch, stop, monitor)
+            except NonFinite as error:  # the next steps will be skipped, and may end the run
+                say(f"{evaluation.name} | {error}")
+                continue
+            if stop.agree():
+                return
+            run.log_evaluation(step, results)
+            if cfg.keep_best and "Loss/val" in results and step and not consecutive_skips:
+                save_if_best(results["Loss/val"])
+
+    def save_if_best(loss):
+        is_best = bool(run.is_best(loss, step))  # only rank 0 knows the checkpoints
+        is_best = processes.sum([is_best])[0]
+        if is_best and not last:
+            run.save(snapshot())
 
     is_spike = SpikeDetector(cfg.spike)
     monitor = RecompileMonitor(say)
@@ -1048,9 +1113,9 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
     stream.prefetch(batch_size(step, cfg))
     with StopSignals(run.say, processes) as stop:
         while True:
-            last = step >= cfg.steps  # beyond: resumed as a shorter run
+            last = step >= timer.steps  # above: resumed with a shorter length
 
-            # ---- save, in the background; after skipped steps, earlier checkpoints may be better
+            # ---- save, in the background; not after skipped steps: an earlier state may be better
             if cfg.save_every and step > first and step % cfg.save_every == 0:
                 save_due = True
             if save_due and not last and not consecutive_skips:
@@ -1058,24 +1123,7 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
                 save_due = False
 
             # ---- evaluate
-            for evaluation in evaluations:
-                if not evaluation.due(step, last):
-                    continue
-                if stop.agree():
-                    break
-                try:
-                    results = measure(evaluation, model, stop, monitor)
-                except NonFinite as error:  # the steps that follow are counted and may end the run
-                    say(f"{evaluation.name} | {error}")
-                    continue
-                if stop.agree():
-                    break
-                run.log_evaluation(step, results)
-                if cfg.keep_best and "Loss/val" in results and step and not consecutive_skips:
-                    # only rank 0 knows which checkpoints were written
-                    best = processes.sum([bool(run.is_best(results["Loss/val"], step))])[0]
-                    if best and not last:
-                        run.save(snapshot())
+            evaluate()
             run.poll()
             if last or stop.agreed:
                 break
@@ -1105,15 +1153,16 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             norms = torch.stack([gradient_norm(part) for part in parts.values()])
             total_norm = norms.norm()
             numbers = torch.cat((shared, total_norm[None], norms)).tolist()
-            loss, stop_requests, save_requests, took, norm, *norms = numbers
+            loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers
             stop.agree(stop_requests)
             save_due = save_due or save_requests > 0
             if step > first + 1:  # the first step also loads kernels and libraries
-                run.set_length(timer.fit(step, took), timer.stands)
+                timer.update(step, mean_seconds)
+                run.set_length(timer.steps, timer.is_fixed)
 
             # ---- update, unless non-finite: the same decision on every process
-            run.wait_copied()  # what is being saved must not change yet
-            multiplier = lr_multiplier(step, cfg)
+            run.wait_copied()  # a checkpoint may still be copying the weights
+            multiplier = lr_multiplier(step, cfg, timer.steps)
             finite = math.isfinite(loss) and math.isfinite(norm)
             routing = balance(finite)  # of experts; reading the device is free after the sync
             if finite:
@@ -1148,12 +1197,13 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
             for part, value in zip(parts, norms, strict=True):
                 scalars[f"weights/grad_norm_{part}"] = value
             run.log_step(step, scalars | stream.progress() | routing, seconds)
-            if line := is_spike(loss):
-                say(f"{line}; its batch: {stream.where(read_from)}")
+            spike = is_spike(loss)
+            if spike:
+                say(f"{spike}; its batch: {stream.where(read_from)}")
 
+            # ---- end the run if too many consecutive steps, or all, were skipped
             step += 1
-            most = min(cfg.max_skipped, cfg.steps - first)  # all steps, if there are fewer
-            if consecutive_skips >= most:
+            if consecutive_skips >= min(cfg.max_skipped, timer.steps - first):
                 kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
                 processes.barrier()
                 raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is "
@@ -1166,27 +1216,25 @@ def train(cfg, model, optimizer, stream, evaluations, run, processes, position):
         run.conclude(step, finished=finished)
 
 
-def measure(evaluation, model, stop, monitor):
+def measure(evaluation, model, micro_batch, stop, monitor):
     """The results of an Evaluation, meaningless once a stop is requested. Raises NonFinite."""
     model.eval()
     try:
         with monitor(evaluation.name), evaluation.mode():
-            return evaluation.run(model, stop.agree)
+            return evaluation.run(model, micro_batch, stop.agree)
     finally:
         model.train()
 
 
 def seed_dropout(seed, step, rank):
-    """Dropout follows from (seed, step, rank): there is no random state to save."""
+    """Dropout depends on (seed, step, rank) alone: there is no random state to save."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
 def accumulate(ddp, batch, n_targets, processes):
-    """Forward and backward over the micro-batches of a step -> this process's share of its loss.
-
-    The loss of a step is the sum over all targets divided by their number over all processes.
-    """
+    """Forward and backward over the micro-batches of a step -> this process's share of its loss:
+    the sum over its targets, divided by the number of targets on all processes."""
     loss_sum = torch.zeros((), device=processes.device)
     for i, (idx, targets, *packing) in enumerate(batch):
         with gradient_sync(ddp, last=i == len(batch) - 1):
@@ -1202,12 +1250,11 @@ def accumulate(ddp, batch, n_targets, processes):
 
 
 def load_checkpoint(name, device="cpu"):
-    """The model that a user named -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
+    """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
     name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl",
-    as lib/checkpoint.py's `pick` takes it. The checkpoint of the last two is a dict of
-    model_config, tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such
-    model.
+    see lib/checkpoint.py's `pick`. The checkpoint of the last two is a dict of model_config,
+    tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
@@ -1221,7 +1268,7 @@ def load_checkpoint(name, device="cpu"):
         with checkpoint.ours(name):
             config = GPTConfig(**state["model_config"])
             check_model(config)
-            # shapes alone, before memory is taken for them
+            # compare shapes, before memory is allocated for them
             on_meta(config).load_state_dict(state["model"], assign=True)
             model = GPT(config)
             model.load_state_dict(state["model"])
@@ -1234,49 +1281,70 @@ def load_checkpoint(name, device="cpu"):
 
 
 def settings(argv):
-    """The command line -> (TrainConfig, GPTConfig, the names given explicitly, a Resume, a
-    beginning).
+    """The command line -> Settings. Later sources win: defaults, preset, rates of another
+    optimizer than the preset's, checkpoint (of --resume or --init_from), --size, flags."""
+    flags = read_flags((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
+    preset = PRESETS[flags.get("preset", TrainConfig.preset)]
+    flags = SIZES.get(flags.get("size"), {}) | flags
+    explicit = set(flags)
+    cfg = resolve(TrainConfig(), preset, other_rates(preset, flags), flags)
+    model_cfg = resolve(GPTConfig(), preset, flags)
 
-    The Resume is None for a new run; the beginning is what `begin_with` returns, or None.
-    """
-    (cfg, model_cfg), explicit = parse((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
-    if cfg.size:
-        for name, value in SIZES[cfg.size].items():
-            setattr(model_cfg, name, getattr(model_cfg, name) if name in explicit else value)
-        explicit |= SIZES[cfg.size].keys()
-    if cfg.optimizer != PRESETS[cfg.preset].get("optimizer", TrainConfig.optimizer):
-        for name in RATES[cfg.optimizer].keys() - explicit:
-            setattr(cfg, name, RATES[cfg.optimizer][name])
-    resume = find_resume(cfg, explicit)
-    start = begin_with(cfg, model_cfg, explicit) if cfg.init_from and not resume else None
-    adopt(resume, cfg, model_cfg, explicit)
-    return cfg, model_cfg, explicit, resume, start
+    resume, folder = find_resume(cfg, explicit)
+    cfg = resolve(cfg, folder)
+    start = None
+    if resume:
+        cfg, model_cfg = adopt(resume, cfg, model_cfg, explicit)
+    elif cfg.init_from:
+        cfg, model_cfg, start = begin_with(cfg, model_cfg, explicit)
+    cfg = resolve(cfg, only_length(explicit))
+    return Settings(cfg, model_cfg, explicit, resume, start)
+
+
+def other_rates(preset, flags):
+    """The learning rates of --optimizer if that is not the preset's, whose rates would not fit."""
+    usual = preset.get("optimizer", TrainConfig.optimizer)
+    optimizer = flags.get("optimizer", usual)
+    return RATES.get(optimizer, {}) if optimizer != usual else {}
+
+
+def adopt(resume, cfg, model_cfg, explicit):
+    """-> (cfg, model_cfg) with the settings of a Resume, but for the explicit ones. Raises BadInput
+    if they do not fit its weights."""
+    with checkpoint.ours(resume.path):
+        before = resume.state["train_config"]
+        if "preset" in explicit and cfg.preset != before["preset"]:
+            explicit = explicit.union(*PRESETS.values())  # all that the new preset sets
+        cfg, model_cfg = resume.adopt(cfg, model_cfg, explicit)
+        check_model(model_cfg)
+        on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
+    return cfg, model_cfg
 
 
 def begin_with(cfg, model_cfg, explicit):
-    """--init_from -> [(a GPT, its Tokenizer)], a list so that whoever takes them can let go of
-    them.
+    """--init_from -> (cfg with the file it names, model_cfg with the settings of its weights, but
+    for explicit ones that these do not depend on, [(a GPT, its Tokenizer)]).
 
-    Gives model_cfg the settings of the weights, but for given ones that these do not depend on.
-    Raises BadInput for others, and if there is no such model or its weights are not finite.
+    The list is for its reader to empty, and so to free memory. Raises BadInput for explicit
+    settings that do not fit, and if there is no such model or its weights are not finite.
     """
-    cfg.init_from = checkpoint.pick(cfg.init_from)
-    model, tokenizer, _ = load_checkpoint(cfg.init_from)
-    checkpoint.check_finite(model.state_dict(), cfg.init_from)
+    path = checkpoint.pick(cfg.init_from)
+    model, tokenizer, _ = load_checkpoint(path)
+    checkpoint.check_finite(model.state_dict(), path)
     before = asdict(model.config) | {"vocab_multiple": model_cfg.vocab_multiple}
     free = may_change(before, model_cfg.block_size) - {"init"}
-    _, misfits = take_settings(model_cfg, before, explicit, free)
+    model_cfg, _, misfits = merge(model_cfg, before, explicit, free)
     if misfits:
-        raise BadInput(f"--init_from {cfg.init_from} does not fit these flags: "
-                       f"{', '.join(misfits)}; leave them out")
+        raise BadInput(f"--init_from {path} does not fit these flags: {', '.join(misfits)}; "
+                       "leave them out")
     if model_cfg.pos == "learned":
         positions = model.transformer.wpe.weight[:model_cfg.block_size]
         model.transformer.wpe.weight = nn.Parameter(positions.detach().clone())
-    return [(model, tokenizer)]
+    return replace(cfg, init_from=path), model_cfg, [(model, tokenizer)]
 
 
 def flag_warnings(cfg, model_cfg, explicit):
-    """Lines about flags that have no effect, or a rate far from what suits the optimizer."""
+    """Warnings about flags without effect, and a rate far from what suits the optimizer."""
     idle = {
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
         "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
@@ -1284,7 +1352,7 @@ def flag_warnings(cfg, model_cfg, explicit):
     }
     lines = [f"warning: --{name} has no effect without {needed}"
              for name, (is_idle, needed) in idle.items() if is_idle and name in explicit]
-    usual = RATES[cfg.optimizer]["max_lr"]
+    usual = RATES.get(cfg.optimizer, {}).get("max_lr", cfg.max_lr)
     if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
         lines.append(
             f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that "
@@ -1293,25 +1361,8 @@ def flag_warnings(cfg, model_cfg, explicit):
     return lines
 
 
-def adopt(resume, cfg, model_cfg, explicit):
-    """Take what was not given explicitly from a Resume, or None, and check that its weights fit.
-    Raises BadInput."""
-    if resume:
-        with checkpoint.ours(resume.path):
-            given = explicit
-            if "preset" in explicit and cfg.preset != resume.state["train_config"]["preset"]:
-                given = explicit.union(*PRESETS.values())  # another preset's settings, too
-            resume.adopt(cfg, model_cfg, given)
-            check_model(model_cfg)
-            on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
-    if explicit & set(LENGTHS):
-        for name in set(LENGTHS) - {"epochs"} - explicit:  # a preset's or the checkpoint's
-            setattr(cfg, name, None)
-
-
 def check_model(c):
-    """Check a model's settings against each other; bounds of each are on its field.
-    Raises BadInput."""
+    """Check a model's settings, their bounds and against each other. Raises BadInput."""
     check(c)
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
@@ -1321,13 +1372,14 @@ def check_model(c):
 
 
 def on_meta(model_cfg):
-    """A GPT without weights, to be counted."""
+    """A GPT without memory for its weights, to be counted."""
     with torch.device("meta"):
         return GPT(model_cfg)
 
 
 def build_model(model_cfg, cfg, device):
-    """A GPT on `device`, from cfg.seed. Raises BadInput if there is not the memory to train it."""
+    """A GPT on `device`, initialized from cfg.seed. Raises BadInput if there is not enough memory
+    to train it."""
     like = on_meta(model_cfg)
     weights = list(like.parameters())
     gradients = weights
@@ -1344,14 +1396,13 @@ def build_model(model_cfg, cfg, device):
 
 @torch.no_grad()
 def fit_vocabulary(model, vocab_size):
-    """Give a GPT, before it is trained, tables for `vocab_size` ids, padded as GPTConfig pads them.
+    """Resize the embedding and the head of a GPT to `vocab_size` ids, padded as GPTConfig says.
 
-    A model of Hugging Face has no padding. New rows begin as the mean of the others: their logits
-    are then the others' mean, so each takes at most 1 / vocab_size of the probability (Jensen).
+    Models from Hugging Face have no padding. New rows begin as the mean of the others: their logits
+    are then the others' mean, so each gets at most 1 / vocab_size of the probability (Jensen).
     """
-    c = model.config
-    c.vocab_size = vocab_size
-    c.vocab_multiple = GPTConfig.vocab_multiple
+    c = replace(model.config, vocab_size=vocab_size, vocab_multiple=GPTConfig.vocab_multiple)
+    model.config = c
     for module in (model.transformer.wte, model.lm_head):
         rows = module.weight[:c.padded_vocab_size]
         missing = c.padded_vocab_size - len(rows)
@@ -1362,14 +1413,14 @@ def fit_vocabulary(model, vocab_size):
 
 
 class Pretraining:
-    """What `launch` trains on and measures; posttrain.py has another. corpus: a Corpus, or any
-    object with its interface.
+    """A task: what `launch` trains on and measures. posttrain.py has another.
 
-    weights: [a state dict to begin with], or (). extra: more for checkpoints.
-    packed: ids -> (a Packed,), or ().
+    corpus: a Corpus, or any object with its interface. weights: [a state dict to begin with], or
+    (). extra: more for checkpoints.
     """
 
-    weights, extra, packed = (), {}, staticmethod(lambda idx: ())
+    weights: list | tuple = ()
+    extra: dict = {}
 
     def __init__(self, cfg, explicit, start=None):
         """start: as `begin_with` returns it, or None. Raises BadInput for data of another
@@ -1382,158 +1433,196 @@ class Pretraining:
             fit_vocabulary(model, tokenizer.vocab_size)
             self.weights = [model.state_dict()]
 
-    def tokenizer(self, model_cfg):
-        """-> the data's Tokenizer; sets vocab_size."""
+    def vocabulary(self, model_cfg):
+        """-> (the data's Tokenizer, model_cfg with its vocabulary)."""
         tokenizer = load_tokenizer(self.corpus.tokenizer)
         self.corpus.check_shards(tokenizer)
-        model_cfg.vocab_size = tokenizer.vocab_size
-        return tokenizer
+        return tokenizer, replace(model_cfg, vocab_size=tokenizer.vocab_size)
 
-    def evaluations(self, cfg, tokenizer, block_size, processes):
-        """What is measured along the way. Raises BadInput if something that needs is missing."""
-        at_start = self.has_learned  # random weights take seconds to minutes to say what is known
-        own_loss = self.validation(cfg, tokenizer, block_size, processes)
+    def evaluations(self, cfg, plan, tokenizer, processes):
+        """-> list of Evaluation. Raises BadInput if something they need is missing."""
+        at_start = self.has_learned  # random weights take seconds to minutes, to no use
+        own_loss = self.validation(cfg, plan, tokenizer, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
         questions = hellaswag.tracked(cfg, tokenizer, processes, required=asked)
         tasks = harness.tracked(cfg, tokenizer, processes)
+        tasks_every = cfg.eval_tasks_every if cfg.eval_tasks else 0
         texts = self.samples(cfg, tokenizer)
-        found = [Evaluation("validation", cfg.eval_every, own_loss, at_start, compiled=True),
+        found = [Evaluation("validation", plan.eval_every, own_loss, at_start, compiled=True),
                  Evaluation("HellaSwag", cfg.hellaswag_every, questions, at_start),
-                 Evaluation("tasks", cfg.eval_tasks and cfg.eval_tasks_every, tasks, at_start),
-                 Evaluation("samples", cfg.sample_every, texts, at_start=False)]
+                 Evaluation("tasks", tasks_every, tasks, at_start),
+                 Evaluation("samples", plan.sample_every, texts, at_start=False)]
         return [evaluation for evaluation in found if evaluation.run is not None]
 
     @property
     def has_learned(self):
-        """Whether a run that is not resumed begins with learned weights."""
+        """Whether a new run begins with learned weights."""
         return bool(self.weights)
 
-    def validation(self, cfg, tokenizer, block_size, processes):
-        return validation(cfg, self.corpus, tokenizer, block_size, processes)
+    def validation(self, cfg, plan, tokenizer, processes):
+        return validation(cfg, plan, self.corpus, tokenizer, processes)
 
     def samples(self, cfg, tokenizer):
-        prompts = [cfg.sample_prompt]
-        return lambda model, stopped: {"samples": sample(model, tokenizer, prompts, SHOWN)}
+        def run(model, micro_batch, stopped):
+            return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SHOWN)}
 
-    def stream(self, cfg, tokenizer, block_size, processes):
-        stride = block_size + self.corpus.is_mixed
-        batches = partial(micro_batches, block_size=block_size, stride=stride,
-                          micro_batch=cfg.sequences, processes=processes)
+        return run
+
+    def stream(self, cfg, plan, tokenizer, processes):
+        stride = plan.block_size + self.corpus.is_mixed
+        batches = partial(micro_batches, block_size=plan.block_size, stride=stride,
+                          micro_batch=plan.micro_batch, processes=processes)
         seed = cfg.seed if cfg.shuffle else None
-        return token_stream(self.corpus, tokenizer, seed, block_size, batches)
+        return token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
+
+    def packed(self, idx):
+        """What a batch of these ids has besides: (a Packed,) if rows hold several texts."""
+        return ()
 
     def conclude(self, run):
-        """Say what is left to say."""
+        """Print a closing summary."""
 
 
 def size_of(model_cfg, corpus):
-    """Parameters of the model for a Corpus whose tokenizer is not loaded yet; None if it does not
-    know its vocabulary."""
+    """Parameters of the model for a Corpus whose tokenizer is not loaded yet; None if its
+    vocabulary is unknown."""
     if not corpus.vocab_size:
         return None
     model = on_meta(replace(model_cfg, vocab_size=corpus.vocab_size))
     return model.parameter_counts()["total"]
 
 
-def compiles(cfg, model_cfg, processes, first):
-    """Whether to torch.compile: as --compile says, else if the run from step `first` on is long
-    enough for that to pay."""
+def compiles(cfg, plan, model_cfg, processes, first):
+    """Whether to torch.compile: --compile, else if the run from step `first` on is long enough for
+    that to pay off."""
     if cfg.compile is not None:
         return cfg.compile
-    if cfg.minutes:  # what counts is what is learned in them
+    if cfg.minutes:  # which count training steps alone
         return processes.device.type == "cuda"
-    tokens = tokens_of(cfg.steps, cfg) - tokens_of(first, cfg)
+    tokens = tokens_of(plan.steps, cfg) - tokens_of(first, cfg)
     flops = tokens * on_meta(model_cfg).flops_per_token()
     return compiler.worth_compiling(flops / processes.world_size, processes.device)
 
 
-def launch(cfg, model_cfg, explicit, resume, task):
-    """Train what `task`, a Pretraining, says, on all processes, from the beginning or `resume`.
+def launch(settings, task):
+    """Train a task, such as Pretraining, on all processes, from the beginning or a checkpoint.
 
-    What may be refused comes before anything is written, and what needs no GPU before what does.
+    The order: whatever may refuse the run comes before anything is written, and what needs no GPU
+    before what does.
     """
-    hold_notices()  # a scheduler may warn while the model is still made
+    cfg, model_cfg, explicit, resume, _ = settings
+    hold_notices()  # a scheduler may warn while the model is still being made
     processes = Processes(cfg.device, cfg.deterministic)
+
+    # ---- the plan: settings, data and number of processes must fit each other
     corpus = task.corpus
-    T = model_cfg.block_size
     parameters = size_of(model_cfg, corpus)
-    settle(cfg, model_cfg, explicit, corpus, parameters, processes.world_size, resume)
-    if resume and resume.state["step"] >= cfg.steps and resume.state.get("finished", True):
+    plan = make_plan(settings, corpus, parameters, processes.world_size)
+    if resume and is_over(resume.state, plan):
         if processes.main:
-            print(f"{resume.path} is the end of a run of {cfg.steps} steps: "
+            print(f"{resume.path} is the end of a run of {plan.steps} steps: "
                   f"give more --{length_flag(cfg)} to go on")
         return
-    rise = None
     if resume:
         resume.compare_text(cfg, corpus, explicit)
-        rise = rate_rise(cfg, resume.state)
 
-    # The folder is locked from here on. `explain_failures` is outermost: it turns failures of the
-    # machine into one line, wherever they occur.
+    # ---- the run folder, locked from here on. `explain_failures` is outermost: it turns what the machine
+    # lacks into one line, wherever that shows
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explain_failures(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
             serve_tensorboard(cfg.log_dir, cfg.tensorboard)
-        with processes.main_first():  # it may download
-            tokenizer = task.tokenizer(model_cfg)
-        evaluations = task.evaluations(cfg, tokenizer, T, processes)
 
-        compiling = compiles(cfg, model_cfg, processes, resume.state["step"] if resume else 0)
+        # ---- tokenizer and evaluations: their files may be missing
+        with processes.main_first():  # it may download
+            tokenizer, model_cfg = task.vocabulary(model_cfg)
+        evaluations = task.evaluations(cfg, plan, tokenizer, processes)
+
+        # ---- model and optimizer. Compilation is prepared in the background meanwhile
+        compiling = compiles(cfg, plan, model_cfg, processes, resume.state["step"] if resume else 0)
         if compiling:
-            compiler.prepare()  # in the background, while the model is made
+            compiler.prepare()
         model = build_model(model_cfg, cfg, processes.device)
         optimizer = make_optimizer(model, cfg)
-        rows = batch_size(0, cfg) // T // processes.world_size
-        cfg.sequences = pick_micro_batch(model, cfg.micro_batch, rows, processes,
-                                         state_like(optimizer), task.packed)
-        stream = task.stream(cfg, tokenizer, T, processes)
+        micro_batch = pick_micro_batch(model, cfg.micro_batch, plan.rows, processes,
+                                       state_like(optimizer), task.packed)
+        plan = replace(plan, micro_batch=micro_batch)
+        stream = task.stream(cfg, plan, tokenizer, processes)
 
-        # after probing the micro-batch, which leaves traces in a model, and before writing anything
-        position = {"step": 0, "skipped": 0, "consecutive_skips": 0}
+        # ---- weights, after the probe for the micro-batch, which leaves traces in a model
+        position = Position()
         if resume:
+            rise = rate_rise(cfg, plan.steps, resume.state)
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
-            model.load_state_dict(task.weights.pop())  # so that they leave memory
-        first = position["step"]
-        processes.check_same(first, "the processes found different checkpoints: see that all read "
-                                    "one folder, and start again")
+            model.load_state_dict(task.weights.pop())  # popped, so that they leave memory
+        processes.check_same(position.step, "the processes found different checkpoints: see that "
+                                            "all read one folder, and start again")
 
-        description = describe(cfg, model, corpus, processes, first)
-        if rise:
+        # ---- everything fits: from here on the run folder is written to
+        description = describe(cfg, plan, model, corpus, processes, position.step)
+        if resume and rise:
             description += f"\n{rise}"
-        config = {"model": asdict(model_cfg), "train": asdict(cfg), "max_steps": cfg.steps,
-                  "tokenizer": tokenizer.spec, "data": corpus.identity,
+        config = {"model": asdict(model_cfg), "train": train_config(cfg, plan),
+                  "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
                   "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
         run.begin(config, description, position, resume, like)
 
-        if compiling:
-            idx = torch.zeros(cfg.sequences, T, dtype=torch.long, device=processes.device)
-            batch = (idx, idx, *task.packed(idx))
-            compiler.compile_ahead(model, batch, cfg.eval_every > 0, run.say)
-        elif cfg.compile is None and processes.device.type == "cuda":
-            run.say("not compiled: a run this short would not win back the time that takes; "
-                    "--compile overrules")
-        if first == 0 and cfg.eval_every and not evaluations[0].at_start:
-            run.say("step 0 | random weights are not evaluated; their loss is about "
-                    f"ln {model_cfg.vocab_size:,} = {math.log(model_cfg.vocab_size):.2f}")
-        train(cfg, model, optimizer, stream, evaluations, run, processes, position)
+        # ---- compile, then train
+        with explain_failures(cfg, micro_batch):
+            if compiling:
+                compile_model(model, plan, task, run, processes)
+            elif cfg.compile is None and processes.device.type == "cuda":
+                run.say("not compiled: a run this short would not win back the time that takes; "
+                        "--compile overrules")
+            if position.step == 0 and plan.eval_every and not evaluations[0].at_start:
+                run.say("step 0 | random weights are not evaluated; their loss is about "
+                        f"ln {model_cfg.vocab_size:,} = {math.log(model_cfg.vocab_size):.2f}")
+            train(cfg, plan, model, optimizer, stream, evaluations, run, processes, position)
         task.conclude(run)
 
 
+def is_over(state, plan):
+    """Whether a checkpoint's run has ended, and the plan does not extend it."""
+    return state["step"] >= plan.steps and state.get("finished", True)
+
+
+def train_config(cfg, plan):
+    """The settings of a run as config.json and checkpoints hold them: what was left open is as the
+    plan has it."""
+    return asdict(cfg) | {"eval_every": plan.eval_every, "sample_every": plan.sample_every,
+                          "steps": plan.steps, "sequences": plan.micro_batch}
+
+
+def compile_model(model, plan, task, run, processes):
+    shape = (plan.micro_batch, plan.block_size)
+    idx = torch.zeros(shape, dtype=torch.long, device=processes.device)
+    batch = (idx, idx, *task.packed(idx))
+    compiler.compile_ahead(model, batch, plan.eval_every > 0, run.say)
+
+
 def main(argv):
-    cfg, model_cfg, explicit, resume, start = settings(argv)
+    chosen = settings(argv)
+    cfg, model_cfg, explicit, _, start = chosen
     check_model(model_cfg)
     if cfg.plan:
-        if "data" in explicit:  # it needs none
-            model_cfg.vocab_size = Corpus(cfg).vocab_size or model_cfg.vocab_size
-        own = cfg.size or cfg.preset
-        models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
-        print(plan(cfg, models | {own: on_meta(model_cfg)}, own))
+        print_forecast(cfg, model_cfg, explicit)
         return
     for line in flag_warnings(cfg, model_cfg, explicit):
         note(line)
-    launch(cfg, model_cfg, explicit, resume, Pretraining(cfg, explicit, start))
+    launch(chosen, Pretraining(cfg, explicit, start))
+
+
+def print_forecast(cfg, model_cfg, explicit):
+    """Print the table of --plan, for every --size and the chosen model."""
+    if "data" in explicit:  # its vocabulary; the table needs no data
+        vocab_size = Corpus(cfg).vocab_size or model_cfg.vocab_size
+        model_cfg = replace(model_cfg, vocab_size=vocab_size)
+    own = cfg.size or cfg.preset
+    models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
+    models[own] = on_meta(model_cfg)
+    print(forecast(cfg, models, own))
 
 
 if __name__ == "__main__":

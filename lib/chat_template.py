@@ -3,24 +3,24 @@ Jinja, in exported tokenizers.
 
     <|endoftext|> <|user|>Hi<|end|> <|assistant|>Hello!<|end|>          without the spaces
 
-A conversation is a list of messages, {"role": "system", "user" or "assistant", "content": str}: a
-system message may stand first, then user and assistant take turns. An answer with "learned": False
-is read, and not learned. The control tokens are ids that text never encodes to (lib/tokenizers.py),
-so nothing that a user types or that stands in data is taken for one.
+A conversation is a list of messages, {"role": "system", "user" or "assistant", "content": str}: an
+optional system message, then user and assistant take turns. An answer with "learned": False is read
+but not learned. Text never encodes to the ids of control tokens (lib/tokenizers.py), so neither
+user input nor data can imitate one.
 """
 
 from lib.cli import BadInput
 from lib.tokenizers import END, EOT
 
 ROLES = ("system", "user", "assistant")
-# the same for transformers' apply_chat_template; a checkpoint that can chat holds it as
+# the same for transformers' apply_chat_template; a checkpoint that can chat has it as
 # "chat_template"
 JINJA = ("{{ '" + EOT + "' }}{% for message in messages %}"
          "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
-def check_messages(messages):
+def check_messages(messages) -> None:
     """Raises BadInput, without a remedy, unless `messages` is a conversation."""
     if not isinstance(messages, list) or not messages:
         raise BadInput("no messages")
@@ -30,17 +30,26 @@ def check_messages(messages):
             raise BadInput("a message without a role and a content, both text")
         if message["role"] not in ROLES:
             raise BadInput(f"the unknown role {message['role'][:40]!r}")
-    turns = [message["role"] for message in messages[messages[0]["role"] == "system":]]
-    if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
-        raise BadInput(f"roles out of order ({', '.join(message['role'] for message in messages[:6])}): "
-                       "a system message may stand first, then user and assistant take turns, the user first")
+    _, turns = split_system(messages)
+    roles = [message["role"] for message in turns]
+    expected = [("user", "assistant")[i % 2] for i in range(len(roles))]
+    if not roles or roles != expected:
+        first = ", ".join(message["role"] for message in messages[:6])
+        raise BadInput(f"roles out of order ({first}): an optional system message, then user and "
+                       "assistant take turns, the user first")
 
 
-def render(messages, tokenizer, reply=False):
-    """A conversation -> ids, list of int, and which of them are to be learned, list of bool:
-    what the assistant says, and its <|end|>.
+def split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(the system message, if there is one; the turns after it)."""
+    n = 1 if messages[0]["role"] == "system" else 0
+    return messages[:n], messages[n:]
 
-    reply: end with <|assistant|>, for the model to go on.
+
+def render(messages: list[dict], tokenizer, reply: bool = False) -> tuple[list[int], list[bool]]:
+    """A conversation -> its ids, and which of them are learned: the assistant's turns with their
+    <|end|>.
+
+    reply: end with <|assistant|>, for the model to continue.
     """
     ids, learned = [tokenizer.eot], [False]
     for message in messages:
@@ -54,17 +63,18 @@ def render(messages, tokenizer, reply=False):
     return ids, learned
 
 
-def fit(messages, tokenizer, limit):
-    """The part of a conversation, its last message the user's, whose prompt has at most `limit`
-    tokens -> (messages, ids): the system message and the newest turns; the oldest are left out, in
-    pairs. Raises BadInput if the last message alone is too long."""
-    system, turns = messages[:messages[0]["role"] == "system"], messages[messages[0]["role"] ==
-                                                                         "system":]
+def fit(messages: list[dict], tokenizer, limit: int) -> tuple[list[dict], list[int]]:
+    """The part of a conversation whose prompt has at most `limit` tokens -> (messages, ids).
+
+    The last message is the user's. The system message and the newest turns stay; the oldest are
+    dropped, in pairs. Raises BadInput if the last message alone is too long.
+    """
+    system, turns = split_system(messages)
     while True:
         ids, _ = render([*system, *turns], tokenizer, reply=True)
         if len(ids) <= limit:
             return [*system, *turns], ids
         if len(turns) < 3:
-            raise BadInput(f"the message and what stands around it have {len(ids):,} tokens, "
-                           f"and the context has room for {limit:,}: shorten it")
+            raise BadInput(f"the message, with the system message, has {len(ids):,} tokens, and "
+                           f"the context has room for {limit:,}: shorten it")
         turns = turns[2:]

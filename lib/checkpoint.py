@@ -37,7 +37,7 @@ class Torn(BadInput):
 # Names
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """The flags that name a trained model, for train_gpt2.py's `load_checkpoint`."""
 

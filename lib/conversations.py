@@ -1,18 +1,19 @@
-"""Conversations and texts out of data files, for post-training: several layouts, told apart by the
-names that a row has.
+"""Conversations and texts from data files, for post-training. The layout of a file follows from its
+columns:
 
     messages        {"messages": [{"role": "user", "content": ...}, ...]}
     ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
     alpaca          {"instruction": ..., "output": ...}
     dolly           {"instruction": ..., "response": ...}
-    prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:" around a prompt is taken off
-    text            {"text": ...}; a .txt is one text
+    prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:"
+                    around a prompt is removed
+    text            {"text": ...}; a .txt file is one text
 
-Alpaca, dolly and prompt may also have "input" or "context", which the question is about, and
-"history", the pairs before; all but text may have "system" or "system_prompt". A content may be a
-list of parts, {"type": "text", "text": ...}. An answer with "weight": 0 or "train": false, in its
-message or its row, is read and not learned: its message has "learned": False. Whatever else a row
-holds is named, once per file, as not used.
+Alpaca, dolly and prompt may also have "input" or "context", which the question refers to, and
+"history", earlier pairs. All but text may have "system" or "system_prompt". A content may be a list
+of parts, {"type": "text", "text": ...}. An answer with "weight": 0 or "train": false, in its
+message or its row, is read but not learned: its message has "learned": False. Other columns are
+listed once per file as not used.
 
 A pair is a conversation of two messages. An example is a conversation, a list of messages as in
 lib/chat_template.py, or a text, a str.
@@ -22,6 +23,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from lib.chat_template import END, check_messages, render
 from lib.cli import BadInput
@@ -29,75 +32,102 @@ from lib.files import find_files, json_rows, open_file, read_text
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-CONTEXT = ("input", "context")  # columns of what a question is about
+CONTEXT = ("input", "context")  # columns that a question refers to
 SYSTEM = ("system", "system_prompt")  # columns of a system message
 # whether an answer is learned: OpenAI's, two of axolotl's, ms-swift's
 MARKS = ("weight", "train", "training", "loss")
 LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-WRAPPED = re.compile(
+FRAME = re.compile(
     r"(?:.*?\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.DOTALL)
 SHOWN = 3  # malformed rows that are shown
+EMPTY: tuple = (None, "", [], {})
+
+Example = list[dict] | str
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layouts: a row -> an example. A ValueError says what is wrong with the row
 
 
+class Layout(NamedTuple):
+    name: str
+    keys: set[str]  # columns that identify it
+    convert: Callable  # row -> (example, names of what it does not use)
+
+
+class UnknownLayout(ValueError):
+    def __init__(self, row):
+        super().__init__(f"no layout is known of {', '.join(row)[:60] or 'nothing'}")
+        self.row = row
+
+
 def _turns(key):
+    """The `convert` of a layout with a list of messages in the column `key`."""
     def convert(row):
-        if not isinstance(row[key], list) or not all(isinstance(turn, dict) for turn in row[key]):
+        turns = row[key]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError(f"{key} is not a list of messages")
-        used = Used(row, {key, *SYSTEM})
+        unused = _unused(row, {key, *SYSTEM})
         messages = []
-        for turn in row[key]:
+        for turn in turns:
             role = turn.get("role", turn.get("from"))
             content = _joined(turn.get("content", turn.get("value")))
             message = {"role": ROLES.get(str(role), role), "content": content}
-            used.turn(turn, {"role", "from", "content", "value"})
-            if used.is_masked(turn) or used.is_masked(row):
+            names = _unused(turn, {"role", "from", "content", "value"})
+            unused |= {f"a message's {name}" for name in names}
+            if _is_masked(turn) or _is_masked(row):
                 message["learned"] = False
             messages.append(message)
-        return _with_system(row, messages), used.others
+        return _with_system(row, messages), unused
     return convert
 
 
 def _pair(question, answer):
+    """The `convert` of a layout with a question and an answer in columns of these names."""
     def convert(row):
-        used = Used(row, {question, answer, "history", *CONTEXT, *SYSTEM})
-        asked = _words(row, question)
-        more = [_words(row, name) for name in CONTEXT]
-        if wrapped := WRAPPED.fullmatch(asked):
-            asked = wrapped[1]
-            more.insert(0, wrapped[2] or "")
-        told = _words(row, answer)
-        if not asked.strip() or not told.strip():
-            raise ValueError(f"{question if told.strip() else answer} is empty")
-        asked = "\n\n".join(part.strip() for part in (asked, *more) if part.strip())
-        question_message = {"role": "user", "content": asked}
-        answer_message = {"role": "assistant", "content": told.strip()}
-        if used.is_masked(row):
-            answer_message["learned"] = False
-        messages = [*_history(row), question_message, answer_message]
-        return _with_system(row, messages), used.others
+        asked = _text_of(row, question)
+        answered = _text_of(row, answer).strip()
+        context = [_text_of(row, name) for name in CONTEXT]
+        frame = FRAME.fullmatch(asked)
+        if frame:
+            asked = frame[1]
+            context.insert(0, frame[2] or "")
+        if not asked.strip():
+            raise ValueError(f"{question} is empty")
+        if not answered:
+            raise ValueError(f"{answer} is empty")
+        asked = "\n\n".join(part.strip() for part in (asked, *context) if part.strip())
+        reply = {"role": "assistant", "content": answered}
+        if _is_masked(row):
+            reply["learned"] = False
+        messages = [*_history(row), {"role": "user", "content": asked}, reply]
+        unused = _unused(row, {question, answer, "history", *CONTEXT, *SYSTEM})
+        return _with_system(row, messages), unused
     return convert
 
 
+def _text(row):
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise ValueError("text is empty, or not text")
+    return row["text"], _unused(row, {"text"})
+
+
 def _joined(content):
-    """The content of a message, which OpenAI's format may hold in parts: those of text as one."""
+    """The content of a message as one text; OpenAI's format may hold it in parts."""
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError("a message with parts that are not text")
-        texts.append(_words(part, "text"))
+        texts.append(_text_of(part, "text"))
     return "".join(texts)
 
 
-def _words(row, name):
-    """The text in a column, "" where there is none."""
+def _text_of(row, name):
+    """The text in a column, "" if there is none."""
     text = row.get(name)
-    if text in (None, [], {}):
+    if text in EMPTY:
         return ""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be text")
@@ -112,14 +142,15 @@ def _history(row):
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise ValueError("history is not a list of pairs")
     messages = []
-    for asked, told in turns:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
     return messages
 
 
 def _with_system(row, messages):
-    """Messages behind the system message that a column of their row holds."""
-    texts = {text for name in SYSTEM if (text := _words(row, name).strip())}
+    """The messages, with the system message that a column of their row holds in front."""
+    texts = {_text_of(row, name).strip() for name in SYSTEM} - {""}
     if not texts:
         return messages
     if messages and messages[0]["role"] == "system":
@@ -130,81 +161,88 @@ def _with_system(row, messages):
     return [{"role": "system", "content": texts.pop()}, *messages]
 
 
-class Used:
-    """What a layout reads of a row. others: the names of what it leaves out, to be printed."""
+def _unused(row, names):
+    """Names of the columns of a row, or of a message, that hold something and are not in `names`.
+    """
+    return {name for name, value in row.items()
+            if name not in names and value not in EMPTY
+            and not (name in MARKS and _is_learned(value) is not None)}
 
-    def __init__(self, row, names):
-        self.others = set()
-        self._note(row, names, "")
 
-    def turn(self, turn, names):
-        """Note a message of the row."""
-        self._note(turn, names, "a message's ")
-
-    def _note(self, row, names, where):
-        for name, value in row.items():
-            is_read = name in names or (name in MARKS and _is_learned(value) is not None)
-            if not is_read and value not in (None, "", [], {}):
-                self.others.add(f"{where}{name}")
-
-    @staticmethod
-    def is_masked(row):
-        """Whether a row, or a message of one, says that its answer is not to be learned."""
-        return any(_is_learned(row.get(name)) is False for name in MARKS)
+def _is_masked(row):
+    """Whether a row, or a message of one, says that its answer is not to be learned."""
+    return any(_is_learned(row.get(name)) is False for name in MARKS)
 
 
 def _is_learned(mark):
-    """What one of MARKS says, a number, a boolean or text; None if neither yes nor no."""
+    """The value of one of MARKS, a number, a boolean or text; None if neither yes nor no."""
     return LEARNED.get(str(mark).lower())
 
 
-def _text(row):
-    if not isinstance(row["text"], str) or not row["text"].strip():
-        raise ValueError("text is empty, or not text")
-    return row["text"], Used(row, {"text"}).others
-
-
-# name, the keys by which it is known, row -> (example, names of what it does not read);
-# the first that fits counts
-LAYOUTS = [
-    ("messages", {"messages"}, _turns("messages")),
-    ("ShareGPT", {"conversations"}, _turns("conversations")),
-    ("alpaca", {"instruction", "output"}, _pair("instruction", "output")),
-    ("dolly", {"instruction", "response"}, _pair("instruction", "response")),
-    ("prompt/completion", {"prompt", "completion"}, _pair("prompt", "completion")),
-    ("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
-    ("text", {"text"}, _text),
+LAYOUTS = [  # the first that fits is taken
+    Layout("messages", {"messages"}, _turns("messages")),
+    Layout("ShareGPT", {"conversations"}, _turns("conversations")),
+    Layout("alpaca", {"instruction", "output"}, _pair("instruction", "output")),
+    Layout("dolly", {"instruction", "response"}, _pair("instruction", "response")),
+    Layout("prompt/completion", {"prompt", "completion"}, _pair("prompt", "completion")),
+    Layout("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
+    Layout("text", {"text"}, _text),
 ]
-# of a parquet file no other is read: it may hold what Python cannot
-COLUMNS = set().union(*(keys for _, keys, _ in LAYOUTS), CONTEXT, SYSTEM, MARKS, {"history"})
-KNOWN = ", ".join(" and ".join(sorted(keys)) for _, keys, _ in LAYOUTS)
+# no other column of a parquet file is read: it may hold values that Python cannot
+COLUMNS = set().union(*(layout.keys for layout in LAYOUTS), CONTEXT, SYSTEM, MARKS, {"history"})
+KNOWN = ", ".join(" and ".join(sorted(layout.keys)) for layout in LAYOUTS)
 
 
-def _check(example):
-    """Raises ValueError for what nothing can be learned from."""
-    if isinstance(example, str):
-        return example
+def find_layout(row: dict) -> Layout | None:
+    for layout in LAYOUTS:
+        if layout.keys <= row.keys():
+            return layout
+    return None
+
+
+def _convert(row, layout):
+    """A row -> (example, names of what is not used)."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    if layout is None:
+        raise UnknownLayout(row)
+    missing = layout.keys - row.keys()
+    if missing:
+        problem = f"no {' and '.join(sorted(missing))}"
+        if find_layout(row):
+            problem += "; of another layout, it belongs in a file of its own"
+        raise ValueError(problem)
+    example, unused = layout.convert(row)
+    if not isinstance(example, str):
+        _check_conversation(example)
+    return example, unused
+
+
+def _check_conversation(messages):
+    """Raises ValueError unless there is something to learn."""
     try:
-        check_messages(example)
+        check_messages(messages)
     except BadInput as error:
         raise ValueError(str(error)) from error
-    answers = [message for message in example if message["role"] == "assistant"]
-    if not answers or not all(answer["content"].strip() for answer in answers):
-        raise ValueError(
-            "an empty answer of the assistant" if answers else "no answer of the assistant")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no answer of the assistant")
+    if not all(answer["content"].strip() for answer in answers):
+        raise ValueError("an empty answer of the assistant")
     if not any(answer.get("learned", True) for answer in answers):
         raise ValueError("every answer is marked as not to be learned")
-    return example
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
-def find_paths(words):
-    """Files and folders -> (paths of files, lines about files of folders that are left out).
+def find_paths(words: list[str]) -> tuple[list[str], list[str]]:
+    """Files and folders -> (paths of files, lines about files in folders that are left out).
 
-    Raises BadInput for what is missing or of another kind.
+    Raises BadInput if one is missing or of another kind.
     """
     paths, lines = [], []
     for word in words:
@@ -224,75 +262,84 @@ def find_paths(words):
     return paths, lines
 
 
-def ending_of(path):
-    """Which of ENDINGS a path has, whatever its case, or None."""
+def ending_of(path: str) -> str | None:
+    """Which of ENDINGS a path has, in any case, or None."""
     ending = os.path.splitext(path.lower())[1]
     return ending if ending in ENDINGS else None
 
 
-def read(path, strict=False):
-    """A data file -> (its examples, a line about them). Malformed rows are skipped and reported, or
-    with `strict` an error.
+def read(path: str, strict: bool = False) -> tuple[list[Example], str]:
+    """A data file -> (its examples, a line about them).
 
-    Raises BadInput where no layout fits or no row is usable.
+    Malformed rows are skipped and reported, or with `strict` an error. Raises BadInput if no layout
+    fits or no row is usable.
     """
-    examples, problems, layout, name, odd = [], [], None, None, None
-    unused = {}  # names, in the order met
+    examples: list[Example] = []
+    problems: list[str] = []
+    unused: dict[str, None] = {}  # a set in order
+    layout = None
+    framed = False
+    unknown = None  # the first row of no known layout
     for place, row in _rows(path):
-        if isinstance(row, dict) and layout is None:
-            layout = next((layout for layout in LAYOUTS if layout[1] <= row.keys()), None)
-            wrapped = isinstance(row.get("prompt"), str) and WRAPPED.fullmatch(row["prompt"])
-            name = layout and layout[0] + (", without the frame around what is asked"
-                                           if wrapped else "")
+        if layout is None and isinstance(row, dict):
+            layout = find_layout(row)
+            framed = layout is not None and _is_framed(row)
         try:
-            if isinstance(row, ValueError):
-                raise row
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-            if layout is None:
-                odd = odd or f"{path}, {place}: no layout is known of a row with {', '.join(row)[:200] or 'nothing in it'}"
-                raise ValueError(f"no layout is known of {', '.join(row)[:60] or 'nothing'}")
-            if not layout[1] <= row.keys():
-                known = any(other[1] <= row.keys() for other in LAYOUTS)
-                raise ValueError(f"no {' and '.join(sorted(layout[1] - row.keys()))}"
-                                 + "; of another layout, it belongs in a file of its own" * known)
-            example, others = layout[2](row)
-            examples.append(_check(example))
-            unused |= dict.fromkeys(sorted(others))
+            example, names = _convert(row, layout)
         except ValueError as error:
             problems.append(f"{place}: {error}")
+            if isinstance(error, UnknownLayout) and unknown is None:
+                columns = ", ".join(error.row)[:200] or "nothing in it"
+                unknown = f"{path}, {place}: no layout is known of a row with {columns}"
             if strict:
-                known = f" (known are {KNOWN})" if odd else ""
-                raise BadInput(
-                    f"{path}, {problems[0]}{known}: mend it, or leave out --strict") from error
-    if odd and not layout:
-        raise BadInput(f"{odd} (known are {KNOWN}): rename its columns")
+                known = f" (known are {KNOWN})" if unknown else ""
+                raise BadInput(f"{path}, {problems[0]}{known}: fix it, or leave out --strict"
+                               ) from error
+            continue
+        examples.append(example)
+        unused |= dict.fromkeys(sorted(names))
+    if layout is None and unknown:
+        raise BadInput(f"{unknown} (known are {KNOWN}): rename its columns")
     if not examples:
-        raise BadInput(f"{path} holds no usable row ({problems[0] if problems else 'it is empty'}): "
-                       "see what is in it, or name another")
-    line = f"{path}: {len(examples):,} " + ("texts"
-                                            if name == "text" else f"conversations (layout {name})")
+        first = problems[0] if problems else "it is empty"
+        raise BadInput(f"{path} holds no usable row ({first}): see what is in it, or name another")
+    line = f"{path}: {len(examples):,} {_kind(layout, framed)}"
     if unused:
         line += f"; not used: {', '.join(unused)}"
     if problems:
-        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}" + "; ..." * (
-            len(problems) > SHOWN)
+        line += f"; skipped {len(problems):,} malformed rows: {'; '.join(problems[:SHOWN])}"
+    if len(problems) > SHOWN:
+        line += "; ..."
     return examples, line
 
 
-def _rows(path):
-    """A file -> its rows, (place for people, row or a ValueError) each."""
-    remedy = "mend it, or name another file"
+def _is_framed(row):
+    prompt = row.get("prompt")
+    return isinstance(prompt, str) and FRAME.fullmatch(prompt) is not None
+
+
+def _kind(layout, framed):
+    if layout.name == "text":
+        return "texts"
+    frame = ", without the frame around the prompt" if framed else ""
+    return f"conversations (layout {layout.name}{frame})"
+
+
+def _rows(path) -> Iterator[tuple[str, object]]:
+    """The rows of a file: (its place as text, the row or a ValueError) each."""
+    remedy = "fix it, or name another file"
     if ending_of(path) == ".txt":
         yield "its text", {"text": read_text(path, remedy, limit=2**33).removeprefix("\ufeff")}
-    elif ending_of(path) == ".parquet":
-        yield from ((f"row {i}", row) for i, row in enumerate(_parquet(path, remedy), 1))
-    else:
-        with open_file(path, remedy) as file:
-            try:
-                yield from json_rows(file)
-            except ValueError as error:
-                raise BadInput(f"{path} is not whole ({error}): {remedy}") from error
+        return
+    if ending_of(path) == ".parquet":
+        for number, row in enumerate(_parquet(path, remedy), 1):
+            yield f"row {number}", row
+        return
+    with open_file(path, remedy) as file:
+        try:
+            yield from json_rows(file)
+        except ValueError as error:
+            raise BadInput(f"{path} is incomplete or damaged ({error}): {remedy}") from error
 
 
 def _parquet(path, remedy):
@@ -301,8 +348,8 @@ def _parquet(path, remedy):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            others = dict.fromkeys((name for name in names if name not in COLUMNS), "not read")
             known = [name for name in names if name in COLUMNS]
+            others = {name: "not read" for name in names if name not in COLUMNS}
             for batch in file.iter_batches(1024, columns=known):
                 for row in batch.to_pylist():
                     yield others | row
@@ -311,61 +358,78 @@ def _parquet(path, remedy):
         raise BadInput(f"cannot read {path} ({cause}): {remedy}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is learned, what is held out
+# --------------------------------------------------------------------------------------------------
+# Cutting and holding out
 
 
-def truncate(messages, tokenizer, room):
-    """A conversation -> (ids, learned, how), of at most `room` ids: "whole", "cut" at the end of an
-    earlier answer, "truncated" on the right, or "dropped" (then None, None), where nothing to be
-    learned fits. What follows the last answer is dropped."""
+def truncate(messages: list[dict], tokenizer, room: int):
+    """A conversation -> (ids, learned, how), of at most `room` ids.
+
+    how: "whole"; "cut" at the end of an earlier answer; "truncated" on the right; or "dropped",
+    where nothing to be learned fits (then None, None). Messages after the last answer are removed.
+    """
     ids, learned = render(messages, tokenizer)
     end = tokenizer.reserved[END]
-    ends = [
-        i + 1
-        for i, (token, yes) in enumerate(zip(ids, learned, strict=True))
-        if yes and token == end
-    ]
-    fits = [n for n in ends if n <= room]
-    n = fits[-1] if fits else room
+    ends = [i + 1 for i, token in enumerate(ids) if token == end and learned[i]]
+    fitting = [n for n in ends if n <= room]
+    n = fitting[-1] if fitting else room
     if not any(learned[:n]):
         return None, None, "dropped"
-    return ids[:n], learned[:n], "whole" if n == ends[-1] else "cut" if fits else "truncated"
+    how = "truncated"
+    if fitting:
+        how = "whole" if n == ends[-1] else "cut"
+    return ids[:n], learned[:n], how
 
 
-def hold_out(examples, share, seed):
-    """Examples -> (those for training, those for validation), at least one of the conversations and
-    of the texts: by a hash of content and seed, so that equal ones are on one side. Of texts too
-    few to spare one, the end of each. Raises BadInput if nothing is left for training."""
+def hold_out(examples: list[Example], share: float, seed: int):
+    """Examples -> (training examples, validation examples).
+
+    At least one of the conversations and one of the texts is held out, by a hash of content and
+    seed, so that duplicates are on one side. For a few texts, the tail of each. Raises BadInput if
+    nothing is left for training.
+    """
     if not share:
         return examples, []
     train, val = [], []
     for is_text in (False, True):
-        if some := [example for example in examples if isinstance(example, str) == is_text]:
-            parts = _ends(some, share) if is_text and len(some) * share < 1 else _by_hash(
-                some, share, seed)
-            train, val = train + parts[0], val + parts[1]
+        group = [example for example in examples if isinstance(example, str) == is_text]
+        if not group:
+            continue
+        if is_text and len(group) * share < 1:
+            kept, held_out = _split_tails(group, share)
+        else:
+            kept, held_out = _split_by_hash(group, share, seed)
+        train += kept
+        val += held_out
     return train, val
 
 
-def _ends(texts, share):
-    ends = [max(int(len(text) * (1 - share)), 1) for text in texts]
-    return [text[:n] for text, n in zip(texts, ends)
-            ], [text[n:] for text, n in zip(texts, ends) if text[n:].strip()]
+def _split_tails(texts, share):
+    heads, tails = [], []
+    for text in texts:
+        n = max(int(len(text) * (1 - share)), 1)
+        heads.append(text[:n])
+        if text[n:].strip():
+            tails.append(text[n:])
+    return heads, tails
 
 
-def _by_hash(examples, share, seed):
-    marks = [
-        hashlib.blake2b(f"{seed} {json.dumps(example)}".encode(), digest_size=8).digest()
-        for example in examples
-    ]
-    limit = max(int(share * 2**64).to_bytes(8, "big"), min(marks))
-    train = [example for example, mark in zip(examples, marks) if mark > limit]
-    if not train and len(set(marks)) > 1:
-        raise BadInput(
-            f"--val_share {share} of {len(examples):,} rows leaves none to learn from: give a smaller one"
-        )
-    if not train:
-        raise BadInput("all rows are alike, or there is one alone, so that none can be held out for validation: "
-                       "give more, --val_data, or --val_share 0")
-    return train, [example for example, mark in zip(examples, marks) if mark <= limit]
+def _split_by_hash(examples, share, seed):
+    hashes = [_hash(example, seed) for example in examples]
+    limit = max(int(share * 2**64).to_bytes(8, "big"), min(hashes))
+    train, val = [], []
+    for example, its_hash in zip(examples, hashes, strict=True):
+        side = train if its_hash > limit else val
+        side.append(example)
+    if train:
+        return train, val
+    if len(set(hashes)) > 1:
+        raise BadInput(f"--val_share {share} of {len(examples):,} rows leaves none to learn from: "
+                       "give a smaller one")
+    raise BadInput("all rows are equal, or there is only one, so none can be held out for "
+                   "validation: give more, --val_data, or --val_share 0")
+
+
+def _hash(example, seed):
+    text = f"{seed} {json.dumps(example)}"
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -132,18 +132,18 @@ class Corpus:
         for source in self.sources:
             check_shards(source.shards, tokenizer)
 
-    def check_length(self, cfg: Any) -> None:
-        """Raises BadInput if a run of cfg.steps is shorter than the curriculum, or so long that a
-        source of a mixture runs dry. The length of --minutes is not known yet: lib/budget.py's
+    def check_length(self, cfg: Any, steps: int) -> None:
+        """Raises BadInput if a run of `steps` is shorter than the curriculum, or so long that a
+        source of a mixture runs dry. The length of --minutes is not known yet: lib/description.py's
         `warnings` checks it later."""
         if cfg.minutes:
             return
-        if (cfg.curriculum_steps or 0) > cfg.steps:
+        if (cfg.curriculum_steps or 0) > steps:
             raise BadInput(f"--curriculum_steps {cfg.curriculum_steps} is longer than the run of "
-                           f"{cfg.steps} steps: shorten it")
+                           f"{steps} steps: shorten it")
         if not self.is_mixed:
             return
-        epochs = self.epochs(tokens_of(cfg.steps, cfg))
+        epochs = self.epochs(tokens_of(steps, cfg))
         for source, weight, passes in zip(self.sources, self.weights, epochs):
             if passes > MOST_EPOCHS:
                 lower = "its weight" if weight else "--curriculum_steps"
@@ -152,20 +152,20 @@ class Corpus:
                                f"more than {MOST_EPOCHS}; lower {lower}, train for less, "
                                "or give it more text")
 
-    def describe(self, cfg: Any, block_size: int) -> list[str]:
-        """Lines for the start of a run of cfg.steps."""
+    def describe(self, cfg: Any, plan: Any) -> list[str]:
+        """Lines for the start of a run. plan: its lib.plan.RunPlan."""
         lines = []
         for source in self.sources:
             shards = source.shards
-            rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // block_size
+            rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // plan.block_size
             lines.append(f"data    {shards.folder}: {shards.tokens['train']:,} train tokens in "
-                         f"{len(shards.train)} shards, validation on {rows * block_size:,}")
+                         f"{len(shards.train)} shards, validation on {rows * plan.block_size:,}")
         if not self.is_mixed:
             return lines
         for i, share in enumerate(self.weights):
             lines[i] += f"; {share:.1%} of the mixture"
         if not cfg.minutes:
-            for i, epochs in enumerate(self.epochs(tokens_of(cfg.steps, cfg))):
+            for i, epochs in enumerate(self.epochs(tokens_of(plan.steps, cfg))):
                 lines[i] += f", {epochs:.2f} epochs"
         if cfg.curriculum:
             lines[-1] += (f"; the curriculum of the first {cfg.curriculum_steps:,} steps, "

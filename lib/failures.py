@@ -15,15 +15,15 @@ COMPILER_ERRORS = ("torch._dynamo.exc", "torch._inductor.exc")
 
 
 @contextlib.contextmanager
-def explain_failures(cfg) -> Iterator[None]:
+def explain_failures(cfg, micro_batch: int | None = None) -> Iterator[None]:
     """Raise failures of the machine as RankErrors that name the flag to change.
 
-    cfg: a TrainConfig.
+    cfg: a TrainConfig. micro_batch: sequences per forward pass, once known.
     """
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise RankError(f"out of GPU memory with --micro_batch {cfg.sequences or cfg.micro_batch}: "
+        raise RankError(f"out of GPU memory with --micro_batch {micro_batch or cfg.micro_batch}: "
                         "give a smaller one") from error
     except (RuntimeError, MemoryError) as error:
         if checkpoint.is_memory(error):

@@ -35,7 +35,7 @@ PATIENCE = 20  # consecutive steps that an expert is starved before it is report
 SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExpertConfig:
     n_experts: int = flag(
         0, "experts per block, a Mixture of Experts; 0: a dense MLP", at_least=0, at_most=256)

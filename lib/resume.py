@@ -1,5 +1,5 @@
-"""Where a run begins: what --resume and --run_name name, and which settings and state it takes from a
-checkpoint."""
+"""Where a run begins: the checkpoint that --resume and --run_name lead to, its settings, and its
+training state."""
 
 import copy
 import math
@@ -7,229 +7,266 @@ import os
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lib import checkpoint
-from lib.cli import BadInput, check, note
+from lib.cli import BadInput, note, resolve
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
 
-OF_THE_TEXT = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data",
-               "strict"}  # flags that choose it
-OF_A_START = ("run_name", "log_dir", "resume", "tensorboard")  # settings of one start, not of a run
-OF_THE_BEGINNING = ("init_from", "checkpoint", "model", "lr_scale"
-                    )  # the weights and rates it began with
+# flags that select the training text
+TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
+# settings of one start, not of the run
+START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard"}
+# weights and rates that the run began with
+BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale")
+REMEASURING = ("--data ", "--val_", "--block_size", "other training data")
+MOST = 2**62  # of a number in a checkpoint
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training begins or continues."""
+
+    step: int = 0
+    skipped: int = 0            # non-finite steps so far
+    consecutive_skips: int = 0  # of these, the last in a row
+    timed: tuple = (0, 0.0)     # tokens and seconds of timed steps, see lib/timer.py
+    best: Any = None            # [validation loss, step] of the best checkpoint, if there is one
 
 
 @dataclass
 class Resume:
-    """A checkpoint to continue from; `changed` collects, as text, what is not as it was."""
+    """A checkpoint to continue from."""
 
     path: Path
     state: dict
-    seen: set  # steps of the checkpoints in the run folder, before this one was read
-    changed: list = field(default_factory=list)
+    seen: set[int]  # steps of the checkpoints in the run folder, before this one was read
+    changed: list[str] = field(default_factory=list)  # what differs from the checkpoint, as text
     other_text: bool = False  # see compare_text
 
-    def adopt(self, cfg, model_cfg, explicit):
-        """Take every setting that was not given on the command line from the checkpoint,
-        and check the checkpoint's training state.
+    def adopt(self, cfg, model_cfg, explicit: set[str]):
+        """-> (cfg, model_cfg) with the checkpoint's settings, but for the explicit ones.
 
-        Raises BadInput if a setting that was given does not fit the weights, or one of the
-        checkpoint's its bounds; notes the others that differ.
+        Also checks the checkpoint's training state. Raises BadInput if an explicit setting does not
+        fit the weights, or one of the checkpoint is out of bounds. Notes other differences.
         """
-        if "checkpoint" in self.state["train_config"] and not hasattr(cfg, "checkpoint"):
-            raise BadInput(
-                "is of a post-training run: go on with posttrain.py, or begin another --run_name without --resume"
-            )
-        folders = self.state["train_config"]["data"]  # older versions knew one
-        self.state["train_config"]["data"] = (folders,) if isinstance(folders,
-                                                                       str) else tuple(folders)
-        if "batch_warmup" not in self.state[
-                "train_config"] and "timed" in self.state:  # older versions timed steps, not tokens
-            steps, seconds = self.state["timed"]
-            self.state["timed"] = steps * self.state["train_config"]["total_batch_size"], seconds
+        names = {setting.name for setting in fields(cfg)}
+        if "checkpoint" in self.state["train_config"] and "checkpoint" not in names:
+            raise BadInput("is of a post-training run: continue it with posttrain.py, or begin "
+                           "another --run_name without --resume")
+        self._upgrade()
         self._check_beginning(cfg, explicit)
-        free = {field.name for field in fields(cfg)} - {"optimizer"}
-        changed, misfits = take_settings(cfg, self.state["train_config"], explicit, free)
-        free = may_change(self.state["model_config"])
-        of_model = take_settings(model_cfg, self.state["model_config"], explicit, free)
-        self.changed += changed + of_model[0]
-        misfits += of_model[1]
+        before = self.state["train_config"]
+        explicit = explicit - set(BEGINNING_FLAGS)
+        cfg, changed, misfits = merge(cfg, before, explicit, names - {"optimizer"})
+        before = self.state["model_config"]
+        model_cfg, also_changed, more_misfits = merge(model_cfg, before, explicit,
+                                                      may_change(before))
+        self.changed += changed + also_changed
+        misfits += more_misfits
         if misfits:
-            raise BadInput(f"does not fit these flags: {', '.join(misfits)}; "
-                           "give them as it was made, or begin another --run_name without --resume")
-        numbers = [self.state["step"], self.state["max_steps"], self.state.get("skipped", 0),
-                   self.state.get("consecutive_skips", 0), *numbers_of(self.state["loader"])]
-        if not all(
-                isinstance(n, int) and 0 <= n < 2**62
-                for n in numbers) or not (isinstance(self.state["optimizer"], dict) and isinstance(
-                    self.state["tokenizer"], str)) or not all(
-                        isinstance(n, (int, float)) and 0 <= n < 2**62
-                        for n in (*self.state.get("timed", ()), *(self.state.get("best") or ()))):
-            raise TypeError("no training state")
+            raise BadInput(f"does not fit these flags: {', '.join(misfits)}; leave them out, "
+                           "or begin another --run_name without --resume")
+        self._check_state()
+        self._check_curriculum(cfg)
+        return cfg, model_cfg
+
+    def _upgrade(self):
+        """Bring the state of older versions to the present form."""
+        before = self.state["train_config"]
+        if isinstance(before["data"], str):  # they knew one folder
+            before["data"] = [before["data"]]
+        if "batch_warmup" not in before and "timed" in self.state:  # they timed steps, not tokens
+            steps, seconds = self.state["timed"]
+            self.state["timed"] = (steps * before["total_batch_size"], seconds)
+
+    def _check_beginning(self, cfg, explicit):
+        """Raises BadInput if flags name another beginning than this run's."""
+        for name in BEGINNING_FLAGS:
+            if name not in explicit:
+                continue
+            own = getattr(cfg, name)
+            was = self.state["train_config"].get(name)
+            same_file = isinstance(was, str) and checkpoint.leads_to(own, was)
+            if own == was or same_file:
+                continue
+            how = f"with --{name} {was}, not" if was is not None else "without"
+            raise BadInput(f"is of a run that began {how} --{name} {own}: leave it out, or give "
+                           "another --run_name")
+
+    def _check_state(self):
+        """Raises TypeError unless the training state has the types and bounds of ours."""
+        state = self.state
+        counts = [state["step"], state["max_steps"], state.get("skipped", 0),
+                  state.get("consecutive_skips", 0), *leaves(state["loader"])]
+        measured = [*state.get("timed", ()), *(state.get("best") or ())]
+        fine = (isinstance(state["optimizer"], dict) and isinstance(state["tokenizer"], str)
+                and all(isinstance(n, int) and 0 <= n < MOST for n in counts)
+                and all(isinstance(n, (int, float)) and 0 <= n < MOST for n in measured))
+        if not fine:
+            raise TypeError("not a training state")
+
+    def _check_curriculum(self, cfg):
+        """Raises BadInput if a curriculum is added that would be over already."""
         begun = self.state["train_config"].get("curriculum")
-        if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= self.state["step"]:
-            raise BadInput(f"is at step {self.state['step']}, and --curriculum_steps {cfg.curriculum_steps} "
-                           "count from the run's first: give more of them, or leave --curriculum out")
+        step = self.state["step"]
+        if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= step:
+            raise BadInput(f"is at step {step}, and --curriculum_steps {cfg.curriculum_steps} "
+                           "count from the first step of the run: give more of them, or leave "
+                           "--curriculum out")
 
-    def compare_text(self, cfg, corpus, explicit):
-        """Note whether the training data holds other text than the checkpoint was trained on.
+    def compare_text(self, cfg, corpus, explicit: set[str]) -> None:
+        """Note whether the training data differs from what the checkpoint was trained on.
 
-        Raises BadInput if it does and no flag that chooses the text was given.
+        Raises BadInput if it does and no explicit flag selects the text.
         """
         known = (corpus.identity, corpus.former_identity)
         self.other_text = self.state.get("data", corpus.identity) not in known
         if not self.other_text:
             return
-        if not explicit & OF_THE_TEXT:
+        if not explicit & TEXT_FLAGS:
             folders = shlex.join(cfg.data)
-            raise BadInput(f"{folders} no longer holds the text that {self.path} was trained on: put it back, "
-                           f"or give --data {folders} to train on the new text, from its beginning")
+            raise BadInput(f"{folders} no longer holds the text that {self.path} was trained on: "
+                           f"put it back, or give --data {folders} to train on the new text, from "
+                           "its beginning")
         self.changed.append("other training data, read from its beginning")
 
-    def _check_beginning(self, cfg, explicit):
-        """Raises BadInput if flags name another beginning than this run's."""
-        for name in OF_THE_BEGINNING:
-            if name not in explicit:
-                continue
-            own = getattr(cfg, name)
-            was = self.state["train_config"].get(name)
-            if own != was and not (isinstance(was, str) and checkpoint.leads_to(own, was)):
-                how = "without" if was is None else f"with --{name} {was}, not"
-                raise BadInput(f"is of a run that began {how} --{name} {own}: "
-                               "leave that out, or give another --run_name")
-            setattr(cfg, name, was)
+    def restore(self, model, optimizer, stream, tokenizer: str) -> Position:
+        """Load weights, optimizer state and data position. tokenizer: the spec of the data's.
 
-    def restore(self, model, optimizer, stream, tokenizer):
-        """Load weights, optimizer and position -> dict step, skipped, consecutive_skips, timed,
-        best. Raises BadInput, with nothing written yet.
-
-        tokenizer: the spec of the data's.
+        Raises BadInput. Writes nothing.
         """
         state = self.state
         if state["tokenizer"] != tokenizer:
-            raise BadInput(f"{self.path} was made with another tokenizer than the data: its ids mean other text; "
+            raise BadInput(f"{self.path} was trained with another tokenizer than the data's: "
                            "give --data of its own tokenizer")
         checkpoint.check_finite(state["model"], self.path)
+        updates = state["step"] - state.get("skipped", 0)
         try:
             model.load_state_dict(state["model"])
-            load_optimizer(optimizer, state["optimizer"],
-                           updates=state["step"] - state.get("skipped", 0))
+            load_optimizer(optimizer, state["optimizer"], updates)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
                            f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
                            "or begin another --run_name without --resume") from error
-        if not self.other_text:  # a position means nothing in other files
+        if not self.other_text:  # a position is meaningless in other files
             try:
-                stream.where(state["loader"])  # which looks it up
+                stream.where(state["loader"])  # looks the position up
                 stream.load_state_dict(state["loader"])
             except (KeyError, IndexError, ValueError, TypeError) as error:
-                raise BadInput(
-                    f"{self.path} stands at a place that the data does not have: name another checkpoint"
-                ) from error
+                raise BadInput(f"the data position of {self.path} is outside this data: "
+                               "name another checkpoint") from error
         stream.resume_at(state["step"])
-        position = {"step": state["step"], "skipped": state.get("skipped", 0),
-                    "consecutive_skips": state.get("consecutive_skips", 0),
-                    "timed": state.get("timed", (0, 0.0)), "best": self._best()}
-        state.clear(
-        )  # its tensors are mapped from the file, which --keep may delete: free the disk space then
+        position = Position(state["step"], state.get("skipped", 0),
+                            state.get("consecutive_skips", 0), state.get("timed", (0, 0.0)),
+                            self._best())
+        # the tensors are mapped from the file: --keep may delete it, and its disk space is free
+        # only once they are gone
+        state.clear()
         return position
 
     def _best(self):
-        """The best validation loss so far, and its step; None if its checkpoint is in another
-        folder, or it is of other data."""
+        """The best validation loss so far and its step; None if that checkpoint is in another
+        folder, or the validation data has changed."""
         best = self.state.get("best")
-        remeasured = any(
-            line.startswith(("--data ", "--val_", "--block_size", "other training data"))
-            for line in self.changed)
-        return best if best and best[1] in self.seen and not remeasured else None
+        if not best or best[1] not in self.seen:
+            return None
+        if any(line.startswith(REMEASURING) for line in self.changed):
+            return None
+        return best
 
 
-def may_change(before, block_size=None):
-    """Names of a GPTConfig's settings that weights do not depend on.
+def may_change(before: dict, block_size: int | None = None) -> set[str]:
+    """Names of GPTConfig's settings that trained weights do not depend on.
 
-    before: the settings that the weights were trained with. block_size: the context, in tokens,
-    that learned positions are to be cut to; None if they must stay as they are.
+    before: the settings they were trained with. block_size: the context that learned positions are
+    to be cut to, in tokens; None: they stay.
     """
     free = {"dropout", "init", "router_z_loss"}
     if before["pos"] == "rope" or (block_size or math.inf) <= before["block_size"]:
         free.add("block_size")
     if before.get("balance") == "loss":
-        # biases, once nudged, pick experts as weights do; with the loss nothing moves them
+        # the other way round, trained biases would go on selecting experts, with nothing to move
+        # them
         free.add("balance")
     return free
 
 
-def take_settings(config, before, explicit, free):
-    """Take every setting that is not in `explicit` from `before`, a dict.
+def merge(config, before: dict, explicit: set[str], free: set[str]):
+    """-> (config with the settings of `before`, but for the explicit ones, changed, misfits).
 
-    -> (list of text about those given that differ and are in `free`, the same of the others).
-    Raises BadInput for what is out of bounds.
+    changed, misfits: text about the explicit settings that differ from `before`, those in `free`
+    and the others. Raises BadInput for values out of bounds.
     """
-    changed, misfits = [], []
-    defaults = {setting.name: setting.default for setting in fields(config)}
-    for name, default in defaults.items():
-        if name in OF_A_START:
+    earlier = {}
+    changed: list[str] = []
+    misfits: list[str] = []
+    for setting in fields(config):
+        if setting.name in START_FLAGS:
             continue
-        was = before.get(name,
-                         default)  # one younger than `before` was off, whatever its preset says
+        # a setting younger than the checkpoint was off, whatever today's preset says
+        was = before.get(setting.name, setting.default)
         was = tuple(was) if isinstance(was, list) else was
-        own = getattr(config, name)
-        if name not in explicit:
-            setattr(config, name, was)
+        own = getattr(config, setting.name)
+        if setting.name not in explicit:
+            earlier[setting.name] = was
         elif own != was:
-            differing = changed if name in free else misfits
-            differing.append(f"--{name} {words(was)} -> {words(own)}")
-    check(config)
-    return changed, misfits
+            differing = changed if setting.name in free else misfits
+            differing.append(f"--{setting.name} {as_text(was)} -> {as_text(own)}")
+    return resolve(config, earlier), changed, misfits
 
 
-def words(value):
-    """A setting as text."""
-    return " ".join(value) if isinstance(value, tuple) else value
+def as_text(value) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def numbers_of(state):
-    """What stands in nested dicts and lists, in order."""
-    parts = state.values() if isinstance(
-        state, dict) else state if isinstance(state, (list, tuple)) else None
-    return [state] if parts is None else [number for part in parts for number in numbers_of(part)]
+def leaves(state) -> list:
+    """The values in nested dicts and lists, in order."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if not isinstance(state, (list, tuple)):
+        return [state]
+    found = []
+    for part in state:
+        found += leaves(part)
+    return found
 
 
-def load_optimizer(optimizer, state, updates):
-    """Load an optimizer's state after so many updates; its own settings (weight decay, betas, ...)
-    stay. Raises ValueError if it does not fit."""
-    settings = [{k: v
-                 for k, v in group.items()
-                 if k not in ("params", "lr")}
-                for group in optimizer.param_groups]
-    if len(state["param_groups"]) != len(settings):
+def load_optimizer(optimizer, state: dict, updates: int) -> None:
+    """Load an optimizer's state after `updates` steps; its own settings (weight decay, betas, ...)
+    stay. Raises ValueError if the state does not fit."""
+    groups = optimizer.param_groups
+    if len(state["param_groups"]) != len(groups):
         raise ValueError("its parameter groups are others: an older version wrote it")
-    # on a CPU, the tensors would stay in the checkpoint's file, memory-mapped; a GPU gets copies
-    # anyway, and the host may lack the room for one per process
-    on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
-    state = {**state, "param_groups": copy.deepcopy(state["param_groups"])
-             } if on_gpu else copy.deepcopy(state)
+    if groups[0]["params"][0].is_cuda:
+        # load_state_dict copies the tensors to the GPU; the host may lack room for copies
+        state = {**state, "param_groups": copy.deepcopy(state["param_groups"])}
+    else:
+        state = copy.deepcopy(state)  # else the tensors would stay mapped from the file
     # before loading: a fused AdamW wants its step counts on the GPU
-    for group, own in zip(state["param_groups"], settings, strict=True):
-        group.update(own)
+    for saved, group in zip(state["param_groups"], groups, strict=True):
+        own = {name: value for name, value in group.items() if name not in ("params", "lr")}
+        saved.update(own)
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
-        wanted = {p.shape: p for p in group["params"]}
-        wanted = {
-            shape: _state_of(optimizer, group, p) if updates else {} for shape, p in wanted.items()
-        }
-        for p in group["params"]:
-            have, want = optimizer.state.get(p, {}), wanted[p.shape]
-            if {name: _kind(value) for name, value in have.items()
-                } != {name: _kind(value) for name, value in want.items()}:
-                raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
+        check_moments(optimizer, group, updates)
 
 
-def _state_of(optimizer, group, p):
-    """What an optimizer keeps of a parameter like `p`, found out by a step: no other place than the
-    optimizer knows."""
+def check_moments(optimizer, group: dict, updates: int) -> None:
+    """Raises ValueError unless the loaded state of a group's parameters is what `updates` steps
+    leave."""
+    expected = {}  # by shape
+    for p in group["params"]:
+        if p.shape not in expected:
+            expected[p.shape] = kinds(state_after_step(optimizer, group, p)) if updates else {}
+        if kinds(optimizer.state.get(p, {})) != expected[p.shape]:
+            raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
+
+
+def state_after_step(optimizer, group, p):
+    """What the optimizer keeps of a parameter like `p`: nothing else knows, so take a step."""
     like = torch.nn.Parameter(torch.zeros_like(p))
     like.grad = torch.zeros_like(p)
     other = type(optimizer)([group | {"params": [like]}])
@@ -237,46 +274,64 @@ def _state_of(optimizer, group, p):
     return other.state[like]
 
 
-def _kind(value):
-    """What two values of an optimizer's state must have in common: the shape, to be finite; a
-    single number, a count of steps, not to be negative."""
-    return ((value.shape, bool(value.isfinite().all()), value.dim() > 0 or value.item() >= 0)
-            if isinstance(value, torch.Tensor) else None)
+def kinds(state: dict) -> dict:
+    """What two states of a parameter must have in common: names, shapes, finite values, and counts
+    of steps that are not negative."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        found[name] = None
+        if isinstance(value, torch.Tensor):
+            is_count = value.dim() == 0
+            valid = bool(value.isfinite().all()) and not (is_count and value.item() < 0)
+            found[name] = (value.shape, valid)
+    return found
 
 
-def find_resume(cfg, explicit):
-    """--resume and --run_name -> Resume or None. May set cfg.log_dir and cfg.run_name.
+def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
+    """--resume and --run_name -> (a Resume or None, settings: log_dir and run_name of the run).
 
-    A run's own checkpoints come before the one it began with: the same command, given again,
+    The run's own checkpoints come before the one it began with: running the same command again
     continues.
     """
-    if cfg.run_name is not None:
-        check_name(cfg.run_name)
-    start = None if cfg.resume in (None, "auto") else Path(cfg.resume)
-    home = start and (start if os.path.isdir(start) else start.parent).absolute()
-    in_a_run = start and os.path.exists(home / "config.json") and not has_foreign_config(home)
-    if cfg.run_name is None and in_a_run and "log_dir" not in explicit:
-        cfg.log_dir, cfg.run_name = str(home.parent), home.name
-    begun = restarted(cfg.log_dir)
-    if cfg.run_name is None and begun:
-        cfg.run_name = begun.name
-    if cfg.run_name is None and cfg.resume == "auto" and (begun := interrupted(cfg.log_dir)):
-        cfg.run_name = begun.name
-    own = cfg.run_name and (Path(cfg.log_dir) / cfg.run_name).absolute()
-    if own:
+    log_dir, name = cfg.log_dir, cfg.run_name
+    if name is not None:
+        check_name(name)
+    start = home = None
+    if cfg.resume not in (None, "auto"):
+        start = Path(cfg.resume)
+        home = (start if os.path.isdir(start) else start.parent).absolute()
+        if name is None and "log_dir" not in explicit and is_run(home):
+            log_dir, name = str(home.parent), home.name
+    by_torchrun = restarted(log_dir)
+    if name is None and by_torchrun:
+        name = by_torchrun.name
+    if name is None and cfg.resume == "auto":
+        last = interrupted(log_dir)
+        name = last.name if last else None
+    found = {"log_dir": log_dir, "run_name": name}
+
+    seen = set()
+    if name:
+        own = Path(log_dir, name).absolute()
         check_ours(own)
-    seen = {step for step, _ in checkpoint.found(own)} if own else set()
-    if seen and (home is None or own.resolve() != home.resolve()
-                 or begun == Path(cfg.log_dir) / cfg.run_name):
-        if start:
-            note(
-                f"--resume {start} is where {cfg.run_name} may begin; it has checkpoints of its own and goes on from these"
-            )
-        return Resume(*checkpoint.newest(own, note), seen)
+        seen = {step for step, _ in checkpoint.found(own)}
+        goes_back = home is not None and own.resolve() == home.resolve()
+        if seen and (not goes_back or by_torchrun == Path(log_dir, name)):
+            if start:
+                note(f"--resume {start} is where {name} began; it continues from its own "
+                     "checkpoints")
+            path, state = checkpoint.newest(own, note)
+            return Resume(path, state, seen), found
     if start is None:
-        return None
-    if os.path.isdir(start):
-        if not checkpoint.found(start):
-            raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-        return Resume(*checkpoint.newest(start, note), seen)
-    return Resume(start, checkpoint.read(start), seen)
+        return None, found
+    if not os.path.isdir(start):
+        return Resume(start, checkpoint.read(start), seen), found
+    if not checkpoint.found(start):
+        raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
+    path, state = checkpoint.newest(start, note)
+    return Resume(path, state, seen), found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run: other programs have a config.json, too."""
+    return os.path.exists(folder / "config.json") and not has_foreign_config(folder)

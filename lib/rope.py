@@ -4,7 +4,7 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -88,5 +88,5 @@ def extend(model, cfg: ContextConfig):
         if hasattr(module, "cos"):
             module.cos = cos
             module.sin = sin
-    model.config.block_size = cfg.context
+    model.config = replace(model.config, block_size=cfg.context)
     return model

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from lib import checkpoint, summary
-from lib.budget import tokens_of, warnings
+from lib.budget import tokens_of
 from lib.checkpoint_writer import CheckpointWriter
 from lib.cli import BadInput, RankError
+from lib.description import warnings
 from lib.existing_runs import check_name, check_ours, read_config, starts
 from lib.files import (
     check_appendable,
@@ -37,6 +38,10 @@ from lib.rewind import rewind
 # the first columns of TensorBoard's HPARAMS table
 FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
                  "max_lr")
+
+
+def no_warnings(steps: int) -> list[str]:
+    return []
 
 
 class RunFolder:
@@ -57,7 +62,7 @@ class RunFolder:
         self.keep = cfg.keep
         self.tokens_of = partial(tokens_of, cfg=cfg)
         # with --minutes, the length and its warnings are known only once steps are timed
-        self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else list
+        self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
         self.log = Null()
         self.writer = Null()
         self.open_locks = contextlib.ExitStack()
@@ -111,12 +116,12 @@ class RunFolder:
               like: Iterable[torch.Tensor]) -> None:
         """Rewind the folder to the first step, write config.json and open the log.
 
-        config: what identifies the run, for config.json and every checkpoint. position: as
-        Resume.restore returns it. like: tensors of a checkpoint's shapes and dtypes, for which
+        config: what identifies the run, for config.json and every checkpoint. position: a
+        lib.resume.Position. like: tensors of a checkpoint's shapes and dtypes, for which
         there must be room on the disk and for which memory is reserved. Raises BadInput if the
         disk has no room.
         """
-        step = position["step"]
+        step = position.step
         like = list(like)
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in like)
         check_room(self.folder, n_bytes, "a checkpoint", checkpoint.NO_ROOM)
@@ -135,7 +140,7 @@ class RunFolder:
         first = {name: settings[name] for name in FIRST_COLUMNS}
         self.log.hyperparameters(step, first | settings)
         self.first = step
-        self.best = position.get("best")
+        self.best = position.best
         self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
         self.saved_at = time.monotonic()
         self.writer = CheckpointWriter(self.folder, self.keep)
@@ -189,9 +194,9 @@ class RunFolder:
     def set_length(self, steps: int, is_final: bool) -> None:
         """Set the number of steps that fit in --minutes; warn about it once it is final."""
         if is_final:
-            for line in self.warnings():
+            for line in self.warnings(steps):
                 self.say(line)
-            self.warnings = list
+            self.warnings = no_warnings
         self.config["max_steps"] = steps  # written with the next checkpoint
         self.log.set_length(steps)
 

@@ -72,14 +72,14 @@ class CorpusLike(Protocol):
     identity: str
     former_identity: str
 
-    def check_length(self, cfg: Any) -> None:
-        """Raises BadInput if a run of cfg.steps does not fit the data."""
+    def check_length(self, cfg: Any, steps: int) -> None:
+        """Raises BadInput if a run of `steps` does not fit the data."""
 
     def most_repeated(self, tokens: float) -> tuple[float, str]:
         """(epochs, name) of what a run of `tokens` tokens repeats most."""
 
-    def describe(self, cfg: Any, block_size: int) -> list[str]:
-        """Lines for the start of a run."""
+    def describe(self, cfg: Any, plan: Any) -> list[str]:
+        """Lines for the start of a run. plan: its lib.plan.RunPlan."""
 
 
 class TaskLike(Protocol):
@@ -92,14 +92,14 @@ class TaskLike(Protocol):
     weights: Any
     extra: dict[str, Any]
 
-    def tokenizer(self, model_cfg: Any) -> Tokenizer:
-        """The data's Tokenizer; sets model_cfg.vocab_size."""
+    def vocabulary(self, model_cfg: Any) -> tuple[Tokenizer, Any]:
+        """-> (the data's Tokenizer, model_cfg with its vocabulary)."""
 
-    def evaluations(self, cfg: Any, tokenizer: Tokenizer, block_size: int,
+    def evaluations(self, cfg: Any, plan: Any, tokenizer: Tokenizer,
                     processes: Processes) -> list:
         """List of train_gpt2.py's Evaluation. Raises BadInput if something they need is missing."""
 
-    def stream(self, cfg: Any, tokenizer: Tokenizer, block_size: int,
+    def stream(self, cfg: Any, plan: Any, tokenizer: Tokenizer,
                processes: Processes) -> StreamLike:
         """The training data."""
 

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,13 +32,13 @@ import posttrain
 import train_gpt2
 from lib import checkpoint
 from lib.chat_template import END, JINJA
-from lib.cli import BadInput
+from lib.cli import BadInput, resolve
 from lib.conversations import hold_out, read, truncate
 from lib.devices import Processes
 from lib.packing import Packing
 from lib.shards import Shards
 from lib.tokenizers import load_tokenizer, train_bpe
-from train_gpt2 import GPT, evaluate, load_checkpoint
+from train_gpt2 import GPT, load_checkpoint, mean_loss
 
 FLAGS = ["--total_batch_size", "256", "--device", "cpu", "--max_steps", "12", "--sample_every", "0",
          "--val_tokens", "330", "--eval_every", "4"]
@@ -152,7 +153,7 @@ POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "
     ])
 def test_what_the_checkpoint_decides(before, flags, want):
     cfg = posttrain.Config(**flags)
-    posttrain.settle(cfg, before, set(flags))
+    cfg = resolve(cfg, posttrain.inherited(cfg, before, set(flags)))
     for name, value in want.items():
         assert getattr(cfg,
                        name) == (pytest.approx(value) if isinstance(value, float) else value), name
@@ -256,9 +257,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_single_conversations(base, ch
     items = [truncate(example, tokenizer, 33)[:2] for example in train]
     packing, (vocab_size, weights) = Packing(items, 32, 5,
                                              tokenizer.eot), posttrain.grow(model, tokenizer)
-    config = model.config
-    config.vocab_size = vocab_size
-    model = GPT(config).train()
+    model = GPT(replace(model.config, vocab_size=vocab_size)).train()
     model.load_state_dict(weights)
 
     def loss_of(conversations):
@@ -385,7 +384,7 @@ def test_text_in_files_and_shards_is_continued_pretraining(base, data, tokenizer
     folder = post(base(), data, tmp_path / "log" / "plain", "--max_lr", "5e-3", "--weight_decay",
                   "0.1")
     model = load_checkpoint(base())[0].train()
-    cfg = train_gpt2.TrainConfig(steps=12, max_lr=5e-3)
+    cfg = train_gpt2.TrainConfig(max_lr=5e-3)
     stream = train_gpt2.token_stream(train_gpt2.Corpus(train_gpt2.TrainConfig(data=(str(data),))),
                                      tokenizer, 1337, 32)
     optimizer = train_gpt2.make_optimizer(model, cfg)
@@ -433,7 +432,7 @@ def test_the_best_checkpoint_stays_and_is_named(base, chat_file, tmp_path, capsy
     val = read(str(tmp_path / "val.jsonl"))[0]
     rows = Packing([truncate(example, tokenizer, 33)[:2] for example in val], 32, None,
                    tokenizer.eot).all()
-    assert evaluate(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
+    assert mean_loss(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
 
 
 def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(
@@ -626,7 +625,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(base, data, chat_
         (command(base(), data, tmp_path / "log" / "x", "--val_data",
                  chat_file), "--val_data is for files"),
         (command(base(), text, tmp_path / "log" / "x", "--val_data", chat_file),
-         r"none to learn from.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
+         r"none to train on.*\(.*text.jsonl: 9 texts; validation on .*chats.jsonl"),
         (["--run_name", pretraining.name, "--log_dir",
           pretraining.parent], "not a checkpoint of a post-training run"),
     ]
@@ -646,7 +645,7 @@ def test_a_run_goes_on_from_its_own_checkpoint_alone(base, data, chat_file, tmp_
                                                         "0.5")):
         with pytest.raises(BadInput, match="began with"):
             post(*words)
-    with pytest.raises(BadInput, match="go on with posttrain.py"):
+    with pytest.raises(BadInput, match="continue it with posttrain.py"):
         train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", "post"])
     shutil.rmtree(tmp_path / "old")
     same = base().parent / ".." / base().parent.name / base().name

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,7 +38,7 @@ from runs import events, steps_saved
 
 import train_gpt2
 from lib import checkpoint, devices, huggingface
-from lib.budget import check_run, steps_of
+from lib.budget import steps_of
 from lib.cli import BadInput, parse
 from lib.decoding import SHOWN, sample
 from lib.logger import SpikeDetector, quoted
@@ -47,7 +47,7 @@ from lib.tokenizers import load_tokenizer, train_bpe
 from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, ShardLoader, TrainConfig
 
 TOGGLES = {
-    "mlp": ("gelu", "swiglu", "relu2"), "norm": ("layernorm", "rmsnorm"),
+    "mlp": tuple(train_gpt2.MLPS), "norm": tuple(train_gpt2.NORMS),
     "pos": ("learned", "rope"), "emb_norm": (False, True), "qk_norm": (False, True),
     "bias": (True, False), "tie_embeddings": (True, False), "dropout": (0.0, 0.1)
 }
@@ -94,11 +94,10 @@ def go(data, folder, *flags):
 # Configuration
 
 
-def configured(data, *argv):
-    """TrainConfig with the length of the run, GPTConfig and the names given, as main reads them."""
-    cfg, model_cfg, explicit, *_ = train_gpt2.settings(["--data", str(data), *argv])
-    cfg.steps = steps_of(cfg, Shards(data).tokens["train"], 1000)
-    return cfg, model_cfg, explicit
+def length(data, *argv):
+    """Steps of a run with these flags, of a model of 1,000 parameters."""
+    cfg = train_gpt2.settings(["--data", str(data), *argv]).train
+    return steps_of(cfg, Shards(data).tokens["train"], 1000)
 
 
 def test_presets():
@@ -169,9 +168,20 @@ def test_a_run_keeps_the_rates_it_began_with(data, tmp_path, capsys):
     (["--size", "gpt2-medium"], dict(n_layer=24, n_head=16, n_embd=1024)),
     (["--size", "gpt2-xl", "--n_layer", "6"], dict(n_layer=6, n_head=25, n_embd=1600)),
 ])
-def test_size_sets_the_shape_and_flags_override_it(argv, want, data):
-    _, model_cfg, _ = configured(data, "--max_steps", "1000", *argv)
+def test_size_sets_the_shape_and_flags_override_it(argv, want):
+    model_cfg = train_gpt2.settings(argv).model
     assert {name: getattr(model_cfg, name) for name in want} == want
+
+
+def test_settings_are_frozen_and_choices_are_the_names_of_their_dicts():
+    cfg, model_cfg, *_ = train_gpt2.settings([])
+    for config, name in ((cfg, "max_lr"), (model_cfg, "n_layer")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, name, 1)
+    for name, names in (("mlp", train_gpt2.MLPS), ("optimizer", train_gpt2.OPTIMIZERS),
+                        ("schedule", train_gpt2.SCHEDULES), ("preset", PRESETS)):
+        with pytest.raises(BadInput, match=f"--{name}: .*{'.*'.join(names)}"):
+            train_gpt2.settings([f"--{name}", "other"])
 
 
 def test_length_of_a_run(data):
@@ -181,9 +191,9 @@ def test_length_of_a_run(data):
                        (["--preset", "tiny", "--epochs", "1"], tokens // 256),
                        (["--preset", "tiny"], PRESETS["tiny"]["max_steps"]),
                        (["--preset", "tiny", "--tokens_per_param", "20"], 20 * 1000 // 256)]:
-        assert configured(data, *base, *argv)[0].steps == want
+        assert length(data, *base, *argv) == want
     with pytest.raises(BadInput, match="raise --epochs or lower --total_batch_size"):
-        configured(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
+        length(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
 
 
 def test_a_plan_needs_no_data_and_trains_nothing(launch, data, tmp_path, capsys):
@@ -227,23 +237,6 @@ def test_every_number_has_its_bounds():
                 for value in ("nan", "inf", "-1", "1e999", f"1{'0' * 400}"):
                     with pytest.raises(BadInput, match=f"--{field.name}"):
                         parse((TrainConfig, GPTConfig), [f"--{field.name}={value}"], None, PRESETS)
-
-
-def test_a_step_is_shared_out_evenly(data):
-    # 4 sequences of 1024
-    cfg, model_cfg, given = configured(data, "--preset", "gpt2", "--total_batch_size", "4096",
-                                       "--max_steps", "9")
-    for micro_batch, processes, says in [
-            (1, 4, None), (2, 2, None), ("auto", 1, None), ("auto", 3, "x 3 processes; 6144 is"),
-            ("auto", 16, "fewer than 16 processes"),
-            (3, 2, "--micro_batch 3 must divide the 2 sequences .* / 2 processes"),
-            (4, 2, "--micro_batch 4 must divide the 2")]:
-        cfg.micro_batch = micro_batch
-        if says is None:
-            check_run(cfg, model_cfg, given, processes)
-        else:
-            with pytest.raises(BadInput, match=says):
-                check_run(cfg, model_cfg, given, processes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,8 +452,7 @@ def test_no_preset_begins_above_the_loss_of_a_guess(preset):
     torch.manual_seed(0)
     idx = torch.randint(config.vocab_size, (4, 65))
     with torch.no_grad():
-        config.n_layer = 2
-        loss = GPT(config)(idx[:, :-1], idx[:, 1:]) / 256
+        loss = GPT(replace(config, n_layer=2))(idx[:, :-1], idx[:, 1:]) / 256
     assert loss < math.log(config.vocab_size) + 0.1
 
 
@@ -610,8 +602,8 @@ def test_one_step_of_adamw_by_hand():
                  }, 0.041),  # decays over the last fifth: 88 to 110
     ])
 def test_schedule_by_hand(schedule, points, steepest):
-    cfg = TrainConfig(schedule=schedule, min_lr_frac=0.1, warmup_steps=10, steps=110)
-    lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(110)]
+    cfg = TrainConfig(schedule=schedule, min_lr_frac=0.1, warmup_steps=10)
+    lr = [train_gpt2.lr_multiplier(step, cfg, 110) for step in range(110)]
     for step, want in ({0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0} | points).items():
         assert lr[step] == pytest.approx(want), step
     assert max(lr) == pytest.approx(1.0) and min(lr) >= 0.1 - 1e-12
@@ -622,8 +614,8 @@ def test_schedule_by_hand(schedule, points, steepest):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 5), (4, 5), (9, 10), (None, 1), (None, 100)])
 def test_schedule_of_short_runs(schedule, warmup, steps):
-    cfg = TrainConfig(schedule=schedule, min_lr_frac=0.0, warmup_steps=warmup, steps=steps)
-    lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(steps)]
+    cfg = TrainConfig(schedule=schedule, min_lr_frac=0.0, warmup_steps=warmup)
+    lr = [train_gpt2.lr_multiplier(step, cfg, steps) for step in range(steps)]
     assert max(lr) == pytest.approx(1.0) and min(lr) > 0  # no step is wasted on a rate of zero
 
 
@@ -631,9 +623,9 @@ def test_warm_up_is_a_share_of_the_run_without_the_flag():
     """3.75% of a long run, 40 steps (2 / (1 - beta2)) of a shorter one, a quarter of the shortest.
     """
     for steps, warmup in ((19_073, 715), (1_067, 40), (300, 40), (100, 25), (7, 1)):
-        cfg = TrainConfig(steps=steps)
+        cfg = TrainConfig()
         assert cfg.warmup_steps is None
-        lr = [train_gpt2.lr_multiplier(step, cfg) for step in range(warmup + 2)]
+        lr = [train_gpt2.lr_multiplier(step, cfg, steps) for step in range(warmup + 2)]
         assert lr == pytest.approx([*np.arange(1, warmup + 1) / warmup, 1.0, lr[-1]]) and lr[-1] < 1
 
 
@@ -819,7 +811,7 @@ def test_evaluate_is_the_plain_mean_by_equally_many_passes_of_one_shape(micro_ba
                                 device=torch.device("cpu"),
                                 sum=lambda v: parts.append(v) or (0.0, 1.0))
         model = HalfAndThird()
-        train_gpt2.evaluate(model, (x, y), micro_batch, share)
+        train_gpt2.mean_loss(model, (x, y), micro_batch, share)
         assert set(model.seen) == {((micro_batch, 16), (micro_batch, 16), torch.int64, True)}
         calls.append(len(model.seen))
     nats, count = np.sum(parts, axis=0)
@@ -827,7 +819,7 @@ def test_evaluate_is_the_plain_mean_by_equally_many_passes_of_one_shape(micro_ba
     assert len(set(calls)) == 1  # a sharded model needs every process in every forward pass
     model, asked = HalfAndThird(), []
     assert math.isnan(
-        train_gpt2.evaluate(model, (x, y), micro_batch, share,
+        train_gpt2.mean_loss(model, (x, y), micro_batch, share,
                             lambda: asked.append(1) or len(asked) == 2)) == (calls[0] > 1)
     assert len(model.seen) == len(asked) == min(
         calls[0], 2)  # after each pass, so that no stop waits for a long validation
@@ -935,9 +927,9 @@ def test_a_real_run(launch, data, tokenizer, tmp_path):
         if t != tokenizer.eot)
     for nats, bits in zip(events.Scalars("Loss/val"), events.Scalars("Loss/val_bpb")):
         assert bits.value == pytest.approx(nats.value * 320 / (math.log(2) * n_bytes), rel=1e-5)
-    cfg = TrainConfig(warmup_steps=2, steps=42)
+    cfg = TrainConfig(warmup_steps=2)
     assert [e.value for e in events.Scalars("optim/lr")] == pytest.approx(
-        [5e-3 * train_gpt2.lr_multiplier(s, cfg) for s in range(42)])
+        [5e-3 * train_gpt2.lr_multiplier(s, cfg, 42) for s in range(42)])
     parts = [[e.value
               for e in events.Scalars(tag)]
              for tag in sorted(scalars)
@@ -976,7 +968,7 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
     the mean over all."""
     flags = ["--grad_clip", "1.7", "--weight_decay", "0.5", "--val_tokens", "300", "--shuffle"]
     (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), [*TINY_FLAGS, *flags], None, PRESETS)
-    model_cfg.vocab_size, cfg.steps = 280, cfg.max_steps
+    model_cfg = replace(model_cfg, vocab_size=280)
     torch.manual_seed(cfg.seed)
     model, loader = GPT(model_cfg), ShardLoader(
         Shards(data).train, SimpleNamespace(vocab_size=280, eot=279), cfg.seed)
@@ -997,7 +989,7 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.7).item())
         for group in optimizer.param_groups:
-            group["lr"] = cfg.max_lr * train_gpt2.lr_multiplier(step, cfg)
+            group["lr"] = cfg.max_lr * train_gpt2.lr_multiplier(step, cfg, cfg.max_steps)
         optimizer.step()
         losses[step, "train"] = loss.item()
     assert min(norms) < 1.7 < max(norms)  # Adam would not notice if all steps were scaled alike
@@ -1081,8 +1073,9 @@ def test_minutes_have_a_rate_and_no_eta_before_they_are_measured(data, tmp_path,
     train_gpt2.main([*flags, "--minutes", "0.04"])
     assert "ETA unknown" not in capsys.readouterr().out
     rates = dict(events(tmp_path / "a")["optim/lr"])
-    cfg = TrainConfig(max_lr=5e-3, steps=len(rates))  # half of the time is over: its length stands
-    want = [5e-3 * train_gpt2.lr_multiplier(step, cfg) for step in range(first, len(rates))]
+    steps = len(rates)  # half of the time is over: its length is fixed
+    want = [5e-3 * train_gpt2.lr_multiplier(step, TrainConfig(), steps)
+            for step in range(first, steps)]
     assert [rates[step] for step in range(first, len(rates))] == pytest.approx(want)
 
 

@@ -482,13 +482,13 @@ def headlines(results):
 
 
 def tracked(cfg, tokenizer, processes):
-    """The tasks of --eval_tasks along a training run, by its flags: (model, stopped) ->
-    {tag: headline, or why there is none}."""
+    """The tasks of --eval_tasks along a training run, by its flags:
+    (model, micro_batch, stopped) -> {tag: headline, or why there is none}."""
     with processes.main_first():
         tasks = load_tasks(*find_tasks(cfg.eval_tasks),
                            cfg.eval_tasks_dir) if cfg.eval_tasks else []
 
-    def run(model, stopped):
+    def run(model, micro_batch, stopped):
         lm = adapter(model, tokenizer, processes, stopped=stopped)
         results = evaluate(lm, tasks, cfg.eval_tasks_limit, bootstrap=0)
         tags = {task: "eval/hellaswag_lm_eval" if task == "hellaswag" else f"eval/{task}"

@@ -154,7 +154,7 @@ def evaluate(model, rendered, processes, stopped=lambda: False):
 
 def tracked(cfg, tokenizer, processes, required):
     """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
-    (model, stopped) -> {tag: acc_norm}.
+    (model, micro_batch, stopped) -> {tag: acc_norm}.
 
     Returns None, after a warning, if it cannot be downloaded and is not `required`.
     """
@@ -170,7 +170,7 @@ def tracked(cfg, tokenizer, processes, required):
         return None
     questions = render(items, tokenizer)
 
-    def run(model, stopped):
+    def run(model, micro_batch, stopped):
         with autocast(processes.device):
             n, _, correct, _ = evaluate(model, questions, processes, stopped)
         return {"eval/hellaswag": correct / n}

@@ -50,5 +50,5 @@ def test_the_oldest_turns_give_way():
                        limit) == (system + kept, render(system + kept, tokenizer, reply=True)[0])
         with pytest.raises(
                 BadInput, match=
-                f"have {whole - 16} tokens, and the context has room for {whole - 17}: shorten it"):
+                f"has {whole - 16} tokens, and the context has room for {whole - 17}: shorten it"):
             fit(system + turns, tokenizer, whole - 17)

@@ -189,7 +189,7 @@ def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
     assert line.endswith(
         "line 2: no completion and prompt; of another layout, it belongs in a file of its own")
     with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are messages, conversations, .*\): "
-                                       "mend it, or leave out --strict$"):
+                                       "fix it, or leave out --strict$"):
         read(str(path), strict=True)
 
 
@@ -197,7 +197,7 @@ def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
 def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(indent, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([ROWS[6][1]] * 3, indent=indent)[:-9])
-    with pytest.raises(BadInput, match="a.json is not whole .*: mend it, or name another file"):
+    with pytest.raises(BadInput, match="a.json is incomplete .*: fix it, or name another file"):
         read(str(path))
     path.write_text("[1]\n" + json.dumps(ROWS[6][1]))
     assert read(str(path))[0] == [PAIR]

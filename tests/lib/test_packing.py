@@ -12,7 +12,7 @@ from helpers import tiny
 from lib.devices import Processes
 from lib.packing import Joined, Packed, Packing, first_fit
 from lib.streams import Rows, row_micro_batches
-from train_gpt2 import GPT, evaluate
+from train_gpt2 import GPT, mean_loss
 
 T, EOT = 16, 60
 MODELS = {
@@ -92,7 +92,7 @@ def test_validation_is_the_mean_over_what_is_learned():
     rows, learned = Packing(conversations, T, None,
                             EOT).all(), sum(sum(yes[1:]) for _, yes in conversations)
     for micro_batch in (1, 3, 8):
-        assert evaluate(model, rows, micro_batch, Processes("cpu")) == pytest.approx(
+        assert mean_loss(model, rows, micro_batch, Processes("cpu")) == pytest.approx(
             one_at_a_time(model, conversations).item() / learned, rel=1e-5)
 
 

@@ -19,7 +19,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,7 +106,7 @@ def test_settings_younger_than_a_checkpoint_stay_off(whole):
     }
     cfg, model_cfg = TrainConfig(batch_warmup=512), GPTConfig(
         token_shift=True)  # as today's preset may say
-    resume.Resume("old", state, set()).adopt(cfg, model_cfg, set())
+    cfg, model_cfg = resume.Resume("old", state, set()).adopt(cfg, model_cfg, set())
     assert (cfg.batch_warmup, cfg.data,
             model_cfg.token_shift) == (0, ("one",), False) and state["timed"] == (3 * batch, 2.0)
 
@@ -284,12 +283,12 @@ def test_training_flags_may_change_and_take_effect(whole, tmp_path, capsys):
         whole("gpt2"), 49)
     state = checkpoint.read(folder / "ckpt_00060.pt")
     assert state["train_config"]["max_lr"] == 1e-3 and state["model_config"]["dropout"] == 0
-    cfg = SimpleNamespace(min_lr_frac=0.1, warmup_steps=2, schedule="cosine", steps=60)
+    cfg = TrainConfig(min_lr_frac=0.1, warmup_steps=2, schedule="cosine")
     groups = state["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.7, 0.0}
-    assert {group["lr"] for group in groups} == {1e-3 * train_gpt2.lr_multiplier(59, cfg)}
+    assert {group["lr"] for group in groups} == {1e-3 * train_gpt2.lr_multiplier(59, cfg, 60)}
     assert dict(scalars(folder)["optim/lr"])[48] == pytest.approx(
-        1e-3 * train_gpt2.lr_multiplier(48, cfg))
+        1e-3 * train_gpt2.lr_multiplier(48, cfg, 60))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +326,7 @@ def test_data_of_another_tokenizer_is_refused(size, whole, tmp_path):
     other, folder = write_data(tmp_path / "data",
                                train_bpe(texts, size)), cut(whole("gpt2"), tmp_path / "a", 48)
     before = contents(folder)
-    with pytest.raises(BadInput, match="made with another tokenizer"):
+    with pytest.raises(BadInput, match="another tokenizer than the data"):
         again(folder, "--data", other)
     assert contents(folder) == before
 
@@ -892,7 +891,7 @@ def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
 def with_losses(monkeypatch, losses):
     """Validations find these losses, one after the other, the last one again and again."""
     left = list(losses)
-    monkeypatch.setattr(train_gpt2, "evaluate", lambda *_: left.pop(0)
+    monkeypatch.setattr(train_gpt2, "mean_loss", lambda *_: left.pop(0)
                         if len(left) > 1 else left[0])
 
 

@@ -72,7 +72,7 @@ def test_a_stopped_run_is_saved_and_continues(name, whole, data, tmp_path):
 def test_a_signal_during_an_evaluation_stops_the_run_after_it(step, whole, data, tmp_path,
                                                               monkeypatch, capsys):
     folder = tmp_path / "a"
-    evaluate = train_gpt2.evaluate
+    evaluate = train_gpt2.mean_loss
     steps = iter([*range(8, 60, 8), 60])  # of the evaluations
     signals_seen = []
 
@@ -89,7 +89,7 @@ def test_a_signal_during_an_evaluation_stops_the_run_after_it(step, whole, data,
 
     monkeypatch.setattr(train_gpt2, "StopSignals", listening)
 
-    monkeypatch.setattr(train_gpt2, "evaluate", stopped)
+    monkeypatch.setattr(train_gpt2, "mean_loss", stopped)
     sampling = [*KINDS["gpt2"], "--sample_every", "4"]
     train(data, folder, *sampling)
     assert f"stopped at step {step} of 60" in capsys.readouterr().out

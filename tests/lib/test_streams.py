@@ -212,18 +212,17 @@ def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
         with pytest.raises(BadInput, match=says):
             corpus_of(*data, **changes)
     run = dict(minutes=None, batch_warmup=0, total_batch_size=1000, curriculum_steps=None)
-    corpus_of(f"{a}:1",
-              f"{c}:1").check_length(SimpleNamespace(steps=149,
-                                                     **run))  # 99 epochs of its 750 tokens
+    cfg = SimpleNamespace(**run)
+    corpus_of(f"{a}:1", f"{c}:1").check_length(cfg, 149)  # 99 epochs of its 750 tokens
     with pytest.raises(BadInput, match="c runs dry: the run would pass over its 750 tokens 133 times, more than 100; "
                                        "lower its weight"):
-        corpus_of(f"{a}:1", f"{c}:1").check_length(SimpleNamespace(steps=200, **run))
+        corpus_of(f"{a}:1", f"{c}:1").check_length(cfg, 200)
     with pytest.raises(BadInput,
                        match="c runs dry: .* 107 times, more than 100; lower --curriculum_steps"):
         corpus_of(a, curriculum=str(c), curriculum_steps=200).check_length(
-            SimpleNamespace(**run | dict(steps=200, curriculum_steps=200)))
+            SimpleNamespace(**run | dict(curriculum_steps=200)), 200)
     with pytest.raises(BadInput, match="--curriculum_steps 9 is longer than the run of 8 steps"):
-        corpus_of(a).check_length(SimpleNamespace(**run | dict(steps=8, curriculum_steps=9)))
+        corpus_of(a).check_length(SimpleNamespace(**run | dict(curriculum_steps=9)), 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +320,7 @@ def test_a_curriculum_goes_by_the_steps_of_the_run_whatever_changes_on_the_way(s
             0.375, 0.25, 0.125, 0, 0, 0]  # of the next row
     train_gpt2.main([*flags, "--run_name", "plain", "--data", str(sources[0])])
     with pytest.raises(BadInput,
-                       match="is at step 10, and --curriculum_steps 8 count from the run's first"):
+                       match="is at step 10, and --curriculum_steps 8 count from the first step"):
         train_gpt2.main(
             ["--log_dir",
              str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage])

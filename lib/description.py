@@ -1,0 +1,128 @@
+"""What a run says of itself before its first step: model, data, length, batch, device, warnings."""
+
+import math
+import time
+
+import torch
+
+from lib.budget import half_steps, tokens_of
+from lib.devices import compute_dtype
+
+# up to here, repeated text is worth nearly as much as new text (Muennighoff et al. 2023,
+# https://arxiv.org/abs/2305.16264)
+MANY_EPOCHS = 4
+DAY = 86_400   # seconds
+SLOWEST = 1e9  # FLOP/s that any machine reaches
+
+
+def describe(cfg, plan, model, corpus, processes, first: int = 0) -> str:
+    """The lines printed before a run that begins at step `first`."""
+    lines = [_model_line(model)]
+    if cfg.init_from:
+        lines.append(f"start   with the weights of {cfg.init_from}")
+    lines += corpus.describe(cfg, plan)
+    lines.append(_length_line(cfg, plan, model, corpus))
+    if not cfg.minutes:  # else printed once the length is fixed
+        lines += warnings(cfg, corpus, plan.steps)
+    lines.append(_batch_line(cfg, plan, processes))
+    lines.append(_device_line(processes.device))
+    lines += days(cfg, plan.steps, model, processes, first)
+    return "\n".join(lines)
+
+
+def _model_line(model):
+    c = model.config
+    counts = model.parameter_counts()
+    active = ""
+    if counts["active"] < counts["total"]:
+        active = f", {counts['active']:,} of them active per token"
+    return (f"model   {counts['total']:,} parameters{active}: embedding {counts['embedding']:,}, "
+            f"{c.n_layer} layers of {counts['layer']:,}; vocabulary {c.vocab_size:,}, "
+            f"padded to {c.padded_vocab_size:,}; "
+            f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token")
+
+
+def _length_line(cfg, plan, model, corpus):
+    if cfg.minutes:
+        return f"length  {cfg.minutes:g} minutes of {_batches(cfg)}"
+    tokens = tokens_of(plan.steps, cfg)
+    epochs, name = corpus.most_repeated(tokens)
+    ratio = tokens / model.parameter_counts()["total"]
+    return (f"length  {plan.steps:,} {_batches(cfg, plan.steps)} = {tokens:,} tokens "
+            f"({epochs:.2f} epochs of {name}, {ratio:,.4g} tokens per parameter), "
+            f"{tokens * model.flops_per_token():.2e} FLOPs")
+
+
+def _batches(cfg, steps=None):
+    """The batch sizes of a run as text; steps None: of unknown length."""
+    halved = half_steps(cfg)
+    half = cfg.total_batch_size // 2
+    if not halved:
+        return f"steps of {cfg.total_batch_size:,} tokens"
+    if steps is not None and steps <= halved:
+        return f"steps of {half:,} tokens, half of --total_batch_size"
+    return f"steps of {cfg.total_batch_size:,} tokens, of {half:,} in the first {halved:,}"
+
+
+def _batch_line(cfg, plan, processes):
+    line = (f"batch   {plan.micro_batch} sequences x {plan.block_size} tokens x "
+            f"{plan.rows // plan.micro_batch} accumulation steps x {processes.world_size} processes")
+    halved = half_steps(cfg)
+    if 0 < halved < plan.steps:
+        line += f"; twice the accumulation from step {halved:,} on"
+    return line
+
+
+def _device_line(device):
+    name = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    dtype = str(compute_dtype(device)).removeprefix("torch.")
+    return f"device  {name}, {dtype}, torch {torch.__version__}"
+
+
+def warnings(cfg, corpus, steps: int) -> list[str]:
+    """Warnings about a run of this length."""
+    lines = []
+    if (cfg.curriculum_steps or 0) > steps:
+        lines.append(f"warning: --curriculum_steps {cfg.curriculum_steps:,} is longer than the "
+                     f"{steps:,} steps that --minutes allow: the run ends within the curriculum; "
+                     "shorten it, or give more minutes")
+    if steps <= half_steps(cfg):
+        lines.append(f"warning: all {steps:,} steps are of half of --total_batch_size: the run "
+                     f"ends within its --batch_warmup of {cfg.batch_warmup:,} tokens; lower it, or "
+                     "train for longer")
+    epochs, name = corpus.most_repeated(tokens_of(steps, cfg))
+    if epochs > MANY_EPOCHS:
+        lines.append(f"warning: {epochs:,.1f} epochs of {name}, more than {MANY_EPOCHS}, beyond "
+                     "which repeated text teaches less and less: get more text, or train less on "
+                     "this")
+    return lines
+
+
+def days(cfg, steps: int, model, processes, first: int) -> list[str]:
+    """A warning if the steps from `first` on take days on this machine, else none."""
+    tokens = tokens_of(steps, cfg) - tokens_of(first, cfg)
+    flops = model.flops_per_token() * tokens
+    if cfg.minutes or flops < DAY * SLOWEST or not processes.main:
+        return []
+    speed = matmul_flops(processes.device) * processes.world_size
+    if flops < DAY * speed:
+        return []
+    return [f"warning: this run takes at least {flops / speed / DAY:,.0f} days on this machine, "
+            f"whose matmuls make {speed / 1e9:,.0f} GFLOP/s: shorten it by --max_steps or "
+            "--minutes, or choose a smaller model"]
+
+
+def matmul_flops(device) -> float:
+    """FLOP/s of matrix multiplications on this device, measured in 0.1 s: an upper bound of what
+    training reaches."""
+    n = 4096 if device.type == "cuda" else 512
+    a = torch.ones(n, n, device=device, dtype=compute_dtype(device))
+    fastest = math.inf
+    end = time.perf_counter() + 0.1
+    while time.perf_counter() < end or fastest == math.inf:
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * n**3 / fastest

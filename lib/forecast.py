@@ -1,0 +1,70 @@
+"""The table that --plan prints: what runs of several lengths take."""
+
+from lib.budget import half_steps, steps_in
+
+RATIOS = (8, 12, 20, 40)  # tokens per parameter
+
+
+def forecast(cfg, models: dict, measured: str) -> str:
+    """The table of --plan: a row for each model and each ratio of tokens per parameter.
+
+    models: {name: GPT on the meta device}. measured: the name of the one whose speed --tok_per_sec
+    is. Hours of the others assume the same FLOP/s; without a measurement there are no hours. If
+    `measured` is as large as another model, as a preset of a --size is, it has no rows of its own.
+    """
+    sizes = {name: (model.parameter_counts(), model.flops_per_token())
+             for name, model in models.items()}
+    twins = [name for name in models if name != measured and sizes[name] == sizes[measured]]
+    vocab_size = models[measured].config.vocab_size
+    if twins:
+        del sizes[measured]
+        measured = twins[0]
+
+    speed = None  # FLOP/s
+    if cfg.tok_per_sec:
+        speed = cfg.tok_per_sec * models[measured].flops_per_token()
+    lines = [_title(cfg, vocab_size), _head(cfg, speed)]
+    for name, (counts, flops) in sizes.items():
+        for ratio in sorted({*RATIOS, cfg.tokens_per_param or RATIOS[0]}):
+            tokens = ratio * counts["total"]
+            inner = counts["total"] - counts["embedding"]
+            line = (f"{name:12} {counts['total']:14,} {inner:14,} {ratio:6g} {tokens:16,.0f} "
+                    f"{steps_in(tokens, cfg):17,} {tokens * flops:9.2e}")
+            if speed:
+                mark = "" if name == measured else "~"
+                line += _cost(tokens * flops / speed / 3600, cfg.price_per_hour, mark)
+            lines.append(line)
+    if speed:
+        lines.append(f"hours at the {cfg.tok_per_sec:,.0f} tok/s given for {measured}; "
+                     "~: another size, at the same FLOP/s, not measured")
+    else:
+        lines.append("hours need a measurement: --tok_per_sec of this --preset and --size, as "
+                     "every line of a run shows it, and --price_per_hour for dollars")
+    return "\n".join(lines)
+
+
+def _title(cfg, vocab_size):
+    title = ("tokens per parameter, all parameters counted (Hoffmann et al. 2022, whose rule of "
+             "thumb is 20); Kaplan et al. 2020 leave embeddings out; "
+             f"a vocabulary of {vocab_size:,}")
+    if half_steps(cfg):
+        title += f"; the first {half_steps(cfg):,} steps are of half as many tokens"
+    return title
+
+
+def _head(cfg, speed):
+    steps = f"steps of {cfg.total_batch_size:,}"
+    head = (f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} "
+            f"{steps:>17} {'FLOPs':>9}")
+    if speed:
+        head += f" {'hours':>10}"
+    if speed and cfg.price_per_hour:
+        head += f" {'dollars':>12}"
+    return head
+
+
+def _cost(hours, price_per_hour, mark):
+    cost = f" {f'{mark}{hours:,.1f}':>10}"
+    if price_per_hour:
+        cost += f" {f'{mark}{hours * price_per_hour:,.2f}':>12}"
+    return cost

@@ -1,0 +1,142 @@
+"""What follows from a run's settings, its data and the machine: `make_plan`. And the checks of
+settings against each other."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lib.budget import LENGTHS, UNMEASURED, batch_size, steps_of
+from lib.cli import BadInput
+from lib.devices import memory_bytes
+from lib.moe import ExpertConfig
+from lib.timer import StepTimer
+
+EVALUATIONS = 10  # validations per run where --eval_every is unset, as posttrain.py leaves it
+# flags that change what an epoch holds; all but the first are posttrain.py's
+EPOCH_FLAGS = {"data", "replay", "val_share", "val_data", "strict"}
+LENGTH_FLAGS = {*LENGTHS, *EPOCH_FLAGS, "total_batch_size", "batch_warmup"}
+
+
+class Settings(NamedTuple):
+    """What a run was asked for, resolved once and never changed."""
+
+    train: Any               # TrainConfig
+    model: Any               # GPTConfig
+    explicit: set[str]       # names of the flags given on the command line
+    resume: Any = None       # lib.resume.Resume, None for a new run
+    start: list | None = None  # [(GPT, Tokenizer)] that --init_from names, popped to free memory
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What follows from the settings, the data and the machine, decided before a run begins."""
+
+    steps: int                      # its length; UNMEASURED until --minutes are measured
+    block_size: int                 # tokens per sequence
+    rows: int                       # sequences per process in the first step
+    eval_every: int                 # steps between validations, 0: never
+    sample_every: int               # steps between samples, 0: never
+    micro_batch: int | None = None  # sequences per forward pass; None until memory was probed
+
+
+def make_plan(settings: Settings, corpus, parameters: int | None, world_size: int) -> RunPlan:
+    """The RunPlan of a run, before its micro-batch is known.
+
+    parameters: of the model, None if unknown. Raises BadInput if the settings do not fit each
+    other, the data or the number of processes.
+    """
+    cfg = settings.train
+    steps = steps_left(settings) or steps_of(cfg, corpus.tokens["train"], parameters)
+    if settings.resume and steps == UNMEASURED:
+        state = settings.resume.state
+        steps = StepTimer(cfg, steps, state.get("timed", (0, 0.0))).length(state["step"])
+    check_flags(settings, steps)
+    block_size = settings.model.block_size
+    check_batch(cfg, block_size, world_size)
+    corpus.check_length(cfg, steps)
+
+    eval_every = cfg.eval_every
+    if eval_every is None:
+        eval_every = -(-steps // EVALUATIONS)
+    sample_every = cfg.sample_every
+    if sample_every is None:
+        sample_every = eval_every
+    rows = batch_size(0, cfg) // block_size // world_size
+    return RunPlan(steps, block_size, rows, eval_every, sample_every)
+
+
+def steps_left(settings: Settings) -> int | None:
+    """The length of the resumed run; None for a new run, or if a flag sets another length."""
+    resume = settings.resume
+    if resume is None:
+        return None
+    if not LENGTH_FLAGS & settings.explicit:
+        return resume.state["max_steps"]
+    if not settings.train.minutes:
+        return None
+    before = resume.state["train_config"]
+    for name in ("minutes", "total_batch_size", "batch_warmup"):
+        if getattr(settings.train, name) != before.get(name, 0):
+            return None
+    return resume.state["max_steps"]  # fitted to the same minutes
+
+
+def check_flags(settings: Settings, steps: int) -> None:
+    """Raises BadInput for flags that exclude or need each other."""
+    cfg, model_cfg, explicit, *_ = settings
+    of_tasks = explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"}
+    if of_tasks and not cfg.eval_tasks:
+        raise BadInput("--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for "
+                       "--eval_tasks: name some")
+    lengths = [name for name in LENGTHS if name in explicit]
+    if len(lengths) > 1:
+        raise BadInput(f"--{' and --'.join(lengths)} each set the length: give one of them")
+    if "curriculum_mix" in explicit and not cfg.curriculum:
+        raise BadInput("--curriculum_mix is for a --curriculum: name its folder")
+    if "tok_per_sec" in explicit:
+        raise BadInput("--tok_per_sec is for --plan: a run measures its own speed; leave it out")
+    of_experts = explicit & ExpertConfig.__annotations__.keys() - {"n_experts"}
+    if of_experts and not model_cfg.n_experts:
+        flags = ", ".join(f"--{name}" for name in sorted(of_experts))
+        raise BadInput(f"{flags}: for Mixture of Experts, give --n_experts above 0")
+    if "keep_best" in explicit and cfg.keep_best and cfg.eval_every == 0:
+        raise BadInput("--keep_best needs validations: give --eval_every above 0")
+    if (cfg.warmup_steps or 0) >= steps:
+        raise BadInput(f"--warmup_steps {cfg.warmup_steps} must be below the run's {steps} steps: "
+                       "give a smaller one")
+
+
+def check_batch(cfg, block_size: int, world_size: int) -> None:
+    """Raises BadInput unless a step is a whole number of sequences per process, and those a whole
+    number of micro-batches."""
+    first = batch_size(0, cfg)
+    total = f"--total_batch_size {cfg.total_batch_size}"
+    halves = 1
+    if first < cfg.total_batch_size:
+        halves = 2
+        total += ", which --batch_warmup halves,"
+    if world_size > first // block_size:
+        raise BadInput(f"{total} is {first // block_size} sequences of --block_size {block_size}, "
+                       f"fewer than {world_size} processes: raise it, or lower --nproc_per_node")
+    unit = block_size * world_size
+    if first * halves != cfg.total_batch_size or first % unit:
+        fitting = -(-first // unit) * unit * halves
+        factors = f"--block_size {block_size} x {world_size} processes"
+        if halves > 1:
+            factors = f"{halves} x {factors}"
+        raise BadInput(f"{total} must be a multiple of {factors}; {fitting} is")
+    rows = first // unit
+    if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
+        raise BadInput(
+            f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per process and "
+            f"step ({total} / --block_size {block_size} / {world_size} processes)")
+
+
+def check_memory(tensors, device) -> None:
+    """Raises BadInput if `device` lacks the memory for tensors like these: a model's weights,
+    gradients and optimizer state."""
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    there = memory_bytes(device)
+    if there and needed > there:
+        raise BadInput("this model's weights, gradients and optimizer state need "
+                       f"{needed / 1e9:,.0f} GB, and there are {there / 1e9:,.0f}: "
+                       "lower --n_embd, --n_layer or --block_size")

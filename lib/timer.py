@@ -1,0 +1,41 @@
+"""The length of a run, the one setting that changes while it trains: with --minutes, it follows
+from the measured speed."""
+
+from lib.budget import UNMEASURED, batch_size, steps_in, tokens_of
+
+FIT_SHARE = 0.25  # share of --minutes in which the length follows the speed; then it is fixed
+
+
+class StepTimer:
+    """Holds the number of steps of a run, and fits it to --minutes of training steps.
+
+    steps: the length so far. timed: (tokens, seconds) measured so far, saved in checkpoints.
+    """
+
+    def __init__(self, cfg, steps: int, timed=(0, 0.0)):
+        self.cfg = cfg
+        self.steps = steps
+        self.timed = tuple(timed)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the length no longer follows the speed."""
+        minutes = self.cfg.minutes
+        return not minutes or self.timed[1] >= FIT_SHARE * 60 * minutes
+
+    def length(self, step: int) -> int:
+        """Steps that --minutes allow, at least `step`; UNMEASURED before a step was timed."""
+        tokens, seconds = self.timed
+        if not seconds:
+            return UNMEASURED
+        left = (60 * self.cfg.minutes - seconds) * tokens / seconds
+        return max(steps_in(tokens_of(step, self.cfg) + left, self.cfg), step)
+
+    def update(self, step: int, seconds: float) -> None:
+        """Called after `step` updates, the last of which took `seconds`."""
+        if not self.cfg.minutes:
+            return
+        tokens, total = self.timed
+        self.timed = (tokens + batch_size(step - 1, self.cfg), total + seconds)
+        if not self.is_fixed or self.steps == UNMEASURED:
+            self.steps = max(self.length(step), step + 1)
