@@ -9,7 +9,7 @@ from helpers import sentences, tiny
 import lib.attention
 import lib.decoding
 from lib.cli import BadInput, check
-from lib.decoding import BiasApart, Decoder, NonFinite, SampleConfig, Text, cast_weights, draw, generate, sample
+from lib.decoding import Decoder, NonFinite, SampleConfig, SeparateBias, Text, cast_weights, draw, generate, sample
 from lib.moe import is_capturable
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT
@@ -121,13 +121,13 @@ def test_weights_cast_once_give_the_logits_of_autocast(toggles):
         assert torch.equal(light(idx), model(idx))
         assert light.lm_head.weight.dtype == torch.bfloat16 and light.transformer.wte.weight is model.transformer.wte.weight
         logits = Decoder(model, 2, 16).fill([0, 1], idx.tolist())
-        apart = cast_weights(model, bias_apart=True)
+        apart = cast_weights(model, separate_bias=True)
         torch.testing.assert_close(apart(idx), model(idx), rtol=0, atol=0.02)
         assert {
             type(m)
             for m in apart.modules()
             if isinstance(m, torch.nn.Linear) and m.bias is not None
-        } <= {BiasApart}
+        } <= {SeparateBias}
     assert logits.dtype == torch.float32 and model.lm_head.weight is model.transformer.wte.weight
     assert cast_weights(model) is model
 
@@ -138,7 +138,8 @@ def test_the_step_is_one_graph_for_the_compiler():
     torch.manual_seed(0)
     model, prompts = GPT(tiny(**TOGGLES[3])).eval(), [[1, 2, 3], [4]]
     decoder = Decoder(model, 2, 16)
-    decoder.compiled = torch.compile(decoder._step, backend="eager", fullgraph=True)
+    decoder.compiled = True
+    decoder.compute = torch.compile(decoder._step, backend="eager", fullgraph=True)
     assert list(generate(decoder, prompts, 10,
                          greedy)) == list(generate(Decoder(model, 2, 16), prompts, 10, greedy))
 
