@@ -328,7 +328,7 @@ def main(argv):
         for seed in (random.seed, np.random.seed,
                      torch.manual_seed):  # for tasks that draw, the same on every process
             seed(harness.FEWSHOT_SEED)
-        results = harness.evaluate(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0,
+        results = harness.run_tasks(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0,
                                    processes.main)
         if processes.main:
             save(results, output, dataclasses.asdict(cfg) | dataclasses.asdict(context))

@@ -25,7 +25,7 @@ from typing import Literal
 from lib import checkpoint
 from lib.cli import flag, parse, path_flag, run
 from lib.devices import Processes, autocast
-from lib.evals.hellaswag import evaluate, load, render
+from lib.evals.hellaswag import count_correct, load, render
 from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
@@ -63,7 +63,7 @@ def main(argv):
         for style, names in styles.items():
             rendered = render(items, tokenizer, style)
             with autocast(processes.device):
-                counts = evaluate(model, rendered, processes)
+                counts = count_correct(model, rendered, processes)
             results |= {name: counts[k] for name, k in names.items()}
         if processes.main:
             for name, right in results.items():

@@ -45,7 +45,7 @@ def main():
         for name, lm in rows:
             tasks = harness.load_tasks(manager, names, args.data_dir)
             started = time.perf_counter()
-            results = harness.evaluate(lm, tasks, args.limit)["results"]
+            results = harness.run_tasks(lm, tasks, args.limit)["results"]
             seconds = time.perf_counter() - started
             nats = [request.resps[0][0] for task in tasks for request in task.instances]
             want = want or nats

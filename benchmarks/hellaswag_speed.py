@@ -68,7 +68,7 @@ def main():
         rendered = hellaswag.render(items, tokenizer)
         between = time.perf_counter()
         with precision():
-            n, _, right, _ = hellaswag.evaluate(model, rendered, processes)
+            n, _, right, _ = hellaswag.count_correct(model, rendered, processes)
         seconds = time.perf_counter() - started
         print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | "
               f"{seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
@@ -86,7 +86,7 @@ def main():
     synchronize()
     n, seconds = args.limit or len(items), time.perf_counter() - started
     with precision():
-        _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], processes)
+        _, _, ours, _ = hellaswag.count_correct(model, rendered[:n], processes)
     print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | "
           f"{n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
 

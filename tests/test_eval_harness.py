@@ -385,13 +385,13 @@ def test_training_survives_tasks_that_fail_and_stops_within_one(tokenizer, tasks
     ]
     score, calls = harness.score, []
 
-    def stop_at_the_second(*args):
-        calls.append(args[-1]())  # `stopped`, the last argument
+    def stop_at_the_second(*args, stopped, **kwargs):
+        calls.append(stopped())
         if len(calls) == 4:  # piqa at step 4
             os.kill(os.getpid(), signal.SIGTERM)
-            while not args[-1]():
+            while not stopped():
                 time.sleep(0.01)
-        return score(*args)
+        return score(*args, stopped=stopped, **kwargs)
 
     monkeypatch.setattr(harness, "score", stop_at_the_second)
     train_gpt2.main([str(flag) for flag in flags])

@@ -34,9 +34,10 @@ def want(model):
     return [reference(model, *pair) for pair in random_pairs(25)]
 
 
-@pytest.mark.parametrize("batch", [(1, None), (60, None), (10**6, None), (1, 7)])
-def test_batching_and_padding_change_nothing(batch, model, want):
-    nats, greedy = score(model, random_pairs(25), Processes("cpu"), *batch)
+@pytest.mark.parametrize("batch_tokens, batch_size", [(1, None), (60, None), (10**6, None), (1, 7)])
+def test_batching_and_padding_change_nothing(batch_tokens, batch_size, model, want):
+    nats, greedy = score(model, random_pairs(25), Processes("cpu"), batch_tokens,
+                         batch_size=batch_size)
     assert nats == pytest.approx(want, abs=1e-3)
     assert [not continuation
             for _, continuation in random_pairs(25)] == greedy.tolist()  # nothing is certain
