@@ -33,8 +33,9 @@ from lib import chat_template, checkpoint
 from lib.cli import BadInput, check, flag, parse, run
 from lib.decoding import Decoder, NonFinite, SampleConfig, Text, draw, generate
 from lib.devices import autocast, pick_device
+from lib.openai_api import Api
 from lib.rope import ContextConfig, extend
-from lib.server import Api, Server, is_loopback
+from lib.server import Server, is_loopback
 from lib.serving import Engine
 from train_gpt2 import load_checkpoint
 

@@ -27,7 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.decoding import Decoder, SampleConfig, draw, generate
 from lib.devices import autocast, compute_dtype, pick_device
-from lib.server import Api, Server
+from lib.openai_api import Api
+from lib.server import Server
 from lib.serving import Engine
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, PRESETS, GPTConfig, load_checkpoint

@@ -316,7 +316,7 @@ def test_the_readme_s_curl_line(chatty):
     (line,) = re.findall(r"^curl .*", (ROOT / "README.md").read_text(), re.MULTILINE)
     with serving(chatty[0], "--api_key", "SECRET") as (_, url):
         line = line.replace("http://127.0.0.1:8000", url).replace('"Hi"', json.dumps(CAT))
-        for key, says in (("", "a wrong API key"),
+        for key, says in (("", "the API key is missing or wrong"),
                           (' -H "Authorization: Bearer SECRET"', json.dumps(ON_THE_MAT)[1:-1])):
             done = subprocess.run(["sh", "-c", line + key], capture_output=True, text=True,
                                   timeout=60, check=True)
