@@ -81,17 +81,17 @@ def quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def check(model, tokenizer, cfg: Config, chat_template: str | None = None) -> None:
+def check(model, tokenizer, folder: str, dtype: str, chat_template: str | None = None) -> None:
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if
     logits or tokens differ."""
     from transformers import AutoTokenizer
 
-    theirs, _ = huggingface.load(cfg.out)
-    their_tokenizer = AutoTokenizer.from_pretrained(cfg.out)
+    theirs, _ = huggingface.load(folder)
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     shape = (4, min(model.config.block_size, 256))
     idx = torch.randint(tokenizer.vocab_size, shape, generator=generator)
-    difference, largest = compare_logits(model, theirs, idx, getattr(torch, cfg.dtype))
+    difference, largest = compare_logits(model, theirs, idx, getattr(torch, dtype))
     random_ids = torch.randint(tokenizer.vocab_size, (N_TEXTS, 20), generator=generator)
     texts = [tokenizer.decode(row.tolist()) for row in random_ids]
     same = 0
@@ -105,13 +105,13 @@ def check(model, tokenizer, cfg: Config, chat_template: str | None = None) -> No
         expected, _ = render(messages, tokenizer, reply=True)
         same -= ids != expected
     rounding = ""
-    if cfg.dtype != "float32":
-        rounding = f", beyond what rounding to {cfg.dtype} changes"
+    if dtype != "float32":
+        rounding = f", beyond what rounding to {dtype} changes"
     result = (f"logits up to {largest:.2f} differ by {difference:.2e} at most{rounding}; "
               f"{same} of {N_TEXTS} texts have the same tokens")
     within = difference <= TOLERANCE * max(largest, 1)  # False for NaN
     if not within or same < N_TEXTS:
-        raise BadInput(f"{cfg.out} differs from the checkpoint ({result}): do not use it, and "
+        raise BadInput(f"{folder} differs from the checkpoint ({result}): do not use it, and "
                        "report this")
     print(f"checked: {result}")
 
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
         huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)
         print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
         if cfg.check:
-            check(model, tokenizer, cfg, chat_template)
+            check(model, tokenizer, cfg.out, cfg.dtype, chat_template)
 
 
 if __name__ == "__main__":
