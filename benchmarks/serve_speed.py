@@ -1,5 +1,5 @@
-"""Serving speed: chat.py's server with 1, 8 and 64 clients against the decoding loop of generate.py,
-on one device and model.
+"""Serving speed: chat.py's server with 1, 8 and 64 clients against generate.py's decoding loop, on
+one device and model.
 
     python benchmarks/serve_speed.py                            # 124M, random weights of modern
     python benchmarks/serve_speed.py --checkpoint log/<run> --clients 1 8 64 --new_tokens 256

@@ -242,8 +242,8 @@ def print_table(results, rounds):
     for row, runs in results.items():
         rates[row] = statistics.median(figures["rate"] for figures in runs)
     first = next(iter(rates))
-    print(f"\n| medians of {rounds} rounds | ms per step (all) | of them waiting for data | tok/s | "
-          f"MFU | against {first} | peak GB | seconds to the first step |\n"
+    print(f"\n| medians of {rounds} rounds | ms per step (all) | of them waiting for data | "
+          f"tok/s | MFU | against {first} | peak GB | seconds to the first step |\n"
           "|---|---|---:|---:|---:|---:|---:|---|")
     for row, runs in results.items():
         all_ms = ", ".join(f"{figures['ms']:.1f}" for figures in runs)
