@@ -1,22 +1,22 @@
 """EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a
 checkpoint.
 
-    python eval_harness.py --checkpoint log/<run>                       # --group small: tasks that tell 124M models apart
+    python eval_harness.py --checkpoint log/<run>              # a small set of tasks, --group small
     python eval_harness.py --checkpoint PATH --tasks hellaswag,arc_easy,wikitext --limit 200
-    python eval_harness.py --model gpt2                                 # a Hugging Face model, the harness's own adapter
+    python eval_harness.py --model gpt2                        # a Hugging Face model
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
-    python eval_harness.py --compare log/a log/b log/hf_gpt2            # one table of runs, and a bar chart
+    python eval_harness.py --compare log/a log/b log/hf_gpt2   # a table of runs and a bar chart
 
-Results go to eval_<step>.json beside the checkpoint, or log/hf_<model>/eval.json. Those with
---context N or --limit N, which do not stand for the whole, go to eval_<step>_context<N>.json or
-eval_<step>_limit<N>.json: --compare takes them where it is given the file, not the run. Needs
-requirements-dev.txt.
+Needs requirements-dev.txt. Results are written to eval_<step>.json beside the checkpoint, or to
+log/hf_<model>/eval.json. With --context N or --limit N they are partial and go to
+eval_<step>_context<N>.json or eval_<step>_limit<N>.json; --compare uses these only if the file
+itself is named.
 
-Data come from the Hugging Face hub, or from jsonl files: --data_dir DIR reads <task>.jsonl (or
+Data come from the Hugging Face hub, or with --data_dir DIR from jsonl files: <task>.jsonl (or
 <task>_test, _val, _validation) with the columns that the harness's task reads, and
-<task>_train.jsonl, which few-shot tasks need for their examples. Files of arc_easy, arc_challenge,
-piqa, lambada_openai and hellaswag may also hold query, choices and gold; context and continuation;
-or ctx alone.
+<task>_train.jsonl with the examples of few-shot tasks. Files of arc_easy, arc_challenge, piqa,
+lambada_openai and hellaswag may also hold query, choices and gold; context and continuation; or
+ctx only.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -31,7 +31,7 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -48,296 +48,348 @@ from train_gpt2 import load_checkpoint
 
 GROUPS = {"small": "hellaswag,arc_easy,piqa,lambada_openai,sciq"}
 ORDER = "tasks in alphabetical order"  # of tables and charts
-TABLES = ("results", "n-samples", "higher_is_better"
-          )  # of the harness's results, each a dict of one per task
+TABLES = ("results", "n-samples", "higher_is_better")  # of the harness's results, keyed by task
+LONGEST_NAME = 242  # bytes; a file name has 255, and the temporary name adds an ending
 
 
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     # what is evaluated
-    model: str | None = path_flag(
-        None, "a Hugging Face model instead, by name or folder, through the harness's own adapter")
+    model: str | None = path_flag(  # type: ignore[assignment]
+        None, "a Hugging Face model instead, by name or folder, with the harness's own adapter")
     tasks: str | None = flag(
         None, "names of harness tasks, groups or tags, joined by commas; * matches any letters")
-    group: Literal["small"] = flag("small", "a set of tasks, where --tasks is not given")
-    limit: int | None = flag(None, "score only the first so many items of each task", at_least=1,
-                             at_most=10**9)
+    group: Literal["small"] = flag("small", "a set of tasks, if --tasks is not given")
+    limit: int | None = flag(
+        None, "evaluate only the first N items of each task", at_least=1, at_most=10**9)
     data_dir: str | None = path_flag(
         None, "folder of <task>.jsonl to read instead of the Hugging Face hub")
     # how
     batch_size: int | Literal["auto"] = flag(
-        "auto", f"sequences per forward pass; auto: as many as make {harness.BATCH_TOKENS} tokens, "
-                f"{harness.SEQUENCES} when generating", at_least=1, at_most=65536)
+        "auto", f"sequences per forward pass; auto: {harness.BATCH_TOKENS} tokens per pass, "
+                f"{harness.SEQUENCES} sequences when generating", at_least=1, at_most=65536)
     dtype: Literal["auto", "float32"] = flag(
-        "auto", "of matmuls; auto: bfloat16 where the GPU has it, and what a --model comes in")
+        "auto", "matmul precision; auto: bfloat16 where the GPU has it, and the dtype of a --model")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
-    # what comes out
-    output: str | None = path_flag(None, "results as json; without it, beside the checkpoint")
+    # output
+    output: str | None = path_flag(
+        None, "where to write the results as json; default: beside the checkpoint")
     compare: tuple[str, ...] | None = path_flag(
-        None, "print one table of these runs (folders or results) instead, and draw it")
-    chart: str = path_flag("compare.png", "where --compare draws its bars")
+        None, "print and draw a table of these runs instead (run folders or results)")
+    chart: str = path_flag("compare.png", "where --compare draws its bar chart")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparison
+# --------------------------------------------------------------------------------------------------
+# Comparing runs
 
 
-def read_results(path):
-    """What --output wrote, a dict. Raises BadInput if it is not that."""
+def read_results(path: str | Path) -> dict:
+    """The results in a file that --output wrote. Raises BadInput if it holds something else."""
     data = files.read_json(path, "name a run folder, or a file that --output wrote")
-    tables = [data.get(key) if isinstance(data, dict) else None for key in TABLES]
-    if not all(
-            isinstance(table, dict) and all(isinstance(row, dict)
-                                            for row in table.values())
-            for table in tables):
-        raise BadInput(
-            f"{path} does not hold results of eval_harness.py: name a run folder, or a file that --output wrote"
-        )
+    if not is_results(data):
+        raise BadInput(f"{path} does not hold results of eval_harness.py: name a run folder, or a "
+                       "file that --output wrote")
     return data
 
 
-def is_whole(data):
-    """Whether results are of all items, in the context trained with."""
+def is_results(data):
+    """Whether data hold a dict of one dict per task for each of TABLES."""
+    if not isinstance(data, dict):
+        return False
+    for key in TABLES:
+        table = data.get(key)
+        if not isinstance(table, dict):
+            return False
+        if not all(isinstance(row, dict) for row in table.values()):
+            return False
+    return True
+
+
+def is_complete(data):
+    """Whether results cover all items, with the context used in training."""
     config = data.get("config")
-    config = config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return True
     return config.get("context") is None and config.get("limit") is None
 
 
-def newest_results(path):
-    """A results file, or all eval_<step>*.json of a run folder's newest step -> (name of run and
-    step, results).
+def newest_results(path: str | Path) -> tuple[str, dict]:
+    """A results file, or a run folder -> (name of run and step, results).
 
-    Of a folder, those with a --context or --limit of their own are left out. Raises BadInput if
-    there are none.
+    In a folder, all eval_<step>*.json of the newest step are merged, without partial ones (with
+    --context or --limit). Raises BadInput if there are none.
     """
-    path, found, step = Path(path), [], 0
-    if is_folder := os.path.isdir(path):
-        steps = {
-            file: int(re.match(r"eval_?(\d*)", file.name)[1] or 0)
-            for file in path.glob("eval*.json")
-        }
-        for step in sorted(set(steps.values()), reverse=True):
-            of_step = sorted((file for file in steps if steps[file] == step),
-                             key=lambda file: file.lstat().st_mtime)
-            if found := [data for data in map(read_results, of_step) if is_whole(data)]:
-                break
-    else:
-        found = [read_results(path)]
-    if not found:
-        raise BadInput(f"{path} holds no eval_<step>.json (those with --context or --limit do not count): run eval_harness.py "
-                       "--checkpoint on a checkpoint there first, or name a file")
-    merged = {
-        key: {name: row for data in found for name, row in data[key].items()} for key in TABLES
-    }
+    path = Path(path)
     where = path.resolve()
-    return (where.name + (f" {step}" if step else "")
-            if is_folder else f"{where.parent.name}/{where.stem}"), merged
+    if not os.path.isdir(path):
+        return f"{where.parent.name}/{where.stem}", merge([read_results(path)])
+    steps = {}
+    for file in path.glob("eval*.json"):
+        digits = re.sub(r"eval_?(\d*).*", r"\1", file.name)
+        steps[file] = int(digits or 0)
+    for step in sorted(set(steps.values()), reverse=True):
+        of_step = [file for file in steps if steps[file] == step]
+        of_step.sort(key=lambda file: file.lstat().st_mtime)
+        complete = [data for data in map(read_results, of_step) if is_complete(data)]
+        if complete:
+            name = f"{where.name} {step}" if step else where.name
+            return name, merge(complete)
+    raise BadInput(f"{path} holds no eval_<step>.json (those with --context or --limit do not "
+                   "count): run eval_harness.py --checkpoint on a checkpoint there first, or name "
+                   "a file")
 
 
-def tabulate_runs(runs):
-    """list of (run, results) -> (headers, rows of str, lines on what is not comparable).
+def merge(parts):
+    """Results of different tasks as one; later parts replace earlier ones."""
+    merged = {key: {} for key in TABLES}
+    for data in parts:
+        for key in TABLES:
+            merged[key].update(data[key])
+    return merged
 
-    One row per task and metric, in ORDER: files are joined by their age, which means nothing here.
+
+def tabulate_runs(runs: list[tuple[str, dict]]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Pairs of (run, results) -> (headers, rows, notes on what is not comparable).
+
+    One row per task and metric, in ORDER, since the order of merged files means nothing.
     """
-    keys = dict.fromkeys((task, key)
-                         for _, data in runs
-                         for task, values in data["results"].items()
-                         for key in values
-                         if "," in key and "_stderr," not in key)
-    keys = sorted(keys, key=lambda key: key[0])  # stable: metrics stay as they are
-    rows, notes = [], []
-    for task, key in keys:
-        metric, _, kind = key.partition(",")
-        smaller = any(data["higher_is_better"].get(task, {}).get(metric) is False
-                      for _, data in runs)
-        row = [
-            task, metric + (f" ({kind})" if kind != "none" else "") +
-            (" (lower is better)" if smaller else "")
-        ]
-        for _, data in runs:
-            value, error = (number(data, task, name) for name in (key, f"{metric}_stderr,{kind}"))
-            value, error = ("" if math.isnan(x) else f"{x:.{4 if abs(x) < 100 else 0}f}"
-                            for x in (value, error))
-            row.append(f"{value} ± {error}" if value and error else value)
-        rows.append(row)
-    for task in dict.fromkeys(task for task, _ in keys):
-        counts = {
-            name: data["n-samples"][task].get("effective")
-            for name, data in runs
-            if task in data["n-samples"]
-        }
+    found: dict = {}  # (task, key), in the order of the harness
+    for _, data in runs:
+        for task, values in data["results"].items():
+            for key in values:
+                if "," in key and "_stderr," not in key:
+                    found[task, key] = None
+    metrics = sorted(found, key=lambda pair: pair[0])  # stable: keeps the order within a task
+    rows = []
+    for task, key in metrics:
+        name = metric_name(runs, task, key)
+        rows.append([task, name, *(cell(data, task, key) for _, data in runs)])
+    notes = []
+    for task in dict.fromkeys(task for task, _ in metrics):
+        counts = {}
+        for name, data in runs:
+            if task in data["n-samples"]:
+                counts[name] = data["n-samples"][task].get("effective")
         if len(set(map(str, counts.values()))) > 1:
-            notes.append(f"{task}: not the same items, "
-                         + ", ".join(f"{n} ({name})" for name, n in counts.items()))
+            listed = ", ".join(f"{n} ({name})" for name, n in counts.items())
+            notes.append(f"{task}: not the same items, {listed}")
     return ["task", "metric", *(name for name, _ in runs)], rows, notes
 
 
+def metric_name(runs, task, key):
+    """The harness's key of a metric as text: its name, its filter, and whether lower is better."""
+    metric, _, kind = key.partition(",")
+    name = metric if kind == "none" else f"{metric} ({kind})"
+    for _, data in runs:
+        if data["higher_is_better"].get(task, {}).get(metric) is False:
+            return f"{name} (lower is better)"
+    return name
+
+
+def cell(data, task, key):
+    """A metric and its standard error as text; "" if the run lacks it."""
+    value = four_digits(number(data, task, key))
+    error = four_digits(number(data, task, key.replace(",", "_stderr,", 1)))
+    return f"{value} ± {error}" if value and error else value
+
+
+def four_digits(x):
+    """A number as text; "" if it is nan."""
+    if math.isnan(x):
+        return ""
+    return f"{x:.4f}" if abs(x) < 100 else f"{x:.0f}"
+
+
 def number(data, task, key):
-    """A float among the results, or nan: a task that a run lacks, a standard error of "N/A"."""
+    """A float of the results; nan if the run lacks the task, or the value is "N/A"."""
     value = data["results"].get(task, {}).get(key)
     return value if isinstance(value, float) and math.isfinite(value) else math.nan
 
 
-def bar_chart(runs, path):
-    """Draw a bar chart of the runs' accuracies (normalized by length where the task has it) with
-    standard errors."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
+def bar_chart(runs: list[tuple[str, dict]], path: str | Path) -> None:
+    """Draw the runs' accuracies (normalized by length if the task has that) with standard errors.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    bars = {
-        task: key
-        for _, data in runs
-        for task, key in harness.headlines(data).items()
-        if "bits" not in key
-    }
-    bars = dict(sorted(bars.items()))
-    figure = Figure(figsize=(min(max(6, 0.6 * len(bars) * (len(runs) + 1)), 200), 4),
-                    layout="constrained")
-    axes, width = figure.add_subplot(), 0.8 / len(runs)
+    headlines = {}
+    for _, data in runs:
+        headlines.update(harness.headlines(data))
+    bars = [(task, key) for task, key in sorted(headlines.items()) if "bits" not in key]
+    width = min(max(6, 0.6 * len(bars) * (len(runs) + 1)), 200)
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.add_subplot()
+    bar_width = 0.8 / len(runs)
     for i, (name, data) in enumerate(runs):
-        height = [number(data, task, key) for task, key in bars.items()]
-        error = [
-            abs(number(data, task, key.replace(",", "_stderr,"))) for task, key in bars.items()
-        ]
-        axes.bar(
-            np.arange(len(bars)) + (i - (len(runs) - 1) / 2) * width, height, width, yerr=error,
-            capsize=2, label=name)
-    axes.set_xticks(range(len(bars)),
-                    [f"{task}\n{key.partition(',')[0]}" for task, key in bars.items()])
+        offset = (i - (len(runs) - 1) / 2) * bar_width
+        heights = [number(data, task, key) for task, key in bars]
+        errors = [abs(number(data, task, key.replace(",", "_stderr,"))) for task, key in bars]
+        axes.bar(np.arange(len(bars)) + offset, heights, bar_width, yerr=errors, capsize=2,
+                 label=name)
+    labels = [f"{task}\n{key.partition(',')[0]}" for task, key in bars]
+    axes.set_xticks(range(len(bars)), labels)
     axes.set_ylabel("accuracy ± standard error")
-    axes.set_xlabel(f"{ORDER}, bars in that of --compare")
+    axes.set_xlabel(f"{ORDER}, bars in the order of --compare")
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=Path(path).suffix[1:] or "png")
-    files.replace(path, lambda file: file.write(picture.getvalue()))
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format=Path(path).suffix[1:] or "png")
+    files.replace(path, lambda file: file.write(image.getvalue()))
 
 
-def compare(paths, chart):
-    """Print one table of runs as text and as markdown, and draw their accuracies."""
+def compare(paths: tuple[str, ...], chart: str) -> None:
+    """Print a table of runs as text and as Markdown, and draw their accuracies."""
     try:
         from tabulate import tabulate
     except ImportError as error:
         raise BadInput(harness.MISSING.format(error.name)) from error
-    if os.path.lexists(chart) and not os.path.isfile(chart):  # a folder, or a device as /dev/null
+    if os.path.lexists(chart) and not os.path.isfile(chart):  # a folder, or a device
         raise BadInput(f"{chart} exists and is not a regular file: name another --chart")
     runs = [newest_results(path) for path in paths]
-    if len({name for name, _ in runs}) < len(runs):  # folders of one name
+    names = {name for name, _ in runs}
+    if len(names) < len(runs):  # folders of equal names
         runs = [(path, data) for path, (_, data) in zip(paths, runs, strict=True)]
     headers, rows, notes = tabulate_runs(runs)
+    align = ["left", "left"] + ["right"] * len(runs)
     for style in ("simple", "github"):
-        align = ["left"] * 2 + ["right"] * len(runs)
-        print(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align),
-              end="\n\n")
-    order = f"rows: {ORDER}, metrics as the harness lists them; columns as given to --compare"
+        table = tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align)
+        print(table, end="\n\n")
+    order = f"rows: {ORDER}, metrics in the harness's order; columns in the order of --compare"
     print("\n".join([order, *notes]), end="\n\n")
     try:
         bar_chart(runs, chart)
     except ImportError:
         print("no chart: pip install -r requirements-dev.txt has matplotlib")
         return
-    except (OSError, ValueError) as error:  # ValueError: not the ending of a picture
-        raise BadInput(
-            f"cannot write {chart} ({error}): name another --chart, for instance compare.png"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: not the suffix of a picture
+        raise BadInput(f"cannot write {chart} ({error}): name another --chart, for instance "
+                       "compare.png") from error
     print(f"chart: {chart}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
+# --------------------------------------------------------------------------------------------------
+# Evaluating a model
 
 
-def load_hugging_face(cfg, processes):
-    """--model -> the harness's own language model for it. Raises BadInput if it cannot be loaded.
-    """
+def load_hugging_face(name: str, cfg: Config, processes: Processes):
+    """The harness's own language model for a --model. Raises BadInput if it cannot be loaded."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise BadInput(harness.MISSING.format(error.name)) from error
-    if processes.world_size > 1 and processes.device.type != "cuda":
-        raise BadInput("the harness's adapter for --model runs on one CPU process only: start one")
-    if not os.path.isdir(cfg.model):
+    on_cuda = processes.device.type == "cuda"
+    if processes.world_size > 1 and not on_cuda:
+        raise BadInput("--model runs in one CPU process only, a limit of the harness's adapter: "
+                       "start one")
+    if not os.path.isdir(name):
         cache_only_without_network()
-    # the harness finds the largest batch by trying, 64 sequences first: on a CPU that would be slow
-    # and large
-    batch_size = 8 if cfg.batch_size == "auto" and processes.device.type != "cuda" else cfg.batch_size
+    batch_size = cfg.batch_size
+    if batch_size == "auto" and not on_cuda:
+        batch_size = 8  # the harness would try 64 sequences first, slow and large on a CPU
     try:
-        lm = HFLM(pretrained=cfg.model, device=str(processes.device), batch_size=batch_size,
+        lm = HFLM(pretrained=name, device=str(processes.device), batch_size=batch_size,
                   dtype=cfg.dtype)
-        if not lm.tok_encode("text"):  # what transformers makes of a folder without a tokenizer
+        if not lm.tok_encode("text"):  # transformers accepts a folder without a tokenizer
             raise ValueError("it has no tokenizer.")
-    except Exception as error:  # whatever the hub and the readers of its formats raise
+    except Exception as error:  # anything that the hub and transformers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"cannot load the Hugging Face model {cfg.model}: {reason} Give a folder that save_pretrained made, "
-                       "model and tokenizer") from error
+        raise BadInput(f"cannot load the Hugging Face model {name}: {reason} Give a folder "
+                       "written by save_pretrained, with model and tokenizer") from error
     return lm
 
 
-def pick_output(cfg, context):
-    """Settings -> where the results go. Raises BadInput if they cannot go there."""
+def pick_output(cfg: Config, context: ContextConfig) -> Path:
+    """The file for the results. Raises BadInput if it cannot be written."""
     remedy = "name another --output"
-    part = f"_context{context.context}" if context.context else ""
-    part += f"_{context.rope_scaling}" if context.rope_scaling != "plain" else ""
-    part += f"_limit{cfg.limit}" if cfg.limit else ""
+    suffix = partial_suffix(cfg, context)
+    source = Path(checkpoint.named(cfg))
     if cfg.output:
         output = Path(cfg.output)
     elif cfg.model:
-        name = os.path.basename(os.path.normpath(cfg.model))
-        output = Path("log", f"hf_{name}", f"eval{part}.json")
-    elif os.path.isdir(cfg.checkpoint):  # one that export_hf.py made
-        output = Path(cfg.checkpoint, f"eval{part}.json")
+        name = os.path.basename(os.path.normpath(source))
+        output = Path("log", f"hf_{name}", f"eval{suffix}.json")
+    elif os.path.isdir(source):  # made by export_hf.py
+        output = source / f"eval{suffix}.json"
     else:
-        path = Path(cfg.checkpoint)
-        output = path.with_name(f"eval_{path.stem.removeprefix('ckpt_')}{part}.json")
+        step = source.stem.removeprefix("ckpt_")
+        output = source.with_name(f"eval_{step}{suffix}.json")
     if os.path.lexists(output):
-        more = "" if cfg.output or part else f", as {output.with_stem(f'{output.stem}_2')}, which --compare joins with it"
-        raise BadInput(f"{output} exists: {remedy}{more}")
-    if len(os.fsencode(output.name)) > 242:  # 255 with the ending of the temporary name
-        raise BadInput(f"{output.name[:40]}... is too long for the name of a file: {remedy}")
+        if not (cfg.output or suffix):
+            another = output.with_stem(f"{output.stem}_2")
+            remedy += f", such as {another}, which --compare merges with it"
+        raise BadInput(f"{output} exists: {remedy}")
+    if len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise BadInput(f"{output.name[:40]}... is too long for a file name: {remedy}")
     files.make_folder(output.parent, remedy)
     return output
 
 
-def main(argv):
-    (cfg, context), given = parse((Config, ContextConfig), argv, __doc__)
+def partial_suffix(cfg, context):
+    """What marks the file name of partial results."""
+    suffix = ""
+    if context.context:
+        suffix += f"_context{context.context}"
+    if context.rope_scaling != "plain":
+        suffix += f"_{context.rope_scaling}"
+    if cfg.limit:
+        suffix += f"_limit{cfg.limit}"
+    return suffix
+
+
+def check_flags(cfg, given):
+    """Raises BadInput on flags that do not go together."""
     if cfg.compare:
-        if others := sorted(given - {"compare", "chart"}):
-            raise BadInput(
-                f"--compare reads results that are there: leave out --{' and --'.join(others)}, or evaluate first"
-            )
-        return compare(cfg.compare, cfg.chart)
+        others = sorted(given - {"compare", "chart"})
+        if others:
+            raise BadInput(f"--compare reads existing results: leave out "
+                           f"--{' and --'.join(others)}, or evaluate first")
+        return
     if "chart" in given:
         raise BadInput("--chart is for --compare: leave it out")
     checkpoint.named(cfg)
     if cfg.model and {"context", "rope_scaling"} & given:
         raise BadInput("--context and --rope_scaling are for a --checkpoint: leave them out")
+
+
+def main(argv: list[str]) -> None:
+    (cfg, context), given = parse((Config, ContextConfig), argv, __doc__)
+    check_flags(cfg, given)
+    if cfg.compare:
+        compare(cfg.compare, cfg.chart)
+        return
     if cfg.checkpoint:
-        cfg = replace(cfg, checkpoint=checkpoint.pick(cfg.checkpoint))
+        cfg = dataclasses.replace(cfg, checkpoint=checkpoint.pick(cfg.checkpoint))
     output = pick_output(cfg, context)
-    manager, names = harness.find_tasks(GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks)
+    wanted = GROUPS[cfg.group] if cfg.tasks is None else cfg.tasks
+    manager, names = harness.find_tasks(wanted)
     with Processes(cfg.device) as processes:
-        with processes.main_first():  # the first to load downloads, the others find
+        with processes.main_first():  # rank 0 downloads, the others find the files
             step = 0
             if cfg.checkpoint:
                 model, tokenizer, state = load_checkpoint(cfg.checkpoint)
                 extend(model, context)
                 step = state.get("step", 0)
+                lm = harness.adapter(model.to(processes.device), tokenizer, processes,
+                                     cfg.batch_size, cfg.dtype, progress=processes.main)
             tasks = harness.load_tasks(manager, names, cfg.data_dir)
-            lm = (harness.adapter(model.to(processes.device), tokenizer, processes, cfg.batch_size,
-                                  cfg.dtype, processes.main)
-                  if cfg.checkpoint else load_hugging_face(cfg, processes))
+            if cfg.model:
+                lm = load_hugging_face(cfg.model, cfg, processes)
         processes.check_same(step, checkpoint.DIFFERENT)
-        for seed in (random.seed, np.random.seed,
-                     torch.manual_seed):  # for tasks that draw, the same on every process
-            seed(harness.FEWSHOT_SEED)
-        results = harness.evaluate(lm, tasks, cfg.limit, harness.BOOTSTRAP if processes.main else 0,
-                                   processes.main)
+        seed_everything(harness.FEWSHOT_SEED)
+        bootstrap = harness.BOOTSTRAP if processes.main else 0
+        results = harness.run_tasks(lm, tasks, cfg.limit, bootstrap, progress=processes.main)
         if processes.main:
             save(results, output, dataclasses.asdict(cfg) | dataclasses.asdict(context))
-    return None
 
 
-def save(results, output, config):
-    """Print the harness's table and write its results as JSON, whole or not at all. Raises BadInput
-    where a task failed."""
+def seed_everything(seed):
+    """For tasks that draw random numbers, the same on every process."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (the generator that tasks use)
+    torch.manual_seed(seed)
+
+
+def save(results: dict, output: Path, config: dict) -> None:
+    """Print the harness's table and write its results as JSON, atomically. Raises BadInput if a
+    task failed."""
     from importlib.metadata import version
 
     from lm_eval.utils import handle_non_serializable, make_table
@@ -346,21 +398,21 @@ def save(results, output, config):
     if results:
         print(make_table(results))
         results |= {
-            "config": config, "lm_eval_version": version("lm_eval"),
+            "config": config,
+            "lm_eval_version": version("lm_eval"),
             "torch_version": torch.__version__,
-            "date": datetime.datetime.now().isoformat(" ", "seconds")
+            "date": datetime.datetime.now().isoformat(" ", "seconds"),
         }
         text = json.dumps(results, indent=2, default=handle_non_serializable)
         try:
             files.replace(output, lambda file: file.write(text.encode()))
         except OSError as error:
-            raise BadInput(
-                f"cannot write {output} ({error.strerror}): free some disk space, then start again"
-            ) from error
+            raise BadInput(f"cannot write {output} ({error.strerror}): free some disk space, then "
+                           "start again") from error
         print(f"results: {output}")
     if failed:
         tasks = ", ".join(f"{task} ({reason})" for task, reason in failed.items())
-        raise BadInput(f"no results of {tasks}: mend that, or leave it out of --tasks")
+        raise BadInput(f"no results of {tasks}: fix that, or leave it out of --tasks")
 
 
 if __name__ == "__main__":

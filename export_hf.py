@@ -4,25 +4,29 @@ config.json, tokenizer.
     python export_hf.py --checkpoint log/<run> --out exported
     python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
 
-    model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # theirs
+    model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # transformers' class
     model = train_gpt2.GPT.from_pretrained("exported")                       # ours again
 
-Exact, by what the model was trained with:
+The exported model computes the same. Which class depends on the flags used in training:
     GPT2LMHeadModel         --norm layernorm --pos learned --mlp gelu or relu2, --no-emb_norm
     LlamaForCausalLM        --norm rmsnorm   --pos rope    --mlp swiglu
     Qwen3ForCausalLM        --norm rmsnorm   --pos rope    --mlp swiglu --qk_norm --no-bias
     ArceeForCausalLM        --norm rmsnorm   --pos rope    --mlp gelu or relu2
     Starcoder2ForCausalLM   --norm layernorm --pos rope    --mlp gelu or relu2
     StableLmForCausalLM     --norm layernorm --pos rope    --mlp swiglu --no-bias
-    Glm4MoeForCausalLM      --norm rmsnorm   --pos rope    --mlp swiglu --no-bias --n_experts N [--n_shared N] [--qk_norm]
-    MixtralForCausalLM      the same with --router softmax --balance loss, but without --n_shared and --qk_norm
-    Qwen3MoeForCausalLM     the same with --router softmax --balance loss --qk_norm, but without --n_shared
-each with tied or untied embeddings, and with --pos rope also --emb_norm, which is worked into the
-embedding table. Every other combination is refused: --token_shift, --value_residual,
---residual_scalars and --softcap, as in the presets speedrun and tiny, have no counterpart there.
+    Glm4MoeForCausalLM      --norm rmsnorm   --pos rope    --mlp swiglu --no-bias --n_experts N
+                            [--n_shared N] [--qk_norm]
+    MixtralForCausalLM      as Glm4Moe with --router softmax --balance loss, without --n_shared
+                            and --qk_norm
+    Qwen3MoeForCausalLM     as Glm4Moe with --router softmax --balance loss --qk_norm, without
+                            --n_shared
+Embeddings may be tied or untied. With --pos rope, --emb_norm is supported, too: it is applied to
+the embedding table. Other combinations are refused. transformers has no counterpart of
+--token_shift, --value_residual, --residual_scalars and --softcap, which the presets speedrun and
+tiny use.
 
-A chat model's folder has its chat template: tokenizer.apply_chat_template(messages,
-add_generation_prompt=True), with sanitize_control_tokens=True where users may type <|end|> or the
+The folder of a chat model has its chat template: tokenizer.apply_chat_template(messages,
+add_generation_prompt=True). Add sanitize_control_tokens=True if users may type <|end|> and the
 like.
 """
 
@@ -32,6 +36,7 @@ import lib.startup  # noqa: F401 (before torch)
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,31 +48,31 @@ from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import NonFinite
 from train_gpt2 import load_checkpoint
 
+TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are smaller
+N_TEXTS = 200     # of random tokens, whose encodings are compared
+
 
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "folder to write, new or empty")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
     check: bool = flag(
-        False, "load what was written and compare its logits and tokens with the checkpoint's")
-
-
-TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are smaller
+        False, "load the written folder and compare its logits and tokens with the checkpoint's")
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without the bars and warnings of transformers and torch, about other uses:
-    that a text is longer than the context, say."""
+def quiet() -> Iterator[None]:
+    """Silence the bars and warnings of transformers and torch that do not concern an export, such
+    as that a text is longer than the context."""
     logging = huggingface.library().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore",
-                "Initializing zero-element tensors")  # GLM's shared experts, where there are none
+            # GLM's shared experts, if there are none
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             yield
     finally:
         logging.set_verbosity(level)
@@ -76,62 +81,73 @@ def quiet():
 
 
 @torch.no_grad()
-def check(model, tokenizer, cfg, chat_template=None):
+def check(model, tokenizer, folder: str, dtype: str, chat_template: str | None = None) -> None:
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if
-    logits or tokens differ.
-
-    In two steps, so that rounding, which may send tokens to other experts, hides nothing and
-    condemns nothing: the checkpoint with what was made of it, in fp32; that, rounded, with the
-    folder.
-    """
+    logits or tokens differ."""
     from transformers import AutoTokenizer
 
-    (theirs, _), their_tokenizer = huggingface.load(cfg.out), AutoTokenizer.from_pretrained(cfg.out)
+    theirs, _ = huggingface.load(folder)
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(tokenizer.vocab_size, (4, min(model.config.block_size, 256)),
-                        generator=generator)
-    logits, made = model(idx), huggingface.convert(model)
-    if not logits.isfinite().all():
-        raise NonFinite
-    converting = logits - made(idx).logits
-    for p in made.parameters():
-        p.data = p.data.to(getattr(torch, cfg.dtype)).float()
-    writing = made(idx).logits - theirs(idx).logits
-    apart, largest = torch.stack(
-        (converting, writing)).abs().max().item(), logits.abs().max().item()
-    texts = [
-        tokenizer.decode(row[:20].tolist())
-        for row in torch.randint(tokenizer.vocab_size, (200, 20), generator=generator)
-    ]
-    same = sum(
-        their_tokenizer(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(
-            text).tolist() for text in texts)
+    shape = (4, min(model.config.block_size, 256))
+    idx = torch.randint(tokenizer.vocab_size, shape, generator=generator)
+    difference, largest = compare_logits(model, theirs, idx, getattr(torch, dtype))
+    random_ids = torch.randint(tokenizer.vocab_size, (N_TEXTS, 20), generator=generator)
+    texts = [tokenizer.decode(row.tolist()) for row in random_ids]
+    same = 0
+    for text in texts:
+        ids = their_tokenizer(text, split_special_tokens=True)["input_ids"]
+        same += ids == tokenizer.encode(text).tolist()
     if chat_template:
         messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
-        told = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                   return_dict=False, sanitize_control_tokens=True)
-        same -= told != render(messages, tokenizer, reply=True)[0]
-    rounding = "" if cfg.dtype == "float32" else f", beyond what rounding to {cfg.dtype} changes"
-    result = (f"logits up to {largest:.2f} differ by {apart:.2e} at most{rounding}; "
-              f"{same} of {len(texts)} texts have the same tokens")
-    if not apart <= TOLERANCE * max(largest, 1) or same < len(texts):
-        raise BadInput(
-            f"{cfg.out} is not what the checkpoint is ({result}): do not use it, and report this")
+        ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                  return_dict=False, sanitize_control_tokens=True)
+        expected, _ = render(messages, tokenizer, reply=True)
+        same -= ids != expected
+    rounding = ""
+    if dtype != "float32":
+        rounding = f", beyond what rounding to {dtype} changes"
+    result = (f"logits up to {largest:.2f} differ by {difference:.2e} at most{rounding}; "
+              f"{same} of {N_TEXTS} texts have the same tokens")
+    within = difference <= TOLERANCE * max(largest, 1)  # False for NaN
+    if not within or same < N_TEXTS:
+        raise BadInput(f"{folder} differs from the checkpoint ({result}): do not use it, and "
+                       "report this")
     print(f"checked: {result}")
 
 
-def main(argv):
+def compare_logits(model, theirs, idx, dtype):
+    """-> (the largest difference of logits between the model and what was loaded, the largest
+    logit). Raises NonFinite.
+
+    Rounding to `dtype` may send tokens to other experts, which changes logits a lot. It is left out
+    by comparing twice: the model with its conversion in fp32, and the rounded conversion with what
+    was loaded.
+    """
+    logits = model(idx)
+    if not logits.isfinite().all():
+        raise NonFinite
+    converted = huggingface.convert(model)
+    of_conversion = logits - converted(idx).logits
+    for p in converted.parameters():
+        p.data = p.data.to(dtype).float()
+    of_writing = converted(idx).logits - theirs(idx).logits
+    difference = torch.stack((of_conversion, of_writing)).abs().max().item()
+    return difference, logits.abs().max().item()
+
+
+def main(argv: list[str]) -> None:
     (cfg,), _ = parse((Config,), argv, __doc__)
     name = checkpoint.named(cfg)
     if cfg.out is None:
         raise BadInput("name --out, the folder to write")
     model, tokenizer, state = load_checkpoint(name)
+    chat_template = state.get("chat_template")
     with quiet():
-        huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype),
-                          state.get("chat_template"))
+        huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)
         print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
         if cfg.check:
-            check(model, tokenizer, cfg, state.get("chat_template"))
+            check(model, tokenizer, cfg.out, cfg.dtype, chat_template)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Generate text with a checkpoint.
 
     python generate.py --checkpoint log/<run> --prompt "Once upon a time" --max_new_tokens 100
-    python generate.py --checkpoint PATH --prompt "One" "Another, longer" --samples 8      # all side by side
-    python generate.py --checkpoint PATH --prompt_file story.txt --samples 1               # one text appears as it is written
-    python generate.py --model gpt2                                                        # OpenAI's weights
+    python generate.py --checkpoint PATH --prompt "One" "Another, longer" --samples 8  # one batch
+    python generate.py --checkpoint PATH --prompt_file story.txt --samples 1           # streamed
+    python generate.py --model gpt2                                        # OpenAI's weights
 
-A text may outgrow the model's context: its oldest half is then dropped, and what is left begins
-anew at position 0.
+A text may outgrow the model's context: then its older half is dropped, and the rest is filled in
+again from position 0.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -30,72 +30,91 @@ from train_gpt2 import load_checkpoint
 
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
-    prompt: tuple[str, ...] = flag(("Hello, I'm a language model,",),
-                                   "texts to continue; an empty one: a document of its own")
+    prompt: tuple[str, ...] = flag(
+        ("Hello, I'm a language model,",), "texts to continue; an empty one starts a document")
     prompt_file: str | None = path_flag(
-        None, "a file whose text, without the newline at its end, is the prompt instead")
-    strict: bool = flag(False, "refuse a prompt longer than the context; "
-                        "what outgrows it while it is written is told, not refused")
+        None, "read the prompt from a file instead, without the newline at its end")
+    strict: bool = flag(
+        False, "refuse a prompt longer than the context, instead of printing a note")
     graphs: bool = flag(
-        True,
-        "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of hundreds"
-    )
-    compile: bool = flag(False,
-                         "on cuda, compile the decoding step: slow to start, pays for many tokens")
+        True, "on cuda, replay the decoding step as a CUDA graph: one launch per token instead of "
+              "hundreds")
+    compile: bool = flag(
+        False, "on cuda, compile the decoding step: starts slowly, pays off for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
 
 
-def read_prompts(cfg, given):
-    """The prompts, a tuple of str. Raises BadInput if the file cannot be read, or two kinds are
-    given."""
+def read_prompts(cfg: Config, given: set[str]) -> tuple[str, ...]:
+    """The prompts. Raises BadInput if the file cannot be read, or both flags are given."""
     if cfg.prompt_file is None:
         return cfg.prompt
     if "prompt" in given:
         raise BadInput("--prompt and --prompt_file are both given: leave out one of them")
-    text = files.read_text(cfg.prompt_file,
-                           "name another --prompt_file").removeprefix("\ufeff")  # a byte order mark
-    return (text.removesuffix("\n").removesuffix("\r"),)
+    text = files.read_text(cfg.prompt_file, "name another --prompt_file")
+    byte_order_mark = "\ufeff"
+    return (text.removeprefix(byte_order_mark).removesuffix("\n").removesuffix("\r"),)
 
 
-def check_length(prompts, tokenizer, block_size, strict, max_new_tokens):
-    """Say of which prompts, and from when on, the model does not see all (lib/decoding.py's
-    `generate`), or raise BadInput."""
+def check_length(prompt: str, n: int, block_size: int, max_new_tokens: int) -> str | None:
+    """A note on what the model cannot see of a prompt of n tokens and its continuation (see
+    lib/decoding.py's `generate`), or None."""
+    notes = []
+    if n > block_size:
+        notes.append(f"the first new token sees only the newest {block_size:,}")
+    first = max(block_size - n, 0) + 2  # the first new token that does not see all before it
+    if first <= max_new_tokens:
+        fewest = max(block_size // 2, 1)
+        notes.append(f"from new token {first:,} on, each sees only the newest {fewest:,} to "
+                     f"{block_size:,}")
+    if not notes:
+        return None
+    return f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(notes)}"
+
+
+def check_lengths(prompts, tokenizer, block_size, strict, max_new_tokens):
+    """Print the notes of check_length. Raises BadInput if a prompt is too long for `strict`."""
     for prompt in prompts:
-        n, unseen = max(len(tokenizer.encode(prompt)), 1), []
-        if n > block_size:
-            if strict:
-                raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context {block_size:,}: "
-                               "shorten it, or leave out --strict")
-            unseen.append(f"the first new one follows its newest {block_size:,}")
-        if (first := max(block_size - n, 0) + 2) <= max_new_tokens:
-            unseen.append(f"from new token {first:,} on, "
-                          f"each follows the newest {max(block_size // 2, 1):,} to {block_size:,} alone")
-        if unseen:
-            print(f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(unseen)}",
-                  file=sys.stderr)
+        n = max(len(tokenizer.encode(prompt)), 1)  # an empty prompt is an end-of-text token
+        if strict and n > block_size:
+            raise BadInput(f"the prompt {prompt[:20]!r}... has {n:,} tokens and the context "
+                           f"{block_size:,}: shorten it, or leave out --strict")
+        note = check_length(prompt, n, block_size, max_new_tokens)
+        if note:
+            print(note, file=sys.stderr)
 
 
-def main(argv):
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python ran out of memory, on a GPU or a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)
+
+
+def main(argv: list[str]) -> None:
     (cfg, context, sampling), given = parse((Config, ContextConfig, SampleConfig), argv, __doc__)
     name = checkpoint.named(cfg)
-    prompts, device = read_prompts(cfg, given), pick_device(cfg.device)
+    prompts = read_prompts(cfg, given)
+    device = pick_device(cfg.device)
     model, tokenizer, _ = load_checkpoint(name, device)
-    one = len(prompts) == sampling.samples == 1
-    show = partial(print, end="", flush=True) if one else lambda piece: None
+    stream = len(prompts) == sampling.samples == 1
+    show = partial(print, end="", flush=True) if stream else lambda piece: None
     try:
         extend(model, context)
-        check_length(prompts, tokenizer, model.config.block_size, cfg.strict,
-                     sampling.max_new_tokens)
-        texts = sample(model, tokenizer, prompts, sampling, show,
-                       graphs=cfg.graphs, compile=cfg.compile and device.type == "cuda")
+        check_lengths(prompts, tokenizer, model.config.block_size, cfg.strict,
+                      sampling.max_new_tokens)
+        compiled = cfg.compile and device.type == "cuda"
+        texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs,
+                       compile=compiled)
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or "DefaultCPUAllocator" in str(error)):  # a CPU's
+        if not is_out_of_memory(error):
             raise
-        raise BadInput(
-            "out of memory: lower --samples, --max_new_tokens or --context, or give fewer prompts"
-        ) from error
-    print("" if one else "".join(f"{text}\n---\n" for text in texts), end="\n" if one else "")
+        raise BadInput("out of memory: lower --samples, --max_new_tokens or --context, or give "
+                       "fewer prompts") from error
+    if stream:
+        print()
+        return
+    for text in texts:
+        print(f"{text}\n---")
 
 
 if __name__ == "__main__":

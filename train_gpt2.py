@@ -409,11 +409,11 @@ class TokenShift(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x, kv_cache=None):
-        if kv_cache is None:
+    def forward(self, x, context=None):
+        if context is None:
             previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
         else:
-            previous = kv_cache.previous(self, x)
+            previous = context.previous(self, x)
         return x + self.weight.type_as(x) * previous
 
 
@@ -438,13 +438,13 @@ class CausalSelfAttention(nn.Module):
         else:
             self.mix_values = ValueMix((0.5, 0.5))
 
-    def forward(self, x, v_first, positions, kv_cache=None):
+    def forward(self, x, v_first, positions, context=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)   # (B, T, H, D) each
         q = self.rotary(self.q_norm(q), positions)
         k = self.rotary(self.k_norm(k), positions)
         v, v_first = self.mix_values(v, v_first)                            # v_first: of layer 0
-        attend = attention if kv_cache is None else partial(kv_cache.attend, self)
+        attend = attention if context is None else partial(context.attend, self)
         y = attend(q, k, v, dropout=self.dropout_p())                       # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C)), v_first
 
@@ -530,10 +530,10 @@ class Block(nn.Module):
         self.mlp = MoE(config, mlp) if config.n_experts else mlp(config)
         self.drop = dropout(config.dropout)
 
-    def forward(self, x, x0, v_first, positions, kv_cache=None):
+    def forward(self, x, x0, v_first, positions, context=None):
         x = self.mix_residual(x, x0)
-        y = self.token_shift(self.ln_1(x), kv_cache)
-        y, v_first = self.attn(y, v_first, positions, kv_cache)
+        y = self.token_shift(self.ln_1(x), context)
+        y, v_first = self.attn(y, v_first, positions, context)
         x = x + self.drop(y)
         x = x + self.drop(self.mlp(self.ln_2(x)))
         return x, v_first
@@ -565,20 +565,21 @@ class GPT(nn.Module):
         self.loss = LinearCrossEntropy(config.softcap)
         init_weights(self)
 
-    def forward(self, idx, targets=None, kv_cache=None, logits_at=...):
-        """idx: int64 (B, T), T at most block_size. kv_cache: a KVCache, or a Packed for several
-        texts per row; None: no cache (training, scoring).
+    def forward(self, idx, targets=None, packed=None, kv_cache=None, logits_at=...):
+        """idx: int64 (B, T), T at most block_size. packed: a Packed, if rows hold several texts.
+        kv_cache: a KVCache; None: no cache (training, scoring).
 
         Without targets: logits, fp32 (B, T, vocab_size), or only those at `logits_at`, (rows,
         columns) -> (n, vocab_size). The padding of the vocabulary is cut off, so no padded id can
         win. With targets, int64 (B, T): the sum of their cross-entropies in nats, a scalar; targets
         of -1 are not counted.
         """
-        positions = slice(idx.size(1)) if kv_cache is None else kv_cache.positions
+        context = packed if kv_cache is None else kv_cache  # None: causal over the whole row
+        positions = slice(idx.size(1)) if context is None else context.positions
         x = x0 = self.embed(idx, positions)                                 # (B, T, C)
         v_first = None
         for block in self.transformer.h:
-            x, v_first = block(x, x0, v_first, positions, kv_cache)
+            x, v_first = block(x, x0, v_first, positions, context)
         x = self.transformer.ln_f(x)
         if targets is None:
             logits = self.lm_head(x[logits_at])[..., :self.config.vocab_size]

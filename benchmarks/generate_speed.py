@@ -1,13 +1,13 @@
 """Generation speed: the decoder of lib/decoding.py against transformers' generate on the exported
 weights, on one machine.
 
-    python benchmarks/generate_speed.py  # 124M, random weights of gpt2 and modern, batches of 1 and 64
-    python benchmarks/generate_speed.py --checkpoint log/<run>/ckpt_<step>.pt --batch 1 8 64 --new_tokens 512
+    python benchmarks/generate_speed.py  # 124M, random weights of gpt2 and modern, batches 1 and 64
+    python benchmarks/generate_speed.py --checkpoint log/<run> --batch 1 8 64 --new_tokens 512
 
-Every contestant continues the same prompts by so many tokens, greedily and without an end; tokens
-per second count the prompt's pass and the host's work on each token. What is captured or compiled
-is so before; medians over --rounds. "agree": new tokens equal to the eager steps' before the first
-that differs, over all rows (bf16 rounds differently in other kernels: ties break either way).
+All contestants continue the same prompts by --new_tokens, greedily and without an end token. Tokens
+per second include prefill and the host's work per token, but neither capture nor compilation;
+medians over --rounds. "agree": the share of new tokens equal to the eager steps' before the first
+difference (other kernels round bf16 differently, so ties break either way).
 """
 
 import argparse
@@ -27,22 +27,25 @@ from lib.devices import autocast, compute_dtype, pick_device
 from train_gpt2 import GPT, PRESETS, GPTConfig, load_checkpoint
 
 
-def ours(model, prompts, n, choose, how):
-    """-> a function that generates: rows of n new tokens."""
+def ours(model, prompts, n, choose, **options):
+    """-> a function that generates n new tokens per prompt, int64 (rows, n)."""
     with autocast(next(model.parameters()).device):
-        decoder = Decoder(model, len(prompts), len(prompts[0]) + n, **how)
+        decoder = Decoder(model, len(prompts), len(prompts[0]) + n, **options)
 
     def run():
         with autocast(decoder.token.device):
-            return torch.tensor(list(generate(decoder, prompts, n, choose))).T
+            steps = list(generate(decoder, prompts, n, choose))
+        return torch.tensor(steps).T
 
     return run
 
 
-def theirs(model, prompts, n, sampling):
+def theirs(model, prompts, n, **sampling):
+    """The same with transformers."""
     device = next(model.parameters()).device
     hf = huggingface.convert(model).to(device, compute_dtype(device))
-    hf.generation_config.eos_token_id = hf.generation_config.pad_token_id = None
+    hf.generation_config.eos_token_id = None
+    hf.generation_config.pad_token_id = None
     idx = torch.tensor(prompts, device=device)
 
     def run():
@@ -53,17 +56,53 @@ def theirs(model, prompts, n, sampling):
     return run
 
 
-def seconds_of(run, rounds, device):
-    """Median seconds of `run`, after two that do not count, and what it returned."""
+def contestants(device, compiled):
+    """-> {row of the table: function (model, prompts, n) -> a function that generates}."""
+    generator = torch.Generator(device).manual_seed(0)
+    greedy = partial(draw, temperature=0)
+    top50 = partial(draw, temperature=1.0, top_k=50, generator=generator)
+    rows = {
+        "transformers generate": partial(theirs, do_sample=False),
+        "transformers generate, top-k 50": partial(theirs, do_sample=True, top_k=50),
+        "eager steps": partial(ours, choose=greedy),
+    }
+    if device.type == "cuda":
+        rows["CUDA graph"] = partial(ours, choose=greedy, graphs=True)
+        rows["CUDA graph, top-k 50"] = partial(ours, choose=top50, graphs=True)
+        if compiled:
+            fused = partial(ours, graphs=True, compile=True)
+            rows["CUDA graph, compiled"] = partial(fused, choose=greedy)
+            rows["CUDA graph, compiled, top-k 50"] = partial(fused, choose=top50)
+    return rows
+
+
+def load_models(args, device):
+    """-> {name: GPT}: the checkpoint, or random weights of each preset."""
+    if args.checkpoint:
+        model, *_ = load_checkpoint(args.checkpoint, device)
+        return {Path(args.checkpoint).absolute().parent.name: model}
+    models = {}
+    for preset in args.preset:
+        torch.manual_seed(0)
+        fields = {}
+        for name, value in PRESETS[preset].items():
+            if hasattr(GPTConfig, name):
+                fields[name] = value
+        models[preset] = GPT(GPTConfig(**fields)).to(device).eval()
+    return models
+
+
+def time_runs(run, rounds, device):
+    """-> (median seconds of `run` after two warm-up calls, its result)."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
-    for i in range(rounds + 2):
+    for _ in range(rounds + 2):
         synchronize()
         started = time.perf_counter()
         out = run()
         synchronize()
-        times += [time.perf_counter() - started] if i >= 2 else []
-    return statistics.median(times), out
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:]), out
 
 
 def main(argv):
@@ -76,67 +115,51 @@ def main(argv):
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                        help="the row with the compiled step")
+                        help="include rows with the compiled step")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    device, n = pick_device(args.device), args.new_tokens
+    device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    models = {}
-    if args.checkpoint:
-        models[Path(args.checkpoint).absolute().parent.name] = load_checkpoint(
-            args.checkpoint, device)[0]
-    else:
-        for preset in args.preset:
-            torch.manual_seed(0)
-            fields = {
-                name: value for name, value in PRESETS[preset].items() if hasattr(GPTConfig, name)
-            }
-            models[preset] = GPT(GPTConfig(**fields)).to(device).eval()
-    greedy = partial(draw, temperature=0)
-    top50 = partial(draw, temperature=1.0, top_k=50,
-                    generator=torch.Generator(device).manual_seed(0))
-    rows = {"transformers generate": (theirs, dict(do_sample=False)),
-            "transformers generate, top-k 50": (theirs, dict(do_sample=True, top_k=50)),
-            "eager steps": (ours, greedy, {})}
-    if device.type == "cuda":
-        rows |= {
-            "CUDA graph": (ours, greedy, dict(graphs=True)),
-            "CUDA graph, top-k 50": (ours, top50, dict(graphs=True))
-        }
-        if args.compile:
-            rows |= {
-                "CUDA graph, compiled": (ours, greedy, dict(graphs=True, compile=True)),
-                "CUDA graph, compiled, top-k 50": (ours, top50, dict(graphs=True, compile=True))
-            }
+    models = load_models(args, device)
     for model in models.values():
-        huggingface.find_family(
-            model.config)  # one that transformers cannot run is told before the first line
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, "
-          f"{compute_dtype(device)}, {args.prompt_tokens} + {n} tokens\n\n"
-          "| model | batch | | tok/s | x transformers | agree |\n|---|---:|---|---:|---:|---:|", flush=True)
+        huggingface.find_family(model.config)  # refuse what transformers cannot run, before any row
+    rows = contestants(device, args.compile)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{machine}, torch {torch.__version__}, {compute_dtype(device)}, {args.prompt_tokens} + "
+          f"{args.new_tokens} tokens\n\n"
+          "| model | batch | | tok/s | x transformers | agree |\n|---|---:|---|---:|---:|---:|",
+          flush=True)
     for name, model in models.items():
         for batch in args.batch:
-            generator = torch.Generator().manual_seed(1)
-            prompts = torch.randint(model.config.vocab_size, (batch, args.prompt_tokens),
-                                    generator=generator).tolist()
-            speeds, outs = {}, {}
-            for row, (make, *how) in rows.items():
-                torch._dynamo.reset()
-                seconds, outs[row] = seconds_of(make(model, prompts, n, *how), args.rounds, device)
-                speeds[row] = batch * n / seconds
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-            base = {
-                True: speeds["transformers generate, top-k 50"],
-                False: speeds["transformers generate"]
-            }
-            for row, speed in speeds.items():
-                same = (outs[row] == outs["eager steps"]).int().cumprod(dim=1).float().mean()
-                agree = "" if "top-k" in row else f"{same:.1%}"
-                print(
-                    f"| {name} | {batch} | {row} | {speed:,.0f} | {speed / base['top-k' in row]:.1f} | {agree} |",
-                    flush=True)
+            compare(name, model, batch, rows, args)
+
+
+def compare(name, model, batch, rows, args):
+    """Time all rows on one model and batch size, and print them."""
+    device = next(model.parameters()).device
+    n = args.new_tokens
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, args.prompt_tokens)
+    prompts = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
+    speeds = {}
+    outs = {}
+    for row, make in rows.items():
+        torch._dynamo.reset()
+        seconds, outs[row] = time_runs(make(model, prompts, n), args.rounds, device)
+        speeds[row] = batch * n / seconds
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for row, speed in speeds.items():
+        if "top-k" in row:
+            base = speeds["transformers generate, top-k 50"]
+            agree = ""
+        else:
+            base = speeds["transformers generate"]
+            same = (outs[row] == outs["eager steps"]).int().cumprod(dim=1).float().mean()
+            agree = f"{same:.1%}"
+        print(f"| {name} | {batch} | {row} | {speed:,.0f} | {speed / base:.1f} | {agree} |",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A checkpoint that can be exported under lm-evaluation-harness twice: our adapter, and the
+"""An exportable checkpoint under lm-evaluation-harness twice: with our adapter, and with the
 harness's own on the same weights.
 
-    python benchmarks/harness_parity.py --checkpoint log/<run>/ckpt_<step>.pt --data_dir DIR
+    python benchmarks/harness_parity.py --checkpoint log/<run> --data_dir DIR
 
-The weights are handed to transformers by lib/huggingface.py. Prints seconds, each task's metric,
-and how far apart the log-likelihoods are (median, maximum), in nats.
+lib/huggingface.py converts the weights for transformers. Prints seconds, the metric of each task,
+and the differences of log-likelihoods (median, maximum) in nats.
 """
 
 import argparse
@@ -36,25 +36,24 @@ def main():
     with Processes("auto") as processes, tempfile.TemporaryDirectory() as folder:
         model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
         huggingface.write(model, tokenizer, folder)
-        theirs = HFLM(pretrained=folder, device=str(processes.device), batch_size=args.batch_size,
-                      dtype="float32")
-        rows = [("the harness's adapter, fp32", theirs)]
-        rows += [(f"ours, {dtype}", harness.adapter(model, tokenizer, processes, dtype=dtype))
-                 for dtype in ("float32", "auto")]
-        want = None
-        for name, lm in rows:
+        rows = {"the harness's adapter, fp32": HFLM(
+            pretrained=folder, device=str(processes.device), batch_size=args.batch_size,
+            dtype="float32")}
+        for dtype in ("float32", "auto"):
+            rows[f"ours, {dtype}"] = harness.adapter(model, tokenizer, processes, dtype=dtype)
+        expected = None  # those of the first row
+        for name, lm in rows.items():
             tasks = harness.load_tasks(manager, names, args.data_dir)
             started = time.perf_counter()
-            results = harness.evaluate(lm, tasks, args.limit)["results"]
+            results = harness.run_tasks(lm, tasks, args.limit)
             seconds = time.perf_counter() - started
             nats = [request.resps[0][0] for task in tasks for request in task.instances]
-            want = want or nats
-            apart = sorted(abs(a - b) for a, b in zip(nats, want, strict=True))
-            scores = ", ".join(f"{task} {results[task][key]:.4f}"
-                               for task, key in harness.headlines({"results": results}).items())
-            print(
-                f"| {name} | {seconds:.1f} s | {scores} | {statistics.median(apart):.6f} | {apart[-1]:.6f} |",
-                flush=True)
+            expected = expected or nats
+            apart = sorted(abs(a - b) for a, b in zip(nats, expected, strict=True))
+            scores = [f"{task} {results['results'][task][key]:.4f}"
+                      for task, key in harness.headlines(results).items()]
+            print(f"| {name} | {seconds:.1f} s | {', '.join(scores)} | "
+                  f"{statistics.median(apart):.6f} | {apart[-1]:.6f} |", flush=True)
 
 
 if __name__ == "__main__":

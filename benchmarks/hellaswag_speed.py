@@ -1,11 +1,11 @@
-"""HellaSwag on a checkpoint: hellaswag.py's batches against build-nanogpt's loop of one item at a
-time, on the same model.
+"""HellaSwag on a checkpoint: the batches of hellaswag.py against build-nanogpt's loop over single
+items, on the same model.
 
-    python benchmarks/hellaswag_speed.py --checkpoint log/<run>/ckpt_<step>.pt --baseline ../build-nanogpt
+    python benchmarks/hellaswag_speed.py --checkpoint log/<run> --baseline ../build-nanogpt
         --file hellaswag_val.jsonl
 
-The loop is build-nanogpt's: its render_example and its get_most_likely_row, taken from its files.
---limit shortens the loop alone.
+The loop calls build-nanogpt's render_example and get_most_likely_row, imported from its files.
+--limit shortens the loop only.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import sys
 import time
@@ -28,8 +29,10 @@ from train_gpt2 import load_checkpoint
 
 
 def baseline_functions(folder):
-    """-> build-nanogpt's render_example and get_most_likely_row. Its train_gpt2.py trains when
-    imported, so the function is cut out."""
+    """-> build-nanogpt's render_example and get_most_likely_row.
+
+    Importing its train_gpt2.py would train, so the function is extracted.
+    """
     spec = importlib.util.spec_from_file_location("baseline_hellaswag", folder / "hellaswag.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -53,42 +56,44 @@ def main():
     parser.add_argument("--limit", type=int, help="items of the loop")
     parser.add_argument("--rounds", type=int, default=3, help="of ours")
     parser.add_argument("--fp32", action="store_true",
-                        help="no autocast, so that rounding decides nothing")
+                        help="no autocast, so that rounding cannot change an answer")
     args = parser.parse_args()
     processes = Processes("auto")
     device = processes.device
     model, tokenizer, _ = load_checkpoint(args.checkpoint, device)
-    items, precision = hellaswag.load(
-        args.file), contextlib.nullcontext if args.fp32 else functools.partial(autocast, device)
+    items = hellaswag.load(args.file)
+    precision = functools.partial(autocast, device)
+    if args.fp32:
+        precision = contextlib.nullcontext
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     print("| | items | seconds | items/s | acc_norm |\n|---|---:|---:|---:|---:|")
     for _ in range(args.rounds):
         started = time.perf_counter()
-        rendered = hellaswag.render(items, tokenizer)
-        between = time.perf_counter()
+        questions = hellaswag.render(items, tokenizer)
+        rendered = time.perf_counter()
         with precision():
-            n, _, right, _ = hellaswag.evaluate(model, rendered, processes)
+            n, _, correct, _ = hellaswag.count_correct(model, questions, processes)
         seconds = time.perf_counter() - started
-        print(f"| hellaswag.py, {between - started:.2f} s of it tokenization | {n} | "
-              f"{seconds:.2f} | {n / seconds:.0f} | {right} |", flush=True)
+        print(f"| hellaswag.py, {rendered - started:.2f} s of it tokenization | {n} | "
+              f"{seconds:.2f} | {n / seconds:.0f} | {correct} |", flush=True)
 
     render_example, get_most_likely_row = baseline_functions(args.baseline)
-    right, started = 0, time.perf_counter()
+    n = args.limit or len(items)
+    correct = 0
+    started = time.perf_counter()
     with open(args.file) as file:
-        for n, line in enumerate(file):
-            if n == args.limit:
-                break
+        for line in itertools.islice(file, n):
             _, tokens, mask, label = render_example(json.loads(line))
             with precision():
                 logits = model(tokens.to(device))
-            right += get_most_likely_row(tokens.to(device), mask.to(device), logits) == label
+            correct += get_most_likely_row(tokens.to(device), mask.to(device), logits) == label
     synchronize()
-    n, seconds = args.limit or len(items), time.perf_counter() - started
+    seconds = time.perf_counter() - started
     with precision():
-        _, _, ours, _ = hellaswag.evaluate(model, rendered[:n], processes)
+        _, _, ours, _ = hellaswag.count_correct(model, questions[:n], processes)
     print(f"| build-nanogpt's loop; on these items hellaswag.py has {ours} right | "
-          f"{n} | {seconds:.2f} | {n / seconds:.0f} | {right} |")
+          f"{n} | {seconds:.2f} | {n / seconds:.0f} | {correct} |")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-r"""Loss against seconds of training: our presets and the scripts they are measured by, side by side
-on one GPU.
+r"""Loss against seconds of training: our presets and the scripts they compete with, side by side on
+one GPU.
 
-    python fineweb.py --source ../shared/corpus/val.parquet "../shared/corpus/train-0000[0-8].parquet" \
-        --val_tokens 2495235 --out race_data         # GPT-2 tokens; the val split is val.parquet, no more and no less
-    python benchmarks/race.py --data race_data --parquet ../shared/corpus --contestants ../contestants \
-        --row "--preset speedrun --minutes 5" --row "baseline: --preset gpt2 --max_steps 300"
+    # GPT-2 tokens; the val split is exactly val.parquet
+    python fineweb.py --source ../shared/corpus/val.parquet \
+        "../shared/corpus/train-0000[0-8].parquet" --val_tokens 2495235 --out race_data
+    python benchmarks/race.py --data race_data --parquet ../shared/corpus \
+        --contestants ../contestants --row "--preset speedrun --minutes 5" \
+        --row "baseline: --preset gpt2 --max_steps 300"
 
-A row is a set of flags of train_gpt2.py, with a name if wanted. race_contestants.py says what the
-others are and how they are patched.
+A row is a set of flags of train_gpt2.py, optionally with a name. race_contestants.py lists the
+other scripts and how they are patched.
 
-Seconds are those of training steps, without evaluation and without compilation, for all alike: the
-device is synchronized before and after a step, and one that compiles a new shape counts as its
-neighbours do (`without_compilation`). Losses are per GPT-2 token over the first VAL_TOKENS of the
-val split; bits per byte over the same, or over the whole split for a row with as many --val_tokens
-(2495235) and for autoresearch.
+Seconds are those of training steps only, without evaluation or compilation, measured alike for all:
+the device is synchronized before and after each step, and a step that compiles a new shape counts
+as its neighbors do (`without_compilation`). Losses are per GPT-2 token over the first VAL_TOKENS of
+the val split. Bits per byte are over the same tokens, or over the whole split for autoresearch and
+for rows with --val_tokens 2495235.
 
---out gets <name>.log, lines of `seconds step val_loss` (autoresearch: bits per byte), and a table
-of all logs is printed, without --contestants and --row that alone. What has a log is not run again,
-so a race may take several calls.
+--out gets <name>.log, lines of `seconds step val_loss` (bits per byte for autoresearch). A table of
+all logs is printed; without --contestants and --row only that. What has a log is not run again, so
+a race may take several calls.
 """
 
 import argparse
@@ -40,31 +42,34 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from lib.logger import read_scalars, without_compilation  # noqa: E402
 
-TAG_STEP_MS, TAG_BPB, VAL = "perf/step_ms", "Loss/val_bpb", "val"  # what train_gpt2.py logs: to TensorBoard, in log.txt
-BARS = {"R1": ("build_nanogpt", 5.144),
-        "R2": ("train_gpt_simple", 3.880)}  # whom to beat, and the loss it ends with
+# what train_gpt2.py logs: to TensorBoard, in log.txt
+TAG_STEP_MS = "perf/step_ms"
+TAG_BPB = "Loss/val_bpb"
+VAL = "val"
+# the contestant to beat, and its final loss
+BARS = {"R1": ("build_nanogpt", 5.144), "R2": ("train_gpt_simple", 3.880)}
 
 
 @dataclass
 class Result:
-    """One run. kind: "gpt2" for nats per GPT-2 token of the first VAL_TOKENS, "other" for losses
-    not to be compared."""
+    """One run. kind: "gpt2" if losses are nats per GPT-2 token of the first VAL_TOKENS, "other" if
+    they are not comparable."""
     kind: str = "gpt2"
     parameters: int = 0
     device: str = ""
     bpb: float = 0.0                             # at the end
     whole: bool = False                          # bpb is on the whole val split
-    steps: list = field(default_factory=list)    # seconds of each update
-    val: list = field(default_factory=list)      # (updates made, loss)
+    steps: list = field(default_factory=list)    # seconds of each step
+    val: list = field(default_factory=list)      # (steps done, loss)
 
     def curve(self):
-        """-> [(seconds of training, updates, val loss), ...], compilation left out."""
+        """-> [(seconds of training, steps, val loss), ...], without compilation."""
         total = [0.0, *np.cumsum(without_compilation(self.steps)).tolist()]
         return [(total[step], step, loss) for step, loss in self.val]
 
 
 def run(command, folder, env):
-    """Run to the end, its output in folder/console.txt; a failure ends the race."""
+    """Run to the end, with its output in folder/console.txt; a failure ends the race."""
     console = folder / "console.txt"
     with open(console, "w") as file:
         code = subprocess.call(command, cwd=folder, env=os.environ | env, stdout=file,
@@ -74,12 +79,16 @@ def run(command, folder, env):
 
 
 def val_split(data):
-    """What meta.json says of the val split: tokens, bytes."""
+    """The tokens and bytes of the val split, from meta.json."""
     return json.loads((Path(data) / "meta.json").read_text())["splits"]["val"]
 
 
+# --------------------------------------------------------------------------------------------------
+# Contestants and rows
+
+
 def read_contestant(name, folder, data):
-    """What a contestant's clock wrote -> Result."""
+    """The lines that a contestant's Clock wrote -> Result."""
     result = Result("other" if name == "autoresearch" else "gpt2")
     for line in (folder / "clock.txt").read_text().splitlines():
         key, *words = line.split()
@@ -91,46 +100,57 @@ def read_contestant(name, folder, data):
             result.parameters = int(words[0])
         else:
             result.device = " ".join(words)
+    _, last = result.val[-1]
     if result.kind == "gpt2":
-        result.bpb = result.val[-1][1] / math.log(2) * val_split(data)["tokens"] / val_split(
-            data)["bytes"]
+        split = val_split(data)
+        result.bpb = last / math.log(2) * split["tokens"] / split["bytes"]
     else:
-        result.bpb, result.whole = result.val[-1][1], True
+        result.bpb = last
+        result.whole = True
     return result
 
 
 def row_command(flags, folder, args):
-    never = [
-        f"--{what}=0" for what in ("hellaswag_every", "sample_every", "save_every", "save_minutes")
-    ]
     return [
-        sys.executable,
-        str(ROOT / "train_gpt2.py"), f"--data={args.data.resolve()}", f"--val_tokens={VAL_TOKENS}",
-        f"--eval_every={args.every}", *never, f"--log_dir={folder.resolve()}", "--run_name=run",
-        *shlex.split(flags)
+        sys.executable, str(ROOT / "train_gpt2.py"), f"--data={args.data.resolve()}",
+        f"--val_tokens={VAL_TOKENS}", f"--eval_every={args.every}", "--hellaswag_every=0",
+        "--sample_every=0", "--save_every=0", "--save_minutes=0", f"--log_dir={folder.resolve()}",
+        "--run_name=run", *shlex.split(flags),
     ]
 
 
 def read_row(folder, data):
-    """What train_gpt2.py logged -> Result."""
+    """The logs of train_gpt2.py -> Result."""
     config = json.loads((folder / "config.json").read_text())
-    settings, (trained_on,) = config["train"], config["train"]["data"]
-    tokens = val_split(trained_on)["tokens"]
+    settings = config["train"]
+    (trained_on,) = settings["data"]
     scalars = read_scalars(folder)
-    lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
-    device = re.search(r"^device  (.*), torch", (folder.parent / "console.txt").read_text(),
-                       re.M)[1]
-    same = settings["val_tokens"] == VAL_TOKENS and Path(trained_on) == data.resolve()
-    return Result("gpt2" if same else "other", config["parameters"]["total"],
-                  f"{device}, torch {config['torch']}", bpb=[*scalars[TAG_BPB].values()][-1],
-                  whole=settings["val_tokens"] >= tokens - 1,
-                  steps=[ms / 1e3 for ms in scalars[TAG_STEP_MS].values()],
-                  val=[(int(step), float(loss)) for step, kind, loss in lines if kind == VAL])
+    val = []
+    for line in (folder / "log.txt").read_text().splitlines():
+        step, kind, loss = line.split()
+        if kind == VAL:
+            val.append((int(step), float(loss)))
+    console = (folder.parent / "console.txt").read_text()
+    device = re.search(r"^device  (.*), torch", console, re.M)[1]
+    comparable = settings["val_tokens"] == VAL_TOKENS and Path(trained_on) == data.resolve()
+    return Result(
+        kind="gpt2" if comparable else "other",
+        parameters=config["parameters"]["total"],
+        device=f"{device}, torch {config['torch']}",
+        bpb=list(scalars[TAG_BPB].values())[-1],
+        whole=settings["val_tokens"] >= val_split(trained_on)["tokens"] - 1,
+        steps=[ms / 1e3 for ms in scalars[TAG_STEP_MS].values()],
+        val=val,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs and the table
 
 
 def reaches(curve, target):
-    """Seconds at which the loss comes down to `target`, linear between two validations; None if it
-    never does."""
+    """Seconds until the loss first falls to `target`, interpolated between two validations; None if
+    it never does."""
     for (t0, _, a), (t1, _, b) in zip(curve, curve[1:]):
         if b <= target < a:
             return t0 + (t1 - t0) * (a - target) / (a - b)
@@ -139,24 +159,60 @@ def reaches(curve, target):
 
 def write_log(path, result):
     head = {key: getattr(result, key) for key in ("kind", "parameters", "device", "bpb", "whole")}
-    lines = [
-        f"# {json.dumps(head)}",
-        *(f"{seconds:.3f} {step} {loss:.6f}" for seconds, step, loss in result.curve())
-    ]
+    lines = [f"# {json.dumps(head)}"]
+    for seconds, step, loss in result.curve():
+        lines.append(f"{seconds:.3f} {step} {loss:.6f}")
     path.write_text("\n".join(lines) + "\n")
 
 
 def read_logs(out):
-    """-> {name: (what a log's first line says, its curve)} of a folder."""
+    """-> {name: (the head of its log, its curve)} of a folder."""
     logs = {}
     for path in sorted(out.glob("*.log")):
         head, *lines = path.read_text().splitlines()
-        logs[path.stem] = json.loads(head[2:]), [tuple(map(float, line.split())) for line in lines]
+        curve = [tuple(map(float, line.split())) for line in lines]
+        logs[path.stem] = (json.loads(head.removeprefix("# ")), curve)
     return logs
 
 
-def picture(logs, path):
-    """Losses per GPT-2 token against seconds."""
+def table(logs):
+    """Logs as a Markdown table, the fewest bits per byte first."""
+    bars = [f"{bar}: s to {target:.3f}" for bar, (_, target) in BARS.items()]
+    head = ["run", "parameters", "seconds", "steps", "val loss", "R3: bits per byte", *bars]
+    rows = [head, ["---"] * len(head)]
+    for name in sorted(logs, key=lambda name: logs[name][0]["bpb"]):
+        rows.append(table_row(name, logs))
+    devices = sorted({head["device"] for head, _ in logs.values()})
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    note = (f"\\* over the first {VAL_TOKENS:,} tokens of val, the others over all of it. In "
+            "brackets: the share of the seconds that build_nanogpt (R1) or train_gpt_simple (R2) "
+            "takes.")
+    return "\n".join([*devices, "", *lines, "", note])
+
+
+def table_row(name, logs):
+    head, curve = logs[name]
+    seconds, steps, loss = curve[-1]
+    bpb = f"{head['bpb']:.4f}"
+    if not head["whole"]:
+        bpb += " *"
+    cells = [name, f"{head['parameters']:,}", f"{seconds:.1f}", f"{steps:,.0f}", f"{loss:.4f}", bpb]
+    for rival, target in BARS.values():
+        took = reaches(curve, target) if head["kind"] == "gpt2" else None
+        if took is None:
+            cells.append("-")
+            continue
+        cell = f"{took:.1f}"
+        if rival in logs:
+            _, rivals_curve = logs[rival]
+            rival_took = reaches(rivals_curve, target) or rivals_curve[-1][0]
+            cell += f" (1/{rival_took / took:.1f})"
+        cells.append(cell)
+    return cells
+
+
+def plot(logs, path):
+    """Draw losses per GPT-2 token against seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,10 +220,11 @@ def picture(logs, path):
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name, (head, curve) in logs.items():
-        if head["kind"] == "gpt2":
-            seconds, _, losses = zip(*curve[1:])
-            millions = head["parameters"] / 1e6
-            axes.plot(seconds, losses, marker="o", ms=3, label=f"{name}, {millions:.0f}M")
+        if head["kind"] != "gpt2":
+            continue
+        seconds, _, losses = zip(*curve[1:])
+        millions = head["parameters"] / 1e6
+        axes.plot(seconds, losses, marker="o", ms=3, label=f"{name}, {millions:.0f}M")
     for rival, target in BARS.values():
         axes.axhline(target, color="gray", lw=0.8, ls="--")
         axes.annotate(f"{rival} ends at {target:.3f}", (0.01, target), xytext=(0, 2),
@@ -182,28 +239,30 @@ def picture(logs, path):
     figure.savefig(path, dpi=130)
 
 
-def table(logs):
-    """Logs as a Markdown table, the fewest bits per byte first."""
-    rows = []
-    for name, (head, curve) in sorted(logs.items(), key=lambda item: item[1][0]["bpb"]):
-        seconds, steps, loss = curve[-1]
-        cells = [name, f"{head['parameters']:,}", f"{seconds:.1f}", f"{steps:,.0f}", f"{loss:.4f}",
-                 f"{head['bpb']:.4f}{'' if head['whole'] else ' *'}"]
-        for rival, target in BARS.values():
-            took = reaches(curve, target) if head["kind"] == "gpt2" else None
-            rivals = logs[rival][1] if rival in logs else None
-            bar = (reaches(rivals, target) or rivals[-1][0]) if rivals else None
-            cells.append("-" if took is None else f"{took:.1f}"
-                         + (f" (1/{bar / took:.1f})" if bar else ""))
-        rows.append(cells)
-    bars = [f"{bar}: s to {target:.3f}" for bar, (_, target) in BARS.items()]
-    head = ["run", "parameters", "seconds", "steps", "val loss", "R3: bits per byte", *bars]
-    return "\n".join([
-        *sorted({head["device"] for head, _ in logs.values()}), "",
-        *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)), "",
-        f"\\* over the first {VAL_TOKENS:,} tokens of val, the others over all of it. In brackets: the "
-        "share of the seconds that build_nanogpt (R1) or train_gpt_simple (R2) takes."
-    ])
+def race(name, flags, args):
+    """Run a contestant (flags: None) or a row, and write its log, unless that exists."""
+    log = args.out / f"{name}.log"
+    folder = args.out / "runs" / name
+    if log.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    is_contestant = flags is None
+    if is_contestant:
+        command, env = patch(name, args.contestants, folder)
+    else:
+        command, env = row_command(flags, folder, args), {}
+    print(f"{time.strftime('%H:%M:%S')} {name}: {shlex.join(command)}", flush=True)
+    if args.dry_run:
+        return
+    if is_contestant:
+        lay_out(name, args.contestants, folder, args.data, args.parquet)
+    run(command, folder, env)
+    if is_contestant:
+        result = read_contestant(name, folder, args.data)
+    else:
+        result = read_row(folder / "run", args.data)
+    write_log(log, result)
 
 
 def main():
@@ -211,9 +270,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path,
                         help="folder of GPT-2 token shards that fineweb.py made")
-    parser.add_argument("--contestants", help="folder of their sources; without it, rows alone")
+    parser.add_argument("--contestants", help="folder of their sources; without it, only rows run")
     parser.add_argument("--only", nargs="*", choices=PATCHES, default=[*PATCHES],
-                        help="which of them run")
+                        help="the contestants to run")
     parser.add_argument("--parquet", type=Path,
                         help="folder of train-0000[0-8] and val, for autoresearch")
     parser.add_argument("--row", action="append", default=[],
@@ -221,39 +280,25 @@ def main():
     parser.add_argument("--every", type=int, default=25, help="steps between a row's validations")
     parser.add_argument("--out", type=Path, default=Path("race"),
                         help="folder of logs, table and runs")
-    parser.add_argument("--picture", type=Path, help="picture of all logs to write")
+    parser.add_argument("--picture", type=Path, help="plot of all logs to write")
     parser.add_argument("--dry_run", action="store_true",
                         help="patch the sources and print the commands only")
     args = parser.parse_args()
     if (args.contestants or args.row) and not args.data:
-        parser.error("name the shards by --data")
-    jobs = dict.fromkeys(args.only if args.contestants else ())
+        parser.error("--data is missing: name the folder of shards")
+    jobs = {}  # name -> flags, None for a contestant
+    if args.contestants:
+        jobs = dict.fromkeys(args.only)
     for row in args.row:
         name, _, flags = row.rpartition(": ")
         jobs[name or re.sub(r"[^\w.]+", "_", flags).strip("_")] = flags
     for name, flags in jobs.items():
-        log, folder = args.out / f"{name}.log", args.out / "runs" / name
-        if log.exists():
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        theirs = flags is None
-        command, env = patch(name, args.contestants, folder) if theirs else (row_command(
-            flags, folder, args), {})
-        print(f"{time.strftime('%H:%M:%S')} {name}: {shlex.join(command)}", flush=True)
-        if args.dry_run:
-            continue
-        if theirs:
-            lay_out(name, args.contestants, folder, args.data, args.parquet)
-        run(command, folder, env)
-        write_log(
-            log,
-            read_contestant(name, folder, args.data) if theirs else read_row(
-                folder / "run", args.data))
-    if logs := read_logs(args.out):
+        race(name, flags, args)
+    logs = read_logs(args.out)
+    if logs:
         print(table(logs))
         if args.picture:
-            picture(logs, args.picture)
+            plot(logs, args.picture)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Training speed on a CPU by how OpenMP's threads wait: lib/startup.py's setting against others.
 
-    python benchmarks/threads.py --data docstrings                # as busy as the machine is
-    python benchmarks/threads.py --data docstrings --busy 2       # with two processes that never rest
+    python benchmarks/threads.py --data docstrings                # on an otherwise idle machine
+    python benchmarks/threads.py --data docstrings --busy 2       # beside two busy processes
 
-Each run is `train_gpt2.py --preset tiny` for --seconds of its steps, all settings in turn, --rounds
-times; a run's figure is the median of its steps, a setting's the median of its runs.
+Each run is `train_gpt2.py --preset tiny` for --seconds of steps. All settings run in turn, --rounds
+times. The result of a run is the median of its steps, that of a setting the median of its runs.
 """
 
 import argparse
@@ -29,19 +29,17 @@ STEP = re.compile(r"step (\d+) \|.*\| ([\d,]+) tok/s")
 
 def run(setting, args, folder):
     """Median tokens per second of a run's steps."""
-    flags = [
-        "--preset=tiny", f"--data={args.data}", "--max_steps=2000", "--log_every=1",
-        f"--log_dir={folder}"
+    command = [
+        sys.executable, ROOT / "train_gpt2.py", "--preset=tiny", f"--data={args.data}",
+        "--max_steps=2000", "--log_every=1", "--eval_every=0", "--sample_every=0", "--save_every=0",
+        "--save_minutes=0", f"--log_dir={folder}", f"--run_name={time.time_ns()}",
     ]
-    flags += [
-        f"--{name}=0" for name in ("eval_every", "sample_every", "save_every", "save_minutes")
-    ]
-    env = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
-    }
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_gpt2.py", *flags, f"--run_name={time.time_ns()}"],
-        env=env | setting, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = dict(os.environ)
+    for name in os.environ:
+        if name.startswith(("OMP_", "GOMP_")):
+            del env[name]
+    process = subprocess.Popen(command, env=env | setting, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     try:
         return statistics.median(rates_of(process.stdout, args.seconds))
     finally:
@@ -50,15 +48,16 @@ def run(setting, args, folder):
 
 
 def rates_of(console, seconds):
-    """Tokens per second of each step from the third on, for `seconds`, of two steps at least."""
+    """Tokens per second of each step after the second, for `seconds`, and at least two steps."""
     rates = []
     end = None
     for line in console:
-        if not (found := STEP.match(line)):
+        match = STEP.match(line)
+        if not match:
             continue
         end = end or time.monotonic() + seconds
-        if int(found[1]) >= 2:
-            rates.append(float(found[2].replace(",", "")))
+        if int(match[1]) >= 2:
+            rates.append(float(match[2].replace(",", "")))
         if time.monotonic() > end and len(rates) >= 2:
             break
     return rates
@@ -72,9 +71,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6)
     args = parser.parse_args()
-    spinning = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)
-    ]
+    loop = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(loop) for _ in range(args.busy)]
     found = {name: [] for name in SETTINGS}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,9 +85,8 @@ def main():
         for process in spinning:
             process.kill()
     for name, rates in found.items():
-        print(
-            f"| {name} | {statistics.median(rates):,.0f} | {', '.join(f'{rate:,.0f}' for rate in rates)} |"
-        )
+        each = ", ".join(f"{rate:,.0f}" for rate in rates)
+        print(f"| {name} | {statistics.median(rates):,.0f} | {each} |")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ were kept.
 Queries, keys, values and results are (B, T, H, D): T tokens of H heads with D dimensions each.
 """
 
+from typing import Protocol
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
@@ -17,6 +20,21 @@ def attention(q, k, v, mask=None, dropout=0.0):
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # nothing is moved
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask
                                           is None).transpose(1, 2)
+
+
+class AttentionContext(Protocol):
+    """What the tokens of a forward pass attend to, if it is not simply the row they are in:
+    a KVCache (lib/decoding.py) while decoding, a Packed (lib/packing.py) for several texts per row.
+    """
+
+    positions: torch.Tensor  # int64 (B, T), each token's position in its text
+
+    def attend(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               dropout: float = 0.0) -> torch.Tensor:
+        """The attention of one layer, (B, T, H, D)."""
+
+    def previous(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The vector before each of x (B, T, C) in its text; zeros for the first."""
 
 
 class MaskedFirst:

@@ -1,16 +1,16 @@
-"""Generating text with a model: the cache of keys and values, the decoding step, sampling, and the
-loop over tokens.
+"""Text generation: the KV cache, the decoding step, sampling, and the loop over tokens.
 
-    decoder = Decoder(model, rows=2, length=64)                     # under autocast, if at all
-    for tokens in generate(decoder, [[5, 6, 7], [8]], 32, choose):  # a token per text and step
+    decoder = Decoder(model, rows=2, length=64)                     # inside autocast, if any
+    for tokens in generate(decoder, [[5, 6, 7], [8]], 32, choose):  # one token per text and step
         ...
 
-Texts of different lengths stand side by side: every row of the cache begins at its own position 0,
-is padded on the right, and sees no further than its own length.
+Texts of different lengths share a batch. Each row of the cache starts at position 0, is padded on
+the right, and attends only to its own tokens.
 """
 
 import codecs
 import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,292 +24,372 @@ from lib.devices import any_shape, autocast, cast, to_host
 from lib.moe import is_capturable
 from lib.tokenizers import END
 
-# a masked decoding step attends to a multiple of so many positions: few shapes, so that few CUDA
-# graphs are captured
+# A masked decoding step attends to a multiple of SPAN positions. Few distinct shapes mean few CUDA
+# graphs to capture.
 SPAN = 128
+
+Choose = Callable[[torch.Tensor], torch.Tensor]  # logits (rows, vocab_size) -> tokens (rows,)
 
 
 class NonFinite(BadInput):
-    """A model whose logits are NaN or infinite: there is nothing to generate or evaluate."""
+    """The model's logits are NaN or infinite, so it can neither generate nor be evaluated."""
 
     def __init__(self):
-        super().__init__("the model's logits are NaN or infinite: its weights are damaged or the run diverged; name an "
-                         "earlier checkpoint")
+        super().__init__("the model's logits are NaN or infinite: the weights are damaged or the "
+                         "run diverged; name an earlier checkpoint")
 
 
 @dataclass
 class SampleConfig:
     samples: int = flag(4, "texts to generate per prompt", at_least=1, at_most=4096)
-    max_new_tokens: int = flag(32, "tokens per text, beyond the prompt", at_least=1,
-                               at_most=1_000_000)
-    temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token",
-                              at_least=0, at_most=100)
+    max_new_tokens: int = flag(
+        32, "new tokens per text, after the prompt", at_least=1, at_most=1_000_000)
+    temperature: float = flag(
+        1.0, "sampling temperature; 0: greedy, always the likeliest token", at_least=0, at_most=100)
     top_k: int = flag(50, "sample from the k likeliest tokens; 0: from all", at_least=0)
     top_p: float = flag(
         1.0, "sample from the likeliest tokens that together have this probability; 1: from all",
         above=0, at_most=1)
-    stop: tuple[str, ...] | None = flag(None, "strings that end a text and are not part of it")
-    seed: int = flag(42, "seed of the samples", at_least=0, below=2**63)
+    stop: tuple[str, ...] | None = flag(
+        None, "strings that end a text; they are not part of the output")
+    seed: int = flag(42, "random seed for sampling", at_least=0, below=2**63)
 
 
-# what a run shows of its model: long enough to judge, and without a small model's wildest words
+# The samples a run prints of its model: long enough to judge, and a little below temperature 1,
+# where small models ramble.
 SHOWN = SampleConfig(samples=1, max_new_tokens=120, temperature=0.8)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The decoding step
+# --------------------------------------------------------------------------------------------------
+# The KV cache
 
 
 class KVCache:
-    """Keys and values of `rows` texts, room for `length` tokens each, so that a new token costs one
-    position, not all (Pope et al. 2022, https://arxiv.org/abs/2211.05102, section 2).
+    """Keys and values of `rows` texts with room for `length` tokens each, so that a new token costs
+    one position instead of all (Pope et al. 2022, https://arxiv.org/abs/2211.05102, section 2).
 
-    Before a forward pass, `at` says which rows it continues and where. Layers ask for what they
-    need: `attend`, `previous`.
+    An AttentionContext (lib/attention.py). Before each forward pass, `at` sets which rows the pass
+    continues, and where.
     """
 
-    def __init__(self, rows, length):
-        self.rows, self.length = rows, length
-        self.tensors, self.last = {}, {}  # by layer: (B, length, H, D); (B, C)
+    def __init__(self, rows: int, length: int):
+        self.rows = rows
+        self.length = length
+        self.tensors: dict = {}  # layer -> (keys, values), (rows, length, H, D) each
+        self.last: dict = {}     # layer -> the input of the newest token, (rows, C)
 
-    def at(self, rows, positions, ends, seen=None):
-        """rows: int64 (n,). positions: int64 (n, T), those of the tokens to come. ends: int64 (n,),
-        the column of each row's last one. seen: how one token per row attends to the cache's first
-        n rows, as lib/attention.py has it; None: they begin a text, and see each other alone."""
-        self.order, self.positions, self.ends, self.seen = rows, positions, ends, seen
+    def at(self, rows, positions, ends, attend_cache=None):
+        """Set up the next forward pass over n texts of T new tokens each, and return self.
+
+        rows: int64 (n,), the rows of the cache. positions: int64 (n, T), of the new tokens. ends:
+        int64 (n,), the column of each text's last new token. attend_cache: MaskedFirst or
+        FlashFirst, attention of one new token per row to the first n rows of the cache; None: the
+        texts start here, and the new tokens attend to each other only.
+        """
+        self.order = rows
+        self.positions = positions
+        self.ends = ends
+        self.attend_cache = attend_cache
         return self
 
     def attend(self, layer, q, k, v, dropout=0.0):
-        """A layer's attention, of new tokens to those kept and to themselves, (n, T, H, D) each.
-        Nothing is dropped out."""
-        k, v = cast(k), cast(v)  # as attention does
+        """Store the new keys and values of a layer and attend, (n, T, H, D) each. No dropout."""
+        k = cast(k)  # as attention does
+        v = cast(v)
         if layer not in self.tensors:
-            self.tensors[layer] = tuple(
-                new.new_zeros(self.rows, self.length, *new.shape[2:]) for new in (k, v))
-        for kept, new in zip(self.tensors[layer], (k, v)):
-            kept[self.order[:, None], self.positions] = new
-        if self.seen is None:
+            self.tensors[layer] = (self.empty_like(k), self.empty_like(v))
+        keys, values = self.tensors[layer]
+        keys[self.order[:, None], self.positions] = k
+        values[self.order[:, None], self.positions] = v
+        if self.attend_cache is None:
             return attention(q, k, v)
-        return self.seen(q, *(kept[:len(q)] for kept in self.tensors[layer]))
+        n = len(q)
+        return self.attend_cache(q, keys[:n], values[:n])
+
+    def empty_like(self, new):
+        """Zeros for the whole cache, of the head shape and dtype of `new` (n, T, H, D)."""
+        return new.new_zeros(self.rows, self.length, *new.shape[2:])
 
     def previous(self, layer, x):
-        """What stands before each of the new tokens x (n, T, C) of a layer: (n, T, C),
-        zeros before the first token of a text."""
+        """The vector before each of the new tokens x (n, T, C) in its text, (n, T, C); zeros before
+        the first token of a text."""
         if layer not in self.last:
             self.last[layer] = x.new_zeros(self.rows, x.size(2))
-        before = torch.zeros_like(x[:, :1]) if self.seen is None else self.last[layer][self.order,
-                                                                                       None]
-        self.last[layer][self.order] = x[torch.arange(len(x), device=x.device), self.ends]
+        last = self.last[layer]
+        if self.attend_cache is None:
+            before = torch.zeros_like(x[:, :1])
+        else:
+            before = last[self.order, None]
+        last[self.order] = x[torch.arange(len(x), device=x.device), self.ends]
         return torch.cat((before, x[:, :-1]), dim=1)
 
+    def move(self, row, to):
+        """Copy the text in `row` to row `to`."""
+        for keys, values in self.tensors.values():
+            keys[to] = keys[row]
+            values[to] = values[row]
+        for last in self.last.values():
+            last[to] = last[row]
 
-class BiasApart(nn.Linear):
-    """Adds its bias apart: inductor turns a bare product of one row into sums (see Decoder), not
-    one with a bias."""
+
+# --------------------------------------------------------------------------------------------------
+# The decoding step
+
+
+class SeparateBias(nn.Linear):
+    """A linear layer that adds its bias after the product. Inductor turns a product of one row into
+    a fused sum (see Decoder), but not a product with a bias."""
 
     def forward(self, x):
         return F.linear(x, self.weight) + self.bias
 
 
-def cast_weights(model, bias_apart=False):
-    """The model for decoding: a copy that shares all parameters but those of matmuls,
-    which are cast once to the autocast dtype.
+def cast_weights(model: nn.Module, separate_bias: bool = False) -> nn.Module:
+    """A copy of the model for decoding, with the matmul weights cast once to the autocast dtype;
+    all other parameters are shared. Without autocast, the model itself.
 
-    Autocast would cast them in every step, which reads twice and writes half of what the step
-    itself has to read. The logits are the same, bit for bit: norms and embeddings stay as they are.
-    Without autocast, the model itself. bias_apart: see BiasApart; then the logits differ in
-    rounding.
+    Autocast would cast these weights in every step, which triples the memory traffic. Logits are
+    equal bit for bit: norms and embeddings keep their dtype. separate_bias: use SeparateBias, which
+    rounds differently.
     """
     if not torch.is_autocast_enabled(next(model.parameters()).device.type):
         return model
-    model = copy.deepcopy(
-        model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared)
     for module in model.modules():
+        is_linear = type(module) is nn.Linear  # subclasses set their own dtype (the MoE router)
         for name, p in module.named_parameters(recurse=False):
-            if type(module) is nn.Linear or p.dim(
-            ) > 2:  # a subclass has a dtype of its own, as a router of experts has
+            is_expert = p.dim() > 2
+            if is_linear or is_expert:
                 setattr(module, name, nn.Parameter(cast(p.detach()), requires_grad=False))
-        if bias_apart and type(module) is nn.Linear and module.bias is not None:
-            module.__class__ = BiasApart
+        if separate_bias and is_linear and module.bias is not None:
+            module.__class__ = SeparateBias
     return model
 
 
 class Decoder:
-    """A model that continues `rows` texts side by side, each of its own length, up to `length`
-    tokens or the model's window.
+    """Continues `rows` texts in one batch, each up to `length` tokens or the model's block_size.
 
-    `fill` begins texts in some rows, at any time; `step` adds a token to every row (a row without a
-    text takes part, in vain) or to the first ones; `move` has a text go on in another row. The
-    caller sets eval mode and autocast, for making it, too. graphs: on cuda, capture the step as a
-    CUDA graph, once per power of two of rows, and per SPAN positions where it attends by a mask: a
-    step is hundreds of small kernels, whose launches take longer than they do; not of experts where
-    lib/moe.py's `is_capturable` says no. compile: also have torch.compile fuse them, which takes
-    time before the first step.
+    `fill` starts texts in some rows at any time. `step` adds one token to every row, or to the
+    first n; rows without a text are computed and ignored. `move` moves a text to another row. The
+    caller sets eval mode and autocast, for the constructor too.
+
+    graphs: on cuda, replay the step as a CUDA graph, since launching its hundreds of small kernels
+    takes longer than running them. One graph is captured per power of two of rows and, with masked
+    attention, per SPAN positions. Ignored for experts that cannot be captured (lib/moe.py,
+    `is_capturable`). compile: also fuse the kernels with torch.compile, which delays the first
+    step.
     """
 
-    def __init__(self, model, rows, length, graphs=False, compile=False):
+    def __init__(self, model: nn.Module, rows: int, length: int, graphs: bool = False,
+                 compile: bool = False):
         device = next(model.parameters()).device
-        # of one row, inductor turns products into sums that fuse with their neighbors, if it tunes
-        # them
-        alone = compile and rows == 1 and device.type == "cuda"
-        self.model, self.length = cast_weights(model,
-                                               bias_apart=alone), min(length,
-                                                                      model.config.block_size)
-        self.cache = KVCache(rows, -(-self.length // SPAN) * SPAN)
-        self.lengths = [0] * rows  # of the texts, known without asking the GPU
+        on_cuda = device.type == "cuda"
+        config = model.config
+        # For a single row, inductor's tuning turns products into sums fused with their neighbors.
+        fuse_products = compile and rows == 1 and on_cuda
+        self.model = cast_weights(model, separate_bias=fuse_products)
+        self.length = min(length, config.block_size)
+        self.cache = KVCache(rows, round_up(self.length, SPAN))
+        self.lengths = [0] * rows  # tokens per text, known without a GPU sync
         self.every = torch.arange(rows, device=device)
-        self.token, self.position = torch.zeros_like(self.every), torch.zeros_like(
-            self.every)  # (rows,), what the step reads
-        tuning = {"coordinate_descent_tuning": True} if alone else None
-        self.compiled = torch.compile(self._step, dynamic=False,
-                                      options=tuning) if compile else None
-        graphs = graphs and device.type == "cuda" and is_capturable(self.model, device)
-        self.graphs = {} if graphs else None  # (rows, span) -> (graph, its logits)
-        # launched one by one, what flash attention needs takes longer than what it saves
-        self.flash = bool(graphs or compile) and flash_fits(
-            device, model.config.n_embd // model.config.n_head)
+        self.token = torch.zeros_like(self.every)     # (rows,), inputs of the step
+        self.position = torch.zeros_like(self.every)
+        self.compute = self._step
+        self.compiled = compile
+        if compile:
+            options = {"coordinate_descent_tuning": True} if fuse_products else None
+            self.compute = torch.compile(self._step, dynamic=False, options=options)
+        self.captures = graphs and on_cuda and is_capturable(self.model, device)
+        self.graphs: dict = {}  # (rows, span) -> (CUDA graph, its logits)
+        # Flash attention launches several kernels, which only pays off inside a graph.
+        fused_launch = self.captures or compile
+        self.flash = fused_launch and flash_fits(device, config.n_embd // config.n_head)
 
     @torch.no_grad()
-    def fill(self, rows, prompts):
-        """Begin texts anew in `rows` (list of n int) with `prompts`, lists of 1 to `length` ids ->
-        the logits behind them, fp32 (n, vocab_size)."""
+    def fill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Start new texts in `rows` with `prompts`, lists of 1 to `length` ids (prefill).
+
+        Returns the logits after each prompt, fp32 (n, vocab_size).
+        """
+        device = self.token.device
         lengths = torch.tensor([len(ids) for ids in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()),
-                             dtype=torch.long)  # padded on the right, where nobody looks
+        # padded on the right, where a causal model does not look
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
         for row, ids in zip(tokens, prompts, strict=True):
             row[:len(ids)] = torch.tensor(ids)
-        device = self.token.device
-        at, lengths, tokens = torch.tensor(rows,
-                                           device=device), lengths.to(device), tokens.to(device)
-        cache = self.cache.at(at,
-                              torch.arange(tokens.size(1), device=device).expand_as(tokens),
-                              lengths - 1)
+        tokens = tokens.to(device)
+        lengths = lengths.to(device)
+        order = torch.tensor(rows, device=device)
+        positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
+        ends = lengths - 1
+        cache = self.cache.at(order, positions, ends)
         with any_shape():
-            logits = self.model(tokens, kv_cache=cache,
-                                logits_at=(self.every[:len(rows)], lengths - 1))
-        self.position[at] = lengths.clamp(max=self.length - 1)
+            logits = self.model(tokens, kv_cache=cache, logits_at=(self.every[:len(rows)], ends))
+        self.position[order] = lengths.clamp(max=self.length - 1)
         for row, ids in zip(rows, prompts, strict=True):
             self.lengths[row] = len(ids)
         return logits
 
     @torch.no_grad()
-    def step(self, tokens):
-        """One more token per row, int64 (rows,) -> the logits behind them, fp32 (rows, vocab_size),
-        valid until the next step.
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append one token to each text, int64 (rows,).
 
-        Fewer tokens, int64 (n,): the first n rows alone, where no other holds a text. A text that
-        is `full` has no place for another token: begin it anew by `fill`.
+        Returns the logits after them, fp32 (rows, vocab_size), valid until the next step. With
+        fewer tokens, (n,), only the first n rows take part; no other row may then hold a text. A
+        text that is `full` has no room for another token: start it again with `fill`.
         """
         n = len(tokens)
         self.token[:n].copy_(tokens)
-        needed = min(max(self.lengths[:n]) + 1, self.length)
-        span = self.cache.length if self.compiled or self.flash else -(-needed // SPAN) * SPAN
-        # what is captured or compiled is so for powers of two
-        rows = min(1 << (n - 1).bit_length(),
-                   self.cache.rows) if self.compiled or self.graphs is not None else n
+        rows = self._padded_rows(n)
+        span = self._span(n)
         with any_shape():
-            if self.graphs is None:
-                logits = (self.compiled or self._step)(rows, span)
-            else:
+            if self.captures:
                 if (rows, span) not in self.graphs:
                     self.graphs[rows, span] = self._capture(rows, span)
                 graph, logits = self.graphs[rows, span]
                 graph.replay()
+            else:
+                logits = self.compute(rows, span)
         self.lengths[:n] = [min(length + 1, self.length) for length in self.lengths[:n]]
         return logits[:n]
 
     @torch.no_grad()
-    def move(self, row, to):
-        """Have the text in `row` go on in row `to`, whose own is lost."""
-        for tensor in (self.position, *self.cache.last.values(),
-                       *(kept for pair in self.cache.tensors.values() for kept in pair)):
-            tensor[to] = tensor[row]
+    def move(self, row: int, to: int) -> None:
+        """Move the text in `row` to row `to`, replacing the text there."""
+        self.cache.move(row, to)
+        self.position[to] = self.position[row]
         self.lengths[to] = self.lengths[row]
 
     @property
-    def full(self):
-        """The rows whose texts fill the window."""
+    def full(self) -> list[int]:
+        """The rows whose texts fill the model's context."""
         return [row for row, n in enumerate(self.lengths) if n == self.model.config.block_size]
 
+    def _padded_rows(self, n):
+        """Rows to compute for n texts: a power of two where each count would be compiled or
+        captured again."""
+        if not (self.compiled or self.captures):
+            return n
+        return min(1 << (n - 1).bit_length(), self.cache.rows)
+
+    def _span(self, n):
+        """Positions of the cache to attend to, for the first n texts."""
+        if self.compiled or self.flash:
+            return self.cache.length
+        needed = min(max(self.lengths[:n]) + 1, self.length)
+        return round_up(needed, SPAN)
+
     def _step(self, rows, span):
-        """The step's computation: reads and advances `position`, reads `token`; all its shapes
-        follow from rows and span."""
-        every, token, position = self.every[:rows], self.token[:rows], self.position[:rows]
-        seen = (FlashFirst if self.flash else MaskedFirst)(position + 1, span)
-        cache = self.cache.at(every, position[:, None], torch.zeros_like(every), seen)
+        """The computation of a step. Reads `token`, reads and advances `position`; rows and span
+        determine all shapes."""
+        every = self.every[:rows]
+        token = self.token[:rows]
+        position = self.position[:rows]
+        attend_first = FlashFirst if self.flash else MaskedFirst
+        ends = torch.zeros_like(every)
+        cache = self.cache.at(every, position[:, None], ends, attend_first(position + 1, span))
         logits = self.model(token[:, None], kv_cache=cache, logits_at=(slice(None), -1))
         position.add_(1).clamp_(max=self.length - 1)
         return logits
 
     def _capture(self, rows, span):
-        """-> (CUDA graph of the step, the tensor in which each replay leaves its logits). Advances
-        nothing."""
-        compute, advanced = self.compiled or self._step, (self.position, *self.cache.last.values())
-        before, side = [tensor.clone() for tensor in advanced], torch.cuda.Stream()
+        """Capture the step -> (CUDA graph, the tensor that each replay writes its logits to).
+
+        Leaves the state of all texts unchanged.
+        """
+        state = (self.position, *self.cache.last.values())
+        before = [tensor.clone() for tensor in state]
+        # Warm up on a side stream: compilation and one-time set-up must not be captured.
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-                side):  # what a first run sets up, and the compiler, must not be captured
+        with torch.cuda.stream(side):
             for _ in range(2):
-                compute(rows, span)
-                for tensor, value in zip(advanced, before, strict=True):
+                self.compute(rows, span)
+                for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(side)
-        graph, pool = torch.cuda.CUDAGraph(), next(
-            (graph.pool() for graph, _ in self.graphs.values()), None)
-        with torch.cuda.graph(
-                graph, pool=pool,
-                capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
-            logits = compute(rows, span)
+        pool = None  # all graphs share the memory of the first
+        if self.graphs:
+            first, _ = next(iter(self.graphs.values()))
+            pool = first.pool()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may use the GPU during the capture
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = self.compute(rows, span)
         return graph, logits
 
 
-def draw(logits, temperature, top_k=0, top_p=1.0, generator=None):
-    """Logits, fp32 (B, n) -> indices sampled from softmax(logits / temperature), int64 (B,).
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
-    Of the top_k likeliest (0: all), and of these the likeliest that together have probability top_p
-    (nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751). temperature and
-    top_p: numbers, or (B, 1) with one per row. Drawn by the largest of logits + temperature x
-    Gumbel noise, which at temperature 0 is the largest logit. Any index where logits are not
-    finite.
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def draw(logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int = 0,
+         top_p: float | torch.Tensor = 1.0,
+         generator: torch.Generator | None = None) -> torch.Tensor:
+    """Sample from softmax(logits / temperature): logits, fp32 (B, V) -> indices, int64 (B,).
+
+    Samples from the top_k likeliest (0: all), and among these from the nucleus of probability top_p
+    (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751). temperature and top_p are numbers, or
+    (B, 1) with one per row. Uses the Gumbel-max trick: the argmax of logits + temperature x Gumbel
+    noise, which is greedy at temperature 0. Where logits are not finite, the index is arbitrary.
     """
     if isinstance(temperature, (int, float)) and temperature == 0:
         return logits.argmax(dim=-1)
-    choices, nucleus = None, not isinstance(top_p, float) or top_p < 1
+    nucleus = isinstance(top_p, torch.Tensor) or top_p < 1
+    indices = None
     if top_k or nucleus:
-        logits, choices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # sorted
+        vocab_size = logits.size(-1)
+        logits, indices = logits.topk(min(top_k or vocab_size, vocab_size))  # sorted
     if nucleus:
-        # a number stays one: copied to a GPU, it would wait for the step under way
-        numbers = isinstance(temperature, (int, float))
-        heat = max(temperature, 1e-6) if numbers else temperature.clamp(
-            min=1e-6)  # dividing by less overflows
-        probs = F.softmax((logits - logits[:, :1]) / heat, dim=-1)
-        logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p,
-                                    -torch.inf)  # those before it suffice
+        logits = cut_nucleus(logits, temperature, top_p)
     noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30).log_()
     drawn = (logits - temperature * noise).argmax(dim=-1, keepdim=True)
-    return (drawn if choices is None else choices.gather(-1, drawn)).squeeze(-1)
+    if indices is not None:
+        drawn = indices.gather(-1, drawn)
+    return drawn.squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def cut_nucleus(logits, temperature, top_p):
+    """Logits sorted from the highest -> the same, -inf where the likelier ones already have
+    probability top_p."""
+    # Dividing by less than 1e-6 would overflow. A number stays a number: copying it to the GPU
+    # would wait for the running step.
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.clamp(min=1e-6)
+    else:
+        temperature = max(temperature, 1e-6)
+    probs = F.softmax((logits - logits[:, :1]) / temperature, dim=-1)
+    likelier = probs.cumsum(dim=-1) - probs
+    return logits.masked_fill(likelier >= top_p, -torch.inf)
+
+
+# --------------------------------------------------------------------------------------------------
 # The loop over tokens
 
 
 @torch.no_grad()
-def generate(decoder, prompts, max_new_tokens, choose):
-    """Continue `prompts`, as many lists of token ids as the decoder has rows: yields each step's
-    tokens, a list of int per step.
+def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+             choose: Choose) -> Iterator[list[int]]:
+    """Continue `prompts`, one list of token ids per row of the decoder. Yields the new token of
+    every row, step by step.
 
-    choose: logits, fp32 (rows, vocab_size) -> the next tokens, int64 (rows,). A token of -1: its
-    row's logits were not finite. Of a prompt longer than the window the newest part counts. When a
-    text fills the window, its oldest half is dropped and the rest begins anew at position 0: a pass
-    over half a window, once per half a window of tokens. On a GPU, step n runs while the caller
-    looks at token n, so one step more is computed than is asked for.
+    choose: logits, fp32 (rows, vocab_size) -> the next tokens, int64 (rows,). A token of -1 means
+    that the logits of its row were not finite. A prompt longer than the context keeps its newest
+    tokens. When a text fills the context, its older half is dropped and the rest is filled in again
+    from position 0: one pass over half a context per half a context of new tokens. On a GPU, step n
+    runs while the caller handles token n.
     """
     texts = [list(ids) for ids in prompts]
     logits = decoder.fill(range(len(texts)), [ids[-decoder.length:] for ids in texts])
     for left in range(max_new_tokens, 0, -1):
-        tokens, full = choose(logits), decoder.full
-        arrived = to_host(torch.where(logits.sum(dim=-1).isfinite(), tokens, -1))
+        tokens = choose(logits)
+        full = decoder.full
+        finite = logits.sum(dim=-1).isfinite()
+        arrived = to_host(torch.where(finite, tokens, -1))
         if left > 1:
             logits = decoder.step(tokens)
         new = arrived()
@@ -322,72 +402,99 @@ def generate(decoder, prompts, max_new_tokens, choose):
 
 
 class Text:
-    """A text as its tokens come in, to the first of `ends` (ids; by default end-of-text and the end
-    of a turn), one of the strings `stop`, or `limit` tokens.
+    """Decodes a text token by token, up to one of the tokens `ends` (default: end-of-text and the
+    end of a chat turn), one of the strings `stop`, or `limit` tokens.
 
-    text: what has come so far, without what ended it. ended: None, "stop", or "length".
+    text: the text so far, without the end token or stop string. ended: None, "stop" or "length".
     """
 
-    def __init__(self, tokenizer, limit, stop=(), ends=None):
-        self.tokenizer, self.limit, self.stop = tokenizer, limit, [
-            string for string in stop if string
-        ]
-        self.ends = {tokenizer.eot, tokenizer.reserved[END]} if ends is None else set(ends)
-        self.decoder = codecs.getincrementaldecoder("utf-8")(
-            "replace")  # a token may end within a character
-        self.text, self.held, self.count, self.ended = "", "", 0, None
+    def __init__(self, tokenizer, limit: int, stop: Sequence[str] = (), ends=None):
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.stop = [string for string in stop if string]
+        if ends is None:
+            ends = (tokenizer.eot, tokenizer.reserved[END])
+        self.ends = set(ends)
+        # incremental, since a token may end inside a character
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""
+        self.held = ""  # decoded, but possibly the start of a stop string
+        self.count = 0
+        self.ended: str | None = None
 
-    def add(self, token):
-        """One more token -> the text that is certain by now; "" if the text has ended or a stop
-        string may have begun."""
+    def add(self, token: int) -> str:
+        """Append a token -> the new piece of text; "" once the text has ended, or while a stop
+        string may have started."""
         if self.ended:
             return ""
         self.count += 1
-        self.ended = "stop" if token in self.ends else "length" if self.count == self.limit else None
-        piece = b"" if token in self.ends else self.tokenizer.token(token)
-        self.held += self.decoder.decode(piece, final=bool(self.ended))
-        certain = len(self.held)
-        if found := [at for string in self.stop if (at := self.held.find(string)) >= 0]:
-            self.ended, certain = "stop", min(found)
-        elif not self.ended:
-            certain -= max(
-                (n for string in self.stop
-                 for n in range(1, min(len(string),
-                                       len(self.held) + 1)) if self.held.endswith(string[:n])),
-                default=0)
-        piece, self.held = self.held[:certain], self.held[certain:]
+        if token in self.ends:
+            self.ended = "stop"
+            encoded = b""
+        else:
+            encoded = self.tokenizer.token(token)
+            if self.count == self.limit:
+                self.ended = "length"
+        self.held += self.decoder.decode(encoded, final=self.ended is not None)
+        n = self.certain()
+        piece = self.held[:n]
+        self.held = self.held[n:]
         self.text += piece
         return piece
 
+    def certain(self):
+        """How many of the held characters belong to the text; ends it at a stop string."""
+        found = [self.held.find(string) for string in self.stop]
+        found = [start for start in found if start >= 0]
+        if found:
+            self.ended = "stop"
+            return min(found)
+        if self.ended:
+            return len(self.held)
+        return len(self.held) - self.started()
 
-def sample(model, tokenizer, prompts, cfg, show=lambda piece: None, **how):
-    """Continue each of the prompts (str; empty: a document of its own) cfg.samples times -> list of
-    str, prompts included.
+    def started(self):
+        """Characters at the end of `held` that may be the start of a stop string."""
+        longest = 0
+        for string in self.stop:
+            for n in range(1, len(string)):
+                if self.held.endswith(string[:n]):
+                    longest = max(longest, n)
+        return longest
 
-    show: called with the pieces of the first text as they come, the prompt first. how: graphs and
-    compile, of Decoder.
+
+def sample(model: nn.Module, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
+           show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
+    """Continue each prompt cfg.samples times -> the texts, prompts included.
+
+    An empty prompt starts a new document. show: called with each piece of the first text as it is
+    generated, the prompt first. options: graphs and compile of Decoder.
     """
     prompts = [prompt for prompt in prompts for _ in range(cfg.samples)]
     show(prompts[0])
     ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eot] for prompt in prompts]
-    return [
-        prompt + text for prompt, text in zip(
-            prompts, continuations(model, tokenizer, ids, cfg, show, **how), strict=True)
-    ]
+    texts = continuations(model, tokenizer, ids, cfg, show, **options)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def continuations(model, tokenizer, ids, cfg, show=lambda piece: None, **how):
-    """What follows each of the lists of ids, as a list of str. Seeded; leaves all other random
-    state alone. Of several processes each generates the same texts, in the same number of forward
-    passes. Raises NonFinite."""
-    training, device = model.training, next(model.parameters()).device
+def continuations(model: nn.Module, tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
+                  show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
+    """Continue each list of ids -> the new texts.
+
+    Seeded by cfg.seed; all other random state is left alone. Every process generates the same texts
+    in the same number of forward passes. Raises NonFinite.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
     texts = [Text(tokenizer, cfg.max_new_tokens, cfg.stop or ()) for _ in ids]
+    generator = torch.Generator(device=device).manual_seed(cfg.seed)
     choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                     generator=torch.Generator(device=device).manual_seed(cfg.seed))
+                     generator=generator)
+    length = max(map(len, ids)) + cfg.max_new_tokens
     model.eval()
     try:
         with autocast(device):
-            decoder = Decoder(model, len(ids), max(map(len, ids)) + cfg.max_new_tokens, **how)
+            decoder = Decoder(model, len(ids), length, **options)
             for tokens in generate(decoder, ids, cfg.max_new_tokens, choose):
                 if -1 in tokens:
                     raise NonFinite
@@ -396,5 +503,5 @@ def continuations(model, tokenizer, ids, cfg, show=lambda piece: None, **how):
                 if all(text.ended for text in texts):
                     break
     finally:
-        model.train(training)
+        model.train(was_training)
     return [text.text for text in texts]

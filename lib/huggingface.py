@@ -1,5 +1,5 @@
-"""Hugging Face: our models as transformers' classes compute them, written and read as its folders;
-its hub without a network."""
+"""Hugging Face: our models as transformers' classes, written and read as its folders; using its hub
+without a network."""
 
 import dataclasses
 import http.client
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,33 +19,42 @@ from lib.cli import BadInput
 from lib.files import check_room, make_folder, read_json, replace, write_json
 from lib.tokenizers import END, EOT, load_tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which class computes which of our models. Parameters go by module: ours -> theirs,
-# several where we have fused them into one matrix
+# --------------------------------------------------------------------------------------------------
+# Which class computes which of our models.
 
 ACTIVATIONS = {"gelu": "gelu_new", "relu2": "relu2", "swiglu": "silu"}
+# fields of GPTConfig that may have any value in every class
 FREE = {
     "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias",
-    "tie_embeddings", "dropout", "init", "n_active", "expert_width", "router_z_loss"
+    "tie_embeddings", "dropout", "init", "n_active", "expert_width", "router_z_loss",
 }
+# ours -> theirs; several if we fuse them into one matrix
+Modules = Mapping[str, tuple[str, ...]]
+
+
+def no_fields(theirs):
+    return {}
 
 
 class Family(NamedTuple):
-    """A class of transformers. fits: the values of GPTConfig's fields that it computes, where not
-    the default alone; the fields in FREE may have any. config: (GPTConfig, hidden units of the MLP
-    or an expert) -> its configuration. modules: GPTConfig -> {ours: theirs}, by layer; where ours
-    is a single tensor, theirs is one. fields: a configuration of its -> those of GPTConfig that
-    only this one says."""
-    fits: dict
-    config: object
-    modules: object
-    fields: object = lambda theirs: {}
+    """A class of transformers.
+
+    allowed: {field of GPTConfig: values that the class computes}; other fields, except FREE, must
+    have their default. config: (GPTConfig, hidden units of the MLP or of an expert) -> the
+    keyword arguments of the class's configuration. modules: GPTConfig -> Modules; where ours is a
+    single tensor, theirs is one. fields: a configuration of the class -> the fields of GPTConfig
+    that only this class has.
+    """
+    allowed: dict
+    config: Callable
+    modules: Callable
+    fields: Callable = no_fields
 
 
-def _gpt2(c, hidden):
+def gpt2_config(c, hidden):
     return dict(
         n_positions=c.block_size,
-        n_ctx=c.block_size,  # twice: llama.cpp's converter reads the name OpenAI's file has
+        n_ctx=c.block_size,  # the same under the name in OpenAI's file, which llama.cpp reads
         n_embd=c.n_embd,
         n_layer=c.n_layer,
         n_head=c.n_head,
@@ -54,161 +64,219 @@ def _gpt2(c, hidden):
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout))
+        resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout,
+        attn_pdrop=c.dropout,
+    )
 
 
-def _gpt2_modules(c):
-    layer = ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    return {
-        name: (name,)
-        for name in ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head",
-                     *(f"transformer.h.{i}.{name}" for i in range(c.n_layer) for name in layer))
-    }
+def gpt2_modules(c):
+    names = ["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"]
+    for i in range(c.n_layer):
+        for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            names.append(f"transformer.h.{i}.{name}")
+    return {name: (name,) for name in names}
 
 
-def _llama(**more):
-    """The configuration of a class that descends from Llama. more: what is its own, values or
-    functions of the GPTConfig."""
+def llama_config(own: Callable) -> Callable:
+    """The Family.config of a class that descends from Llama. own: (GPTConfig, hidden units) -> the
+    keyword arguments that not all of these classes share."""
     def config(c, hidden):
-        c = dataclasses.replace(c, expert_width=hidden)
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
         return dict(
-            hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_head, intermediate_size=hidden, hidden_act=ACTIVATIONS[c.mlp],
-            max_position_embeddings=c.block_size, rope_parameters={
-                "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0
-            }, **{key: value(c) if callable(value) else value for key, value in more.items()})
+            hidden_size=c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_head,
+            intermediate_size=hidden,
+            hidden_act=ACTIVATIONS[c.mlp],
+            max_position_embeddings=c.block_size,
+            rope_parameters=rope,
+        ) | own(c, hidden)
     return config
 
 
-def _llama_modules(*mlp, experts=None):
-    """mlp: its names of the matrices in our c_fc, and of that in our c_proj. experts: those of ours
-    and theirs in its place."""
-    feed_forward = experts or {
-        "mlp.c_fc": tuple(f"mlp.{name}" for name in mlp[:-1]), "mlp.c_proj": (f"mlp.{mlp[-1]}",)
+def llama_modules(feed_forward: Modules) -> Callable:
+    """The Family.modules of a class that descends from Llama. feed_forward: those of a layer's MLP
+    or experts."""
+    layer = {
+        "ln_1": ("input_layernorm",),
+        "ln_2": ("post_attention_layernorm",),
+        "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.c_proj": ("self_attn.o_proj",),
+        "attn.q_norm": ("self_attn.q_norm",),
+        "attn.k_norm": ("self_attn.k_norm",),
+        **feed_forward,
     }
 
     def modules(c):
-        layer = {
-            "ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
-            "attn.c_attn": tuple(f"self_attn.{name}_proj" for name in "qkv"),
-            "attn.c_proj": ("self_attn.o_proj",), "attn.q_norm": ("self_attn.q_norm",),
-            "attn.k_norm": ("self_attn.k_norm",), **feed_forward
-        }
-        modules = {
+        found = {
             "transformer.wte": ("model.embed_tokens",),
             "transformer.ln_f": ("model.norm",),
             "lm_head": ("lm_head",),
         }
         for i in range(c.n_layer):
             for ours, theirs in layer.items():
-                modules[f"transformer.h.{i}.{ours}"] = tuple(
-                    f"model.layers.{i}.{name}" for name in theirs)
-        return modules
+                names = tuple(f"model.layers.{i}.{name}" for name in theirs)
+                found[f"transformer.h.{i}.{ours}"] = names
+        return found
     return modules
 
 
-def _head_dim(c):
+GATED = {"mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"), "mlp.c_proj": ("mlp.down_proj",)}
+PLAIN = {"mlp.c_fc": ("mlp.up_proj",), "mlp.c_proj": ("mlp.down_proj",)}
+STARCODER = {"mlp.c_fc": ("mlp.c_fc",), "mlp.c_proj": ("mlp.c_proj",)}
+EXPERTS = {
+    "mlp.router": ("mlp.gate",),
+    "mlp.c_fc.weight": ("mlp.experts.gate_up_proj",),
+    "mlp.c_proj.weight": ("mlp.experts.down_proj",),
+}
+# GLM also has shared experts, and the biases by which --balance bias chooses experts.
+GLM_EXPERTS = EXPERTS | {
+    "mlp.bias": ("mlp.gate.e_score_correction_bias",),
+    "mlp.shared.c_fc": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "mlp.shared.c_proj": ("mlp.shared_experts.down_proj",),
+}
+
+
+def head_dim(c):
     return c.n_embd // c.n_head
 
 
-def _bias(c):
-    return c.bias
+def llama(c, hidden):  # and Arcee
+    return dict(rms_norm_eps=1e-5, head_dim=head_dim(c), attention_bias=c.bias, mlp_bias=c.bias)
 
 
-# rotary positions leave the post-embedding norm a function of the token alone
+def qwen(c, hidden):
+    return dict(rms_norm_eps=1e-5, head_dim=head_dim(c), attention_bias=False,
+                use_sliding_window=False)
+
+
+def starcoder(c, hidden):
+    return dict(norm_epsilon=1e-5, use_bias=c.bias, sliding_window=None)
+
+
+def stablelm(c, hidden):
+    return dict(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False,
+                use_parallel_residual=False)
+
+
+def glm(c, hidden):
+    return dict(
+        rms_norm_eps=1e-5,
+        head_dim=head_dim(c),
+        attention_bias=False,
+        use_qk_norm=c.qk_norm,
+        first_k_dense_replace=0,
+        n_routed_experts=c.n_experts,
+        num_experts_per_tok=c.n_active,
+        n_shared_experts=c.n_shared,
+        moe_intermediate_size=hidden,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        num_nextn_predict_layers=0,
+    )
+
+
+def glm_fields(theirs):
+    return dict(
+        n_experts=theirs.n_routed_experts,
+        n_active=theirs.num_experts_per_tok,
+        n_shared=theirs.n_shared_experts,
+        expert_width=theirs.moe_intermediate_size,
+        qk_norm=theirs.use_qk_norm,
+    )
+
+
+def mixtral(c, hidden):
+    return dict(rms_norm_eps=1e-5, head_dim=head_dim(c), num_local_experts=c.n_experts,
+                num_experts_per_tok=c.n_active, sliding_window=None)
+
+
+def mixtral_fields(theirs):
+    return dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok,
+                expert_width=theirs.intermediate_size)
+
+
+def qwen_moe(c, hidden):
+    return qwen(c, hidden) | dict(
+        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, num_experts=c.n_experts,
+        num_experts_per_tok=c.n_active, moe_intermediate_size=hidden)
+
+
+def qwen_moe_fields(theirs):
+    return dict(n_experts=theirs.num_experts, n_active=theirs.num_experts_per_tok,
+                expert_width=theirs.moe_intermediate_size)
+
+
+TWO_MATRICES = dict(mlp=("gelu", "relu2"))
+# with rotary positions, the post-embedding norm depends on the token only
 ROPE = dict(pos=("rope",), emb_norm=(False, True))
-EXPERTS = ROPE | dict(norm=("rmsnorm",), mlp=("swiglu",), bias=(False,), n_experts=range(2, 257))
-SORTED = {"mlp.router": ("mlp.gate",), "mlp.c_fc.weight": ("mlp.experts.gate_up_proj",),
-          "mlp.c_proj.weight": ("mlp.experts.down_proj",)}
-RMS, TWO_MATRICES = ROPE | dict(norm=("rmsnorm",)), dict(mlp=("gelu", "relu2"))
+RMS = ROPE | dict(norm=("rmsnorm",))
+MOE = RMS | dict(mlp=("swiglu",), bias=(False,), n_experts=range(2, 257))
+SOFTMAX_MOE = MOE | dict(router=("softmax",), balance=("loss",))
 FAMILIES = {
-    "GPT2LMHeadModel": Family(TWO_MATRICES, _gpt2, _gpt2_modules),
+    "GPT2LMHeadModel": Family(TWO_MATRICES, gpt2_config, gpt2_modules),
     "LlamaForCausalLM": Family(
-        RMS | dict(mlp=("swiglu",)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
-        _llama_modules("gate_proj", "up_proj", "down_proj")),
+        RMS | dict(mlp=("swiglu",)), llama_config(llama), llama_modules(GATED)),
     "Qwen3ForCausalLM": Family(
         RMS | dict(mlp=("swiglu",), qk_norm=(True,), bias=(False,)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False,
-               use_sliding_window=False), _llama_modules("gate_proj", "up_proj", "down_proj")),
-    "ArceeForCausalLM": Family(
-        RMS | TWO_MATRICES,
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=_bias, mlp_bias=_bias),
-        _llama_modules("up_proj", "down_proj")),
-    "Starcoder2ForCausalLM": Family(ROPE | TWO_MATRICES,
-                                    _llama(norm_epsilon=1e-5, use_bias=_bias, sliding_window=None),
-                                    _llama_modules("c_fc", "c_proj")),
+        llama_config(qwen), llama_modules(GATED)),
+    "ArceeForCausalLM": Family(RMS | TWO_MATRICES, llama_config(llama), llama_modules(PLAIN)),
+    "Starcoder2ForCausalLM": Family(
+        ROPE | TWO_MATRICES, llama_config(starcoder), llama_modules(STARCODER)),
     "StableLmForCausalLM": Family(
-        ROPE | dict(mlp=("swiglu",), bias=(False,)),
-        _llama(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False,
-               use_parallel_residual=False), _llama_modules("gate_proj", "up_proj", "down_proj")),
-    # Mixture of Experts: the biases by which ours picks experts, those of --balance bias, are
-    # GLM's; the others have none
+        ROPE | dict(mlp=("swiglu",), bias=(False,)), llama_config(stablelm), llama_modules(GATED)),
     "Glm4MoeForCausalLM": Family(
-        EXPERTS | dict(qk_norm=(False, True), balance=("bias", "loss"), n_shared=range(257)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False,
-               use_qk_norm=lambda c: c.qk_norm, first_k_dense_replace=0,
-               n_routed_experts=lambda c: c.n_experts, num_experts_per_tok=lambda c: c.n_active,
-               n_shared_experts=lambda c: c.n_shared,
-               moe_intermediate_size=lambda c: c.expert_width, n_group=1, topk_group=1,
-               norm_topk_prob=True, routed_scaling_factor=1.0, num_nextn_predict_layers=0),
-        _llama_modules(
-            experts=SORTED | {
-                "mlp.bias": ("mlp.gate.e_score_correction_bias",), "mlp.shared.c_fc": (
-                    "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"
-                ), "mlp.shared.c_proj": ("mlp.shared_experts.down_proj",)
-            }),
-        lambda theirs: dict(n_experts=theirs.n_routed_experts, n_active=theirs.num_experts_per_tok,
-                            n_shared=theirs.n_shared_experts, expert_width=theirs.
-                            moe_intermediate_size, qk_norm=theirs.use_qk_norm)),
+        MOE | dict(qk_norm=(False, True), balance=("bias", "loss"), n_shared=range(257)),
+        llama_config(glm), llama_modules(GLM_EXPERTS), glm_fields),
     "MixtralForCausalLM": Family(
-        EXPERTS | dict(router=("softmax",), balance=("loss",)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, num_local_experts=lambda c: c.n_experts,
-               num_experts_per_tok=lambda c: c.n_active, sliding_window=None),
-        _llama_modules(experts=SORTED),
-        lambda theirs: dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok,
-                            expert_width=theirs.intermediate_size)),
+        SOFTMAX_MOE, llama_config(mixtral), llama_modules(EXPERTS), mixtral_fields),
     "Qwen3MoeForCausalLM": Family(
-        EXPERTS | dict(router=("softmax",), balance=("loss",), qk_norm=(True,)),
-        _llama(rms_norm_eps=1e-5, head_dim=_head_dim, attention_bias=False,
-               use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[],
-               norm_topk_prob=True, num_experts=lambda c: c.n_experts,
-               num_experts_per_tok=lambda c: c.n_active,
-               moe_intermediate_size=lambda c: c.expert_width), _llama_modules(experts=SORTED),
-        lambda theirs: dict(n_experts=theirs.num_experts, n_active=theirs.num_experts_per_tok,
-                            expert_width=theirs.moe_intermediate_size)),
+        SOFTMAX_MOE | dict(qk_norm=(True,)),
+        llama_config(qwen_moe), llama_modules(EXPERTS), qwen_moe_fields),
 }
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight"
-          )  # GPT2LMHeadModel's hold the transpose of a Linear's weight
+# GPT2LMHeadModel holds the transpose of these Linear weights.
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def misfits(c, family):
-    """The flags of a GPTConfig, as given, that a Family does not compute."""
-    allowed = {
-        field.name: (field.default,) for field in dataclasses.fields(c) if field.name not in FREE
-    } | family.fits
-    return [
-        f"--{'' if value is not False else 'no-'}{name}" +
-        (f" {value}" if not isinstance(value, bool) else "")
-        for name in allowed
-        if (value := getattr(c, name)) not in allowed[name]
-    ]
+def unsupported(c, family: Family) -> list[str]:
+    """The flags of a GPTConfig that a Family does not compute, as they are typed."""
+    flags = []
+    for field in dataclasses.fields(c):
+        name = field.name
+        if name in family.allowed:
+            allowed = family.allowed[name]
+        elif name in FREE:
+            continue
+        else:
+            allowed = (field.default,)
+        value = getattr(c, name)
+        if value in allowed:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags.append(f"--{name} {value}")
+    return flags
 
 
-def find_family(c):
-    """GPTConfig -> the name of the class that computes it. Raises BadInput if none does, naming the
-    flags in the way."""
-    wrong = {name: misfits(c, family) for name, family in FAMILIES.items()}
-    name = min(wrong, key=lambda name: len(wrong[name]))
-    if wrong[name]:
-        raise BadInput(f"this model cannot be exported: no class of transformers computes it; the nearest, {name}, lacks "
-                       f"{', '.join(wrong[name])}: train without")
-    return name
+def find_family(c) -> str:
+    """GPTConfig -> the name of the class that computes it. Raises BadInput if there is none, naming
+    the flags in the way."""
+    flags = {name: unsupported(c, family) for name, family in FAMILIES.items()}
+    nearest = min(flags, key=lambda name: len(flags[name]))
+    if flags[nearest]:
+        raise BadInput("this model cannot be exported: no class of transformers computes it; the "
+                       f"nearest, {nearest}, lacks {', '.join(flags[nearest])}: train without")
+    return nearest
 
 
-def tensors(modules, state):
-    """{ours: theirs} of modules and single tensors -> (ours, theirs) of tensors, those that a state
-    dict of ours has."""
+def tensor_names(modules: Modules, state: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Modules and single tensors, ours -> theirs, as (ours, theirs) of the tensors in our state
+    dict."""
     for ours, theirs in modules.items():
         if ours in state:
             yield ours, theirs
@@ -217,190 +285,235 @@ def tensors(modules, state):
                 yield f"{ours}.{kind}", tuple(f"{module}.{kind}" for module in theirs)
 
 
+def is_transposed(family: Family, name: str) -> bool:
+    return family.config is gpt2_config and name.endswith(CONV1D)
+
+
 def library():
     """The package transformers. Raises BadInput if it is missing."""
     try:
         import transformers
     except ImportError as error:
-        raise BadInput(
-            "Hugging Face's formats need transformers: pip install -r requirements-dev.txt"
-        ) from error
+        raise BadInput("Hugging Face formats need transformers: pip install -r requirements-dev.txt"
+                       ) from error
     return transformers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 
 @torch.no_grad()
 def convert(model, **config):
-    """A GPT -> the model of transformers that computes the same, in fp32, its weights shared where
-    they can be.
+    """A GPT -> the transformers model that computes the same, in fp32, sharing weights where
+    possible.
 
     The rows that pad the vocabulary are cut off. A post-embedding norm is applied to the embedding
-    table, which it then no longer shares with the head. config: what else goes into its
-    configuration. Raises BadInput, as find_family does.
+    table, which is then no longer tied to the head. config: more of its configuration. Raises
+    BadInput as find_family does.
     """
-    name, c, state = find_family(model.config), model.config, model.state_dict()
-    family, theirs = FAMILIES[name], {}
-    state |= {
-        key: state[key][:c.vocab_size] for key in ("transformer.wte.weight", "lm_head.weight")
-    }
+    c = model.config
+    name = find_family(c)
+    family = FAMILIES[name]
+    state = model.state_dict()
+    for key in ("transformer.wte.weight", "lm_head.weight"):
+        state[key] = state[key][:c.vocab_size]
     state["transformer.wte.weight"] = model.transformer.emb_norm(state["transformer.wte.weight"])
-    for key, names in tensors(family.modules(c), state):
-        value = state[key].t() if family.config is _gpt2 and key.endswith(CONV1D) else state[key]
-        theirs |= dict(zip(names, value.chunk(len(names)), strict=True))
-    cls, hidden = getattr(library(), name), state["transformer.h.0.mlp.c_proj.weight"].size(-1)
-    hf = cls(
-        cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size,
-                         tie_word_embeddings=c.tie_embeddings and not c.emb_norm, **config)).eval()
-    absent = {
-        key: torch.zeros_like(value) for key, value in hf.state_dict().items() if key not in theirs
-    }
-    # some are never without
-    assert all(key.endswith(".bias") or not value.numel()
-               for key, value in absent.items()), absent.keys()
-    hf.load_state_dict(theirs | absent)
+    weights = {}
+    for key, names in tensor_names(family.modules(c), state):
+        value = state[key].t() if is_transposed(family, key) else state[key]
+        weights |= dict(zip(names, value.chunk(len(names)), strict=True))
+
+    cls = getattr(library(), name)
+    hidden = state["transformer.h.0.mlp.c_proj.weight"].size(-1)
+    tied = c.tie_embeddings and not c.emb_norm
+    hf_config = cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size,
+                                 tie_word_embeddings=tied, **config)
+    hf = cls(hf_config).eval()
+    for key, value in hf.state_dict().items():
+        if key not in weights:
+            # biases that some classes always have, and shared experts of width 0
+            assert key.endswith(".bias") or not value.numel(), key
+            weights[key] = torch.zeros_like(value)
+    hf.load_state_dict(weights)
     return hf
 
 
-def write(model, tokenizer, folder, dtype=torch.float32, chat_template=None):
+def write(model, tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32,
+          chat_template: str | None = None) -> None:
     """Write a GPT and its Tokenizer as a folder that transformers loads: weights, config.json,
-    tokenizer, generation settings.
+    tokenizer, generation settings. All files appear, or none.
 
-    chat_template: that of a chat model, whose turns end in the reserved <|end|>.
-    Whole or not at all. Raises BadInput if the model cannot be exported, or the folder is not empty
-    or cannot be written.
+    chat_template: of a chat model, whose turns end in the reserved <|end|>. Raises BadInput if the
+    model cannot be exported, or the folder is not empty or cannot be written.
     """
-    folder, remedy = Path(folder), "name another folder"
+    folder = Path(folder)
+    remedy = "name another folder"
     find_family(model.config)
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BadInput(f"{folder} exists and is not an empty folder: {remedy}")
+    if os.path.lexists(folder):
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if not is_empty:
+            raise BadInput(f"{folder} exists and is not an empty folder: {remedy}")
     make_folder(folder.parent, remedy)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
-    hf = convert(model, **ids)
-    for p in hf.parameters(
-    ):  # not the biases that pick experts, buffers, which transformers keeps in fp32, too
+    hf = convert(model, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+    # not the biases that choose experts: they are buffers, which transformers keeps in fp32, too
+    for p in hf.parameters():
         p.data = p.data.to(dtype)
     hf.config.dtype = dtype
     from safetensors import SafetensorError
     from transformers import GenerationConfig
 
-    ends = {"eos_token_id": [tokenizer.eot, tokenizer.reserved[END]]} if chat_template else {}
-    hf.generation_config = GenerationConfig(**ids | ends, pad_token_id=tokenizer.eot,
-                                            do_sample=True, temperature=1.0, top_k=50)
-    check_room(folder.parent, sum(p.numel() * p.element_size() for p in hf.parameters()),
-               "the export", "free some disk space")
+    ends = [tokenizer.eot, tokenizer.reserved[END]] if chat_template else tokenizer.eot
+    hf.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.eot, eos_token_id=ends, pad_token_id=tokenizer.eot,
+        do_sample=True, temperature=1.0, top_k=50)
+    size = sum(p.numel() * p.element_size() for p in hf.parameters())
+    check_room(folder.parent, size, "the export", "free some disk space")
+    prefix = f"{folder.name[:100]}."
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent,
-                                         prefix=f"{folder.name[:100]}.") as partial:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as partial:
             hf.save_pretrained(partial)
             write_tokenizer(tokenizer, partial, model.config.block_size, chat_template)
-            folder.mkdir(exist_ok=True)
-            mode = os.stat(Path(
-                partial,
-                "config.json")).st_mode  # safetensors writes files that their owner alone may read
-            for path in sorted(
-                    Path(partial).iterdir(), key=lambda path: path.name == "config.json"
-            ):  # which makes it a model: the last
-                path.chmod(mode)
-                os.replace(path, folder / path.name)
+            move_files(Path(partial), folder)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write {folder} ({getattr(error, 'strerror', None) or error}): "
-                       f"free some disk space, or {remedy}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot write {folder} ({reason}): free some disk space, or {remedy}"
+                       ) from error
 
 
-def write_tokenizer(tokenizer, folder, length, chat_template=None):
-    """Write a Tokenizer so that transformers' gives the same ids; as here, <|endoftext|> written
-    out in a text is plain text.
+def move_files(source, folder):
+    """Move an export into its folder, config.json last, which makes the folder a model."""
+    folder.mkdir(exist_ok=True)
+    # safetensors writes files that only their owner may read
+    mode = (source / "config.json").stat().st_mode
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        path.chmod(mode)
+        os.replace(path, folder / path.name)
 
-    Not so with a chat template: transformers makes one string of a conversation before it looks for
-    ids, so that control tokens count wherever they stand. Its split_special_tokens=True, and in
-    apply_chat_template sanitize_control_tokens=True, leave what was typed as text.
+
+def write_tokenizer(tokenizer, folder: str | Path, length: int,
+                    chat_template: str | None = None) -> None:
+    """Write a Tokenizer so that transformers' encodes to the same ids; <|endoftext|> in a text is
+    plain text, as here.
+
+    With a chat template it is not: transformers renders a conversation to one string before it
+    encodes, so control tokens count wherever they appear. Its split_special_tokens=True, and
+    sanitize_control_tokens=True in apply_chat_template, keep typed ones as text.
     """
-    replace(Path(folder, "tokenizer.json"),
-            lambda file: file.write(tokenizer.to_json(chat=bool(chat_template)).encode()))
-    write_json(
-        Path(folder, "tokenizer_config.json"), {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length,
-            "clean_up_tokenization_spaces": False, "split_special_tokens": not chat_template,
-            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT),
-            **({"chat_template": chat_template} if chat_template else {})
-        })
+    text = tokenizer.to_json(chat=bool(chat_template))
+    replace(Path(folder, "tokenizer.json"), lambda file: file.write(text.encode()))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": not chat_template,
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "pad_token": EOT,
+        "unk_token": EOT,
+    }
+    if chat_template:
+        settings["chat_template"] = chat_template
+    write_json(Path(folder, "tokenizer_config.json"), settings)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
-def load(name):
-    """A name on the hub or a folder -> transformers' model in fp32, and what it could not find in
-    it. Raises BadInput."""
+def load(name: str | Path):
+    """A name on the hub or a folder -> (transformers' model in fp32, names of its missing weights).
+    Raises BadInput."""
     auto = library().AutoModelForCausalLM
-    if not os.path.isdir(name):
+    is_folder = os.path.isdir(name)
+    if not is_folder:
         cache_only_without_network()
     try:
         hf, report = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # whatever the hub and the readers of its formats raise
+    except Exception as error:  # anything that the hub and transformers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "load it once where the hub can be reached, or name a folder or a ckpt_<step>.pt"
-        if os.path.isdir(name):
+        if is_folder:
             remedy = "name another folder"
         raise BadInput(f"cannot load the Hugging Face model {name}: {reason}; {remedy}") from error
     return hf.eval(), sorted(report["missing_keys"])
 
 
-def read(name, build):
+def read(name: str | Path, build: Callable) -> torch.nn.Module:
     """A model that transformers loads -> a GPT that computes the same.
 
-    name: "gpt2", ..., "gpt2-xl", or a folder that `write` or save_pretrained made. build: fields of
-    GPTConfig -> GPT. Raises BadInput if it cannot be loaded, or computes something else than a GPT
-    would.
+    name: "gpt2", ..., "gpt2-xl", or a folder written by `write` or save_pretrained. build: fields
+    of GPTConfig -> GPT. Raises BadInput if it cannot be loaded, or a GPT would not compute the
+    same.
     """
-    hf, odd = load(name)
-    theirs, family, state = hf.config, FAMILIES.get(type(hf).__name__), hf.state_dict()
+    hf, missing = load(name)
+    family = FAMILIES.get(type(hf).__name__)
     if family is None:
         raise BadInput(f"{name} is a {type(hf).__name__}: name one of {', '.join(FAMILIES)}")
-    activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
-    # some classes always have them: unused, they are 0
-    bias = any(getattr(theirs, name, False) for name in ("attention_bias", "mlp_bias", "use_bias"))
-    bias = bias or any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())
-    model = build(**{field: values[0] for field, values in family.fits.items()}
-                  | family.fields(theirs) | dict(
-                      mlp=next((mlp for mlp in family.fits["mlp"]
-                                if ACTIVATIONS[mlp] == activation), family.fits["mlp"][0]),
-                      block_size=theirs.max_position_embeddings,
-                      n_layer=theirs.num_hidden_layers,
-                      n_head=theirs.num_attention_heads,
-                      n_embd=theirs.hidden_size,
-                      # no padding: its rows would be untrained weights, and take part in the loss
-                      vocab_size=theirs.vocab_size,
-                      vocab_multiple=1,
-                      tie_embeddings=theirs.tie_word_embeddings,
-                      bias=bias))
-    # transformers only warns of another architecture's weights, and its variants compute something
-    # else
-    want = family.config(model.config, model.transformer.h[0].mlp.c_proj.weight.size(-1))
-    odd = odd or [
-        key for key, value in want.items()
-        if hasattr(theirs, key) and not key.endswith("pdrop") and not _is(theirs, key, value)
-    ]
-    if odd:
-        raise BadInput(
-            f"{name} computes something else than this project's models: see its {', '.join(odd[:4])}"
-        )
+    state = hf.state_dict()
+    model = build(**config_fields(hf.config, family, state))
+    hidden = model.transformer.h[0].mlp.c_proj.weight.size(-1)
+    # transformers only warns about missing weights, and its variants compute something else
+    different = missing or differences(hf.config, family.config(model.config, hidden))
+    if different:
+        raise BadInput(f"{name} is not a model that this project computes: see its "
+                       f"{', '.join(different[:4])}")
     weights = model.state_dict()
-    for key, names in tensors(family.modules(model.config), weights):
-        absent = weights[key].new_zeros(len(weights[key])
-                                        // len(names))  # a bias that theirs is without
+    for key, names in tensor_names(family.modules(model.config), weights):
+        rows = len(weights[key]) // len(names)
+        absent = weights[key].new_zeros(rows)  # for a bias that theirs lacks
         value = torch.cat([state.get(name, absent) for name in names])
-        weights[key] = value.t() if family.config is _gpt2 and key.endswith(CONV1D) else value
+        weights[key] = value.t() if is_transposed(family, key) else value
     model.load_state_dict(weights)
     return model
 
 
-def read_tokenizer(name):
-    """The Tokenizer of what `read` reads, and its chat template or None. Raises BadInput."""
+def config_fields(theirs, family, state):
+    """A configuration of transformers and the weights -> fields of GPTConfig."""
+    fields = {field: values[0] for field, values in family.allowed.items()}
+    fields |= family.fields(theirs)
+    activation = getattr(theirs, "activation_function", None) or theirs.hidden_act
+    for mlp in family.allowed["mlp"]:
+        if ACTIVATIONS[mlp] == activation:
+            fields["mlp"] = mlp
+            break
+    bias = any(getattr(theirs, key, False) for key in ("attention_bias", "mlp_bias", "use_bias"))
+    # some classes always have biases: unused ones are 0
+    bias = bias or any(key.endswith(".bias") and bool(value.any()) for key, value in state.items())
+    return fields | dict(
+        block_size=theirs.max_position_embeddings,
+        n_layer=theirs.num_hidden_layers,
+        n_head=theirs.num_attention_heads,
+        n_embd=theirs.hidden_size,
+        vocab_size=theirs.vocab_size,
+        vocab_multiple=1,  # padding would be untrained rows that take part in the loss
+        tie_embeddings=theirs.tie_word_embeddings,
+        bias=bias,
+    )
+
+
+def differences(theirs, expected):
+    """The keys of a configuration of transformers whose values are not the expected ones."""
+    keys = []
+    for key, value in expected.items():
+        is_dropout = key.endswith("pdrop")
+        if hasattr(theirs, key) and not is_dropout and not has_value(theirs, key, value):
+            keys.append(key)
+    return keys
+
+
+def has_value(config, key, value):
+    """Whether a configuration of transformers has this value, written out or as its default."""
+    found = getattr(config, key, None)
+    if isinstance(value, dict):  # rope_parameters, 1.0 by default
+        return all((found or {}).get(name, 1.0) == part for name, part in value.items())
+    if key == "n_inner" and found is None:
+        return value == 4 * config.n_embd
+    return found == value
+
+
+def read_tokenizer(name: str) -> tuple:
+    """-> (the Tokenizer of what `read` reads, its chat template or None). Raises BadInput."""
     if not os.path.isdir(name):
         return load_tokenizer("gpt2"), None
     file = Path(name, "tokenizer.json")
@@ -408,40 +521,32 @@ def read_tokenizer(name):
         raise BadInput(f"{name} holds no tokenizer.json: save the model's tokenizer there, too")
     path = Path(name, "tokenizer_config.json")
     settings = read_json(path, "name another folder") if path.exists() else {}
-    template = settings.get("chat_template") if isinstance(settings, dict) else None
-    return load_tokenizer(str(file)), template if isinstance(template, str) else None
+    template = None
+    if isinstance(settings, dict) and isinstance(settings.get("chat_template"), str):
+        template = settings["chat_template"]
+    return load_tokenizer(str(file)), template
 
 
-def _is(config, key, value):
-    """Whether a configuration of transformers has this value; None stands for what GPT-2's n_inner
-    and rotary dimensions are by default."""
-    found = getattr(config, key, None)
-    if isinstance(value, dict):
-        return all((found or {}).get(name, 1.0) == part for name, part in value.items())
-    return found == value or (key == "n_inner" and found is None and value == 4 * config.n_embd)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The hub
 
 
-def cache_only_without_network(seconds=4.0):
-    """Where the hub cannot be reached, let its libraries use their cache alone: they would try
-    again for half a minute."""
+def cache_only_without_network(seconds: float = 4.0) -> None:
+    """If the hub cannot be reached, make its libraries use only their cache: they would retry for
+    half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"),
-                               timeout=seconds).close()
+        urllib.request.urlopen(request, timeout=seconds).close()
     except urllib.error.HTTPError:
         pass  # it answers
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(getattr(error, "reason", error),
-                      ssl.SSLError):  # it answers: the libraries bring their own certificates
-            return
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for a library that is not imported yet
+        if isinstance(getattr(error, "reason", error), ssl.SSLError):
+            return  # it answers, and the libraries have their own certificates
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True

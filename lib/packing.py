@@ -18,8 +18,8 @@ OPEN = 1000  # first-fit tries the newest rows only: older ones are as good as f
 
 
 class Packed:
-    """What a model gets as `kv_cache` with a packed batch: texts begin at position 0, and see
-    nothing of each other.
+    """The AttentionContext of a packed batch: every text begins at position 0 and attends to
+    itself only.
 
     documents: int64 (B, T), the same number throughout a text and another one next to it.
     """

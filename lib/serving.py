@@ -1,14 +1,14 @@
-"""Many texts at once with one model, each begun when its request comes: continuous batching (Yu et
-al. 2022, Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
+"""Continuous batching: one model generates many texts at once, and each starts when its request
+arrives (Yu et al. 2022, Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
 
-    with Engine(model, tokenizer, slots=64) as engine:                       # a thread of its own steps the model
-        reply = engine.submit(Request([5, 6, 7], limit=100, stream=True))    # from any thread
+    with Engine(model, tokenizer, slots=64) as engine:                     # steps in a thread
+        reply = engine.submit(Request([5, 6, 7], limit=100, stream=True))  # from any thread
         for piece in reply.pieces():
             ...
 
-Texts stand in the first rows of one Decoder, without holes: a step computes as many rows as there
-are texts, with CUDA graphs the next power of two. A request beyond `slots` waits until a text ends.
-Without texts the thread sleeps.
+Texts occupy the first rows of one Decoder, without gaps. A step computes one row per text; with
+CUDA graphs, the next power of two. A request beyond `slots` waits until a text ends. Without texts
+the thread sleeps.
 """
 
 import collections
@@ -17,6 +17,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,53 +26,65 @@ from lib.cli import BadInput
 from lib.decoding import Decoder, NonFinite, Text, draw
 from lib.devices import autocast, compute_dtype, memory_bytes, to_host
 
-PREFILL = 8192  # prompt tokens per step, padding included (or one prompt): the texts under way pause for them
+# Prompt tokens prefilled per step, padding included (or one prompt): running texts wait for them.
+PREFILL = 8192
 
 
 class Busy(Exception):
-    """As many requests wait as may."""
+    """The request queue is full."""
 
 
 class Closed(Exception):
-    """The engine has been closed before the text ended."""
+    """The engine was closed before the text ended."""
 
 
 @dataclass
 class Request:
-    """ids: the prompt, 1 to Engine.window - 1 of them. limit: new tokens at most. top_p: as in
-    lib/decoding.py's draw. seed: draws that do not depend on the other texts; None: those of the
-    engine. stream: whether pieces are wanted before the end."""
-    ids: list
+    """ids: the prompt, 1 to Engine.window - 1 of them. limit: most new tokens. top_p: as in
+    lib/decoding.py's draw. seed: of this text's own random draws; None: those of the engine.
+    stream: whether pieces are needed before the end."""
+    ids: list[int]
     limit: int
     temperature: float = 1.0
     top_p: float = 1.0
-    stop: tuple = ()
+    stop: tuple[str, ...] = ()
     seed: int | None = None
     stream: bool = False
 
 
 class Reply:
-    """The text of one request, as the engine writes it.
+    """The text of one request, as the engine generates it.
 
     text: str so far. count: tokens so far. ended: None, "stop", "length" or "cancelled". error: an
-    Exception, else.
+    Exception if it failed.
     """
 
-    def __init__(self, request, tokenizer, window):
-        self.request, self.error, self.cancelled = request, None, False
-        # any control token ends it: to go on as the user is the end of a turn, too
-        self.written = Text(tokenizer, min(request.limit, window - len(request.ids)), request.stop,
-                            tokenizer.control)
-        self.arrived, self.generator = queue.SimpleQueue(), None
+    def __init__(self, request: Request, tokenizer, window: int):
+        self.request = request
+        self.error: Exception | None = None
+        self.cancelled = False
+        self.generator: torch.Generator | None = None  # of a request with a seed
+        limit = min(request.limit, window - len(request.ids))
+        # any control token ends the reply: speaking as the user ends the turn, too
+        self.written = Text(tokenizer, limit, request.stop, tokenizer.control)
+        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # pieces; None: the end
 
-    text = property(lambda self: self.written.text)
-    count = property(lambda self: self.written.count)
-    ended = property(lambda self: "cancelled" if self.cancelled else self.written.ended)
+    @property
+    def text(self) -> str:
+        return self.written.text
 
-    def pieces(self, patience=None, every=0.0):
-        """Yields the text as it comes (with Request.stream; else nothing before the end), at most
-        once in `every` seconds, and "" after each `patience` seconds without any. Ends with the
-        text, or with `error`."""
+    @property
+    def count(self) -> int:
+        return self.written.count
+
+    @property
+    def ended(self) -> str | None:
+        return "cancelled" if self.cancelled else self.written.ended
+
+    def pieces(self, patience: float | None = None, every: float = 0.0) -> Iterator[str]:
+        """Yields the text as it is generated (without Request.stream, nothing before the end), at
+        most once in `every` seconds, and "" after each `patience` seconds without any. Ends with
+        the text, or with `error`."""
         done = False
         while not done:
             try:
@@ -79,21 +92,24 @@ class Reply:
             except queue.Empty:
                 yield ""
                 continue
-            while not self.arrived.empty():  # what has come meanwhile, at once
+            while not self.arrived.empty():  # whatever else has arrived, in one piece
                 new.append(self.arrived.get())
             done = new[-1] is None
-            if piece := "".join(new[:-1] if done else new):
+            if done:
+                new.pop()
+            piece = "".join(new)
+            if piece:
                 yield piece
                 if every and not done:
                     time.sleep(every)
 
-    def cancel(self):
-        """Nobody wants the rest: its row becomes free. Does nothing to a text that has ended."""
+    def cancel(self) -> None:
+        """Stop generating and free the row; a no-op if the text has ended."""
         self.cancelled = self.written.ended is None
 
-    def add(self, token):
-        """The engine's: one more token, or -1 if there is none because logits were not finite ->
-        whether the text goes on."""
+    def add(self, token: int) -> bool:
+        """Called by the engine with the next token, or -1 if its logits were not finite -> whether
+        the text continues."""
         if token == -1:
             self.fail(NonFinite())
         elif not self.cancelled and self.error is None:
@@ -104,43 +120,36 @@ class Reply:
                 self.arrived.put(None)
         return self.ended is None and self.error is None
 
-    def fail(self, error):
+    def fail(self, error: Exception) -> None:
         self.error = error
         self.arrived.put(None)
 
 
 class Engine:
-    """A model that writes up to `slots` texts at once, in a thread of its own, from `with` to its
-    end.
+    """A model that generates up to `slots` texts at once, in a thread that runs inside `with`.
 
     waiting: requests that may wait for a row; beyond, `submit` raises Busy. top_k: for all texts,
-    as in lib/decoding.py's draw. seed: of all draws but those of requests with a seed. graphs: of
-    Decoder. Raises BadInput if memory does not hold the cache.
+    as in lib/decoding.py's draw. seed: of the draws of requests without a seed. graphs: of Decoder.
+    Raises BadInput if memory is too small for the cache.
     """
 
-    def __init__(self, model, tokenizer, slots, waiting=256, top_k=0, seed=0, graphs=False):
-        self.tokenizer, self.slots, self.most_waiting, self.top_k = tokenizer, slots, waiting, top_k
-        self.device, self.window = next(model.parameters()).device, model.config.block_size
+    def __init__(self, model, tokenizer, slots: int, waiting: int = 256, top_k: int = 0,
+                 seed: int = 0, graphs: bool = False):
+        self.tokenizer = tokenizer
+        self.slots = slots
+        self.most_waiting = waiting
+        self.top_k = top_k
+        self.device = next(model.parameters()).device
+        self.window = model.config.block_size
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        per_token = 2 * model.config.n_layer * model.config.n_embd * compute_dtype(
-            self.device).itemsize
-        needed, there = slots * self.window * per_token, memory_bytes(self.device)
-        no_memory = (f"no memory for {slots:,} texts of {self.window:,} tokens, {needed / 1e9:,.1f} GB of keys and values: "
-                     "lower --slots")
-        if there and needed > there:
-            raise BadInput(no_memory)
-        try:
-            with autocast(self.device):
-                self.decoder = Decoder(model, slots, self.window, graphs=graphs)
-                self.decoder.fill(range(slots),
-                                  [[tokenizer.eot]] * slots)  # takes the cache's memory
-                self.decoder.step(torch.zeros(slots, dtype=torch.long, device=self.device))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise BadInput(no_memory) from error
-        # of the texts under way, row by row: replies; logits, fp32 (n, vocab_size); temperatures
-        # and top_p, see _choose
-        self.replies, self.logits, self.sampling = [], None, None
-        self.queue, self.closed, self.changed = collections.deque(), False, threading.Condition()
+        self.decoder = self._make_decoder(model, graphs)
+        # of the running texts, row by row
+        self.replies: list[Reply] = []
+        self.logits = None    # fp32 (n, vocab_size)
+        self.sampling = None  # temperatures and top_p, see _choose
+        self.queue: collections.deque[Reply] = collections.deque()
+        self.closed = False
+        self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self):
@@ -148,14 +157,15 @@ class Engine:
         return self
 
     def __exit__(self, *_):
-        """End all texts with Closed; the step under way is finished."""
+        """End all texts with Closed, after the running step."""
         with self.changed:
             self.closed = True
             self.changed.notify()
         self.thread.join()
 
-    def submit(self, request):
-        """-> the Reply that fills as the text is written. Raises Busy or Closed."""
+    def submit(self, request: Request) -> Reply:
+        """Queue a request -> the Reply that fills as the text is generated. Raises Busy or
+        Closed."""
         assert 0 < len(request.ids) < self.window and request.limit > 0
         reply = Reply(request, self.tokenizer, self.window)
         with self.changed:
@@ -169,7 +179,26 @@ class Engine:
             self.changed.notify()
         return reply
 
-    # the thread's own
+    def _make_decoder(self, model, graphs):
+        """A Decoder whose cache is allocated. Raises BadInput if there is no memory for it."""
+        config = model.config
+        per_token = 2 * config.n_layer * config.n_embd * compute_dtype(self.device).itemsize
+        needed = self.slots * self.window * per_token
+        no_memory = BadInput(f"no memory for {self.slots:,} texts of {self.window:,} tokens, "
+                             f"{needed / 1e9:,.1f} GB of keys and values: lower --slots")
+        available = memory_bytes(self.device)
+        if available and needed > available:
+            raise no_memory
+        try:
+            with autocast(self.device):
+                decoder = Decoder(model, self.slots, self.window, graphs=graphs)
+                decoder.fill(range(self.slots), [[self.tokenizer.eot]] * self.slots)
+                decoder.step(torch.zeros(self.slots, dtype=torch.long, device=self.device))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise no_memory from error
+        return decoder
+
+    # ---- run by the thread
 
     def _run(self):
         with autocast(self.device), torch.no_grad():
@@ -181,7 +210,7 @@ class Engine:
                     new = self._admit()
                 if new:
                     with self._failing(new):
-                        self._begin(new)
+                        self._prefill(new)
                 if self.replies:
                     with self._failing(self.replies):
                         self._step()
@@ -189,55 +218,66 @@ class Engine:
             reply.fail(Closed())
 
     def _admit(self):
-        """The requests that begin now, in the order in which they came: as many as rows are free
-        and PREFILL allows."""
-        new, longest = [], 0
+        """Take the oldest requests for which there are rows, within PREFILL."""
+        new = []
+        longest = 0
         while self.queue and len(self.replies) + len(new) < self.slots:
             longest = max(longest, len(self.queue[0].request.ids))
             if new and longest * (len(new) + 1) > PREFILL:
                 break
             reply = self.queue.popleft()
-            new += [] if reply.cancelled else [reply]
+            if not reply.cancelled:
+                new.append(reply)
         return new
 
-    def _begin(self, new):
+    def _prefill(self, new):
         n = len(self.replies)
         logits = self.decoder.fill(range(n, n + len(new)), [reply.request.ids for reply in new])
         for reply in new:
             if reply.request.seed is not None:
                 reply.generator = torch.Generator(self.device).manual_seed(reply.request.seed)
         self.logits = torch.cat((self.logits, logits)) if n else logits
-        self.replies, self.sampling = self.replies + new, None
+        self.replies = self.replies + new
+        self.sampling = None
 
     def _step(self):
         tokens = self._choose()
-        arrived = to_host(torch.where(self.logits.sum(dim=-1).isfinite(), tokens, -1))
-        self.logits = self.decoder.step(
-            tokens)  # a GPU runs it while the tokens before it are looked at
-        going_on = [reply.add(token) for reply, token in zip(self.replies, arrived(), strict=True)]
-        for row in range(len(going_on) - 1, -1,
-                         -1):  # from the last: the one that moves into a hole goes on
-            if not going_on[row]:
-                last = self.replies.pop()
-                if row < len(self.replies):
-                    self.decoder.move(len(self.replies), row)
-                    self.logits[row], self.replies[row] = self.logits[len(self.replies)], last
-                self.sampling = None
+        finite = self.logits.sum(dim=-1).isfinite()
+        arrived = to_host(torch.where(finite, tokens, -1))
+        self.logits = self.decoder.step(tokens)  # a GPU runs it while the host handles the tokens
+        running = [reply.add(token) for reply, token in zip(self.replies, arrived(), strict=True)]
+        # from the last row on, so that the text that fills a gap is always a running one
+        for row in reversed(range(len(running))):
+            if not running[row]:
+                self._free(row)
         self.logits = self.logits[:len(self.replies)]
+
+    def _free(self, row):
+        """Remove the text in `row`, and move the last text into the gap."""
+        reply = self.replies.pop()
+        last = len(self.replies)
+        if row < last:
+            self.decoder.move(last, row)
+            self.logits[row] = self.logits[last]
+            self.replies[row] = reply
+        self.sampling = None
 
     def _choose(self):
         """The next token of every row, int64 (n,)."""
-        if self.sampling is None:  # the same until a text begins or ends
-            heat = torch.tensor([[reply.request.temperature] for reply in self.replies])
-            share = torch.tensor([[reply.request.top_p] for reply in self.replies])
-            self.sampling = (heat.to(self.device) if heat.any() else 0, share.to(self.device) if
-                             (share < 1).any() else 1.0)
-        heat, share = self.sampling
-        tokens = draw(self.logits, heat, self.top_k, share, self.generator)
+        if self.sampling is None:  # unchanged until a text starts or ends
+            requests = [reply.request for reply in self.replies]
+            temperature = torch.tensor([[request.temperature] for request in requests])
+            top_p = torch.tensor([[request.top_p] for request in requests])
+            # numbers where all rows agree are faster
+            temperature = temperature.to(self.device) if temperature.any() else 0
+            top_p = top_p.to(self.device) if (top_p < 1).any() else 1.0
+            self.sampling = (temperature, top_p)
+        tokens = draw(self.logits, self.sampling[0], self.top_k, self.sampling[1], self.generator)
         for row, reply in enumerate(self.replies):
             if reply.generator:
-                heat, share = reply.request.temperature, reply.request.top_p
-                tokens[row] = draw(self.logits[row:row + 1], heat, self.top_k, share,
+                request = reply.request
+                logits = self.logits[row:row + 1]
+                tokens[row] = draw(logits, request.temperature, self.top_k, request.top_p,
                                    reply.generator)
         return tokens
 
@@ -247,10 +287,11 @@ class Engine:
         try:
             yield
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            print(f"{len(replies)} texts ended by {type(error).__name__}: {said}", file=sys.stderr,
-                  flush=True)
+            lines = str(error).splitlines() or [""]
+            print(f"{len(replies)} texts ended by {type(error).__name__}: {lines[0]}",
+                  file=sys.stderr, flush=True)
             for reply in replies:
                 reply.fail(error)
             if replies is self.replies:
-                self.replies, self.logits = [], None
+                self.replies = []
+                self.logits = None

@@ -64,7 +64,7 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(
     assert [re.search(r"; (\d) to go, ETA \d:\d\d:\d\d$", line)[1]
             for line in ends[:5]] == ["5", "4", "3", "2", "1"]
     assert ends[5].endswith(
-        "; the last one") and "The base comes first, then what costs most loss" in result.stdout
+        "; the last one") and "The base comes first, then the changes" in result.stdout
     assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in result.stdout
     assert not [*out.glob("*/*.pt")] and (out / "ablation.png").stat().st_size > 5000
 
@@ -127,17 +127,17 @@ def test_without_a_list_each_part_there_is_is_put_into_gpt2():
         ("--total_batch_size 250", "",
          "total_batch_size_250: --total_batch_size 250 must be a multiple of"),
         ("--val_tokens 99", "",
-         "val_tokens_99: --val_tokens is the base's to set, or losses do not compare"),
-        ("--data missing", "", "data_missing: --data is the base's to set"),
-        ("--max_steps 3", "", "max_steps_3: --max_steps is the base's to set"),
+         "val_tokens_99: --val_tokens must be the same as the base's, or losses do not compare"),
+        ("--data missing", "", "data_missing: --data must be the same as the base's"),
+        ("--max_steps 3", "", "max_steps_3: --max_steps must be the same as the base's"),
         ("x:--no-bias", "", "x_--no-bias: unexpected argument x:--no-bias"),
         ("--help", "", "help: leave --help out"),
         ("--sample_prompt seed --n_head 5", "",
          "must be a multiple of --n_head 5"),  # a value, not the flag
         ("--no-bias", "--resume auto", "base: leave --resume out"),
-        ("--sample_prompt " + 300 * "x", "", "give it a short one, `name: flags`"),
-        ("a: --no-bias\na: --pos rope", "", "'a' is no name of its own"),
-        ("base: --no-bias", "", "'base' is no name of its own"),
+        ("--sample_prompt " + 300 * "x", "", "give a short one, `name: flags`"),
+        ("a: --no-bias\na: --pos rope", "", "the name 'a' is missing or already used"),
+        ("base: --no-bias", "", "the name 'base' is missing or already used"),
         ("--data 'a b", "", "is not a list of flags (No closing quotation): close its quotes"),
         ("# nothing\n", "", "holds no change")
     ])
@@ -151,10 +151,10 @@ def test_what_cannot_be_run_ends_before_anything_is(data, tmp_path, text, base, 
 
 @pytest.mark.parametrize(
     "base, words, told",
-    [("--preset modern --max_steps 3", "--preset tiny", "--val_tokens is the base's to set"),
-     ("--preset gpt2 --epochs 1", "--preset modern --epochs 2", "--epochs is the base's to set"),
+    [("--preset modern --max_steps 3", "--preset tiny", "--val_tokens must be the same as the base's"),
+     ("--preset gpt2 --epochs 1", "--preset modern --epochs 2", "--epochs must be the same as the base's"),
      ("--preset tiny --tokens_per_param 1", "--pos learned",
-      "--tokens_per_param would give changes lengths of their own")])
+      "--tokens_per_param would give each change another length")])
 def test_what_a_preset_brings_must_compare_too(data, base, words, told):
     with pytest.raises(BadInput, match=re.escape(told)):
         ablate.check_flags([*base.split(), "--data", str(data)], words.split())
@@ -163,7 +163,7 @@ def test_what_a_preset_brings_must_compare_too(data, base, words, told):
 def test_a_run_that_is_not_its_own_is_left_alone(data, tmp_path):
     folder = train(data, tmp_path / "base_seed1", "--max_steps", "6")
     before = contents(folder)
-    with pytest.raises(BadInput, match="base_seed1 was not begun by ablate.py: give another --out"):
+    with pytest.raises(BadInput, match="base_seed1 was not started by ablate.py: give another --out"):
         ablate.main([
             "--out",
             str(tmp_path), "--seeds", "1", "--", *TINY_FLAGS, "--data",
@@ -185,7 +185,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(launch, data, tmp_pat
     result = launch("ablate.py", "--changes", "changes.txt", "--out", "out", "--seeds", "1", "--",
                     *TINY_FLAGS, "--data", data)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "1 of 3 runs did not come to their end, lost_seed1 as it says: train_gpt2.py: error: " in result.stderr
+    assert "1 of 3 runs failed, lost_seed1: train_gpt2.py: error: " in result.stderr
     assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"
                                          ] and "One seed proves little" in result.stdout
 
@@ -202,7 +202,7 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_pat
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         wait_for(lambda: logged(tmp_path / "out" / "base_seed7") > 40, process)
         process.send_signal(signal.SIGTERM)
-        assert "stopped: the same command goes on" in process.stderr.read()
+        assert "stopped: run the same command again to continue" in process.stderr.read()
         assert process.wait(60) == 130
     assert not (tmp_path / "out" / "no-bias_seed7").exists()
     stopped = max(step for step, kind in read_log(tmp_path / "out" / "base_seed7")

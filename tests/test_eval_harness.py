@@ -85,7 +85,7 @@ def test_one_and_two_processes_give_the_same_results(launch, checkpoint, tasks, 
         (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "there.json/more.json"
           ], "cannot write to there.json"),
         (["--checkpoint", "log/a/ckpt_00020.pt", "--output", "x" * 300
-          ], "too long for the name of a file"),
+          ], "too long for a file name"),
         (["--checkpoint", "log/a/ckpt_00020.pt", "--tasks", "piqa", "--data_dir", "nowhere"
           ], "no folder nowhere: it should hold <task>.jsonl"),
         (["--model", "gpt2", "--tasks", "piqa", "--data_dir", "tasks"
@@ -138,7 +138,7 @@ def test_results_of_other_tasks_are_written_where_one_fails(checkpoint, tmp_path
     ]
     with pytest.raises(
             BadInput, match=
-            r"no results of wikitext \(OverflowError: .*\): mend that, or leave it out of --tasks"):
+            r"no results of wikitext \(OverflowError: .*\): fix that, or leave it out of --tasks"):
         eval_harness.main([*flags, "--tasks", "wikitext,piqa"])
     saved = json.loads(checkpoint.with_name("eval_00020.json").read_text())
     assert saved["results"].keys() == {"piqa"} and "|piqa" in capsys.readouterr().out
@@ -385,13 +385,13 @@ def test_training_survives_tasks_that_fail_and_stops_within_one(tokenizer, tasks
     ]
     score, calls = harness.score, []
 
-    def stop_at_the_second(*args):
-        calls.append(args[-1]())  # `stopped`, the last argument
+    def stop_at_the_second(*args, stopped, **kwargs):
+        calls.append(stopped())
         if len(calls) == 4:  # piqa at step 4
             os.kill(os.getpid(), signal.SIGTERM)
-            while not args[-1]():
+            while not stopped():
                 time.sleep(0.01)
-        return score(*args)
+        return score(*args, stopped=stopped, **kwargs)
 
     monkeypatch.setattr(harness, "score", stop_at_the_second)
     train_gpt2.main([str(flag) for flag in flags])

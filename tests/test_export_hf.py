@@ -124,7 +124,6 @@ def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys
     assert "checked: " in capsys.readouterr().out
     assert (GPT.from_pretrained(out).eval()(idx)
             - model(idx)).abs().max() > 0.05 * model(idx).abs().max()
-    (config,), _ = export_hf.parse((export_hf.Config,), flags)
     assert (logging.get_verbosity(),
             logging.is_progress_bar_enabled()) == before  # silent during an export alone
     convert, weights = huggingface.convert, load_file(out / "model.safetensors")
@@ -135,17 +134,17 @@ def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys
         return made
 
     monkeypatch.setattr(huggingface, "convert", converted_wrongly)
-    with pytest.raises(BadInput, match="is not what the checkpoint is"):
-        export_hf.check(model, tokenizer, config)
+    with pytest.raises(BadInput, match="differs from the checkpoint"):
+        export_hf.check(model, tokenizer, str(out), "bfloat16")
     monkeypatch.undo()
     for factor in (1.01, torch.nan):
         save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * factor},
                   out / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(BadInput, match="is not what the checkpoint is"):
-            export_hf.check(model, tokenizer, config)
+        with pytest.raises(BadInput, match="differs from the checkpoint"):
+            export_hf.check(model, tokenizer, str(out), "bfloat16")
     model.lm_head.weight[5] = torch.nan
     with pytest.raises(BadInput, match="the model's logits are NaN"):
-        export_hf.check(model, tokenizer, config)
+        export_hf.check(model, tokenizer, str(out), "bfloat16")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):

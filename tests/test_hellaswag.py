@@ -9,7 +9,7 @@ import hellaswag
 from lib import checkpoint as checkpoints
 from lib.cli import BadInput
 from lib.devices import Processes
-from lib.evals.hellaswag import evaluate, render
+from lib.evals.hellaswag import count_correct, render
 from lib.rope import ContextConfig, extend
 
 
@@ -38,7 +38,7 @@ def test_one_and_two_processes_give_the_same_figures(launch, checkpoint, tokeniz
     items, want = hellaswag_items(12), []
     for style, names in (("completion", {"acc": 1,
                                          "acc_norm": 2}), ("lm_eval", {"lm_eval_acc_norm": 3})):
-        counts = evaluate(model, render(items[:9], tokenizer, style), Processes("cpu"))
+        counts = count_correct(model, render(items[:9], tokenizer, style), Processes("cpu"))
         want += [line(name, counts[k], 9) for name, k in names.items()]
     flags = [
         "--checkpoint", path.parent, "--file",
@@ -60,7 +60,7 @@ def test_a_longer_context_is_evaluated(launch, tokenizer, tmp_path):
                    extend(
                        tiny_checkpoint(path, tokenizer, init="xavier", block_size=48, pos="rope"),
                        ContextConfig(192, "yarn"))):
-        counts = evaluate(longer, render(items, tokenizer, "completion"), Processes("cpu"))
+        counts = count_correct(longer, render(items, tokenizer, "completion"), Processes("cpu"))
         want.append([line(name, counts[k], 12) for name, k in (("acc", 1), ("acc_norm", 2))])
     result = launch("hellaswag.py", "--checkpoint", path, "--file",
                     write_lines(tmp_path / "h.jsonl", items), "--device", "cpu", "--context", 192,

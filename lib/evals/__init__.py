@@ -1,1 +1,1 @@
-"""Evaluations. Each takes a model and knows no script."""
+"""Evaluations. Each takes a model; none imports a script."""

@@ -1,35 +1,44 @@
-"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): items, renderings, scores."""
+"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): items, prompts, accuracy."""
 
 import http.client
 import re
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lib import files
 from lib.cli import BadInput
-from lib.devices import autocast
+from lib.devices import Processes, autocast
 from lib.evals.scoring import score
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-ELSEWHERE = "name a local hellaswag_val.jsonl by --file, in training by --hellaswag_file"
-BATCH_TOKENS = 16_384  # tokens per forward pass, padding included; bounds the memory of the logits
+ELSEWHERE = "name a local hellaswag_val.jsonl with --file, in training with --hellaswag_file"
+BATCH_TOKENS = 16_384  # per forward pass, padding included; bounds the memory of the logits
+
+Question = tuple[int, list]  # label, and four rows of (context ids, ending ids, characters)
 
 
 class NotDownloaded(BadInput):
     """HellaSwag is not on this machine and cannot be downloaded."""
 
 
-def load(path=None):
-    """The items of a jsonl file (default: the validation split, downloaded once) as a list of dict.
+# --------------------------------------------------------------------------------------------------
+# Items
 
-    Raises NotDownloaded, or BadInput if the file cannot be read, or a line is not an item with
-    ctx, four endings and a label.
+
+def load(path: str | Path | None = None) -> list[dict]:
+    """The items of a jsonl file; by default the validation split, downloaded once.
+
+    Raises NotDownloaded, or BadInput if the file cannot be read or a line is not an item with ctx,
+    four endings and a label.
     """
-    remedy = ELSEWHERE if path else f"move the file away to download it again, or {ELSEWHERE}"
-    path = path or _download(Path("hellaswag/hellaswag_val.jsonl"))
+    remedy = ELSEWHERE
+    if not path:
+        path = _download(Path("hellaswag/hellaswag_val.jsonl"))
+        remedy = f"move the file away to download it again, or {ELSEWHERE}"
     items = files.read_rows(path, remedy, check_item)
     if not items:
         raise BadInput(f"{path} holds no HellaSwag items: {remedy}")
@@ -37,25 +46,34 @@ def load(path=None):
 
 
 def check_item(item):
-    """The item itself. Raises ValueError if it is not one."""
-    def texts(values):
-        return all(isinstance(value, str) and value for value in values)
-
-    whole = isinstance(item, dict) and texts([item.get("ctx")]) and isinstance(
-        item.get("endings"), list)
-    if not (whole and len(item["endings"]) == 4 and texts(item["endings"])
-            and type(item.get("label")) is int and 0 <= item["label"] < 4):
+    """Return the item. Raises ValueError if it is not one."""
+    if not has_choices(item):
         raise ValueError("not a HellaSwag item with ctx, four endings and a label from 0 to 3")
-    if not all(
-            isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
-        raise ValueError("not a HellaSwag item: activity_label, ctx_a and ctx_b must be text")
+    for name in ("activity_label", "ctx_a", "ctx_b"):
+        if not isinstance(item.get(name, ""), str):
+            raise ValueError("not a HellaSwag item: activity_label, ctx_a and ctx_b must be text")
     return item
 
 
-def _download(path):
-    """The file at `path`, downloaded if it is not there; of several processes by one.
+def has_choices(item):
+    """Whether an item has a ctx, four endings and the label of one of them."""
+    if not isinstance(item, dict) or not is_text(item.get("ctx")):
+        return False
+    endings = item.get("endings")
+    if not isinstance(endings, list) or len(endings) != 4 or not all(map(is_text, endings)):
+        return False
+    label = item.get("label")
+    return type(label) is int and 0 <= label < 4  # not a bool
 
-    Raises NotDownloaded, or BadInput if it cannot be written.
+
+def is_text(value):
+    return isinstance(value, str) and value != ""
+
+
+def _download(path):
+    """Download the validation split to `path` unless it exists; one process of several does.
+
+    Raises NotDownloaded, or BadInput if the file cannot be written.
     """
     if path.exists():
         return path
@@ -81,82 +99,103 @@ def _download(path):
     return path
 
 
-def render(items, tokenizer, style="completion"):
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def render(items: list[dict], tokenizer, style: str = "completion") -> list[Question]:
     """Items -> list of (label, four rows of (context ids, ending ids, characters of the ending)).
 
-    style "completion" is build-nanogpt's: the context, a space, the ending, each encoded by itself.
-    style "lm_eval" puts the activity before the context and cleans brackets (lm-evaluation-harness,
-    tasks/hellaswag); items need an activity_label for it. Nothing is cut here: scoring.score cuts
-    long rows as the harness does.
+    style "completion" is build-nanogpt's: the context, a space and the ending, each encoded
+    separately. style "lm_eval" is lm-evaluation-harness's: it puts the activity before the context
+    and cleans brackets; it needs items with an activity_label. Rows are not truncated here:
+    scoring.score truncates them as the harness does.
     """
     def encode(text):
         return tokenizer.encode(text).tolist()
 
-    rendered = []
+    questions = []
     for item in items:
-        context, endings = item["ctx"], item["endings"]
+        context = item["ctx"]
+        endings = item["endings"]
         if style == "lm_eval":
-            ctx_a, ctx_b = (
-                item["ctx_a"],
-                item["ctx_b"]) if "ctx_a" in item and "ctx_b" in item else split_context(context)
-            context = f"{ctx_a} {ctx_b.capitalize()}"
-            context, endings = clean(f"{item['activity_label']}: {context}"), [
-                clean(e) for e in endings
-            ]
-        context, rows = encode(context), []
+            context = harness_context(item)
+            endings = [clean(ending) for ending in endings]
+        context_ids = encode(context)
+        rows = []
         for ending in endings:
-            rows.append((context, encode(" " + ending), max(len(ending), 1)))
-        rendered.append((item["label"], rows))
-    return rendered
+            rows.append((context_ids, encode(" " + ending), max(len(ending), 1)))
+        questions.append((item["label"], rows))
+    return questions
 
 
-def split_context(ctx):
-    """The ctx of a file without ctx_a and ctx_b -> (ctx_a, ctx_b): what comes before, and the
-    sentence to complete, if any.
+def harness_context(item):
+    """The context of an item as lm-evaluation-harness writes it."""
+    if "ctx_a" in item and "ctx_b" in item:
+        ctx_a = item["ctx_a"]
+        ctx_b = item["ctx_b"]
+    else:
+        ctx_a, ctx_b = split_context(item["ctx"])
+    return clean(f"{item['activity_label']}: {ctx_a} {ctx_b.capitalize()}")
 
-    lm-evaluation-harness begins ctx_b with a capital letter; in ctx it begins with a small one.
+
+def split_context(ctx: str) -> tuple[str, str]:
+    """ctx -> (ctx_a, ctx_b) for files that hold ctx only: the finished sentences, and the start of
+    the sentence to complete, or "".
+
+    In ctx the start of that sentence is lower case; lm-evaluation-harness capitalizes ctx_b.
     """
     parts = re.fullmatch(r"(.*[.!?][\"')]*) +([a-z][^.!?]*)", ctx, re.DOTALL)
-    return parts.groups() if parts else (ctx, "")
+    if parts is None:
+        return ctx, ""
+    return parts[1], parts[2]
 
 
-def clean(text):
-    r"""What lm-evaluation-harness does to WikiHow's markup: titles become full stops, brackets go.
+def clean(text: str) -> str:
+    r"""Remove WikiHow's markup as lm-evaluation-harness does: " [title]" becomes a full stop, other
+    brackets are deleted.
 
-    Its re.sub(r"\[.*?\]", "", text) takes quadratic time on brackets that never close. Up to the
-    last closing one of a line, each search ends at a match.
+    The harness's re.sub(r"\[.*?\]", "", text) takes quadratic time on brackets that never close.
+    Up to the last closing bracket of a line, every search ends at a match.
     """
-    lines = [line.rpartition("]") for line in text.strip().replace(" [title]", ". ").split("\n")]
-    return "\n".join(re.sub(r"\[.*?\]", "", head + close) + tail
-                     for head, close, tail in lines).replace("  ", " ")
+    cleaned = []
+    for line in text.strip().replace(" [title]", ". ").split("\n"):
+        head, close, tail = line.rpartition("]")
+        cleaned.append(re.sub(r"\[.*?\]", "", head + close) + tail)
+    return "\n".join(cleaned).replace("  ", " ")
 
 
-def evaluate(model, rendered, processes, stopped=lambda: False):
-    """How many rendered items a model gets right, shared out over the processes.
+# --------------------------------------------------------------------------------------------------
+# Accuracy
 
-    model, stopped: as scoring.score takes them. Returns the counts [items, right by sum, right by
-    mean per token, right by mean per character], on every process those of all items. Raises
-    NonFinite and RankError, as scoring.score does.
+
+def count_correct(model, questions: list[Question], processes: Processes,
+                  stopped: Callable[[], bool] = lambda: False) -> list[int]:
+    """How many questions the model answers correctly, distributed over the processes.
+
+    model, stopped: as for scoring.score. Returns, on every process, the counts [questions, correct
+    by sum, by mean per token, by mean per character]. Raises NonFinite and RankError as
+    scoring.score does.
     """
-    rows = [row for _, four in rendered for row in four]
+    rows = [row for _, four in questions for row in four]
     pairs = ((context, ending) for context, ending, _ in rows)
     nats, _ = score(model, pairs, processes, BATCH_TOKENS, progress=processes.main, stopped=stopped)
     nats = np.reshape(nats, (-1, 4))
-    n_tokens = np.reshape([len(ending) for _, ending, _ in rows], (-1, 4))
-    n_chars = np.reshape([characters for _, _, characters in rows], (-1, 4))
-    labels = np.array([label for label, _ in rendered])
-    right = [
-        int((scores.argmax(axis=1) == labels).sum())
-        for scores in (nats, nats / n_tokens, nats / n_chars)
-    ]
-    return [len(rendered), *right]
+    tokens = np.reshape([len(ending) for _, ending, _ in rows], (-1, 4))
+    characters = np.reshape([count for _, _, count in rows], (-1, 4))
+    labels = np.array([label for label, _ in questions])
+    counts = [len(questions)]
+    for scores in (nats, nats / tokens, nats / characters):
+        correct = scores.argmax(axis=1) == labels
+        counts.append(int(correct.sum()))
+    return counts
 
 
-def tracked(cfg, tokenizer, processes, required):
-    """HellaSwag along a training run, by its flags --hellaswag_every and --hellaswag_file:
-    (model, micro_batch, stopped) -> {tag: acc_norm}.
+def tracked(cfg, tokenizer, processes: Processes, required: bool) -> Callable | None:
+    """HellaSwag during training, by --hellaswag_every and --hellaswag_file: a function (model,
+    micro_batch, stopped) -> {tag: acc_norm}.
 
-    Returns None, after a warning, if it cannot be downloaded and is not `required`.
+    Returns None, after a warning, if the data cannot be downloaded and are not `required`.
     """
     try:
         with processes.main_first():
@@ -165,14 +204,14 @@ def tracked(cfg, tokenizer, processes, required):
         if required:
             raise
         if processes.main:
-            line = f"warning: training goes on without HellaSwag: {error}"
+            line = f"warning: training continues without HellaSwag: {error}"
             print(line, file=sys.stderr, flush=True)
         return None
     questions = render(items, tokenizer)
 
     def run(model, micro_batch, stopped):
         with autocast(processes.device):
-            n, _, correct, _ = evaluate(model, questions, processes, stopped)
+            n, _, correct, _ = count_correct(model, questions, processes, stopped)
         return {"eval/hellaswag": correct / n}
 
     return run

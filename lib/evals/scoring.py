@@ -1,14 +1,16 @@
-"""Log-likelihoods of texts under a language model, many at a time: what all multiple-choice
-evaluations rest on.
+"""Log-likelihoods of many texts under a language model: the basis of all multiple-choice
+evaluations.
 
-Several processes share out the batches. Each makes the same number of forward passes, as a sharded
-model needs, and has all results.
+Batches are distributed over the processes. Every process makes the same number of forward passes,
+as a sharded model needs, and ends up with all results.
 """
 
 import collections
 import contextlib
 import zlib
 from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,116 +20,167 @@ from tqdm import tqdm
 
 from lib.cli import BadInput, RankError
 from lib.decoding import NonFinite
-from lib.devices import any_shape, to_device
+from lib.devices import Processes, any_shape, to_device
+
+# Token ids are kept as bytes: hundreds of thousands of lists would keep Python's garbage collector
+# busy for longer than the GPU computes.
+ID_TYPE = "i"
+ID_BYTES = array(ID_TYPE).itemsize
+
+
+class Batch(NamedTuple):
+    """One forward pass. Each of its n scored tokens has a target and belongs to a pair."""
+    tokens: np.ndarray   # int64 (B, T), padded on the right
+    rows: np.ndarray     # int64 (n,), where the logits of each target are
+    columns: np.ndarray  # int64 (n,)
+    targets: np.ndarray  # int64 (n,)
+    owners: np.ndarray   # int64 (n,), index of the pair
 
 
 @torch.no_grad()
-def score(model, pairs, processes, batch_tokens, batch_size=None, progress=False,
-          stopped=lambda: False):
+def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Processes,
+          batch_tokens: int, *, batch_size: int | None = None, progress: bool = False,
+          stopped: Callable[[], bool] = lambda: False) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods of continuations given their contexts, in batches of similar length.
 
     model: callable, int64 (B, T) and logits_at=(rows, columns), int64 (n,) each -> the logits at
-    these positions, fp32 (n, vocab_size); its config.block_size is the window. The caller sets
-    autocast and eval mode. pairs: iterable of (context, continuation), lists of token ids, the
-    context not empty; the same on every process. What exceeds the window loses the beginning of its
-    context; a continuation longer than the window is scored in pieces, each with all the context
-    that fits, as lm-evaluation-harness's rolling windows do. batch_tokens: tokens per forward pass,
-    padding included. batch_size: sequences per forward pass instead. stopped: asked before every
-    forward pass, equally often on every process, and answering the same on all; once true, the rest
-    is left out and the result meaningless.
+    these positions, fp32 (n, vocab_size); model.config.block_size is the window. The caller sets
+    autocast and eval mode. pairs: (context, continuation), lists of token ids, the same on every
+    process; the context is not empty. A pair longer than the window loses the start of its context.
+    A continuation longer than the window is scored in pieces, each with all the context that fits,
+    as in lm-evaluation-harness's rolling windows.
 
-    Returns, whole on every process, float64 (pairs,), nats, and bool (pairs,), whether greedy
-    decoding would generate the continuation. Raises NonFinite, and RankError for what one process
-    of several meets alone.
+    batch_tokens: tokens per forward pass, padding included. batch_size: sequences per forward pass
+    instead. stopped: called before every forward pass on every process, with the same answer on
+    all; once true, the remaining pairs are skipped and the result is meaningless.
+
+    Returns, on every process, the log-likelihoods in nats, float64 (pairs,), and whether greedy
+    decoding would generate each continuation, bool (pairs,). Raises NonFinite, and RankError for an
+    error of one process of several.
     """
-    # ids as bytes: hundreds of thousands of lists would keep Python's garbage collector busy longer
-    # than the GPU
-    rows = collections.defaultdict(
-        list)  # input -> what is read off its end; answers of one token share the input
-    number, ids, digest, window = 0, array("i"), 0, model.config.block_size
-    for index, (context, continuation) in enumerate(pairs):
-        number, ids = index + 1, array("i", context + continuation)
-        digest = zlib.crc32(ids, digest)
-        for start in range(len(context), len(ids), window):
-            end = min(start + window, len(ids))
-            rows[ids[max(end - 1 - window, 0):end - 1].tobytes()].append(
-                (index, ids[start:end].tobytes()))
-    if processes.sum([digest,
-                      number]) != [digest * processes.world_size, number * processes.world_size]:
-        raise RankError(
-            "the processes were given different texts: see that all read the same files, and start again"
-        )
-    batches, start = [], 0
-    order = sorted(rows, key=len,
-                   reverse=True)  # the longest first: what does not fit into memory says so at once
-    while start < len(order):
-        n = batch_size or max(batch_tokens // (len(order[start]) // ids.itemsize), 1)
-        batches.append(order[start:start + n])
-        start += n
-
-    owners, nats, hits, bar = [], [], [], tqdm(
-        total=len(rows), desc="scoring", leave=False, delay=2,
-        disable=None if progress else True)  # None: only without a terminal
+    inputs, number, digest = collect_inputs(pairs, model.config.block_size)
+    check_same_pairs(number, digest, processes)
+    batches = make_batches(inputs, batch_tokens, batch_size)
+    owners, nats, hits = [], [], []
+    bar = tqdm(total=len(inputs), desc="scoring", leave=False, delay=2,
+               disable=None if progress else True)  # None: only without a terminal
     for first in range(0, len(batches), processes.world_size):
         if stopped():
             break
         mine = first + processes.rank
-        batch = batches[min(
-            mine,
-            len(batches) - 1)]  # none left for this process: one again, for the sake of equal work
-        length = np.array([len(row) for row in batch]) // ids.itemsize
-        tokens = np.zeros((len(batch), length[0]),
-                          dtype=np.int64)  # padded on the right, where a causal model never looks
-        tokens[np.arange(length[0]) < length[:,
-                                             None]] = np.frombuffer(b"".join(batch), ids.typecode)
-        parts = [(row, index, targets)
-                 for row, key in enumerate(batch)
-                 for index, targets in rows[key]]
-        row, index, count = np.array([(row, index, len(targets) // ids.itemsize)
-                                      for row, index, targets in parts]).T
-        ahead = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count,
-                                                   count)  # 0, 1, ... in every part
-        column = np.repeat(length[row] - count, count) + ahead
-        target = np.frombuffer(b"".join(targets for _, _, targets in parts), ids.typecode)
+        # a process without a batch of its own repeats the last one, so that all work equally
+        batch = collate(batches[min(mine, len(batches) - 1)], inputs)
         with failing_alone(processes), any_shape():
-            target = to_device(target.astype(np.int64), processes.device)  # (n,) tokens scored
-            at = to_device(np.repeat(row, count),
-                           processes.device), to_device(column, processes.device)
-            logits = model(to_device(tokens, processes.device), logits_at=at)  # (n, vocab_size)
+            targets = to_device(batch.targets, processes.device)
+            rows = to_device(batch.rows, processes.device)
+            columns = to_device(batch.columns, processes.device)
+            tokens = to_device(batch.tokens, processes.device)
+            logits = model(tokens, logits_at=(rows, columns))  # (n, vocab_size)
             if mine < len(batches):
-                owners.append(np.repeat(index, count))
-                nats.append(-F.cross_entropy(logits, target, reduction="none"))
-                hits.append(logits.argmax(dim=-1) == target)
+                owners.append(batch.owners)
+                nats.append(-F.cross_entropy(logits, targets, reduction="none"))
+                hits.append(logits.argmax(dim=-1) == targets)
         bar.update(sum(map(len, batches[first:first + processes.world_size])))
     bar.close()
-    totals = np.zeros(
-        (2, number)
-    )  # nats, and tokens that greedy decoding would not generate; zero for empty continuations
+
+    # Per pair: nats, and tokens that greedy decoding would not generate. Both are zero for empty
+    # continuations.
+    totals = np.zeros((2, number))
     if owners:
-        nats, misses = torch.cat(nats).cpu().numpy(), ~torch.cat(hits).cpu().numpy()
-        owners = np.concatenate(owners)
-        totals = np.stack(
-            [np.bincount(owners, weights=values, minlength=number) for values in (nats, misses)])
-    nats, missed = np.reshape(processes.sum(totals.flatten().tolist()), (2, number))
-    if not np.isfinite(nats).all():
+        owner = np.concatenate(owners)
+        misses = ~torch.cat(hits).cpu().numpy()
+        totals[0] = np.bincount(owner, torch.cat(nats).cpu().numpy(), minlength=number)
+        totals[1] = np.bincount(owner, misses, minlength=number)
+    total_nats, missed = np.reshape(processes.sum(totals.flatten().tolist()), (2, number))
+    if not np.isfinite(total_nats).all():
         raise NonFinite
-    return nats, missed == 0
+    return total_nats, missed == 0
+
+
+def collect_inputs(pairs, window):
+    """Pairs -> ({input: [(index of the pair, targets)]}, number of pairs, checksum of all ids).
+
+    The targets are scored at the end of the input. Inputs and targets are ids as bytes. Answers of
+    one token share an input.
+    """
+    inputs = collections.defaultdict(list)
+    number = 0
+    digest = 0
+    for index, (context, continuation) in enumerate(pairs):
+        number = index + 1
+        ids = array(ID_TYPE, context + continuation)
+        digest = zlib.crc32(ids, digest)
+        for start in range(len(context), len(ids), window):
+            end = min(start + window, len(ids))
+            last = end - 1  # the last target is not an input
+            key = ids[max(last - window, 0):last].tobytes()
+            inputs[key].append((index, ids[start:end].tobytes()))
+    return inputs, number, digest
+
+
+def check_same_pairs(number, digest, processes):
+    """Raises RankError unless all processes have the same pairs."""
+    total = processes.sum([number, digest])
+    if total != [number * processes.world_size, digest * processes.world_size]:
+        raise RankError("the processes have different texts to score: make sure that all read the "
+                        "same files, and start again")
+
+
+def make_batches(inputs, batch_tokens, batch_size):
+    """Inputs -> lists of inputs of similar length.
+
+    The longest come first, so that running out of memory shows at once.
+    """
+    order = sorted(inputs, key=len, reverse=True)
+    batches = []
+    start = 0
+    while start < len(order):
+        longest = len(order[start]) // ID_BYTES
+        n = batch_size or max(batch_tokens // longest, 1)
+        batches.append(order[start:start + n])
+        start += n
+    return batches
+
+
+def collate(batch, inputs):
+    """A list of inputs, the longest first -> Batch."""
+    lengths = np.array([len(key) for key in batch]) // ID_BYTES
+    longest = lengths[0]
+    tokens = np.zeros((len(batch), longest), dtype=np.int64)
+    tokens[np.arange(longest) < lengths[:, None]] = from_bytes(batch)
+    parts = []
+    for row, key in enumerate(batch):
+        for index, targets in inputs[key]:
+            parts.append((row, index, targets))
+    row = np.array([part[0] for part in parts])
+    index = np.array([part[1] for part in parts])
+    count = np.array([len(part[2]) // ID_BYTES for part in parts])
+    first = np.repeat(np.cumsum(count) - count, count)
+    ahead = np.arange(count.sum()) - first  # 0, 1, ... within every part
+    columns = np.repeat(lengths[row] - count, count) + ahead
+    targets = from_bytes(part[2] for part in parts)
+    return Batch(tokens, np.repeat(row, count), columns, targets, np.repeat(index, count))
+
+
+def from_bytes(parts):
+    """Ids as bytes, in parts -> one array, int64 (n,)."""
+    return np.frombuffer(b"".join(parts), ID_TYPE).astype(np.int64)
 
 
 @contextlib.contextmanager
-def failing_alone(processes):
-    """Of several processes, one that fails in the block raises RankError, which ends all: the
+def failing_alone(processes: Processes) -> Iterator[None]:
+    """Turn an error of one process of several into a RankError, which ends them all; otherwise the
     others would wait for it."""
     try:
         yield
     except (BadInput, dist.DistBackendError):
         raise
     except Exception as error:
-        if processes.world_size == 1 or "gloo" in str(
-                error):  # gloo: another process has failed, and says why
+        another_failed = "gloo" in str(error)  # and reports why
+        if processes.world_size == 1 or another_failed:
             raise
-        memory = isinstance(error, torch.OutOfMemoryError)
-        reason = "out of memory" if memory else f"{type(error).__name__}: {str(error)[:100]}"
-        raise RankError(
-            f"an evaluation failed on process {processes.rank} ({reason}): mend that and start again"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "out of memory"
+        raise RankError(f"an evaluation failed on process {processes.rank} ({reason}): fix that "
+                        "and start again") from error

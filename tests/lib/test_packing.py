@@ -78,7 +78,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_one_conversation_at_a_time
         torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4,
                                    atol=1e-3 * wanted[name].abs().max().item() + 1e-6, msg=name)
     with torch.no_grad():
-        logits, seeing_all = model(ids, kv_cache=Packed(documents)), model(ids)
+        logits, seeing_all = model(ids, packed=Packed(documents)), model(ids)
         for row, members in enumerate(packing.of(0)[0]):
             for document, i in enumerate(members, 1):
                 alone = model(torch.tensor([conversations[i][0][:-1]]))[0]

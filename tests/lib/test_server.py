@@ -16,7 +16,8 @@ import lib.server
 from lib.chat_template import render
 from lib.cli import BadInput
 from lib.decoding import SampleConfig
-from lib.server import BODY_LIMIT, PAGE, Api, Server, is_loopback
+from lib.openai_api import Api
+from lib.server import BODY_LIMIT, PAGE, Server, is_loopback
 from lib.serving import Engine
 from train_gpt2 import load_checkpoint
 

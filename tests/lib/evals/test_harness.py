@@ -76,7 +76,7 @@ def run_both(adapters, manager, names, data):
     results, requests = [], []
     for lm in adapters:
         tasks = harness.load_tasks(manager, names, data)
-        results.append(harness.evaluate(lm, tasks))
+        results.append(harness.run_tasks(lm, tasks))
         requests.append([(task.task_name, one.args, one.resps[0])
                          for task in tasks
                          for one in task.instances])
@@ -378,7 +378,7 @@ def test_local_files_ask_no_network(manager, data, monkeypatch):
 
 
 def test_local_files_are_of_single_tasks(manager, data):
-    with pytest.raises(BadInput, match="ai2_arc is a set of them"):
+    with pytest.raises(BadInput, match="ai2_arc is a group"):
         harness.load_tasks(manager, ["ai2_arc"], data)
 
 
@@ -446,30 +446,29 @@ def test_all_of_the_harness_is_there():
 
 
 def test_too_little_memory_has_its_own_remedy(adapters, manager, data, monkeypatch):
-    def score(*args):
+    def score(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(harness, "score", score)
-    results = harness.evaluate(adapters[0], harness.load_tasks(manager, ["piqa"], data))
-    assert results == {
-        "failed": {"piqa": "out of memory: eval_harness.py with a smaller --batch_size takes less"}
-    }
+    results = harness.run_tasks(adapters[0], harness.load_tasks(manager, ["piqa"], data))
+    reason = "out of memory: run eval_harness.py with a smaller --batch_size"
+    assert results == {"failed": {"piqa": reason}}
 
 
 def test_processes_that_lost_each_other_are_no_failed_task(adapters, manager, data, monkeypatch):
-    def score(*args):
+    def score(*args, **kwargs):
         raise torch.distributed.DistBackendError("NCCL error")
 
     monkeypatch.setattr(harness, "score", score)
     with pytest.raises(torch.distributed.DistBackendError):
-        harness.evaluate(adapters[0], harness.load_tasks(manager, ["piqa"], data))
+        harness.run_tasks(adapters[0], harness.load_tasks(manager, ["piqa"], data))
 
 
 def test_a_task_that_fails_loses_no_other_s_results(adapters, manager, data, tmp_path):
     write_lines(tmp_path / "wikitext.jsonl",
                 [{"page": "one_word_of_very_many_letters" * 90}])  # exp(nats / words) overflows
     shutil.copy(data / "piqa.jsonl", tmp_path)
-    results = harness.evaluate(adapters[0],
+    results = harness.run_tasks(adapters[0],
                                harness.load_tasks(manager, ["wikitext", "piqa"], tmp_path))
     assert results["results"].keys() == harness.headlines(results).keys() == {"piqa"}
     assert results["failed"]["wikitext"].startswith("OverflowError")
@@ -480,7 +479,7 @@ def test_a_model_that_diverged_has_no_results(model, manager, data, processes):
     broken.lm_head.weight.data.fill_(math.nan)
     lm = harness.adapter(broken, load_tokenizer("gpt2"), processes)
     with pytest.raises(NonFinite):
-        harness.evaluate(lm, harness.load_tasks(manager, ["piqa"], data))
+        harness.run_tasks(lm, harness.load_tasks(manager, ["piqa"], data))
     with pytest.raises(NonFinite):
         lm.generate_until([request("generate_until", "a", {"until": ["."]})])
 
@@ -488,7 +487,7 @@ def test_a_model_that_diverged_has_no_results(model, manager, data, processes):
 def test_once_stopped_no_forward_pass_is_made(model, manager, data, processes):
     silent = SimpleNamespace(config=model.config)  # cannot be called
     lm = harness.adapter(silent, load_tokenizer("gpt2"), processes, stopped=lambda: True)
-    assert harness.evaluate(lm, harness.load_tasks(manager, ["piqa"], data))["failed"] == {}
+    assert harness.run_tasks(lm, harness.load_tasks(manager, ["piqa"], data))["failed"] == {}
     assert lm.generate_until([request("generate_until", "a", {"until": ["."]})]) == [""]
 
 
@@ -497,7 +496,7 @@ def test_tasks_that_cannot_run(adapters, manager, data, monkeypatch):
     several = SimpleNamespace(
         world_size=7)  # the harness's own adapter gives each process a share of the items
     with pytest.raises(BadInput, match="piqa: 6 items for 7 processes: raise --limit"):
-        harness.evaluate(several, tasks)
+        harness.run_tasks(several, tasks)
     monkeypatch.setattr(type(tasks[0]), "UNSAFE_CODE", True, raising=False)
-    with pytest.raises(BadInput, match="piqa runs code that a model wrote"):
+    with pytest.raises(BadInput, match="piqa runs model-written code"):
         harness.load_tasks(manager, ["piqa"], data)

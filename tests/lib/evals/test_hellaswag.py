@@ -51,11 +51,11 @@ def test_the_three_scores_choose_by_sum_by_token_and_by_character():
     ]]
     for label in range(4):
         want = [1, int(label == 0), int(label == 1), int(label == 2)]
-        assert hellaswag.evaluate(Prices(), [(label, rows)], Processes("cpu")) == want
+        assert hellaswag.count_correct(Prices(), [(label, rows)], Processes("cpu")) == want
     items = [(label, rows) for label in (0, 1, 1, 2, 2, 2)]
-    assert hellaswag.evaluate(Prices(), items, Processes("cpu")) == [6, 1, 2, 3]
+    assert hellaswag.count_correct(Prices(), items, Processes("cpu")) == [6, 1, 2, 3]
     assert run_together(
-        4, lambda processes: hellaswag.evaluate(Prices(), items, processes)) == [[6, 1, 2, 3]] * 4
+        4, lambda processes: hellaswag.count_correct(Prices(), items, processes)) == [[6, 1, 2, 3]] * 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_what_is_longer_than_the_context_is_cut_as_the_harness_cuts_it(tokenizer
     real = hellaswag.score
     monkeypatch.setattr(hellaswag, "score",
                         lambda *args, **how: scored.append(real(*args, **how)) or scored[-1])
-    hellaswag.evaluate(model, hellaswag.render([item], tokenizer, "lm_eval"), Processes("cpu"))
+    hellaswag.count_correct(model, hellaswag.render([item], tokenizer, "lm_eval"), Processes("cpu"))
     (nats, _), = scored
     context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}".replace(
         "  ", " ")
