@@ -1,5 +1,5 @@
-"""What all tests share: GPT-2's tokenizer without a download, and the real scripts launched as a
-user would."""
+"""Fixtures of all tests: GPT-2's tokenizer without a download, launches of the scripts, data and
+trained checkpoints."""
 
 import importlib.util
 import os
@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from helpers import ROOT, chat_checkpoint, sentences, write_data
 from runs import KINDS, train
 
 from lib.tokenizers import train_bpe
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def pytest_configure(config):
@@ -32,6 +35,7 @@ def pytest_configure(config):
         os.replace(partial, folder / key)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= ONE_THREAD
     torch.set_num_threads(1)
     # started in the background: scripts that are sent Ctrl-C would inherit it
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -44,19 +48,37 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
 
 
+@pytest.fixture(scope="session")
+def server():
+    """The server that forks the scripts' processes; started by the first test that needs it."""
+    with forks.Server() as server:
+        yield server
+
+
 @pytest.fixture
-def launch(tmp_path):
-    """launch("fineweb.py", "--out", "x", processes=1) runs the real script in tmp_path ->
-    CompletedProcess (text)."""
-    def run(script, *flags, processes=1, cwd=tmp_path, timeout=120, env=None):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [
-            sys.executable, *(torchrun if processes > 1 else []),
-            str(ROOT / script), *map(str, flags)
-        ]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), check=False)
+def launch(request, tmp_path):
+    """launch("fineweb.py", "--out", "x") runs a script in tmp_path -> CompletedProcess (text).
+
+    processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
+    real: then Python or torchrun starts them, as a user would. Real as well where Python itself has
+    to read `env`.
+    """
+    def run(script, *flags, processes=1, cwd=tmp_path, timeout=600, env=None, real=False):
+        words = [str(ROOT / script), *map(str, flags)]
+        env = env or {}
+        if real or not forks.POSSIBLE or any(name.startswith("PYTHON") for name in env):
+            return run_real(words, cwd, env, processes, timeout)
+        server = request.getfixturevalue("server")
+        return forks.run(server, words, cwd, os.environ | env, processes, timeout)
     return run
+
+
+def run_real(words, cwd, env, processes, timeout):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | ONE_THREAD | env, check=False)
 
 
 @pytest.fixture(scope="session")
