@@ -42,21 +42,18 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_unconfigure():
+    forks.close()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
 
 
-@pytest.fixture(scope="session")
-def server():
-    """The server that forks the scripts' processes; started by the first test that needs it."""
-    with forks.Server() as server:
-        yield server
-
-
 @pytest.fixture
-def launch(request, tmp_path):
+def launch(tmp_path):
     """launch("fineweb.py", "--out", "x") runs a script in tmp_path -> CompletedProcess (text).
 
     processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
@@ -68,8 +65,7 @@ def launch(request, tmp_path):
         env = env or {}
         if real or not forks.POSSIBLE or any(name.startswith("PYTHON") for name in env):
             return run_real(words, cwd, env, processes, timeout)
-        server = request.getfixturevalue("server")
-        return forks.run(server, words, cwd, os.environ | env, processes, timeout)
+        return forks.run(words, cwd, os.environ | env, processes, timeout)
     return run
 
 

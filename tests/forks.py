@@ -11,6 +11,7 @@ Linux only: torch's libraries on macOS do not survive a fork.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -38,9 +39,9 @@ SERVER = "import sys; sys.path[0] = {!r}; import forks; exec(forks.main())"
 
 
 class Server:
-    """The server as seen by the tests. Use as a context; one per pytest process."""
+    """The server as seen by the tests."""
 
-    def __enter__(self):
+    def __init__(self):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
@@ -48,25 +49,37 @@ class Server:
                 [sys.executable, "-c", SERVER.format(os.path.dirname(__file__)),
                  str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, env=os.environ | one_thread)
-        return self
 
-    def __exit__(self, *_):
+    def close(self):
         self.control.close()  # the server ends when it reads this
         self.process.wait()
 
-    def start(self, words, cwd, stdout, stderr, envs, ignored=()):
-        """Start `script, *flags` once per environment in `envs`, as torchrun starts its workers.
 
-        stdout, stderr: files. ignored: signals that the processes ignore from their start.
-        Returns a Group.
-        """
-        request = {"words": [str(word) for word in words], "cwd": str(cwd), "envs": envs,
-                   "ignored": [int(number) for number in ignored]}
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
-            socket.send_fds(self.control, [json.dumps(request).encode()], files)
-        return Group(ours)
+@functools.cache
+def server():
+    """The server of this process, started by the first test that needs it."""
+    return Server()
+
+
+def close():
+    if server.cache_info().currsize:
+        server().close()
+        server.cache_clear()
+
+
+def start(words, cwd, stdout, stderr, envs, ignored=()):
+    """Start `script, *flags`, or `-c, code, *flags`, once per environment in `envs`.
+
+    stdout, stderr: files. ignored: signals that the processes ignore from their start.
+    Returns a Group.
+    """
+    request = {"words": [str(word) for word in words], "cwd": str(cwd), "envs": envs,
+               "ignored": [int(number) for number in ignored]}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        socket.send_fds(server().control, [json.dumps(request).encode()], files)
+    return Group(ours)
 
 
 class Group:
@@ -116,7 +129,7 @@ class Group:
         self.send_signal(signal.SIGKILL)
 
 
-def run(server, words, cwd, env, processes=1, timeout=None):
+def run(words, cwd, env, processes=1, timeout=None):
     """Run a script to its end in one or several forked processes -> CompletedProcess (text)."""
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(tempfile.TemporaryFile("w+"))
@@ -124,7 +137,7 @@ def run(server, words, cwd, env, processes=1, timeout=None):
         envs = [env]
         if processes > 1:
             store, envs = workers(env, processes)
-        group = stack.enter_context(server.start(words, cwd, out, err, envs))
+        group = stack.enter_context(start(words, cwd, out, err, envs))
         try:
             group.wait(timeout)
         except BaseException:
@@ -209,7 +222,7 @@ def keep(request, files):
 
 
 def become(request, env, output):
-    """Make this process what a shell would start for the request -> its script."""
+    """Make this process what a shell would start for the request -> its code."""
     stdout, stderr = output
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
@@ -220,22 +233,31 @@ def become(request, env, output):
     os.environ.update(env)
     time.tzset()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
-    sys.argv = request["words"]
-    script = sys.argv[0]
+    return program(request["words"])
+
+
+def program(words):
+    """`script, *flags` or `-c, code, *flags` -> compiled code, its arguments and path set."""
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path[0] = ""
+        return compile(words[1], "<string>", "exec")
+    sys.argv = words
+    script = words[0]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    return script
+    sys.modules["__main__"].__file__ = script
+    return compile(Path(script).read_text(), script, "exec")
 
 
 def main():
-    """Serve -> the code of the script that a forked process runs; its caller is `__main__`."""
+    """Serve -> the code that a forked process runs. To be called by `__main__`, which runs it."""
     control = socket.socket(fileno=int(sys.argv[1]))
     for name in PRELOADED:
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes its end
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy every page that it looks at
-    script = become(*serve(control))
-    sys.modules["__main__"].__file__ = script
-    return compile(Path(script).read_text(), script, "exec")
+    return become(*serve(control))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from helpers import ROOT, TINY_FLAGS
@@ -70,23 +71,26 @@ def cut(source, to, step):
 @contextlib.contextmanager
 def running(words, out, torchrun=(), on_hangup=signal.SIG_DFL):
     """The real train_gpt2.py in the background, what it prints in the file `out`; ended with the
-    block at the latest."""
-    start = [
-        sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
-        str(ROOT / "train_gpt2.py")
-    ]
-    with open(out, "w") as file, subprocess.Popen(
-            [*start, *words], stdout=file, stderr=subprocess.STDOUT, cwd=out.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=hang_up(on_hangup)) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(40)
-                except subprocess.TimeoutExpired:
+    block at the latest. Forked (forks.py), or started by torchrun with the flags `torchrun`."""
+    words = [str(ROOT / "train_gpt2.py"), *words]
+    with open(out, "w") as file:
+        process = start(words, file, torchrun, on_hangup)
+        with process:
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
                     process.kill()
+
+
+def start(words, file, torchrun, on_hangup):
+    cwd = Path(file.name).parent
+    if forks.POSSIBLE and not torchrun:
+        ignored = [signal.SIGHUP] if on_hangup == signal.SIG_IGN else []
+        return forks.start(words, cwd, file, file, [dict(os.environ)], ignored)
+    python = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else [])]
+    return subprocess.Popen([*python, *words], stdout=file, stderr=subprocess.STDOUT, cwd=cwd,
+                            preexec_fn=hang_up(on_hangup))
 
 
 def hang_up(action):
@@ -94,14 +98,14 @@ def hang_up(action):
     return lambda: signal.signal(signal.SIGHUP, action)
 
 
-def wait_for(condition, process, seconds=60):
-    """Poll until `condition()` holds, while `process` runs."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process.poll() is None and time.monotonic(
-        ) < end, f"ended with {process.poll()} before what was waited for"
+def wait_for(condition, process):
+    """Poll until `condition()` holds, while `process` runs -> its value."""
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert process.poll() is None, f"ended with exit code {process.returncode} too early"
         time.sleep(0.002)
-    return value
 
 
 def worker(agent, rank):
