@@ -57,15 +57,13 @@ def launch(tmp_path):
     """launch("fineweb.py", "--out", "x") runs a script in tmp_path -> CompletedProcess (text).
 
     processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
-    real: then Python or torchrun starts them, as a user would. Real as well where Python itself has
-    to read `env`.
+    real: then Python or torchrun starts them, as a user would.
     """
     def run(script, *flags, processes=1, cwd=tmp_path, timeout=600, env=None, real=False):
         words = [str(ROOT / script), *map(str, flags)]
-        env = env or {}
-        if real or not forks.POSSIBLE or any(name.startswith("PYTHON") for name in env):
-            return run_real(words, cwd, env, processes, timeout)
-        return forks.run(words, cwd, os.environ | env, processes, timeout)
+        env = os.environ | (env or {})
+        run_them = run_real if real or not forks.POSSIBLE else forks.run
+        return run_them(words, cwd, env, processes, timeout)
     return run
 
 
@@ -74,7 +72,7 @@ def run_real(words, cwd, env, processes, timeout):
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run([*start, *words], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | ONE_THREAD | env, check=False)
+                          timeout=timeout, env=env, check=False)
 
 
 @pytest.fixture(scope="session")

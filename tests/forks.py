@@ -236,6 +236,8 @@ def become(request, env, output):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
+    if "PYTHONPATH" in env:
+        sys.path[1:1] = env["PYTHONPATH"].split(os.pathsep)
     return program(request["words"])
 
 

@@ -55,12 +55,12 @@ def test_code_and_its_arguments(tmp_path):
 
 
 def test_processes_meet_and_one_that_fails_ends_the_others(tmp_path):
-    meet = "import torch.distributed as dist; dist.init_process_group('gloo'); rank = dist.get_rank()\n"
-    show = "dist.barrier(); print(rank); dist.destroy_process_group()"
+    meet = "import torch.distributed as dist\ndist.init_process_group('gloo')\n"
+    show = "dist.barrier(); print(dist.get_rank()); dist.destroy_process_group()"
     done = forks.run(["-c", meet + show], tmp_path, dict(os.environ), processes=2)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == ["0", "1"]
-    fail = "import sys, time; time.sleep(3600) if rank else sys.exit(5)"
+    fail = "import sys, time; time.sleep(3600) if dist.get_rank() else sys.exit(5)"
     assert forks.run(["-c", meet + fail], tmp_path, dict(os.environ), processes=2).returncode == 5
 
 
