@@ -5,15 +5,14 @@ import importlib.util
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import forks
 import pytest
 import torch
 from helpers import ROOT, chat_checkpoint, sentences, write_data
-from runs import KINDS, train
+from runs import KINDS, run_script, train
 
 from lib.tokenizers import train_bpe
 
@@ -54,25 +53,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch("fineweb.py", "--out", "x") runs a script in tmp_path -> CompletedProcess (text).
-
-    processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
-    real: then Python or torchrun starts them, as a user would.
-    """
-    def run(script, *flags, processes=1, cwd=tmp_path, timeout=600, env=None, real=False):
-        words = [str(ROOT / script), *map(str, flags)]
-        env = os.environ | (env or {})
-        run_them = run_real if real or not forks.POSSIBLE else forks.run
-        return run_them(words, cwd, env, processes, timeout)
-    return run
-
-
-def run_real(words, cwd, env, processes, timeout):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, *words], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env=env, check=False)
+    """runs.py's run_script, in tmp_path: launch("fineweb.py", "--out", "x") -> CompletedProcess."""
+    return partial(run_script, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")

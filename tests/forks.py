@@ -238,6 +238,9 @@ def become(request, env, output):
         signal.signal(number, signal.SIG_IGN)
     if "PYTHONPATH" in env:
         sys.path[1:1] = env["PYTHONPATH"].split(os.pathsep)
+        sys.modules.pop("sitecustomize", None)
+        with contextlib.suppress(ImportError):
+            importlib.import_module("sitecustomize")
     return program(request["words"])
 
 

@@ -68,6 +68,26 @@ def cut(source, to, step):
     return to
 
 
+def run_script(script, *flags, cwd, processes=1, timeout=600, env=None, real=False):
+    """Run a script to its end -> CompletedProcess (text).
+
+    processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
+    real: then Python or torchrun starts them, as a user would.
+    """
+    words = [str(ROOT / script), *map(str, flags)]
+    env = os.environ | (env or {})
+    run = run_real if real or not forks.POSSIBLE else forks.run
+    return run(words, cwd, env, processes, timeout)
+
+
+def run_real(words, cwd, env, processes, timeout):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env=env, check=False)
+
+
 @contextlib.contextmanager
 def running(words, out, torchrun=(), on_hangup=signal.SIG_DFL):
     """The real train_gpt2.py in the background, what it prints in the file `out`; ended with the

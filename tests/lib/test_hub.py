@@ -64,13 +64,9 @@ def ids_in(out):
 
 @pytest.fixture
 def script(launch, tmp_path):
-    """script(hub, flags...) runs fineweb.py as a client of the hub -> CompletedProcess.
-
-    Started, not forked: Python has to run the hub's sitecustomize.py.
-    """
+    """script(hub, flags...) runs fineweb.py as a client of the hub -> CompletedProcess."""
     def run(hub, *flags, site="", **env):
-        return launch("fineweb.py", *flags, env=hub.env(tmp_path, site) | env,
-                      real=True)
+        return launch("fineweb.py", *flags, env=hub.env(tmp_path, site) | env)
     return run
 
 
