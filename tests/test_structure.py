@@ -1,5 +1,7 @@
-"""The layout: imports go downwards only, without a circle; plain torchrun takes every flag.
-Run: python -m pytest tests/test_structure.py"""
+"""The layout of the code, how it reads, and that plain torchrun takes every flag.
+
+    python -m pytest tests/test_structure.py
+"""
 
 import ast
 import importlib
@@ -17,16 +19,31 @@ from posttrain import Config as PostTrainConfig
 from train_gpt2 import GPTConfig, TrainConfig
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-# what the others of lib/ stand on, and what these may import
+
+
+def files(*patterns):
+    """The project's Python files that match, as paths relative to its folder."""
+    found = []
+    for pattern in patterns:
+        found += ROOT.glob(pattern)
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+# --------------------------------------------------------------------------------------------------
+# Imports
+
+# the base of lib/: what each of its modules may import; the others import only what is below them
 FLOOR = {
-    "lib.startup": set(), "lib.cli": {"lib.startup"}, "lib.files": {"lib.cli"},
-    "lib.devices": {"lib.cli"}
+    "lib.startup": set(),
+    "lib.cli": {"lib.startup"},
+    "lib.files": {"lib.cli"},
+    "lib.devices": {"lib.cli"},
 }
 MODEL = "train_gpt2"  # the one script that other scripts may import
 
 
-def module_of(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def module_of(file):
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 def imports_of(source, known):
@@ -41,179 +58,242 @@ def imports_of(source, known):
     return found & known
 
 
-def graph():
-    """{module: project modules that it imports}, of the scripts and lib/."""
-    files = {module_of(path): path for path in (*ROOT.glob("*.py"), *ROOT.glob("lib/**/*.py"))}
-    return {
-        module: imports_of(path.read_text(), set(files)) - {module}
-        for module, path in files.items()
-    }
+@pytest.fixture
+def imports():
+    """{module: modules of the project that it imports}, of the scripts and lib/."""
+    modules = {module_of(file): file for file in files("*.py", "lib/**/*.py")}
+    found = {}
+    for module, file in modules.items():
+        found[module] = imports_of((ROOT / file).read_text(), set(modules)) - {module}
+    return found
 
 
-def wrong(imports):
+def forbidden(module, name):
+    """Why `module` must not import `name`; None if it may."""
+    if not name.startswith("lib"):
+        may = name == MODEL and module != MODEL and not module.startswith("lib")
+        return None if may else f"{module} imports the script {name}"
+    if module in FLOOR and name not in FLOOR[module] | {"lib"}:
+        return f"{module} imports {name}, which is above it"
+    inside = not module.startswith("lib") or module.startswith("lib.evals")
+    if name.startswith("lib.evals") and not inside:
+        return f"{module} imports the evaluation {name}"
+    return None
+
+
+def problems_of(imports):
     """What breaks the layout in {module: modules it imports}, as text."""
-    lines = []
+    problems = []
     for module, used in imports.items():
-        below = {name for name in used if not name.startswith("lib")}
-        if module.startswith("lib"):
-            lines += [f"{module} imports the script {name}" for name in below]
-            lines += [f"{module} imports {name}, which stands above it"
-                      for name in (used - below - {"lib"}) - FLOOR.get(module, used)]
-            if not module.startswith("lib.evals"):
-                lines += [
-                    f"{module} imports the evaluation {name}" for name in used
-                    if name.startswith("lib.evals")
-                ]
-        elif module == MODEL:
-            lines += [f"{module} imports the script {name}" for name in below]
-        else:
-            lines += [f"{module} imports the script {name}" for name in below - {MODEL}]
+        problems += filter(None, (forbidden(module, name) for name in used))
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
-        lines.append(f"a circle: {' <- '.join(error.args[1])}")
-    return lines
+        problems.append(f"a cycle: {' <- '.join(error.args[1])}")
+    return problems
 
 
-def test_imports_go_downwards_only():
-    imports = graph()
-    assert {"train_gpt2", "fineweb", "hellaswag", "generate",
-            "lib.cli", "lib.run_folder", "lib.evals.hellaswag"} <= set(imports)
-    assert "lib.cli" in imports["train_gpt2"] and wrong(imports) == []
+def test_imports_go_downwards_only(imports):
+    assert {"train_gpt2", "fineweb", "lib.cli", "lib.evals.hellaswag"} <= imports.keys()
+    assert "lib.cli" in imports["train_gpt2"]
+    assert problems_of(imports) == []
 
 
-@pytest.mark.parametrize(
-    "module, source, says",
-    [("lib.decoding", "def sample():\n    from train_gpt2 import GPT",
-      "lib.decoding imports the script train_gpt2"),
-     ("lib.checkpoint", "import lib.run_folder", "a circle"),
-     ("lib.files", "from lib import checkpoint",
-      "lib.files imports lib.checkpoint, which stands above it"),
-     ("lib.logger", "from lib.evals.scoring import score",
-      "lib.logger imports the evaluation lib.evals.scoring"),
-     ("train_gpt2", "from fineweb import main", "train_gpt2 imports the script fineweb"),
-     ("generate", "if True:\n    import hellaswag", "generate imports the script hellaswag"), ])
-def test_what_would_break_the_layout_is_found(module, source, says):
-    imports = graph()
-    imports[module] = imports[module] | imports_of(source, set(imports))
-    assert any(says in line for line in wrong(imports))
+@pytest.mark.parametrize("module, source, message", [
+    ("lib.decoding", "def sample():\n    from train_gpt2 import GPT", "the script train_gpt2"),
+    ("lib.checkpoint", "import lib.run_folder", "a cycle"),
+    ("lib.files", "from lib import checkpoint", "lib.checkpoint, which is above it"),
+    ("lib.logger", "from lib.evals.scoring import score", "the evaluation lib.evals.scoring"),
+    ("train_gpt2", "from fineweb import main", "the script fineweb"),
+    ("generate", "if True:\n    import hellaswag", "the script hellaswag"),
+])
+def test_an_import_that_breaks_the_layout_is_found(module, source, message, imports):
+    imports[module] |= imports_of(source, set(imports))
+    assert any(message in problem for problem in problems_of(imports))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_a_file_has_no_side_effects(script, tmp_path):
-    """Nothing printed, written or joined, and no slow library loaded that the script may never
-    need."""
-    code = (f"import sys, {script}\n"
-            "assert not {'datasets', 'transformers', 'tensorboard', 'lm_eval'} & set(sys.modules), 'slow imports'\n"
-            "torch = sys.modules.get('torch')\n"
-            "assert not (torch and (torch.distributed.is_initialized() or torch.cuda.is_initialized()))\n")
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
+SIDE_EFFECTS = """
+import importlib, os, sys
+for script in sys.argv[1:]:
+    importlib.import_module(script)
+    slow = {"datasets", "transformers", "tensorboard", "lm_eval"} & set(sys.modules)
+    assert not slow, (script, slow)
+    torch = sys.modules.get("torch")
+    assert not (torch and torch.distributed.is_initialized()), script
+    assert not (torch and torch.cuda.is_initialized()), script
+    assert not os.listdir(), script
+"""
+
+
+def test_importing_a_file_has_no_side_effects(tmp_path):
+    """Nothing printed, written or joined, and no slow library loaded that the script may not need.
+    """
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run([sys.executable, "-c", SIDE_EFFECTS, *SCRIPTS], cwd=tmp_path, env=env,
+                            capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+NAMES = ("run_name", "pretokenized")  # of a run, of a dataset on the hub: not paths
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_that_names_files_or_folders_takes_a_tilde(script):
-    """By what its help says: a new one must not make a folder named ~."""
+    """As far as its help tells: a new flag must not make a folder named ~."""
     module = importlib.import_module(script)
-    configs = [value for value in vars(module).values() if is_dataclass(value)]
-    for field in (field for config in configs for field in fields(config)
-                  if field.metadata.get("help")):
-        says = field.metadata["help"].partition(";")[0]
-        names_one = re.search(r"\b(files?|folders?|jsonl|json|checkpoint)\b",
-                              says) and "str" in str(field.type)
-        is_path = field.metadata["path"] or field.name in ("run_name", "pretokenized"
-                                                           )  # a name, an id of the hub
-        assert is_path or not names_one, f"--{field.name}: {says}"
+    flags = []
+    for config in filter(is_dataclass, vars(module).values()):
+        flags += [field for field in fields(config) if field.metadata.get("help")]
+    for field in flags:
+        what = field.metadata["help"].partition(";")[0]
+        if "str" not in str(field.type) or field.name in NAMES:
+            continue
+        if re.search(r"\b(files?|folders?|jsonl|json|checkpoint)\b", what):
+            assert field.metadata["path"], f"--{field.name}: {what}"
 
 
 def test_no_flag_is_an_abbreviation_of_one_of_torchrun():
-    """Python 3.11 and older look for abbreviations behind the script's name, too:
+    """Python 3.11 and older accept abbreviations of torchrun's flags after the script's name, too:
     --run would be torchrun's --run_path there."""
     from torch.distributed.run import get_args_parser
 
-    theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
-    ours = {
-        f"--{no}{field.name}" for cls in (TrainConfig, GPTConfig, PostTrainConfig)
-        for field in fields(cls) for no in ("", "no-")
-    } | {"--debug", "--help"}
-    assert "--nproc_per_node" in theirs and "--run_name" in ours and any(
-        option.startswith("--run") for option in theirs)
-    assert not [(flag, option)
-                for flag in ours
-                for option in theirs
-                if option != flag and option.startswith(flag)]
+    theirs = set()
+    for action in get_args_parser()._actions:
+        theirs |= set(action.option_strings)
+    ours = {"--debug", "--help"}
+    for cls in (TrainConfig, GPTConfig, PostTrainConfig):
+        for field in fields(cls):
+            ours |= {f"--{field.name}", f"--no-{field.name}"}
+    assert {"--nproc_per_node", "--run_path"} <= theirs
+    assert "--run_name" in ours
+    for flag in ours:
+        assert not [option for option in theirs - {flag} if option.startswith(flag)], flag
 
 
 def test_plain_torchrun_takes_the_flags(data, tmp_path):
-    command = [
-        Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2",
-        ROOT / "train_gpt2.py", *TINY_FLAGS, "--data", data, "--no-shuffle", "--seed=3",
-        "--run_name", "x"
-    ]
-    done = subprocess.run([str(word) for word in command], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120, check=False)
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [torchrun, "--standalone", "--nproc_per_node=2", ROOT / "train_gpt2.py", *TINY_FLAGS,
+               "--data", data, "--no-shuffle", "--seed=3", "--run_name", "x"]
+    done = subprocess.run([str(word) for word in command], cwd=tmp_path, text=True, check=False,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert len([kind for _, kind in read_log(tmp_path / "log" / "x") if kind == "train"]) == 6
+    steps = [step for step, kind in read_log(tmp_path / "log" / "x") if kind == "train"]
+    assert steps == list(range(6))
 
 
-# What makes the script readable (DESIGN.md's shape of train_gpt2.py), as far as a parser can tell
+# --------------------------------------------------------------------------------------------------
+# Readability: what a parser can tell of DESIGN.md's and CONTRIBUTING.md's rules
 
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+CODE = files("*.py", "lib/**/*.py")
+# files that still break a rule: only ever remove one
+UNDONE = (
+    "ablate.py", "benchmarks/context.py", "benchmarks/generate_speed.py",
+    "benchmarks/harness_parity.py", "benchmarks/hellaswag_speed.py",
+    "benchmarks/kill_resume.py", "benchmarks/race.py", "benchmarks/race_contestants.py",
+    "benchmarks/serve_speed.py", "benchmarks/threads.py", "benchmarks/throughput.py",
+    "benchmarks/tokenize_speed.py", "chat.py", "eval_harness.py", "export_hf.py", "fineweb.py",
+    "generate.py", "hellaswag.py", "lib/budget.py", "lib/chat_template.py", "lib/checkpoint.py",
+    "lib/cli.py", "lib/conversations.py", "lib/cross_entropy.py", "lib/decoding.py",
+    "lib/devices.py", "lib/evals/harness.py", "lib/evals/scoring.py", "lib/files.py",
+    "lib/hub.py", "lib/huggingface.py", "lib/logger.py", "lib/mixture.py", "lib/moe.py",
+    "lib/muon.py", "lib/rope.py", "lib/run_folder.py", "lib/server.py", "lib/serving.py",
+    "lib/shards.py", "lib/signals.py", "lib/summary.py", "lib/text.py", "lib/tokenizers.py",
+    "posttrain.py", "tests/hub.py", "tests/lib/evals/test_harness.py",
+    "tests/lib/evals/test_hellaswag.py", "tests/lib/test_budget.py",
+    "tests/lib/test_checkpoint.py", "tests/lib/test_cli.py", "tests/lib/test_compiler.py",
+    "tests/lib/test_conversations.py", "tests/lib/test_decoding.py",
+    "tests/lib/test_devices.py", "tests/lib/test_files.py", "tests/lib/test_hub.py",
+    "tests/lib/test_huggingface.py", "tests/lib/test_logger.py", "tests/lib/test_mixture.py",
+    "tests/lib/test_moe.py", "tests/lib/test_run_folder.py", "tests/lib/test_server.py",
+    "tests/lib/test_shards.py", "tests/lib/test_signals.py", "tests/lib/test_startup.py",
+    "tests/lib/test_summary.py", "tests/lib/test_tokenizers.py", "tests/test_chat.py",
+    "tests/test_eval_harness.py", "tests/test_fineweb.py", "tests/test_generate.py",
+    "tests/test_posttrain.py", "tests/test_race.py", "tests/test_throughput.py", "tokenizer.py",
+)
 
 
-def hard_to_read(source):
-    """What breaks the rules of the script in its source, as text, with line numbers."""
-    lines = [
-        f"line {i}: {len(line)} columns" for i, line in enumerate(source.splitlines(), 1)
-        if len(line) > 100
-    ]
+def long_lines(source):
+    lines = enumerate(source.splitlines(), 1)
+    return [f"line {i}: {len(line)} columns" for i, line in lines if len(line) > 100]
+
+
+def inside(node):
+    return [part for part in ast.walk(node) if part is not node]
+
+
+def nested(source):
+    """Comprehensions inside a comprehension, and ternaries inside a ternary."""
+    problems = []
     for node in ast.walk(ast.parse(source)):
-        inner = [part for part in ast.walk(node) if part is not node]
-        if isinstance(node, COMPREHENSIONS) and any(
-                isinstance(part, COMPREHENSIONS) for part in inner):
-            lines.append(f"line {node.lineno}: a comprehension inside a comprehension")
-        arms = (*ast.walk(node.body), *ast.walk(node.test)) if isinstance(node, ast.IfExp) else ()
-        if any(isinstance(part, ast.IfExp) for part in arms):
-            lines.append(f"line {node.lineno}: a ternary inside a ternary")
-        if isinstance(node, ast.FunctionDef) and node.name == "forward":
-            conditions = [part.test for part in inner if isinstance(part, (ast.If, ast.IfExp))]
-            lines += [
-                f"line {test.lineno}: forward depends on `{ast.unparse(test)}`"
-                for test in conditions
-                if not ast.unparse(test).endswith(" is None")
-                and ast.unparse(test) != "self.training"
-            ]
+        for kinds, name in ((COMPREHENSIONS, "comprehension"), (ast.IfExp, "ternary")):
+            if isinstance(node, kinds) and any(isinstance(part, kinds) for part in inside(node)):
+                problems.append(f"line {node.lineno}: a {name} inside a {name}")
+    return problems
+
+
+def toggles_read(source):
+    """What train_gpt2.py avoids: flags read in `forward`, and flags in the environment.
+
+    Branches stand in constructors: forward may only ask for an argument that was left out, and for
+    training.
+    """
+    problems = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ":
-            lines.append(f"line {node.lineno}: an environment variable is no flag")
-    return lines
+            problems.append(f"line {node.lineno}: an environment variable is not a flag")
+        if not isinstance(node, ast.FunctionDef) or node.name != "forward":
+            continue
+        for branch in inside(node):
+            if isinstance(branch, (ast.If, ast.IfExp)):
+                test = ast.unparse(branch.test)
+                if not test.endswith(" is None") and test != "self.training":
+                    problems.append(f"line {branch.lineno}: forward depends on `{test}`")
+    return problems
 
 
-def test_the_script_keeps_to_the_rules_of_readability():
-    """Branches stand in constructors: forward may ask for an argument that was left out, or for
-    training, alone."""
-    assert hard_to_read((ROOT / "train_gpt2.py").read_text()) == []
+@pytest.mark.parametrize("file", files("*.py", "lib/**/*.py", "tests/**/*.py", "benchmarks/*.py"))
+def test_files_keep_to_the_rules_of_readability(file):
+    if file in UNDONE:
+        pytest.skip("not rewritten yet")
+    source = (ROOT / file).read_text()
+    problems = long_lines(source)
+    if file in CODE:
+        problems += nested(source)
+    if file == "train_gpt2.py":
+        problems += toggles_read(source)
+    assert problems == []
+
+
+def test_no_flag_is_called_use_or_enable():
     flags = [*TrainConfig.__annotations__, *GPTConfig.__annotations__]
     assert not [name for name in flags if name.startswith(("use_", "enable_"))]
 
 
-@pytest.mark.parametrize("source, says",
-                         [("x = 1  # " + "y" * 100, "columns"),
-                          ("[[a for a in b] for b in c]", "comprehension"),
-                          ("(a if b else c) if d else e", "ternary"),
-                          ("def forward(self, x):\n    if self.config.n_experts:\n        return x",
-                           "self.config.n_experts"),
-                          ("import os\nfast = os.environ['FAST']", "environment"), ])
-def test_what_breaks_the_rules_is_found(source, says):
-    assert any(says in line for line in hard_to_read(source)), hard_to_read(source)
+@pytest.mark.parametrize("rule, source, message", [
+    (long_lines, "x = 1  # " + "y" * 100, "109 columns"),
+    (nested, "[[a for a in b] for b in c]", "comprehension"),
+    (nested, "(a if b else c) if d else e", "ternary"),
+    (nested, "a if b else (c if d else e)", "ternary"),
+    (toggles_read, "def forward(self, x):\n    if self.config.bias:\n        x = 1", "config.bias"),
+    (toggles_read, "import os\nfast = os.environ['FAST']", "environment"),
+])
+def test_code_that_breaks_a_rule_is_found(rule, source, message):
+    [problem] = rule(source)
+    assert message in problem
+
+
+# --------------------------------------------------------------------------------------------------
+# git
 
 
 def test_git_ignores_every_output_folder_and_nothing_of_the_project(tmp_path):
     def git(*words, cwd=tmp_path):
-        return subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True,
-                              check=True).stdout.split()
+        done = subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=True)
+        return done.stdout.split()
 
     outputs = [
         "edu_fineweb10B/a.npy", "mine/meta.json", "bpe32k/tokenizer.json", "exported/config.json",
@@ -225,6 +305,6 @@ def test_git_ignores_every_output_folder_and_nothing_of_the_project(tmp_path):
     for name in (*outputs, "lib/new.py", "log/.gitkeep"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert git("ls-files", "--others",
-               "--exclude-standard") == [".gitignore", "lib/new.py", "log/.gitkeep"]
+    untracked = git("ls-files", "--others", "--exclude-standard")
+    assert untracked == [".gitignore", "lib/new.py", "log/.gitkeep"]
     assert git("ls-files", "--cached", "--ignored", "--exclude-standard", cwd=ROOT) == []

@@ -71,5 +71,5 @@ def test_nothing_trains_on_when_it_is_ended(tmp_path):
             time.sleep(0.1)
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 1
+        assert process.wait() == 1
     assert not training() and not list(tmp_path.iterdir())

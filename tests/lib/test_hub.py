@@ -83,7 +83,7 @@ def kill_at(hub, tmp_path, name, *flags):
     process = subprocess.Popen([sys.executable, ROOT / "fineweb.py", *map(str, flags)],
                                cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not hub.downloads(name) or len([*tmp_path.glob("out/*.npy"), *tmp_path.glob("out/*.bin")
                                           ]) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import socket
-import time
 
 import pytest
 import torch
@@ -253,6 +252,5 @@ def test_a_hub_that_does_not_answer_leaves_the_cache(monkeypatch):
         ("127.0.0.1", 0)) as server:  # takes the connection, then says nothing
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        started = time.monotonic()
         huggingface.cache_only_without_network(seconds=0.2)
-        assert constants.HF_HUB_OFFLINE and time.monotonic() - started < 60
+        assert constants.HF_HUB_OFFLINE

@@ -5,26 +5,31 @@
 
 import copy
 import io
-import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import ROOT
 
 from lib import muon
 from lib.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, orthogonalize
 
-SHAPES = dict(c_attn=(48, 16), c_fc=(64, 16), c_proj=(16, 64), experts=(3, 24, 16), wte=(40, 16),
-              norm=(16,))
+SHAPES = {
+    "c_attn": (48, 16), "c_fc": (64, 16), "c_proj": (16, 64), "experts": (3, 24, 16),
+    "wte": (40, 16), "norm": (16,)
+}
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def parameters(seed=0, names=tuple(SHAPES)):
     """dict: name -> parameter, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.nn.Parameter(torch.randn(SHAPES[name], generator=generator)) for name in names
-    }
+    params = {}
+    for name in names:
+        params[name] = torch.nn.Parameter(torch.randn(SHAPES[name], generator=generator))
+    return params
 
 
 def set_gradients(params, step):
@@ -36,18 +41,18 @@ def set_gradients(params, step):
 def optimizer_of(params, **changes):
     """All of SHAPES, as train_gpt2.py would group them: fused, plain and expert matrices,
     embeddings, vectors."""
-    muon = dict(kind="muon", lr=0.02, weight_decay=0.1) | changes
+    matrices = dict(kind="muon", lr=0.02, weight_decay=0.1) | changes
     return Muon([
-        dict(params=[params["c_attn"]], splits=3, **muon),
-        dict(params=[params["experts"]], splits=2, **muon),
-        dict(params=[params["c_fc"], params["c_proj"]], **muon),
+        dict(params=[params["c_attn"]], splits=3, **matrices),
+        dict(params=[params["experts"]], splits=2, **matrices),
+        dict(params=[params["c_fc"], params["c_proj"]], **matrices),
         dict(params=[params["wte"]], kind="adamw", lr=0.3, weight_decay=0.01, betas=(0.8, 0.95)),
         dict(params=[params["norm"]], kind="adamw", lr=0.01)
     ])
 
 
 def train(optimizer, params, steps):
-    """Updates number `steps`, a range, with a learning rate that changes."""
+    """Make the updates `steps`, a range, with a learning rate that changes."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     for step in steps:
@@ -63,27 +68,29 @@ def assert_same(ours, theirs, **tolerance):
                                    **tolerance)
 
 
-# -- the iteration --
+# --------------------------------------------------------------------------------------------------
+# The iteration
+
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 96, 32), (2, 32, 96)])
 def test_polar_express_is_orthogonal(shape):
-    """Every singular value of [1e-3, 1] comes out close to 1, the singular vectors stay."""
-    U, _, Vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)),
-                                full_matrices=False)
+    """Singular values in [1e-3, 1] come out close to 1, and the singular vectors stay."""
+    U, _, Vt = torch.linalg.svd(randn(*shape), full_matrices=False)
     values = torch.logspace(-2.9, 0, U.size(-1))
-    X = orthogonalize(U * values @ Vt * 7.0 / values.norm())           # any scale: it is normalized
+    X = orthogonalize(U * values @ Vt * 7.0 / values.norm())  # any scale: it is normalized
     inside = values > 1e-3 * values.norm() * 1.01
     assert inside.sum() > 25
     S = U.mT @ X @ Vt.mT
-    torch.testing.assert_close(S, torch.diag_embed(S.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
-    S = S.diagonal(dim1=-2, dim2=-1)
-    assert S[:, inside].min() > 0.85 and S.max() < 1.15
+    diagonal = S.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(S, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
+    assert diagonal[:, inside].min() > 0.85
+    assert diagonal.max() < 1.15
 
 
 def test_polar_express_in_bf16():
-    X = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
-    S = torch.linalg.svdvals(orthogonalize(X.bfloat16()).float())
-    assert S.min() > 0.8 and S.max() < 1.2
+    S = torch.linalg.svdvals(orthogonalize(randn(2, 64, 128).bfloat16()).float())
+    assert S.min() > 0.8
+    assert S.max() < 1.2
 
 
 def test_zero_matrix_stays_zero():
@@ -92,19 +99,22 @@ def test_zero_matrix_stays_zero():
 
 @pytest.mark.parametrize("coefficients", [POLAR_EXPRESS, NEWTON_SCHULZ])
 def test_batch_equals_loop(coefficients):
-    X = torch.randn(5, 48, 16, generator=torch.Generator().manual_seed(0))
+    X = randn(5, 48, 16)
     loop = torch.stack([orthogonalize(x[None], coefficients)[0] for x in X])
     torch.testing.assert_close(orthogonalize(X, coefficients), loop, atol=1e-6, rtol=1e-5)
 
 
-# -- the optimizer --
+# --------------------------------------------------------------------------------------------------
+# The optimizer
+
 
 @pytest.mark.parametrize("momentum", [0.95, 0.8])
 def test_muon_equals_torch(momentum, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16",
-                        torch.Tensor.clone)  # torch takes bf16 on any device, we fp32 on CPU
-    names = ("c_fc", "c_proj", "wte")                                  # tall, wide, neither
-    ours, theirs = parameters(names=names), parameters(names=names)
+    # torch computes in bf16 on any device, this Muon in fp32 on a CPU
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    names = ("c_fc", "c_proj", "wte")  # tall, wide, neither
+    ours = parameters(names=names)
+    theirs = parameters(names=names)
     flags = dict(lr=0.02, weight_decay=0.1, momentum=momentum)
     train(Muon([dict(kind="muon", params=list(ours.values()), **flags)], NEWTON_SCHULZ), ours,
           range(5))
@@ -113,7 +123,8 @@ def test_muon_equals_torch(momentum, monkeypatch):
 
 
 def test_adamw_equals_torch():
-    ours, theirs = parameters(), parameters()
+    ours = parameters()
+    theirs = parameters()
     flags = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
     train(Muon([dict(kind="adamw", params=list(ours.values()), **flags)]), ours, range(5))
     train(torch.optim.AdamW(theirs.values(), **flags), theirs, range(5))
@@ -121,24 +132,24 @@ def test_adamw_equals_torch():
 
 
 def test_splits_are_separate_matrices():
-    """One c_attn in three parts is q, k and v in a matrix each, scaled by their own shape; experts
-    likewise."""
+    """c_attn with three splits is updated as q, k and v would be, each scaled by its own shape;
+    experts likewise."""
     whole = parameters(names=("c_attn", "experts"))
 
     def blocks(tensors):
         c_attn, experts = tensors
         return [*c_attn.split(16), *experts.flatten(0, 1).split(12)]
 
-    parts = [
-        torch.nn.Parameter(block.clone()) for block in blocks([p.detach() for p in whole.values()])
-    ]
+    weights = [p.detach() for p in whole.values()]
+    parts = [torch.nn.Parameter(block.clone()) for block in blocks(weights)]
     flags = dict(kind="muon", lr=0.02, weight_decay=0.1)
     fused = Muon([dict(params=[whole["c_attn"]], splits=3, **flags),
                   dict(params=[whole["experts"]], splits=2, **flags)])
     apart = Muon([dict(params=parts, **flags)])
     for step in range(3):
         set_gradients(whole.values(), step)
-        for part, block in zip(parts, blocks([p.grad for p in whole.values()]), strict=True):
+        gradients = [p.grad for p in whole.values()]
+        for part, block in zip(parts, blocks(gradients), strict=True):
             part.grad = block.clone()
         fused.step()
         apart.step()
@@ -146,21 +157,22 @@ def test_splits_are_separate_matrices():
         torch.testing.assert_close(block, part, atol=1e-6, rtol=1e-5)
 
 
-def test_update_has_unit_scale():
-    """The root mean square of a step is lr * sqrt(max(1, rows / cols) / max(rows, cols)), whatever
-    the gradient's."""
-    for rows, cols in ((64, 16), (16, 64)):
-        p = torch.nn.Parameter(torch.zeros(rows, cols))
-        p.grad = 1e-3 * torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
-        Muon([dict(kind="muon", params=[p], lr=1.0)]).step()
-        assert p.square().mean().sqrt().item() == pytest.approx(
-            (max(1, rows / cols) / max(rows, cols))**0.5, rel=0.1)
-        assert (p * p.grad).sum() < 0                                   # downhill
+@pytest.mark.parametrize("rows, cols", [(64, 16), (16, 64)])
+def test_update_has_unit_scale(rows, cols):
+    """The root mean square of a step is lr * sqrt(max(1, rows / cols) / max(rows, cols)) for
+    gradients of any scale."""
+    p = torch.nn.Parameter(torch.zeros(rows, cols))
+    p.grad = 1e-3 * randn(rows, cols)
+    Muon([dict(kind="muon", params=[p], lr=1.0)]).step()
+    want = (max(1, rows / cols) / max(rows, cols))**0.5
+    assert p.square().mean().sqrt().item() == pytest.approx(want, rel=0.1)
+    assert (p * p.grad).sum() < 0  # downhill
 
 
-def test_gradients_and_others_are_left_alone():
+def test_gradients_and_parameters_without_one_are_left_alone():
     params = parameters()
-    optimizer, before = optimizer_of(params), copy.deepcopy(params)
+    before = copy.deepcopy(params)
+    optimizer = optimizer_of(params)
     set_gradients(params.values(), 0)
     params["c_proj"].grad = params["norm"].grad = None
     grads = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
@@ -170,18 +182,17 @@ def test_gradients_and_others_are_left_alone():
         assert name not in grads or torch.equal(p.grad, grads[name]), name
 
 
-def test_rows_that_do_not_split_are_refused():
-    for shape, splits in (((48, 16), 5), ((16,), 1)):
-        with pytest.raises(ValueError, match="split"):
-            Muon([
-                dict(kind="muon", params=[torch.nn.Parameter(torch.zeros(shape))], lr=0.1,
-                     splits=splits)
-            ])
+@pytest.mark.parametrize("shape, splits", [((48, 16), 5), ((16,), 1)])
+def test_rows_that_do_not_split_are_refused(shape, splits):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match="split"):
+        Muon([dict(kind="muon", params=[p], lr=0.1, splits=splits)])
 
 
 def test_state_dict_continues_exactly():
-    straight, stopped = parameters(), parameters()
+    straight = parameters()
     train(optimizer_of(straight), straight, range(6))
+    stopped = parameters()
     first = optimizer_of(stopped)
     train(first, stopped, range(3))
     file = io.BytesIO()
@@ -196,79 +207,96 @@ def test_state_dict_continues_exactly():
 
 
 @pytest.mark.gpu
-def test_gpu_step_waits_for_nothing():
-    """No device sync in a step, whose result is within bf16 of the CPU's result."""
+def test_a_step_on_a_gpu_has_no_sync(monkeypatch):
+    """Its result is within bf16 of the CPU's."""
     results = []
     for device in ("cpu", "cuda"):
-        params = {
-            name: torch.nn.Parameter(p.detach().to(device)) for name, p in parameters().items()
-        }
-        optimizer = optimizer_of(params)
+        params = {}
         gradients = parameters(seed=1)
-        for name, p in params.items():
-            p.grad = gradients[name].detach().to(device)
+        for name, p in parameters().items():
+            params[name] = torch.nn.Parameter(p.detach().to(device))
+            params[name].grad = gradients[name].detach().to(device)
+        optimizer = optimizer_of(params)
         optimizer.step()  # makes the state
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
         try:
             optimizer.step()
         finally:
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("default")
         results.append({name: p.detach().cpu() for name, p in params.items()})
-    for result in results[1:]:
-        assert_same(result, results[0], atol=2e-3, rtol=0)  # a step is about 0.02 / 4 an entry
+    assert_same(results[1], results[0], atol=2e-3, rtol=0)  # a step is about 0.02 / 4 per entry
 
 
-# -- two processes --
+# --------------------------------------------------------------------------------------------------
+# Two processes
+
 
 def detached(params):
     return {name: p.detach().clone() for name, p in params.items()}
 
 
-def go_on(saved, steps):
-    """Parameters and optimizer of a saved state, trained further -> the same kind of state."""
+def resume(saved, steps):
+    """Train parameters and optimizer from a saved state -> the same kind of state."""
     params = {name: torch.nn.Parameter(p.clone()) for name, p in saved["model"].items()}
     optimizer = optimizer_of(params)
-    if "optimizer" in saved:
-        optimizer.load_state_dict(copy.deepcopy(
-            saved["optimizer"]))  # it would go on in the same tensors
+    if "optimizer" in saved:  # a copy: load_state_dict keeps the tensors that it gets
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     train(optimizer, params, steps)
     return {"model": detached(params), "optimizer": optimizer.state_dict()}
 
 
 def record_batches():
-    """-> a list that grows by how many matrices each call of `orthogonalize` takes."""
+    """-> a list that grows by the number of matrices in each call of `orthogonalize`."""
     sizes = []
-    muon.orthogonalize = lambda X, coefficients: sizes.append(len(X)) or orthogonalize(
-        X, coefficients)
+
+    def recorded(X, coefficients):
+        sizes.append(len(X))
+        return orthogonalize(X, coefficients)
+
+    muon.orthogonalize = recorded
     return sizes
 
 
-def rank_main(rank, folder, start, middle):
-    torch.set_num_threads(1)
-    warnings.simplefilter("error", FutureWarning)  # each process would print it
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    sizes = record_batches()
-    torch.save([go_on(start, range(3)), go_on(middle, range(3, 6)), sizes], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+RANK = f"""
+import sys, warnings
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests" / "lib")!r}]
+import torch
+import torch.distributed as dist
+from test_muon import record_batches, resume
+warnings.simplefilter("error", FutureWarning)  # each process would print it
+dist.init_process_group("gloo")
+start, middle = torch.load("states.pt")
+sizes = record_batches()
+states = [resume(start, range(3)), resume(middle, range(3, 6)), sizes]
+torch.save(states, f"{{dist.get_rank()}}.pt")
+dist.destroy_process_group()
+"""
 
 
-def test_two_processes_equal_one_and_share_the_work(tmp_path, monkeypatch):
-    """The same parameters and state under 1 and 2 processes; either's state goes on under the
-    other."""
+def assert_same_states(ours, theirs):
+    assert_same(ours["model"], theirs["model"], atol=1e-6, rtol=1e-5)
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    for key, state in theirs["optimizer"]["state"].items():
+        assert_same(ours["optimizer"]["state"][key], state, atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_equal_one_and_share_the_work(launch, tmp_path, monkeypatch):
+    """The same parameters and state under 1 and 2 processes; each continues with the other's state.
+    """
     monkeypatch.setattr(muon, "orthogonalize", orthogonalize)
-    start, sizes = {"model": detached(parameters())}, record_batches()
-    middle = go_on(start, range(3))
-    end = go_on(middle, range(3, 6))
+    sizes = record_batches()
+    start = {"model": detached(parameters())}
+    middle = resume(start, range(3))
+    end = resume(middle, range(3, 6))
     whole = list(sizes)
-    mp.spawn(rank_main, (str(tmp_path), start, middle), nprocs=2)
+    torch.save((start, middle), tmp_path / "states.pt")
+    (tmp_path / "rank.py").write_text(RANK)
+    done = launch(tmp_path / "rank.py", processes=2)
+    assert done.returncode == 0, done.stderr
     for rank in range(2):
-        two_middle, two_end, shares = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert shares == [-(-size // 2) for size in whole] and sum(shares) < sum(whole)
-        for ours, theirs in ((two_middle, middle), (two_end, end), (go_on(two_middle,
-                                                                          range(3, 6)), end)):
-            assert_same(ours["model"], theirs["model"], atol=1e-6, rtol=1e-5)
-            assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
-            for key, state in theirs["optimizer"]["state"].items():
-                assert_same(ours["optimizer"]["state"][key], state, atol=1e-6, rtol=1e-5)
+        two_middle, two_end, shares = torch.load(tmp_path / f"{rank}.pt")
+        assert shares == [-(-size // 2) for size in whole]
+        assert sum(shares) < sum(whole)
+        assert_same_states(two_middle, middle)
+        assert_same_states(two_end, end)
+        assert_same_states(resume(two_middle, range(3, 6)), end)

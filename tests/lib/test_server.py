@@ -54,7 +54,7 @@ def server(chatty):
 
 
 def connect(port):
-    return http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=600)
 
 
 def ask(port, path="/v1/chat/completions", method="POST", body=None, headers=None):
@@ -74,7 +74,7 @@ def chat(content="the cat", **fields):
 
 
 def until(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)

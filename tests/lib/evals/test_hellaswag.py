@@ -248,7 +248,7 @@ def test_download(tmp_path, monkeypatch):
 
 def test_runs_that_start_together_download_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked, together = [], threading.Barrier(8, timeout=60)
+    asked, together = [], threading.Barrier(8, timeout=600)
 
     class Site(BaseHTTPRequestHandler):
         def do_GET(self):

@@ -1,0 +1,268 @@
+"""Run the scripts in processes that are forked from a server with torch already imported.
+
+Importing torch and what training needs of it takes 2.8 s of CPU time per process, most of what a
+launch costs. A forked process otherwise behaves like one started by a shell: it has its own working
+directory, environment, arguments, output, signals and exit code, and it runs the script as its main
+program, in an interpreter without any module of this project. The one difference: modules read
+their environment variables when they are imported, so what is set for torch must not differ between
+processes. conftest.py's `launch` decides which processes are forked.
+
+Linux only: torch's libraries on macOS do not survive a fork.
+"""
+
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Slow to import; none starts a thread or reads a variable that a test sets, as Hugging Face's do.
+PRELOADED = (
+    "numpy", "tiktoken", "tokenizers", "torch", "torch._dynamo", "torch.distributed.nn",
+    "torch.utils.tensorboard", "tqdm", "pyarrow", "pandas", "scipy.stats", "sklearn", "nltk",
+    "sacrebleu")
+POSSIBLE = sys.platform == "linux"
+LIMIT = 1 << 20  # bytes of a request
+SERVER = "import sys; sys.path[0] = {!r}; import forks; exec(forks.main())"
+
+
+# --------------------------------------------------------------------------------------------------
+# Client
+
+
+class Server:
+    """The server as seen by the tests."""
+
+    def __init__(self):
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER.format(os.path.dirname(__file__)),
+                 str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, env=os.environ | one_thread)
+
+    def close(self):
+        self.control.close()  # the server ends when it reads this
+        self.process.wait()
+
+
+@functools.cache
+def server():
+    """The server of this process, started by the first test that needs it."""
+    return Server()
+
+
+def close():
+    if server.cache_info().currsize:
+        server().close()
+        server.cache_clear()
+
+
+def start(words, cwd, stdout, stderr, envs, ignored=()):
+    """Start `script, *flags`, or `-c, code, *flags`, once per environment in `envs`.
+
+    stdout, stderr: files. ignored: signals that the processes ignore from their start.
+    Returns a Group.
+    """
+    request = {"words": [str(word) for word in words], "cwd": str(cwd), "envs": envs,
+               "ignored": [int(number) for number in ignored]}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        socket.send_fds(server().control, [json.dumps(request).encode()], files)
+    return Group(ours)
+
+
+class Group:
+    """Processes that were started together; with one process, what tests use of Popen.
+
+    pids: by rank. returncode: None until all have ended, then 0 or the first failure's code
+    (negative: a signal).
+    """
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.pids = json.loads(connection.recv(LIMIT))
+        self.pid = self.pids[0]
+        self.returncode = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+        self.connection.close()
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = json.loads(self.connection.recv(LIMIT))
+            except (BlockingIOError, TimeoutError) as error:
+                raise subprocess.TimeoutExpired("a forked process", timeout) from error
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            for pid in self.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def run(words, cwd, env, processes=1, timeout=None):
+    """Run a script to its end in one or several forked processes -> CompletedProcess (text)."""
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryFile("w+"))
+        err = stack.enter_context(tempfile.TemporaryFile("w+"))
+        envs = [env]
+        if processes > 1:
+            store, envs = workers(env, processes)
+        group = stack.enter_context(start(words, cwd, out, err, envs))
+        try:
+            group.wait(timeout)
+        except BaseException:
+            group.kill()
+            raise
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(words, group.returncode, out.read(), err.read())
+
+
+def workers(env, world_size):
+    """A store where processes meet, and the environment of each, as torchrun makes them."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size, "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RUN_ID": "forked", "TORCHELASTIC_RESTART_COUNT": 0}
+    envs = []
+    for rank in range(world_size):
+        settings = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        envs.append(env | {name: str(value) for name, value in settings.items()})
+    return store, envs
+
+
+# --------------------------------------------------------------------------------------------------
+# Server
+
+
+def serve(control):
+    """Answer requests until the client closes its end -> the (request, environment, files) that
+    this process is to run: only forked processes return."""
+    keepers = set()
+    while True:
+        message, files, _, _ = socket.recv_fds(control, LIMIT, 3)
+        if not message:
+            break
+        keeper = os.fork()
+        if keeper == 0:
+            control.close()
+            return keep(json.loads(message), files)
+        keepers.add(keeper)
+        for file in files:
+            os.close(file)
+        keepers = {pid for pid in keepers if os.waitpid(pid, os.WNOHANG)[0] == 0}
+    for pid in keepers:
+        os.waitpid(pid, 0)
+    return sys.exit()
+
+
+def keep(request, files):
+    """Start the processes of a request, report their ids and, once all have ended, their exit code.
+
+    When one fails, the others are ended, as torchrun does.
+    """
+    *output, reply = files
+    connection = socket.socket(fileno=reply)
+    pids = []
+    for env in request["envs"]:
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            return request, env, output
+        pids.append(pid)
+    for file in output:
+        os.close(file)
+    connection.send(json.dumps(pids).encode())
+    result = 0
+    running = set(pids)
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not result:
+            result = code
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    with contextlib.suppress(OSError):  # the test may have ended
+        connection.send(json.dumps(result).encode())
+    return os._exit(0)
+
+
+def become(request, env, output):
+    """Make this process what a shell would start for the request -> its code."""
+    stdout, stderr = output
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.close(stdout)
+    os.close(stderr)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    if "PYTHONPATH" in env:
+        sys.path[1:1] = env["PYTHONPATH"].split(os.pathsep)
+        sys.modules.pop("sitecustomize", None)
+        with contextlib.suppress(ImportError):
+            importlib.import_module("sitecustomize")
+    return program(request["words"])
+
+
+def program(words):
+    """`script, *flags` or `-c, code, *flags` -> compiled code, its arguments and path set."""
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path[0] = ""
+        return compile(words[1], "<string>", "exec")
+    sys.argv = words
+    script = words[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    sys.modules["__main__"].__file__ = script
+    return compile(Path(script).read_text(), script, "exec")
+
+
+def main():
+    """Serve -> the code that a forked process runs. To be called by `__main__`, which runs it."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    for name in PRELOADED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes its end
+    gc.collect()
+    gc.freeze()  # a collection in a forked process would copy every page that it looks at
+    return become(*serve(control))
