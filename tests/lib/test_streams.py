@@ -1,15 +1,15 @@
-"""Several folders as one corpus and one stream. Run: python -m pytest tests/lib/test_streams.py"""
+"""Streams of batches: against plain loops, in real runs, and from any iterator.
+Run: python -m pytest tests/lib/test_streams.py"""
 
 import json
-import math
 import random
 import re
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from corpora import TOKENIZER, T, corpus_of, write_folders
 from helpers import ROOT, TINY_FLAGS, read_log, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,215 +17,105 @@ from hypothesis import strategies as st
 import train_gpt2
 from lib import checkpoint
 from lib.cli import BadInput
-from lib.corpus import Corpus, split_weight
+from lib.corpus import Corpus
 from lib.shards import Shards
 from lib.streams import CorpusLike, IteratorStream, Mixture, Rows, StreamLike, TaskLike
-from lib.tokenizers import load_tokenizer, train_bpe
+from lib.tokenizers import load_tokenizer
 from posttrain import Data, PostTraining
 from train_gpt2 import ShardLoader
-
-T = 8
-FAKE = SimpleNamespace(vocab_size=60_000, eot=0)
-
-
-def corpus_of(*data, **changes):
-    return Corpus(
-        SimpleNamespace(**dict(data=tuple(map(str, data)), curriculum=None, curriculum_steps=None,
-                               curriculum_mix="cosine", total_batch_size=100 * T, batch_warmup=0)
-                        | changes))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three folders of two train shards each, whose ids tell where they come from: 10,000 to 19,999
-    in the first, and so on."""
-    root, rng = tmp_path_factory.mktemp("mixture"), np.random.default_rng(0)
-    for i, size in enumerate((3000, 1000, 500)):
-        folder = root / "abc"[i]
-        folder.mkdir()
-        for split, index, n in (("val", 0, 50), ("train", 1, size), ("train", 2, size // 2)):
-            ids = 10_000 * (i + 1) + 3 * np.arange(n) % 9_000 + index
-            ids[rng.integers(0, n, n // 20)] = FAKE.eot
-            np.save(folder / f"x_{split}_{index:06d}.npy", ids.astype(np.uint16))
-    return [root / name for name in "abc"]
+    return write_folders(tmp_path_factory.mktemp("streams"))
+
+
+def loaders_of(corpus, seed):
+    return [ShardLoader(source.shards.train, TOKENIZER, seed) for source in corpus.sources]
 
 
 def mixture_of(corpus, seed):
-    return Mixture(corpus,
-                   [ShardLoader(source.shards.train, FAKE, seed) for source in corpus.sources], T)
+    return Mixture(corpus, loaders_of(corpus, seed), T)
 
 
 def plain(corpus, seed, rows):
-    """The first rows of a mixture, one at a time: (rows, T + 1) and their sources, by the
+    """The first rows of a mixture, one at a time: (rows, T + 1) and their sources, from the
     definition alone."""
-    streams, used, out, chosen = [], [0] * len(corpus.sources), [], []
-    for source in corpus.sources:  # each source's tokens, far enough
-        streams.append(
-            ShardLoader(source.shards.train, FAKE, seed).read_batch(rows * T, 0, 0, 0)[0])
+    tokens = [loader.read_batch(rows * T, 0, 0, 0)[0] for loader in loaders_of(corpus, seed)]
+    used = [0] * len(tokens)
+    out = []
+    chosen = []
     for k in range(rows):
         point = ((k * 0x9E3779B97F4A7C15) % 2**64 >> 11) / 2**53
         shares = corpus.shares(np.array([k * T]))[0]
-        i = next(i for i in range(len(shares))
-                 if point < shares[:i + 1].sum() or i == len(shares) - 1)
-        out.append(streams[i][used[i]:used[i] + T + 1])
+        i = 0
+        while i < len(shares) - 1 and point >= shares[:i + 1].sum():
+            i += 1
+        out.append(tokens[i][used[i]:used[i] + T + 1])
         used[i] += T
         chosen.append(i)
     return np.stack(out), np.array(chosen)
 
 
+def as_saved(state):
+    return json.loads(json.dumps(state))
+
+
+@st.composite
+def any_corpus(draw, folders):
+    """Folders by size, with weights, or one with a curriculum before it."""
+    kind = draw(st.sampled_from(["sizes", "weights", "cosine", "step"]))
+    if kind == "sizes":
+        return corpus_of(*folders)
+    if kind == "weights":
+        return corpus_of(f"{folders[0]}:0.2", f"{folders[1]}:3", f"{folders[2]}:0")
+    return corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=2,
+                     curriculum_mix=kind)
+
+
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.data())
-def test_the_stream_against_a_plain_loop_from_any_point_in_any_batches(folders, data):
+def test_a_mixture_is_a_plain_loop_from_any_position_in_batches_of_any_size(folders, data):
     seed = data.draw(st.sampled_from([None, 7]))
-    words = data.draw(
-        st.sampled_from([
-            folders, [f"{folder}:{weight}" for folder, weight in zip(folders, (0.2, 3, 0))],
-            folders[:1]
-        ]))
-    stage = {} if len(words) == 3 else dict(
-        curriculum=str(folders[2]), curriculum_steps=2, curriculum_mix=data.draw(
-            st.sampled_from(["cosine", "step"])))
-    corpus, counts = corpus_of(*words, **stage), data.draw(
-        st.lists(st.integers(1, 60), min_size=1, max_size=8))
+    corpus = data.draw(any_corpus(folders))
+    counts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=8))
     want, chosen = plain(corpus, seed, sum(counts))
-    mixture, states = mixture_of(corpus, seed), []
-    got = []
+    mixture = mixture_of(corpus, seed)
+    batches = []
     for count in counts:
-        states.append(json.loads(json.dumps(mixture.state_dict())))
-        got.append(mixture.next(count * T).reshape(-1, T + 1))
-    assert (np.concatenate(got) == want).all()
-    assert list(mixture.state_dict()["tokens"]) == [
-        int((chosen == i).sum()) * T for i in range(len(corpus.sources))
-    ]
+        state = as_saved(mixture.state_dict())
+        batches.append(mixture.next(count * T).reshape(-1, T + 1))
+    assert (np.concatenate(batches) == want).all()
+    used = [T * int((chosen == i).sum()) for i in range(len(corpus.sources))]
+    assert list(mixture.state_dict()["tokens"]) == used
+
     resumed = mixture_of(corpus, seed)
-    resumed.load_state_dict(states[-1])
-    assert (resumed.next(counts[-1] * T).reshape(-1, T + 1)
-            == got[-1]).all() and resumed.state_dict() == mixture.state_dict()
-    for name in (source.name for source in corpus.sources):
-        assert re.search(rf"\b{name} epoch \d+, from token [\d,]+ of x_train_00000[12].npy",
-                         mixture.where(states[-1]))
+    resumed.load_state_dict(state)
+    assert (resumed.next(counts[-1] * T).reshape(-1, T + 1) == batches[-1]).all()
+    assert resumed.state_dict() == mixture.state_dict()
+    for source in corpus.sources:
+        place = rf"\b{source.name} epoch \d+, from token [\d,]+ of x_train_00000[12].npy"
+        assert re.search(place, mixture.where(state))
 
 
 def test_every_prefix_has_each_sources_share_of_rows(folders):
     corpus = corpus_of(f"{folders[0]}:5", f"{folders[1]}:3", f"{folders[2]}:2")
-    chosen = mixture_of(corpus, None)._choose(100_000, 0, 0)
-    for i, share in enumerate((0.5, 0.3, 0.2)):
-        assert np.abs(np.cumsum(chosen == i) - share * np.arange(1, 100_001)).max() < 5
-    assert (mixture_of(corpus, None)._choose(10, 2**62, 0) < 3).all()
-
-
-def test_without_weights_a_source_has_its_size_and_no_weight_means_never(folders):
-    assert corpus_of(*folders).weights.tolist() == pytest.approx(
-        [3000 / 4500, 1000 / 4500, 500 / 4500])
-    corpus = corpus_of(f"{folders[0]}:1", f"{folders[1]}:0")
     mixture = mixture_of(corpus, None)
+    chosen = mixture._choose(100_000, 0, 0)
+    for i, share in enumerate((0.5, 0.3, 0.2)):
+        expected = share * np.arange(1, 100_001)
+        assert np.abs(np.cumsum(chosen == i) - expected).max() < 5
+    assert (mixture._choose(10, 2**62, 0) < 3).all()
+
+
+def test_a_source_of_weight_0_is_never_read(folders):
+    mixture = mixture_of(corpus_of(f"{folders[0]}:1", f"{folders[1]}:0"), None)
     mixture.next(5000 * T)
-    assert mixture.state_dict()["tokens"] == (
-        5000 * T, 0) and mixture.progress()["data/epoch_a"] == 5000 * T // 4500
-    assert corpus.epochs(9000).tolist() == [
-        2.0, 0.0
-    ] and corpus.tokens["train"] == 4500  # what --epochs counts
+    assert mixture.state_dict()["tokens"] == (5000 * T, 0)
+    assert mixture.progress()["data/epoch_a"] == 5000 * T // 4500
 
 
-def test_a_curriculum_gives_way_as_its_formula_says(folders):
-    for mix, want in {
-            "cosine": [1.0, 0.5, 0.0, 0.0], "linear": [1.0, 0.5, 0.0, 0.0],
-            "step": [1.0, 1.0, 0.0, 0.0]
-    }.items():
-        corpus = corpus_of(
-            *folders[:2],
-            curriculum=str(folders[2]),
-            curriculum_steps=10,  # 10 x 100 T tokens
-            curriculum_mix=mix)
-        shares = corpus.shares(np.array([0, 500 * T, 1000 * T, 5000 * T]))
-        assert shares[:, 2].tolist() == pytest.approx(want) and shares.sum(
-            axis=1).tolist() == pytest.approx([1.0] * 4)
-        assert (shares[:, 0] == pytest.approx(3 * shares[:, 1])) and corpus.weights[2] == 0
-    ramped = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10,
-                       batch_warmup=200 * T)  # its first 4 steps are half as large
-    assert ramped.stage == 800 * T
-    quarter = corpus_of(folders[0], curriculum=str(folders[2]),
-                        curriculum_steps=10).shares(np.array([250 * T]))[0, 1]
-    assert quarter == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
-    corpus = corpus_of(folders[0], curriculum=str(folders[2]), curriculum_steps=10,
-                       curriculum_mix="linear")
-    # half of the stage is the curriculum's
-    assert corpus.epochs(2000 * T) == pytest.approx([1500 * T / 4500, 500 * T / 750], rel=1e-3)
-
-
-def test_one_folder_is_what_it_was(folders):
-    corpus, shards = corpus_of(folders[0]), Shards(folders[0])
-    assert (corpus.identity, corpus.tokens["train"], corpus.tokenizer) == (
-        shards.identity, shards.tokens["train"], shards.tokenizer)
-    assert corpus.weights.tolist() == [1.0] and corpus.tags("x", [1]) == {} and not corpus.is_mixed
-    assert corpus_of(*folders[:2]).identity not in (corpus_of(folders[1],
-                                                              folders[0]).identity, corpus.identity)
-    assert corpus_of(f"{folders[0]}:1",
-                     f"{folders[1]}:9").identity == corpus_of(*folders[:2]).identity
-
-
-def test_no_source_is_named_as_another_or_as_a_tag_of_its_own(folders, tmp_path):
-    others = [
-        shutil.copytree(folders[0], tmp_path / name) for name in ("x/a", "bpb", "pretraining")
-    ]
-    names = [source.name for source in corpus_of(*folders, *others).sources]
-    assert names[1:3] == ["b", "c"] and names[0].endswith("_a") and len(
-        {*names, "bpb", "pretraining"}) == 8
-
-
-@pytest.mark.parametrize("word, want", [("a", ("a", None)), ("a:2", ("a", 2.0)),
-                                        ("x/y:0.25", ("x/y", 0.25)),
-                                        (r"C:\data", (r"C:\data", None))])
-def test_a_weight_stands_behind_the_last_colon(word, want):
-    assert split_weight(word) == want
-
-
-def test_what_cannot_be_mixed_is_refused(folders, tokenizer, tmp_path):
-    a, b, c = folders
-    toy, twin = write_data(tmp_path / "toy", tokenizer), write_data(tmp_path / "twin", tokenizer)
-    other = write_data(tmp_path / "other",
-                       train_bpe(["the cat sat on a mat and a dog ran by"] * 9, 270))
-    corpus_of(toy, twin)  # one tokenizer in two files
-    (tmp_path / "void").mkdir()
-    for split in ("train", "val"):
-        np.save(tmp_path / "void" / f"x_{split}_000000.npy",
-                np.zeros(0 if split == "train" else 50, dtype=np.uint16))
-    for data, changes, says in [
-        ((f"{a}:0", f"{b}:0"), {}, "the weights of --data add up to 0: give at least one above 0"),
-        ((f"{a}:1", b), {}, "some of --data have a weight and some have none"),
-            *(((f"{folder}:{weight}", b), {}, "a weight is a number from 0 to 1,000,000,000")
-              for folder, weight in ((a, "-1"), (a, "much"), (a, "nan"), (a, "1e10"),
-                                     ("nowhere", "-1"), ("nowhere", "1e400"))),
-        ((a, b, f"{a}/"), {},
-         "is named twice by --data: name it once, with the sum of the weights"),
-        ((b, a), dict(curriculum=str(a), curriculum_steps=3),
-         "a is named by both --data and --curriculum: name another folder for one"),
-        ((a,), dict(curriculum="nowhere", curriculum_steps=3), "or name another --curriculum"),
-        ((a, "nowhere"), {}, "or name another --data"),
-        ((a,), dict(curriculum=str(b)), "--curriculum and --curriculum_steps belong together"),
-        ((a,), dict(curriculum_steps=3), "--curriculum and --curriculum_steps belong together"),
-        ((a, tmp_path / "void"), {}, "void hold no tokens"),
-        ((a, toy), {}, "a holds tokens of gpt2, and toy of .*toy/tokenizer.json"),
-        ((toy, other), {},
-         "toy holds tokens of .*toy/tokenizer.json, and other of .*other/tokenizer.json")
-    ]:
-        with pytest.raises(BadInput, match=says):
-            corpus_of(*data, **changes)
-    run = dict(minutes=None, batch_warmup=0, total_batch_size=1000, curriculum_steps=None)
-    cfg = SimpleNamespace(**run)
-    corpus_of(f"{a}:1", f"{c}:1").check_length(cfg, 149)  # 99 epochs of its 750 tokens
-    with pytest.raises(BadInput, match="c runs dry: the run would pass over its 750 tokens 133 times, more than 100; "
-                                       "lower its weight"):
-        corpus_of(f"{a}:1", f"{c}:1").check_length(cfg, 200)
-    with pytest.raises(BadInput,
-                       match="c runs dry: .* 107 times, more than 100; lower --curriculum_steps"):
-        corpus_of(a, curriculum=str(c), curriculum_steps=200).check_length(
-            SimpleNamespace(**run | dict(curriculum_steps=200)), 200)
-    with pytest.raises(BadInput, match="--curriculum_steps 9 is longer than the run of 8 steps"):
-        corpus_of(a).check_length(SimpleNamespace(**run | dict(curriculum_steps=9)), 8)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real runs
 
 
@@ -238,156 +128,159 @@ def sources(data, tokenizer, tmp_path_factory):
     return data, folder
 
 
-def flags_of(sources, folder, *more):
-    return [
-        *TINY_FLAGS, "--shuffle", "--micro_batch", "2", "--data", f"{sources[0]}:3",
-        f"{sources[1]}:1", "--log_dir",
-        str(folder.parent), "--run_name", folder.name, *map(str, more)
-    ]
+def train(folder, *flags):
+    """Train in a run folder, or continue it without flags."""
+    words = ["--log_dir", folder.parent, "--run_name", folder.name, *flags]
+    train_gpt2.main([str(word) for word in words])
+
+
+def mixed_flags(sources):
+    toy, more = sources
+    return [*TINY_FLAGS, "--shuffle", "--micro_batch", 2, "--data", f"{toy}:3", f"{more}:1"]
+
+
+@pytest.fixture(scope="module")
+def mixed_run(sources, tmp_path_factory):
+    """A run on a mixture, to be copied."""
+    folder = tmp_path_factory.mktemp("mixed") / "a"
+    train(folder, *mixed_flags(sources), "--save_every", 3, "--keep", 0)
+    return folder
 
 
 def scalars(folder):
+    """{tag: {step: value}} of a run's TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    return {
-        tag: {event.step: event.value
-              for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        found[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    return found
 
 
-def test_a_mixed_run_is_the_same_for_two_processes_and_after_a_stop(launch, sources, tmp_path,
-                                                                    capsys):
-    train_gpt2.main(flags_of(sources, tmp_path / "a", "--save_every", "3", "--keep", "0"))
-    said, whole = capsys.readouterr().out, read_log(tmp_path / "a")
-    assert re.search(r"data    \S+toy: .*; 75.0% of the mixture, 0.\d\d epochs\n"
-                     r" *data    \S+more: .*25.0% of the mixture", said)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "b" / "ckpt_00006.pt").unlink()
-    train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "b"])
-    assert read_log(tmp_path / "b") == whole
-    done = launch("train_gpt2.py", *flags_of(sources, tmp_path / "c"), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert read_log(tmp_path / "c") == pytest.approx(whole, rel=1e-5)
-    values = scalars(tmp_path / "b")
-    assert values["data/tokens_toy"][5] + values["data/tokens_more"][5] == 6 * 256 and values[
-        "data/share_more"][5] == 0.25
+def test_a_mixed_run_shows_its_sources_and_resumes_to_the_same_losses(mixed_run, tmp_path, capsys):
+    whole = read_log(mixed_run)
+    folder = shutil.copytree(mixed_run, tmp_path / "b")
+    (folder / "ckpt_00006.pt").unlink()
+    train(folder)
+    assert read_log(folder) == whole
+    values = scalars(folder)
+    assert values["data/tokens_toy"][5] + values["data/tokens_more"][5] == 6 * 256
+    assert values["data/share_more"][5] == 0.25
     for step in (4, 6):
-        assert values["Loss/val"][step] == pytest.approx(
-            0.75 * values["Loss/val_toy"][step] + 0.25 * values["Loss/val_more"][step])
+        mean = 0.75 * values["Loss/val_toy"][step] + 0.25 * values["Loss/val_more"][step]
+        assert values["Loss/val"][step] == pytest.approx(mean)
+    printed = capsys.readouterr().out
+    assert re.search(r"data    \S+toy: .*; 75.0% of the mixture, 0.\d\d epochs\n"
+                     r" *data    \S+more: .*25.0% of the mixture", printed)
+
+
+def test_a_mixed_run_is_the_same_on_two_processes(mixed_run, sources, launch, tmp_path):
+    done = launch("train_gpt2.py", *mixed_flags(sources), "--log_dir", tmp_path,
+                  "--run_name", "c", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert read_log(tmp_path / "c") == pytest.approx(read_log(mixed_run), rel=1e-5)
 
 
 def test_a_curriculum_runs_and_its_share_is_logged(sources, tmp_path):
-    flags = [*TINY_FLAGS, "--data", str(sources[0]), "--log_dir", str(tmp_path)]
-    train_gpt2.main([
-        *flags, "--run_name", "a", "--curriculum",
-        str(sources[1]), "--curriculum_steps", "4", "--curriculum_mix", "step"
-    ])
+    toy, more = sources
+    flags = [*TINY_FLAGS, "--data", toy, "--curriculum", more]
+    train(tmp_path / "a", *flags, "--curriculum_steps", 4, "--curriculum_mix", "step")
     values = scalars(tmp_path / "a")
-    assert [values["data/tokens_more"][step]
-            for step in range(6)] == [256, 512, 768, 1024, 1024, 1024]
-    assert [values["data/share_more"][step]
-            for step in range(6)] == [1, 1, 1, 0, 0, 0]  # of the row that comes next
+    tokens = [values["data/tokens_more"][step] for step in range(6)]
+    assert tokens == [256, 512, 768, 1024, 1024, 1024]
+    shares = [values["data/share_more"][step] for step in range(6)]
+    assert shares == [1, 1, 1, 0, 0, 0]  # of the next row
     assert values["Loss/val"] == values["Loss/val_toy"]
-    with pytest.raises(BadInput, match="--curriculum_steps 7 is longer than the run of 6 steps"):
-        train_gpt2.main(
-            [*flags, "--run_name", "b", "--curriculum",
-             str(sources[1]), "--curriculum_steps", "7"])
+    with pytest.raises(BadInput, match="--curriculum_steps 7"):
+        train(tmp_path / "b", *flags, "--curriculum_steps", 7)
 
 
-def test_a_curriculum_goes_by_the_steps_of_the_run_whatever_changes_on_the_way(sources, tmp_path):
-    third = write_data(tmp_path / "third", load_tokenizer(str(sources[0])))
-    flags = [
-        *TINY_FLAGS, "--log_dir",
-        str(tmp_path), "--eval_every", "0", "--save_every", "2", "--keep", "0", "--max_steps", "10"
-    ]
-    stage = [
-        "--curriculum",
-        str(sources[1]), "--curriculum_steps", "8", "--curriculum_mix", "linear"
-    ]
-    train_gpt2.main([*flags, "--run_name", "a", "--data", str(sources[0]), *stage])
-    start = ["--resume", str(tmp_path / "a" / "ckpt_00004.pt"), "--log_dir", str(tmp_path)]
-    for name, changed in {
-            "other": ["--data", str(sources[0]), str(third)],
-            "larger": ["--total_batch_size", "512"]
-    }.items():
-        train_gpt2.main([*start, "--run_name", name, *changed])
-        for step in (8, 10):
-            (tmp_path / name / f"ckpt_{step:05d}.pt").unlink()
-        train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", name])
-        assert [scalars(tmp_path / name)["data/share_more"][step] for step in range(4, 10)] == [
-            0.375, 0.25, 0.125, 0, 0, 0]  # of the next row
-    train_gpt2.main([*flags, "--run_name", "plain", "--data", str(sources[0])])
-    with pytest.raises(BadInput,
-                       match="is at step 10, and --curriculum_steps 8 count from the first step"):
-        train_gpt2.main(
-            ["--log_dir",
-             str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage])
-    with pytest.raises(BadInput, match="--curriculum and --curriculum_steps belong together"):
-        train_gpt2.main(
-            ["--log_dir",
-             str(tmp_path), "--run_name", "plain", "--max_steps", "20", *stage[:2]])
+@pytest.fixture(scope="module")
+def curriculum_run(sources, tmp_path_factory):
+    """A run of 10 steps, 8 of them with a curriculum."""
+    toy, more = sources
+    folder = tmp_path_factory.mktemp("curriculum") / "a"
+    train(folder, *TINY_FLAGS, "--eval_every", 0, "--save_every", 2, "--keep", 0,
+          "--max_steps", 10, "--data", toy, "--curriculum", more, "--curriculum_steps", 8,
+          "--curriculum_mix", "linear")
+    return folder
 
 
-def test_a_source_that_is_repeated_is_told_by_name(sources, tmp_path, capsys):
-    """Six steps are 1,536 tokens: half of them 6.4 passes over 120; of --minutes, when the length
-    stands."""
+@pytest.mark.parametrize("change", ["other data", "larger batches"])
+def test_a_curriculum_counts_the_steps_of_the_run_whatever_changes(
+        change, curriculum_run, sources, tokenizer, tmp_path):
+    changed = ["--total_batch_size", 512]
+    if change == "other data":
+        changed = ["--data", sources[0], write_data(tmp_path / "third", tokenizer)]
+    folder = tmp_path / "b"
+    train(folder, "--resume", curriculum_run / "ckpt_00004.pt", *changed)
+    for step in (8, 10):
+        (folder / f"ckpt_{step:05d}.pt").unlink()
+    train(folder)
+    shares = scalars(folder)["data/share_more"]
+    assert [shares[step] for step in range(4, 10)] == [0.375, 0.25, 0.125, 0, 0, 0]
+
+
+def test_a_curriculum_cannot_begin_after_its_end(sources, tmp_path):
+    toy, more = sources
+    folder = tmp_path / "plain"
+    train(folder, *TINY_FLAGS, "--eval_every", 0, "--data", toy)
+    with pytest.raises(BadInput, match="is at step 6, and --curriculum_steps 5"):
+        train(folder, "--max_steps", 20, "--curriculum", more, "--curriculum_steps", 5)
+    with pytest.raises(BadInput, match="--curriculum and --curriculum_steps"):
+        train(folder, "--max_steps", 20, "--curriculum", more)
+
+
+@pytest.mark.parametrize("flags, epochs", [  # six steps are 1,536 tokens; few has 120
+    (["--max_steps", 6, "--data", "{toy}:1", "{few}:1"], "6.4"),
+    (["--max_steps", 6, "--data", "{toy}:9", "{few}:1"], None),
+    (["--max_steps", 6, "--data", "{toy}", "--curriculum", "{few}", "--curriculum_steps", 5],
+     "5.3"),
+    (["--minutes", 0.02, "--data", "{toy}:1", "{few}:99"], r"[\d,.]+"),  # once the length is known
+], ids=["half", "a tenth", "curriculum", "minutes"])
+def test_a_source_that_is_repeated_is_warned_about(flags, epochs, sources, tmp_path, capsys):
     few = write_data(tmp_path / "few", load_tokenizer(str(sources[0])), shards=1)
-    np.save(few / "toy_train_000001.npy", np.load(few / "toy_train_000001.npy")[:120])
-    flags = [*TINY_FLAGS, "--log_dir", str(tmp_path), "--eval_every", "0", "--val_tokens", "32"]
-    for i, (more, told) in enumerate([
-        (["--data", f"{sources[0]}:1", f"{few}:1"], "6.4"),
-        (["--data", f"{sources[0]}:9", f"{few}:1"], None),
-        (["--data", sources[0], "--curriculum", few, "--curriculum_steps", "5"], "5.3"),
-        (["--data", f"{sources[0]}:1", f"{few}:1", "--minutes", "0.05"], r"[\d,.]+")
-    ]):
-        given = flags if "--minutes" not in more else [
-            flag for flag in flags if flag not in ("--max_steps", "6")
-        ]
-        train_gpt2.main([*given, "--run_name", str(i), *map(str, more)])
-        said = capsys.readouterr().out
-        assert said.count("warning") == bool(told)
-        assert not told or re.search(f"warning: {told} epochs of few, more than 4", said)
+    shard = few / "toy_train_000001.npy"
+    np.save(shard, np.load(shard)[:120])
+    words = [str(word).format(toy=sources[0], few=few) for word in flags]
+    at = TINY_FLAGS.index("--max_steps")
+    tiny = TINY_FLAGS[:at] + TINY_FLAGS[at + 2:]
+    train(tmp_path / "a", *tiny, "--eval_every", 0, "--val_tokens", 32, *words)
+    printed = capsys.readouterr().out
+    assert printed.count("warning") == (epochs is not None)
+    if epochs:
+        assert re.search(f"warning: {epochs} epochs of few, more than 4", printed)
 
 
-def test_a_checkpoint_of_one_folder_named_as_text_goes_on(sources, tmp_path):
-    """As versions before mixtures wrote it."""
-    flags = [
-        *TINY_FLAGS, "--data",
-        str(sources[0]), "--log_dir",
-        str(tmp_path), "--save_every", "3", "--keep", "0"
-    ]
-    train_gpt2.main([*flags, "--run_name", "a"])
-    whole = read_log(tmp_path / "a")
-    (tmp_path / "a" / "ckpt_00006.pt").unlink()
-    state = checkpoint.read(tmp_path / "a" / "ckpt_00003.pt")
-    assert state["loader"].keys() == {"epoch", "shard", "offset"} and state["data"] == Shards(
-        sources[0]).identity
+def test_a_checkpoint_from_before_mixtures_is_continued(sources, tmp_path):
+    folder = tmp_path / "a"
+    train(folder, *TINY_FLAGS, "--data", sources[0], "--save_every", 3, "--keep", 0)
+    whole = read_log(folder)
+    (folder / "ckpt_00006.pt").unlink()
+    state = checkpoint.read(folder / "ckpt_00003.pt")
+    assert state["loader"].keys() == {"epoch", "shard", "offset"}
+    assert state["data"] == Shards(sources[0]).identity
     state["train_config"]["data"] = str(sources[0])
     for name in ("curriculum", "curriculum_steps", "curriculum_mix", "tokens_per_param",
                  "plan", "tok_per_sec", "price_per_hour"):
         del state["train_config"][name]
-    checkpoint.write(tmp_path / "a" / "ckpt_00003.pt", state)
-    train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "a"])
-    assert read_log(tmp_path / "a") == whole
+    checkpoint.write(folder / "ckpt_00003.pt", state)
+    train(folder)
+    assert read_log(folder) == whole
 
 
 @pytest.mark.parametrize("change", [
-    dict(places=[[0, 0, 0]]),
-    dict(places=[[0, 10**6, 0], [0, 0, 0]]),
-    dict(rows=-1),
-    dict(tokens=["x", 1]),
-    dict(places=[[0, 0], [0, 0, 0]])
-])
-def test_a_tampered_position_is_refused(change, sources, tmp_path):
-    train_gpt2.main(flags_of(sources, tmp_path / "a", "--eval_every", "0"))
-    path = tmp_path / "a" / "ckpt_00006.pt"
+    dict(places=[[0, 0, 0]]), dict(places=[[0, 10**6, 0], [0, 0, 0]]), dict(rows=-1),
+    dict(tokens=["x", 1]), dict(places=[[0, 0], [0, 0, 0]])])
+def test_a_tampered_position_is_refused(change, mixed_run, tmp_path):
+    folder = shutil.copytree(mixed_run, tmp_path / "a")
+    path = folder / "ckpt_00006.pt"
     state = checkpoint.read(path)
     state["loader"].update(change)
     checkpoint.write(path, state)
     with pytest.raises(BadInput, match="ckpt_00006.pt"):
-        train_gpt2.main(["--log_dir", str(tmp_path), "--run_name", "a", "--max_steps", "9"])
+        train(folder, "--max_steps", 9)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,7 +304,7 @@ def test_an_iterator_gives_its_tokens_in_batches_of_any_size_and_after_a_resume(
     stream = IteratorStream(partial(pieces_of, tokens))
     position = 0
     for n in batches:
-        state = json.loads(json.dumps(stream.state_dict()))
+        state = as_saved(stream.state_dict())
         batch = stream.next(n)
         assert batch.tolist() == endless[position:position + n + 1].tolist()
         position += n
