@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib import cli
-from lib.cli import BadInput, check, flag, launched, parse, path_flag
+from lib.cli import BadInput, check, choices_of, flag, launched, parse, path_flag, resolve
 
 
 @dataclass
@@ -112,6 +112,37 @@ def test_presets_are_overridden_by_flags():
                            "0.1")  # also back to the default
     assert model == Model(preset="large", n_layer=4, norm="layer", tied=True,
                           hidden=9) and train.lr == 0.1
+
+
+def test_later_sources_win_and_foreign_names_are_ignored():
+    model = resolve(Model(), PRESETS["large"], {"n_layer": 5, "lr": 0.2}, {"n_layer": 6})
+    assert model == Model(n_layer=6, norm="layer", tied=False, hidden=9)
+    assert resolve(model) == model
+    with pytest.raises(BadInput, match="--n_layer must be above 0"):
+        resolve(model, {"n_layer": 0})
+
+
+LATER: dict = {}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    way: str = flag("a", "which way", choices=lambda: LATER)
+    other: str | None = flag(None, "which other way", choices=lambda: LATER)
+
+
+def test_choices_are_the_keys_of_a_dict_that_may_be_filled_later(monkeypatch):
+    monkeypatch.setitem(LATER, "a", 1)
+    monkeypatch.setitem(LATER, "b", 2)
+    (config,), _ = parse((Chosen,), ["--way", "b", "--other", "a"])
+    assert config == Chosen("b", "a")
+    check(Chosen())
+    with pytest.raises(BadInput, match="--way: invalid choice: 'c'"):
+        parse((Chosen,), ["--way", "c"])
+    with pytest.raises(BadInput, match="--other must be a or b, not c"):
+        check(Chosen(other="c"))  # as from a file
+    field = Chosen.__dataclass_fields__["way"]
+    assert choices_of(field, str) == ("a", "b")
 
 
 @pytest.mark.parametrize("argv, message", [
