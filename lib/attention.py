@@ -1,5 +1,4 @@
-"""Scaled dot-product attention: over whole texts, and of one new token per text over those that
-were kept.
+"""Scaled dot-product attention: over whole texts, and of one new token per text over a cache.
 
 Queries, keys, values and results are (B, T, H, D): T tokens of H heads with D dimensions each.
 """
@@ -14,12 +13,14 @@ from torch.nn.attention.varlen import varlen_attn
 from lib.devices import cast
 
 
-def attention(q, k, v, mask=None, dropout=0.0):
-    """q: (B, T, H, D). k, v: (B, S, H, D). mask: what each query sees, bool or added to the scores,
-    broadcasts to (B, H, T, S); None, with S = T: itself and the tokens before it."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # nothing is moved
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask
-                                          is None).transpose(1, 2)
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+              mask: torch.Tensor | None = None, dropout: float = 0.0) -> torch.Tensor:
+    """q: (B, T, H, D). k, v: (B, S, H, D). mask: what each query attends to, bool or added to the
+    scores, broadcasts to (B, H, T, S); None: causal, S = T."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # views, no copies
+    causal = mask is None
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    return y.transpose(1, 2)
 
 
 class AttentionContext(Protocol):
@@ -38,45 +39,50 @@ class AttentionContext(Protocol):
 
 
 class MaskedFirst:
-    """Attention of one query per text, (n, 1, H, D), to the first `counts`, int64 (n,), of its kept
-    tokens, none above `span`."""
+    """Attention of one query per text, (n, 1, H, D), to the first `counts`, int64 (n,), of its
+    cached tokens. span: at least the largest count."""
 
-    def __init__(self, counts, span):
+    def __init__(self, counts: torch.Tensor, span: int):
         seen = torch.arange(span, device=counts.device) < counts[:, None]               # (n, span)
-        mask = cast(torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf))
-        self.span, self.mask = span, mask[:, None, None]
+        mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf)
+        self.span = span
+        self.mask = cast(mask)[:, None, None]
 
     def __call__(self, q, keys, values):
         return attention(q, keys[:, :self.span], values[:, :self.span], self.mask)
 
 
 class FlashFirst:
-    """The same by flash attention, which reads no more of the cache than counts: see `flash_fits`.
-    span: the cache's whole length.
+    """The same by flash attention, which reads only the counted part of the cache; see
+    `flash_fits`. span: length of the cache.
 
-    It takes texts without gaps between them, so the unused rest of each row is a text of its own,
-    without queries.
+    The kernel takes texts without gaps between them, so the unused rest of each row counts as a
+    text of its own, without queries.
     """
 
-    def __init__(self, counts, span):
-        texts = torch.arange(len(counts), device=counts.device)
-        starts = torch.stack((texts * span, texts * span + counts),
-                             dim=1).flatten()  # of a text, of the rest behind it
+    def __init__(self, counts: torch.Tensor, span: int):
+        rows = torch.arange(len(counts), device=counts.device) * span
+        # of each text, of the unused rest of its row
+        starts = torch.stack((rows, rows + counts), dim=1).flatten()
         self.starts = F.pad(starts, (0, 1), value=len(counts) * span).int()             # (2n + 1,)
-        # how many queries come before each: 0, 1, 1, 2, 2, ...
+        # queries before each start: 0, 1, 1, 2, 2, ...
         self.queries = ((torch.arange(len(self.starts), device=counts.device) + 1) // 2).int()
         self.span = span
 
     def __call__(self, q, keys, values):
-        kept = keys.flatten(0, 1), values.flatten(0, 1)  # (n span, H, D)
-        return varlen_attn(cast(q).flatten(0, 1), *kept, self.queries, self.starts, 1,
-                           self.span)[:, None]
+        q = cast(q).flatten(0, 1)                                                       # (n, H, D)
+        keys = keys.flatten(0, 1)                                                  # (n span, H, D)
+        values = values.flatten(0, 1)
+        y = varlen_attn(q, keys, values, self.queries, self.starts, 1, self.span)
+        return y[:, None]
 
 
-def flash_fits(device, head_dim):
-    """Whether FlashFirst runs: a GPU since Ampere, a torch built for it, under autocast,
-    and a head size its kernels support."""
-    return (device.type == "cuda" and torch.is_autocast_enabled("cuda")
-            and torch.cuda.get_device_capability(device) >= (8, 0)
-            and torch.backends.cuda.is_flash_attention_available() and head_dim % 8 == 0
-            and head_dim <= 256)
+def flash_fits(device: torch.device, head_dim: int) -> bool:
+    """Whether FlashFirst runs: on Ampere or newer, under autocast, with a torch built for it and a
+    head size that its kernels support."""
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return (torch.backends.cuda.is_flash_attention_available()
+            and head_dim % 8 == 0 and head_dim <= 256)

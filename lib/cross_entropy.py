@@ -11,26 +11,31 @@ import torch.nn.functional as F
 
 from lib.devices import cast
 
-CHUNK = 16_384      # tokens whose logits exist at a time: 1.6 GB in bf16 with 50,304 ids
-CPU_CHUNK = 256     # the same on a CPU: passes over the logits of so many stay in its cache ...
-CPU_VOCAB = 16_384  # ... up to so many ids; with more, adding every chunk to the whole weight's gradient
-# costs more than that saves
-FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
+LOGITS = 2**30  # logits in memory at a time: 2 GB in bf16
+# On a CPU, the logits of 256 tokens stay in its cache. With a larger vocabulary, adding each chunk
+# to the gradient of the weight costs more than that saves.
+CPU_CHUNK = 256
+CPU_VOCAB = 16_384
+FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
-def soft_cap(logits, cap):
-    """cap z / sqrt(z^2 + cap^2): logits bounded to -cap..cap, near 0 as they were (modded-nanogpt's
-    form of Gemma 2's, https://arxiv.org/abs/2408.00118, section 2). 0: as they are."""
-    return logits * (logits.square() / cap**2 + 1).rsqrt() if cap else logits
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Logits z bounded to -cap..cap, nearly unchanged around 0: cap z / sqrt(z^2 + cap^2).
+
+    modded-nanogpt's form of Gemma 2's (https://arxiv.org/abs/2408.00118, section 2). cap 0: no-op.
+    """
+    if not cap:
+        return logits
+    return logits * (logits.square() / cap**2 + 1).rsqrt()
 
 
 class LinearCrossEntropy(torch.nn.Module):
     """Cross-entropy in nats of the logits x @ weight.T, summed over the targets: a scalar in fp32.
 
-    x: (N, C). weight: (V, C). targets: int64 (N,); those of -1 are not counted. cap: of `soft_cap`,
-    0: none. Under autocast, products are in its dtype and sums in fp32, as those of a linear layer
-    and F.cross_entropy are. In training mode a logit more than FAR above the target's counts as if
-    it were FAR above it, and there are gradients; in eval mode there are none.
+    x: (N, C). weight: (V, C). targets: int64 (N,), -1 is ignored. cap: of `soft_cap`, 0: none.
+    Under autocast, products are in its dtype and sums in fp32, as in a linear layer and
+    F.cross_entropy. In training mode, a logit more than FAR above the target's counts as FAR above
+    it. In eval mode there are no gradients.
     """
 
     def __init__(self, cap=0.0):
@@ -40,7 +45,7 @@ class LinearCrossEntropy(torch.nn.Module):
         self.loss_and_gradients = _loss_and_gradients
 
     def compile(self, **settings):
-        """torch.compile what happens to a chunk; the loop over chunks stays in Python."""
+        """torch.compile the work on a chunk; the loop over chunks stays in Python."""
         self.loss = torch.compile(_loss, **settings)
         self.loss_and_gradients = torch.compile(_loss_and_gradients, **settings)
 
@@ -49,38 +54,43 @@ class LinearCrossEntropy(torch.nn.Module):
         args = cast(x), cast(weight), targets.clamp(min=0)[:, None], counted[:, None]
         if self.training and torch.is_grad_enabled():
             return _LinearCrossEntropy.apply(*args, self.cap, self.loss_and_gradients)
+        x, weight, targets, counted = args
+        loss = torch.zeros((), device=x.device)
         with torch.no_grad():
-            x, weight, targets, counted = args
-            return sum(self.loss(part, weight, target, counted_part, self.cap)
-                       for part, target, counted_part in _chunks(weight, x, targets, counted))
+            for x_c, target, counted_c in _chunks(weight, x, targets, counted):
+                loss = loss + self.loss(x_c, weight, target, counted_c, self.cap)
+        return loss
+
+
+def chunk_size(weight: torch.Tensor) -> int:
+    """Tokens per chunk, at most. weight: (V, C)."""
+    if weight.device.type == "cpu" and len(weight) <= CPU_VOCAB:
+        return CPU_CHUNK
+    return LOGITS // len(weight)
 
 
 def _chunks(weight, *tensors):
-    """Tensors of N rows -> tuples of their chunks, all of one size where N has a fitting divisor.
-    """
-    most = CPU_CHUNK if weight.device.type == "cpu" and len(weight) <= CPU_VOCAB else CHUNK
+    """Tensors of N rows -> tuples of their chunks, all of one size if N has a fitting divisor."""
     n = len(tensors[0])
-    fewest = -(-n // most)
+    fewest = -(-n // chunk_size(weight))
     even = next((k for k in range(fewest, 2 * fewest) if n % k == 0), fewest)
     return zip(*(tensor.split(-(-n // even)) for tensor in tensors), strict=True)
 
 
 def _loss(x, weight, targets, counted, cap):
-    """Of a chunk of n tokens. x: (n, C). targets, counted: (n, 1)."""
+    """The loss of a chunk of n tokens. x: (n, C). targets, counted: (n, 1)."""
     logits = soft_cap((x @ weight.T).float(), cap)                                      # (n, V)
     nats = F.cross_entropy(logits, targets.squeeze(1), reduction="none")
     return (nats * counted.squeeze(1)).sum()
 
 
 def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
-    """The same -> (loss, its gradient by x); adds the gradient by the weight to dweight, fp32 (V,
-    C).
+    """The loss of a chunk and its gradient by x; adds that by the weight to dweight, fp32 (V, C).
 
-    The gradient of the loss by the logits, (softmax(logits) - one_hot(target)) * counted, waits for
-    nothing: compute it right away. With e = exp(logits - the target's logit) and its sum s over the
-    vocabulary, the loss is log(s) and softmax(logits) is e / s. Such an e needs no maximum first,
-    and the division moves to the other, narrow factor of both products: one pass over the logits
-    does it all.
+    The gradient by the logits is (softmax(logits) - one_hot(target)) * counted. With
+    e = exp(logits - the target's logit) and its sum s over the vocabulary, the loss is log(s) and
+    softmax(logits) is e / s. This e needs no maximum first, and the division by s moves to the
+    narrow factor of both products: one pass over the logits is enough.
     """
     logits = soft_cap((x @ weight.T).float(), cap)                                      # (n, V)
     at_target = logits.gather(1, targets)
@@ -99,9 +109,9 @@ def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
 
 
 def _slope(capped, cap):
-    """The derivative of `soft_cap`, from its result."""
-    t = (1 - (capped / cap).square()).clamp(
-        min=0)  # rounding may put the result of a huge logit above the cap
+    """The derivative of `soft_cap`, computed from its result."""
+    t = 1 - (capped / cap).square()
+    t = t.clamp(min=0)  # rounding may put the result of a huge logit above the cap
     return t * t.sqrt()
 
 

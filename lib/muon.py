@@ -10,32 +10,35 @@ https://arxiv.org/abs/1711.05101).
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
-# Polar Express (the paper's algorithm 1): minimax a x + b x^3 + c x^5, one after the other, for
-# singular values in [1e-3, 1]; five bring them to 0.87 to 1.13. The 1.01 leaves room for rounding:
-# beyond the interval they diverge.
-POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in (
+# Polar Express (algorithm 1 of the paper): coefficients (a, b, c) of minimax polynomials
+# a x + b x^3 + c x^5, applied one after the other to singular values in [1e-3, 1]. Five bring them
+# to 0.87 to 1.13. Beyond the interval they diverge, so 1.01 leaves room for rounding.
+_MINIMAX = (
     (8.287212018145626, -23.59588651909882, 17.30038731253092),
     (4.107059111542198, -2.947849916737908, 0.5448431082926598),
     (3.948690853482296, -2.9089021159629485, 0.5518191394370133),
     (3.3184196573706, -2.4884880243148744, 0.5100489401237202),
-    (2.300652019954818, -1.668903984574751, 0.41880731195256765)))
-NEWTON_SCHULZ = (
-    (3.4445, -4.7750,
-     2.0315),) * 5  # Jordan's: one polynomial five times, values end within 0.7 to 1.2
+    (2.300652019954818, -1.668903984574751, 0.41880731195256765),
+)
+POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _MINIMAX)
+# Jordan's: one polynomial five times, singular values end between 0.7 and 1.2
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 DEFAULTS = {"muon": dict(momentum=0.95, weight_decay=0.0, splits=1),
             "adamw": dict(betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)}
 
 
-def orthogonalize(X, coefficients=POLAR_EXPRESS):
+def orthogonalize(X: torch.Tensor, coefficients=POLAR_EXPRESS) -> torch.Tensor:
     """Matrices (n, rows, cols), each U S V^T -> U S' V^T with S' close to 1, in X's dtype."""
     tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X  # a view, no copy: the Gram matrix is the small one
+    X = X.mT if tall else X  # a view, no copy; its Gram matrix is the smaller one
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # now no singular value is above 1
     for a, b, c in coefficients:
         A = torch.bmm(X, X.mT)
@@ -45,119 +48,144 @@ def orthogonalize(X, coefficients=POLAR_EXPRESS):
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer whose parameter groups name their kind:
+    """Muon and AdamW as one optimizer. Each parameter group names its kind:
 
     kind="muon":  matrices (rows, cols), or batches of them (experts, rows, cols); lr, momentum,
-    weight_decay, splits.
-                  A fused weight is orthogonalized as `splits` blocks of rows: 3 for q, k, v; 2 for gate, value.
-                  A block steps by lr * sqrt(max(1, rows / cols)) times its orthogonalized Nesterov momentum.
+                  weight_decay, splits. A fused weight is orthogonalized as `splits` blocks of rows:
+                  3 for q, k, v; 2 for gate, value. A block steps by lr * sqrt(max(1, rows / cols))
+                  times its orthogonalized Nesterov momentum.
     kind="adamw": parameters of any shape; lr, betas, eps, weight_decay.
 
-    Weight decay is decoupled: p *= 1 - lr * weight_decay. Parameters without a gradient are left
-    alone.
+    Weight decay is decoupled: p *= 1 - lr * weight_decay. Parameters without a gradient are
+    skipped.
 
-    Under torch.distributed, gradients must be equal on all ranks (DDP): each rank orthogonalizes
-    its share of the matrices, then all gather. Momentum is whole on every rank, so a state fits any
-    number of processes. The iteration runs in bf16 on GPUs that have it (sm_80), else in the
+    Under torch.distributed, gradients must be equal on all ranks (DDP). Each rank orthogonalizes
+    its share of the matrices, then all gather. Every rank holds the whole momentum, so a state fits
+    any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80), else in the
     parameters' dtype.
     """
 
-    def __init__(self, param_groups, coefficients=POLAR_EXPRESS):
+    def __init__(self, param_groups: Iterable[dict], coefficients=POLAR_EXPRESS):
         super().__init__([DEFAULTS[group["kind"]] | group for group in param_groups], {})
-        for group in self.param_groups:
-            for p in group["params"] if group["kind"] == "muon" else ():
-                if p.ndim < 2 or p.size(-2) % group["splits"]:
-                    raise ValueError(
-                        f"Muon cannot split {tuple(p.shape)} into {group['splits']} blocks of rows")
         self.coefficients = coefficients
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                check_splits(group)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has a gradient, with no device sync; gradients stay as they
-        are."""
+        """Update every parameter that has a gradient, without a device sync. Gradients stay."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = {"muon": [], "adamw": []}
+        work: dict[str, list] = {"muon": [], "adamw": []}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                work[group["kind"]].append((group, params, [p.grad for p in params]))
+                work[group["kind"]].append((group, params))
         self._muon(work["muon"])
-        for group, params, grads in work["adamw"]:
-            self._adamw(group, params, grads)
+        for group, params in work["adamw"]:
+            self._adamw(group, params)
         return loss
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
-            if "step" in state:  # torch leaves it where it was loaded; the fused kernel wants it beside p
+            if "step" in state:  # torch leaves it on the CPU; the fused kernel needs it beside p
                 state["step"] = state["step"].to(p.device)
 
     def _buffers(self, params, name):
-        """The tensors `name` of these parameters' state, zeros at first."""
+        """The state tensors `name` of these parameters, created as zeros."""
         for p in params:
             if name not in self.state[p]:
-                self.state[p][name] = torch.zeros(
-                    (), device=p.device) if name == "step" else torch.zeros_like(p)
+                self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in params]
 
-    def _adamw(self, group, params, grads):
-        averages, squares, steps = (self._buffers(params, name)
-                                    for name in ("exp_avg", "exp_avg_sq", "step"))
+    def _step_counts(self, params):
+        for p in params:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+        return [self.state[p]["step"] for p in params]
+
+    def _adamw(self, group, params):
         beta1, beta2 = group["betas"]
-        adamw(params, grads, averages, squares, [], steps, fused=True, lr=group["lr"], beta1=beta1,
-              beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], amsgrad=False,
-              maximize=False)
+        adamw(params, [p.grad for p in params], self._buffers(params, "exp_avg"),
+              self._buffers(params, "exp_avg_sq"), [], self._step_counts(params), fused=True,
+              lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+              weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
 
     def _muon(self, work):
-        # 1) Nesterov momentum; blocks of one shape are stacked, whatever their group
+        # 1) Nesterov momentum; blocks of one shape are stacked, across groups
         stacks = defaultdict(list)
-        for group, params, grads in work:
-            momenta = self._buffers(params, "momentum_buffer")
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            for p, update in zip(params, torch._foreach_lerp(grads, momenta, group["momentum"]),
-                                 strict=True):
-                blocks = update.reshape(-1,
-                                        p.size(-2) // group["splits"],
-                                        p.size(-1))  # (n, rows, cols)
+        for group, params in work:
+            for p, update in zip(params, self._nesterov(group, params), strict=True):
+                rows = p.size(-2) // group["splits"]
+                blocks = update.reshape(-1, rows, p.size(-1))                   # (n, rows, cols)
                 stacks[blocks.shape[1:]].append((p, blocks))
-        # 2) one batched call for each shape; gathering one overlaps with the matmuls of the next
-        shared = [
-            self._share(torch.cat([blocks for _, blocks in stack])) for stack in stacks.values()
-        ]
+        # 2) one batched call per shape; gathering one overlaps with the matmuls of the next
+        started = []
+        for stack in stacks.values():
+            started.append(self._orthogonalize(torch.cat([blocks for _, blocks in stack])))
         updates = {}
-        for ((rows, cols), stack), (X, gathering) in zip(stacks.items(), shared, strict=True):
+        for stack, (X, gathering) in zip(stacks.values(), started, strict=True):
             if gathering is not None:
                 gathering.wait()
-            # one dtype: the fast path of _foreach
-            X = X.to(stack[0][0].dtype, memory_format=torch.contiguous_format).contiguous()
-            if rows > cols:
-                X = X * math.sqrt(rows / cols)
-            sizes = [len(blocks) for _, blocks in stack]
-            for (p, _), part in zip(stack, X[:sum(sizes)].split(sizes), strict=True):
-                updates[p] = part.view_as(p)
+            updates.update(unstack(X, stack))
         # 3) decay and step
-        for group, params, _ in work:
-            steps, decay = [updates[p] for p in params], group["lr"] * group["weight_decay"]
+        for group, params in work:
+            decay = group["lr"] * group["weight_decay"]
             if decay:
                 torch._foreach_mul_(params, 1 - decay)
-            torch._foreach_add_(params, steps, alpha=-group["lr"])
+            torch._foreach_add_(params, [updates[p] for p in params], alpha=-group["lr"])
 
-    def _share(self, X):
-        """Orthogonalize this rank's share of (n, rows, cols) -> (all ranks', at least n; what to
-        wait for or None)."""
+    def _nesterov(self, group, params):
+        grads = [p.grad for p in params]
+        momenta = self._buffers(params, "momentum_buffer")
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        return torch._foreach_lerp(grads, momenta, group["momentum"])
+
+    def _orthogonalize(self, X):
+        """X (n, rows, cols) -> (orthogonalized, perhaps padded at the end; a handle to wait for, or
+        None). Each rank computes its share."""
         if X.is_cuda and torch.cuda.get_device_capability(X.device) >= (8, 0):
             X = X.bfloat16()
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if world == 1:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return orthogonalize(X, self.coefficients), None
-        share = -(-len(X) // world)  # padded with zeros, which stay zeros
+        world_size = dist.get_world_size()
+        share = -(-len(X) // world_size)
         mine = X[dist.get_rank() * share:][:share]
-        mine = torch.nn.functional.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
-        whole = X.new_empty(world * share, *X.shape[1:])
+        missing = share - len(mine)
+        mine = F.pad(mine, (0, 0, 0, 0, 0, missing))  # zeros stay zeros
         mine = orthogonalize(mine, self.coefficients).contiguous()
-        # torch 2.13 renames it, and warns of the old name at the first call
+        gathered = X.new_empty(world_size * share, *X.shape[1:])
+        # torch 2.13 renames it, and warns about the old name at the first call
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return whole, gather(whole, mine, async_op=True)
+        return gathered, gather(gathered, mine, async_op=True)
+
+
+def unstack(X: torch.Tensor, stack: list) -> dict:
+    """Orthogonalized blocks (n, rows, cols) -> {parameter: its update}, scaled by
+    sqrt(max(1, rows / cols)).
+
+    stack: [(parameter, its blocks)], in the order of X.
+    """
+    rows, cols = X.shape[1:]
+    # the parameters' dtype and contiguous memory: the fast path of _foreach
+    X = X.to(stack[0][0].dtype, memory_format=torch.contiguous_format).contiguous()
+    if rows > cols:
+        X = X * math.sqrt(rows / cols)
+    updates = {}
+    first = 0
+    for p, blocks in stack:
+        updates[p] = X[first:first + len(blocks)].view_as(p)
+        first += len(blocks)
+    return updates
+
+
+def check_splits(group: dict) -> None:
+    """Raises ValueError unless the parameters are matrices of `splits` equal blocks of rows."""
+    for p in group["params"]:
+        if p.ndim < 2 or p.size(-2) % group["splits"]:
+            raise ValueError(
+                f"Muon cannot split {tuple(p.shape)} into {group['splits']} blocks of rows")

@@ -54,9 +54,8 @@ def close(have, want, rtol=1e-5):
 
 @pytest.fixture
 def chunk(monkeypatch):
-    return lambda n: [
-        monkeypatch.setattr(cross_entropy, name, n) for name in ("CHUNK", "CPU_CHUNK")
-    ]
+    """Sets the size of chunks."""
+    return lambda n: monkeypatch.setattr(cross_entropy, "chunk_size", lambda weight: n)
 
 
 # --------------------------------------------------------------------------------------------------
