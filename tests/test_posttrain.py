@@ -364,7 +364,7 @@ def test_two_processes_and_any_micro_batch_have_the_same_losses(processes, flags
     common = ("--replay", 0.2, "--max_lr", 5e-3)
     one = read_log(post(base(), chat_file, log / "one", *common, "--micro_batch", 8))
     words = command(base(), chat_file, log / "other", *common, *flags)
-    result = launch("posttrain.py", *words, processes=processes, timeout=300)
+    result = launch("posttrain.py", *words, processes=processes)
     assert result.returncode == 0, result.stderr
     assert "was recompiled" not in result.stdout
     assert read_log(log / "other") == pytest.approx(one, rel=1e-4)
