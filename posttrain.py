@@ -15,9 +15,6 @@ with the checkpoint's weights and a new optimizer; the checkpoint itself is not 
 Everything a run makes goes to log/<run>/, and an interrupted one resumes, as with train_gpt2.py.
 """
 
-# mypy: disable-error-code="assignment"
-# (some flags may be unset here, which TrainConfig does not allow)
-
 import lib.startup  # noqa: F401 (before torch)
 
 # isort: split
