@@ -32,8 +32,8 @@ from lib.chat_template import JINJA, render
 from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
 from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
-from lib.plan import EVALUATIONS, Settings
-from lib.resume import find_resume
+from lib.plan import EVALUATIONS, RunPlan, Settings
+from lib.resume import Resume, find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import END, RESERVED, load_tokenizer
 from train_gpt2 import (
@@ -301,19 +301,19 @@ class ShardData(Corpus):
         return super().describe(cfg, plan) + as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
-def check_learnable(rows, name):
+def check_learnable(rows, name: str) -> None:
     """Raises BadInput if a RowSource, or None, is empty."""
     if rows is not None and not len(rows):
         raise BadInput(f"nothing of {name} can be learned, it is empty or too long: see what it "
                        "holds, or give more")
 
 
-def as_data_lines(lines):
+def as_data_lines(lines: list[str]) -> list[str]:
     """Lines about the data as a run prints them."""
     return [f"data    {line}" for line in lines]
 
 
-def few_steps(cfg, plan):
+def few_steps(cfg: Config, plan: RunPlan) -> list[str]:
     """A warning if a run is very short without having been asked to be; else none."""
     if plan.steps >= ENOUGH or cfg.max_steps is not None:
         return []
@@ -329,16 +329,17 @@ def token_rows(corpus, tokenizer, seed, block_size):
     return packing.Tokens(stream, block_size, block_size + corpus.is_mixed)
 
 
-def read_data(cfg, explicit, tokenizer, block_size):
+def read_data(cfg: Config, explicit: set[str], tokenizer, block_size: int):
     """--data -> Data or ShardData.
 
     Raises BadInput for data that cannot be read, is empty or mixes both, and for flags that do not
     fit.
     """
-    shards = [word for word in cfg.data if is_shard_folder(word)]
+    words = cfg.data or ()
+    shards = [word for word in words if is_shard_folder(word)]
     if not shards:
         return Data(cfg, tokenizer, block_size)
-    others = [word for word in cfg.data if word not in shards]
+    others = [word for word in words if word not in shards]
     if others:
         conversations.find_paths(others)  # a missing file has an error of its own
         raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files "
@@ -352,13 +353,13 @@ def read_data(cfg, explicit, tokenizer, block_size):
     return ShardData(cfg, tokenizer, block_size)
 
 
-def is_shard_folder(word):
+def is_shard_folder(word: str) -> bool:
     folder, _ = split_weight(word)
     shards, *_ = find_shards(folder)
     return any(shards.values())
 
 
-def find_pretraining(cfg, explicit, tokenizer, block_size):
+def find_pretraining(cfg: Config, explicit: set[str], tokenizer, block_size: int):
     """-> (the Corpus of pretraining, None if missing; whether forgetting can be measured; a line
     about both).
 
@@ -398,7 +399,7 @@ def find_pretraining(cfg, explicit, tokenizer, block_size):
 
 
 @torch.no_grad()
-def grow(model, tokenizer):
+def grow(model, tokenizer) -> tuple[int, dict]:
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
     The new ids follow those of text. Pretraining pushed their rows of the embedding and the head
@@ -538,13 +539,13 @@ class PostTraining(Pretraining):
         run.say(line)
 
 
-def first_turn(conversation):
+def first_turn(conversation: list[dict]) -> list[dict]:
     """A conversation up to the first message of the user."""
     has_system = conversation[0]["role"] == "system"
     return conversation[:1 + has_system]
 
 
-def pick_batch(tokens, row):
+def pick_batch(tokens: int, row: int) -> int:
     """--total_batch_size if unset, for an epoch of `tokens`. row: tokens of one row per process, or
     of a micro-batch if --micro_batch is given.
 
@@ -555,7 +556,7 @@ def pick_batch(tokens, row):
     return row << rows.bit_length() - 1
 
 
-def inherited(cfg, before, explicit):
+def inherited(cfg: Config, before: dict, explicit: set[str]) -> dict:
     """The settings that a new run takes from its checkpoint, a dict.
 
     before: the checkpoint's train_config, or {}. Raises BadInput if that has no learning rate.
@@ -583,7 +584,7 @@ def inherited(cfg, before, explicit):
     return settings
 
 
-def resumed_model(resume):
+def resumed_model(resume: Resume) -> GPTConfig:
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script."""
     before = resume.state.get("train_config")
     config = resume.state.get("model_config")
@@ -597,7 +598,7 @@ def resumed_model(resume):
                        "another one") from error
 
 
-def load_start(cfg, explicit):
+def load_start(cfg: Config, explicit: set[str]):
     """The checkpoint of a new run -> (cfg with what it decides, its GPT, its state)."""
     start = checkpoint.pick(checkpoint.named(cfg))
     if cfg.data is None:
@@ -614,7 +615,7 @@ def load_start(cfg, explicit):
     return resolve(cfg, inherited(cfg, before, explicit)), model, state
 
 
-def prepare(argv):
+def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     """The command line -> (Settings, PostTraining). Later sources win: defaults, the checkpoint
     that the run begins with, the run's own checkpoint, flags; then what follows from the data.
 
@@ -652,7 +653,7 @@ def prepare(argv):
     return Settings(cfg, model_cfg, explicit, resume), task
 
 
-def batch_for(corpus, cfg, block_size):
+def batch_for(corpus, cfg: Config, block_size: int) -> int:
     """--total_batch_size for this data on all processes."""
     processes = launched()
     row = block_size * (processes["world_size"] if processes else 1)
@@ -661,7 +662,7 @@ def batch_for(corpus, cfg, block_size):
     return pick_batch(corpus.tokens["train"], row)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     settings, task = prepare(argv)
     launch(settings, task)
 

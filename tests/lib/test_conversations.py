@@ -164,7 +164,8 @@ def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
     malformed = [[1], {"prompt": "x"}, {"prompt": "x", "completion": " "},
                  {"prompt": 3, "completion": "x"}]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(["not JSON", json.dumps(ROWS[6][1]), "", *map(json.dumps, malformed)]))
+    lines = ["not JSON", json.dumps(ROWS[6][1]), "", *map(json.dumps, malformed)]
+    path.write_text("\n".join(lines))
     examples, line = read(str(path))
     assert examples == [PAIR] and line == (
         f"{path}: 1 conversations (layout prompt/completion); skipped 5 malformed rows: "
