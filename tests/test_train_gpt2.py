@@ -49,36 +49,37 @@ from train_gpt2 import GPT, PRESETS, SIZES, GPTConfig, ShardLoader, TrainConfig
 TOGGLES = {
     "mlp": tuple(train_gpt2.MLPS), "norm": tuple(train_gpt2.NORMS),
     "pos": ("learned", "rope"), "emb_norm": (False, True), "qk_norm": (False, True),
-    "bias": (True, False), "tie_embeddings": (True, False), "dropout": (0.0, 0.1)
+    "bias": (True, False), "tie_embeddings": (True, False), "dropout": (0.0, 0.1),
 }
 RECIPE = {
     "value_residual": (False, True), "residual_scalars": (False, True), "softcap": (0.0, 15.0),
-    "n_experts": (0, 4)
+    "n_experts": (0, 4),
 }
 
 
 def combinations(*names):
     """Every combination of these toggles, as dicts."""
-    return [
-        dict(zip(names, values)) for values in itertools.product(*(TOGGLES[name] for name in names))
-    ]
+    values = [TOGGLES[name] for name in names]
+    return [dict(zip(names, chosen)) for chosen in itertools.product(*values)]
+
+
+def pairs_of(settings):
+    return set(itertools.combinations(settings.items(), 2))
 
 
 def all_pairs(toggles):
-    """Few combinations in which every pair of values of two toggles occurs (greedy, from a fixed
+    """A few combinations in which every pair of values of two toggles occurs (greedy, from a fixed
     seed)."""
-    names, rng = list(toggles), random.Random(0)
-    missing = {((a, x), (b, y))
-               for a, b in itertools.combinations(names, 2)
-               for x in toggles[a]
-               for y in toggles[b]}
+    names = list(toggles)
+    rng = random.Random(0)
+    missing = set()
+    for a, b in itertools.combinations(names, 2):
+        missing |= {((a, x), (b, y)) for x in toggles[a] for y in toggles[b]}
     chosen = []
     while missing:
         tries = [{name: rng.choice(toggles[name]) for name in names} for _ in range(200)]
-        best = max(
-            tries,
-            key=lambda c: sum(pair in missing for pair in itertools.combinations(c.items(), 2)))
-        missing -= set(itertools.combinations(best.items(), 2))
+        best = max(tries, key=lambda settings: len(pairs_of(settings) & missing))
+        missing -= pairs_of(best)
         chosen.append(best)
     return chosen
 
@@ -100,54 +101,57 @@ def length(data, *argv):
     return steps_of(cfg, Shards(data).tokens["train"], 1000)
 
 
-def test_presets():
-    for preset, want in {
-            "gpt2": dict(mlp="gelu", norm="layernorm", pos="learned", emb_norm=False, qk_norm=False,
-                         bias=True, n_layer=12, tie_embeddings=True, init="gpt2", dropout=0.0,
-                         optimizer="adamw", max_lr=6e-4, schedule="cosine", epochs=1.0,
-                         shuffle=False, n_head=12, n_embd=768, block_size=1024,
-                         total_batch_size=524_288),
-            "modern": dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False,
-                           tie_embeddings=True, max_lr=1.8e-3, epochs=4.0, shuffle=True, n_layer=12,
-                           n_head=6, n_embd=768),
-    }.items():
-        (cfg, model_cfg), given = parse((TrainConfig, GPTConfig), ["--preset", preset], None,
-                                        PRESETS)
-        have = asdict(cfg) | asdict(model_cfg)
-        assert {name: have[name] for name in want} == want
-        assert given == {"preset"}
-    assert TrainConfig().preset == "modern"
+GPT2 = dict(
+    mlp="gelu", norm="layernorm", pos="learned", emb_norm=False, qk_norm=False, bias=True,
+    n_layer=12, n_head=12, n_embd=768, block_size=1024, tie_embeddings=True, init="gpt2",
+    dropout=0.0, optimizer="adamw", max_lr=6e-4, schedule="cosine", epochs=1.0, shuffle=False,
+    total_batch_size=524_288,
+)
+MODERN = dict(
+    mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False, n_layer=12, n_head=6,
+    n_embd=768, tie_embeddings=True, max_lr=1.8e-3, epochs=4.0, shuffle=True,
+)
 
 
-@pytest.mark.parametrize(
-    "argv, want",
-    [
-        ("--preset modern --optimizer muon",
-         train_gpt2.RATES["muon"]),  # the preset's 1.8e-3 is AdamW's
-        ("--preset modern --optimizer muon --max_lr 0.02 --head_lr 0.1",
-         train_gpt2.RATES["muon"] | {"max_lr": 0.02, "head_lr": 0.1}),
-        ("--preset modern --optimizer adamw", {"max_lr": 1.8e-3, "embedding_lr": None}),
-        ("--preset speedrun --optimizer adamw", train_gpt2.RATES["adamw"]),
-        ("--preset tiny --optimizer muon", {"max_lr": 0.025, "embedding_lr": 0.5, "head_lr": 0.004
-                                            }),
-    ])
+@pytest.mark.parametrize("argv, want", [
+    (["--preset", "gpt2"], GPT2), (["--preset", "modern"], MODERN), ([], MODERN),
+])
+def test_presets(argv, want):
+    cfg, model_cfg, explicit, *_ = train_gpt2.settings(argv)
+    have = asdict(cfg) | asdict(model_cfg)
+    assert {name: have[name] for name in want} == want
+    assert explicit == ({"preset"} if argv else set())
+
+
+MUON = train_gpt2.RATES["muon"]
+
+
+@pytest.mark.parametrize("argv, want", [
+    ("--preset modern --optimizer muon", MUON),  # the preset's 1.8e-3 is AdamW's
+    ("--preset modern --optimizer muon --max_lr 0.02 --head_lr 0.1",
+     MUON | {"max_lr": 0.02, "head_lr": 0.1}),
+    ("--preset modern --optimizer adamw", {"max_lr": 1.8e-3, "embedding_lr": None}),
+    ("--preset speedrun --optimizer adamw", train_gpt2.RATES["adamw"]),
+    ("--preset tiny --optimizer muon", {"max_lr": 0.025, "embedding_lr": 0.5, "head_lr": 0.004}),
+])
 def test_an_optimizer_brings_its_own_rates(argv, want):
-    cfg, *_ = train_gpt2.settings(argv.split())
+    cfg = train_gpt2.settings(argv.split()).train
     assert {name: getattr(cfg, name) for name in want} == want
 
 
-@pytest.mark.parametrize(
-    "argv, says",
-    [("--preset gpt2 --optimizer muon --max_lr 1e-3",
-      "--max_lr 0.001 is 0.033 times the rate that suits --optimizer muon"),
-     ("--preset speedrun --optimizer adamw --max_lr 0.03",
-      "--max_lr 0.03 is 50 times the rate that suits --optimizer adamw"),
-     ("--preset modern --momentum 0.9", "--momentum has no effect without --optimizer muon"),
-     ("--preset gpt2 --cooldown 0.7", "--cooldown has no effect without --schedule wsd"),
-     ("--preset speedrun --head_lr 0.01", "--head_lr has no effect without --no-tie_embeddings"),
-     ("--preset gpt2 --max_lr 1.8e-3", None), ("--preset speedrun", None),
-     ("--preset tiny --head_lr 0.01 --cooldown 0.5 --momentum 0.95", None), ])
-def test_flags_without_effect_and_rates_far_off_are_told(argv, says):
+@pytest.mark.parametrize("argv, says", [
+    ("--preset gpt2 --optimizer muon --max_lr 1e-3",
+     "--max_lr 0.001 is 0.033 times the rate that suits --optimizer muon"),
+    ("--preset speedrun --optimizer adamw --max_lr 0.03",
+     "--max_lr 0.03 is 50 times the rate that suits --optimizer adamw"),
+    ("--preset modern --momentum 0.9", "--momentum has no effect without --optimizer muon"),
+    ("--preset gpt2 --cooldown 0.7", "--cooldown has no effect without --schedule wsd"),
+    ("--preset speedrun --head_lr 0.01", "--head_lr has no effect without --no-tie_embeddings"),
+    ("--preset gpt2 --max_lr 1.8e-3", None),
+    ("--preset speedrun", None),
+    ("--preset tiny --head_lr 0.01 --cooldown 0.5 --momentum 0.95", None),
+])
+def test_flags_without_effect_and_rates_far_off_are_warned_of(argv, says):
     cfg, model_cfg, explicit, *_ = train_gpt2.settings(argv.split())
     lines = train_gpt2.flag_warnings(cfg, model_cfg, explicit)
     assert len(lines) == bool(says)
@@ -184,50 +188,58 @@ def test_settings_are_frozen_and_choices_are_the_names_of_their_dicts():
             train_gpt2.settings([f"--{name}", "other"])
 
 
-def test_length_of_a_run(data):
-    tokens = Shards(data).tokens["train"]
+@pytest.mark.parametrize("argv, want", [
+    ("--epochs 2.5", lambda tokens: int(2.5 * tokens / 256)),
+    ("--max_steps 7", lambda tokens: 7),
+    ("--preset tiny --epochs 1", lambda tokens: tokens // 256),
+    ("--preset tiny", lambda tokens: PRESETS["tiny"]["max_steps"]),
+    ("--preset tiny --tokens_per_param 20", lambda tokens: 20 * 1000 // 256),
+])
+def test_length_of_a_run(argv, want, data):
     base = ["--block_size", "32", "--total_batch_size", "256"]
-    for argv, want in [(["--epochs", "2.5"], int(2.5 * tokens / 256)), (["--max_steps", "7"], 7),
-                       (["--preset", "tiny", "--epochs", "1"], tokens // 256),
-                       (["--preset", "tiny"], PRESETS["tiny"]["max_steps"]),
-                       (["--preset", "tiny", "--tokens_per_param", "20"], 20 * 1000 // 256)]:
-        assert length(data, *base, *argv) == want
+    assert length(data, *base, *argv.split()) == want(Shards(data).tokens["train"])
+
+
+def test_a_run_of_less_than_a_step_is_refused(data):
     with pytest.raises(BadInput, match="raise --epochs or lower --total_batch_size"):
-        length(data, "--preset", "gpt2")  # less than one step of 524,288 tokens
+        length(data, "--preset", "gpt2")  # of 524,288 tokens
+
+
+def row_of(table, name, ratio):
+    """The words of a row of the table of --plan."""
+    rows = [line.split() for line in table.splitlines()]
+    (row,) = [row for row in rows if row[0] == name and row[3:4] == [ratio]]
+    return row
 
 
 def test_a_plan_needs_no_data_and_trains_nothing(launch, data, tmp_path, capsys):
     done = launch("train_gpt2.py", "--plan", "--preset", "gpt2", "--tok_per_sec", "1e6",
                   "--price_per_hour", "16")
     assert done.returncode == 0 and not list(tmp_path.iterdir())
-    row = next(line for line in done.stdout.splitlines()
-               if line.startswith("gpt2  ") and " 20 " in line)
-    assert row.split() == [
+    assert row_of(done.stdout, "gpt2", "20") == [
         "gpt2", "124,475,904", "85,056,000", "20", "2,489,518,080", "4,748", "2.13e+18", "0.7",
-        "11.06"
-    ]
-    train_gpt2.main(
-        ["--plan", "--preset", "gpt2", "--data",
-         str(data), "--tokens_per_param", "2.5"])  # whose vocabulary counts
-    row = next(line for line in capsys.readouterr().out.splitlines()
-               if line.startswith("gpt2  ") and " 2.5 " in line)
+        "11.06"]
+    # the vocabulary of --data counts
+    train_gpt2.main(["--plan", "--preset", "gpt2", "--data", str(data), "--tokens_per_param",
+                     "2.5"])
     parameters = 124_475_904 - (50_304 - 384) * 768
-    assert row.split()[1:5] == [f"{parameters:,}", "85,056,000", "2.5", f"{2.5 * parameters:,.0f}"]
+    assert row_of(capsys.readouterr().out, "gpt2", "2.5")[1:5] == [
+        f"{parameters:,}", "85,056,000", "2.5", f"{2.5 * parameters:,.0f}"]
 
 
 def test_tokens_per_parameter_set_the_length_of_a_run_and_its_price_is_said(data, tmp_path, capsys):
     flags = [word for word in TINY_FLAGS if word not in ("--max_steps", "6")]
-    folder = tmp_path / "a"
     train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "a",
                      "--tokens_per_param", "0.2", "--price_per_hour", "3.6"])
-    model_config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
-    parameters = sum(p.numel() for p in GPT(model_config).parameters())
-    steps, said = sum(kind == "train" for _, kind in read_log(folder)), capsys.readouterr().out
+    out = capsys.readouterr().out
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    model = GPT(GPTConfig(**config["model"]))
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = sum(kind == "train" for _, kind in read_log(tmp_path / "a"))
     assert steps == int(0.2 * parameters) // 256
-    assert re.search(
-        r"predicted: [0-9.]+ minutes, \$[0-9.]+ at \$3.6 per hour of training steps, at [0-9,]+ tok/s",
-        said)
-    assert f"{steps * 256 / parameters:,.4g} tokens per parameter" in said
+    assert re.search(r"predicted: [0-9.]+ minutes, \$[0-9.]+ at \$3.6 per hour of training steps, "
+                     "at [0-9,]+ tok/s", out)
+    assert f"{steps * 256 / parameters:,.4g} tokens per parameter" in out
 
 
 def test_every_number_has_its_bounds():

@@ -432,12 +432,16 @@ def script(tmp_path):
     """script("--how bad", RANK="1") runs the script above in a shell -> CompletedProcess (text)."""
     (tmp_path / "script.py").write_text(SCRIPT)
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
-
-    def start(words="", seconds=600, **env):
-        return subprocess.run(f"exec {sys.executable} script.py {words}", shell=True, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=seconds, env=clean | env,
-                              check=False)
-    return start
+    return lambda words="", seconds=600, **env: subprocess.run(
+        f"exec {sys.executable} script.py {words}",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=clean | env,
+        check=False,
+    )
 
 
 FULL_DISK = "script.py: error: cannot go on (No space left on device): free some disk space\n"
@@ -525,7 +529,7 @@ def test_a_script_runs_where_a_notebook_has_put_its_own_streams(script, tmp_path
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
         assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
@@ -542,7 +546,7 @@ def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started wait\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130
+    assert process.communicate(timeout=600)[1] == "\ninterrupted\n" and process.returncode == 130
 
 
 def test_a_user_without_a_name_and_a_home_to_write_to(monkeypatch, tmp_path):
