@@ -32,8 +32,8 @@ from lib.chat_template import JINJA, render
 from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
 from lib.decoding import SampleConfig, continuations
 from lib.mixture import Corpus, split_weight
-from lib.plan import EVALUATIONS, RunPlan, Settings
-from lib.resume import Resume, find_resume
+from lib.plan import EVALUATIONS, Settings
+from lib.resume import find_resume
 from lib.shards import find_shards, read_validation
 from lib.tokenizers import END, RESERVED, load_tokenizer
 from train_gpt2 import (
@@ -313,7 +313,7 @@ def as_data_lines(lines: list[str]) -> list[str]:
     return [f"data    {line}" for line in lines]
 
 
-def few_steps(cfg: Config, plan: RunPlan) -> list[str]:
+def few_steps(cfg: Config, plan) -> list[str]:
     """A warning if a run is very short without having been asked to be; else none."""
     if plan.steps >= ENOUGH or cfg.max_steps is not None:
         return []
@@ -584,7 +584,7 @@ def inherited(cfg: Config, before: dict, explicit: set[str]) -> dict:
     return settings
 
 
-def resumed_model(resume: Resume) -> GPTConfig:
+def resumed_model(resume) -> GPTConfig:
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script."""
     before = resume.state.get("train_config")
     config = resume.state.get("model_config")
