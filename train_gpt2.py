@@ -1283,7 +1283,11 @@ def load_checkpoint(name: str, device="cpu"):
 
 def settings(argv: list[str]) -> Settings:
     """The command line -> Settings. Later sources win: defaults, preset, rates of another
-    optimizer than the preset's, checkpoint (of --resume or --init_from), --size, flags."""
+    optimizer than the preset's, the checkpoint of --resume or --init_from, --size, flags.
+
+    All settings of a --preset that is not the checkpoint's count as flags. A flag that sets the
+    length of the run removes any other length.
+    """
     flags = read_flags((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     preset = PRESETS[flags.get("preset", TrainConfig.preset)]
     size = SIZES[flags["size"]] if "size" in flags else {}
@@ -1553,6 +1557,7 @@ def launch(settings: Settings, task) -> None:
 
         # ---- weights, after the probe for the micro-batch, which leaves traces in a model
         position = Position()
+        rise = None
         if resume:
             rise = rate_rise(cfg, plan.steps, resume.state)
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
@@ -1563,7 +1568,7 @@ def launch(settings: Settings, task) -> None:
 
         # ---- everything fits: from here on the run folder is written to
         description = describe(cfg, plan, model, corpus, processes, position.step)
-        if resume and rise:
+        if rise:
             description += f"\n{rise}"
         config = {"model": asdict(model_cfg), "train": train_config(cfg, plan),
                   "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
