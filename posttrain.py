@@ -79,7 +79,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
               "per epoch", above=0, at_most=2**28)
     # optimizer: a lower rate than in pretraining, without a warm-up, down to 0
     optimizer: str | None = flag(
-        None, "unset: the checkpoint's", choices=lambda: OPTIMIZERS)
+        None, "as in train_gpt2.py; unset: the checkpoint's", choices=lambda: OPTIMIZERS)
     max_lr: float | None = flag(
         None, "peak learning rate; this and the next three unset: --lr_scale times the "
               "checkpoint's", **LEARNING_RATE)
@@ -129,7 +129,8 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     lr_scale: float | None = flag(
         None, "multiplies the checkpoint's peak learning rates; unset: 0.1 after pretraining, 1 "
               "after post-training", above=0, at_most=1e3)
-    dropout: float | None = flag(None, "unset: the checkpoint's", at_least=0, below=1)
+    dropout: float | None = flag(
+        None, "as in train_gpt2.py; unset: the checkpoint's", at_least=0, below=1)
     # settings of pretraining alone, not flags here
     preset: str = flag("posttrain", None)
     init_from: str | None = flag(None, None)
