@@ -15,9 +15,6 @@ with the checkpoint's weights and a new optimizer; the checkpoint itself is not 
 Everything a run makes goes to log/<run>/, and an interrupted one resumes, as with train_gpt2.py.
 """
 
-# mypy: disable-error-code="assignment"
-# (some flags may be unset here, which TrainConfig does not allow)
-
 import lib.startup  # noqa: F401 (before torch)
 
 # isort: split
@@ -82,7 +79,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
               "per epoch", above=0, at_most=2**28)
     # optimizer: a lower rate than in pretraining, without a warm-up, down to 0
     optimizer: str | None = flag(
-        None, "unset: the checkpoint's", choices=lambda: OPTIMIZERS)
+        None, "as in train_gpt2.py; unset: the checkpoint's", choices=lambda: OPTIMIZERS)
     max_lr: float | None = flag(
         None, "peak learning rate; this and the next three unset: --lr_scale times the "
               "checkpoint's", **LEARNING_RATE)
@@ -132,7 +129,8 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     lr_scale: float | None = flag(
         None, "multiplies the checkpoint's peak learning rates; unset: 0.1 after pretraining, 1 "
               "after post-training", above=0, at_most=1e3)
-    dropout: float | None = flag(None, "unset: the checkpoint's", at_least=0, below=1)
+    dropout: float | None = flag(
+        None, "as in train_gpt2.py; unset: the checkpoint's", at_least=0, below=1)
     # settings of pretraining alone, not flags here
     preset: str = flag("posttrain", None)
     init_from: str | None = flag(None, None)
@@ -304,19 +302,19 @@ class ShardData(Corpus):
         return super().describe(cfg, plan) + as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
-def check_learnable(rows, name):
+def check_learnable(rows, name: str) -> None:
     """Raises BadInput if a RowSource, or None, is empty."""
     if rows is not None and not len(rows):
         raise BadInput(f"nothing of {name} can be learned, it is empty or too long: see what it "
                        "holds, or give more")
 
 
-def as_data_lines(lines):
+def as_data_lines(lines: list[str]) -> list[str]:
     """Lines about the data as a run prints them."""
     return [f"data    {line}" for line in lines]
 
 
-def few_steps(cfg, plan):
+def few_steps(cfg: Config, plan) -> list[str]:
     """A warning if a run is very short without having been asked to be; else none."""
     if plan.steps >= ENOUGH or cfg.max_steps is not None:
         return []
@@ -332,16 +330,17 @@ def token_rows(corpus, tokenizer, seed, block_size):
     return streams.TokenRows(stream, block_size, block_size + corpus.is_mixed)
 
 
-def read_data(cfg, explicit, tokenizer, block_size):
+def read_data(cfg: Config, explicit: set[str], tokenizer, block_size: int):
     """--data -> Data or ShardData.
 
     Raises BadInput for data that cannot be read, is empty or mixes both, and for flags that do not
     fit.
     """
-    shards = [word for word in cfg.data if is_shard_folder(word)]
+    words = cfg.data or ()
+    shards = [word for word in words if is_shard_folder(word)]
     if not shards:
         return Data(cfg, tokenizer, block_size)
-    others = [word for word in cfg.data if word not in shards]
+    others = [word for word in words if word not in shards]
     if others:
         conversations.find_paths(others)  # a missing file has an error of its own
         raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files "
@@ -355,13 +354,13 @@ def read_data(cfg, explicit, tokenizer, block_size):
     return ShardData(cfg, tokenizer, block_size)
 
 
-def is_shard_folder(word):
+def is_shard_folder(word: str) -> bool:
     folder, _ = split_weight(word)
     shards, *_ = find_shards(folder)
     return any(shards.values())
 
 
-def find_pretraining(cfg, explicit, tokenizer, block_size):
+def find_pretraining(cfg: Config, explicit: set[str], tokenizer, block_size: int):
     """-> (the Corpus of pretraining, None if missing; whether forgetting can be measured; a line
     about both).
 
@@ -401,7 +400,7 @@ def find_pretraining(cfg, explicit, tokenizer, block_size):
 
 
 @torch.no_grad()
-def grow(model, tokenizer):
+def grow(model, tokenizer) -> tuple[int, dict]:
     """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
 
     The new ids follow those of text. Pretraining pushed their rows of the embedding and the head
@@ -542,13 +541,13 @@ class PostTraining(Pretraining):
         run.say(line)
 
 
-def first_turn(conversation):
+def first_turn(conversation: list[dict]) -> list[dict]:
     """A conversation up to the first message of the user."""
     has_system = conversation[0]["role"] == "system"
     return conversation[:1 + has_system]
 
 
-def pick_batch(tokens, row):
+def pick_batch(tokens: int, row: int) -> int:
     """--total_batch_size if unset, for an epoch of `tokens`. row: tokens of one row per process, or
     of a micro-batch if --micro_batch is given.
 
@@ -559,7 +558,7 @@ def pick_batch(tokens, row):
     return row << rows.bit_length() - 1
 
 
-def inherited(cfg, before, explicit):
+def inherited(cfg: Config, before: dict, explicit: set[str]) -> dict:
     """The settings that a new run takes from its checkpoint, a dict.
 
     before: the checkpoint's train_config, or {}. Raises BadInput if that has no learning rate.
@@ -587,7 +586,7 @@ def inherited(cfg, before, explicit):
     return settings
 
 
-def resumed_model(resume):
+def resumed_model(resume) -> GPTConfig:
     """The GPTConfig of a Resume. Raises BadInput unless it is of this script."""
     before = resume.state.get("train_config")
     config = resume.state.get("model_config")
@@ -601,7 +600,7 @@ def resumed_model(resume):
                        "another one") from error
 
 
-def load_start(cfg, explicit):
+def load_start(cfg: Config, explicit: set[str]):
     """The checkpoint of a new run -> (cfg with what it decides, its GPT, its state)."""
     start = checkpoint.pick(checkpoint.named(cfg))
     if cfg.data is None:
@@ -618,7 +617,7 @@ def load_start(cfg, explicit):
     return resolve(cfg, inherited(cfg, before, explicit)), model, state
 
 
-def prepare(argv):
+def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     """The command line -> (Settings, PostTraining). Later sources win: defaults, the checkpoint
     that the run begins with, the run's own checkpoint, flags; then what follows from the data.
 
@@ -656,7 +655,7 @@ def prepare(argv):
     return Settings(cfg, model_cfg, explicit, resume), task
 
 
-def batch_for(corpus, cfg, block_size):
+def batch_for(corpus, cfg: Config, block_size: int) -> int:
     """--total_batch_size for this data on all processes."""
     processes = launched()
     row = block_size * (processes["world_size"] if processes else 1)
@@ -665,7 +664,7 @@ def batch_for(corpus, cfg, block_size):
     return pick_batch(corpus.tokens["train"], row)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     settings, task = prepare(argv)
     launch(settings, task)
 

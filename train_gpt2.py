@@ -80,7 +80,7 @@ from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorbo
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
-from lib.plan import Settings, check_memory, make_plan
+from lib.plan import RunPlan, Settings, check_memory, make_plan
 from lib.resume import Position, find_resume, may_change, merge
 from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
@@ -709,7 +709,7 @@ def init_weights(model):
 EMB_NORM_LR = 5  # times --max_lr, for normalized embeddings: at --max_lr they learn too slowly
 
 
-def make_optimizer(model, cfg):
+def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of --optimizer, with every parameter in one group.
 
     Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits`: number of
@@ -717,7 +717,7 @@ def make_optimizer(model, cfg):
     """
     outside = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
     fused = row_blocks(model.config)
-    members = {}
+    members: dict[tuple[str, int], list] = {}
     for name, p in model.named_parameters():
         module = name.split(".")[-2]
         kind = outside.get(module, "matrix")
@@ -731,8 +731,10 @@ def make_optimizer(model, cfg):
     rates = {"embedding": cfg.embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
     if model.config.emb_norm and not cfg.embedding_lr:
         rates["embedding"] = cfg.max_lr * EMB_NORM_LR
-    groups = [dict(params=params, kind=kind, splits=splits, lr=rates.get(kind) or cfg.max_lr)
-              for (kind, splits), params in members.items()]
+    groups: list[dict] = []
+    for (kind, splits), params in members.items():
+        rate = rates.get(kind) or cfg.max_lr
+        groups.append(dict(params=params, kind=kind, splits=splits, lr=rate))
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "not each parameter once"
 
@@ -765,7 +767,7 @@ def muon(groups, cfg):
 OPTIMIZERS: dict[str, Callable] = {"adamw": adamw, "muon": muon}
 
 
-def state_like(optimizer):
+def state_like(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Tensors of the shapes that the optimizer's state will have: AdamW's two moments, Muon's
     momentum."""
     copies = {"adamw": 2, "muon": 1}
@@ -781,7 +783,7 @@ WARMUP_SHARE = 0.0375  # of all steps
 WARMUP_LEAST = 40      # steps
 
 
-def lr_multiplier(step, cfg, steps):
+def lr_multiplier(step: int, cfg: TrainConfig, steps: int) -> float:
     """Between 0 and 1: multiplies the learning rates of update `step`, 0 <= step < steps."""
     # 1) linear warm-up, from above zero in the first step
     warmup = warmup_length(cfg, steps)
@@ -792,7 +794,7 @@ def lr_multiplier(step, cfg, steps):
     return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
 
-def warmup_length(cfg, steps):
+def warmup_length(cfg: TrainConfig, steps: int) -> int:
     """Steps of warm-up in a run of `steps`."""
     if cfg.warmup_steps is not None:
         return min(cfg.warmup_steps, steps - 1)
@@ -802,7 +804,7 @@ def warmup_length(cfg, steps):
     return max(least, round(WARMUP_SHARE * steps))
 
 
-def decay_progress(step, start, steps):
+def decay_progress(step: int, start: int, steps: int) -> float:
     """How far the decay from step `start` to the end of the run has come, 0 to 1."""
     progress = (step - start) / max(steps - start, 1)
     return min(max(progress, 0.0), 1.0)
@@ -827,7 +829,7 @@ def wsd(step, start, steps, cooldown):
 SCHEDULES: dict[str, Callable] = {"cosine": cosine, "wsd": wsd, "linear": linear}
 
 
-def rate_rise(cfg, steps, state):
+def rate_rise(cfg: TrainConfig, steps: int, state: dict) -> str | None:
     """A line for a run that is extended to `steps`, if its learning rate rises again; else None.
     state: the checkpoint's."""
     before = state["max_steps"]
@@ -845,10 +847,10 @@ def rate_rise(cfg, steps, state):
             f"ends at step {steps:,}, not {before:,}; a lower --max_lr keeps it low")
 
 
-def gradient_groups(model):
+def gradient_groups(model: GPT) -> dict[str, list]:
     """{name of a part (embedding, block_00, ..., rest): its parameters}, for TensorBoard's gradient
     norms. A tied head is in embedding."""
-    parts = {}
+    parts: dict[str, list] = {}
     for name, p in model.named_parameters():
         _, module, layer, *_ = f"{name}..".split(".")
         part = "rest"
@@ -860,7 +862,7 @@ def gradient_groups(model):
     return parts
 
 
-def gradient_norm(parameters):
+def gradient_norm(parameters: list) -> torch.Tensor:
     """The 2-norm of all gradients of these parameters, a scalar on their device."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
@@ -987,13 +989,13 @@ class Evaluation(NamedTuple):
     def mode(self):
         return contextlib.nullcontext() if self.compiled else compiler.off()
 
-    def is_due(self, step, last):
+    def is_due(self, step: int, last: bool) -> bool:
         if not self.every or (step == 0 and not self.at_start):
             return False
         return last or step % self.every == 0
 
 
-def mean_loss(model, rows, micro_batch, processes, stopped=lambda: False):
+def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -> float:
     """Mean loss in nats per target over all validation rows, of all processes.
 
     rows: (x, y), or (x, y, documents) if they are packed. stopped: asked by every process equally
@@ -1021,7 +1023,7 @@ def mean_loss(model, rows, micro_batch, processes, stopped=lambda: False):
     return nats / count
 
 
-def pad_rows(rows, n, fill, device):
+def pad_rows(rows: np.ndarray, n: int, fill: int, device) -> torch.Tensor:
     """int64 (at most n, T) -> a tensor (n, T) on `device`; missing rows are filled with `fill`."""
     missing = n - len(rows)
     return to_device(np.pad(rows, ((0, missing), (0, 0)), constant_values=fill), device)
@@ -1107,6 +1109,13 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
         is_best = processes.sum([is_best])[0]
         if is_best and not last:
             run.save(snapshot())
+
+    def give_up():
+        """End a run of non-finite steps; its newest checkpoint is from before them."""
+        kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
+        processes.barrier()
+        raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from "
+                       "before: lower --max_lr or lengthen --warmup_steps, and --resume it")
 
     is_spike = SpikeDetector(cfg.spike)
     monitor = RecompileMonitor(say)
@@ -1202,14 +1211,9 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
             if spike:
                 say(f"{spike}; its batch: {stream.where(read_from)}")
 
-            # ---- end the run if too many consecutive steps, or all, were skipped
             step += 1
             if consecutive_skips >= min(cfg.max_skipped, timer.steps - first):
-                kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
-                processes.barrier()
-                raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is "
-                               "from before: lower --max_lr or lengthen --warmup_steps, and "
-                               "--resume it")
+                give_up()
         stop.heard()
         finished = last and not stop.agreed
         run.save(snapshot(finished=finished), wait=True)
@@ -1227,7 +1231,7 @@ def measure(evaluation, model, micro_batch, stop, monitor):
         model.train()
 
 
-def seed_dropout(seed, step, rank):
+def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout depends on (seed, step, rank) alone: there is no random state to save."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
@@ -1250,7 +1254,7 @@ def accumulate(ddp, batch, n_targets, processes):
 # The command
 
 
-def load_checkpoint(name, device="cpu"):
+def load_checkpoint(name: str, device="cpu"):
     """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
     name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl",
@@ -1281,12 +1285,17 @@ def load_checkpoint(name, device="cpu"):
     return model.to(device).eval(), tokenizer, state
 
 
-def settings(argv):
+def settings(argv: list[str]) -> Settings:
     """The command line -> Settings. Later sources win: defaults, preset, rates of another
-    optimizer than the preset's, checkpoint (of --resume or --init_from), --size, flags."""
+    optimizer than the preset's, the checkpoint of --resume or --init_from, --size, flags.
+
+    All settings of a --preset that is not the checkpoint's count as flags. A flag that sets the
+    length of the run removes any other length.
+    """
     flags = read_flags((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     preset = PRESETS[flags.get("preset", TrainConfig.preset)]
-    flags = SIZES.get(flags.get("size"), {}) | flags
+    size = SIZES[flags["size"]] if "size" in flags else {}
+    flags = size | flags
     explicit = set(flags)
     cfg = resolve(TrainConfig(), preset, other_rates(preset, flags), flags)
     model_cfg = resolve(GPTConfig(), preset, flags)
@@ -1302,14 +1311,14 @@ def settings(argv):
     return Settings(cfg, model_cfg, explicit, resume, start)
 
 
-def other_rates(preset, flags):
+def other_rates(preset: dict, flags: dict) -> dict:
     """The learning rates of --optimizer if that is not the preset's, whose rates would not fit."""
     usual = preset.get("optimizer", TrainConfig.optimizer)
     optimizer = flags.get("optimizer", usual)
     return RATES.get(optimizer, {}) if optimizer != usual else {}
 
 
-def adopt(resume, cfg, model_cfg, explicit):
+def adopt(resume, cfg, model_cfg: GPTConfig, explicit: set[str]):
     """-> (cfg, model_cfg) with the settings of a Resume, but for the explicit ones. Raises BadInput
     if they do not fit its weights."""
     with checkpoint.ours(resume.path):
@@ -1322,7 +1331,7 @@ def adopt(resume, cfg, model_cfg, explicit):
     return cfg, model_cfg
 
 
-def begin_with(cfg, model_cfg, explicit):
+def begin_with(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]):
     """--init_from -> (cfg with the file it names, model_cfg with the settings of its weights, but
     for explicit ones that these do not depend on, [(a GPT, its Tokenizer)]).
 
@@ -1344,7 +1353,7 @@ def begin_with(cfg, model_cfg, explicit):
     return replace(cfg, init_from=path), model_cfg, [(model, tokenizer)]
 
 
-def flag_warnings(cfg, model_cfg, explicit):
+def flag_warnings(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> list[str]:
     """Warnings about flags without effect, and a rate far from what suits the optimizer."""
     idle = {
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
@@ -1362,7 +1371,7 @@ def flag_warnings(cfg, model_cfg, explicit):
     return lines
 
 
-def check_model(c):
+def check_model(c: GPTConfig) -> None:
     """Check a model's settings, their bounds and against each other. Raises BadInput."""
     check(c)
     if c.n_embd % c.n_head:
@@ -1372,13 +1381,13 @@ def check_model(c):
     check_experts(c, MLPS[c.mlp].width(c.n_embd))
 
 
-def on_meta(model_cfg):
+def on_meta(model_cfg: GPTConfig) -> GPT:
     """A GPT without memory for its weights, to be counted."""
     with torch.device("meta"):
         return GPT(model_cfg)
 
 
-def build_model(model_cfg, cfg, device):
+def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device) -> GPT:
     """A GPT on `device`, initialized from cfg.seed. Raises BadInput if there is not enough memory
     to train it."""
     like = on_meta(model_cfg)
@@ -1396,7 +1405,7 @@ def build_model(model_cfg, cfg, device):
 
 
 @torch.no_grad()
-def fit_vocabulary(model, vocab_size):
+def fit_vocabulary(model: GPT, vocab_size: int) -> None:
     """Resize the embedding and the head of a GPT to `vocab_size` ids, padded as GPTConfig says.
 
     Models from Hugging Face have no padding. New rows begin as the mean of the others: their logits
@@ -1484,7 +1493,7 @@ class Pretraining:
         """Print a closing summary."""
 
 
-def size_of(model_cfg, corpus):
+def size_of(model_cfg: GPTConfig, corpus) -> int | None:
     """Parameters of the model for a Corpus whose tokenizer is not loaded yet; None if its
     vocabulary is unknown."""
     if not corpus.vocab_size:
@@ -1493,7 +1502,7 @@ def size_of(model_cfg, corpus):
     return model.parameter_counts()["total"]
 
 
-def compiles(cfg, plan, model_cfg, processes, first):
+def compiles(cfg, plan: RunPlan, model_cfg: GPTConfig, processes, first: int) -> bool:
     """Whether to torch.compile: --compile, else if the run from step `first` on is long enough for
     that to pay off."""
     if cfg.compile is not None:
@@ -1505,7 +1514,7 @@ def compiles(cfg, plan, model_cfg, processes, first):
     return compiler.worth_compiling(flops / processes.world_size, processes.device)
 
 
-def launch(settings, task):
+def launch(settings: Settings, task) -> None:
     """Train a task, such as Pretraining, on all processes, from the beginning or a checkpoint.
 
     The order: whatever may refuse the run comes before anything is written, and what needs no GPU
@@ -1552,6 +1561,7 @@ def launch(settings, task):
 
         # ---- weights, after the probe for the micro-batch, which leaves traces in a model
         position = Position()
+        rise = None
         if resume:
             rise = rate_rise(cfg, plan.steps, resume.state)
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
@@ -1562,7 +1572,7 @@ def launch(settings, task):
 
         # ---- everything fits: from here on the run folder is written to
         description = describe(cfg, plan, model, corpus, processes, position.step)
-        if resume and rise:
+        if rise:
             description += f"\n{rise}"
         config = {"model": asdict(model_cfg), "train": train_config(cfg, plan),
                   "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
@@ -1584,12 +1594,12 @@ def launch(settings, task):
         task.conclude(run)
 
 
-def is_over(state, plan):
+def is_over(state: dict, plan: RunPlan) -> bool:
     """Whether a checkpoint's run has ended, and the plan does not extend it."""
     return state["step"] >= plan.steps and state.get("finished", True)
 
 
-def train_config(cfg, plan):
+def train_config(cfg, plan: RunPlan) -> dict:
     """The settings of a run as config.json and checkpoints hold them: what was left open is as the
     plan has it."""
     return asdict(cfg) | {"eval_every": plan.eval_every, "sample_every": plan.sample_every,
@@ -1603,7 +1613,7 @@ def compile_model(model, plan, task, run, processes):
     compiler.compile_ahead(model, batch, plan.eval_every > 0, run.say)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     chosen = settings(argv)
     cfg, model_cfg, explicit, _, start = chosen
     check_model(model_cfg)
@@ -1615,7 +1625,7 @@ def main(argv):
     launch(chosen, Pretraining(cfg, explicit, start))
 
 
-def print_forecast(cfg, model_cfg, explicit):
+def print_forecast(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> None:
     """Print the table of --plan, for every --size and the chosen model."""
     if "data" in explicit:  # its vocabulary; the table needs no data
         vocab_size = Corpus(cfg).vocab_size or model_cfg.vocab_size

@@ -23,32 +23,36 @@ def test_a_conversation_by_hand():
                   reply=True)[0] == [50256, system, *text[0], end, user, *text[1], end, assistant]
 
 
-@pytest.mark.parametrize("messages, told",
-                         [([], "no messages"), (None, "no messages"),
-                          ([{"role": "user"}], "without"),
-                          ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
-                          (CHAT[1:] + CHAT[:1], "out of order"), (CHAT[:1], "out of order"),
-                          (CHAT[2:], "out of order"), (CHAT[1:2] * 2, "out of order")])
-def test_what_is_no_conversation(messages, told):
-    with pytest.raises(BadInput, match=told):
+@pytest.mark.parametrize("messages, says", [
+    ([], "no messages"), (None, "no messages"), ([3], "without"), ([{"role": "user"}], "without"),
+    ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
+    (CHAT[1:] + CHAT[:1], "out of order"), (CHAT[:1], "out of order"),
+    (CHAT[2:], "out of order"), (CHAT[1:2] * 2, "out of order"),
+])
+def test_what_is_not_a_conversation(messages, says):
+    with pytest.raises(BadInput, match=says):
         check_messages(messages)
+
+
+def test_a_conversation_passes():
     check_messages(CHAT)
+    check_messages(CHAT[1:])
 
 
-def test_the_oldest_turns_give_way():
+@pytest.mark.parametrize("system", [[], CHAT[:1]], ids=["plain", "system"])
+def test_the_oldest_turns_are_dropped(system):
     tokenizer = load_tokenizer("gpt2")
-    # each: its role, 2 tokens of text, its end
-    turns = [{"role": role, "content": f"turn {i}"}
-             for i in range(3)
-             for role in ("user", "assistant")][:-1]
-    for system in ([], CHAT[:1]):
-        whole = 2 + len(system) * 5 + 4 * len(
-            turns)  # end-of-text, <|assistant|>, "Be brief." is 3 tokens
-        for limit, kept in ((whole, turns), (whole - 1, turns[2:]), (whole - 8, turns[2:]),
-                            (whole - 9, turns[4:])):
-            assert fit(system + turns, tokenizer,
-                       limit) == (system + kept, render(system + kept, tokenizer, reply=True)[0])
-        with pytest.raises(
-                BadInput, match=
-                f"has {whole - 16} tokens, and the context has room for {whole - 17}: shorten it"):
-            fit(system + turns, tokenizer, whole - 17)
+    # each has 4 tokens: its role, 2 of text, its end
+    turns = []
+    for i in range(3):
+        turns.append({"role": "user", "content": f"turn {i}"})
+        turns.append({"role": "assistant", "content": f"turn {i}"})
+    del turns[-1]
+    # 2: end of text and <|assistant|>; "Be brief." has 3 tokens
+    whole = 2 + len(system) * 5 + 4 * len(turns)
+    for limit, kept in ((whole, turns), (whole - 1, turns[2:]), (whole - 8, turns[2:]),
+                        (whole - 9, turns[4:])):
+        ids, _ = render(system + kept, tokenizer, reply=True)
+        assert fit(system + turns, tokenizer, limit) == (system + kept, ids)
+    with pytest.raises(BadInput, match=f"has {whole - 16} tokens, .* room for {whole - 17}:"):
+        fit(system + turns, tokenizer, whole - 17)

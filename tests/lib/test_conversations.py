@@ -138,19 +138,18 @@ def test_columns_that_python_cannot_hold_are_not_read(tmp_path):
     import pyarrow.parquet
 
     pair = {"prompt": [ASKED], "completion": [TOLD]}
-    odd = {
-        "when": pa.array([2**62],
-                         pa.timestamp("us")), "zone": pa.array([0],
-                                                               pa.timestamp("us", "Nowhere/Land")),
+    unreadable = {
+        "when": pa.array([2**62], pa.timestamp("us")),
+        "zone": pa.array([0], pa.timestamp("us", "Nowhere/Land")),
         "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
         "bytes": pa.array([b"\xff"]).view(pa.string()),
-        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
     }
-    pa.parquet.write_table(pa.table(pair | odd), tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table(pair | unreadable), tmp_path / "a.parquet")
     examples, line = read(str(tmp_path / "a.parquet"))
     assert examples == [PAIR] and line.endswith("; not used: bytes, map, twice, when, zone")
-    pa.parquet.write_table(pa.table({"prompt": [ASKED], "completion": odd["bytes"]}),
-                           tmp_path / "a.parquet")
+    table = pa.table({"prompt": [ASKED], "completion": unreadable["bytes"]})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(BadInput, match="cannot read .*utf-8"):
         read(str(tmp_path / "a.parquet"))
 
@@ -162,18 +161,16 @@ def test_a_txt_is_one_text(tmp_path):
 
 
 def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
-    odd = [
-        "not JSON", "[1]",
-        json.dumps({"prompt": "x"}),
-        json.dumps({"prompt": "x", "completion": " "}),
-        json.dumps({"prompt": 3, "completion": "x"})
-    ]
+    malformed = [[1], {"prompt": "x"}, {"prompt": "x", "completion": " "},
+                 {"prompt": 3, "completion": "x"}]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([odd[0], json.dumps(ROWS[6][1]), "", *odd[1:]]))
+    lines = ["not JSON", json.dumps(ROWS[6][1]), "", *map(json.dumps, malformed)]
+    path.write_text("\n".join(lines))
     examples, line = read(str(path))
     assert examples == [PAIR] and line == (
         f"{path}: 1 conversations (layout prompt/completion); skipped 5 malformed rows: "
-        "line 1: not JSON (Expecting value: line 1 column 1 (char 0)); line 4: not an object; line 5: no completion; ...")
+        "line 1: not JSON (Expecting value: line 1 column 1 (char 0)); line 4: not an object; "
+        "line 5: no completion; ...")
     with pytest.raises(BadInput, match="line 1: not JSON.*--strict"):
         read(str(path), strict=True)
 
@@ -181,15 +178,14 @@ def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
 def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"comment": "mine"}, ROWS[6][1], {"x": 1}])
     examples, line = read(str(path))
-    assert examples == [
-        PAIR
-    ] and "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
+    assert examples == [PAIR]
+    assert "skipped 2 malformed rows: line 1: no layout is known of comment; line 3: no " in line
     assert "another layout" not in line
     _, line = read(str(write_lines(tmp_path / "b.jsonl", [ROWS[6][1], {"text": "plain"}])))
     assert line.endswith(
         "line 2: no completion and prompt; of another layout, it belongs in a file of its own")
-    with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are messages, conversations, .*\): "
-                                       "fix it, or leave out --strict$"):
+    with pytest.raises(BadInput, match=r"line 1: no layout is known of comment \(known are "
+                                       r"messages, conv.*\): fix it, or leave out --strict$"):
         read(str(path), strict=True)
 
 
@@ -203,26 +199,26 @@ def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(ind
     assert read(str(path))[0] == [PAIR]
 
 
-@pytest.mark.parametrize("messages, told", [
+@pytest.mark.parametrize("messages, says", [
     ([], "no messages"), ([PAIR[0]], "no answer"), (PAIR[::-1], "out of order"),
     ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
     ([PAIR[0], {"role": "assistant", "content": "  "}], "empty answer"),
     ([{"role": "user", "content": None}], "both text"), ("hello", "not a list"),
     ([{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]], "parts that are not text")])
-def test_what_is_no_conversation(messages, told, tmp_path):
+def test_what_is_not_a_conversation(messages, says, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
-    with pytest.raises(BadInput, match=f"no usable row.*{told}"):
+    with pytest.raises(BadInput, match=f"no usable row.*{says}"):
         read(str(path))
 
 
-@pytest.mark.parametrize("content, told", [
+@pytest.mark.parametrize("content, says", [
     ("", "it is empty"), ("{}", "nothing in it"),
     ('{"question": 1, "answer": 2}', "with question, answer \\(known are messages, conversations, "
                                      "instruction and output, .*\\): rename its columns$"),
     ("[1, 2]", "not an object")])
-def test_what_holds_nothing(content, told, tmp_path):
+def test_a_file_without_usable_rows(content, says, tmp_path):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=says):
         read(str(tmp_path / "a.json"))
     (tmp_path / "a.parquet").write_text(content)
     with pytest.raises(BadInput, match="cannot read"):
@@ -233,15 +229,16 @@ def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
     chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog sat"}
             ] * 3
     ids, learned = render(chat, tokenizer)
-    third, two = len(ids), len(render(chat[:4], tokenizer)[0])
-    # a last question is dropped
-    assert truncate(chat, tokenizer, third) == (ids, learned, "whole") == truncate([*chat, chat[0]],
-                                                                                   tokenizer, third)
-    assert truncate(chat, tokenizer, third - 1) == truncate(
-        chat, tokenizer, two) == (ids[:two], learned[:two], "cut")
-    first = len(render(chat[:2], tokenizer)[0])
-    assert truncate(chat, tokenizer,
-                    first - 1) == (ids[:first - 1], learned[:first - 1], "truncated")
+    one, two, three = (len(render(chat[:n], tokenizer)[0]) for n in (2, 4, 6))  # pairs
+
+    def cut_to(n, how):
+        return ids[:n], learned[:n], how
+
+    assert truncate(chat, tokenizer, three) == cut_to(three, "whole")
+    assert truncate([*chat, chat[0]], tokenizer, three) == cut_to(three, "whole")
+    assert truncate(chat, tokenizer, three - 1) == cut_to(two, "cut")
+    assert truncate(chat, tokenizer, two) == cut_to(two, "cut")
+    assert truncate(chat, tokenizer, one - 1) == cut_to(one - 1, "truncated")
     assert truncate(chat, tokenizer, 5) == (None, None, "dropped")
 
 
@@ -249,18 +246,26 @@ def test_what_is_held_out_follows_from_content_and_seed():
     examples = [[{"role": "user", "content": text}, PAIR[1]] for text in sentences(400)]
     train, val = hold_out(examples, 0.1, 1)
     assert 0.05 < len(val) / 400 < 0.16 and len(train) + len(val) == 400
-    assert not any(example in train for example in val)  # equal ones are on one side
-    assert hold_out(examples[::-1], 0.1, 1) == (train[::-1], val[::-1]) and hold_out(
-        examples, 0.1, 2)[1] != val
+    assert not any(example in train for example in val)  # duplicates are on one side
+    assert hold_out(examples[::-1], 0.1, 1) == (train[::-1], val[::-1])
+    assert hold_out(examples, 0.1, 2)[1] != val
     few = [examples[0], PAIR]
-    assert [len(part)
-            for part in hold_out(few, 0.01, 1)] == [1, 1] and hold_out(few, 0.0, 1) == (few, [])
+    assert [len(part) for part in hold_out(few, 0.01, 1)] == [1, 1]
+    assert hold_out(few, 0.0, 1) == (few, [])
+
+
+def test_a_share_that_cannot_be_held_out_is_refused():
+    examples = [[{"role": "user", "content": text}, PAIR[1]] for text in sentences(30)]
     with pytest.raises(BadInput, match="--val_share 0"):
         hold_out([PAIR, PAIR], 0.1, 1)
     with pytest.raises(BadInput, match="--val_share 0.9999 of 30 rows"):
-        hold_out(examples[:30], 0.9999, 1)
-    book, ends = "a" * 90 + "b" * 10, (["a" * 90], ["b" * 10])
-    assert hold_out([book], 0.1, 1) == ends
-    for number in range(30):  # a seed that would hold the book out whole is among them
-        assert hold_out([book, *examples[:30]], 0.1, number) == tuple(
-            map(list.__add__, hold_out(examples[:30], 0.1, number), ends))
+        hold_out(examples, 0.9999, 1)
+
+
+def test_of_a_single_text_the_tail_is_held_out():
+    book = "a" * 90 + "b" * 10
+    assert hold_out([book], 0.1, 1) == (["a" * 90], ["b" * 10])
+    examples = [[{"role": "user", "content": text}, PAIR[1]] for text in sentences(30)]
+    for seed in range(30):  # with some seeds, the hash would hold the whole book out
+        train, val = hold_out(examples, 0.1, seed)
+        assert hold_out([book, *examples], 0.1, seed) == ([*train, "a" * 90], [*val, "b" * 10])

@@ -55,7 +55,8 @@ def test_parameters_flops_and_batch_arithmetic(model):
     about_model, about_data, length, batch, device = lines(model, settings(), plan())
     assert about_model == (
         f"model   {total:,} parameters: embedding {80 * 32:,}, 2 layers of "
-        f"{12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; {flops / 1e6:,.1f} MFLOPs per token")
+        f"{12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; "
+        f"{flops / 1e6:,.1f} MFLOPs per token")
     assert about_data == "data    toy: 640 train tokens in 2 shards, validation on 48"
     assert length == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, "
                       f"{1280 / total:,.4g} tokens per parameter), {1280 * flops:.2e} FLOPs")
