@@ -1,4 +1,4 @@
-"""Resumed runs against uninterrupted ones: python -m pytest tests/lib/test_resume.py"""
+"""Resumed runs against uninterrupted ones: python -m pytest tests/lib/test_resumed_runs.py"""
 
 import errno
 import itertools
@@ -205,22 +205,23 @@ def test_settings_come_from_the_checkpoint(whole, tmp_path):
     assert config["model"]["n_layer"] == 2
 
 
-def test_settings_newer_than_a_checkpoint_stay_off(whole):
-    state = checkpoint.read(next(whole("gpt2").glob("ckpt_*.pt")))
-    batch = state["train_config"]["total_batch_size"]
-    state["timed"] = (3, 2.0)  # steps and seconds, before --batch_warmup
-    state["train_config"]["data"] = "one"
+def test_a_checkpoint_without_newer_settings(whole, data, tmp_path, capsys):
+    folder = cut(whole("gpt2"), tmp_path / "a", 56)
+    path = folder / "ckpt_00056.pt"
+    state = checkpoint.read(path)
+    state["train_config"]["data"] = str(data)  # not a tuple yet
     for name in ("batch_warmup", "curriculum"):
         del state["train_config"][name]
     for name in ("token_shift", "n_experts"):
         del state["model_config"][name]
-    cfg = TrainConfig(batch_warmup=512)  # as a preset may set it now
-    model_cfg = GPTConfig(token_shift=True)
-    resume.Resume("old", state, set()).adopt(cfg, model_cfg, set())
-    assert cfg.batch_warmup == 0
-    assert cfg.data == ("one",)
-    assert model_cfg.token_shift is False
-    assert state["timed"] == (3 * batch, 2.0)
+    checkpoint.write(path, state)
+    again(folder)
+    assert "step 56; as before\n" in capsys.readouterr().out
+    assert_same_runs(folder, whole("gpt2"))
+
+    state["timed"] = (3, 2.0)  # steps and seconds; newer versions count tokens
+    resume.Resume(path, state, set()).adopt(TrainConfig(), GPTConfig(), set())
+    assert state["timed"] == (3 * 256, 2.0)
 
 
 def test_the_length_stays_if_the_size_of_the_data_changes(whole, tmp_path):
