@@ -1,5 +1,4 @@
-"""Mixture of Experts against a plain loop over experts, alone and in real runs: python -m pytest
-tests/lib/test_moe.py"""
+"""Mixture of Experts against a plain loop over experts: python -m pytest tests/lib/test_moe.py"""
 
 import json
 import math
@@ -27,7 +26,7 @@ ALONE = SimpleNamespace(distributed=False)
 
 
 def layer_of(std=0.2, **settings):
-    """A MoE of width 32 with random weights and biases that change what is picked."""
+    """A MoE of width 32 with random weights, and biases that change which experts are picked."""
     torch.manual_seed(1)
     config = tiny(**dict(n_experts=5, n_active=2) | settings)
     layer = MoE(config, MLPS[config.mlp])
@@ -38,31 +37,38 @@ def layer_of(std=0.2, **settings):
 
 
 def plain(config, layer, x):
-    """The same written out: token by token, expert by expert."""
+    """The same, token by token and expert by expert."""
     out = []
     for token in x.flatten(0, 1):
-        z = layer.router.weight @ token
-        scores = torch.sigmoid(z) if config.router == "sigmoid" else z.exp() / z.exp().sum()
-        picked = sorted(range(config.n_experts),
-                        key=lambda e: -(scores[e] + layer.bias[e]).item())[:config.n_active]
-        y = sum(scores[e]
-                * (layer.c_proj.weight[e] @ activation(config.mlp, layer.c_fc.weight[e] @ token))
-                for e in picked)
-        y = y / sum(scores[e] for e in picked)
+        scores = scores_of(config.router, layer.router.weight @ token)
+        picked = (scores + layer.bias).argsort(descending=True)[:config.n_active]
+        y = torch.zeros_like(token)
+        for e in picked:
+            h = activation(config.mlp, layer.c_fc.weight[e] @ token)
+            y = y + scores[e] * (layer.c_proj.weight[e] @ h)
+        y = y / scores[picked].sum()
         if config.n_shared:
-            y = y + layer.shared.c_proj.weight @ activation(config.mlp,
-                                                            layer.shared.c_fc.weight @ token)
+            h = activation(config.mlp, layer.shared.c_fc.weight @ token)
+            y = y + layer.shared.c_proj.weight @ h
         out.append(y)
     return torch.stack(out).view_as(x)
+
+
+def scores_of(router, z):
+    if router == "sigmoid":
+        return torch.sigmoid(z)
+    return z.exp() / z.exp().sum(-1, keepdim=True)
 
 
 def activation(mlp, h):
     if mlp == "swiglu":
         return F.silu(h[:len(h) // 2]) * h[len(h) // 2:]
-    return h.clamp(min=0) ** 2 if mlp == "relu2" else F.gelu(h, approximate="tanh")
+    if mlp == "relu2":
+        return h.clamp(min=0) ** 2
+    return F.gelu(h, approximate="tanh")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The layer
 
 
@@ -72,33 +78,32 @@ def activation(mlp, h):
 def test_equals_a_plain_loop_over_experts(mlp, router, n_shared):
     config, layer = layer_of(mlp=mlp, router=router, n_shared=n_shared, bias=False)
     x = torch.randn(2, 7, 32, requires_grad=True)
-    wrt, away = [x, *layer.parameters()], torch.randn(2, 7, 32)
-    want, have = plain(config, layer, x), layer(x)
+    inputs = [x, *layer.parameters()]
+    grad = torch.randn(2, 7, 32)
+    want = plain(config, layer, x)
+    have = layer(x)
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad((have * away).sum(), wrt),
-                    torch.autograd.grad((want * away).sum(), wrt), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        assert a.any()
+    grads = torch.autograd.grad(have, inputs, grad)
+    torch.testing.assert_close(grads, torch.autograd.grad(want, inputs, grad), rtol=1e-4, atol=1e-5)
+    assert all(part.any() for part in grads)
 
 
 @pytest.mark.parametrize("mlp", MLPS)
 def test_one_expert_is_the_dense_mlp(mlp):
     config, layer = layer_of(mlp=mlp, n_experts=1, n_active=1, bias=False)
     dense = MLPS[mlp](config)
-    assert layer.c_fc.weight.shape[1:] == dense.c_fc.weight.shape and layer.c_proj.weight.shape[
-        1:] == dense.c_proj.weight.shape
-    for module in ("c_fc", "c_proj"):
-        getattr(dense, module).weight.data = getattr(layer, module).weight[0].data
-    x, y = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32, requires_grad=True)
-    y.data = x.data
+    pairs = [(layer.c_fc, dense.c_fc), (layer.c_proj, dense.c_proj)]
+    for experts, matrix in pairs:
+        assert experts.weight.shape[1:] == matrix.weight.shape
+        matrix.weight.data = experts.weight[0].data
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
     layer(x).square().sum().backward()
     dense(y).square().sum().backward()
     torch.testing.assert_close(layer(x), dense(y), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
-    for module in ("c_fc", "c_proj"):
-        torch.testing.assert_close(
-            getattr(layer, module).weight.grad[0],
-            getattr(dense, module).weight.grad, rtol=1e-4, atol=1e-4)
+    for experts, matrix in pairs:
+        torch.testing.assert_close(experts.weight.grad[0], matrix.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -107,62 +112,65 @@ def test_groups_of_any_size_and_empty_ones_in_bf16(device):
     sizes = [0, 1, 7, 0, 300, 13, 0]
     ends = torch.tensor(sizes, device=device).cumsum(0).int()
     a = torch.randn(sum(sizes), 64, device=device).bfloat16().requires_grad_()
-    w = torch.randn(len(sizes), 40, 64,
-                    device=device).bfloat16().requires_grad_()  # (out, in), as the layers keep them
-    away = torch.randn(sum(sizes), 40, device=device).bfloat16()
+    w = torch.randn(len(sizes), 40, 64, device=device).bfloat16().requires_grad_()
+    grad = torch.randn(sum(sizes), 40, device=device).bfloat16()
     want = torch.cat([part @ matrix.T for part, matrix in zip(a.split(sizes), w, strict=True)])
     have = grouped_linear(a, w, ends)
     torch.testing.assert_close(have, want, rtol=2e-2, atol=0.1)
-    for mine, theirs in zip(torch.autograd.grad((have * away).sum(), (a, w)),
-                            torch.autograd.grad((want * away).sum(), (a, w)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0.5)
-    # zero, not missing; and a gradient without strides
-    assert not torch.autograd.grad(grouped_linear(a, w, ends).sum(), w)[0][0].any()
+    torch.testing.assert_close(torch.autograd.grad(have, (a, w), grad),
+                               torch.autograd.grad(want, (a, w), grad), rtol=2e-2, atol=0.5)
+    # an expanded gradient; that of an empty group is zero
+    total = grouped_linear(a, w, ends).sum()
+    assert not torch.autograd.grad(total, w)[0][0].any()
 
 
 def test_the_router_is_in_fp32_under_autocast():
     config, layer = layer_of(bias=False)
     x = torch.randn(2, 64, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low, gates = layer(x), layer.route(x)[0]
-    assert low.dtype == torch.bfloat16 and torch.equal(gates, layer.route(x)[0])
+        low = layer(x)
+        gates, _, _ = layer.route(x)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(gates, layer.route(x)[0])
     torch.testing.assert_close(low.float(), layer(x), rtol=0.05, atol=0.1)
 
 
 def test_the_router_is_in_fp32_in_a_compiled_backward_too():
     _, layer = layer_of(n_experts=64)
-    x, away = torch.randn(2, 64, 32).bfloat16().requires_grad_(), torch.randn(2, 64, 64)
-    grads = []
+    x = torch.randn(2, 64, 32).bfloat16().requires_grad_()
+    grad = torch.randn(2, 64, 64)
+    want_weight = grad.flatten(0, 1).T @ x.float().flatten(0, 1)
+    want_x = (grad @ layer.router.weight).bfloat16()
     for router in (layer.router, torch.compile(layer.router, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z = router(x)
-        grads.append(torch.autograd.grad((z * away).sum(), (layer.router.weight, x)))
-    for have in grads:
-        torch.testing.assert_close(have[0],
-                                   away.flatten(0, 1).T @ x.float().flatten(0, 1), rtol=1e-5,
-                                   atol=1e-5)
-        torch.testing.assert_close(have[1], (away @ layer.router.weight).bfloat16(), rtol=0, atol=0)
+        grad_weight, grad_x = torch.autograd.grad(z, (layer.router.weight, x), grad)
+        torch.testing.assert_close(grad_weight, want_weight, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad_x, want_x, rtol=0, atol=0)
 
 
-def test_the_bias_picks_and_does_not_weigh():
+def test_the_bias_changes_which_experts_are_picked_not_their_weights():
     _, layer = layer_of()
     x = torch.randn(1, 50, 32)
     layer.bias.zero_()
     gates, picked, _ = layer.route(x)
     layer.bias += torch.tensor([0, 0, 0, 9.0, 0])
     forced_gates, forced, counts = layer.route(x)
-    assert (forced == 3).any(-1).all() and counts[0, 3] == 50 and not (picked == 3).any(-1).all()
+    assert (forced == 3).any(-1).all()
+    assert counts[0, 3] == 50
+    assert not (picked == 3).any(-1).all()
     scores = torch.sigmoid(x @ layer.router.weight.T).gather(-1, forced)
     torch.testing.assert_close(forced_gates, scores / scores.sum(-1, keepdim=True))
     same = (forced == picked).all(-1)
-    assert same.any() and torch.equal(gates[same], forced_gates[same])
+    assert same.any()
+    assert torch.equal(gates[same], forced_gates[same])
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 12])
 def test_picks_are_those_of_topk(k):
     torch.manual_seed(0)
-    scores = torch.stack([torch.randperm(12) for _ in range(200)]).float().view(
-        4, 50, 12) - 6  # no ties, negative ones too
+    rows = [torch.randperm(12) for _ in range(200)]  # no ties
+    scores = torch.stack(rows).float().view(4, 50, 12) - 6
     assert torch.equal(top(scores, k), scores.topk(k).indices)
 
 
@@ -236,7 +244,7 @@ def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
         assert not [name for name in model.state_dict() if "seen" in name]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Balance
 
 
@@ -310,7 +318,7 @@ def test_a_few_stray_tokens_do_not_hide_a_collapse():
     assert "layer 0 2 of 4, its router has collapsed" in lines[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In the model
 
 
@@ -389,7 +397,7 @@ def test_experts_that_cannot_be_are_refused(settings, says):
         train_gpt2.check_model(tiny(**dict(n_experts=4) | settings))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real runs
 
 
