@@ -175,140 +175,171 @@ def test_picks_are_those_of_topk(k):
 
 
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
-def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
+def test_auxiliary_losses_change_only_gradients_by_their_formulas(router):
     settings = dict(router=router, bias=False, n_experts=5, mlp="relu2")
-    config = tiny(balance="loss", router_z_loss=0.3, **settings)
-    model, without = GPT(config), GPT(tiny(**settings))
+    model = GPT(tiny(balance="loss", router_z_loss=0.3, **settings))
+    without = GPT(tiny(**settings))
     without.load_state_dict(model.state_dict())
     idx = torch.randint(61, (3, 17))
-    inputs = {}
-    for i, block in enumerate(model.transformer.h):
-        block.mlp.register_forward_pre_hook(
-            lambda module, args, i=i: inputs.__setitem__(i, args[0]))
-    loss, loss_without = (m(idx[:, :-1], idx[:, 1:]) for m in (model, without))
-    assert torch.equal(loss, loss_without)
+    x = idx[:, :-1]
+    targets = idx[:, 1:]
+    inputs = record_inputs(model)
+    loss = model(x, targets)
+    assert torch.equal(loss, without(x, targets))
 
-    T, E, K, written_out = 16, 5, 2, loss_without.new_zeros(())
-    for i, block in enumerate(model.transformer.h):
-        for row in inputs[i]:
-            z = row @ block.mlp.router.weight.T                                         # (T, E)
-            p = z.softmax(-1) if router == "softmax" else z.sigmoid() / z.sigmoid().sum(
-                -1, keepdim=True)
-            f = torch.zeros(E)
-            for t in range(T):
-                f[p[t].topk(K).indices] += 1 / (T * K)
-            written_out = (written_out + T * BALANCE_LOSS * E * (f * p.mean(0)).sum()
-                           + 0.3 * z.exp().sum(-1).log().square().sum())
-    parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
-    auxiliary = torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True)
-    want = [
-        b + (0 if a is None else a) for a, b in zip(
-            auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)
-    ]
-    for name, a, b in zip(names, torch.autograd.grad(loss, parameters), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4,
+    written_out = sum(auxiliary_loss(router, row, layer.router.weight)
+                      for layer, rows in inputs for row in rows)
+    auxiliary = gradients(written_out, model)
+    want = gradients(without(x, targets), without)
+    for name, grad in gradients(loss, model).items():
+        torch.testing.assert_close(grad, want[name] + auxiliary[name], rtol=1e-4, atol=1e-4,
                                    msg=lambda text, name=name: f"{name}: {text}")
-    # of masked data, where the loop divides by fewer targets, they keep their weight per token
-    learned = torch.where(torch.rand(3, 16) < 0.25, idx[:, 1:], -1)
+    # in masked data, where the loop divides by fewer targets, their weight per token stays
+    learned = torch.where(torch.rand(3, 16) < 0.25, targets, -1)
     share = (learned >= 0).sum() / learned.numel()
     LoadBalancer(model, ALONE, print).weigh(share)
-    mine, theirs = (torch.autograd.grad(m(idx[:, :-1], learned), list(m.parameters()))
-                    for m in (model, without))
-    for name, a, b, c in zip(names, mine, theirs, auxiliary, strict=True):
+    want = gradients(without(x, learned), without)
+    for name, grad in gradients(model(x, learned), model).items():
         if "router" in name:
-            torch.testing.assert_close(a, b + c * share, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(grad, want[name] + auxiliary[name] * share,
+                                       rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
+def record_inputs(model):
+    """A list that gets (MoE layer, its input) of every later pass."""
+    inputs = []
+
+    def record(layer, args):
+        inputs.append((layer, args[0]))
+
+    for block in model.transformer.h:
+        block.mlp.register_forward_pre_hook(record)
+    return inputs
+
+
+def auxiliary_loss(router, row, weight):
+    """The losses of one sequence (T, C), written out; 5 experts, 2 of them active."""
+    T = len(row)
+    z = row @ weight.T  # (T, E)
+    p = scores_of(router, z)
+    p = p / p.sum(-1, keepdim=True)
+    f = torch.zeros(5)
+    for t in range(T):
+        f[p[t].topk(2).indices] += 1 / (T * 2)
+    z_loss = z.exp().sum(-1).log().square().sum()
+    return T * BALANCE_LOSS * 5 * (f * p.mean(0)).sum() + 0.3 * z_loss
+
+
+def gradients(loss, model):
+    """{name: gradient of the parameter}."""
+    names = [name for name, _ in model.named_parameters()]
+    grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True,
+                                allow_unused=True, materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(),
+    dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1, mlp="swiglu"),
+], ids=["bias", "loss"])
+def test_compiles_without_a_graph_break_and_evaluation_does_not_count(settings):
+    torch._dynamo.reset()
     idx = torch.randint(61, (2, 17))
-    for settings in (dict(),
-                     dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1,
-                          mlp="swiglu")):
-        torch._dynamo.reset()
-        model = GPT(tiny(n_experts=4, **settings))
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-        loss = model(idx[:, :-1], idx[:, 1:])
-        want = torch.autograd.grad(loss, list(model.parameters()))
-        seen = [block.mlp.seen.clone() for block in model.transformer.h]
-        for n in (2, 3):
-            have = compiled(idx[:, :-1], idx[:, 1:])
-            torch.testing.assert_close(have, loss)
-            torch.testing.assert_close(torch.autograd.grad(have, list(model.parameters())), want)
-            torch.testing.assert_close([block.mlp.seen for block in model.transformer.h],
-                                       [n * s for s in seen])
-        compiled.eval()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(idx[:, 1:]), model(idx[:, 1:]))
-        torch.testing.assert_close([block.mlp.seen for block in model.transformer.h],
-                                   [3 * s for s in seen])
-        assert not [name for name in model.state_dict() if "seen" in name]
+    model = GPT(tiny(n_experts=4, **settings))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    layers = [block.mlp for block in model.transformer.h]
+    loss = model(idx[:, :-1], idx[:, 1:])
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    seen = [layer.seen.clone() for layer in layers]
+    for passes in (2, 3):
+        have = compiled(idx[:, :-1], idx[:, 1:])
+        torch.testing.assert_close(have, loss)
+        torch.testing.assert_close(torch.autograd.grad(have, list(model.parameters())), want)
+        torch.testing.assert_close([layer.seen for layer in layers], [passes * s for s in seen])
+    compiled.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(idx[:, 1:]), model(idx[:, 1:]))
+    torch.testing.assert_close([layer.seen for layer in layers], [3 * s for s in seen])
+    assert not [name for name in model.state_dict() if "seen" in name]
 
 
 # --------------------------------------------------------------------------------------------------
 # Balance
 
 
-def test_biases_are_nudged_by_hand():
-    model, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2)), []
+def test_biases_are_adjusted_by_hand():
+    model = GPT(tiny(n_layer=2, n_experts=4, n_active=2))
     first, second = (block.mlp for block in model.transformer.h)
-    first.seen += 99  # of passes before, such as a probe of the memory
+    first.seen += 99  # of earlier passes, such as a probe of the memory
+    lines = []
     balance = LoadBalancer(model, ALONE, lines.append)
-    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0,
-                                12.0])  # 12 picks of 6 tokens: 3 for each expert would be even
+    # 12 picks by 6 tokens: an even load is 3 per expert
+    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0, 12.0])
     second.seen += torch.tensor([3.0, 3.0, 3.0, 3.0, 6.0, 6.0])
-    told = balance(True)
-    assert first.bias.tolist() == pytest.approx([-BIAS_RATE, BIAS_RATE, BIAS_RATE, -BIAS_RATE
-                                                 ]) and not second.bias.any()
-    assert told["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3
-                                                 ]) and told["moe/load_01"] == [1, 1, 1, 1]
-    assert [told[f"moe/{name}_00"] for name in ("max_load", "dead", "logit_norm", "entropy")
-            ] == pytest.approx([2, 1, 5, 2])
+    report = balance(True)
+    assert (first.bias / BIAS_RATE).tolist() == pytest.approx([-1, 1, 1, -1])
+    assert not second.bias.any()
+    assert report["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3])
+    assert report["moe/load_01"] == [1, 1, 1, 1]
+    assert (report["moe/max_load_00"], report["moe/dead_00"]) == (2, 1)
+    assert (report["moe/logit_norm_00"], report["moe/entropy_00"]) == (5, 2)
     before = first.bias.clone()
     first.seen += torch.tensor([9.0, 1.0, 1.0, 1.0, math.nan, 0.0])
     second.seen += torch.ones(6)
-    balance(False)  # a step that is skipped
-    assert torch.equal(first.bias, before) and not first.seen.any() and lines == []
-    assert LoadBalancer(GPT(tiny()), ALONE, lines.append)(True) == {}
+    balance(False)  # a skipped step
+    assert torch.equal(first.bias, before)
+    assert not first.seen.any()
+    assert lines == []
 
 
-def test_what_is_measured_in_a_pass():
-    model, idx = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax",
-                          bias=False)), torch.randint(61, (3, 16))
-    layer, inputs = model.transformer.h[0].mlp, []
-    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+def test_a_dense_model_has_nothing_to_balance():
+    assert LoadBalancer(GPT(tiny()), ALONE, print)(True) == {}
+
+
+def test_the_report_is_over_all_micro_batches():
+    idx = torch.randint(61, (3, 16))
+    model = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax", bias=False))
+    inputs = record_inputs(model)
     balance = LoadBalancer(model, ALONE, print)
-    for _ in range(2):  # two micro-batches
+    for _ in range(2):
         model(idx)
-    told, z = balance(True), torch.cat(inputs) @ layer.router.weight.detach().T
+    report = balance(True)
+    weight = model.transformer.h[0].mlp.router.weight
+    z = (torch.cat([x for _, x in inputs]) @ weight.T).detach()
     picked = z.topk(2).indices.flatten().bincount(minlength=4)
-    assert told["moe/load_00"] == pytest.approx((picked / picked.float().mean()).tolist())
-    assert told["moe/logit_norm_00"] == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-5)
-    assert told["moe/entropy_00"] == pytest.approx(
-        torch.distributions.Categorical(logits=z).entropy().mean().item(), rel=1e-5)
+    entropy = torch.distributions.Categorical(logits=z).entropy().mean().item()
+    assert report["moe/load_00"] == pytest.approx((picked / picked.float().mean()).tolist())
+    assert report["moe/logit_norm_00"] == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-5)
+    assert report["moe/entropy_00"] == pytest.approx(entropy, rel=1e-5)
 
 
-def test_a_collapsed_router_is_reported_and_evened_out():
+def test_a_collapsed_router_is_reported_and_balanced():
     torch.manual_seed(0)
-    model, idx, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2,
-                                 emb_norm=True)), torch.randint(61, (4, 16)), []
-    collapsed, balance = model.transformer.h[1].mlp, LoadBalancer(model, ALONE, lines.append)
-    collapsed.bias[:2] = 1.0  # no sigmoid makes up for it
+    idx = torch.randint(61, (4, 16))
+    model = GPT(tiny(n_layer=2, n_experts=4, n_active=2, emb_norm=True))
+    lines = []
+    balance = LoadBalancer(model, ALONE, lines.append)
+    model.transformer.h[1].mlp.bias[:2] = 1.0  # more than any sigmoid
     for step in range(PATIENCE + 5):
         assert len(lines) == (step > PATIENCE - 1)
         model(idx)
-        told = balance(True)
-        assert (told["moe/dead_00"], told["moe/dead_01"], told["moe/max_load_01"]) == (0, 2, 2.0)
-    assert lines == [f"experts with less than 1% of an even share of the tokens in each of {PATIENCE} steps: "
-                     "layer 1 2 of 4, its router has collapsed"]
+        report = balance(True)
+        assert report["moe/dead_00"] == 0
+        assert report["moe/dead_01"] == 2
+        assert report["moe/max_load_01"] == 2.0
+    assert lines[0].endswith(": layer 1 2 of 4, its router has collapsed")
     for _ in range(round(1.1 / BIAS_RATE / 2)):
         model(idx)
-        told = balance(True)
-    assert told["moe/dead_01"] == 0 and told["moe/max_load_01"] < 1.5
+        report = balance(True)
+    assert report["moe/dead_01"] == 0
+    assert report["moe/max_load_01"] < 1.5
 
 
 def test_a_few_stray_tokens_do_not_hide_a_collapse():
-    model, lines = GPT(tiny(n_layer=1, n_experts=4, n_active=2)), []
-    layer, balance = model.transformer.h[0].mlp, LoadBalancer(model, ALONE, lines.append)
+    model = GPT(tiny(n_layer=1, n_experts=4, n_active=2))
+    layer = model.transformer.h[0].mlp
+    lines = []
+    balance = LoadBalancer(model, ALONE, lines.append)
     for strays in (10, 9):  # 1% of an even share of 1,000, and less
         for _ in range(PATIENCE):
             assert not lines
@@ -324,14 +355,15 @@ def test_a_few_stray_tokens_do_not_hide_a_collapse():
 
 def test_parameters_and_flops_by_hand():
     with torch.device("meta"):
-        dense, model = (GPT(tiny(pos="rope", bias=False, **moe))
-                        for moe in ({}, dict(n_experts=8, n_active=2)))
+        dense = GPT(tiny(pos="rope", bias=False))
+        model = GPT(tiny(pos="rope", bias=False, n_experts=8, n_active=2))
     expert = 2 * 32 * 64  # half as wide as the dense MLP's 128
-    assert dense.parameter_counts()["active"] == dense.parameter_counts()["total"]
-    assert model.parameter_counts(
-    )["total"] == dense.parameter_counts()["total"] + 2 * (6 * expert + 8 * 32)
-    assert model.parameter_counts()["active"] == dense.parameter_counts()["total"] + 2 * 8 * 32
-    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * 8 * 32  # the router's
+    router = 8 * 32
+    total = dense.parameter_counts()["total"]
+    assert dense.parameter_counts()["active"] == total
+    assert model.parameter_counts()["total"] == total + 2 * (6 * expert + router)
+    assert model.parameter_counts()["active"] == total + 2 * router
+    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * router
 
 
 @pytest.mark.parametrize("settings, width", [(dict(), 64), (dict(n_shared=1), 40),
@@ -341,8 +373,8 @@ def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width
     with torch.device("meta"):
         mlp = GPT(tiny(n_experts=6, **settings)).transformer.h[0].mlp
     fused = 2 if settings.get("mlp") == "swiglu" else 1
-    assert mlp.c_fc.weight.shape == (6, fused * width, 32) and mlp.c_proj.weight.shape == (6, 32,
-                                                                                           width)
+    assert mlp.c_fc.weight.shape == (6, fused * width, 32)
+    assert mlp.c_proj.weight.shape == (6, 32, width)
     if "n_shared" in settings:
         assert mlp.shared.c_proj.weight.shape == (32, width)
 
@@ -350,18 +382,15 @@ def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming", "zero_proj"])
 def test_each_expert_is_initialized_as_a_matrix_of_its_own(init):
     torch.manual_seed(0)
-    for name, p in GPT(
-            tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1,
-                 expert_width=256)).named_parameters():
-        if p.dim() == 3:
-            fc = "c_fc" in name
-            fan_in, fan_out = (128, 256) if fc else (256, 128)
-            std = {
-                "gpt2": 0.02, "xavier": (2 / (fan_in + fan_out))**0.5, "kaiming": (
-                    (2 if fc else 1) / fan_in)**0.5, "zero_proj": (1 / 3 / fan_in)**0.5 if fc else 0
-            }[init] * (1 if fc else 2**-0.5)
-            assert p.flatten(1).std(dim=1).tolist() == pytest.approx([std] * 4, rel=0.03), name
-            assert init == "zero_proj" or not torch.equal(p[0], p[1])
+    model = GPT(tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1, expert_width=256))
+    mlp = model.transformer.h[0].mlp
+    std = {"gpt2": 0.02, "xavier": (2 / (128 + 256)) ** 0.5, "kaiming": (2 / 128) ** 0.5,
+           "zero_proj": (1 / 3 / 128) ** 0.5}[init]
+    std_proj = {"gpt2": 0.02, "xavier": (2 / (128 + 256)) ** 0.5, "kaiming": (1 / 256) ** 0.5,
+                "zero_proj": 0.0}[init] * 2 ** -0.5  # residual scaling of one layer
+    for weight, want in ((mlp.c_fc.weight, std), (mlp.c_proj.weight, std_proj)):
+        assert weight.flatten(1).std(dim=1).tolist() == pytest.approx([want] * 4, rel=0.03)
+        assert not want or not torch.equal(weight[0], weight[1])
 
 
 def test_muon_orthogonalizes_each_expert_alone():
@@ -374,24 +403,25 @@ def test_muon_orthogonalizes_each_expert_alone():
     optimizer.step()
     tried = 0
     for name, p in model.named_parameters():
-        if p.dim() == 3:
-            for e in range(3):
-                for part, old, grad in zip(*(t[e].split(p.size(1) // (2 if "c_fc" in name else 1))
-                                             for t in (p, before[name], p.grad)), strict=True):
-                    rows, cols = part.shape
-                    want = old - 0.1 * max(1, rows / cols) ** 0.5 * orthogonalize(grad[None])[0]
-                    torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-5)
-                    tried += 1
+        if p.dim() < 3:
+            continue
+        fused = 2 if "c_fc" in name else 1  # SwiGLU's two matrices in one
+        parts = [t.unflatten(1, (fused, -1)).flatten(0, 1) for t in (p, before[name], p.grad)]
+        for new, old, grad in zip(*parts, strict=True):
+            rows, cols = new.shape
+            want = old - 0.1 * max(1, rows / cols) ** 0.5 * orthogonalize(grad[None])[0]
+            torch.testing.assert_close(new, want, rtol=1e-4, atol=1e-5)
+            tried += 1
     assert tried == 2 * 3 * 3
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [(dict(n_active=5), "--n_active 5 is above --n_experts 4"),
-     (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.* 16 or 24"),
-     (dict(expert_width=3), "multiple of 8.* give 8"),
-     (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.* 32 or 40"),
-     (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
+@pytest.mark.parametrize("settings, says", [
+    (dict(n_active=5), "--n_active 5 is above --n_experts 4"),
+    (dict(expert_width=20), "--expert_width 20 .* 16 or 24"),
+    (dict(expert_width=3), "--expert_width 3 .* 8"),
+    (dict(n_embd=36), "--n_embd 36 .* 32 or 40"),
+    (dict(n_active=4, n_shared=20), "lower --n_active or --n_shared"),
+])
 def test_experts_that_cannot_be_are_refused(settings, says):
     with pytest.raises(BadInput, match=says):
         train_gpt2.check_model(tiny(**dict(n_experts=4) | settings))
