@@ -431,92 +431,88 @@ def test_experts_that_cannot_be_are_refused(settings, says):
 # Real runs
 
 
-def test_cached_generation_equals_whole_passes():
+def test_generation_with_a_cache_equals_full_passes():
     torch.manual_seed(0)
-    model, idx = GPT(tiny(n_experts=4, init="xavier", pos="rope")).eval(), torch.randint(61, (3, 4))
-    cached = list(
-        generate(Decoder(model, 3, 16), idx.tolist(), 10,
-                 lambda logits: logits.argmax(-1)))  # 10 steps of 3 tokens
+    model = GPT(tiny(n_experts=4, init="xavier", pos="rope")).eval()
+    idx = torch.randint(61, (3, 4))
+    decoder = Decoder(model, 3, 16)
+    cached = list(generate(decoder, idx.tolist(), 10, lambda logits: logits.argmax(-1)))
     with torch.no_grad():
         for _ in range(10):
             idx = torch.cat((idx, model(idx)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert cached == idx[:, -10:].T.tolist()
+    assert cached == idx[:, -10:].T.tolist()  # 10 steps of 3 tokens
 
 
 @pytest.mark.parametrize("balance", ["bias", "loss"])
 def test_samples_in_bf16_between_training_steps(balance):
     torch.manual_seed(0)
-    model, idx = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier",
-                          pos="rope")), torch.randint(61, (3, 8))
-    balance = LoadBalancer(model, SimpleNamespace(distributed=False), print)
+    model = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier", pos="rope"))
+    idx = torch.randint(61, (3, 8))
+    balancer = LoadBalancer(model, ALONE, print)
     with torch.autocast("cpu", torch.bfloat16):
         model(idx, idx).backward()
-        balance(True)
+        balancer(True)
         decoder = Decoder(model.eval(), 3, 16)
         with torch.no_grad():
-            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()),
-                                       model(idx)[:, -1].float(), atol=0.02, rtol=0.02)
+            want = model(idx)[:, -1].float()
+            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()), want,
+                                       atol=0.02, rtol=0.02)
 
 
 def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path, capsys):
     whole = train(data, tmp_path / "whole", *EXPERTS, "--max_steps", 24, "--sample_every", 12)
     assert "active per token" in capsys.readouterr().out
-    log, shown = read_log(whole), scalars(whole)
-    assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "train"] - 1
-    assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24
-               for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
-    bars = EventAccumulator(str(whole),
-                            size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")
-    assert [sum(bar.histogram_value.bucket)
-            for bar in bars] == pytest.approx([4] * 24)  # 4 experts, load 1 in the mean
-    state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
-    assert state["transformer.h.1.mlp.bias"].any() and not [
-        name for name in state if "seen" in name
-    ]
-    for experts in (F.normalize(p.flatten(1), dim=1)
-                    for name, p in state.items()
-                    if p.dim() == 3):  # they stay different
-        assert (experts @ experts.T).fill_diagonal_(0).abs().max() < 0.5
-    assert json.loads((whole / "config.json").read_text())["parameters"] == GPT(
-        train_gpt2.GPTConfig(
-            **torch.load(whole
-                         / "ckpt_00024.pt", weights_only=True)["model_config"])).parameter_counts()
-    half = cut(whole, tmp_path / "half", 8)
-    assert_same_runs(again(half), whole)
-    model, tokenizer, _ = train_gpt2.load_checkpoint(whole / "ckpt_00024.pt")
+    log = read_log(whole)
+    assert log[23, "train"] < log[0, "train"] - 1
+    assert log[24, "val"] < log[0, "train"] - 1
+    shown = scalars(whole)
+    for name in ("max_load", "dead", "entropy", "logit_norm"):
+        assert len(shown[f"moe/{name}_00"]) == len(shown[f"moe/{name}_01"]) == 24
+    events = EventAccumulator(str(whole), size_guidance={"histograms": 0}).Reload()
+    loads = [sum(event.histogram_value.bucket) for event in events.Histograms("moe/load_00")]
+    assert loads == pytest.approx([4] * 24)  # 4 experts, mean load 1
+
+    path = whole / "ckpt_00024.pt"
+    weights = checkpoint.read(path)["model"]
+    assert weights["transformer.h.1.mlp.bias"].any()
+    assert not [name for name in weights if "seen" in name]
+    for weight in weights.values():
+        if weight.dim() == 3:  # experts stay different
+            experts = F.normalize(weight.flatten(1), dim=1)
+            assert (experts @ experts.T).fill_diagonal_(0).abs().max() < 0.5
+    assert_same_runs(again(cut(whole, tmp_path / "half", 8)), whole)
+    model, tokenizer, _ = train_gpt2.load_checkpoint(path)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["parameters"] == model.parameter_counts()
     assert sample(model, tokenizer, ["The"], SampleConfig(max_new_tokens=5))
     assert load_tokenizer(tokenizer.spec).vocab_size == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]],
-    ids=["bias", "loss"])
-def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, data, tmp_path):
+@pytest.mark.parametrize("flags", [
+    ["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]
+], ids=["bias", "loss"])
+def test_two_processes_and_accumulation_have_the_losses_of_one(flags, launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", data, *EXPERTS, *flags, "--max_steps", 12]
     for name, processes, micro_batch in (("one", 1, 8), ("accumulated", 1, 2), ("two", 2, 2)):
         done = launch("train_gpt2.py", *flags, "--run_name", name, "--micro_batch", micro_batch,
                       processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (checkpoint.read(tmp_path / "log" / name / "ckpt_00012.pt")["model"]
-                for name in ("one", "two"))
-    for name in ("accumulated", "two"):
-        assert read_log(tmp_path / "log" / name) == pytest.approx(
-            read_log(tmp_path / "log" / "one"), rel=1e-5)
-    assert all(torch.equal(one[name], two[name]) for name in one if name.endswith("mlp.bias"))
-    for i in (0, 1):
-        loads = [
-            scalars(tmp_path / "log" / name)[f"moe/max_load_{i:02d}"]
-            for name in ("one", "accumulated", "two")
-        ]
-        assert loads[0] == loads[1] == loads[2]
+    one = tmp_path / "log" / "one"
+    weights = checkpoint.read(one / "ckpt_00012.pt")["model"]
+    for other in (tmp_path / "log" / "accumulated", tmp_path / "log" / "two"):
+        assert read_log(other) == pytest.approx(read_log(one), rel=1e-5)
+        for tag in ("moe/max_load_00", "moe/max_load_01"):
+            assert scalars(other)[tag] == scalars(one)[tag]
+        others = checkpoint.read(other / "ckpt_00012.pt")["model"]
+        for name in weights:
+            assert not name.endswith("mlp.bias") or torch.equal(weights[name], others[name])
 
 
-def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, capsys):
-    """Biases that a run has learned would stay as they are, and still pick;
-    those of a run without are zero, and begin to move."""
+def test_the_balance_may_change_to_biases_but_not_from_them(data, tmp_path, capsys):
+    """With the loss, learned biases would no longer change and still pick experts. Those of a run
+    with the loss are zero and begin to change."""
     folder = train(data, tmp_path / "bias", *EXPERTS, "--max_steps", 4)
-    with pytest.raises(BadInput, match="does not fit these flags: --balance bias -> loss"):
+    with pytest.raises(BadInput, match="--balance bias -> loss"):
         again(folder, "--balance", "loss", "--max_steps", 8)
     folder = train(data, tmp_path / "loss", *EXPERTS, "--balance", "loss", "--max_steps", 4)
     assert not checkpoint.read(folder / "ckpt_00004.pt")["model"]["transformer.h.1.mlp.bias"].any()
@@ -525,20 +521,20 @@ def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, caps
     assert checkpoint.read(folder / "ckpt_00008.pt")["model"]["transformer.h.1.mlp.bias"].any()
 
 
-def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
-    folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps",
-                   0)
-    with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
+def test_a_dense_run_cannot_get_experts(data, tmp_path):
+    folder = train(data, tmp_path / "dense", "--max_steps", 2, "--warmup_steps", 0)
+    path = folder / "ckpt_00002.pt"
+    with pytest.raises(BadInput, match="--n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
-    state = torch.load(folder / "ckpt_00002.pt", weights_only=True)
-    state["model_config"] = {
-        name: value for name, value in state["model_config"].items() if "expert" not in name
-    }
-    checkpoint.write(folder / "ckpt_00002.pt", state)  # as one from before there were experts
-    with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
+    state = checkpoint.read(path)
+    for name in ("n_experts", "expert_width"):  # a checkpoint older than experts
+        del state["model_config"][name]
+    checkpoint.write(path, state)
+    with pytest.raises(BadInput, match="--n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
     again(folder, "--max_steps", 4)
-    with pytest.raises(
-            BadInput,
-            match="--n_active, --router: for Mixture of Experts, give --n_experts above 0"):
+
+
+def test_settings_of_experts_need_experts(data, tmp_path):
+    with pytest.raises(BadInput, match="--n_active, --router: .*--n_experts"):
         train(data, tmp_path / "a", "--n_active", 2, "--router", "softmax")
