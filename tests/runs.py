@@ -162,6 +162,22 @@ def logged(folder):
     return 0
 
 
+def stop_when(monkeypatch, condition):
+    """Runs in this process get a stop request once `condition()` holds."""
+    requested = property(lambda self: condition())
+    monkeypatch.setattr(train_gpt2.StopSignals, "requested", requested)
+
+
+def disk_full_when(monkeypatch, condition):
+    """From now on every disk has 1,000 bytes free whenever `condition()` holds."""
+    usage = shutil.disk_usage
+
+    def limited(folder):
+        return usage(folder)._replace(free=1000) if condition() else usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", limited)
+
+
 def steps_saved(folder):
     """The steps of a run folder's checkpoints, in order."""
     return sorted(step for step, _ in checkpoint.found(folder))

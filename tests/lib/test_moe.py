@@ -1,5 +1,4 @@
-"""Mixture of Experts against a plain loop over experts, alone and in real runs: python -m pytest
-tests/lib/test_moe.py"""
+"""Mixture of Experts against a plain loop over experts: python -m pytest tests/lib/test_moe.py"""
 
 import json
 import math
@@ -27,7 +26,7 @@ ALONE = SimpleNamespace(distributed=False)
 
 
 def layer_of(std=0.2, **settings):
-    """A MoE of width 32 with random weights and biases that change what is picked."""
+    """A MoE of width 32 with random weights, and biases that change which experts are picked."""
     torch.manual_seed(1)
     config = tiny(**dict(n_experts=5, n_active=2) | settings)
     layer = MoE(config, MLPS[config.mlp])
@@ -38,31 +37,38 @@ def layer_of(std=0.2, **settings):
 
 
 def plain(config, layer, x):
-    """The same written out: token by token, expert by expert."""
+    """The same, token by token and expert by expert."""
     out = []
     for token in x.flatten(0, 1):
-        z = layer.router.weight @ token
-        scores = torch.sigmoid(z) if config.router == "sigmoid" else z.exp() / z.exp().sum()
-        picked = sorted(range(config.n_experts),
-                        key=lambda e: -(scores[e] + layer.bias[e]).item())[:config.n_active]
-        y = sum(scores[e]
-                * (layer.c_proj.weight[e] @ activation(config.mlp, layer.c_fc.weight[e] @ token))
-                for e in picked)
-        y = y / sum(scores[e] for e in picked)
+        scores = scores_of(config.router, layer.router.weight @ token)
+        picked = (scores + layer.bias).argsort(descending=True)[:config.n_active]
+        y = torch.zeros_like(token)
+        for e in picked:
+            h = activation(config.mlp, layer.c_fc.weight[e] @ token)
+            y = y + scores[e] * (layer.c_proj.weight[e] @ h)
+        y = y / scores[picked].sum()
         if config.n_shared:
-            y = y + layer.shared.c_proj.weight @ activation(config.mlp,
-                                                            layer.shared.c_fc.weight @ token)
+            h = activation(config.mlp, layer.shared.c_fc.weight @ token)
+            y = y + layer.shared.c_proj.weight @ h
         out.append(y)
     return torch.stack(out).view_as(x)
+
+
+def scores_of(router, z):
+    if router == "sigmoid":
+        return torch.sigmoid(z)
+    return z.exp() / z.exp().sum(-1, keepdim=True)
 
 
 def activation(mlp, h):
     if mlp == "swiglu":
         return F.silu(h[:len(h) // 2]) * h[len(h) // 2:]
-    return h.clamp(min=0) ** 2 if mlp == "relu2" else F.gelu(h, approximate="tanh")
+    if mlp == "relu2":
+        return h.clamp(min=0) ** 2
+    return F.gelu(h, approximate="tanh")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The layer
 
 
@@ -72,33 +78,32 @@ def activation(mlp, h):
 def test_equals_a_plain_loop_over_experts(mlp, router, n_shared):
     config, layer = layer_of(mlp=mlp, router=router, n_shared=n_shared, bias=False)
     x = torch.randn(2, 7, 32, requires_grad=True)
-    wrt, away = [x, *layer.parameters()], torch.randn(2, 7, 32)
-    want, have = plain(config, layer, x), layer(x)
+    inputs = [x, *layer.parameters()]
+    grad = torch.randn(2, 7, 32)
+    want = plain(config, layer, x)
+    have = layer(x)
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad((have * away).sum(), wrt),
-                    torch.autograd.grad((want * away).sum(), wrt), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        assert a.any()
+    grads = torch.autograd.grad(have, inputs, grad)
+    torch.testing.assert_close(grads, torch.autograd.grad(want, inputs, grad), rtol=1e-4, atol=1e-5)
+    assert all(part.any() for part in grads)
 
 
 @pytest.mark.parametrize("mlp", MLPS)
 def test_one_expert_is_the_dense_mlp(mlp):
     config, layer = layer_of(mlp=mlp, n_experts=1, n_active=1, bias=False)
     dense = MLPS[mlp](config)
-    assert layer.c_fc.weight.shape[1:] == dense.c_fc.weight.shape and layer.c_proj.weight.shape[
-        1:] == dense.c_proj.weight.shape
-    for module in ("c_fc", "c_proj"):
-        getattr(dense, module).weight.data = getattr(layer, module).weight[0].data
-    x, y = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32, requires_grad=True)
-    y.data = x.data
+    pairs = [(layer.c_fc, dense.c_fc), (layer.c_proj, dense.c_proj)]
+    for experts, matrix in pairs:
+        assert experts.weight.shape[1:] == matrix.weight.shape
+        matrix.weight.data = experts.weight[0].data
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
     layer(x).square().sum().backward()
     dense(y).square().sum().backward()
     torch.testing.assert_close(layer(x), dense(y), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
-    for module in ("c_fc", "c_proj"):
-        torch.testing.assert_close(
-            getattr(layer, module).weight.grad[0],
-            getattr(dense, module).weight.grad, rtol=1e-4, atol=1e-4)
+    for experts, matrix in pairs:
+        torch.testing.assert_close(experts.weight.grad[0], matrix.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -107,200 +112,234 @@ def test_groups_of_any_size_and_empty_ones_in_bf16(device):
     sizes = [0, 1, 7, 0, 300, 13, 0]
     ends = torch.tensor(sizes, device=device).cumsum(0).int()
     a = torch.randn(sum(sizes), 64, device=device).bfloat16().requires_grad_()
-    w = torch.randn(len(sizes), 40, 64,
-                    device=device).bfloat16().requires_grad_()  # (out, in), as the layers keep them
-    away = torch.randn(sum(sizes), 40, device=device).bfloat16()
+    w = torch.randn(len(sizes), 40, 64, device=device).bfloat16().requires_grad_()
+    grad = torch.randn(sum(sizes), 40, device=device).bfloat16()
     want = torch.cat([part @ matrix.T for part, matrix in zip(a.split(sizes), w, strict=True)])
     have = grouped_linear(a, w, ends)
     torch.testing.assert_close(have, want, rtol=2e-2, atol=0.1)
-    for mine, theirs in zip(torch.autograd.grad((have * away).sum(), (a, w)),
-                            torch.autograd.grad((want * away).sum(), (a, w)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0.5)
-    # zero, not missing; and a gradient without strides
-    assert not torch.autograd.grad(grouped_linear(a, w, ends).sum(), w)[0][0].any()
+    torch.testing.assert_close(torch.autograd.grad(have, (a, w), grad),
+                               torch.autograd.grad(want, (a, w), grad), rtol=2e-2, atol=0.5)
+    # an expanded gradient; that of an empty group is zero
+    total = grouped_linear(a, w, ends).sum()
+    assert not torch.autograd.grad(total, w)[0][0].any()
 
 
 def test_the_router_is_in_fp32_under_autocast():
     config, layer = layer_of(bias=False)
     x = torch.randn(2, 64, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low, gates = layer(x), layer.route(x)[0]
-    assert low.dtype == torch.bfloat16 and torch.equal(gates, layer.route(x)[0])
+        low = layer(x)
+        gates, _, _ = layer.route(x)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(gates, layer.route(x)[0])
     torch.testing.assert_close(low.float(), layer(x), rtol=0.05, atol=0.1)
 
 
 def test_the_router_is_in_fp32_in_a_compiled_backward_too():
     _, layer = layer_of(n_experts=64)
-    x, away = torch.randn(2, 64, 32).bfloat16().requires_grad_(), torch.randn(2, 64, 64)
-    grads = []
+    x = torch.randn(2, 64, 32).bfloat16().requires_grad_()
+    grad = torch.randn(2, 64, 64)
+    want_weight = grad.flatten(0, 1).T @ x.float().flatten(0, 1)
+    want_x = (grad @ layer.router.weight).bfloat16()
     for router in (layer.router, torch.compile(layer.router, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z = router(x)
-        grads.append(torch.autograd.grad((z * away).sum(), (layer.router.weight, x)))
-    for have in grads:
-        torch.testing.assert_close(have[0],
-                                   away.flatten(0, 1).T @ x.float().flatten(0, 1), rtol=1e-5,
-                                   atol=1e-5)
-        torch.testing.assert_close(have[1], (away @ layer.router.weight).bfloat16(), rtol=0, atol=0)
+        grad_weight, grad_x = torch.autograd.grad(z, (layer.router.weight, x), grad)
+        torch.testing.assert_close(grad_weight, want_weight, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad_x, want_x, rtol=0, atol=0)
 
 
-def test_the_bias_picks_and_does_not_weigh():
+def test_the_bias_changes_which_experts_are_picked_not_their_weights():
     _, layer = layer_of()
     x = torch.randn(1, 50, 32)
     layer.bias.zero_()
     gates, picked, _ = layer.route(x)
     layer.bias += torch.tensor([0, 0, 0, 9.0, 0])
     forced_gates, forced, counts = layer.route(x)
-    assert (forced == 3).any(-1).all() and counts[0, 3] == 50 and not (picked == 3).any(-1).all()
+    assert (forced == 3).any(-1).all()
+    assert counts[0, 3] == 50
+    assert not (picked == 3).any(-1).all()
     scores = torch.sigmoid(x @ layer.router.weight.T).gather(-1, forced)
     torch.testing.assert_close(forced_gates, scores / scores.sum(-1, keepdim=True))
     same = (forced == picked).all(-1)
-    assert same.any() and torch.equal(gates[same], forced_gates[same])
+    assert same.any()
+    assert torch.equal(gates[same], forced_gates[same])
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 12])
 def test_picks_are_those_of_topk(k):
     torch.manual_seed(0)
-    scores = torch.stack([torch.randperm(12) for _ in range(200)]).float().view(
-        4, 50, 12) - 6  # no ties, negative ones too
+    rows = [torch.randperm(12) for _ in range(200)]  # no ties
+    scores = torch.stack(rows).float().view(4, 50, 12) - 6
     assert torch.equal(top(scores, k), scores.topk(k).indices)
 
 
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
-def test_auxiliary_losses_change_gradients_alone_and_by_their_formulas(router):
+def test_auxiliary_losses_change_only_gradients_by_their_formulas(router):
     settings = dict(router=router, bias=False, n_experts=5, mlp="relu2")
-    config = tiny(balance="loss", router_z_loss=0.3, **settings)
-    model, without = GPT(config), GPT(tiny(**settings))
+    model = GPT(tiny(balance="loss", router_z_loss=0.3, **settings))
+    without = GPT(tiny(**settings))
     without.load_state_dict(model.state_dict())
     idx = torch.randint(61, (3, 17))
-    inputs = {}
-    for i, block in enumerate(model.transformer.h):
-        block.mlp.register_forward_pre_hook(
-            lambda module, args, i=i: inputs.__setitem__(i, args[0]))
-    loss, loss_without = (m(idx[:, :-1], idx[:, 1:]) for m in (model, without))
-    assert torch.equal(loss, loss_without)
+    x = idx[:, :-1]
+    targets = idx[:, 1:]
+    inputs = record_inputs(model)
+    loss = model(x, targets)
+    assert torch.equal(loss, without(x, targets))
 
-    T, E, K, written_out = 16, 5, 2, loss_without.new_zeros(())
-    for i, block in enumerate(model.transformer.h):
-        for row in inputs[i]:
-            z = row @ block.mlp.router.weight.T                                         # (T, E)
-            p = z.softmax(-1) if router == "softmax" else z.sigmoid() / z.sigmoid().sum(
-                -1, keepdim=True)
-            f = torch.zeros(E)
-            for t in range(T):
-                f[p[t].topk(K).indices] += 1 / (T * K)
-            written_out = (written_out + T * BALANCE_LOSS * E * (f * p.mean(0)).sum()
-                           + 0.3 * z.exp().sum(-1).log().square().sum())
-    parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
-    auxiliary = torch.autograd.grad(written_out, parameters, retain_graph=True, allow_unused=True)
-    want = [
-        b + (0 if a is None else a) for a, b in zip(
-            auxiliary, torch.autograd.grad(loss_without, list(without.parameters())), strict=True)
-    ]
-    for name, a, b in zip(names, torch.autograd.grad(loss, parameters), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4,
+    written_out = sum(auxiliary_loss(router, row, layer.router.weight)
+                      for layer, rows in inputs for row in rows)
+    auxiliary = gradients(written_out, model)
+    want = gradients(without(x, targets), without)
+    for name, grad in gradients(loss, model).items():
+        torch.testing.assert_close(grad, want[name] + auxiliary[name], rtol=1e-4, atol=1e-4,
                                    msg=lambda text, name=name: f"{name}: {text}")
-    # of masked data, where the loop divides by fewer targets, they keep their weight per token
-    learned = torch.where(torch.rand(3, 16) < 0.25, idx[:, 1:], -1)
+    # in masked data, where the loop divides by fewer targets, their weight per token stays
+    learned = torch.where(torch.rand(3, 16) < 0.25, targets, -1)
     share = (learned >= 0).sum() / learned.numel()
     LoadBalancer(model, ALONE, print).weigh(share)
-    mine, theirs = (torch.autograd.grad(m(idx[:, :-1], learned), list(m.parameters()))
-                    for m in (model, without))
-    for name, a, b, c in zip(names, mine, theirs, auxiliary, strict=True):
+    want = gradients(without(x, learned), without)
+    for name, grad in gradients(model(x, learned), model).items():
         if "router" in name:
-            torch.testing.assert_close(a, b + c * share, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(grad, want[name] + auxiliary[name] * share,
+                                       rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_without_a_graph_break_and_evaluation_does_not_count():
+def record_inputs(model):
+    """A list that gets (MoE layer, its input) of every later pass."""
+    inputs = []
+
+    def record(layer, args):
+        inputs.append((layer, args[0]))
+
+    for block in model.transformer.h:
+        block.mlp.register_forward_pre_hook(record)
+    return inputs
+
+
+def auxiliary_loss(router, row, weight):
+    """The losses of one sequence (T, C), written out; 5 experts, 2 of them active."""
+    T = len(row)
+    z = row @ weight.T  # (T, E)
+    p = scores_of(router, z)
+    p = p / p.sum(-1, keepdim=True)
+    f = torch.zeros(5)
+    for t in range(T):
+        f[p[t].topk(2).indices] += 1 / (T * 2)
+    z_loss = z.exp().sum(-1).log().square().sum()
+    return T * BALANCE_LOSS * 5 * (f * p.mean(0)).sum() + 0.3 * z_loss
+
+
+def gradients(loss, model):
+    """{name: gradient of the parameter}."""
+    names = [name for name, _ in model.named_parameters()]
+    grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True,
+                                allow_unused=True, materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(),
+    dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1, mlp="swiglu"),
+], ids=["bias", "loss"])
+def test_compiles_without_a_graph_break_and_evaluation_does_not_count(settings):
+    torch._dynamo.reset()
     idx = torch.randint(61, (2, 17))
-    for settings in (dict(),
-                     dict(router="softmax", balance="loss", router_z_loss=1e-3, n_shared=1,
-                          mlp="swiglu")):
-        torch._dynamo.reset()
-        model = GPT(tiny(n_experts=4, **settings))
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-        loss = model(idx[:, :-1], idx[:, 1:])
-        want = torch.autograd.grad(loss, list(model.parameters()))
-        seen = [block.mlp.seen.clone() for block in model.transformer.h]
-        for n in (2, 3):
-            have = compiled(idx[:, :-1], idx[:, 1:])
-            torch.testing.assert_close(have, loss)
-            torch.testing.assert_close(torch.autograd.grad(have, list(model.parameters())), want)
-            torch.testing.assert_close([block.mlp.seen for block in model.transformer.h],
-                                       [n * s for s in seen])
-        compiled.eval()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(idx[:, 1:]), model(idx[:, 1:]))
-        torch.testing.assert_close([block.mlp.seen for block in model.transformer.h],
-                                   [3 * s for s in seen])
-        assert not [name for name in model.state_dict() if "seen" in name]
+    model = GPT(tiny(n_experts=4, **settings))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    layers = [block.mlp for block in model.transformer.h]
+    loss = model(idx[:, :-1], idx[:, 1:])
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    seen = [layer.seen.clone() for layer in layers]
+    for passes in (2, 3):
+        have = compiled(idx[:, :-1], idx[:, 1:])
+        torch.testing.assert_close(have, loss)
+        torch.testing.assert_close(torch.autograd.grad(have, list(model.parameters())), want)
+        torch.testing.assert_close([layer.seen for layer in layers], [passes * s for s in seen])
+    compiled.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(idx[:, 1:]), model(idx[:, 1:]))
+    torch.testing.assert_close([layer.seen for layer in layers], [3 * s for s in seen])
+    assert not [name for name in model.state_dict() if "seen" in name]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Balance
 
 
-def test_biases_are_nudged_by_hand():
-    model, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2)), []
+def test_biases_are_adjusted_by_hand():
+    model = GPT(tiny(n_layer=2, n_experts=4, n_active=2))
     first, second = (block.mlp for block in model.transformer.h)
-    first.seen += 99  # of passes before, such as a probe of the memory
+    first.seen += 99  # of earlier passes, such as a probe of the memory
+    lines = []
     balance = LoadBalancer(model, ALONE, lines.append)
-    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0,
-                                12.0])  # 12 picks of 6 tokens: 3 for each expert would be even
+    # 12 picks by 6 tokens: an even load is 3 per expert
+    first.seen += torch.tensor([6.0, 2.0, 0.0, 4.0, 30.0, 12.0])
     second.seen += torch.tensor([3.0, 3.0, 3.0, 3.0, 6.0, 6.0])
-    told = balance(True)
-    assert first.bias.tolist() == pytest.approx([-BIAS_RATE, BIAS_RATE, BIAS_RATE, -BIAS_RATE
-                                                 ]) and not second.bias.any()
-    assert told["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3
-                                                 ]) and told["moe/load_01"] == [1, 1, 1, 1]
-    assert [told[f"moe/{name}_00"] for name in ("max_load", "dead", "logit_norm", "entropy")
-            ] == pytest.approx([2, 1, 5, 2])
+    report = balance(True)
+    assert (first.bias / BIAS_RATE).tolist() == pytest.approx([-1, 1, 1, -1])
+    assert not second.bias.any()
+    assert report["moe/load_00"] == pytest.approx([2, 2 / 3, 0, 4 / 3])
+    assert report["moe/load_01"] == [1, 1, 1, 1]
+    assert (report["moe/max_load_00"], report["moe/dead_00"]) == (2, 1)
+    assert (report["moe/logit_norm_00"], report["moe/entropy_00"]) == (5, 2)
     before = first.bias.clone()
     first.seen += torch.tensor([9.0, 1.0, 1.0, 1.0, math.nan, 0.0])
     second.seen += torch.ones(6)
-    balance(False)  # a step that is skipped
-    assert torch.equal(first.bias, before) and not first.seen.any() and lines == []
-    assert LoadBalancer(GPT(tiny()), ALONE, lines.append)(True) == {}
+    balance(False)  # a skipped step
+    assert torch.equal(first.bias, before)
+    assert not first.seen.any()
+    assert lines == []
 
 
-def test_what_is_measured_in_a_pass():
-    model, idx = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax",
-                          bias=False)), torch.randint(61, (3, 16))
-    layer, inputs = model.transformer.h[0].mlp, []
-    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+def test_a_dense_model_has_nothing_to_balance():
+    assert LoadBalancer(GPT(tiny()), ALONE, print)(True) == {}
+
+
+def test_the_report_is_over_all_micro_batches():
+    idx = torch.randint(61, (3, 16))
+    model = GPT(tiny(n_layer=1, n_experts=4, n_active=2, router="softmax", bias=False))
+    inputs = record_inputs(model)
     balance = LoadBalancer(model, ALONE, print)
-    for _ in range(2):  # two micro-batches
+    for _ in range(2):
         model(idx)
-    told, z = balance(True), torch.cat(inputs) @ layer.router.weight.detach().T
+    report = balance(True)
+    weight = model.transformer.h[0].mlp.router.weight
+    z = (torch.cat([x for _, x in inputs]) @ weight.T).detach()
     picked = z.topk(2).indices.flatten().bincount(minlength=4)
-    assert told["moe/load_00"] == pytest.approx((picked / picked.float().mean()).tolist())
-    assert told["moe/logit_norm_00"] == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-5)
-    assert told["moe/entropy_00"] == pytest.approx(
-        torch.distributions.Categorical(logits=z).entropy().mean().item(), rel=1e-5)
+    entropy = torch.distributions.Categorical(logits=z).entropy().mean().item()
+    assert report["moe/load_00"] == pytest.approx((picked / picked.float().mean()).tolist())
+    assert report["moe/logit_norm_00"] == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-5)
+    assert report["moe/entropy_00"] == pytest.approx(entropy, rel=1e-5)
 
 
-def test_a_collapsed_router_is_reported_and_evened_out():
+def test_a_collapsed_router_is_reported_and_balanced():
     torch.manual_seed(0)
-    model, idx, lines = GPT(tiny(n_layer=2, n_experts=4, n_active=2,
-                                 emb_norm=True)), torch.randint(61, (4, 16)), []
-    collapsed, balance = model.transformer.h[1].mlp, LoadBalancer(model, ALONE, lines.append)
-    collapsed.bias[:2] = 1.0  # no sigmoid makes up for it
+    idx = torch.randint(61, (4, 16))
+    model = GPT(tiny(n_layer=2, n_experts=4, n_active=2, emb_norm=True))
+    lines = []
+    balance = LoadBalancer(model, ALONE, lines.append)
+    model.transformer.h[1].mlp.bias[:2] = 1.0  # more than any sigmoid
     for step in range(PATIENCE + 5):
         assert len(lines) == (step > PATIENCE - 1)
         model(idx)
-        told = balance(True)
-        assert (told["moe/dead_00"], told["moe/dead_01"], told["moe/max_load_01"]) == (0, 2, 2.0)
-    assert lines == [f"experts with less than 1% of an even share of the tokens in each of {PATIENCE} steps: "
-                     "layer 1 2 of 4, its router has collapsed"]
+        report = balance(True)
+        assert report["moe/dead_00"] == 0
+        assert report["moe/dead_01"] == 2
+        assert report["moe/max_load_01"] == 2.0
+    assert lines[0].endswith(": layer 1 2 of 4, its router has collapsed")
     for _ in range(round(1.1 / BIAS_RATE / 2)):
         model(idx)
-        told = balance(True)
-    assert told["moe/dead_01"] == 0 and told["moe/max_load_01"] < 1.5
+        report = balance(True)
+    assert report["moe/dead_01"] == 0
+    assert report["moe/max_load_01"] < 1.5
 
 
 def test_a_few_stray_tokens_do_not_hide_a_collapse():
-    model, lines = GPT(tiny(n_layer=1, n_experts=4, n_active=2)), []
-    layer, balance = model.transformer.h[0].mlp, LoadBalancer(model, ALONE, lines.append)
+    model = GPT(tiny(n_layer=1, n_experts=4, n_active=2))
+    layer = model.transformer.h[0].mlp
+    lines = []
+    balance = LoadBalancer(model, ALONE, lines.append)
     for strays in (10, 9):  # 1% of an even share of 1,000, and less
         for _ in range(PATIENCE):
             assert not lines
@@ -310,20 +349,21 @@ def test_a_few_stray_tokens_do_not_hide_a_collapse():
     assert "layer 0 2 of 4, its router has collapsed" in lines[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In the model
 
 
 def test_parameters_and_flops_by_hand():
     with torch.device("meta"):
-        dense, model = (GPT(tiny(pos="rope", bias=False, **moe))
-                        for moe in ({}, dict(n_experts=8, n_active=2)))
+        dense = GPT(tiny(pos="rope", bias=False))
+        model = GPT(tiny(pos="rope", bias=False, n_experts=8, n_active=2))
     expert = 2 * 32 * 64  # half as wide as the dense MLP's 128
-    assert dense.parameter_counts()["active"] == dense.parameter_counts()["total"]
-    assert model.parameter_counts(
-    )["total"] == dense.parameter_counts()["total"] + 2 * (6 * expert + 8 * 32)
-    assert model.parameter_counts()["active"] == dense.parameter_counts()["total"] + 2 * 8 * 32
-    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * 8 * 32  # the router's
+    router = 8 * 32
+    total = dense.parameter_counts()["total"]
+    assert dense.parameter_counts()["active"] == total
+    assert model.parameter_counts()["total"] == total + 2 * (6 * expert + router)
+    assert model.parameter_counts()["active"] == total + 2 * router
+    assert model.flops_per_token() == dense.flops_per_token() + 6 * 2 * router
 
 
 @pytest.mark.parametrize("settings, width", [(dict(), 64), (dict(n_shared=1), 40),
@@ -333,8 +373,8 @@ def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width
     with torch.device("meta"):
         mlp = GPT(tiny(n_experts=6, **settings)).transformer.h[0].mlp
     fused = 2 if settings.get("mlp") == "swiglu" else 1
-    assert mlp.c_fc.weight.shape == (6, fused * width, 32) and mlp.c_proj.weight.shape == (6, 32,
-                                                                                           width)
+    assert mlp.c_fc.weight.shape == (6, fused * width, 32)
+    assert mlp.c_proj.weight.shape == (6, 32, width)
     if "n_shared" in settings:
         assert mlp.shared.c_proj.weight.shape == (32, width)
 
@@ -342,18 +382,15 @@ def test_experts_are_as_wide_as_the_flops_of_the_dense_mlp_allow(settings, width
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "kaiming", "zero_proj"])
 def test_each_expert_is_initialized_as_a_matrix_of_its_own(init):
     torch.manual_seed(0)
-    for name, p in GPT(
-            tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1,
-                 expert_width=256)).named_parameters():
-        if p.dim() == 3:
-            fc = "c_fc" in name
-            fan_in, fan_out = (128, 256) if fc else (256, 128)
-            std = {
-                "gpt2": 0.02, "xavier": (2 / (fan_in + fan_out))**0.5, "kaiming": (
-                    (2 if fc else 1) / fan_in)**0.5, "zero_proj": (1 / 3 / fan_in)**0.5 if fc else 0
-            }[init] * (1 if fc else 2**-0.5)
-            assert p.flatten(1).std(dim=1).tolist() == pytest.approx([std] * 4, rel=0.03), name
-            assert init == "zero_proj" or not torch.equal(p[0], p[1])
+    model = GPT(tiny(n_embd=128, n_experts=4, init=init, mlp="swiglu", n_layer=1, expert_width=256))
+    mlp = model.transformer.h[0].mlp
+    std = {"gpt2": 0.02, "xavier": (2 / (128 + 256)) ** 0.5, "kaiming": (2 / 128) ** 0.5,
+           "zero_proj": (1 / 3 / 128) ** 0.5}[init]
+    std_proj = {"gpt2": 0.02, "xavier": (2 / (128 + 256)) ** 0.5, "kaiming": (1 / 256) ** 0.5,
+                "zero_proj": 0.0}[init] * 2 ** -0.5  # residual scaling of one layer
+    for weight, want in ((mlp.c_fc.weight, std), (mlp.c_proj.weight, std_proj)):
+        assert weight.flatten(1).std(dim=1).tolist() == pytest.approx([want] * 4, rel=0.03)
+        assert not want or not torch.equal(weight[0], weight[1])
 
 
 def test_muon_orthogonalizes_each_expert_alone():
@@ -366,119 +403,116 @@ def test_muon_orthogonalizes_each_expert_alone():
     optimizer.step()
     tried = 0
     for name, p in model.named_parameters():
-        if p.dim() == 3:
-            for e in range(3):
-                for part, old, grad in zip(*(t[e].split(p.size(1) // (2 if "c_fc" in name else 1))
-                                             for t in (p, before[name], p.grad)), strict=True):
-                    rows, cols = part.shape
-                    want = old - 0.1 * max(1, rows / cols) ** 0.5 * orthogonalize(grad[None])[0]
-                    torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-5)
-                    tried += 1
+        if p.dim() < 3:
+            continue
+        fused = 2 if "c_fc" in name else 1  # SwiGLU's two matrices in one
+        parts = [t.unflatten(1, (fused, -1)).flatten(0, 1) for t in (p, before[name], p.grad)]
+        for new, old, grad in zip(*parts, strict=True):
+            rows, cols = new.shape
+            want = old - 0.1 * max(1, rows / cols) ** 0.5 * orthogonalize(grad[None])[0]
+            torch.testing.assert_close(new, want, rtol=1e-4, atol=1e-5)
+            tried += 1
     assert tried == 2 * 3 * 3
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [(dict(n_active=5), "--n_active 5 is above --n_experts 4"),
-     (dict(expert_width=20), "--expert_width 20 must be a multiple of 8.* 16 or 24"),
-     (dict(expert_width=3), "multiple of 8.* give 8"),
-     (dict(n_embd=36), "--n_embd 36 must be a multiple of 8.* 32 or 40"),
-     (dict(n_active=4, n_shared=20), "24 active experts share 128 hidden units, less than 8 each")])
+@pytest.mark.parametrize("settings, says", [
+    (dict(n_active=5), "--n_active 5 is above --n_experts 4"),
+    (dict(expert_width=20), "--expert_width 20 .* 16 or 24"),
+    (dict(expert_width=3), "--expert_width 3 .* 8"),
+    (dict(n_embd=36), "--n_embd 36 .* 32 or 40"),
+    (dict(n_active=4, n_shared=20), "lower --n_active or --n_shared"),
+])
 def test_experts_that_cannot_be_are_refused(settings, says):
     with pytest.raises(BadInput, match=says):
         train_gpt2.check_model(tiny(**dict(n_experts=4) | settings))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real runs
 
 
-def test_cached_generation_equals_whole_passes():
+def test_generation_with_a_cache_equals_full_passes():
     torch.manual_seed(0)
-    model, idx = GPT(tiny(n_experts=4, init="xavier", pos="rope")).eval(), torch.randint(61, (3, 4))
-    cached = list(
-        generate(Decoder(model, 3, 16), idx.tolist(), 10,
-                 lambda logits: logits.argmax(-1)))  # 10 steps of 3 tokens
+    model = GPT(tiny(n_experts=4, init="xavier", pos="rope")).eval()
+    idx = torch.randint(61, (3, 4))
+    decoder = Decoder(model, 3, 16)
+    cached = list(generate(decoder, idx.tolist(), 10, lambda logits: logits.argmax(-1)))
     with torch.no_grad():
         for _ in range(10):
             idx = torch.cat((idx, model(idx)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert cached == idx[:, -10:].T.tolist()
+    assert cached == idx[:, -10:].T.tolist()  # 10 steps of 3 tokens
 
 
 @pytest.mark.parametrize("balance", ["bias", "loss"])
 def test_samples_in_bf16_between_training_steps(balance):
     torch.manual_seed(0)
-    model, idx = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier",
-                          pos="rope")), torch.randint(61, (3, 8))
-    balance = LoadBalancer(model, SimpleNamespace(distributed=False), print)
+    model = GPT(tiny(n_experts=4, n_shared=1, balance=balance, init="xavier", pos="rope"))
+    idx = torch.randint(61, (3, 8))
+    balancer = LoadBalancer(model, ALONE, print)
     with torch.autocast("cpu", torch.bfloat16):
         model(idx, idx).backward()
-        balance(True)
+        balancer(True)
         decoder = Decoder(model.eval(), 3, 16)
         with torch.no_grad():
-            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()),
-                                       model(idx)[:, -1].float(), atol=0.02, rtol=0.02)
+            want = model(idx)[:, -1].float()
+            torch.testing.assert_close(decoder.fill(range(3), idx.tolist()), want,
+                                       atol=0.02, rtol=0.02)
 
 
 def test_a_run_with_experts_learns_is_logged_and_resumes_exactly(data, tmp_path, capsys):
     whole = train(data, tmp_path / "whole", *EXPERTS, "--max_steps", 24, "--sample_every", 12)
     assert "active per token" in capsys.readouterr().out
-    log, shown = read_log(whole), scalars(whole)
-    assert log[23, "train"] < log[0, "train"] - 1 and log[24, "val"] < log[0, "train"] - 1
-    assert all(len(shown[f"moe/{name}_{i:02d}"]) == 24
-               for name in ("max_load", "dead", "entropy", "logit_norm") for i in (0, 1))
-    bars = EventAccumulator(str(whole),
-                            size_guidance={"histograms": 0}).Reload().Histograms("moe/load_00")
-    assert [sum(bar.histogram_value.bucket)
-            for bar in bars] == pytest.approx([4] * 24)  # 4 experts, load 1 in the mean
-    state = checkpoint.read(whole / "ckpt_00024.pt")["model"]
-    assert state["transformer.h.1.mlp.bias"].any() and not [
-        name for name in state if "seen" in name
-    ]
-    for experts in (F.normalize(p.flatten(1), dim=1)
-                    for name, p in state.items()
-                    if p.dim() == 3):  # they stay different
-        assert (experts @ experts.T).fill_diagonal_(0).abs().max() < 0.5
-    assert json.loads((whole / "config.json").read_text())["parameters"] == GPT(
-        train_gpt2.GPTConfig(
-            **torch.load(whole
-                         / "ckpt_00024.pt", weights_only=True)["model_config"])).parameter_counts()
-    half = cut(whole, tmp_path / "half", 8)
-    assert_same_runs(again(half), whole)
-    model, tokenizer, _ = train_gpt2.load_checkpoint(whole / "ckpt_00024.pt")
+    log = read_log(whole)
+    assert log[23, "train"] < log[0, "train"] - 1
+    assert log[24, "val"] < log[0, "train"] - 1
+    shown = scalars(whole)
+    for name in ("max_load", "dead", "entropy", "logit_norm"):
+        assert len(shown[f"moe/{name}_00"]) == len(shown[f"moe/{name}_01"]) == 24
+    events = EventAccumulator(str(whole), size_guidance={"histograms": 0}).Reload()
+    loads = [sum(event.histogram_value.bucket) for event in events.Histograms("moe/load_00")]
+    assert loads == pytest.approx([4] * 24)  # 4 experts, mean load 1
+
+    path = whole / "ckpt_00024.pt"
+    weights = checkpoint.read(path)["model"]
+    assert weights["transformer.h.1.mlp.bias"].any()
+    assert not [name for name in weights if "seen" in name]
+    for weight in weights.values():
+        if weight.dim() == 3:  # experts stay different
+            experts = F.normalize(weight.flatten(1), dim=1)
+            assert (experts @ experts.T).fill_diagonal_(0).abs().max() < 0.5
+    assert_same_runs(again(cut(whole, tmp_path / "half", 8)), whole)
+    model, tokenizer, _ = train_gpt2.load_checkpoint(path)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["parameters"] == model.parameter_counts()
     assert sample(model, tokenizer, ["The"], SampleConfig(max_new_tokens=5))
     assert load_tokenizer(tokenizer.spec).vocab_size == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]],
-    ids=["bias", "loss"])
-def test_two_processes_and_accumulation_give_the_losses_of_one(flags, launch, data, tmp_path):
+@pytest.mark.parametrize("flags", [
+    ["--router", "softmax", "--n_shared", 1], ["--balance", "loss", "--router_z_loss", 0.1]
+], ids=["bias", "loss"])
+def test_two_processes_and_accumulation_have_the_losses_of_one(flags, launch, data, tmp_path):
     flags = [*TINY_FLAGS, "--data", data, *EXPERTS, *flags, "--max_steps", 12]
     for name, processes, micro_batch in (("one", 1, 8), ("accumulated", 1, 2), ("two", 2, 2)):
         done = launch("train_gpt2.py", *flags, "--run_name", name, "--micro_batch", micro_batch,
                       processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (checkpoint.read(tmp_path / "log" / name / "ckpt_00012.pt")["model"]
-                for name in ("one", "two"))
-    for name in ("accumulated", "two"):
-        assert read_log(tmp_path / "log" / name) == pytest.approx(
-            read_log(tmp_path / "log" / "one"), rel=1e-5)
-    assert all(torch.equal(one[name], two[name]) for name in one if name.endswith("mlp.bias"))
-    for i in (0, 1):
-        loads = [
-            scalars(tmp_path / "log" / name)[f"moe/max_load_{i:02d}"]
-            for name in ("one", "accumulated", "two")
-        ]
-        assert loads[0] == loads[1] == loads[2]
+    one = tmp_path / "log" / "one"
+    weights = checkpoint.read(one / "ckpt_00012.pt")["model"]
+    for other in (tmp_path / "log" / "accumulated", tmp_path / "log" / "two"):
+        assert read_log(other) == pytest.approx(read_log(one), rel=1e-5)
+        for tag in ("moe/max_load_00", "moe/max_load_01"):
+            assert scalars(other)[tag] == scalars(one)[tag]
+        others = checkpoint.read(other / "ckpt_00012.pt")["model"]
+        for name in weights:
+            assert not name.endswith("mlp.bias") or torch.equal(weights[name], others[name])
 
 
-def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, capsys):
-    """Biases that a run has learned would stay as they are, and still pick;
-    those of a run without are zero, and begin to move."""
+def test_the_balance_may_change_to_biases_but_not_from_them(data, tmp_path, capsys):
+    """With the loss, learned biases would no longer change and still pick experts. Those of a run
+    with the loss are zero and begin to change."""
     folder = train(data, tmp_path / "bias", *EXPERTS, "--max_steps", 4)
-    with pytest.raises(BadInput, match="does not fit these flags: --balance bias -> loss"):
+    with pytest.raises(BadInput, match="--balance bias -> loss"):
         again(folder, "--balance", "loss", "--max_steps", 8)
     folder = train(data, tmp_path / "loss", *EXPERTS, "--balance", "loss", "--max_steps", 4)
     assert not checkpoint.read(folder / "ckpt_00004.pt")["model"]["transformer.h.1.mlp.bias"].any()
@@ -487,20 +521,20 @@ def test_the_balance_may_change_to_biases_and_not_from_them(data, tmp_path, caps
     assert checkpoint.read(folder / "ckpt_00008.pt")["model"]["transformer.h.1.mlp.bias"].any()
 
 
-def test_what_does_not_fit_is_refused_in_one_line(data, tmp_path):
-    folder = train(data, tmp_path / "dense", "--n_experts", 0, "--max_steps", 2, "--warmup_steps",
-                   0)
-    with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
+def test_a_dense_run_cannot_get_experts(data, tmp_path):
+    folder = train(data, tmp_path / "dense", "--max_steps", 2, "--warmup_steps", 0)
+    path = folder / "ckpt_00002.pt"
+    with pytest.raises(BadInput, match="--n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
-    state = torch.load(folder / "ckpt_00002.pt", weights_only=True)
-    state["model_config"] = {
-        name: value for name, value in state["model_config"].items() if "expert" not in name
-    }
-    checkpoint.write(folder / "ckpt_00002.pt", state)  # as one from before there were experts
-    with pytest.raises(BadInput, match="does not fit these flags: --n_experts 0 -> 4"):
+    state = checkpoint.read(path)
+    for name in ("n_experts", "expert_width"):  # a checkpoint older than experts
+        del state["model_config"][name]
+    checkpoint.write(path, state)
+    with pytest.raises(BadInput, match="--n_experts 0 -> 4"):
         again(folder, "--n_experts", 4, "--max_steps", 4)
     again(folder, "--max_steps", 4)
-    with pytest.raises(
-            BadInput,
-            match="--n_active, --router: for Mixture of Experts, give --n_experts above 0"):
+
+
+def test_settings_of_experts_need_experts(data, tmp_path):
+    with pytest.raises(BadInput, match="--n_active, --router: .*--n_experts"):
         train(data, tmp_path / "a", "--n_active", 2, "--router", "softmax")
