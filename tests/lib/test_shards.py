@@ -1,4 +1,4 @@
-"""Shards and meta.json against parsers written anew. Run: python -m pytest tests/lib/test_shards.py
+"""Shards and meta.json against independent parsers. Run: python -m pytest tests/lib/test_shards.py
 """
 
 import errno
@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 from helpers import ROOT, write_bin
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
@@ -24,34 +24,52 @@ from lib.shard_meta import read_meta
 from lib.shards import Damaged, Shards, check_ids, check_shards, read_shard
 from lib.tokenizers import load_tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One shard
 
 
-@pytest.mark.parametrize("name", [
-    "float.npy", "2d.npy", "int64.npy", "big.npy", "0d.npy", "pickle.npy", "zip.npy", "text.npy",
-    "magic.bin", "more.bin", "negative.bin", "longer.npy", "longer.bin"
-])
-def test_what_is_not_a_whole_shard_is_damaged(name, tmp_path):
-    path, ids, kind = tmp_path / name, np.arange(1000, dtype=np.uint16), name.split(".")[0]
+IDS = np.arange(1000, dtype=np.uint16)
+NOT_SHARDS = {  # arrays in a .npy
+    "float": IDS.astype(np.float32), "2d": IDS.reshape(10, 100), "int64": IDS.astype(np.int64),
+    "big": IDS.astype(">u2"), "0d": IDS[7], "pickle": np.array([IDS, None], dtype=object)}
+
+
+@pytest.mark.parametrize("kind", NOT_SHARDS)
+def test_an_array_that_is_not_a_shard_is_damaged(kind, tmp_path):
+    path = tmp_path / f"{kind}.npy"
+    np.save(path, NOT_SHARDS[kind])
+    check_damaged(path)
+
+
+@pytest.mark.parametrize("name, magic, count", [
+    ("magic.bin", 1, None), ("more.bin", 20240520, 1001), ("negative.bin", 20240520, -1)])
+def test_a_bin_with_a_wrong_header_is_damaged(name, magic, count, tmp_path):
+    write_bin(tmp_path / name, IDS, magic, 1, count)
+    check_damaged(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["longer.npy", "longer.bin"])
+def test_ids_after_a_header_without_them_are_damaged(name, tmp_path):
+    path = tmp_path / name
     if name.endswith(".bin"):
-        write_bin(path, ids[:0] if kind == "longer" else ids, 20240520 if kind != "magic" else 1, 1,
-                  {"more": 1001, "negative": -1}.get(kind))
+        write_bin(path, IDS[:0], 20240520, 1)
     else:
-        odd = {
-            "float": ids.astype(np.float32), "2d": ids.reshape(10, 100),
-            "int64": ids.astype(np.int64), "big": ids.astype(">u2"), "0d": ids[7],
-            "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]
-        }
-        np.save(path, odd.get(kind, ids))
-    if kind == "longer":  # ids behind a header that lost its count
-        assert len(read_shard(path)) == 0
-        path.write_bytes(path.read_bytes() + bytes(200))
-    if kind == "zip":
-        np.savez(path.open("wb"), ids)
-    if kind == "text":
-        path.write_text("no tokens here")
-    with pytest.raises(Damaged, match=f"{name} is (damaged|not a shard).*give its command again"):
+        np.save(path, IDS[:0])
+    assert len(read_shard(path)) == 0
+    path.write_bytes(path.read_bytes() + bytes(200))
+    check_damaged(path)
+
+
+def test_other_files_are_damaged(tmp_path):
+    with open(tmp_path / "zip.npy", "wb") as file:
+        np.savez(file, IDS)
+    check_damaged(tmp_path / "zip.npy")
+    (tmp_path / "text.npy").write_text("no tokens here")
+    check_damaged(tmp_path / "text.npy")
+
+
+def check_damaged(path):
+    with pytest.raises(Damaged, match=f"{path.name} is (damaged|not a shard)"):
         read_shard(path)
 
 
@@ -70,12 +88,11 @@ def parse_npy(data):
     file = io.BytesIO(data)
     try:
         ids = np.load(file)
-    except Exception:  # noqa: BLE001 (whatever numpy says: it is not one)
+    except Exception:  # noqa: BLE001 (numpy raises many kinds)
         return None
-    whole = isinstance(
-        ids, np.ndarray) and ids.ndim == 1 and ids.dtype in (np.uint16,
-                                                             np.uint32) and file.tell() == len(data)
-    return ids if whole else None
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or file.tell() != len(data):
+        return None
+    return ids if ids.dtype in (np.uint16, np.uint32) else None
 
 
 def parse_bin(data):
@@ -86,26 +103,29 @@ def parse_bin(data):
     size = {(20240520, 1): 2, (20240801, 7): 4}.get((magic, version))
     if size is None or len(data) != 1024 + size * count:
         return None
-    return np.array(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", data[1024:]),
-                    dtype=f"<u{size}")
+    letter = {2: "H", 4: "I"}[size]
+    return np.array(struct.unpack(f"<{count}{letter}", data[1024:]), dtype=f"<u{size}")
+
+
+def whole_shard(kind, ids):
+    """(the bytes of a shard, where its header ends)."""
+    if kind == "npy":
+        file = io.BytesIO()
+        np.save(file, ids)
+        return file.getvalue(), 128
+    magic, version = (20240520, 1) if ids.dtype == np.uint16 else (20240801, 7)
+    return struct.pack("<256i", magic, version, len(ids), *[0] * 253) + ids.tobytes(), 12
 
 
 @st.composite
 def shard_bytes(draw, kind):
-    """A shard with something done to it, or with luck nothing."""
-    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=draw(
-        st.sampled_from([np.uint16, np.uint32]))) * 3
-    if kind == "npy":
-        file = io.BytesIO()
-        np.save(file, ids)
-        data, header = file.getvalue(), 128
-    else:
-        head = (20240520, 1) if ids.dtype == np.uint16 else (20240801, 7)
-        data, header = struct.pack("<256i", *head, len(ids), *[0] * 253) + ids.tobytes(), 12
+    """A shard, most of them damaged."""
+    dtype = draw(st.sampled_from([np.uint16, np.uint32]))
+    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=dtype) * 3
+    data, header = whole_shard(kind, ids)
     data = bytearray(data)
-    for damage in draw(
-            st.lists(st.sampled_from(["flip", "flip", "truncate", "append", "replace"]),
-                     max_size=3)):
+    kinds = st.sampled_from(["flip", "flip", "truncate", "append", "replace"])
+    for damage in draw(st.lists(kinds, max_size=3)):
         if damage == "flip" and len(data) >= header:
             bit = draw(st.integers(0, 8 * header - 1))
             data[bit // 8] ^= 1 << bit % 8
@@ -130,34 +150,38 @@ def test_a_shard_is_read_where_mmap_is_refused(tmp_path, monkeypatch):
 
 
 def check_read_shard(data, kind, folder):
-    path, want = folder / f"shard.{kind}", {"npy": parse_npy, "bin": parse_bin}[kind](data)
+    """Compare with an independent parser -> whether it is a whole shard."""
+    parse = {"npy": parse_npy, "bin": parse_bin}[kind]
+    want = parse(data)
+    path = folder / f"shard.{kind}"
     path.unlink(missing_ok=True)  # an earlier one may still be mapped
     path.write_bytes(data)
     if want is None:
         with pytest.raises(BadInput, match=f"shard.{kind}"):
             read_shard(path)
-    else:
-        have = read_shard(path)
-        assert have.dtype == want.dtype and have.dtype in (np.uint16, np.uint32) and have.ndim == 1
-        assert np.array_equal(have, want)
-    return want is not None
+        return False
+    ids = read_shard(path)
+    assert ids.dtype == want.dtype and np.array_equal(ids, want)
+    return True
 
 
-@pytest.mark.filterwarnings("ignore")  # numpy's, about odd headers
+@pytest.mark.filterwarnings("ignore")  # numpy's, about strange headers
 @pytest.mark.parametrize("kind", ["npy", "bin"])
 def test_a_damaged_shard_is_bad_input_or_read_as_an_independent_parser_does(kind, tmp_path):
-    whole = []
+    outcomes = set()
 
     @settings(derandomize=True, deadline=None, max_examples=150)
     @given(data=shard_bytes(kind))
+    @example(data=whole_shard(kind, IDS)[0])
+    @example(data=whole_shard(kind, IDS)[0][:-1])
     def check(data):
-        whole.append(check_read_shard(data, kind, tmp_path))
+        outcomes.add(check_read_shard(data, kind, tmp_path))
 
     check()
-    assert 10 < sum(whole) < len(whole) - 10  # the test did see both
+    assert outcomes == {True, False}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder
 
 
