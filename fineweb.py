@@ -174,7 +174,7 @@ class Job:
     request: Request | None
 
 
-def resolve(argv: list[str]) -> Job:
+def read_flags(argv: list[str]) -> Job:
     """Read the command line. Raises BadInput if flags contradict each other."""
     presets = {}
     for preset, row in TEXTS.items():
@@ -295,7 +295,7 @@ def command_of(cfg: Config, explicit: set[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    job = resolve(argv)
+    job = read_flags(argv)
     if is_finished(job, own_meta(job)):
         return
     parts = find_text(job)

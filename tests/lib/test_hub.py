@@ -386,11 +386,11 @@ def test_a_hub_that_does_not_answer_is_one_line(bad_shards, script):
     (["--pretokenized", "a/b", "--tokenizer", "bpe:400"], "--tokenizer")])
 def test_flags_that_contradict_pretokenized(flags, says):
     with pytest.raises(BadInput, match=says):
-        fineweb.resolve(flags)
+        fineweb.read_flags(flags)
 
 
 def test_pretokenized_presets():
-    job = fineweb.resolve(["--pretokenized", "fineweb-10BT"])
+    job = fineweb.read_flags(["--pretokenized", "fineweb-10BT"])
     assert job.cfg.pretokenized == "kjj0/fineweb10B-gpt2"
     assert str(job.out) == "fineweb10B-gpt2"
 
