@@ -1,12 +1,12 @@
 """Any text -> shards of token ids; by default FineWeb-edu (Penedo et al. 2024,
 https://arxiv.org/abs/2406.17557).
 
-    python fineweb.py                                          # 10B tokens of FineWeb-edu -> edu_fineweb10B/
-    python fineweb.py --preset fineweb-edu-100BT               # 100B tokens -> edu_fineweb100B/
-    python fineweb.py --preset wikipedia --name 20231101.de    # another language of a preset
+    python fineweb.py                                         # 10B tokens -> edu_fineweb10B/
+    python fineweb.py --preset fineweb-edu-100BT              # 100B tokens -> edu_fineweb100B/
+    python fineweb.py --preset wikipedia --name 20231101.de   # another language of a preset
     python fineweb.py --source a.parquet more/ "*.jsonl.zst" --out mine --tokenizer cl100k_base
-    python fineweb.py --docstrings --tokenizer bpe:4096        # needs no download -> docstrings/
-    python fineweb.py --pretokenized fineweb-10BT --shards 8   # shards made by others -> fineweb10B-gpt2/
+    python fineweb.py --docstrings --tokenizer bpe:4096       # needs no download -> docstrings/
+    python fineweb.py --pretokenized fineweb-10BT --shards 8  # made by others -> fineweb10B-gpt2/
 
 A shard is a one-dimensional .npy of uint16 ids (uint32 when the vocabulary needs it), the
 end-of-text id before each document, named <prefix>_{val|train}_<index>.npy; meta.json beside the
@@ -174,7 +174,7 @@ class Job:
     request: Request | None
 
 
-def resolve(argv: list[str]) -> Job:
+def read_flags(argv: list[str]) -> Job:
     """Read the command line. Raises BadInput if flags contradict each other."""
     presets = {}
     for preset, row in TEXTS.items():
@@ -295,7 +295,7 @@ def command_of(cfg: Config, explicit: set[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    job = resolve(argv)
+    job = read_flags(argv)
     if is_finished(job, own_meta(job)):
         return
     parts = find_text(job)

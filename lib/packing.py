@@ -26,18 +26,19 @@ class Packed:
 
     def __init__(self, documents: torch.Tensor):
         T = documents.size(1)
-        changes = documents[:, 1:] != documents[:, :-1]
-        self.starts = F.pad(changes, (1, 0), value=True)                     # (B, T)
+        changes = documents.diff(dim=1) != 0
+        self.starts = F.pad(changes, (1, 0), value=True)    # (B, T)
         at = torch.arange(T, device=documents.device)
-        start_of_text = torch.where(self.starts, at, 0).cummax(dim=1).values
-        self.positions = at - start_of_text                                  # (B, T), in each text
-        self.numbers = self.starts.cumsum(dim=1)                             # (B, T)
+        last_start = torch.where(self.starts, at, 0).cummax(dim=1).values
+        self.positions = at - last_start                    # (B, T), from 0 in each text
+        self.numbers = self.starts.cumsum(dim=1)            # (B, T)
 
     @property
     def mask(self) -> torch.Tensor:
         """bool (B, 1, T, T), causal within a text. Computed for each layer (once per compiled pass)
         and not stored: masks of 524,288 tokens would take half a gigabyte."""
-        same_text = self.numbers[:, None, :, None] == self.numbers[:, None, None, :]
+        numbers = self.numbers[:, None]
+        same_text = numbers[..., None] == numbers[..., None, :]
         return same_text.tril()
 
     def attend(self, layer, q, k, v, dropout=0.0):
@@ -115,10 +116,12 @@ class RowSource:
         them)."""
         rows: list[np.ndarray] = []
         while len(rows) < n // self.block_size:
-            if row >= self.of(epoch)[1]:
+            arrangement, count = self.of(epoch)
+            if row >= count:
                 epoch += 1
                 row = 0
-            rows.append(self.row(self.of(epoch)[0], row))
+                arrangement, _ = self.of(epoch)
+            rows.append(self.row(arrangement, row))
             row += 1
         return np.stack(rows), epoch, row
 
@@ -135,8 +138,11 @@ class RowSource:
         """A position as text. Raises IndexError if there is no such row."""
         epoch = state["epoch"]
         row = state["row"]
+        if epoch < 0:
+            raise IndexError(epoch)
         # not `of`: the prefetch thread may be in another epoch, whose arrangement must stay
-        if epoch < 0 or not 0 <= row <= (self.arranged.get(epoch) or self.arrange(epoch))[1]:
+        _, rows = self.arranged.get(epoch) or self.arrange(epoch)
+        if not 0 <= row <= rows:
             raise IndexError(row)
         return f"epoch {epoch}, from row {row:,}"
 
@@ -157,12 +163,16 @@ class Packing(RowSource):
 
     def __init__(self, items: list, block_size: int, seed: int | None, eot: int):
         super().__init__(block_size, seed, eot)
-        self.items = [(np.asarray(ids, dtype=np.int64), np.asarray(learned, dtype=bool))
-                      for ids, learned in items]
+        self.items = []
+        for ids, learned in items:
+            ids = np.asarray(ids, dtype=np.int64)
+            learned = np.asarray(learned, dtype=bool)
+            self.items.append((ids, learned))
 
     def arrange(self, epoch):
         order = self.order(epoch, len(self.items))
-        rows = first_fit([len(self.items[i][0]) - 1 for i in order], self.block_size)
+        lengths = [len(ids) - 1 for ids, _ in self.items]
+        rows = first_fit([lengths[i] for i in order], self.block_size)
         mixed = self.order(epoch, len(rows), salt=1)  # first-fit leaves the last rows emptier
         return [order[rows[i]] for i in mixed], len(rows)
 
@@ -188,7 +198,8 @@ class Joined(RowSource):
         self.documents = [np.asarray(ids, dtype=np.int64) for ids in documents]
 
     def arrange(self, epoch):
-        tokens = np.concatenate([self.documents[i] for i in self.order(epoch, len(self.documents))])
+        order = self.order(epoch, len(self.documents))
+        tokens = np.concatenate([self.documents[i] for i in order])
         return tokens, -(-(len(tokens) - 1) // self.block_size)
 
     def row(self, arrangement, number):

@@ -128,7 +128,8 @@ def find_tokenizer(request: Request, folder: Path, dataset: hub.Dataset,
               "or tokenize text with --source")
     theirs = None
     if "meta.json" in dataset.beside:
-        theirs = read_meta(hub.download(dataset, dataset.beside["meta.json"], folder).parent, remedy)
+        path = hub.download(dataset, dataset.beside["meta.json"], folder)
+        theirs = read_meta(path.parent, remedy)
     if theirs:
         tokenizer = described_tokenizer(theirs, folder, dataset, remedy)
     elif meta and request.tokenizer is None:

@@ -215,7 +215,7 @@ def _check_records(meta: Meta, records: list[Record]) -> None:
 
 
 def _is_plain_name(name: str) -> bool:
-    """Whether a file is named like a shard and cannot lie in another folder."""
+    """Whether a file is named like a shard and cannot be in another folder."""
     return split_of(name) is not None and not {"/", "\\", "\0"} & set(name)
 
 

