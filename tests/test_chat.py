@@ -1,5 +1,5 @@
-"""chat.py, launched for real on a tiny checkpoint that knows three conversations: python -m pytest
-tests/test_chat.py"""
+"""chat.py, launched on a tiny checkpoint that knows three conversations:
+python -m pytest tests/test_chat.py"""
 
 import contextlib
 import json
@@ -26,16 +26,21 @@ from lib.decoding import Decoder, SampleConfig, generate, sample
 (CAT, ON_THE_MAT), (DOG, ON_THE_ROOF), (BIRD, _) = CHATS
 
 
-def talk(launch_in, path, lines, *flags):
+def command(path, *flags):
+    return [sys.executable, str(ROOT / "chat.py"), "--checkpoint", str(path), "--temperature", "0",
+            *flags]
+
+
+def talk(folder, path, lines, *flags):
     """chat.py with these lines typed -> CompletedProcess."""
-    command = [
-        sys.executable,
-        str(ROOT / "chat.py"), "--checkpoint",
-        str(path), "--temperature", "0", *flags
-    ]
-    return subprocess.run(command, cwd=launch_in, input="".join(f"{line}\n" for line in lines),
-                          text=True, capture_output=True, timeout=600, check=False,
+    typed = "".join(f"{line}\n" for line in lines)
+    return subprocess.run(command(path, *flags), cwd=folder, input=typed, text=True,
+                          capture_output=True, timeout=600, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ignore(piece):
+    """Shows nothing."""
 
 
 @pytest.fixture
@@ -48,26 +53,31 @@ def conversation(chatty, tokenizer):
 def test_a_conversation_in_the_terminal(chatty, tmp_path):
     lines = [
         "/save said.jsonl", CAT, "", DOG, "/save said.jsonl", "/reset", DOG, "/save said.jsonl",
-        "/temp 0.5", "/temp hot", "/temp -1", "/nope", "/quit", CAT
+        "/temp 0.5", "/temp hot", "/temp -1", "/nope", "/quit", CAT,
     ]
     (tmp_path / "said.jsonl.tmp").write_text("mine")
-    done = talk(tmp_path, chatty[0], lines, "--system", "Be brief.")
+    result = talk(tmp_path, chatty[0], lines, "--system", "Be brief.")
     assert (tmp_path / "said.jsonl.tmp").read_text() == "mine"
-    assert done.returncode == 0 and done.stdout.splitlines() == [
-        ON_THE_MAT, ON_THE_ROOF, ON_THE_ROOF
-    ], done.stderr
-    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-    want = zip(("system", "user", "assistant", "user", "assistant"),
-               ("Be brief.", CAT, ON_THE_MAT, DOG, ON_THE_ROOF))
-    assert said == [{"messages": [{"role": role, "content": content} for role, content in want]}]
-    notes = done.stderr.splitlines()
-    want = ["/quit", "nothing to save", "5 messages saved", "a new conversation",
-            "cannot write said.jsonl (File exists): name another",
-            "temperature 0.5", "takes a number", "must be", "unknown command"]
-    assert len(notes) == len(want) and all(says in note for note, says in zip(notes, want))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [ON_THE_MAT, ON_THE_ROOF, ON_THE_ROOF]
+    saved = json.loads((tmp_path / "said.jsonl").read_text())
+    assert saved == {"messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": CAT},
+        {"role": "assistant", "content": ON_THE_MAT},
+        {"role": "user", "content": DOG},
+        {"role": "assistant", "content": ON_THE_ROOF},
+    ]}
+    expected = [
+        "/quit", "nothing to save", "5 messages saved", "a new conversation",
+        "cannot write said.jsonl (File exists): name another", "temperature 0.5", "takes a number",
+        "must be", "unknown command",
+    ]
+    for note, says in zip(result.stderr.splitlines(), expected, strict=True):
+        assert says in note
 
 
-def test_what_does_not_fit_on_the_disk_is_not_saved_in_part(tmp_path):
+def test_a_full_disk_leaves_no_partial_file(tmp_path):
     said = [{"role": "user", "content": CAT}, {"role": "assistant", "content": ON_THE_MAT}]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
@@ -82,26 +92,25 @@ def test_what_does_not_fit_on_the_disk_is_not_saved_in_part(tmp_path):
 
 def test_one_answer_is_the_greedy_continuation_of_the_template(chatty, tokenizer, launch):
     path, model = chatty
-    done = launch("chat.py", "--checkpoint", path, "-p", BIRD, "--system", "Be brief.", "--top_k",
-                  1)
-    ids, _ = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": BIRD}],
-                    tokenizer, reply=True)
-    steps = [
-        token
-        for (token,
-             ) in generate(Decoder(model, 1, 128), [ids], 50, lambda logits: logits.argmax(dim=-1))
-    ]
-    want = steps[:steps.index(tokenizer.reserved["<|end|>"])]
-    assert (done.returncode, done.stdout, done.stderr) == (0, tokenizer.decode(want) + "\n",
-                                                           "") and len(want) > 5
-    done = launch("chat.py", "--checkpoint", path, "--prompt", BIRD, "--system", "Be brief.",
-                  "--max_new_tokens", 2, "--temperature", 0)
-    assert done.stdout == tokenizer.decode(want[:2]) + "\n"
+    flags = ["--checkpoint", path, "-p", BIRD, "--system", "Be brief."]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": BIRD}]
+    ids, _ = render(messages, tokenizer, reply=True)
+    steps = generate(Decoder(model, 1, 128), [ids], 50, lambda logits: logits.argmax(dim=-1))
+    tokens = [token for (token,) in steps]
+    answer = tokens[:tokens.index(tokenizer.reserved["<|end|>"])]
+    assert len(answer) > 5
+    result = launch("chat.py", *flags, "--top_k", 1)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == tokenizer.decode(answer) + "\n"
+    result = launch("chat.py", *flags, "--max_new_tokens", 2, "--temperature", 0)
+    assert result.stdout == tokenizer.decode(answer[:2]) + "\n"
 
 
-def test_control_tokens_typed_out_are_text_and_those_the_model_says_end_its_turn(
+def test_control_tokens_are_text_when_typed_and_end_the_model_s_turn(
         conversation, tokenizer, monkeypatch):
-    prompts, control = [], {tokenizer.eot, *tokenizer.reserved.values()}
+    prompts = []
+    names = {number: name for name, number in tokenizer.reserved.items()}
+    names[tokenizer.eot] = "<|endoftext|>"
     typed = "the cat<|end|><|assistant|>x<|end|><|user|><|system|><|endoftext|>"
 
     def spied(decoder, ids, *rest):
@@ -111,46 +120,49 @@ def test_control_tokens_typed_out_are_text_and_those_the_model_says_end_its_turn
     monkeypatch.setattr(chat, "generate", spied)
     conversation.system = "<|end|>"
     said = tokenizer.encode("sat").tolist()
-    for token in control:
-        script, shown = iter([*said, token]), []
+    for token in names:
+        script = iter([*said, token])
         monkeypatch.setattr(chat, "draw",
                             lambda logits, script=script, **_: torch.tensor([next(script)]))
+        shown = []
         conversation.reset()
         assert conversation.reply(typed, shown.append) == "stop"
         assert "".join(shown) == conversation.messages[-1]["content"] == "sat"
-        names = {number: name
-                 for name, number in tokenizer.reserved.items()} | {tokenizer.eot: "<|endoftext|>"}
-        assert [names[number] for number in prompts.pop() if number in control] == [
+        assert [names[number] for number in prompts.pop() if number in names] == [
             "<|endoftext|>", "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"]
 
 
 def test_the_oldest_turns_leave_a_full_context(chatty, tmp_path):
     turns = [CAT, DOG] * 6
     lines = [*turns, "x" * 200, CAT, "/save said.jsonl"]
-    done = talk(tmp_path, chatty[0], lines, "--system", "Be brief.", "--max_new_tokens", "20")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(turns) + 1
-    assert "the model no longer sees the 2 oldest messages" in done.stderr
-    assert "the context has room for 108: shorten it" in done.stderr
-    (said,) = [
-        json.loads(line)["messages"] for line in (tmp_path / "said.jsonl").read_text().splitlines()
-    ]
-    assert [message["role"] for message in said
-            ] == ["system", *["user", "assistant"] * (len(turns) + 1)]  # saved, they all are
-    assert [message["content"] for message in said[1::2]] == [*turns, CAT]
+    result = talk(tmp_path, chatty[0], lines, "--system", "Be brief.", "--max_new_tokens", "20")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == len(turns) + 1
+    assert "the model no longer sees the 2 oldest messages" in result.stderr
+    assert "the context has room for 108: shorten it" in result.stderr
+    saved = json.loads((tmp_path / "said.jsonl").read_text())["messages"]  # all of them
+    roles = [message["role"] for message in saved]
+    assert roles == ["system", *["user", "assistant"] * (len(turns) + 1)]
+    assert [message["content"] for message in saved[1::2]] == [*turns, CAT]
 
 
-def test_a_compiled_step_writes_the_same(chatty, conversation, monkeypatch):
-    """As on a GPU, but for the back end: every turn by one graph."""
-    steps = []
-    monkeypatch.setattr(
-        torch, "compile",
-        partial(torch.compile, backend=lambda graph, _: steps.append(graph) or graph.forward,
-                fullgraph=True))
-    compiled = chat.Chat(*chat.load_chat(chatty[0], "cpu")[:2], conversation.sampling, compile=True)
+def test_a_compiled_step_generates_the_same(chatty, conversation, monkeypatch):
+    """As on a GPU, except for the back end: every turn by one graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    model, tokenizer, _ = chat.load_chat(chatty[0], "cpu")
+    compiled = chat.Chat(model, tokenizer, conversation.sampling, compile=True)
     for content in (CAT, DOG, BIRD):
-        for each in (conversation, compiled):
-            each.reply(content, lambda piece: None)
-    assert compiled.messages == conversation.messages and len(steps) == 1
+        conversation.reply(content, ignore)
+        compiled.reply(content, ignore)
+    assert compiled.messages == conversation.messages
+    assert len(graphs) == 1
 
 
 def test_ctrl_c_ends_a_reply_and_not_the_chat(conversation):
@@ -158,22 +170,18 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(conversation):
         raise KeyboardInterrupt
 
     assert conversation.reply(CAT, interrupt) == "interrupted"
-    said = conversation.messages[-1]
-    assert said["role"] == "assistant" and 0 < len(
-        said["content"]) < len(ON_THE_MAT) and ON_THE_MAT.startswith(said["content"])
+    last = conversation.messages[-1]
+    assert last["role"] == "assistant"
+    assert 0 < len(last["content"]) < len(ON_THE_MAT)
+    assert ON_THE_MAT.startswith(last["content"])
     conversation.reset()
-    assert conversation.reply(
-        DOG, lambda piece: None) == "stop" and conversation.messages[-1]["content"] == ON_THE_ROOF
+    assert conversation.reply(DOG, ignore) == "stop"
+    assert conversation.messages[-1]["content"] == ON_THE_ROOF
 
 
 def test_ctrl_c_at_the_prompt_leaves_the_conversation(chatty):
     pty = pytest.importorskip("pty", reason="a terminal of POSIX")
     ours, terminal = pty.openpty()
-    command = [
-        sys.executable,
-        str(ROOT / "chat.py"), "--checkpoint",
-        str(chatty[0]), "--temperature", "0"
-    ]
 
     def read_to(end):
         seen = b""
@@ -182,15 +190,14 @@ def test_ctrl_c_at_the_prompt_leaves_the_conversation(chatty):
             seen += os.read(ours, 1)
         return seen.decode()
 
-    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal,
+    with subprocess.Popen(command(chatty[0]), stdin=terminal, stdout=terminal, stderr=terminal,
                           env=os.environ | {"TERM": "dumb"}) as process:
         try:
             read_to(b"> ")
             os.write(ours, f"{CAT}\n".encode())
             assert ON_THE_MAT in read_to(b"> ")
-            while not select.select(
-                [ours], [], [],
-                    2)[0]:  # one that comes before the process waits for input is not seen
+            # a signal that arrives before the process waits for input has no effect
+            while not select.select([ours], [], [], 2)[0]:
                 process.send_signal(signal.SIGINT)
             assert "[Ctrl-D or /quit ends the chat]" in read_to(b"> ")
             os.write(ours, f"{DOG}\n".encode())
@@ -203,62 +210,70 @@ def test_ctrl_c_at_the_prompt_leaves_the_conversation(chatty):
             os.close(terminal)
 
 
-def test_bad_input(chatty, tokenizer, tmp_path, launch):
-    plain, foreign, short = (tmp_path / f"ckpt_0000{i}.pt" for i in range(3))
-    tiny_checkpoint(plain, tokenizer)
-    state = checkpoint.read(chatty[0])
-    checkpoint.write(foreign, state | {"chat_template": "{{ messages }}"})
-    tiny_checkpoint(short, tokenizer)
-    checkpoint.write(short, checkpoint.read(short) | {"chat_template": state["chat_template"]})
+def test_bad_flags(chatty):
+    path = str(chatty[0])
     with pytest.raises(BadInput, match="name either --checkpoint or --model"):
         chat.main([])
-    for path, flags, says in ((plain, ["--serve", "--port",
-                                       "0"], "not learned to chat: post-train it with posttrain.py"),
-                              (plain, ["--system", "x"], "--system is for a model that can chat"),
-                              (chatty[0], ["--model", "gpt2"],
-                               "name either --checkpoint or --model"), (foreign, [],
-                                                                        "another chat template"),
-                              (short, [], "has 280 ids and its tokenizer, .* 284"),
-                              (chatty[0], ["-p", "x" * 200],
-                               "shorten it"), (chatty[0], ["--samples",
-                                                           "3"], "unknown flag --samples"),
-                              (chatty[0], ["--serve", "--host", "0.0.0.0"], "give an --api_key"),
-                              *((chatty[0], ["--serve", "--api_key", key], "printable ASCII")
-                                for key in ("schl\xfcssel", " sesame", "ses\name")), (chatty[0], [
-                                    "--port", "1"
-                                ], "--port is for --serve"), (chatty[0], ["--serve", "--compile"],
-                                                              "--compile is for the terminal"),
-                              (chatty[0], ["--serve", "-p", "x"], "--prompt is for the terminal")):
+    for flags, says in (
+        (["--model", "gpt2"], "name either --checkpoint or --model"),
+        (["-p", "x" * 200], "shorten it"),
+        (["--samples", "3"], "unknown flag --samples"),
+        (["--port", "1"], "--port is for --serve"),
+        (["--serve", "--host", "0.0.0.0"], "give an --api_key"),
+        (["--serve", "--api_key", "schl\xfcssel"], "printable ASCII"),
+        (["--serve", "--api_key", " sesame"], "printable ASCII"),
+        (["--serve", "--api_key", "ses\name"], "printable ASCII"),
+        (["--serve", "--compile"], "--compile is for the terminal"),
+        (["--serve", "-p", "x"], "--prompt is for the terminal"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            chat.main(["--checkpoint", path, *flags])
+
+
+def test_models_that_cannot_chat(chatty, tokenizer, tmp_path, launch):
+    base = tmp_path / "ckpt_00000.pt"
+    tiny_checkpoint(base, tokenizer)
+    state = checkpoint.read(chatty[0])
+    other_template = tmp_path / "ckpt_00001.pt"
+    checkpoint.write(other_template, state | {"chat_template": "{{ messages }}"})
+    too_few_ids = tmp_path / "ckpt_00002.pt"
+    template = {"chat_template": state["chat_template"]}
+    checkpoint.write(too_few_ids, checkpoint.read(base) | template)
+    for path, flags, says in (
+        (base, ["--serve", "--port", "0"], "not learned to chat: .* posttrain.py"),
+        (base, ["--system", "x"], "--system is for a model that can chat"),
+        (other_template, [], "another chat template"),
+        (too_few_ids, [], "has 280 ids and its tokenizer, .* 284"),
+    ):
         with pytest.raises(BadInput, match=says):
             chat.main(["--checkpoint", str(path), *flags])
-    done = launch("chat.py", "--checkpoint", plain, "--serve", "--port", 0)
-    assert (done.returncode, done.stdout,
-            done.stderr.count("\n")) == (2, "", 1) and "posttrain.py" in done.stderr
+    result = launch("chat.py", "--checkpoint", base, "--serve", "--port", 0)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "posttrain.py" in result.stderr
 
 
-def test_a_base_model_continues_each_text_by_itself(tokenizer, tmp_path):
-    """Named by its run folder; what it writes is what generate.py writes."""
+def test_a_base_model_continues_each_text_on_its_own(tokenizer, tmp_path):
+    """Named by its run folder; it generates what generate.py does."""
     model = tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, init="xavier")
-    done = talk(tmp_path, tmp_path, [DOG, CAT, "x" * 99], "--max_new_tokens", "9")
+    result = talk(tmp_path, tmp_path, [DOG, CAT, "x" * 99], "--max_new_tokens", "9")
     settings = SampleConfig(max_new_tokens=9, temperature=0.0)
-    written = [
-        sample(model, tokenizer, [text], settings)[0].removeprefix(text) for text in (DOG, CAT)
-    ]
-    assert done.returncode == 0 and done.stdout == "".join(f"{text}\n" for text in written)
-    notes = done.stderr.splitlines()
-    assert notes[0].endswith(
-        ": ckpt_00001.pt, the newest") and "post-train it with" in notes[1]
+    expected = ""
+    for prompt in (DOG, CAT):
+        text = sample(model, tokenizer, [prompt], settings)[0]
+        expected += text.removeprefix(prompt) + "\n"
+    assert (result.returncode, result.stdout) == (0, expected)
+    notes = result.stderr.splitlines()
+    assert notes[0].endswith(": ckpt_00001.pt, the newest")
+    assert "post-train it with" in notes[1]
     assert "shorten it" in notes[-1]
 
 
 @contextlib.contextmanager
 def serving(path, *flags):
     """chat.py --serve as a process -> (it, its address)."""
-    command = [
-        sys.executable, ROOT / "chat.py", "--checkpoint", path, "--serve", "--port", "0",
-        "--temperature", "0", *flags
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+    server = command(path, "--serve", "--port", "0", *flags)
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         try:
             yield process, process.stdout.readline().split()[2].rstrip(",")
@@ -267,8 +282,8 @@ def serving(path, *flags):
 
 
 def test_openai_s_client(chatty):
-    """Chat, streams, completions, models and errors, and a port in use; a signal ends the server
-    with exit code 0."""
+    """Chat, streams, completions, models and errors, and a used port; a signal ends the server with
+    exit code 0."""
     import openai
 
     with serving(chatty[0], "--api_key", "sesame") as (process, url):
@@ -277,37 +292,40 @@ def test_openai_s_client(chatty):
         assert client.models.retrieve(model.id).id == model.id == chatty[0].parent.name
         ask = dict(model=model.id, messages=[{"role": "user", "content": CAT}])
         answer = client.chat.completions.create(**ask)
-        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ON_THE_MAT,
-                                                                                        "stop")
-        *chunks, last = client.chat.completions.create(**ask, stream=True,
-                                                       stream_options={"include_usage": True})
-        assert "".join(chunk.choices[0].delta.content or ""
-                       for chunk in chunks) == ON_THE_MAT and len(chunks) > 2
-        assert client.chat.completions.create(
-            **ask | dict(model="gpt-4")).model == model.id  # the only one there is
+        (choice,) = answer.choices
+        assert (choice.message.content, choice.finish_reason) == (ON_THE_MAT, "stop")
         usage = answer.usage
-        assert last.usage == usage and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-        assert client.chat.completions.create(**ask,
-                                              max_tokens=1).choices[0].finish_reason == "length"
-        go_on = dict(model=model.id, prompt="the", max_tokens=3, seed=5, temperature=1.5)
-        (text,) = client.completions.create(**go_on).choices
-        pieces = [
-            piece for event in client.completions.create(**go_on, stream=True)
-            for piece in event.choices
-        ]
-        assert "".join(
-            piece.text
-            for piece in pieces) == text.text and pieces[-1].finish_reason == text.finish_reason
-        for wrong, error in ((dict(n=2), openai.BadRequestError), (dict(temperature=9),
-                                                                   openai.BadRequestError),
-                             (dict(extra_headers={"Authorization": "Bearer x"}),
-                              openai.AuthenticationError)):
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        *chunks, last = client.chat.completions.create(
+            **ask, stream=True, stream_options={"include_usage": True})
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+        assert "".join(pieces) == ON_THE_MAT
+        assert len(chunks) > 2
+        assert last.usage == usage
+        other = client.chat.completions.create(**ask | {"model": "gpt-4"})
+        assert other.model == model.id  # the only one
+        (choice,) = client.chat.completions.create(**ask, max_tokens=1).choices
+        assert choice.finish_reason == "length"
+        completion = dict(model=model.id, prompt="the", max_tokens=3, seed=5, temperature=1.5)
+        (whole,) = client.completions.create(**completion).choices
+        events = client.completions.create(**completion, stream=True)
+        streamed = [piece for event in events for piece in event.choices]
+        assert "".join(piece.text for piece in streamed) == whole.text
+        assert streamed[-1].finish_reason == whole.finish_reason
+        wrong_key = {"Authorization": "Bearer x"}
+        for wrong, error in (
+            (dict(n=2), openai.BadRequestError),
+            (dict(temperature=9), openai.BadRequestError),
+            (dict(extra_headers=wrong_key), openai.AuthenticationError),
+        ):
             with pytest.raises(error) as caught:
                 client.chat.completions.create(**ask | wrong)
-            assert caught.value.code and caught.value.body["message"]
+            assert caught.value.code
+            assert caught.value.body["message"]
         with pytest.raises(BadInput, match="Address already in use"):
-            chat.main(["--checkpoint", "never read", "--serve", "--port", url.rpartition(":")[2]])
-        process.send_signal(signal.SIGTERM)  # while the client holds its connection
+            port = url.rpartition(":")[2]
+            chat.main(["--checkpoint", "never read", "--serve", "--port", port])
+        process.send_signal(signal.SIGTERM)  # while the client is connected
         assert process.wait(60) == 0
 
 
@@ -317,8 +335,8 @@ def test_the_docs_curl_line(chatty):
     (line,) = re.findall(r"^curl .*", page, re.MULTILINE)
     with serving(chatty[0], "--api_key", "SECRET") as (_, url):
         line = line.replace("http://127.0.0.1:8000", url).replace('"Hi"', json.dumps(CAT))
-        for key, says in (("", "the API key is missing or wrong"),
-                          (' -H "Authorization: Bearer SECRET"', json.dumps(ON_THE_MAT)[1:-1])):
-            done = subprocess.run(["sh", "-c", line + key], capture_output=True, text=True,
-                                  timeout=600, check=True)
-            assert says in done.stdout
+        key = ' -H "Authorization: Bearer SECRET"'
+        for more, says in (("", "the API key is missing or wrong"), (key, ON_THE_MAT)):
+            result = subprocess.run(["sh", "-c", line + more], capture_output=True, text=True,
+                                    timeout=600, check=True)
+            assert says in result.stdout

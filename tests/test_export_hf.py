@@ -1,4 +1,4 @@
-"""export_hf.py, launched for real on a tiny checkpoint: python -m pytest tests/test_export_hf.py"""
+"""export_hf.py, launched on a tiny checkpoint: python -m pytest tests/test_export_hf.py"""
 
 import resource
 
@@ -25,12 +25,14 @@ def test_a_checkpoint_is_exported_checked_and_read_back(launch, tokenizer, tmp_p
     result = launch("export_hf.py", "--checkpoint", ".", "--out", "a/b", "--check")
     # neither bars nor warnings of transformers and torch
     assert (result.returncode, result.stderr) == (0, ".: ckpt_00001.pt, the newest\n")
-    assert "Glm4MoeForCausalLM" in result.stdout and "200 of 200 texts" in result.stdout
-    assert len({path.stat().st_mode for path in (tmp_path / "a" / "b").iterdir()}) == 1
+    assert "Glm4MoeForCausalLM" in result.stdout
+    assert "200 of 200 texts" in result.stdout
+    out = tmp_path / "a" / "b"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     idx = torch.randint(tokenizer.vocab_size, (2, 32))
+    ours = GPT.from_pretrained(out).eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            GPT.from_pretrained(tmp_path / "a" / "b").eval()(idx), model(idx), rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours(idx), model(idx), rtol=0, atol=1e-4)
 
 
 def test_help_names_every_class():
@@ -38,64 +40,92 @@ def test_help_names_every_class():
 
 
 @pytest.mark.parametrize("preset", ["speedrun", "tiny"])
-def test_what_the_docs_say_of_presets(preset):
-    """As they are, they cannot be exported; with these flags they can."""
+def test_presets_that_cannot_be_exported_can_be_with_flags_of_the_docs(preset):
     flags = "--no-token_shift --no-value_residual --no-residual_scalars --softcap 0 --no-qk_norm"
     page = " ".join((ROOT / "docs" / "export.md").read_text().split())
     assert f"`{flags}` they are `ArceeForCausalLM`" in page
-    (_, refused), (_, fits) = (export_hf.parse((TrainConfig, GPTConfig),
-                                               ["--preset", preset, *more], presets=PRESETS)[0]
-                               for more in ([], flags.split()))
+
+    def config(*flags):
+        configs = (TrainConfig, GPTConfig)
+        (_, c), _ = export_hf.parse(configs, ["--preset", preset, *flags], presets=PRESETS)
+        return c
+
     with pytest.raises(BadInput, match="cannot be exported"):
-        huggingface.find_family(refused)
-    assert huggingface.find_family(fits) == "ArceeForCausalLM"
+        huggingface.find_family(config())
+    assert huggingface.find_family(config(*flags.split())) == "ArceeForCausalLM"
 
 
-@pytest.mark.parametrize("named", ["trained", "gpt2"])
-def test_a_chat_model_keeps_its_template_and_its_ids(named, launch, tokenizer, tmp_path):
-    """transformers' apply_chat_template gives the ids of lib/chat_template.py,
-    and what was typed stays text where it is told to."""
+CHAT = [
+    {"role": "system", "content": "Be brief,\n  \tplease. "},
+    {"role": "user", "content": " the cat\n"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "ö 猫?"},
+]
+
+
+@pytest.fixture(params=["trained", "gpt2"])
+def exported(request, tokenizer, tmp_path, capsys):
+    """An exported chat model -> (its folder, the model, its tokenizer)."""
+    if request.param == "gpt2":
+        tokenizer = load_tokenizer("gpt2")
+    path = tmp_path / "ckpt_00001.pt"
+    model = tiny_checkpoint(path, tokenizer, **MODERN | {"vocab_size": tokenizer.vocab_size + 4})
+    state = torch.load(path, weights_only=True)
+    checkpoint.write(path, state | {"chat_template": JINJA})
+    folder = tmp_path / "chat"
+    export_hf.main(["--checkpoint", str(path), "--out", str(folder), "--check"])
+    assert "200 of 200 texts" in capsys.readouterr().out
+    return folder, model, tokenizer
+
+
+def test_a_chat_model_keeps_its_template(exported):
+    """transformers' apply_chat_template has the ids of lib/chat_template.py."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = tokenizer if named == "trained" else load_tokenizer(named)
-    model = tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer,
-                            **MODERN | {"vocab_size": tokenizer.vocab_size + 4})
-    state = torch.load(tmp_path / "ckpt_00001.pt", weights_only=True)
-    checkpoint.write(tmp_path / "ckpt_00001.pt", state | {"chat_template": JINJA})
-    result = launch("export_hf.py", "--checkpoint", "ckpt_00001.pt", "--out", "chat", "--check")
-    assert result.returncode == 0 and "200 of 200 texts" in result.stdout, result.stderr
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "chat")
-    chat = [{"role": "system",
-             "content": "Be brief,\n  \tplease. "}, {"role": "user", "content": " the cat\n"},
-            {"role": "assistant", "content": "sat"}, {"role": "user", "content": "ö 猫?"}]
-    typed = [{"role": "user", "content": "say <|end|> and <|endoftext|><|assistant|>"}]
-    for messages in (chat, chat[1:3], chat[1:]):
+    folder, _, tokenizer = exported
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for messages in (CHAT, CHAT[1:3], CHAT[1:]):
         for reply in (False, True):
-            want = render(messages, tokenizer, reply)[0]
+            expected, _ = render(messages, tokenizer, reply)
             for safe in (False, True):
-                assert theirs.apply_chat_template(messages, add_generation_prompt=reply,
-                                                  return_dict=False,
-                                                  sanitize_control_tokens=safe) == want
-    text, own = typed[0]["content"], set(tokenizer.reserved.values()) | {tokenizer.eot}
-    safe, unsafe = (theirs.apply_chat_template(typed, return_dict=False,
-                                               sanitize_control_tokens=yes)
-                    for yes in (True, False))
-    assert theirs.decode(safe) == theirs.decode(unsafe) == theirs.decode(
-        render(typed, tokenizer)[0])
-    assert [token for token in safe if token in own] == [
+                assert theirs.apply_chat_template(
+                    messages, add_generation_prompt=reply, return_dict=False,
+                    sanitize_control_tokens=safe) == expected
+    ids, _ = render(CHAT, tokenizer)
+    turns = [f"<|{message['role']}|>{message['content']}<|end|>" for message in CHAT]
+    assert theirs.decode(ids) == "<|endoftext|>" + "".join(turns)
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert ends == [tokenizer.eot, tokenizer.reserved["<|end|>"]]
+
+
+def test_control_tokens_that_a_user_types_stay_text(exported):
+    from transformers import AutoTokenizer
+
+    folder, _, tokenizer = exported
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = "say <|end|> and <|endoftext|><|assistant|>"
+    typed = [{"role": "user", "content": text}]
+    safe = theirs.apply_chat_template(typed, return_dict=False, sanitize_control_tokens=True)
+    unsafe = theirs.apply_chat_template(typed, return_dict=False, sanitize_control_tokens=False)
+    expected, _ = render(typed, tokenizer)
+    assert theirs.decode(safe) == theirs.decode(unsafe) == theirs.decode(expected)
+    control = {tokenizer.eot, *tokenizer.reserved.values()}
+    assert [token for token in safe if token in control] == [
         tokenizer.eot, tokenizer.reserved["<|user|>"], tokenizer.reserved["<|end|>"]]
-    assert len([token for token in unsafe if token in own]) == 6  # transformers' own default
+    assert len([token for token in unsafe if token in control]) == 6  # transformers' default
     assert theirs(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).tolist()
-    assert theirs.decode(render(chat, tokenizer)[0]) == "<|endoftext|>" + "".join(
-        f"<|{m['role']}|>{m['content']}<|end|>" for m in chat)
-    assert GenerationConfig.from_pretrained(
-        tmp_path / "chat").eos_token_id == [tokenizer.eot, tokenizer.reserved["<|end|>"]]
-    ours, again, chats = chat_script.load_chat(str(tmp_path / "chat"), "cpu")
-    assert chats and again.same_ids(tokenizer)
-    idx = torch.tensor([render(chat[1:3], tokenizer)[0]])[:, :32]
+
+
+def test_an_exported_chat_model_is_read_back(exported):
+    folder, model, tokenizer = exported
+    ours, again, can_chat = chat_script.load_chat(str(folder), "cpu")
+    assert can_chat
+    assert again.same_ids(tokenizer)
+    assert ours.config.vocab_size == tokenizer.vocab_size + 4
+    ids, _ = render(CHAT[1:3], tokenizer)
+    idx = torch.tensor([ids])[:, :32]
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), model(idx), rtol=0, atol=1e-4)
-    assert ours.config.vocab_size == tokenizer.vocab_size + 4
 
 
 def test_control_tokens_in_the_texts_of_a_check_are_text(tokenizer, tmp_path, monkeypatch, capsys):
@@ -111,72 +141,81 @@ def test_control_tokens_in_the_texts_of_a_check_are_text(tokenizer, tmp_path, mo
 
 @torch.no_grad()
 def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys):
-    """And one that rounding alone makes differ is not: it sends tokens to other experts."""
-    path, out = tmp_path / "ckpt_00001.pt", tmp_path / "out"
+    """One that differs only by rounding is accepted: it sends tokens to other experts."""
+    path = tmp_path / "ckpt_00001.pt"
+    out = tmp_path / "out"
     model = tiny_checkpoint(path, tokenizer, **MODERN | dict(n_experts=8, n_active=2))
     for p in model.parameters():
-        p.mul_(10 if p.dim() > 1 else 1)
+        if p.dim() > 1:
+            p.mul_(10)
     checkpoint.write(path, torch.load(path, weights_only=True) | {"model": model.state_dict()})
-    flags = ["--checkpoint", str(path), "--out", str(out), "--dtype", "bfloat16"]
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    export_hf.main([*flags, "--check"])
-    idx = torch.randint(tokenizer.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    export_hf.main(["--checkpoint", str(path), "--out", str(out), "--dtype", "bfloat16", "--check"])
     assert "checked: " in capsys.readouterr().out
-    assert (GPT.from_pretrained(out).eval()(idx)
-            - model(idx)).abs().max() > 0.05 * model(idx).abs().max()
-    assert (logging.get_verbosity(),
-            logging.is_progress_bar_enabled()) == before  # silent during an export alone
-    convert, weights = huggingface.convert, load_file(out / "model.safetensors")
+    # silenced during the export only
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    idx = torch.randint(tokenizer.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    logits = model(idx)
+    rounded = GPT.from_pretrained(out).eval()(idx)
+    assert (rounded - logits).abs().max() > 0.05 * logits.abs().max()
+
+    def check():
+        export_hf.check(model, tokenizer, str(out), "bfloat16")
+
+    convert = huggingface.convert
 
     def converted_wrongly(model):
-        made = convert(model)
-        made.lm_head.weight.mul_(1.001)
-        return made
+        converted = convert(model)
+        converted.lm_head.weight.mul_(1.001)
+        return converted
 
     monkeypatch.setattr(huggingface, "convert", converted_wrongly)
     with pytest.raises(BadInput, match="differs from the checkpoint"):
-        export_hf.check(model, tokenizer, str(out), "bfloat16")
+        check()
     monkeypatch.undo()
+    weights = load_file(out / "model.safetensors")
     for factor in (1.01, torch.nan):
-        save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * factor},
-                  out / "model.safetensors", metadata={"format": "pt"})
+        wrong = weights | {"lm_head.weight": weights["lm_head.weight"] * factor}
+        save_file(wrong, out / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(BadInput, match="differs from the checkpoint"):
-            export_hf.check(model, tokenizer, str(out), "bfloat16")
+            check()
     model.lm_head.weight[5] = torch.nan
     with pytest.raises(BadInput, match="the model's logits are NaN"):
-        export_hf.check(model, tokenizer, str(out), "bfloat16")
+        check()
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
-    tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    path = tmp_path / "ckpt_00001.pt"
+    tiny_checkpoint(path, tokenizer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(BadInput, match=r"cannot write \S+out \(.*: free some disk space"):
-            export_hf.main(
-                ["--checkpoint",
-                 str(tmp_path / "ckpt_00001.pt"), "--out",
-                 str(tmp_path / "out")])
+            export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_00001.pt"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_input(tokenizer, tmp_path, launch):
-    path, full = tmp_path / "ckpt_00001.pt", tmp_path / "full"
-    tiny_checkpoint(path, tokenizer, softcap=15.0)
-    tiny_checkpoint(tmp_path / "fits.pt", tokenizer)
+    capped = tmp_path / "ckpt_00001.pt"
+    tiny_checkpoint(capped, tokenizer, softcap=15.0)
+    fits = tmp_path / "fits.pt"
+    tiny_checkpoint(fits, tokenizer)
+    full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    for flags, says in (([], "name either --checkpoint"), (["--checkpoint", path], "name --out"),
-                        (["--checkpoint", path, "--out", tmp_path / "new"],
-                         "--softcap 15.0"), (["--checkpoint", tmp_path / "fits.pt", "--out",
-                                              full], "not an empty folder"),
-                        (["--checkpoint", tmp_path / "fits.pt", "--out",
-                          full / "mine.txt" / "x"], "cannot write")):
+    for flags, says in (
+        ([], "name either --checkpoint"),
+        (["--checkpoint", capped], "name --out"),
+        (["--checkpoint", capped, "--out", tmp_path / "new"], "--softcap 15.0"),
+        (["--checkpoint", fits, "--out", full], "not an empty folder"),
+        (["--checkpoint", fits, "--out", full / "mine.txt" / "x"], "cannot write"),
+    ):
         with pytest.raises(BadInput, match=says):
             export_hf.main(list(map(str, flags)))
-    result = launch("export_hf.py", "--checkpoint", path, "--out", "new")
-    assert result.returncode == 2 and result.stderr.count(
-        "\n") == 1 and "cannot be exported" in result.stderr
+    result = launch("export_hf.py", "--checkpoint", capped, "--out", "new")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "cannot be exported" in result.stderr
     assert not (tmp_path / "new").exists()

@@ -1,21 +1,24 @@
-"""benchmarks/generate_speed.py, launched at a tiny size. Run: python -m pytest
-tests/test_generate_speed.py"""
+"""benchmarks/generate_speed.py at a tiny size: python -m pytest tests/test_generate_speed.py"""
 
 from helpers import tiny_checkpoint
 
-FLAGS = ("--batch", 2, "--prompt_tokens", 4, "--new_tokens", 3, "--rounds", 1, "--device", "cpu")
+COMMAND = ("benchmarks/generate_speed.py", "--checkpoint", "ckpt_00001.pt", "--batch", 2,
+           "--prompt_tokens", 4, "--new_tokens", 3, "--rounds", 1, "--device", "cpu")
 
 
-def test_a_table_or_one_line(launch, tokenizer, tmp_path):
-    """In fp32, greedy tokens are transformers'; what transformers has no class for is told before
-    the table begins."""
+def test_greedy_tokens_are_those_of_transformers(launch, tokenizer, tmp_path):
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, init="xavier")
-    done = launch("benchmarks/generate_speed.py", "--checkpoint", "ckpt_00001.pt", *FLAGS)
-    assert f"| {tmp_path.name} | 2 | eager steps" in done.stdout
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" | ")[-1]
-            for line in done.stdout.splitlines()[4:]] == ["100.0% |", " |", "100.0% |"], done.stderr
+    result = launch(*COMMAND)
+    assert result.returncode == 0, result.stderr
+    assert f"| {tmp_path.name} | 2 | eager steps" in result.stdout
+    rows = result.stdout.splitlines()[4:]
+    agree = [row.split(" | ")[-1] for row in rows]
+    assert agree == ["100.0% |", " |", "100.0% |"]
+
+
+def test_a_model_that_transformers_lacks_is_refused_before_the_table(launch, tokenizer, tmp_path):
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, softcap=15.0)
-    done = launch("benchmarks/generate_speed.py", "--checkpoint", "ckpt_00001.pt", *FLAGS)
-    assert (done.returncode,
-            done.stdout) == (2, "") and done.stderr.count("\n") == 1 and "--softcap" in done.stderr
+    result = launch(*COMMAND)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "--softcap" in result.stderr
