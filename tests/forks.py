@@ -1,11 +1,13 @@
 """Run the scripts in processes that are forked from a server with torch already imported.
 
-Importing torch and what training needs of it takes 2.8 s of CPU time per process, most of what a
-launch costs. A forked process otherwise behaves like one started by a shell: it has its own working
-directory, environment, arguments, output, signals and exit code, and it runs the script as its main
-program, in an interpreter without any module of this project. The one difference: modules read
-their environment variables when they are imported, so what is set for torch must not differ between
-processes. conftest.py's `launch` decides which processes are forked.
+Importing torch and what training needs of it takes 2.8 s of CPU time, most of what a launch costs.
+A forked process has its own working directory, environment, arguments, output, signals and exit
+code. It runs the script as its main program, in an interpreter that has imported no module of this
+project.
+
+One difference remains: the preloaded modules have read their environment variables. A test that
+sets one of theirs (OMP_NUM_THREADS, CXX, ...) has to start Python: run_script(..., real=True) in
+runs.py.
 
 Linux only: torch's libraries on macOS do not survive a fork.
 """
@@ -24,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Slow to import; none starts a thread or reads a variable that a test sets, as Hugging Face's do.
+# Slow to import. Not Hugging Face's libraries: tests set variables that these read when imported.
 PRELOADED = (
     "numpy", "tiktoken", "tokenizers", "torch", "torch._dynamo", "torch.distributed.nn",
     "torch.utils.tensorboard", "tqdm", "pyarrow", "pandas", "scipy.stats", "sklearn", "nltk",
@@ -43,12 +45,11 @@ class Server:
 
     def __init__(self):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        code = SERVER.format(os.path.dirname(__file__))
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVER.format(os.path.dirname(__file__)),
-                 str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, env=os.environ | one_thread)
+            self.process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())],
+                                            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                            stdout=subprocess.DEVNULL)
 
     def close(self):
         self.control.close()  # the server ends when it reads this
@@ -83,7 +84,7 @@ def start(words, cwd, stdout, stderr, envs, ignored=()):
 
 
 class Group:
-    """Processes that were started together; with one process, what tests use of Popen.
+    """Processes that were started together, with what the tests use of Popen.
 
     pids: by rank. returncode: None until all have ended, then 0 or the first failure's code
     (negative: a signal).
@@ -169,8 +170,10 @@ def workers(env, world_size):
 
 
 def serve(control):
-    """Answer requests until the client closes its end -> the (request, environment, files) that
-    this process is to run: only forked processes return."""
+    """Answer requests until the client closes its end.
+
+    Returns only in a forked process: (request, environment, files), what this process is to run.
+    """
     keepers = set()
     while True:
         message, files, _, _ = socket.recv_fds(control, LIMIT, 3)
@@ -222,7 +225,7 @@ def keep(request, files):
 
 
 def become(request, env, output):
-    """Make this process what a shell would start for the request -> its code."""
+    """Give this process the output, folder, environment and signals of a request -> its code."""
     stdout, stderr = output
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
@@ -254,14 +257,15 @@ def program(words):
     script = words[0]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     sys.modules["__main__"].__file__ = script
-    return compile(Path(script).read_text(), script, "exec")
+    return compile(Path(script).read_bytes(), script, "exec")
 
 
 def main():
     """Serve -> the code that a forked process runs. To be called by `__main__`, which runs it."""
     control = socket.socket(fileno=int(sys.argv[1]))
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes its end
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy every page that it looks at
