@@ -29,8 +29,8 @@ from pathlib import Path
 # Slow to import. Not Hugging Face's libraries: tests set variables that these read when imported.
 PRELOADED = (
     "numpy", "tiktoken", "tokenizers", "torch", "torch._dynamo", "torch.distributed.nn",
-    "torch.utils.tensorboard", "tqdm", "pyarrow", "pandas", "scipy.stats", "sklearn", "nltk",
-    "sacrebleu")
+    "torch.utils.tensorboard", "tqdm", "pyarrow.dataset", "pandas", "scipy.stats", "sklearn",
+    "nltk", "sacrebleu", "httpx", "httpx2", "yaml", "filelock", "dill", "multiprocess", "fsspec")
 POSSIBLE = sys.platform == "linux"
 LIMIT = 1 << 20  # bytes of a request
 SERVER = "import sys; sys.path[0] = {!r}; import forks; exec(forks.main())"
