@@ -9,7 +9,7 @@ One difference remains: the preloaded modules have read their environment variab
 sets one of theirs (OMP_NUM_THREADS, CXX, ...) has to start Python: run_script(..., real=True) in
 runs.py.
 
-Linux only: torch's libraries on macOS do not survive a fork.
+Linux without a GPU only: torch's libraries on macOS and a CUDA context do not survive a fork.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ PRELOADED = (
     "numpy", "tiktoken", "tokenizers", "torch", "torch._dynamo", "torch.distributed.nn",
     "torch.utils.tensorboard", "tqdm", "pyarrow.dataset", "pandas", "scipy.stats", "sklearn",
     "nltk", "sacrebleu", "httpx", "httpx2", "yaml", "filelock", "dill", "multiprocess", "fsspec")
-POSSIBLE = sys.platform == "linux"
+POSSIBLE = sys.platform == "linux" and not os.path.exists("/dev/nvidia0")
 LIMIT = 1 << 20  # bytes of a request
 SERVER = "import sys; sys.path[0] = {!r}; import forks; exec(forks.main())"
 
@@ -68,18 +68,18 @@ def close():
         server.cache_clear()
 
 
-def start(words, cwd, stdout, stderr, envs, ignored=()):
+def start(words, cwd, files, envs, ignored=()):
     """Start `script, *flags`, or `-c, code, *flags`, once per environment in `envs`.
 
-    stdout, stderr: files. ignored: signals that the processes ignore from their start.
-    Returns a Group.
+    files: for stdin, stdout and stderr. ignored: signals that the processes ignore from their
+    start. Returns a Group.
     """
     request = {"words": [str(word) for word in words], "cwd": str(cwd), "envs": envs,
                "ignored": [int(number) for number in ignored]}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
-        socket.send_fds(server().control, [json.dumps(request).encode()], files)
+        numbers = [file.fileno() for file in (*files, theirs)]
+        socket.send_fds(server().control, [json.dumps(request).encode()], numbers)
     return Group(ours)
 
 
@@ -130,23 +130,25 @@ class Group:
         self.send_signal(signal.SIGKILL)
 
 
-def run(words, cwd, env, processes=1, timeout=None):
+def run(words, cwd, env, processes=1, timeout=None, input=""):
     """Run a script to its end in one or several forked processes -> CompletedProcess (text)."""
+    envs = [env]
+    if processes > 1:
+        store, envs = workers(env, processes)
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(tempfile.TemporaryFile("w+"))
-        err = stack.enter_context(tempfile.TemporaryFile("w+"))
-        envs = [env]
-        if processes > 1:
-            store, envs = workers(env, processes)
-        group = stack.enter_context(start(words, cwd, out, err, envs))
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        files[0].write(input)
+        files[0].seek(0)
+        group = stack.enter_context(start(words, cwd, files, envs))
         try:
             group.wait(timeout)
         except BaseException:
             group.kill()
             raise
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(words, group.returncode, out.read(), err.read())
+        for file in files:
+            file.seek(0)
+        _, out, err = (file.read() for file in files)
+    return subprocess.CompletedProcess(words, group.returncode, out, err)
 
 
 def workers(env, world_size):
@@ -176,7 +178,7 @@ def serve(control):
     """
     keepers = set()
     while True:
-        message, files, _, _ = socket.recv_fds(control, LIMIT, 3)
+        message, files, _, _ = socket.recv_fds(control, LIMIT, 4)
         if not message:
             break
         keeper = os.fork()
@@ -197,16 +199,16 @@ def keep(request, files):
 
     When one fails, the others are ended, as torchrun does.
     """
-    *output, reply = files
+    *standard, reply = files
     connection = socket.socket(fileno=reply)
     pids = []
     for env in request["envs"]:
         pid = os.fork()
         if pid == 0:
             connection.close()
-            return request, env, output
+            return request, env, standard
         pids.append(pid)
-    for file in output:
+    for file in standard:
         os.close(file)
     connection.send(json.dumps(pids).encode())
     result = 0
@@ -224,13 +226,11 @@ def keep(request, files):
     return os._exit(0)
 
 
-def become(request, env, output):
-    """Give this process the output, folder, environment and signals of a request -> its code."""
-    stdout, stderr = output
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    os.close(stdout)
-    os.close(stderr)
+def become(request, env, standard):
+    """Give this process the files, folder, environment and signals of a request -> its code."""
+    for number, file in enumerate(standard):
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(env)

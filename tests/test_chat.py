@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import CHATS, ROOT, tiny_checkpoint
+from runs import run_script
 
 import chat
 from lib import checkpoint
@@ -28,14 +29,8 @@ from lib.decoding import Decoder, SampleConfig, generate, sample
 
 def talk(launch_in, path, lines, *flags):
     """chat.py with these lines typed -> CompletedProcess."""
-    command = [
-        sys.executable,
-        str(ROOT / "chat.py"), "--checkpoint",
-        str(path), "--temperature", "0", *flags
-    ]
-    return subprocess.run(command, cwd=launch_in, input="".join(f"{line}\n" for line in lines),
-                          text=True, capture_output=True, timeout=600, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return run_script("chat.py", "--checkpoint", path, "--temperature", "0", *flags, cwd=launch_in,
+                      input="".join(f"{line}\n" for line in lines))
 
 
 @pytest.fixture
