@@ -800,7 +800,7 @@ def test_a_run_whose_folder_goes_away_says_so_and_saves(moved, data, tmp_path):
         if moved:
             folder.rename(tmp_path / "elsewhere")
         else:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.rename(tmp_path / "trash"))  # at once: the run is writing there
         assert process.wait(60) == 0
     told = out.read_text()
     assert f"{folder} was moved or removed while the run went on: made again" in told
