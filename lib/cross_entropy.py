@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from lib.devices import cast
 
-CHUNK = 16_384      # tokens whose logits exist at a time: 1.6 GB in bf16 with 50,304 ids
-CPU_CHUNK = 256     # the same on a CPU: passes over the logits of so many stay in its cache ...
-CPU_VOCAB = 16_384  # ... up to so many ids; with more, adding every chunk to the whole weight's gradient
-# costs more than that saves
-FAR = 60.0          # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
+CHUNK = 16_384  # tokens whose logits exist at a time: 1.6 GB in bf16 with 50,304 ids
+CPU_CHUNK = 256  # the same on a CPU: the logits of a chunk stay in its cache
+# The largest vocabulary for CPU_CHUNK: with more ids, adding each chunk's gradient to the whole
+# weight's costs more than the cache saves.
+CPU_VOCAB = 16_384
+FAR = 60.0  # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
 
 
 def soft_cap(logits, cap):

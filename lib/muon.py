@@ -24,9 +24,8 @@ POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in (
     (3.948690853482296, -2.9089021159629485, 0.5518191394370133),
     (3.3184196573706, -2.4884880243148744, 0.5100489401237202),
     (2.300652019954818, -1.668903984574751, 0.41880731195256765)))
-NEWTON_SCHULZ = (
-    (3.4445, -4.7750,
-     2.0315),) * 5  # Jordan's: one polynomial five times, values end within 0.7 to 1.2
+# Jordan's: one polynomial five times, values end within 0.7 to 1.2
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 DEFAULTS = {"muon": dict(momentum=0.95, weight_decay=0.0, splits=1),
             "adamw": dict(betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)}
@@ -39,18 +38,18 @@ def orthogonalize(X, coefficients=POLAR_EXPRESS):
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # now no singular value is above 1
     for a, b, c in coefficients:
         A = torch.bmm(X, X.mT)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)             # b A + c A^2
-        X = torch.baddbmm(X, B, X, beta=a)                      # a X + B X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X.mT if tall else X
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer whose parameter groups name their kind:
+    """An optimizer whose parameter groups name their kind.
 
-    kind="muon":  matrices (rows, cols), or batches of them (experts, rows, cols); lr, momentum,
-    weight_decay, splits.
-                  A fused weight is orthogonalized as `splits` blocks of rows: 3 for q, k, v; 2 for gate, value.
-                  A block steps by lr * sqrt(max(1, rows / cols)) times its orthogonalized Nesterov momentum.
+    kind="muon": matrices (rows, cols), or batches of them (experts, rows, cols); lr, momentum,
+        weight_decay, splits. A fused weight is orthogonalized in `splits` blocks of rows: 3 for
+        q, k, v; 2 for gate and value. A block's step is lr * sqrt(max(1, rows / cols)) times its
+        orthogonalized Nesterov momentum.
     kind="adamw": parameters of any shape; lr, betas, eps, weight_decay.
 
     Weight decay is decoupled: p *= 1 - lr * weight_decay. Parameters without a gradient are left
@@ -92,7 +91,7 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
-            if "step" in state:  # torch leaves it where it was loaded; the fused kernel wants it beside p
+            if "step" in state:  # torch does not move it; the fused kernel needs it on p's device
                 state["step"] = state["step"].to(p.device)
 
     def _buffers(self, params, name):
