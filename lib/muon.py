@@ -97,14 +97,18 @@ class Muon(torch.optim.Optimizer):
     def _buffers(self, params, name):
         """The tensors `name` of these parameters' state, zeros at first."""
         for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros(
-                    (), device=p.device) if name == "step" else torch.zeros_like(p)
+            if name in self.state[p]:
+                continue
+            if name == "step":
+                self.state[p][name] = torch.zeros((), device=p.device)
+            else:
+                self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in params]
 
     def _adamw(self, group, params, grads):
-        averages, squares, steps = (self._buffers(params, name)
-                                    for name in ("exp_avg", "exp_avg_sq", "step"))
+        averages = self._buffers(params, "exp_avg")
+        squares = self._buffers(params, "exp_avg_sq")
+        steps = self._buffers(params, "step")
         beta1, beta2 = group["betas"]
         adamw(params, grads, averages, squares, [], steps, fused=True, lr=group["lr"], beta1=beta1,
               beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], amsgrad=False,
@@ -116,16 +120,16 @@ class Muon(torch.optim.Optimizer):
         for group, params, grads in work:
             momenta = self._buffers(params, "momentum_buffer")
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            for p, update in zip(params, torch._foreach_lerp(grads, momenta, group["momentum"]),
-                                 strict=True):
-                blocks = update.reshape(-1,
-                                        p.size(-2) // group["splits"],
-                                        p.size(-1))  # (n, rows, cols)
+            nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+            for p, update in zip(params, nesterov, strict=True):
+                rows = p.size(-2) // group["splits"]
+                blocks = update.reshape(-1, rows, p.size(-1))  # (n, rows, cols)
                 stacks[blocks.shape[1:]].append((p, blocks))
         # 2) one batched call for each shape; gathering one overlaps with the matmuls of the next
-        shared = [
-            self._share(torch.cat([blocks for _, blocks in stack])) for stack in stacks.values()
-        ]
+        shared = []
+        for stack in stacks.values():
+            blocks = torch.cat([blocks for _, blocks in stack])
+            shared.append(self._share(blocks))
         updates = {}
         for ((rows, cols), stack), (X, gathering) in zip(stacks.items(), shared, strict=True):
             if gathering is not None:
@@ -139,14 +143,17 @@ class Muon(torch.optim.Optimizer):
                 updates[p] = part.view_as(p)
         # 3) decay and step
         for group, params, _ in work:
-            steps, decay = [updates[p] for p in params], group["lr"] * group["weight_decay"]
+            steps = [updates[p] for p in params]
+            decay = group["lr"] * group["weight_decay"]
             if decay:
                 torch._foreach_mul_(params, 1 - decay)
             torch._foreach_add_(params, steps, alpha=-group["lr"])
 
     def _share(self, X):
-        """Orthogonalize this rank's share of (n, rows, cols) -> (all ranks', at least n; what to
-        wait for or None)."""
+        """Orthogonalize this rank's share of X, (n, rows, cols).
+
+        Returns all ranks' results, at least n matrices, and the handle to wait for, or None.
+        """
         if X.is_cuda and torch.cuda.get_device_capability(X.device) >= (8, 0):
             X = X.bfloat16()
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -2,11 +2,11 @@
 `huggingface_hub` use to read datasets.
 
     with Hub({"some/corpus": folder}) as hub:
-        hub.break_off("a.parquet", after=1000, times=2)      # the next two answers with that file end after 1,000 bytes
-        subprocess.run(command, env=os.environ | hub.env(tmp_path))
+        hub.break_off("a.parquet", after=1000, times=2)  # two downloads end after 1,000 bytes
+        run_script("fineweb.py", *flags, cwd=tmp_path, env=hub.env(tmp_path))
 
 Endpoints and headers are those that the clients were seen to ask for and to read. As on the hub, a
-large file, here of more than LFS bytes, has a SHA-256.
+large file has a SHA-256; here, one of more than LFS bytes is large.
 """
 
 import contextlib
@@ -23,6 +23,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS = 1000
 SITE = "import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(min(seconds, 0.02))\n"
+FILE = r"/datasets/([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)"
+API = r"/api/datasets/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
+CUT = ("close", "short", "reset", "stall")  # faults that end an answer early
 
 
 class Hub:
@@ -30,18 +33,22 @@ class Hub:
     request."""
 
     def __init__(self, datasets):
-        self.commits, self.asked, self.faults, self.lock = {}, [], [], threading.Lock()
+        self.commits = {}
+        self.asked = []
+        self.faults = []
+        self.lock = threading.Lock()
         for name, folder in datasets.items():
             self.push(name, folder)
 
     def push(self, name, folder):
-        """Give a dataset another commit, from now on its newest; earlier ones stay."""
+        """Add a commit to a dataset, which becomes its newest; earlier ones stay."""
         commits = self.commits.setdefault(name, {})
-        commits[hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()] = Path(folder)
+        commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
+        commits[commit] = Path(folder)
 
     def __enter__(self):
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0),
-                                          type("Handler", (_Handler,), {"hub": self}))
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01},
                          daemon=True).start()
@@ -53,10 +60,10 @@ class Hub:
         self.server.server_close()
 
     def env(self, home, site=""):
-        """The environment of a client of this hub: its caches lie in `home`, and it does not wait
-        long before it tries again.
+        """The environment of a client of this hub, with caches in `home` and short waits before it
+        tries again.
 
-        site: Python code that it runs first.
+        site: Python code that the client runs first.
         """
         (Path(home) / "site").mkdir(exist_ok=True)
         (Path(home) / "site" / "sitecustomize.py").write_text(SITE + site)
@@ -67,14 +74,15 @@ class Hub:
         }
 
     def break_off(self, name, after, times=1, how="close"):
-        """Break off the next `times` answers that would bring more than `after` bytes of a file.
+        """Break off the next `times` answers with more than `after` bytes of a file.
 
-        how: close; short, a close without a Content-Length that would tell; reset, as a router
-        does; stall; garble, all bytes but wrong ones; or an HTTP status instead of the file.
+        how: close; short, a close without a Content-Length; reset, as by a router; stall; garble,
+        all bytes but wrong ones; or an HTTP status instead of the file.
         """
         self.faults.append({"name": name, "after": after, "times": times, "how": how})
 
     def fault(self, name, size):
+        """The fault of an answer with `size` bytes of a file, or None."""
         with self.lock:
             for fault in self.faults:
                 if name.endswith(fault["name"]) and fault["times"] and size > fault["after"]:
@@ -84,122 +92,130 @@ class Hub:
 
     def downloads(self, name):
         """How often the content of a file was asked for."""
-        return sum(method == "GET" and "/resolve/" in path and path.endswith(name)
-                   for method, path, _ in self.asked)
+        count = 0
+        for method, path, _ in self.asked:
+            count += method == "GET" and "/resolve/" in path and path.endswith(name)
+        return count
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version, hub = "HTTP/1.1", None
+    protocol_version = "HTTP/1.1"
+    hub = None
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        parts = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path, query = unquote(parts.path), parse_qs(parts.query)
-        match = (re.fullmatch(
-            r"/datasets/([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path) or re.fullmatch(
-                r"/api/datasets/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?",
-                path))
-        with contextlib.suppress(BrokenPipeError,
-                                 ConnectionResetError):  # the client has read enough
-            if not match:
-                return self.send(200 if path == "/" else 404, {})
-            name, kind, revision, rest = match.groups()
-            commits = self.hub.commits.get(name)
-            if not commits:  # as the hub tells those who are not logged in
-                return self.send(401, {}, {"X-Error-Message": "Invalid username or password."})
-            commit = list(commits)[-1] if revision in (None, "main") else revision
-            if commit not in commits:
-                return self.send(404, {"error": f"Invalid rev id: {revision}"},
-                                 {"X-Error-Code": "RevisionNotFound"})
-            folder = commits[commit]
-            files = {
-                str(path.relative_to(folder)): path
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
-            if kind == "resolve":
-                self.send_file(rest, files, commit)
-            elif kind == "tree":
-                self.send_tree(rest, files, query.get("recursive", ["false"])[0].lower() == "true")
-            elif kind == "paths-info":
-                wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(
-                    body.decode()).get("paths", ())
-                self.send(200,
-                          [describe(file, path) for file, path in files.items() if file in wanted])
-            else:
-                self.send(
-                    200, {
-                        "id": name, "sha": commit, "private": False, "gated": False,
-                        "disabled": False, "tags": [], "downloads": 0, "likes": 0,
-                        "siblings": [{"rfilename": file} for file in files]
-                    })
-        return None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has read enough
+            self.answer()
 
     do_HEAD = do_POST = do_GET
 
+    def answer(self):
+        parts = urlsplit(self.path)
+        path = unquote(parts.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        match = re.fullmatch(FILE, path) or re.fullmatch(API, path)
+        if not match:
+            return self.send(200 if path == "/" else 404, {})
+        name, kind, revision, rest = match.groups()
+        commits = self.hub.commits.get(name)
+        if not commits:  # the hub's answer to those who are not logged in
+            return self.send(401, {}, {"X-Error-Message": "Invalid username or password."})
+        commit = list(commits)[-1] if revision in (None, "main") else revision
+        if commit not in commits:
+            error = {"error": f"Invalid rev id: {revision}"}
+            return self.send(404, error, {"X-Error-Code": "RevisionNotFound"})
+        files = files_of(commits[commit])
+        if kind == "resolve":
+            return self.send_file(rest, files, commit)
+        if kind == "tree":
+            recursive = parse_qs(parts.query).get("recursive", ["false"])[0]
+            return self.send_tree(rest, files, recursive.lower() == "true")
+        if kind == "paths-info":
+            wanted = wanted_paths(body.decode())
+            return self.send(200, [describe(file, files[file]) for file in files if file in wanted])
+        return self.send(200, {
+            "id": name, "sha": commit, "private": False, "gated": False, "disabled": False,
+            "tags": [], "downloads": 0, "likes": 0,
+            "siblings": [{"rfilename": file} for file in files]
+        })
+
     def send_tree(self, below, files, recursive):
-        inside = {
-            file: path for file, path in files.items() if not below or file.startswith(below + "/")
-        }
+        """The entries of the folder `below`, "" for all."""
+        prefix = f"{below}/" if below else ""
+        inside = {file: path for file, path in files.items() if file.startswith(prefix)}
         if below and not inside:
             return self.send(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
-        start = len(below) + 1 if below else 0
-        folders = {file[:i] for file in inside for i in range(start, len(file)) if file[i] == "/"}
-        entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path}
-                   for path in sorted(folders)]
+        folders = set()
+        for file in inside:
+            names = file[len(prefix):].split("/")
+            folders |= {prefix + "/".join(names[:n]) for n in range(1, len(names))}
+        entries = []
+        for path in sorted(folders):
+            entries.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": path})
         entries += [describe(file, path) for file, path in inside.items()]
-        return self.send(
-            200, [entry for entry in entries if recursive or "/" not in entry["path"][start:]])
+        if not recursive:
+            entries = [entry for entry in entries if "/" not in entry["path"][len(prefix):]]
+        return self.send(200, entries)
 
     def send_file(self, file, files, commit):
         if file not in files:
             return self.send(404, {"error": "Entry not found"},
                              {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        content, status, span = files[file].read_bytes(), 200, re.fullmatch(
-            r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        size, first, tag = len(content), int(span[1]) if span else 0, f'"{etag(files[file])}"'
-        content = content[first:int(span[2]) + 1 if span and span[2] else None]
-        headers = {
-            "ETag": tag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes",
-            "Content-Length": str(len(content))
-        }
+        content = files[file].read_bytes()
+        tag = f'"{etag(files[file])}"'
+        headers = {"ETag": tag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        size = len(content)
         if size > LFS:
             headers |= {"X-Linked-ETag": tag, "X-Linked-Size": str(size)}
+        status = 200
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span:
-            status, headers[
-                "Content-Range"] = 206, f"bytes {first}-{first + len(content) - 1}/{size}"
-        fault = self.hub.fault(file, len(content)) if self.command == "GET" else None
-        how = fault and fault["how"]
+            first = int(span[1])
+            end = int(span[2]) + 1 if span[2] else size
+            content = content[first:end]
+            status = 206
+            headers["Content-Range"] = f"bytes {first}-{first + len(content) - 1}/{size}"
+        headers["Content-Length"] = str(len(content))
+        if self.command == "HEAD":
+            return self.begin(status, headers)
+        return self.send_content(file, content, status, headers)
+
+    def send_content(self, file, content, status, headers):
+        """Send a file's bytes, or part of them where Hub.break_off asked for that."""
+        fault = self.hub.fault(file, len(content)) or {"how": None}
+        how = fault["how"]
         if isinstance(how, int):
             return self.send(how, {"error": "out of order"})
         if how == "short":
             del headers["Content-Length"]
+        if how == "garble":
+            content = bytes(len(content))
+        if how in CUT:
+            content = content[:fault["after"]]
         self.begin(status, headers)
-        if self.command == "GET":
-            content = bytes(len(content)) if how == "garble" else content
-            self.wfile.write(content[:fault["after"]] if how in ("close", "short", "reset",
-                                                                 "stall") else content)
-            self.wfile.flush()
+        self.wfile.write(content)
+        self.wfile.flush()
         if how == "stall":
             time.sleep(60)
-        if how in ("close", "short", "reset", "stall"):
-            self.close_connection = True
-            if how == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                           struct.pack("ii", 1, 0))
-                socket.socket(fileno=self.connection.detach()).close(
-                )  # at once, though rfile and wfile hold it
-            else:
-                self.connection.shutdown(socket.SHUT_RDWR)
+        if how in CUT:
+            self.cut(how == "reset")
         return None
+
+    def cut(self, reset):
+        """End the connection now."""
+        self.close_connection = True
+        if not reset:
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # at once: rfile and wfile would keep it open
+        return socket.socket(fileno=self.connection.detach()).close()
 
     def send(self, status, value, headers=None):
         content = json.dumps(value).encode()
-        self.begin(status, (headers or {})
-                   | {"Content-Length": str(len(content)), "Content-Type": "application/json"})
+        kind = {"Content-Length": str(len(content)), "Content-Type": "application/json"}
+        self.begin(status, (headers or {}) | kind)
         if self.command != "HEAD":
             self.wfile.write(content)
 
@@ -211,17 +227,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+def files_of(folder):
+    """{path in the dataset: path on the disk}, in order."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path for path in paths}
+
+
+def wanted_paths(body):
+    """The paths that a paths-info request names, in JSON or as a form."""
+    return json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", ())
+
+
 def etag(path):
     """As on the hub: the SHA-256 of a large file, the git id of another."""
     content = path.read_bytes()
-    return (hashlib.sha256(content) if len(content) > LFS else
-            hashlib.sha1(b"blob %d\0" % len(content) + content)).hexdigest()
+    if len(content) > LFS:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def describe(file, path):
-    size = path.stat().st_size
-    lfs = {"lfs": {"oid": etag(path), "size": size, "pointerSize": 130}} if size > LFS else {}
-    return {
-        "type": "file", "oid": hashlib.sha1(path.read_bytes()).hexdigest(), "size": size,
-        "path": file, **lfs
-    }
+    content = path.read_bytes()
+    entry = {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content),
+             "path": file}
+    if len(content) > LFS:
+        entry["lfs"] = {"oid": etag(path), "size": len(content), "pointerSize": 130}
+    return entry
