@@ -45,7 +45,7 @@ train: $(BIN)/.main
 	@echo 'the real run:  python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py'
 
 test: $(BIN)/.dev
-	@$(BIN)/python -m pytest -m "not slow" -n 2
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(BIN)/.dev
 	@$(BIN)/python -m pytest -m slow -n 2

@@ -1,13 +1,15 @@
 """Run the scripts in processes that are forked from a server with torch already imported.
 
-Importing torch and what training needs of it takes 2.8 s of CPU time per process, most of what a
-launch costs. A forked process otherwise behaves like one started by a shell: it has its own working
-directory, environment, arguments, output, signals and exit code, and it runs the script as its main
-program, in an interpreter without any module of this project. The one difference: modules read
-their environment variables when they are imported, so what is set for torch must not differ between
-processes. conftest.py's `launch` decides which processes are forked.
+Importing torch and what training needs of it takes 2.8 s of CPU time, most of what a launch costs.
+A forked process has its own working directory, environment, arguments, output, signals and exit
+code. It runs the script as its main program, in an interpreter that has imported no module of this
+project.
 
-Linux only: torch's libraries on macOS do not survive a fork.
+One difference remains: the preloaded modules have read their environment variables. A test that
+sets one of theirs (OMP_NUM_THREADS, CXX, ...) has to start Python: run_script(..., real=True) in
+runs.py.
+
+Linux without a GPU only: torch's libraries on macOS and a CUDA context do not survive a fork.
 """
 
 import contextlib
@@ -24,12 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
-# Slow to import; none starts a thread or reads a variable that a test sets, as Hugging Face's do.
+# Slow to import. Not Hugging Face's libraries: tests set variables that these read when imported.
 PRELOADED = (
     "numpy", "tiktoken", "tokenizers", "torch", "torch._dynamo", "torch.distributed.nn",
-    "torch.utils.tensorboard", "tqdm", "pyarrow", "pandas", "scipy.stats", "sklearn", "nltk",
-    "sacrebleu")
-POSSIBLE = sys.platform == "linux"
+    "torch.utils.tensorboard", "tqdm", "pyarrow.dataset", "pandas", "scipy.stats", "sklearn",
+    "nltk", "sacrebleu", "httpx", "httpx2", "yaml", "filelock", "dill", "multiprocess", "fsspec")
+POSSIBLE = sys.platform == "linux" and not os.path.exists("/dev/nvidia0")
 LIMIT = 1 << 20  # bytes of a request
 SERVER = "import sys; sys.path[0] = {!r}; import forks; exec(forks.main())"
 
@@ -43,12 +45,11 @@ class Server:
 
     def __init__(self):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        code = SERVER.format(os.path.dirname(__file__))
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVER.format(os.path.dirname(__file__)),
-                 str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, env=os.environ | one_thread)
+            self.process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())],
+                                            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                            stdout=subprocess.DEVNULL)
 
     def close(self):
         self.control.close()  # the server ends when it reads this
@@ -67,23 +68,23 @@ def close():
         server.cache_clear()
 
 
-def start(words, cwd, stdout, stderr, envs, ignored=()):
+def start(words, cwd, files, envs, ignored=()):
     """Start `script, *flags`, or `-c, code, *flags`, once per environment in `envs`.
 
-    stdout, stderr: files. ignored: signals that the processes ignore from their start.
-    Returns a Group.
+    files: for stdin, stdout and stderr. ignored: signals that the processes ignore from their
+    start. Returns a Group.
     """
     request = {"words": [str(word) for word in words], "cwd": str(cwd), "envs": envs,
                "ignored": [int(number) for number in ignored]}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
-        socket.send_fds(server().control, [json.dumps(request).encode()], files)
+        numbers = [file.fileno() for file in (*files, theirs)]
+        socket.send_fds(server().control, [json.dumps(request).encode()], numbers)
     return Group(ours)
 
 
 class Group:
-    """Processes that were started together; with one process, what tests use of Popen.
+    """Processes that were started together, with what the tests use of Popen.
 
     pids: by rank. returncode: None until all have ended, then 0 or the first failure's code
     (negative: a signal).
@@ -129,23 +130,25 @@ class Group:
         self.send_signal(signal.SIGKILL)
 
 
-def run(words, cwd, env, processes=1, timeout=None):
+def run(words, cwd, env, processes=1, timeout=None, input=""):
     """Run a script to its end in one or several forked processes -> CompletedProcess (text)."""
+    envs = [env]
+    if processes > 1:
+        store, envs = workers(env, processes)
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(tempfile.TemporaryFile("w+"))
-        err = stack.enter_context(tempfile.TemporaryFile("w+"))
-        envs = [env]
-        if processes > 1:
-            store, envs = workers(env, processes)
-        group = stack.enter_context(start(words, cwd, out, err, envs))
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        files[0].write(input)
+        files[0].seek(0)
+        group = stack.enter_context(start(words, cwd, files, envs))
         try:
             group.wait(timeout)
         except BaseException:
             group.kill()
             raise
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(words, group.returncode, out.read(), err.read())
+        for file in files:
+            file.seek(0)
+        _, out, err = (file.read() for file in files)
+    return subprocess.CompletedProcess(words, group.returncode, out, err)
 
 
 def workers(env, world_size):
@@ -169,11 +172,13 @@ def workers(env, world_size):
 
 
 def serve(control):
-    """Answer requests until the client closes its end -> the (request, environment, files) that
-    this process is to run: only forked processes return."""
+    """Answer requests until the client closes its end.
+
+    Returns only in a forked process: (request, environment, files), what this process is to run.
+    """
     keepers = set()
     while True:
-        message, files, _, _ = socket.recv_fds(control, LIMIT, 3)
+        message, files, _, _ = socket.recv_fds(control, LIMIT, 4)
         if not message:
             break
         keeper = os.fork()
@@ -194,16 +199,16 @@ def keep(request, files):
 
     When one fails, the others are ended, as torchrun does.
     """
-    *output, reply = files
+    *standard, reply = files
     connection = socket.socket(fileno=reply)
     pids = []
     for env in request["envs"]:
         pid = os.fork()
         if pid == 0:
             connection.close()
-            return request, env, output
+            return request, env, standard
         pids.append(pid)
-    for file in output:
+    for file in standard:
         os.close(file)
     connection.send(json.dumps(pids).encode())
     result = 0
@@ -221,13 +226,11 @@ def keep(request, files):
     return os._exit(0)
 
 
-def become(request, env, output):
-    """Make this process what a shell would start for the request -> its code."""
-    stdout, stderr = output
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    os.close(stdout)
-    os.close(stderr)
+def become(request, env, standard):
+    """Give this process the files, folder, environment and signals of a request -> its code."""
+    for number, file in enumerate(standard):
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(env)
@@ -254,14 +257,15 @@ def program(words):
     script = words[0]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     sys.modules["__main__"].__file__ = script
-    return compile(Path(script).read_text(), script, "exec")
+    return compile(Path(script).read_bytes(), script, "exec")
 
 
 def main():
     """Serve -> the code that a forked process runs. To be called by `__main__`, which runs it."""
     control = socket.socket(fileno=int(sys.argv[1]))
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes its end
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy every page that it looks at

@@ -65,7 +65,7 @@ def cut(source, to, step):
     return to
 
 
-def run_script(script, *flags, cwd, processes=1, timeout=600, env=None, real=False):
+def run_script(script, *flags, cwd, processes=1, env=None, input="", timeout=600, real=False):
     """Run a script to its end -> CompletedProcess (text).
 
     processes: how many, joined as torchrun joins them. The processes are forked (forks.py), unless
@@ -74,15 +74,15 @@ def run_script(script, *flags, cwd, processes=1, timeout=600, env=None, real=Fal
     words = [str(ROOT / script), *map(str, flags)]
     env = os.environ | (env or {})
     run = run_real if real or not forks.POSSIBLE else forks.run
-    return run(words, cwd, env, processes, timeout)
+    return run(words, cwd, env, processes, timeout, input)
 
 
-def run_real(words, cwd, env, processes, timeout):
+def run_real(words, cwd, env, processes, timeout, input):
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, *words], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env=env, check=False)
+    return subprocess.run([*start, *words], cwd=cwd, env=env, input=input, timeout=timeout,
+                          capture_output=True, text=True, check=False)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,8 @@ def start(words, file, torchrun, on_hangup):
     cwd = Path(file.name).parent
     if forks.POSSIBLE and not torchrun:
         ignored = [signal.SIGHUP] if on_hangup == signal.SIG_IGN else []
-        return forks.start(words, cwd, file, file, [dict(os.environ)], ignored)
+        with open(os.devnull) as nothing:
+            return forks.start(words, cwd, [nothing, file, file], [dict(os.environ)], ignored)
     python = [sys.executable]
     if torchrun:
         python += ["-m", "torch.distributed.run", *torchrun]

@@ -35,7 +35,7 @@ def rows(folder):
 def forked_runs(monkeypatch):
     """The runs of ablate.py, called in this process, are forked as forks.py does."""
     def popen(command, env, stdout, **_):
-        return forks.start(command[1:], os.getcwd(), stdout, stdout, [env])
+        return forks.start(command[1:], os.getcwd(), [stdout] * 3, [env])
 
     if forks.POSSIBLE:
         forking = SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT)

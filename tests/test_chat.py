@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import CHATS, ROOT, tiny_checkpoint
+from runs import run_script
 
 import chat
 from lib import checkpoint
@@ -34,9 +35,8 @@ def command(path, *flags):
 def talk(folder, path, lines, *flags):
     """chat.py with these lines typed -> CompletedProcess."""
     typed = "".join(f"{line}\n" for line in lines)
-    return subprocess.run(command(path, *flags), cwd=folder, input=typed, text=True,
-                          capture_output=True, timeout=600, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return run_script("chat.py", "--checkpoint", path, "--temperature", "0", *flags, cwd=folder,
+                      input=typed)
 
 
 def ignore(piece):

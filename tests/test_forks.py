@@ -10,7 +10,7 @@ import tempfile
 import forks
 import pytest
 
-pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="forks torch on Linux only")
+pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="not where torch survives a fork")
 
 SCRIPT = """
 import atexit, os, signal, sys
@@ -42,8 +42,8 @@ def test_a_forked_process_is_like_one_that_python_starts(ending, code, tmp_path)
     words = ["folder/script.py", ending, "a b"]
     env = os.environ | {"SOME_NAME": "x"}
     want = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, text=True, check=False,
-                          capture_output=True, stdin=subprocess.DEVNULL)
-    have = forks.run(words, tmp_path, env)
+                          capture_output=True, input="typed")
+    have = forks.run(words, tmp_path, env, input="typed")
     assert have.returncode == want.returncode == code
     assert have.stdout == want.stdout
     assert have.stderr.splitlines()[-1] == want.stderr.splitlines()[-1]
@@ -67,7 +67,7 @@ def test_processes_meet_and_one_that_fails_ends_the_others(tmp_path):
 def test_a_signal_reaches_a_running_process(tmp_path):
     with tempfile.TemporaryFile("w+") as out:
         words = ["-c", "import time; time.sleep(3600)"]
-        with forks.start(words, tmp_path, out, out, [dict(os.environ)]) as process:
+        with forks.start(words, tmp_path, [out] * 3, [dict(os.environ)]) as process:
             assert process.poll() is None
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.01)

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 from collections import Counter
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from types import SimpleNamespace
@@ -1118,18 +1117,17 @@ def test_tensorboard_has_texts_and_hyperparameters(real_run):
 
 def test_the_time_a_step_waits_for_its_data_is_logged(data, tmp_path, monkeypatch):
     read = ShardLoader.next
+    clock = SimpleNamespace(now=0.0)
 
     def slow(self, n):
-        time.sleep(0.05)
+        clock.now += 0.25
         return read(self, n)
 
     monkeypatch.setattr(ShardLoader, "next", slow)
+    monkeypatch.setattr(train_gpt2, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     shown = events(go(data, tmp_path / "a", "--max_steps", 3, "--eval_every", 0))
-    waited = [value for _, value in shown["perf/data_ms"]]
-    took = [value for _, value in shown["perf/step_ms"]]
-    assert len(waited) == 3
-    for wait, step in zip(waited, took, strict=True):
-        assert 49 < wait <= step
+    for tag in ("perf/data_ms", "perf/step_ms"):
+        assert shown[tag] == [(0, 250.0), (1, 250.0), (2, 250.0)]
 
 
 def test_a_modern_run_with_dropout_and_accumulation_is_the_same_again(data, tmp_path, capsys):
@@ -1290,6 +1288,15 @@ def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data,
 # Runs that a time limit ends, and curricula
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Every training step takes 1/128 s: the clock is read when it starts, has its data and ends.
+    """
+    ticks = itertools.count(step=1 / 256)
+    fake = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(train_gpt2, "time", fake)
+
+
 def open_end(data, folder, *flags):
     """Flags of a run without a number of steps."""
     words = [*without(TINY_FLAGS, "--max_steps"), "--data", data, "--log_dir", folder.parent,
@@ -1306,16 +1313,19 @@ def test_a_run_resumed_beyond_its_length_ends(data, tmp_path):
     assert state["step"] == 4
 
 
+@pytest.mark.usefixtures("clock")
 def test_minutes_set_the_length(data, tmp_path):
     folder = tmp_path / "short"
     train_gpt2.main(open_end(data, folder, "--minutes", 0.02))
     [step] = steps_saved(folder)
+    assert step == math.ceil(0.02 * 60 * 128)
     state = torch.load(folder / f"ckpt_{step:05d}.pt", weights_only=True)
     assert state["finished"]
     assert state["max_steps"] == state["step"] == step
     assert steps_trained(folder) == list(range(step))
 
 
+@pytest.mark.usefixtures("clock")
 def test_minutes_have_a_rate_and_no_eta_before_they_are_measured(data, tmp_path, capsys):
     """A warm-up that is a share of the run needs a length, which is not known yet. A run extended
     by minutes knows its speed."""
@@ -1336,6 +1346,7 @@ def test_minutes_have_a_rate_and_no_eta_before_they_are_measured(data, tmp_path,
     assert [rates[step] for step in range(first, len(rates))] == pytest.approx(want)
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("steps, warned", [("900000", True), ("1", False)])
 def test_a_curriculum_longer_than_the_minutes_allow_is_warned_of_once(
         steps, warned, data, tmp_path, capsys):
@@ -1348,6 +1359,7 @@ def test_a_curriculum_longer_than_the_minutes_allow_is_warned_of_once(
     assert lengths == (final if warned else [])
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_run_that_ends_within_its_curriculum_continues_after_a_stop(data, tmp_path, capsys,
                                                                       monkeypatch):
     shutil.copytree(data, tmp_path / "simple")

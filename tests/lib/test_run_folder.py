@@ -249,7 +249,7 @@ def test_a_run_whose_folder_goes_away_makes_it_again(moved, data, tmp_path):
         if moved:
             folder.rename(elsewhere)
         else:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.rename(tmp_path / "trash"))  # at once: the run is writing there
         assert process.wait(60) == 0
     printed = out.read_text()
     assert f"{folder} was moved or removed during the run: made again" in printed
