@@ -1017,10 +1017,10 @@ def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -
             nats.append(model(idx, targets, *packing).detach())
         if stopped():
             return math.nan
-    nats = torch.stack(nats).cpu().double().sum().item()
+    total = torch.stack(nats).cpu().double().sum().item()
     count = int((mine[1] >= 0).sum())
-    nats, count = processes.sum([nats, count])
-    return nats / count
+    total, count = processes.sum([total, count])
+    return total / count
 
 
 def pad_rows(rows: np.ndarray, n: int, fill: int, device) -> torch.Tensor:
@@ -1338,7 +1338,7 @@ def begin_with(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]):
     The list is for its reader to empty, and so to free memory. Raises BadInput for explicit
     settings that do not fit, and if there is no such model or its weights are not finite.
     """
-    path = checkpoint.pick(cfg.init_from)
+    path = checkpoint.pick(str(cfg.init_from))
     model, tokenizer, _ = load_checkpoint(path)
     checkpoint.check_finite(model.state_dict(), path)
     before = asdict(model.config) | {"vocab_multiple": model_cfg.vocab_multiple}

@@ -391,8 +391,9 @@ def run(main) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then reports the process that failed first
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        return record(_run)(main)
-    return _run(main)
+        record(_run)(main)
+    else:
+        _run(main)
 
 
 def _run(main):

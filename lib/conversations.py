@@ -244,9 +244,11 @@ def find_paths(words: list[str]) -> tuple[list[str], list[str]]:
 
     Raises BadInput if one is missing or of another kind.
     """
-    paths, lines = [], []
+    paths: list[str] = []
+    lines: list[str] = []
     for word in words:
-        found, left_out = [word], []
+        found = [word]
+        left_out: list[str] = []
         if os.path.isdir(word):
             found, left_out = find_files(word, ending_of)
         if not found:

@@ -64,7 +64,7 @@ class Corpus:
         weights = normalize([weight for _, weight in words], sizes)
         self.tokens = {"train": sum(size for size, weight in zip(sizes, weights) if weight)}
         self.weights = np.append(weights, [0.0] * len(curriculum))
-        self.mix = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
+        self.mix: Any = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
         self.tokens_of = partial(tokens_of, cfg=cfg)  # steps of the run -> tokens
         self.stage = self.tokens_of(cfg.curriculum_steps or 0)  # tokens before the curriculum ends
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -143,7 +144,7 @@ class SeparateBias(nn.Linear):
         return F.linear(x, self.weight) + self.bias
 
 
-def cast_weights(model: nn.Module, separate_bias: bool = False) -> nn.Module:
+def cast_weights(model: Any, separate_bias: bool = False) -> Any:
     """A copy of the model for decoding, with the matmul weights cast once to the autocast dtype;
     all other parameters are shared. Without autocast, the model itself.
 
@@ -180,7 +181,7 @@ class Decoder:
     step.
     """
 
-    def __init__(self, model: nn.Module, rows: int, length: int, graphs: bool = False,
+    def __init__(self, model: Any, rows: int, length: int, graphs: bool = False,
                  compile: bool = False):
         device = next(model.parameters()).device
         on_cuda = device.type == "cuda"
@@ -197,7 +198,7 @@ class Decoder:
         self.compute = self._step
         self.compiled = compile
         if compile:
-            options = {"coordinate_descent_tuning": True} if fuse_products else None
+            options: Any = {"coordinate_descent_tuning": True} if fuse_products else None
             self.compute = torch.compile(self._step, dynamic=False, options=options)
         self.captures = graphs and on_cuda and is_capturable(self.model, device)
         self.graphs: dict = {}  # (rows, span) -> (CUDA graph, its logits)
@@ -463,7 +464,7 @@ class Text:
         return longest
 
 
-def sample(model: nn.Module, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
+def sample(model: Any, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
            show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
     """Continue each prompt cfg.samples times -> the texts, prompts included.
 
@@ -477,7 +478,7 @@ def sample(model: nn.Module, tokenizer, prompts: Sequence[str], cfg: SampleConfi
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def continuations(model: nn.Module, tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
+def continuations(model: Any, tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
                   show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
     """Continue each list of ids -> the new texts.
 

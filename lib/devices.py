@@ -162,7 +162,7 @@ def parallel(model: torch.nn.Module, processes: "Processes") -> torch.nn.Module:
     # 2.13 renamed the option.
     parameters = inspect.signature(DDP).parameters
     new_name = "forward_sync_buffers"
-    buffers = {new_name if new_name in parameters else "broadcast_buffers": False}
+    buffers: dict = {new_name if new_name in parameters else "broadcast_buffers": False}
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
 

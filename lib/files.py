@@ -165,7 +165,7 @@ def _skip_blanks(text: str, at: int) -> int:
     return match.end()
 
 
-def find_files(folder: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+def find_files(folder: str, wanted: Callable[[str], Any]) -> tuple[list[str], list[str]]:
     """Find files below a folder -> (sorted paths whose names `wanted` accepts, lines about others).
 
     Hidden files, and files in hidden folders, are left out. Links are followed; a file or folder

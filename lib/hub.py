@@ -109,7 +109,7 @@ def demand_whole_answers() -> None:
             raise asyncio.TimeoutError(f"{len(data):,} bytes came of {size:,}")
         return data
 
-    HfFileSystemFile._fetch_range = fetch_whole
+    HfFileSystemFile._fetch_range = fetch_whole  # type: ignore[method-assign]
 
 
 # --------------------------------------------------------------------------------------------------

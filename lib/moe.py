@@ -258,6 +258,10 @@ class MoE(nn.Module):
     per expert (E), the norms of all tokens' logits, the entropies of their probabilities.
     """
 
+    bias: torch.Tensor
+    seen: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, config, mlp):
         super().__init__()
         E = config.n_experts

@@ -31,8 +31,10 @@ POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _MINIM
 # Jordan's: one polynomial five times, singular values end between 0.7 and 1.2
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
-DEFAULTS = {"muon": dict(momentum=0.95, weight_decay=0.0, splits=1),
-            "adamw": dict(betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)}
+DEFAULTS: dict[str, dict] = {
+    "muon": dict(momentum=0.95, weight_decay=0.0, splits=1),
+    "adamw": dict(betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0),
+}
 
 
 def orthogonalize(X: torch.Tensor, coefficients=POLAR_EXPRESS) -> torch.Tensor:

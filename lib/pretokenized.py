@@ -181,7 +181,7 @@ class Downloader:
         if not (path.is_file() and hub.is_whole(path, file)):
             path = hub.download(self.dataset, file, self.folder)
         ids = self._read(path, file)
-        record = Record(file.name, len(ids), zlib.crc32(ids), Start())
+        record = Record(file.name, len(ids), zlib.crc32(ids.data), Start())
         expected = self.expected.get(file.name, record)
         if (expected.tokens, expected.crc32) != (record.tokens, record.crc32):
             raise BadInput(f"{file.path} of {self.dataset.id} is not the shard that meta.json "

@@ -320,16 +320,22 @@ def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
             if start:
                 note(f"--resume {start} is where {name} began; it continues from its own "
                      "checkpoints")
-            path, state = checkpoint.newest(own, note)
-            return Resume(path, state, seen), found
+            return newest_in(own, seen), found
     if start is None:
         return None, found
     if not os.path.isdir(start):
         return Resume(start, checkpoint.read(start), seen), found
     if not checkpoint.found(start):
         raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
-    path, state = checkpoint.newest(start, note)
-    return Resume(path, state, seen), found
+    return newest_in(start, seen), found
+
+
+def newest_in(folder: Path, seen: set[int]) -> Resume:
+    """The newest complete checkpoint in a folder that holds some. Raises BadInput if none is."""
+    newest = checkpoint.newest(folder, note)
+    assert newest is not None, f"no checkpoint in {folder}"
+    path, state = newest
+    return Resume(path, state, seen)
 
 
 def is_run(folder: Path) -> bool:

@@ -193,7 +193,7 @@ class ShardWriter:
                 self.tokenizer.save(self.folder / "tokenizer.json")
         name = f"{self.layout.prefix}_{split}_{len(self.meta.records):06d}.npy"
         save_shard(self.folder / name, ids)
-        record = Record(name, len(ids), zlib.crc32(ids), self.meta.resume)
+        record = Record(name, len(ids), zlib.crc32(ids.data), self.meta.resume)
         self.meta.add(record, ids, self.tokenizer)
         self.meta.resume = resume
         self.meta.complete = resume is None
@@ -219,7 +219,7 @@ def rewrite_shard(folder: Path, text: TokenizedText, meta: Meta, record: Record)
             if count == record.tokens:
                 break
     whole = np.concatenate(pieces)
-    if zlib.crc32(whole) != record.crc32:
+    if zlib.crc32(whole.data) != record.crc32:
         raise BadInput(f"{folder / record.name} cannot be made again, as the source has changed: "
                        "put the source back, or give another --out")
     save_shard(folder / record.name, whole)

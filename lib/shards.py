@@ -8,7 +8,7 @@ import hashlib
 import os
 import shlex
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -69,8 +69,8 @@ def read_shard(path: str | Path, remedy: str = REPAIR) -> np.ndarray:
     with open_file(path, UNREADABLE) as file:
         dtype, tokens, offset = _read_header(file, Path(path), remedy)
         try:
-            ids = np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,))
-            return np.asarray(ids)
+            return np.asarray(
+                np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(tokens,)))
         except OSError:  # not on this file system, or `ulimit -v`
             pass
         try:
@@ -85,7 +85,7 @@ def read_shard(path: str | Path, remedy: str = REPAIR) -> np.ndarray:
         return ids
 
 
-def _read_header(file: BinaryIO, path: Path, remedy: str) -> Header:
+def _read_header(file: IO[bytes], path: Path, remedy: str) -> Header:
     parse = _parse_npy if path.suffix == ".npy" else _parse_bin
     try:
         shape, dtype = parse(file)
@@ -104,7 +104,7 @@ def _read_header(file: BinaryIO, path: Path, remedy: str) -> Header:
     return Header(dtype, shape[0], offset)
 
 
-def _parse_npy(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def _parse_npy(file: IO) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     parse = {(1, 0): np.lib.format.read_array_header_1_0,
              (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -112,7 +112,7 @@ def _parse_npy(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _parse_bin(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def _parse_bin(file: IO) -> tuple[tuple[int, ...], np.dtype]:
     header = np.frombuffer(file.read(4 * BIN_HEADER), dtype=np.int32, count=BIN_HEADER)
     magic, version, tokens = (int(number) for number in header[:3])
     if (magic, version) not in BIN_DTYPES:

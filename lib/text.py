@@ -371,13 +371,13 @@ def open_part(part: str) -> Iterator[Any]:
     """A local file, or one on the hub, opened for reading bytes; .gz and .zst are decompressed."""
     with contextlib.ExitStack() as stack:
         if is_local(part):
-            file = stack.enter_context(open_file(part, LEAVE_OUT))
+            file: Any = stack.enter_context(open_file(part, LEAVE_OUT))
         else:
             from datasets.utils.file_utils import xopen  # retries after network errors
 
             file = stack.enter_context(xopen(part, "rb"))
         if part.lower().endswith(".gz"):
-            file = stack.enter_context(gzip.open(file))
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
         if part.lower().endswith(".zst"):
             import pyarrow  # Python itself has no codec before 3.14
 

@@ -253,7 +253,7 @@ def _from_json(text: str, origin: str) -> Tokenizer:
         raise BadInput(
             f"{origin} is damaged, or not a byte-level BPE with GPT-2's splitting rule or ours, "
             f"{EOT}, ids in merge order, and nothing else that changes ids: {MAKE_ONE}")
-    encoding = tiktoken.Encoding(f"bpe{size}", pat_str=pattern, mergeable_ranks=ranks,
+    encoding = tiktoken.Encoding(f"bpe{size}", pat_str=str(pattern), mergeable_ranks=ranks,
                                  special_tokens=special, explicit_n_vocab=size - len(reserved))
     return Tokenizer(encoding, text)
 
