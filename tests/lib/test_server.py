@@ -23,7 +23,7 @@ from train_gpt2 import load_checkpoint
 
 
 class Gate:
-    """Forward passes wait while it is shut."""
+    """Forward passes wait until it is open."""
 
     def __init__(self, model):
         self.opened = threading.Event()
@@ -34,16 +34,21 @@ class Gate:
 
 @contextlib.contextmanager
 def started(path, slots=4, waiting=100, api_key=None, host="127.0.0.1"):
-    """A server in this process -> (port, engine, Gate, the replies asked of it)."""
+    """A server in this process -> (port, engine, Gate, all replies)."""
     model, tokenizer, _ = load_checkpoint(path)
     gate = Gate(model)
     with Server(host, 0) as server:
-        engine, replies = Engine(model, tokenizer, slots, waiting), []
+        engine = Engine(model, tokenizer, slots, waiting)
+        replies = []
         submit = engine.submit
-        engine.submit = lambda request: replies.append(submit(request)) or replies[-1]
-        with server.serving(
-                Api(engine, "toy", SampleConfig(max_new_tokens=60, temperature=0.0),
-                    api_key)), engine:
+
+        def recorded(request):
+            replies.append(submit(request))
+            return replies[-1]
+
+        engine.submit = recorded
+        defaults = SampleConfig(max_new_tokens=60, temperature=0.0)
+        with server.serving(Api(engine, "toy", defaults, api_key)), engine:
             yield server.server_port, engine, gate, replies
 
 
@@ -55,6 +60,11 @@ def server(chatty):
 
 def connect(port):
     return http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+
+
+def read_to_end(connection):
+    """All bytes until the server closes the connection."""
+    return b"".join(iter(lambda: connection.sock.recv(2**16), b""))
 
 
 def ask(port, path="/v1/chat/completions", method="POST", body=None, headers=None):
@@ -85,13 +95,13 @@ def test_more_clients_than_slots_all_get_their_own_answers(server):
         content, want = CHATS[i % 3]
         status, answer, _ = ask(server[0], body=chat(content, stream=i % 2 == 0))
         if i % 2:
-            return answer["choices"][0]["message"]["content"] == want and answer["choices"][0][
-                "finish_reason"] == "stop"
-        events = [line.removeprefix("data: ") for line in answer.split("\n\n")]
-        pieces = [
-            json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-2]
-        ]
-        return events[-2:] == ["[DONE]", ""] and "".join(pieces) == want
+            (choice,) = answer["choices"]
+            assert choice["finish_reason"] == "stop"
+            return choice["message"]["content"] == want
+        *events, done, end = [line.removeprefix("data: ") for line in answer.split("\n\n")]
+        assert (done, end) == ("[DONE]", "")
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        return "".join(delta.get("content", "") for delta in deltas) == want
 
     with ThreadPoolExecutor(64) as pool:
         assert all(pool.map(one, range(64)))
@@ -115,7 +125,7 @@ def test_a_connection_is_kept_and_the_page_is_served(server):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_when_begun_anew(
+def test_the_page_keeps_its_conversation_after_a_refusal_and_drops_it_on_reset(
         chatty, tokenizer, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text(f"""{PAGE.read_text()}
@@ -182,7 +192,7 @@ def test_the_page_keeps_its_conversation_when_a_message_is_refused_and_drops_it_
                      for role in ("user", "assistant")]), "messages", "the last one must be"),
      (dict(messages=[{"role": "user", "content": "the cat " * 100}]), "messages",
       "and the context of 128 has room for 127"), ])
-def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says, server):
+def test_an_unsupported_request_is_a_400_with_the_reason(fields, param, says, server):
     status, answer, _ = ask(server[0], body={**chat(), **fields})
     error = answer["error"]
     assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param), answer
@@ -203,7 +213,7 @@ def test_a_request_that_cannot_be_met_is_a_400_that_says_why(fields, param, says
                                     {"type": "text", "text": "cat"}]
     }])
 ])
-def test_what_asks_for_nothing_special_is_taken(fields, server):
+def test_default_values_of_unsupported_options_are_accepted(fields, server):
     status, answer, _ = ask(server[0], body={**chat(), **fields})
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "sat on the mat."), answer
 
@@ -239,12 +249,12 @@ def test_limits_and_stops(server):
      (dict(body=chat(), headers={"Origin": "http://evil.example"}), 403, "invalid_origin"),
      (dict(body=chat(), headers={"Origin": "null"}), 403, "invalid_origin"),
      (dict(body=chat(), headers={"Origin": "http://["}), 400, "invalid_url")])
-def test_what_is_not_a_request_is_told_by_its_status(request_, status, code, server):
+def test_bad_requests_have_their_status_and_code(request_, status, code, server):
     got, answer, headers = ask(server[0], **request_)
     assert (got, answer["error"]["code"]) == (status, code) and answer["error"]["message"]
     assert ("Allow" in headers) == (status == 405)
     assert ask(server[0], "/v1/models", "GET",
-               headers={"Host": "localhost:99"})[1]["data"][0]["id"] == "toy"  # and goes on
+               headers={"Host": "localhost:99"})[1]["data"][0]["id"] == "toy"  # still answers
 
 
 def test_bytes_that_are_not_http(server):
@@ -264,28 +274,34 @@ def test_an_address_that_is_not_one_is_a_400(server):
         connection.sock.sendall(
             b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         )
-        answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
-    assert answer.startswith(b"HTTP/1.1 400 ") and b"invalid_url" in answer
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"invalid_url" in answer
+
+
+GET = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+POST = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("head, status", [
-    ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}", b"200"),
-    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}\r\nTransfer-Encoding: chunked",
-     b"411"),
-    ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: {n}",
-     b"411"),
-    *((f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{line}", b"400")
-      for line in ("Content-Length : {n}", "Content-Length\t: {n}", "X: a\r\n Content-Length: {n}",
-                   "X: a\rContent-Length: {n}", ": a\r\nContent-Length: {n}", "Content-Length {n}"))
+    (GET + "Content-Length: {n}", b"200"),
+    (POST + "Content-Length: {n}\r\nTransfer-Encoding: chunked", b"411"),
+    (POST + "Content-Length: 0\r\nContent-Length: {n}", b"411"),
+    (POST + "Content-Length : {n}", b"400"),
+    (POST + "Content-Length\t: {n}", b"400"),
+    (POST + "X: a\r\n Content-Length: {n}", b"400"),
+    (POST + "X: a\rContent-Length: {n}", b"400"),
+    (POST + ": a\r\nContent-Length: {n}", b"400"),
+    (POST + "Content-Length {n}", b"400"),
 ])
 def test_no_request_hides_in_anothers_body(head, status, server):
     hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with contextlib.closing(connect(server[0])) as connection:
         connection.connect()
         connection.sock.sendall(f"{head.format(n=len(hidden))}\r\n\r\n".encode() + hidden)
-        answer = b"".join(iter(lambda: connection.sock.recv(2**16),
-                               b""))  # to the end: it is closed
-    assert answer.split()[1] == status and answer.count(b"HTTP/1.1 ") == 1
+        answer = read_to_end(connection)
+    assert answer.split()[1] == status
+    assert answer.count(b"HTTP/1.1 ") == 1
 
 
 def test_the_key_comes_before_the_body(chatty):
@@ -301,15 +317,15 @@ def test_the_key_comes_before_the_body(chatty):
                     f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n{more}"
                     "\r\n".encode()
                 )  # and no body
-                answer = b"".join(iter(lambda: connection.sock.recv(2**16), b""))
-            assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"toy" not in answer
-        status, answer, _ = ask(
-            port, body="x" * BODY_LIMIT
-        )  # whoever sends a body before reading gets the answer, too
+                answer = read_to_end(connection)
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+            assert b"toy" not in answer
+        # a client that sends a body before it reads also sees the answer
+        status, answer, _ = ask(port, body="x" * BODY_LIMIT)
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_a_body_is_asked_for_where_it_is_welcome(server):
+def test_a_body_is_requested_after_the_checks(server):
     with contextlib.closing(connect(server[0])) as connection:
         connection.connect()
         body = json.dumps(chat()).encode()
@@ -419,34 +435,30 @@ def test_a_full_queue_is_a_429(chatty):
         assert [future.result()[0] for future in (first, second)] == [200, 200]
 
 
-def test_one_connection_more_than_may_is_a_503(chatty, monkeypatch):
+def test_a_connection_beyond_the_limit_is_a_503(chatty, monkeypatch):
     monkeypatch.setattr(lib.server, "most_connections", lambda: 1)
     with started(chatty[0]) as (port, engine, gate, replies), ThreadPoolExecutor(1) as pool:
         gate.opened.clear()
         first = pool.submit(ask, port, body=chat())
         until(lambda: replies)
         status, answer, headers = ask(port, "/v1/models", "GET")
-        assert (status, answer["error"]["code"], headers["Retry-After"]) == (
-            503,
-            "too_many_connections",
-            "1",
-        )
+        assert (status, answer["error"]["code"]) == (503, "too_many_connections")
+        assert headers["Retry-After"] == "1"
         assert answer["error"]["type"] == "server_error"
-        for _ in range(
-            5
-        ):  # also to a client that is still sending, as http.client sends a body after its head
+        # also for a client that is still sending: http.client sends a body after its head
+        for _ in range(5):
             assert ask(port, body=chat("word " * 100_000))[0] == 503
         gate.opened.set()
         assert first.result()[0] == 200
         until(lambda: ask(port, "/v1/models", "GET")[0] == 200)
 
 
-def test_the_end_of_the_server_ends_what_is_under_way(chatty):
+def test_stopping_the_server_ends_running_answers(chatty):
     with ThreadPoolExecutor(2) as pool, contextlib.closing(connect(1)) as idle:
         with started(chatty[0], slots=1) as (port, engine, gate, replies):
             idle.port = port
             idle.request("GET", "/v1/models")
-            idle.getresponse().read()  # and the connection stays
+            idle.getresponse().read()  # the connection stays open
             gate.opened.clear()
             stream = pool.submit(ask, port, body=chat(stream=True))
             until(lambda: replies and not engine.queue)

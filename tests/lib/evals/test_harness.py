@@ -272,7 +272,8 @@ with Processes("cpu") as processes:
     asked = [(text, {"until": ["e"], "max_gen_toks": 5 + i // 3, "temperature": i % 2 * 0.5})
              for i, text in enumerate(sentences(9))]
     texts = lm.generate_until([Instance("generate_until", {}, args, 0) for args in asked])
-    open(f"{processes.rank}_of_{processes.world_size}.json", "w").write(json.dumps([texts, len(calls)]))
+    with open(f"{processes.rank}_of_{processes.world_size}.json", "w") as file:
+        json.dump([texts, len(calls)], file)
 """
 
 
