@@ -1536,8 +1536,8 @@ def launch(settings: Settings, task) -> None:
     if resume:
         resume.compare_text(cfg, corpus, explicit)
 
-    # ---- the run folder, locked from here on. `explain_failures` is outermost: it turns failures of
-    # the machine into one line, wherever they occur
+    # ---- the run folder, locked from here on. `explain_failures` is outermost: it turns failures
+    # of the machine into one line, wherever they occur
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explain_failures(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:

@@ -65,8 +65,9 @@ def _batches(cfg, steps=None):
 
 
 def _batch_line(cfg, plan, processes):
+    passes = plan.rows // plan.micro_batch
     line = (f"batch   {plan.micro_batch} sequences x {plan.block_size} tokens x "
-            f"{plan.rows // plan.micro_batch} accumulation steps x {processes.world_size} processes")
+            f"{passes} accumulation steps x {processes.world_size} processes")
     halved = half_steps(cfg)
     if 0 < halved < plan.steps:
         line += f"; twice the accumulation from step {halved:,} on"

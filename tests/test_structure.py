@@ -189,31 +189,6 @@ def test_plain_torchrun_takes_the_flags(data, tmp_path):
 
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 CODE = files("*.py", "lib/**/*.py")
-# files that still break a rule: only ever remove one
-UNDONE = (
-    "ablate.py", "benchmarks/context.py", "benchmarks/generate_speed.py",
-    "benchmarks/harness_parity.py", "benchmarks/hellaswag_speed.py",
-    "benchmarks/kill_resume.py", "benchmarks/race.py", "benchmarks/race_contestants.py",
-    "benchmarks/serve_speed.py", "benchmarks/threads.py", "benchmarks/throughput.py",
-    "benchmarks/tokenize_speed.py", "chat.py", "eval_harness.py", "export_hf.py", "fineweb.py",
-    "generate.py", "hellaswag.py", "lib/budget.py", "lib/chat_template.py", "lib/checkpoint.py",
-    "lib/cli.py", "lib/conversations.py", "lib/decoding.py",
-    "lib/devices.py", "lib/evals/harness.py", "lib/evals/scoring.py", "lib/files.py",
-    "lib/hub.py", "lib/huggingface.py", "lib/logger.py", "lib/mixture.py", "lib/moe.py",
-    "lib/rope.py", "lib/run_folder.py", "lib/server.py", "lib/serving.py",
-    "lib/shards.py", "lib/signals.py", "lib/summary.py", "lib/text.py", "lib/tokenizers.py",
-    "posttrain.py", "tests/lib/evals/test_harness.py",
-    "tests/lib/evals/test_hellaswag.py", "tests/lib/test_budget.py",
-    "tests/lib/test_checkpoint.py", "tests/lib/test_cli.py", "tests/lib/test_compiler.py",
-    "tests/lib/test_conversations.py", "tests/lib/test_decoding.py",
-    "tests/lib/test_devices.py", "tests/lib/test_files.py", "tests/lib/test_hub.py",
-    "tests/lib/test_huggingface.py", "tests/lib/test_logger.py", "tests/lib/test_mixture.py",
-    "tests/lib/test_moe.py", "tests/lib/test_run_folder.py", "tests/lib/test_server.py",
-    "tests/lib/test_shards.py", "tests/lib/test_signals.py", "tests/lib/test_startup.py",
-    "tests/lib/test_summary.py", "tests/lib/test_tokenizers.py", "tests/test_chat.py",
-    "tests/test_eval_harness.py", "tests/test_fineweb.py", "tests/test_generate.py",
-    "tests/test_posttrain.py", "tests/test_race.py", "tokenizer.py",
-)
 
 
 def long_lines(source):
@@ -257,8 +232,6 @@ def toggles_read(source):
 
 @pytest.mark.parametrize("file", files("*.py", "lib/**/*.py", "tests/**/*.py", "benchmarks/*.py"))
 def test_files_keep_to_the_rules_of_readability(file):
-    if file in UNDONE:
-        pytest.skip("not rewritten yet")
     source = (ROOT / file).read_text()
     problems = long_lines(source)
     if file in CODE:
