@@ -356,9 +356,10 @@ def test_a_run_begun_with_the_warm_up_of_pretraining_keeps_it(base, chat_file, l
 
 
 @pytest.mark.parametrize("processes, flags", [
-    (2, ("--micro_batch", 2, "--compile")),
+    (2, ("--micro_batch", 2)),
     (1, ("--micro_batch", 1)),
-], ids=["two", "half"])
+    pytest.param(2, ("--micro_batch", 2, "--compile"), marks=pytest.mark.slow),
+], ids=["two", "half", "compiled"])
 def test_two_processes_and_any_micro_batch_have_the_same_losses(processes, flags, base, chat_file,
                                                                 log, launch):
     common = ("--replay", 0.2, "--max_lr", 5e-3)
