@@ -282,7 +282,7 @@ class Shards:
             problem = f"does not hold {splits} shards"
             if others:
                 problem += f" ({others[0]} does not end in _train_<index> or _val_<index>)"
-        raise BadInput(f"{self.folder}/ {problem}: make them with `{self._maker()}`, "
+        raise BadInput(f"{self.folder}/ {problem}: make shards with `{self._maker()}`, "
                        f"or name another {named_by}")
 
     def _maker(self) -> str:

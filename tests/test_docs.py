@@ -93,7 +93,7 @@ COMMANDS = {
     "python eval_harness.py --checkpoint log/first": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks hellaswag,arc_easy": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks winogrande,boolq,wikitext "
-    "--output log/first/eval_00006_more.json": PARSED,
+    "--output log/first/eval_STEP_more.json": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks arc_easy --data_dir DIR": PARSED,
     "python eval_harness.py --model gpt2": PARSED,
     "python eval_harness.py --compare log/first log/hf_gpt2": PARSED,
