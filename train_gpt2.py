@@ -799,7 +799,7 @@ def warmup_length(cfg: TrainConfig, steps: int) -> int:
     if cfg.warmup_steps is not None:
         return min(cfg.warmup_steps, steps - 1)
     least = min(WARMUP_LEAST, steps // 4)
-    if steps == UNMEASURED:  # --minutes: there is no length yet to take a share of
+    if steps >= UNMEASURED:  # --minutes: no length yet, or one that no run reaches
         return least
     return max(least, round(WARMUP_SHARE * steps))
 

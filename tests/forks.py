@@ -9,7 +9,7 @@ One difference remains: the preloaded modules have read their environment variab
 sets one of theirs (OMP_NUM_THREADS, CXX, ...) has to start Python: run_script(..., real=True) in
 runs.py.
 
-Linux without a GPU only: torch's libraries on macOS and a CUDA context do not survive a fork.
+Linux without CUDA only: torch's libraries on macOS and a CUDA context do not survive a fork.
 """
 
 import contextlib
@@ -26,14 +26,23 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 # Slow to import. Not Hugging Face's libraries: tests set variables that these read when imported.
 PRELOADED = (
     "numpy", "tiktoken", "tokenizers", "torch", "torch._dynamo", "torch.distributed.nn",
     "torch.utils.tensorboard", "tqdm", "pyarrow.dataset", "pandas", "scipy.stats", "sklearn",
     "nltk", "sacrebleu", "httpx", "httpx2", "yaml", "filelock", "dill", "multiprocess", "fsspec")
-POSSIBLE = sys.platform == "linux" and not os.path.exists("/dev/nvidia0")
 LIMIT = 1 << 20  # bytes of a request
 SERVER = "import sys; sys.path[0] = {!r}; import forks; exec(forks.main())"
+
+
+def possible():
+    """Whether processes can be forked here. Asks torch: a device file may be missing or useless."""
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
+POSSIBLE = possible()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,12 +269,17 @@ def program(words):
     return compile(Path(script).read_bytes(), script, "exec")
 
 
+def preload(names):
+    """Import those of these modules that can be imported. What fails is left to the scripts."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def main():
     """Serve -> the code that a forked process runs. To be called by `__main__`, which runs it."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    for name in PRELOADED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    preload(PRELOADED)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes its end
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy every page that it looks at

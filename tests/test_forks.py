@@ -9,6 +9,7 @@ import tempfile
 
 import forks
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="not where torch survives a fork")
 
@@ -49,6 +50,19 @@ def test_a_forked_process_is_like_one_that_python_starts(ending, code, tmp_path)
     assert have.stderr.splitlines()[-1] == want.stderr.splitlines()[-1]
 
 
+def test_no_fork_where_cuda_is_available(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not forks.possible()
+
+
+def test_a_package_that_fails_to_import_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('no such driver')")
+    (tmp_path / "sound_package.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    forks.preload(["broken_package", "sound_package"])
+    assert "sound_package" in sys.modules
+
+
 def test_code_and_its_arguments(tmp_path):
     done = forks.run(["-c", "import sys; print(sys.argv)", "x"], tmp_path, dict(os.environ))
     assert done.stdout == "['-c', 'x']\n"
@@ -60,7 +74,7 @@ def test_processes_meet_and_one_that_fails_ends_the_others(tmp_path):
     done = forks.run(["-c", meet + show], tmp_path, dict(os.environ), processes=2)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == ["0", "1"]
-    fail = "import sys, time; time.sleep(3600) if dist.get_rank() else sys.exit(5)"
+    fail = "dist.barrier()\nimport sys, time; time.sleep(3600) if dist.get_rank() else sys.exit(5)"
     assert forks.run(["-c", meet + fail], tmp_path, dict(os.environ), processes=2).returncode == 5
 
 

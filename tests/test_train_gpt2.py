@@ -39,7 +39,7 @@ from runs import events, run_script, steps_saved
 
 import train_gpt2
 from lib import checkpoint, devices, huggingface
-from lib.budget import steps_of
+from lib.budget import UNMEASURED, steps_of
 from lib.cli import BadInput, parse
 from lib.decoding import SHOWN, sample
 from lib.logger import SpikeDetector, quoted
@@ -746,6 +746,12 @@ def test_warm_up_without_the_flag(steps, warmup):
         train_gpt2.lr_multiplier(step, cfg, steps) for step in range(warmup + 2))
     assert [*rise, top] == pytest.approx([*(np.arange(1, warmup + 1) / warmup), 1.0])
     assert after < 1
+
+
+@pytest.mark.parametrize("steps", [UNMEASURED, 10**11])
+def test_endless_minutes_have_the_shortest_warm_up(steps):
+    """A share of --minutes 1e7 would be a warm-up of years."""
+    assert train_gpt2.warmup_length(TrainConfig(minutes=1e7), steps) == train_gpt2.WARMUP_LEAST
 
 
 @pytest.mark.parametrize("toggles", [

@@ -503,8 +503,9 @@ def lambada(item):
 
 
 def hellaswag(item):
+    item = check_item(dict(item))
     ctx_a, ctx_b = split_context(item["ctx"])
-    return check_item(dict(item)) | {"ctx_a": ctx_a, "ctx_b": ctx_b}
+    return item | {"ctx_a": ctx_a, "ctx_b": ctx_b}
 
 
 # task -> (a column of the harness's data, a function from an item of common jsonl collections

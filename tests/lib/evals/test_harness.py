@@ -470,6 +470,11 @@ def test_a_row_without_a_correct_answer_is_refused(task, row, manager, tmp_path)
         harness.load_tasks(manager, [task], tmp_path)
 
 
+def test_a_row_without_ctx_is_checked_before_it_is_split():
+    with pytest.raises(ValueError, match="not a HellaSwag item"):
+        harness.hellaswag({"endings": ["b"] * 4, "label": 0})
+
+
 def test_brackets_that_never_close_are_cleaned_in_linear_time(manager, tmp_path):
     item = task_items("hellaswag")[0] | {"ctx_a": "[" * 300_000}
     write_lines(tmp_path / "hellaswag.jsonl", [item])
