@@ -227,7 +227,7 @@ def test_little_data_is_learned_without_a_flag_and_a_resumed_run_keeps_its_batch
     last, _ = max(losses)
     assert batch("whole") == 128
     assert last > 3 * 10 and losses[last, "val"] < losses[0, "val"] - 0.3
-    assert "teach little" not in capsys.readouterr().out
+    assert "teaches little" not in capsys.readouterr().out
 
     cut(log / "whole", log / "again", 30)
     main(*here, "--run_name", "again")
@@ -239,7 +239,7 @@ def test_little_data_is_learned_without_a_flag_and_a_resumed_run_keeps_its_batch
     main(*here, "--run_name", "again", "--data", few, "--max_steps", 60)
     assert batch("again") == 128
     main(*new, few, "--run_name", "short", "--epochs", 0.5)
-    assert ("warning: 9 steps in all teach little: give more data, or raise --epochs\n"
+    assert ("warning: a run of 9 steps teaches little: give more data, or raise --epochs\n"
             in capsys.readouterr().out)
 
 
@@ -642,7 +642,7 @@ def bad(data, chat_file, tmp_path):
     ("chats", ["--replay_data", "no val split"], "--val_tokens"),
     ("chats", ["--optimizer", "muon"], "give --max_lr"),
     ("chats", ["--epochs", "2"], "--epochs and --max_steps each set the length"),
-    ("chats", ["--data", "shards"], "not mixed with files"),
+    ("chats", ["--data", "shards"], "cannot be mixed with files"),
     ("shards", ["--data", "missing"], "cannot read"),
     ("shards", ["--val_share", "0.5"], "--val_share is for files"),
     ("shards", ["--strict"], "--strict is for files"),
@@ -661,7 +661,7 @@ def test_bad_data_and_flags_are_refused_before_anything_is_written(source, flags
 def test_what_a_run_needs_is_named_in_one_line(base, chat_file, log, bad, launch):
     with pytest.raises(BadInput, match="name either --checkpoint"):
         main("--data", chat_file)
-    with pytest.raises(BadInput, match="name --data"):
+    with pytest.raises(BadInput, match="give --data"):
         main("--checkpoint", base())
     pretraining = base().parent
     with pytest.raises(BadInput, match="not a checkpoint of a post-training run"):
