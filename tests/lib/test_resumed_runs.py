@@ -365,7 +365,7 @@ def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path,
     other = make(seed=2)
     assert (other.former_identity, other.tokens) == (first.former_identity, first.tokens)
     before = contents(folder)
-    with pytest.raises(BadInput, match=f"{data} no longer holds the text .*--data {data}"):
+    with pytest.raises(BadInput, match=f"{data} no longer contains the text .*--data {data}"):
         again(folder, "--max_steps", 8)
     assert contents(folder) == before
 
