@@ -56,8 +56,8 @@ class SampleConfig:
     seed: int = flag(42, "random seed for sampling", at_least=0, below=2**63)
 
 
-# The samples a run prints of its model: long enough to judge, and a little below temperature 1,
-# where small models ramble.
+# Samples printed during training: long enough to judge, and a little below temperature 1, at which
+# small models ramble.
 SHOWN = SampleConfig(samples=1, max_new_tokens=120, temperature=0.8)
 
 # --------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ SHOWN = SampleConfig(samples=1, max_new_tokens=120, temperature=0.8)
 
 class KVCache:
     """Keys and values of `rows` texts with room for `length` tokens each, so that a new token costs
-    one position instead of all (Pope et al. 2022, https://arxiv.org/abs/2211.05102, section 2).
+    one position instead of the whole text (Pope et al. 2022, https://arxiv.org/abs/2211.05102,
+    section 2).
 
     An AttentionContext (lib/attention.py). Before each forward pass, `at` sets which rows the pass
     continues, and where.
@@ -107,12 +108,12 @@ class KVCache:
         return self.attend_cache(q, keys[:n], values[:n])
 
     def empty_like(self, new):
-        """Zeros for the whole cache, of the head shape and dtype of `new` (n, T, H, D)."""
+        """Zeros for the whole cache, with the head shape and dtype of `new` (n, T, H, D)."""
         return new.new_zeros(self.rows, self.length, *new.shape[2:])
 
     def previous(self, layer, x):
-        """The vector before each of the new tokens x (n, T, C) in its text, (n, T, C); zeros before
-        the first token of a text."""
+        """The previous token's vector for each of the new tokens x (n, T, C), also (n, T, C); zeros
+        before the first token of a text."""
         if layer not in self.last:
             self.last[layer] = x.new_zeros(self.rows, x.size(2))
         last = self.last[layer]
@@ -236,8 +237,8 @@ class Decoder:
         """Append one token to each text, int64 (rows,).
 
         Returns the logits after them, fp32 (rows, vocab_size), valid until the next step. With
-        fewer tokens, (n,), only the first n rows take part; no other row may then hold a text. A
-        text that is `full` has no room for another token: start it again with `fill`.
+        fewer tokens, (n,), only the first n rows take part; the other rows must then be free. A
+        text that is `full` has no room for another token: restart it with `fill`.
         """
         n = len(tokens)
         self.token[:n].copy_(tokens)
@@ -256,7 +257,7 @@ class Decoder:
 
     @torch.no_grad()
     def move(self, row: int, to: int) -> None:
-        """Move the text in `row` to row `to`, replacing the text there."""
+        """Move the text in `row` to row `to`, overwriting the text there."""
         self.cache.move(row, to)
         self.position[to] = self.position[row]
         self.lengths[to] = self.lengths[row]
@@ -267,8 +268,8 @@ class Decoder:
         return [row for row, n in enumerate(self.lengths) if n == self.model.config.block_size]
 
     def _padded_rows(self, n):
-        """Rows to compute for n texts: a power of two where each count would be compiled or
-        captured again."""
+        """Rows to compute for n texts: a power of two if each row count must be compiled or
+        captured."""
         if not (self.compiled or self.captures):
             return n
         return min(1 << (n - 1).bit_length(), self.cache.rows)
@@ -281,8 +282,8 @@ class Decoder:
         return round_up(needed, SPAN)
 
     def _step(self, rows, span):
-        """The computation of a step. Reads `token`, reads and advances `position`; rows and span
-        determine all shapes."""
+        """The computation of a step. Reads `token` and `position`, and advances `position`; rows
+        and span determine all shapes."""
         every = self.every[:rows]
         token = self.token[:rows]
         position = self.position[:rows]
@@ -355,8 +356,7 @@ def draw(logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int = 0
 
 
 def cut_nucleus(logits, temperature, top_p):
-    """Logits sorted from the highest -> the same, -inf where the likelier ones already have
-    probability top_p."""
+    """Set sorted logits to -inf where the likelier ones together already have probability top_p."""
     # Dividing by less than 1e-6 would overflow. A number stays a number: copying it to the GPU
     # would wait for the running step.
     if isinstance(temperature, torch.Tensor):
@@ -380,7 +380,7 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens:
 
     choose: logits, fp32 (rows, vocab_size) -> the next tokens, int64 (rows,). A token of -1 means
     that the logits of its row were not finite. A prompt longer than the context keeps its newest
-    tokens. When a text fills the context, its older half is dropped and the rest is filled in again
+    tokens. When a text fills the context, its older half is dropped and the rest is prefilled again
     from position 0: one pass over half a context per half a context of new tokens. On a GPU, step n
     runs while the caller handles token n.
     """
@@ -444,7 +444,7 @@ class Text:
         return piece
 
     def certain(self):
-        """How many of the held characters belong to the text; ends it at a stop string."""
+        """Number of held characters that certainly belong to the text; ends it at a stop string."""
         found = [self.held.find(string) for string in self.stop]
         found = [start for start in found if start >= 0]
         if found:
@@ -455,7 +455,7 @@ class Text:
         return len(self.held) - self.started()
 
     def started(self):
-        """Characters at the end of `held` that may be the start of a stop string."""
+        """Number of characters at the end of `held` that may be the start of a stop string."""
         longest = 0
         for string in self.stop:
             for n in range(1, len(string)):
