@@ -74,7 +74,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, data, tmp_p
     (folder / "log.txt").write_text(begun + "5 tra")
     (folder / "ckpt_00008.pt.tmp").write_bytes(b"half")
     train(data, folder, *KINDS["gpt2"])
-    assert "holds no checkpoint: starting its run over" in capsys.readouterr().out
+    assert "has no checkpoint: starting its run over" in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
     assert scalars(folder) == scalars(whole("gpt2"))
     assert not list(folder.glob("*.tmp"))
@@ -83,7 +83,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, data, tmp_p
 def test_a_finished_run_without_checkpoints_is_refused(whole, data, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", -1)
     before = contents(folder)
-    with pytest.raises(BadInput, match="already holds a run"):
+    with pytest.raises(BadInput, match="already contains a finished run"):
         train(data, folder, *KINDS["gpt2"])
     assert contents(folder) == before
 
