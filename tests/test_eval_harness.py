@@ -97,7 +97,7 @@ PIQA = ["--tasks", "piqa", "--data_dir", "tasks"]
     ([*CHECKPOINT, "--output", "there.json/more.json"], "cannot write to there.json"),
     ([*CHECKPOINT, "--output", "x" * 300], "too long for a file name"),
     ([*CHECKPOINT, "--tasks", "piqa", "--data_dir", "nowhere"],
-     "no folder nowhere: it should hold <task>.jsonl"),
+     "no folder nowhere: it should contain <task>.jsonl"),
     (["--model", "gpt2", *PIQA], "cannot load the Hugging Face model gpt2"),  # offline here
     (["--model", "no_tokenizer", *PIQA], "no_tokenizer: it has no tokenizer. Give a folder"),
     (["--model", "torn", *PIQA], "cannot load the Hugging Face model torn: "),

@@ -1,8 +1,7 @@
-"""Log-likelihoods of many texts under a language model: the basis of all multiple-choice
-evaluations.
+"""Log-likelihoods of many texts under a language model, for multiple-choice evaluations.
 
 Batches are distributed over the processes. Every process makes the same number of forward passes,
-as a sharded model needs, and ends up with all results.
+as a sharded model needs, and gets all results.
 """
 
 import collections
@@ -22,8 +21,8 @@ from lib.cli import BadInput, RankError
 from lib.decoding import NonFinite
 from lib.devices import Processes, any_shape, to_device
 
-# Token ids are kept as bytes: hundreds of thousands of lists would keep Python's garbage collector
-# busy for longer than the GPU computes.
+# Token ids are stored as bytes: with hundreds of thousands of lists, Python's garbage collector
+# would take longer than the GPU.
 ID_TYPE = "i"
 ID_BYTES = array(ID_TYPE).itemsize
 
@@ -34,7 +33,7 @@ class Batch(NamedTuple):
     rows: np.ndarray     # int64 (n,), where the logits of each target are
     columns: np.ndarray  # int64 (n,)
     targets: np.ndarray  # int64 (n,)
-    owners: np.ndarray   # int64 (n,), index of the pair
+    owners: np.ndarray   # int64 (n,), index of each target's pair
 
 
 @torch.no_grad()
@@ -55,8 +54,8 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
     all; once true, the remaining pairs are skipped and the result is meaningless.
 
     Returns, on every process, the log-likelihoods in nats, float64 (pairs,), and whether greedy
-    decoding would generate each continuation, bool (pairs,). Raises NonFinite, and RankError for an
-    error of one process of several.
+    decoding would generate each continuation, bool (pairs,). Raises NonFinite, and RankError if one
+    process of several fails.
     """
     inputs, number, digest = collect_inputs(pairs, model.config.block_size)
     check_same_pairs(number, digest, processes)
@@ -68,7 +67,7 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
         if stopped():
             break
         mine = first + processes.rank
-        # a process without a batch of its own repeats the last one, so that all work equally
+        # a process without a batch of its own repeats the last one: all make as many passes
         batch = collate(batches[min(mine, len(batches) - 1)], inputs)
         with failing_alone(processes), any_shape():
             targets = to_device(batch.targets, processes.device)
@@ -100,8 +99,8 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
 def collect_inputs(pairs, window):
     """Pairs -> ({input: [(index of the pair, targets)]}, number of pairs, checksum of all ids).
 
-    The targets are scored at the end of the input. Inputs and targets are ids as bytes. Answers of
-    one token share an input.
+    The targets are scored at the end of the input. Inputs and targets are ids as bytes. One-token
+    answers to the same context share an input.
     """
     inputs = collections.defaultdict(list)
     number = 0
@@ -129,7 +128,7 @@ def check_same_pairs(number, digest, processes):
 def make_batches(inputs, batch_tokens, batch_size):
     """Inputs -> lists of inputs of similar length.
 
-    The longest come first, so that running out of memory shows at once.
+    The longest come first, so that the first batch shows whether memory is enough.
     """
     order = sorted(inputs, key=len, reverse=True)
     batches = []
@@ -169,8 +168,8 @@ def from_bytes(parts):
 
 @contextlib.contextmanager
 def failing_alone(processes: Processes) -> Iterator[None]:
-    """Turn an error of one process of several into a RankError, which ends them all; otherwise the
-    others would wait for it."""
+    """Turn an error on one process of several into a RankError, which ends all of them; otherwise
+    the others would wait for it."""
     try:
         yield
     except (BadInput, dist.DistBackendError):

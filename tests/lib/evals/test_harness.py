@@ -402,7 +402,7 @@ def test_few_shot_examples_are_not_test_items(tmp_path):
     ('{"query": "a"}\n', "arc_easy.jsonl, line 1: does not fit the task (KeyError: 'choices')"),
     ('{"question": "a"}\n', "allenai/ai2_arc"),
     ('{"question": "a\n', "arc_easy.jsonl, line 1"),
-    ("", "arc_easy.jsonl holds no items"),
+    ("", "arc_easy.jsonl contains no items"),
     ("[1]\n", "line 1: not an item"),
     (None, "no arc_easy.jsonl in"),
 ])
@@ -481,7 +481,7 @@ def test_names(manager, monkeypatch):
     assert harness.find_tasks("piqa, arc_eas*,piqa") == (manager, ["piqa", "arc_easy"])
     for names, says in (
         ("piqa,helaswag", "unknown task 'helaswag': did you mean hellaswag"),
-        (" ,", "no task is named"),
+        (" ,", "no task named"),
     ):
         with pytest.raises(BadInput, match=says):
             harness.find_tasks(names)

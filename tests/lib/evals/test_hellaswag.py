@@ -97,7 +97,7 @@ PLAIN = "Baking: A cook mixes flour. The cook"
      "Baking: How to bake. Mix. Add eggs.", "bakes."),
     ({"endings": ["[substeps] Wait [title] Eat it.", *ITEM["endings"][1:]]},
      PLAIN, " Wait. Eat it."),
-    ({"ctx_a": None, "ctx_b": None}, PLAIN, "bakes."),  # cleaned files hold only ctx
+    ({"ctx_a": None, "ctx_b": None}, PLAIN, "bakes."),  # cleaned files have only ctx
 ], ids=["plain", "capitals", "wikihow", "ending", "only ctx"])
 def test_lm_eval_prompts(change, context, ending, tokenizer):
     item = {key: value for key, value in (ITEM | change).items() if value is not None}
@@ -163,7 +163,7 @@ def test_load(tmp_path):
     path.write_text("".join(lines), encoding="utf-8")
     assert hellaswag.load(path) == hellaswag.load(str(path)) == items
     path.write_text("")
-    with pytest.raises(BadInput, match="a.jsonl holds no HellaSwag items"):
+    with pytest.raises(BadInput, match="a.jsonl contains no HellaSwag items"):
         hellaswag.load(path)
 
 
