@@ -279,8 +279,8 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert stderr == ("\nstopped: the shards in out/ are whole; the same command continues after "
-                      "them\n")
+    assert stderr == ("\nstopped: the shards in out/ are complete; the same command continues "
+                      "after them\n")
     assert all(len(ids) == 200 for _, ids in read_shards(tmp_path / "out"))
 
 
@@ -390,12 +390,12 @@ def test_presets_name_datasets_of_the_hub(flags, dataset, name, out):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 "
+    (["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens unknown; about 11.63 "
      "GB on the hub; licence CC BY-SA 3.0, GFDL"),
     (["--preset", "wikipedia", "--name", "20231101.de"], "wikimedia/wikipedia, 20231101.de: tokens "
-     "not known; size on the hub not known; licence CC BY-SA 3.0, GFDL"),
-    (["--name", "CC-MAIN-2024-10"], "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens not known; "
-     "size on the hub not known; licence ODC-By 1.0"),
+     "unknown; size on the hub unknown; licence CC BY-SA 3.0, GFDL"),
+    (["--name", "CC-MAIN-2024-10"], "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens unknown; "
+     "size on the hub unknown; licence ODC-By 1.0"),
     (["--docstrings"], "None"), (["--source", "a/b"], "None")])
 def test_what_is_known_of_a_corpus(flags, says):
     assert str(fineweb.corpus_of(fineweb.read_flags(flags).cfg)) == says
