@@ -327,7 +327,7 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="nee
 @needs_dev_full
 @pytest.mark.parametrize("to, says", [
     ("> /dev/full",
-     "fineweb.py: error: cannot go on (No space left on device): free some disk space\n"),
+     "fineweb.py: error: cannot continue (No space left on device): free some disk space\n"),
     ("| true", "")], ids=["full", "closed"])
 def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(
         to, says, source, tmp_path):
@@ -598,7 +598,7 @@ def test_shards_of_other_settings_are_not_touched(source, tmp_path, fails, monke
                         ("val_tokens", 0), ("max_tokens", 9), ("text_column", "body"),
                         ("source", "x.txt")]:
         line = fails(*flags, f"--{name}", value)
-        assert re.search(f"out/ holds shards made with (no )?--{name}[ ,]", line)
+        assert re.search(f"out/ has shards made with (no )?--{name}[ ,]", line)
         assert "give another --out" in line
     (tmp_path / "foreign").mkdir()
     np.save(tmp_path / "foreign" / "edufineweb_train_000001.npy", np.zeros(3, np.uint16))

@@ -512,7 +512,7 @@ def test_gpt2_learns_to_chat_and_is_named_by_its_run_folder(chat_file, tmp_path,
     generate.main(["--model", "gpt2", "--prompt", "the cat", "--samples", "1", *flags])
     assert capsys.readouterr().out.startswith("the cat")
     chat.main(["--model", "gpt2", "-p", "the cat", *flags])
-    assert "gpt2 has not learned to chat: it continues what you type" in capsys.readouterr().err
+    assert "gpt2 has not learned to chat: it continues your text" in capsys.readouterr().err
 
     words = ("--model", "gpt2", "--data", chat_file, "--run_name", "post", *FLAGS, "--eval_every",
              2, "--total_batch_size", 192)
@@ -631,14 +631,14 @@ def bad(data, chat_file, tmp_path):
     ("one", [], "--val_share 0"),
     ("few", [], r"--val_share 0 \(.*: 1 conversations .*; skipped 2 malformed rows: line 2: not"),
     ("chats", ["--val_data", "too long"],
-     r"nothing of --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
+     r"nothing in --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
     ("too long", ["--val_data", "chats"],
-     "nothing of --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
+     "nothing in --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
     ("some too long", ["--strict"], "longer than the context"),
     ("other tokenizer", [], "another tokenizer"),
     ("chats", ["--replay", "0.1", "--replay_data", "other tokenizer"], "another tokenizer"),
     ("chats", ["--replay", "0.1", "--replay_data", "empty folder"],
-     "does not hold any shards.*name another --replay_data$"),
+     "does not contain any shards.*name another --replay_data$"),
     ("chats", ["--replay_data", "no val split"], "--val_tokens"),
     ("chats", ["--optimizer", "muon"], "give --max_lr"),
     ("chats", ["--epochs", "2"], "--epochs and --max_steps each set the length"),

@@ -119,9 +119,9 @@ def others(folders, tokenizer, tmp_path):
     ("{a} nowhere", None, None, "another --data"),
     ("{a}", "{b}", None, "--curriculum and --curriculum_steps"),
     ("{a}", None, 3, "--curriculum and --curriculum_steps"),
-    ("{a} {void}", None, None, "void hold no tokens"),
-    ("{a} {toy}", None, None, "a holds tokens of gpt2, and toy of .*toy/tokenizer.json"),
-    ("{toy} {other}", None, None, "toy holds tokens of .*, and other of .*other/tokenizer.json"),
+    ("{a} {void}", None, None, "void contain no tokens"),
+    ("{a} {toy}", None, None, "a has tokens of gpt2, and toy of .*toy/tokenizer.json"),
+    ("{toy} {other}", None, None, "toy has tokens of .*, and other of .*other/tokenizer.json"),
 ])
 def test_folders_that_cannot_be_mixed_are_refused(data, curriculum, steps, says, others):
     if curriculum:

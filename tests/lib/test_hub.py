@@ -313,7 +313,7 @@ def test_a_killed_download_continues(tmp_path, script):
         hub.break_off("web_train_000002.bin", after=3000, times=9, how="stall")
         kill_at(hub, tmp_path, "web_train_000002.bin", *flags)
         hub.faults.clear()
-        with pytest.raises(BadInput, match="out/ is not finished: give `python fineweb.py "
+        with pytest.raises(BadInput, match="out/ is not finished: run `python fineweb.py "
                                            "--pretokenized some/shards --out"):
             Shards(tmp_path / "out")
         hub.push("some/shards", write_foreign(tmp_path / "newer", train=1))
@@ -323,12 +323,12 @@ def test_a_killed_download_continues(tmp_path, script):
 
 
 FULL_DISK = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 8, 1)\n"
-REFUSED = [  # what is asked for, what the line says
+REFUSED = [  # --pretokenized, part of the error message
     ("some/shards:web/web_*[02].bin", "web/web_train_000002.bin of some/shards arrives damaged"),
     ("some/shards:web/web_*[013].bin", "web/web_train_000003.bin of some/shards (Remote"),
-    ("some/shards:web/torn*", "some/shards at web/torn* holds no val shards"),
-    ("some/shards:nowhere", "holds no train shards"),
-    ("some/shards:web/[wb]*_00000[01].bin", "holds the id 60000"),
+    ("some/shards:web/torn*", "some/shards at web/torn* has no val shards"),
+    ("some/shards:nowhere", "has no train shards"),
+    ("some/shards:web/[wb]*_00000[01].bin", "contains the id 60000"),
     ("some/shards:web/[wo]*_00000[01].bin", "a million tokens without gpt2's end of text"),
     ("some/shards:web/[wt]*_00000[01].bin", "torn_train_000001.bin is damaged, or not a shard"),
     ("some/shards/none", "--pretokenized some/shards/none: name one of fineweb-10BT, "),

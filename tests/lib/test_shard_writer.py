@@ -266,7 +266,7 @@ def test_shards_without_their_own_tokenizer_are_neither_complete_nor_continued(
     change(out / "tokenizer.json")
     if not complete:
         next(out.glob("*_train_*")).unlink()
-    with pytest.raises(cli.BadInput, match="tokenizer.json .*: put back the one that was made"):
+    with pytest.raises(cli.BadInput, match="tokenizer.json .*: restore the one that was made"):
         make(source, out, *BPE)
 
 
@@ -440,7 +440,7 @@ def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(
     shard = shard_paths(out)[0]
     shard.unlink()
     first.write_bytes(gzip.compress(jsonl([{"text": "another source"}] * 70)))
-    with pytest.raises(cli.BadInput, match="cannot be made again, as the source has changed"):
+    with pytest.raises(cli.BadInput, match="cannot be rewritten, as the source has changed"):
         make(sources, out, *flags)
     assert not shard.exists()
     shard.symlink_to("an_unmounted_disk")  # what cannot be read may be good
@@ -466,7 +466,7 @@ def test_a_repair_that_fails_leaves_what_dedup_has_seen(tmp_path, monkeypatch):
     with pytest.raises(cli.BadInput, match="cannot read .*2.jsonl"):
         attempt("out", first, second[:-9])
     (tmp_path / "out" / "out_train_000001.npy").unlink()
-    with pytest.raises(cli.BadInput, match="cannot be made again"):
+    with pytest.raises(cli.BadInput, match="cannot be rewritten"):
         attempt("out", second, second)
     attempt("out", first, second)
     assert read_shards(tmp_path / "out") == read_shards(tmp_path / "whole")

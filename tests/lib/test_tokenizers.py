@@ -418,5 +418,5 @@ def test_training_says_what_it_cannot_do():
         with pytest.raises(BadInput, match=f"261.* to 1,000,000 ids, not {size:,}"):
             train_bpe(CORPUS, size)
     for texts in (CORPUS[:100], []):
-        with pytest.raises(BadInput, match=r"too small for a BPE of 5000 ids \(it gives \d+\)"):
+        with pytest.raises(BadInput, match=r"too small for a BPE of 5000 ids \(it yields \d+\)"):
             train_bpe(texts, 5000)
