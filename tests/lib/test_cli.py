@@ -444,7 +444,7 @@ def script(tmp_path):
     )
 
 
-FULL_DISK = "script.py: error: cannot go on (No space left on device): free some disk space\n"
+FULL_DISK = "script.py: error: cannot continue (No space left on device): free some disk space\n"
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ FULL_DISK = "script.py: error: cannot go on (No space left on device): free some
         ("--how rank", WHOLE, 2, "started rank\n", "script.py: error: only here\n"),
         ("--haw bad", {}, 2, "", "script.py: error: unknown flag --haw: did you mean --how?\n"),
         ("--how files", {}, 2, "started files\n",
-         "script.py: error: cannot go on (Too many open files): raise `ulimit -n`\n"),
+         "script.py: error: cannot continue (Too many open files): raise `ulimit -n`\n"),
         ("--how say", {}, 130, "started say\n", "\nhalf is done\n"),
         ("--how $(printf 'a\\377')", {}, 2, "",
          "script.py: error: --how is not UTF-8 text: 'a\\udcff'\n"),

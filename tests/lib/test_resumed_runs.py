@@ -496,7 +496,7 @@ def test_weights_that_are_nan_are_refused(whole, launch, tmp_path):
         assert result.returncode == 2
         assert result.stdout == ""
         assert result.stderr.count("\n") == 1
-        assert "ckpt_00008.pt holds weights that are NaN or infinite" in result.stderr
+        assert "ckpt_00008.pt has weights that are NaN or infinite" in result.stderr
     assert contents(folder) == before
     assert os.listdir(tmp_path / "log") == ["a"]
 
