@@ -285,7 +285,7 @@ def test_a_file_without_results_is_bad_input(content, tmp_path):
         path.write_text(content, encoding="latin-1")
     for name in (tmp_path, path):
         with pytest.raises(BadInput,
-                           match="eval_1.json.*: name a run folder|holds no eval_<step>.json"):
+                           match="eval_1.json.*: name a run folder|has no eval_<step>.json"):
             eval_harness.newest_results(name)
 
 
