@@ -55,7 +55,7 @@ def read_results(path):
     return json.loads(path.read_text())["results"]
 
 
-def test_one_and_two_processes_give_the_same_results(launch, checkpoint, tasks, tmp_path):
+def test_one_and_two_processes_have_the_same_results(launch, checkpoint, tasks, tmp_path):
     # the chat task generates, in batches of 2, 2 and 1 texts
     names = {"arc_easy", "wikitext", "arc_challenge_chat"}
     flags = ["--checkpoint", checkpoint, "--tasks", ",".join(names), "--limit", 5,
@@ -242,7 +242,7 @@ def test_limited_results_do_not_count_and_block_nothing(checkpoint, tasks, tmp_p
     assert saved["config"]["checkpoint"] == str(checkpoint)
 
 
-def test_results_with_a_context_are_apart(checkpoint, tasks, tmp_path):
+def test_results_with_a_context_are_separate(checkpoint, tasks, tmp_path):
     """The texts are longer than 48 tokens, so the context matters."""
     flags = ["--checkpoint", str(checkpoint), "--tasks", "wikitext", "--data_dir", str(tasks),
              "--device", "cpu"]

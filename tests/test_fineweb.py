@@ -183,7 +183,7 @@ def test_blank_txt_files_and_null_rows_of_large_strings_are_skipped(tmp_path):
     check_meta(tmp_path / "out", documents, skipped=3)
 
 
-def test_other_columns_may_hold_anything(tmp_path, capsys):
+def test_other_columns_may_contain_anything(tmp_path, capsys):
     """Through `datasets`, a column that changes type, appears late or has an unknown type made a
     file fail."""
     padding = "x" * 4000  # 12 MB of JSON: the library infers types from 10 MB at a time
@@ -397,7 +397,7 @@ def test_presets_name_datasets_of_the_hub(flags, dataset, name, out):
     (["--name", "CC-MAIN-2024-10"], "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens unknown; "
      "size on the hub unknown; licence ODC-By 1.0"),
     (["--docstrings"], "None"), (["--source", "a/b"], "None")])
-def test_what_is_known_of_a_corpus(flags, says):
+def test_what_is_known_about_a_corpus(flags, says):
     assert str(fineweb.corpus_of(fineweb.read_flags(flags).cfg)) == says
 
 
@@ -422,7 +422,7 @@ def fails(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "jsonl.gz", "json"])
-def test_a_missing_column_names_those_there_are(form, tmp_path, fails):
+def test_a_missing_column_lists_the_existing_ones(form, tmp_path, fails):
     source = write_source(tmp_path / "in", form, column="content")
     line = fails("--source", source)
     assert re.search(f"{source} has no column text: name one of (content, id|id, content) by "
@@ -453,7 +453,7 @@ DAMAGED = {
 LATE = ("torn.jsonl", "short.jsonl.gz", "inside.parquet")  # the beginning of the file is whole
 
 
-# by name: bytes that hold the time must not become part of a test's name
+# by name: bytes that contain the time must not become part of a test's name
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_named_and_what_is_written_stays(name, source, tmp_path, fails):
     (tmp_path / name).write_bytes(DAMAGED[name])

@@ -179,7 +179,7 @@ POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "
     (PRETRAINED | {"val_tokens": 10**7}, {}, dict(val_tokens=2**20)),
     (PRETRAINED | {"val_tokens": 65_536}, dict(val_tokens=99_999), dict(val_tokens=99_999)),
 ])
-def test_what_the_checkpoint_decides(before, flags, want):
+def test_settings_inherited_from_the_checkpoint(before, flags, want):
     cfg = posttrain.Config(**flags)
     cfg = resolve(cfg, posttrain.inherited(cfg, before, set(flags)))
     for name, value in want.items():
@@ -211,11 +211,11 @@ def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_fil
                           (10**9, 1024, 16_384), (10**9, 1000, 16_000),
                           (10**9, 3 * 1024, 4 * 3 * 1024), (10**9, 8 * 4096, 8 * 4096),
                           (2496, 32, 128), (2496, 2 * 32, 128), (100, 32, 32)])
-def test_steps_without_a_flag_are_small_enough_for_the_data(tokens, row, want):
+def test_the_default_batch_is_small_enough_for_the_data(tokens, row, want):
     assert posttrain.pick_batch(tokens, row) == want
 
 
-def test_little_data_is_learned_without_a_flag_and_a_resumed_run_keeps_its_batch(
+def test_little_data_is_learned_with_default_flags_and_a_resumed_run_keeps_its_batch(
         base, chat_file, tmp_path, log, capsys):
     def batch(name):
         return saved(log / name)["train_config"]["total_batch_size"]
@@ -261,8 +261,8 @@ def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_pat
 
 
 def loss_of(model, conversations):
-    """(ids, learned) each -> summed loss of what is learned, and its number of tokens. Padding ids
-    take part in the softmax, as in training."""
+    """(ids, learned) each -> summed loss of the learned tokens, and their number. Padding ids take
+    part in the softmax, as in training."""
     nats, count = 0.0, 0
     for ids, learned in conversations:
         logits = hidden(model, torch.tensor([ids[:-1]])) @ model.lm_head.weight.T
@@ -342,7 +342,7 @@ def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, l
     assert scalars(other) == scalars(whole)
 
 
-def test_a_run_begun_with_the_warm_up_of_pretraining_keeps_it(base, chat_file, log):
+def test_a_run_started_with_the_warm_up_of_pretraining_keeps_it(base, chat_file, log):
     """As runs were before the default of --warmup_steps became 0: a quarter of 12 steps, up to the
     1e-3 that falls over the other 9."""
     whole = post(base(), chat_file, log / "whole", "--save_every", 1, "--keep", 0, "--max_lr", 1e-3)
@@ -481,7 +481,7 @@ def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, ch
         assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
 
 
-def test_what_a_run_begins_with_leaves_memory(base, chat_file, log, monkeypatch):
+def test_the_initial_weights_are_freed(base, chat_file, log, monkeypatch):
     start = base()
     loaded = []  # weak references to what was loaded
     real_load = posttrain.load_checkpoint
@@ -531,7 +531,7 @@ def test_gpt2_learns_to_chat_and_is_named_by_its_run_folder(chat_file, tmp_path,
     assert f"log/post: ckpt_{best:05d}.pt, the " in capsys.readouterr().err
 
 
-def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, log,
+def test_a_second_round_and_other_scripts_read_the_checkpoint(base, chat_file, data, tmp_path, log,
                                                            launch):
     first = newest(post(base(*KINDS["modern"]), chat_file, log / "first"))
     second = newest(post(first, chat_file, log / "second"))
@@ -670,7 +670,7 @@ def test_what_a_run_needs_is_named_in_one_line(base, chat_file, log, bad, launch
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
-def test_a_run_continues_from_its_own_checkpoint_alone(base, data, chat_file, tmp_path, log,
+def test_a_run_continues_only_from_its_own_checkpoint(base, data, chat_file, tmp_path, log,
                                                        capsys):
     shutil.copytree(data, tmp_path / "old")
     folder = post(base(), chat_file, log / "post", "--replay_data", tmp_path / "old")

@@ -120,7 +120,7 @@ FAULTS = [dict(after=900, how="close"), dict(after=0, how="short"), dict(after=2
 @pytest.mark.parametrize("write, faults", [(write_parquet, []), (write_parquet, FAULTS),
                                            (write_jsonl, FAULTS)],
                          ids=["undisturbed", "disturbed parquet", "disturbed jsonl"])
-def test_streamed_text_gives_the_ids_of_the_files_whatever_the_network_does(
+def test_streamed_text_has_the_ids_of_the_files_despite_network_errors(
         write, faults, tmp_path, script):
     folder = write(tmp_path / "repo")
     with Hub({"some/corpus": folder}) as hub:
@@ -163,7 +163,7 @@ def test_a_killed_run_continues_in_the_middle_of_a_file_of_the_commit_it_began_w
 
 
 @pytest.mark.parametrize("how", [404, "close"])
-def test_a_hub_that_stays_away_is_one_line_and_the_same_command_continues(how, tmp_path, script):
+def test_an_unreachable_hub_is_one_line_and_the_same_command_continues(how, tmp_path, script):
     flags = ["--source", "some/corpus", "--out", "out", "--shard_size", 500, "--workers", 1]
     with Hub({"some/corpus": write_parquet(tmp_path / "repo")}) as hub:
         hub.break_off(PARTS[1], after=100, times=10**6, how=how)
@@ -222,7 +222,7 @@ def test_every_corpus_has_a_licence_and_a_size():
             assert row.disk == pytest.approx(2 * row.tokens, rel=1e-3)
 
 
-def test_what_is_known_of_shards_is_printed_before_they_are_downloaded(tmp_path, script):
+def test_the_description_of_shards_is_printed_before_the_download(tmp_path, script):
     with Hub({"kjj0/fineweb10B-gpt2": write_foreign(tmp_path / "repo", train=1)}) as hub:
         done = script(hub, "--pretokenized", "fineweb-10BT")
     check_quiet(done)
@@ -232,7 +232,7 @@ def test_what_is_known_of_shards_is_printed_before_they_are_downloaded(tmp_path,
 
 
 @pytest.mark.parametrize("form", ["bin", "npy"])
-def test_shards_of_others_arrive_whole_and_only_once(form, tmp_path, script):
+def test_ready_made_shards_are_downloaded_completely_and_once(form, tmp_path, script):
     folder = write_foreign(tmp_path / "repo", form)
     out = tmp_path / "out"
     flags = ["--pretokenized", "some/shards", "--out", "out"]

@@ -1,4 +1,4 @@
-"""What follows from settings, and checks across them: python -m pytest tests/lib/test_plan.py"""
+"""The plan of a run, and checks across settings: python -m pytest tests/lib/test_plan.py"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ def test_flags_that_exclude_or_need_each_other(changes, explicit, says):
     (3, 2, "--micro_batch 3 must divide the 2 sequences .* / 2 processes"),
     (4, 2, "--micro_batch 4 must divide the 2"),
 ])
-def test_a_step_is_shared_out_evenly(micro_batch, processes, says):
+def test_a_step_is_divided_evenly(micro_batch, processes, says):
     cfg = replace(CFG, total_batch_size=4096, micro_batch=micro_batch)  # 4 sequences of 1,024
     if says is None:
         check_batch(cfg, 1024, processes)

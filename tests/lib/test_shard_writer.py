@@ -102,7 +102,7 @@ def test_shards_of_any_size(flags, source, tmp_path):
     check_meta(tmp_path / "out", DOCUMENTS if is_whole else None)
 
 
-def test_a_split_within_a_document_has_no_number_of_documents(tmp_path, capsys):
+def test_a_split_within_a_document_counts_no_documents(tmp_path, capsys):
     make(write_source(tmp_path, "jsonl", ["one word after another " * 50]), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "tokens of 1 documents, train " in printed and "of 0 documents" not in printed
@@ -225,7 +225,7 @@ def test_a_run_killed_before_its_first_shard_trains_its_tokenizer_again(
     assert Shards(out).tokens["val"] == 2000
 
 
-def test_a_vocabulary_beyond_uint16_gives_uint32(source, tmp_path, monkeypatch):
+def test_a_vocabulary_beyond_uint16_uses_uint32(source, tmp_path, monkeypatch):
     gpt2 = load_tokenizer("gpt2")
     monkeypatch.setattr(fineweb, "load_tokenizer", lambda spec: gpt2)
     monkeypatch.setattr(gpt2, "vocab_size", 2**16 + 1)
@@ -260,7 +260,7 @@ def train_another(path):
 @pytest.mark.parametrize("complete", [True, False])
 def test_shards_without_their_own_tokenizer_are_neither_complete_nor_continued(
         complete, change, bpe_made, tmp_path):
-    """A newly trained tokenizer is no remedy: its ids mean other text."""
+    """A newly trained tokenizer would not help, as its ids mean other text."""
     source, folder = bpe_made
     out = shutil.copytree(folder, tmp_path / "out")
     change(out / "tokenizer.json")
@@ -284,7 +284,7 @@ class Died(BaseException):
      ("after", ("--max_tokens", 20_011)), ("after", ("--val_tokens", 0)),
      ("after", ("--shard_size", 10**7)), ("before", ("--dedup",)), ("after", ("--dedup",))],
     ids=str)
-def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(
+def test_a_run_that_dies_at_every_single_write_has_the_same_shards(
         when, flags, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "TXT_LINES", 7)
     monkeypatch.setattr(text_files, "BATCH_ROWS", 40)
@@ -401,7 +401,7 @@ def test_a_run_begun_by_an_older_fineweb_is_continued_and_repaired(source, tmp_p
 
 
 # --------------------------------------------------------------------------------------------------
-# What is missing or damaged is made again
+# Missing or damaged shards are rewritten
 
 
 def cut_off(path):
@@ -449,7 +449,7 @@ def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(
 
 
 def test_a_repair_that_fails_leaves_what_dedup_has_seen(tmp_path, monkeypatch):
-    """The second of two files is torn. While a shard of the first is missing, that file holds the
+    """The second of two files is torn. While a shard of the first is missing, that file has the
     second's text for a while: short documents."""
     monkeypatch.setattr(text_files, "BATCH_ROWS", 5)
     monkeypatch.setattr(text_files.Seen, "BUCKETS", 2**12)

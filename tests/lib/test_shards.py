@@ -74,7 +74,7 @@ def check_damaged(path):
         read_shard(path)
 
 
-def test_what_cannot_be_read_is_not_called_damaged(tmp_path):
+def test_an_unreadable_file_is_not_called_damaged(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "link.npy").symlink_to("nowhere")
     (tmp_path / "folder.bin").mkdir()
@@ -357,7 +357,7 @@ def test_a_wrong_meta_json_is_one_line(changes, made, tmp_path):
     check_damaged_meta(copy(made, tmp_path / "out", **changes), made.parent / "a.jsonl")
 
 
-def test_a_meta_json_by_hand_needs_the_tokenizer_alone(tmp_path):
+def test_a_meta_json_by_hand_only_needs_the_tokenizer(tmp_path):
     save(tmp_path, a_val_000000=[1, 2], a_train_000001=[3])
     (tmp_path / "meta.json").write_text('{"tokenizer": "o200k_base", "by": "hand"}')
     assert Shards(tmp_path).tokenizer == "o200k_base"

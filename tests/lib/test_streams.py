@@ -208,7 +208,7 @@ def curriculum_run(sources, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", ["other data", "larger batches"])
-def test_a_curriculum_counts_the_steps_of_the_run_whatever_changes(
+def test_a_curriculum_counts_the_steps_of_the_run_after_any_change(
         change, curriculum_run, sources, tokenizer, tmp_path):
     changed = ["--total_batch_size", 512]
     if change == "other data":
@@ -298,7 +298,7 @@ def pieces_of(tokens, seed=0):
 
 
 @pytest.mark.parametrize("batches", [[40], [8, 8, 8, 8, 8], [3, 20, 1, 16]])
-def test_an_iterator_gives_its_tokens_in_batches_of_any_size_and_after_a_resume(batches):
+def test_an_iterator_yields_its_tokens_in_batches_of_any_size_and_after_a_resume(batches):
     tokens = np.arange(31)  # shorter than the batches: it begins again
     endless = np.resize(tokens, 100)
     stream = IteratorStream(partial(pieces_of, tokens))

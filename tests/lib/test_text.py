@@ -1,4 +1,4 @@
-"""Text out of files and of a hub. Run: python -m pytest tests/lib/test_text.py"""
+"""Text from files and from a hub. Run: python -m pytest tests/lib/test_text.py"""
 
 import json
 import random

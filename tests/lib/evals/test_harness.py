@@ -489,7 +489,7 @@ def test_names(manager, monkeypatch):
 
 @pytest.mark.slow
 def test_tasks_outside_the_folders_searched_first_are_found():
-    """Even those whose names start like one of the folders."""
+    """Also if their names start like one of the folders."""
     assert harness.find_tasks("hellaswag_fr,arc_easy")[1] == ["hellaswag_fr", "arc_easy"]
 
 
@@ -545,7 +545,7 @@ def test_once_stopped_no_forward_pass_is_made(model, manager, data, processes):
 
 def test_tasks_that_cannot_run(adapters, manager, data, monkeypatch):
     tasks = harness.load_tasks(manager, ["piqa"], data)
-    # the harness's own adapter gives each process a share of the items
+    # the harness's own adapter divides the items among the processes
     several = SimpleNamespace(world_size=7)
     with pytest.raises(BadInput, match="piqa: 6 items for 7 processes: raise --limit"):
         harness.run_tasks(several, tasks)

@@ -124,7 +124,7 @@ def test_cleaning_takes_linear_time():  # the harness's takes many minutes
 
 def test_long_rows_are_truncated_as_in_the_harness(tokenizer, monkeypatch):
     """The harness feeds all tokens but the last, so it scores one token more than the context
-    holds."""
+    length."""
     torch.manual_seed(0)
     config = tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=24, init="xavier")
     model = GPT(config).eval()
