@@ -48,7 +48,7 @@ from lib.logger import read_scalars, without_compilation
 from lib.moe import ExpertConfig
 from lib.plan import make_plan
 from lib.signals import StopSignals
-from train_gpt2 import check_model, settings, size_of
+from train_gpt2 import TrainConfig, check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
 # flags that ablate.py sets, or that make no sense in an ablation
@@ -135,7 +135,7 @@ def default_changes(base: list[str]) -> dict[str, list[str]]:
     return changes
 
 
-def choices(config, field):
+def choices(config: typing.Any, field: dataclasses.Field) -> tuple:
     """The values of a field to try."""
     if isinstance(field.default, bool):
         return (True, False)
@@ -167,7 +167,7 @@ def read_changes(path: str) -> dict[str, list[str]]:
     return changes
 
 
-def shared(train):
+def shared(train: TrainConfig) -> dict[str, typing.Any]:
     """The settings that must be equal for losses to be comparable: data, validation, length."""
     return {name: getattr(train, name) for name in ("data", "val_tokens", length_flag(train))}
 
@@ -201,7 +201,7 @@ def check_flags(base: list[str], words: list[str]) -> str:
     return train.device
 
 
-def flag_names(words):
+def flag_names(words: list[str]) -> set[str]:
     """The names of the flags among words of a command line."""
     return {word.partition("=")[0].lstrip("-") for word in words if word.startswith("-")}
 
@@ -385,7 +385,7 @@ def with_spread(values: list[float]) -> str:
     return f"{mean} ± {(max(values) - min(values)) / 2:.1f}"
 
 
-def markdown(cells):
+def markdown(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -422,7 +422,7 @@ def table(runs: list[Run], price: float | None) -> str:
     return "\n".join(lines)
 
 
-def row(group, base, price):
+def row(group: list[Run], base: list[Run], price: float | None) -> list[str]:
     """The cells of one change: its runs, compared with the base's of the same seeds."""
     loss_of_base = {one.seed: one.loss for one in base}
     losses = ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group)
@@ -445,7 +445,7 @@ def row(group, base, price):
     return cells
 
 
-def mean_of(group, name):
+def mean_of(group: list[Run], name: str) -> float:
     return statistics.mean(getattr(one, name) for one in group)
 
 

@@ -10,7 +10,7 @@ the right, and attends only to its own tokens.
 
 import codecs
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lib.attention import FlashFirst, MaskedFirst, attention, flash_fits
 from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast, cast, to_host
 from lib.moe import is_capturable
-from lib.tokenizers import END
+from lib.tokenizers import END, Tokenizer
 
 # A masked decoding step attends to a multiple of SPAN positions. Few distinct shapes mean few CUDA
 # graphs to capture.
@@ -79,7 +79,8 @@ class KVCache:
         self.tensors: dict = {}  # layer -> (keys, values), (rows, length, H, D) each
         self.last: dict = {}     # layer -> the input of the newest token, (rows, C)
 
-    def at(self, rows, positions, ends, attend_cache=None):
+    def at(self, rows: torch.Tensor, positions: torch.Tensor, ends: torch.Tensor,
+           attend_cache: Callable | None = None) -> "KVCache":
         """Set up the next forward pass over n texts of T new tokens each, and return self.
 
         rows: int64 (n,), the rows of the cache. positions: int64 (n, T), of the new tokens. ends:
@@ -93,7 +94,8 @@ class KVCache:
         self.attend_cache = attend_cache
         return self
 
-    def attend(self, layer, q, k, v, dropout=0.0):
+    def attend(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               dropout: float = 0.0) -> torch.Tensor:
         """Store the new keys and values of a layer and attend, (n, T, H, D) each. No dropout."""
         k = cast(k)  # as attention does
         v = cast(v)
@@ -107,11 +109,11 @@ class KVCache:
         n = len(q)
         return self.attend_cache(q, keys[:n], values[:n])
 
-    def empty_like(self, new):
+    def empty_like(self, new: torch.Tensor) -> torch.Tensor:
         """Zeros for the whole cache, with the head shape and dtype of `new` (n, T, H, D)."""
         return new.new_zeros(self.rows, self.length, *new.shape[2:])
 
-    def previous(self, layer, x):
+    def previous(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The previous token's vector for each of the new tokens x (n, T, C), also (n, T, C); zeros
         before the first token of a text."""
         if layer not in self.last:
@@ -124,7 +126,7 @@ class KVCache:
         last[self.order] = x[torch.arange(len(x), device=x.device), self.ends]
         return torch.cat((before, x[:, :-1]), dim=1)
 
-    def move(self, row, to):
+    def move(self, row: int, to: int) -> None:
         """Copy the text in `row` to row `to`."""
         for keys, values in self.tensors.values():
             keys[to] = keys[row]
@@ -141,7 +143,7 @@ class SeparateBias(nn.Linear):
     """A linear layer that adds its bias after the product. Inductor turns a product of one row into
     a fused sum (see Decoder), but not a product with a bias."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight) + self.bias
 
 
@@ -355,7 +357,8 @@ def draw(logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int = 0
     return drawn.squeeze(-1)
 
 
-def cut_nucleus(logits, temperature, top_p):
+def cut_nucleus(logits: torch.Tensor, temperature: float | torch.Tensor,
+                top_p: float | torch.Tensor) -> torch.Tensor:
     """Set sorted logits to -inf where the likelier ones together already have probability top_p."""
     # Dividing by less than 1e-6 would overflow. A number stays a number: copying it to the GPU
     # would wait for the running step.
@@ -409,7 +412,8 @@ class Text:
     text: the text so far, without the end token or stop string. ended: None, "stop" or "length".
     """
 
-    def __init__(self, tokenizer, limit: int, stop: Sequence[str] = (), ends=None):
+    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Sequence[str] = (),
+                 ends: Iterable[int] | None = None):
         self.tokenizer = tokenizer
         self.limit = limit
         self.stop = [string for string in stop if string]
@@ -443,7 +447,7 @@ class Text:
         self.text += piece
         return piece
 
-    def certain(self):
+    def certain(self) -> int:
         """Number of held characters that certainly belong to the text; ends it at a stop string."""
         found = [self.held.find(string) for string in self.stop]
         found = [start for start in found if start >= 0]
@@ -454,7 +458,7 @@ class Text:
             return len(self.held)
         return len(self.held) - self.started()
 
-    def started(self):
+    def started(self) -> int:
         """Number of characters at the end of `held` that may be the start of a stop string."""
         longest = 0
         for string in self.stop:
@@ -464,7 +468,7 @@ class Text:
         return longest
 
 
-def sample(model: Any, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
+def sample(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], cfg: SampleConfig,
            show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
     """Continue each prompt cfg.samples times -> the texts, prompts included.
 
@@ -478,7 +482,7 @@ def sample(model: Any, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def continuations(model: Any, tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
+def continuations(model: Any, tokenizer: Tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
                   show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
     """Continue each list of ids -> the new texts.
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.cli import BadInput, flag
-from lib.devices import cast
+from lib.devices import Processes, cast
 
 MULTIPLE = 8  # grouped_mm needs widths that are multiples of this: rows of 16 bytes in bf16
 # Change of a bias per step. DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is
@@ -32,7 +32,7 @@ BALANCE_LOSS = 1e-2
 STARVED = 0.01
 PATIENCE = 20  # consecutive steps that an expert is starved before it is reported
 
-SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
+SCORES: dict[str, Callable] = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def expert_width(config: ExpertConfig, hidden: int) -> int:
     return share // MULTIPLE * MULTIPLE
 
 
-def check_experts(config, hidden: int) -> None:
+def check_experts(config: Any, hidden: int) -> None:
     """Raises BadInput if the experts of a GPTConfig cannot be built.
 
     hidden: hidden units of the dense MLP.
@@ -262,7 +262,7 @@ class MoE(nn.Module):
     seen: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, config, mlp):
+    def __init__(self, config: Any, mlp: Any):
         super().__init__()
         E = config.n_experts
         C = config.n_embd
@@ -344,7 +344,7 @@ class LoadBalancer:
     A no-op for a dense model.
     """
 
-    def __init__(self, model: nn.Module, processes, say: Callable[[str], Any]):
+    def __init__(self, model: nn.Module, processes: Processes, say: Callable[[str], Any]):
         """say: called with a line about starved experts.
 
         Discards what memory-probing passes left in the layers.

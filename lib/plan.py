@@ -1,13 +1,17 @@
 """The plan of a run, derived from its settings, data and machine, and checks that settings fit
 each other."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import torch
 
 from lib.budget import LENGTHS, UNMEASURED, batch_size, steps_of
 from lib.cli import BadInput
 from lib.devices import memory_bytes
 from lib.moe import ExpertConfig
+from lib.streams import CorpusLike
 from lib.timer import StepTimer
 
 EVALUATIONS = 10  # validations per run if --eval_every is unset, the default in posttrain.py
@@ -38,7 +42,8 @@ class RunPlan:
     micro_batch: int | None = None  # sequences per forward pass; None until memory is probed
 
 
-def make_plan(settings: Settings, corpus, parameters: int | None, world_size: int) -> RunPlan:
+def make_plan(settings: Settings, corpus: CorpusLike, parameters: int | None,
+              world_size: int) -> RunPlan:
     """The RunPlan of a run, before its micro-batch is known.
 
     parameters: number of parameters of the model, None if unknown. Raises BadInput if the settings
@@ -106,7 +111,7 @@ def check_flags(settings: Settings, steps: int) -> None:
                        "give a smaller one")
 
 
-def check_batch(cfg, block_size: int, world_size: int) -> None:
+def check_batch(cfg: Any, block_size: int, world_size: int) -> None:
     """Raises BadInput unless a step is a whole number of sequences per process, and these divide
     into micro-batches."""
     first = batch_size(0, cfg)
@@ -132,7 +137,7 @@ def check_batch(cfg, block_size: int, world_size: int) -> None:
             f"step ({total} / --block_size {block_size} / {world_size} processes)")
 
 
-def check_memory(tensors, device) -> None:
+def check_memory(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
     """Raises BadInput if `device` lacks the memory for these tensors: a model's weights, gradients
     and optimizer state."""
     needed = sum(t.numel() * t.element_size() for t in tensors)

@@ -14,6 +14,7 @@ import torch
 from lib import checkpoint
 from lib.cli import BadInput, note, resolve
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
+from lib.streams import CorpusLike, StreamLike
 
 # flags that select the training text
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
@@ -47,7 +48,7 @@ class Resume:
     changed: list[str] = field(default_factory=list)  # differences from the checkpoint, as text
     other_text: bool = False  # see compare_text
 
-    def adopt(self, cfg, model_cfg, explicit: set[str]):
+    def adopt(self, cfg: Any, model_cfg: Any, explicit: set[str]) -> tuple[Any, Any]:
         """-> (cfg, model_cfg) with the checkpoint's settings, except explicit ones.
 
         Also checks the checkpoint's training state. Raises BadInput if an explicit setting does not
@@ -119,7 +120,7 @@ class Resume:
                            "count from the first step of the run: give more, or leave "
                            "--curriculum out")
 
-    def compare_text(self, cfg, corpus, explicit: set[str]) -> None:
+    def compare_text(self, cfg: Any, corpus: CorpusLike, explicit: set[str]) -> None:
         """Note whether the training data differs from what the checkpoint was trained on.
 
         Raises BadInput if it does and no explicit flag selects the text.
@@ -135,7 +136,8 @@ class Resume:
                            "from its start")
         self.changed.append("other training data, read from its beginning")
 
-    def restore(self, model, optimizer, stream, tokenizer: str) -> Position:
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, stream: StreamLike,
+                tokenizer: str) -> Position:
         """Load weights, optimizer state and data position.
 
         tokenizer: spec of the data's tokenizer. Raises BadInput. Writes no files.
@@ -195,7 +197,8 @@ def may_change(before: dict, block_size: int | None = None) -> set[str]:
     return free
 
 
-def merge(config, before: dict, explicit: set[str], free: set[str]):
+def merge(config: Any, before: dict, explicit: set[str],
+          free: set[str]) -> tuple[Any, list[str], list[str]]:
     """-> (config with the settings of `before`, except explicit ones, changed, misfits).
 
     changed, misfits: text about explicit settings that differ from `before` and are in `free`, or
@@ -219,11 +222,11 @@ def merge(config, before: dict, explicit: set[str], free: set[str]):
     return resolve(config, earlier), changed, misfits
 
 
-def as_text(value) -> str:
+def as_text(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def leaves(state) -> list:
+def leaves(state: Any) -> list:
     """The values in nested dicts and lists, in order."""
     if isinstance(state, dict):
         state = list(state.values())
@@ -235,7 +238,7 @@ def leaves(state) -> list:
     return found
 
 
-def load_optimizer(optimizer, state: dict, updates: int) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, updates: int) -> None:
     """Load an optimizer's state after `updates` steps, but keep its own settings (weight decay,
     betas, ...). Raises ValueError if the state does not fit."""
     groups = optimizer.param_groups
@@ -255,7 +258,7 @@ def load_optimizer(optimizer, state: dict, updates: int) -> None:
         check_moments(optimizer, group, updates)
 
 
-def check_moments(optimizer, group: dict, updates: int) -> None:
+def check_moments(optimizer: torch.optim.Optimizer, group: dict, updates: int) -> None:
     """Raises ValueError unless the loaded state of a group's parameters has the form that it has
     after `updates` steps."""
     expected = {}  # by shape
@@ -266,7 +269,7 @@ def check_moments(optimizer, group: dict, updates: int) -> None:
             raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
 
 
-def state_after_step(optimizer, group, p):
+def state_after_step(optimizer: Any, group: dict, p: torch.Tensor) -> dict:
     """The optimizer's state for a parameter like `p`, found by taking a step."""
     like = torch.nn.Parameter(torch.zeros_like(p))
     like.grad = torch.zeros_like(p)
@@ -288,7 +291,7 @@ def kinds(state: dict) -> dict:
     return found
 
 
-def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
+def find_resume(cfg: Any, explicit: set[str]) -> tuple[Resume | None, dict]:
     """--resume and --run_name -> (a Resume or None, log_dir and run_name of the run as a dict).
 
     The run's own checkpoints take precedence over the one it started from, so that running the

@@ -5,7 +5,7 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -63,7 +63,7 @@ def tables(freq: torch.Tensor, scale: float, length: int) -> tuple[torch.Tensor,
     return angle.cos() * scale, angle.sin() * scale
 
 
-def extend(model, cfg: ContextConfig):
+def extend(model: Any, cfg: ContextConfig) -> Any:
     """Set the context length of a trained GPT, in place; returns it.
 
     Raises BadInput if it has too few learned positions, or if --rope_scaling has no effect.

@@ -33,7 +33,9 @@ from lib.files import (
 )
 from lib.logger import Logger, Null, quoted
 from lib.provenance import commit, launch_id, save_code, this_command
+from lib.resume import Position, Resume
 from lib.rewind import rewind
+from lib.streams import CorpusLike
 
 # the first columns of TensorBoard's HPARAMS table
 FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
@@ -50,7 +52,7 @@ class RunFolder:
     Call `begin` before anything else and `close` at the end.
     """
 
-    def __init__(self, cfg, resume, corpus):
+    def __init__(self, cfg: Any, resume: Resume | None, corpus: CorpusLike):
         """Create the folder, or take over the folder of an interrupted run, and lock it.
 
         cfg: a TrainConfig. resume: a Resume or None. Raises BadInput if the folder has other
@@ -63,14 +65,16 @@ class RunFolder:
         self.tokens_of = partial(tokens_of, cfg=cfg)
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
-        self.log = Null()
-        self.writer = Null()
+        self.log: Any = Null()
+        self.writer: Any = Null()
         self.open_locks = contextlib.ExitStack()
-        self.seconds = 0.0     # time of training steps since this start
-        self.results = {}      # {tag: latest result} of evaluations
-        self.saved = None      # step of the newest checkpoint that is written or being written
-        self.best = None       # [validation loss, step] of the best checkpoint that is written
-        self.candidate = None  # the same of a checkpoint that becomes the best once it is written
+        self.seconds = 0.0  # time of training steps since this start
+        self.results: dict[str, Any] = {}  # latest result of each evaluation, by tag
+        # step of the newest checkpoint that is written or being written
+        self.saved: int | None = None
+        # [validation loss, step] of the best checkpoint that is written, and of the next best one
+        self.best: list | None = None
+        self.candidate: list | None = None  # becomes `best` once it is written
         self.made = make_folder(self.folder, "give another --log_dir")
         try:
             self._take_over(resume.seen if resume else set())
@@ -83,7 +87,7 @@ class RunFolder:
             raise
 
     @staticmethod
-    def null():
+    def null() -> Any:
         return Null()
 
     def _take_over(self, seen: set[int]) -> None:
@@ -112,8 +116,8 @@ class RunFolder:
             return False
         return re.search(rf"^{length - 1} train ", self._read_log(), re.MULTILINE) is not None
 
-    def begin(self, config: dict[str, Any], description: str, position, resume,
-              like: Iterable[torch.Tensor]) -> None:
+    def begin(self, config: dict[str, Any], description: str, position: Position,
+              resume: Any, like: Iterable[torch.Tensor]) -> None:
         """Rewind the folder to the first step, write config.json and open the log.
 
         config: settings and identity of the run, for config.json and every checkpoint. position: a

@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lib.cli import BadInput
 from lib.decoding import Decoder, NonFinite, Text, draw
 from lib.devices import autocast, compute_dtype, memory_bytes, to_host
+from lib.tokenizers import Tokenizer
 
 # Prompt tokens prefilled per step, padding included (or one prompt): running texts wait for them.
 PREFILL = 8192
@@ -62,7 +64,7 @@ class Reply:
     error: an Exception if generation failed.
     """
 
-    def __init__(self, request: Request, tokenizer, window: int):
+    def __init__(self, request: Request, tokenizer: Tokenizer, window: int):
         self.request = request
         self.error: Exception | None = None
         self.cancelled = False
@@ -136,8 +138,8 @@ class Engine:
     BadInput if the cache does not fit in memory.
     """
 
-    def __init__(self, model, tokenizer, slots: int, waiting: int = 256, top_k: int = 0,
-                 seed: int = 0, graphs: bool = False):
+    def __init__(self, model: Any, tokenizer: Tokenizer, slots: int, waiting: int = 256,
+                 top_k: int = 0, seed: int = 0, graphs: bool = False):
         self.tokenizer = tokenizer
         self.slots = slots
         self.most_waiting = waiting

@@ -129,11 +129,11 @@ class Stream:
         self.ahead = {}  # (n, *position) -> future of that batch
         self.cutter = ThreadPoolExecutor(max_workers=1)
 
-    def read_batch(self, n: int, *position):
+    def read_batch(self, n: int, *position) -> tuple:
         """-> (the batch of n tokens from `position` on, *the position after it)."""
         raise NotImplementedError
 
-    def next(self, n: int):
+    def next(self, n: int) -> Any:
         """The next batch, of n tokens. Advances by n."""
         self.prefetch(n)
         (future,) = self.ahead.values()
@@ -176,7 +176,7 @@ def _frozen(value):
     return value
 
 
-def unchanged(batch):
+def unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -210,7 +210,7 @@ class IteratorStream(Stream):
             raise ValueError("the iterator is empty")
         return np.asarray(piece, dtype=np.int64)
 
-    def read_batch(self, n, tokens):
+    def read_batch(self, n: int, tokens: int) -> tuple:
         """-> (n + 1 tokens from position `tokens` on, transformed; tokens + n)."""
         if tokens < self.first:
             self._restart()
@@ -258,11 +258,11 @@ class Mixture(Stream):
         places = tuple(stream.position for stream in streams)
         super().__init__(0, (0,) * len(streams), places)
 
-    def resume_at(self, step):
+    def resume_at(self, step: int) -> None:
         # counted from the run's first step, so that a finished curriculum does not start again
         self.before = self.corpus.tokens_of(step) - sum(self.position[1])
 
-    def read_batch(self, n, rows, tokens, places):
+    def read_batch(self, n: int, rows: int, tokens: Any, places: Any) -> tuple:
         """-> (n tokens from a position on as whole rows, each with its last target, transformed;
         the next position: rows, tokens, places)."""
         T = self.block_size
@@ -288,7 +288,7 @@ class Mixture(Stream):
         ends = self.corpus.shares(tokens + self.block_size * np.arange(n)).cumsum(axis=1)
         return (points[:, None] >= ends[:, :-1] / ends[:, -1:]).sum(axis=1)
 
-    def where(self, state):
+    def where(self, state: dict[str, Any]) -> str:
         texts = []
         places = zip(self.corpus.sources, self.streams, state["places"], strict=True)
         for source, stream, place in places:
@@ -296,7 +296,7 @@ class Mixture(Stream):
             texts.append(f"{source.name} {stream.where(position)}")
         return "; ".join(texts)
 
-    def progress(self):
+    def progress(self) -> dict[str, float]:
         """Tokens and epoch of each source so far, and its share of the next row."""
         _, tokens, places = self.position
         shares = self.corpus.shares(np.array([self.before + sum(tokens)]))[0]
@@ -330,7 +330,7 @@ class TokenRows:
         documents = np.zeros_like(rows[:, 1:])
         return np.stack((rows[:, :-1], rows[:, 1:], documents), axis=1), *position
 
-    def progress(self, position):
+    def progress(self, position: tuple) -> dict[str, float]:
         """The stream's own progress at a position."""
         self.stream.position = position
         return self.stream.progress()
@@ -345,7 +345,8 @@ class Rows(Stream):
 
     names = "rows", "data", "replay"
 
-    def __init__(self, data, replay=None, share: float = 0.0, transform: Callable = unchanged):
+    def __init__(self, data: Any, replay: Any = None, share: float = 0.0,
+                 transform: Callable = unchanged):
         """data, replay: a lib.packing.RowSource or TokenRows each. transform: callable run in the
         prefetch thread, rows (n, 3, T) -> the return value of `next`."""
         self.sources = (data, replay)
@@ -368,7 +369,7 @@ class Rows(Stream):
                 places[i] = tuple(place)
         return self.transform(batch), rows + len(numbers), *places
 
-    def where(self, state):
+    def where(self, state: dict[str, Any]) -> str:
         texts = []
         for source, name in zip(self.sources, ("data", "replay")):
             if source is not None:
@@ -376,7 +377,7 @@ class Rows(Stream):
                 texts.append(source.where(position))
         return "; replay ".join(texts)
 
-    def progress(self):
+    def progress(self) -> dict[str, float]:
         return self.sources[0].progress(self.position[1])
 
 

@@ -33,6 +33,7 @@ from lib.devices import Processes, autocast
 from lib.evals.hellaswag import check_item, clean, split_context
 from lib.evals.scoring import failing_alone, score
 from lib.huggingface import cache_only_without_network
+from lib.tokenizers import Tokenizer
 
 # Tokens per forward pass, padding included. In rolling tasks each token has fp32 logits.
 BATCH_TOKENS = 8_192
@@ -208,9 +209,9 @@ class Adapter:
         return [text.text for text in texts]
 
 
-def adapter(model: torch.nn.Module, tokenizer, processes: Processes,
+def adapter(model: torch.nn.Module, tokenizer: Tokenizer, processes: Processes,
             batch_size: int | str = "auto", dtype: str = "auto", progress: bool = False,
-            stopped: Callable[[], bool] = lambda: False):
+            stopped: Callable[[], bool] = lambda: False) -> Any:
     """Wrap a GPT in eval mode and its Tokenizer as a language model of the harness.
 
     generate_until supports greedy decoding, temperature, stop strings and max_gen_toks. progress:
@@ -229,7 +230,7 @@ def adapter(model: torch.nn.Module, tokenizer, processes: Processes,
 # Finding and loading tasks
 
 
-def task_manager(names):
+def task_manager(names: list[str]) -> Any:
     """The harness's index of tasks, limited to FOLDERS if these have all `names`.
 
     Raises BadInput if the harness is not installed.
@@ -271,7 +272,7 @@ def find_tasks(names: str) -> tuple[Any, list[str]]:
     return manager, list(dict.fromkeys(found))
 
 
-def load_tasks(manager, names: list[str], data_dir: str | None = None) -> list:
+def load_tasks(manager: Any, names: list[str], data_dir: str | None = None) -> list:
     """Task names -> list of the harness's Task and Group objects, with data from the hub or from
     jsonl files in data_dir.
 
@@ -288,9 +289,9 @@ def load_tasks(manager, names: list[str], data_dir: str | None = None) -> list:
     return loaded
 
 
-def single_tasks(items):
+def single_tasks(items: list) -> list:
     """The harness's Task and Group objects -> list of all Task objects."""
-    found = []
+    found: list = []
     for item in items:
         found += item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
     return found
@@ -355,7 +356,7 @@ def _load_from_file(manager, name, data_dir):
     return task
 
 
-def root_cause(error):
+def root_cause(error: BaseException) -> str:
     """The first exception of a chain, as text."""
     while error.__cause__:
         error = error.__cause__
@@ -363,7 +364,7 @@ def root_cause(error):
     return f"{type(error).__name__}: {text}"
 
 
-def find_file(folder, task, endings):
+def find_file(folder: str, task: str, endings: tuple[str, ...]) -> Path | None:
     """The first <task><ending>.jsonl in the folder, or None."""
     for ending in endings:
         path = Path(folder, f"{task}{ending}.jsonl")
@@ -372,7 +373,7 @@ def find_file(folder, task, endings):
     return None
 
 
-def check_docs(task):
+def check_docs(task: Any) -> None:
     """Raises ValueError on an item that the harness would score wrongly: a null in its templates,
     or no correct choice."""
     config = task.config.to_dict()
@@ -388,7 +389,7 @@ def check_docs(task):
             check_answers(task, doc, number)
 
 
-def check_answers(task, doc, number):
+def check_answers(task: Any, doc: dict, number: int) -> None:
     """Raises ValueError if a correct answer is not among the choices."""
     answers = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     choices = task.doc_to_choice(doc)
@@ -467,7 +468,7 @@ def _convert_row(convert, row):
         raise ValueError(f"does not fit the task ({type(error).__name__}: {error})") from error
 
 
-def read_question(item, fewest, most):
+def read_question(item: dict, fewest: int, most: int) -> str:
     """The question of an item with query, choices and gold. Raises ValueError unless it has
     `fewest` to `most` choices and gold is the index of one of them."""
     choices = item["choices"]
@@ -480,7 +481,7 @@ def read_question(item, fewest, most):
     return item["query"].removeprefix("Question:").strip()
 
 
-def arc(item):
+def arc(item: dict) -> dict:
     question = read_question(item, 2, 8)
     texts = item["choices"]
     letters = "ABCDEFGH"[:len(texts)]
@@ -491,17 +492,17 @@ def arc(item):
     }
 
 
-def piqa(item):
+def piqa(item: dict) -> dict:
     goal = read_question(item, 2, 2)
     first, second = item["choices"]
     return {"goal": goal, "sol1": first, "sol2": second, "label": item["gold"]}
 
 
-def lambada(item):
+def lambada(item: dict) -> dict:
     return {"text": " ".join((item["context"], item["continuation"]))}
 
 
-def hellaswag(item):
+def hellaswag(item: dict) -> dict:
     ctx_a, ctx_b = split_context(item["ctx"])
     return check_item(dict(item)) | {"ctx_a": ctx_a, "ctx_b": ctx_b}
 
@@ -521,7 +522,7 @@ COLUMNS: dict = {
 # Results
 
 
-def run_tasks(lm, tasks: list, limit: int | None = None, bootstrap: int = BOOTSTRAP,
+def run_tasks(lm: Any, tasks: list, limit: int | None = None, bootstrap: int = BOOTSTRAP,
               progress: bool = False) -> dict:
     """Evaluate a language model on the tasks of load_tasks -> the harness's results, on every
     process.
@@ -559,7 +560,7 @@ def run_tasks(lm, tasks: list, limit: int | None = None, bootstrap: int = BOOTST
     return results
 
 
-def run_task(lm, loaded, limit, bootstrap):
+def run_task(lm: Any, loaded: dict, limit: int | None, bootstrap: int) -> dict:
     """The harness's results on one task or group, or {"failed": {name: reason}}."""
     from lm_eval import evaluator
 
@@ -591,7 +592,7 @@ def headlines(results: dict) -> dict[str, str]:
     return found
 
 
-def tracked(cfg, tokenizer, processes: Processes) -> Callable:
+def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes) -> Callable:
     """The tasks of --eval_tasks during training: a function (model, micro_batch, stopped) ->
     {tag: headline metric, or the reason why it is missing}."""
     tasks = []

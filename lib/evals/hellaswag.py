@@ -6,6 +6,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lib import files
 from lib.cli import BadInput
 from lib.devices import Processes, autocast
 from lib.evals.scoring import score
+from lib.tokenizers import Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 ELSEWHERE = "name a local hellaswag_val.jsonl with --file, in training with --hellaswag_file"
@@ -44,7 +46,7 @@ def load(path: str | Path | None = None) -> list[dict]:
     return items
 
 
-def check_item(item):
+def check_item(item: Any) -> dict:
     """Return the item. Raises ValueError if it is not a HellaSwag item."""
     if not has_choices(item):
         raise ValueError("not a HellaSwag item with ctx, four endings and a label from 0 to 3")
@@ -54,7 +56,7 @@ def check_item(item):
     return item
 
 
-def has_choices(item):
+def has_choices(item: Any) -> bool:
     """Whether an item has a ctx, four endings and the label of one of them."""
     if not isinstance(item, dict) or not is_text(item.get("ctx")):
         return False
@@ -65,7 +67,7 @@ def has_choices(item):
     return type(label) is int and 0 <= label < 4  # not a bool
 
 
-def is_text(value):
+def is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
@@ -102,7 +104,7 @@ def _download(path):
 # Prompts
 
 
-def render(items: list[dict], tokenizer, style: str = "completion") -> list[Question]:
+def render(items: list[dict], tokenizer: Tokenizer, style: str = "completion") -> list[Question]:
     """Items -> list of (label, four rows of (context ids, ending ids, characters of the ending)).
 
     style "completion" is build-nanogpt's: the context and " " + ending, encoded separately. style
@@ -128,7 +130,7 @@ def render(items: list[dict], tokenizer, style: str = "completion") -> list[Ques
     return questions
 
 
-def harness_context(item):
+def harness_context(item: dict) -> str:
     """The context of an item as lm-evaluation-harness writes it."""
     if "ctx_a" in item and "ctx_b" in item:
         ctx_a = item["ctx_a"]
@@ -168,7 +170,7 @@ def clean(text: str) -> str:
 # Accuracy
 
 
-def count_correct(model, questions: list[Question], processes: Processes,
+def count_correct(model: Callable, questions: list[Question], processes: Processes,
                   stopped: Callable[[], bool] = lambda: False) -> list[int]:
     """Count the questions that the model answers correctly, distributed over the processes.
 
@@ -190,7 +192,8 @@ def count_correct(model, questions: list[Question], processes: Processes,
     return counts
 
 
-def tracked(cfg, tokenizer, processes: Processes, required: bool) -> Callable | None:
+def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes,
+            required: bool) -> Callable | None:
     """HellaSwag during training, with the file of --hellaswag_file: a function (model, micro_batch,
     stopped) -> {tag: acc_norm}.
 

@@ -9,7 +9,7 @@ import contextlib
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Processes,
+def score(model: Any, pairs: Iterable[tuple[list[int], list[int]]], processes: Processes,
           batch_tokens: int, *, batch_size: int | None = None, progress: bool = False,
           stopped: Callable[[], bool] = lambda: False) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods of continuations given their contexts, in batches of similar length.
@@ -96,7 +96,8 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
     return total_nats, missed == 0
 
 
-def collect_inputs(pairs, window):
+def collect_inputs(pairs: Iterable[tuple[list[int], list[int]]],
+                   window: int) -> tuple[dict, int, int]:
     """Pairs -> ({input: [(index of the pair, targets)]}, number of pairs, checksum of all ids).
 
     The targets are scored at the end of the input. Inputs and targets are ids as bytes. One-token
@@ -117,7 +118,7 @@ def collect_inputs(pairs, window):
     return inputs, number, digest
 
 
-def check_same_pairs(number, digest, processes):
+def check_same_pairs(number: int, digest: int, processes: Processes) -> None:
     """Raises RankError unless all processes have the same pairs."""
     total = processes.sum([number, digest])
     if total != [number * processes.world_size, digest * processes.world_size]:
@@ -125,7 +126,7 @@ def check_same_pairs(number, digest, processes):
                         "same files, and start again")
 
 
-def make_batches(inputs, batch_tokens, batch_size):
+def make_batches(inputs: dict, batch_tokens: int, batch_size: int | None) -> list[list[bytes]]:
     """Inputs -> lists of inputs of similar length.
 
     The longest come first, so that the first batch shows whether memory is enough.
@@ -161,7 +162,7 @@ def collate(batch, inputs):
     return Batch(tokens, np.repeat(row, count), columns, targets, np.repeat(index, count))
 
 
-def from_bytes(parts):
+def from_bytes(parts: Iterable[bytes]) -> np.ndarray:
     """Ids as bytes, in parts -> one array, int64 (n,)."""
     return np.frombuffer(b"".join(parts), ID_TYPE).astype(np.int64)
 
