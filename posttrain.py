@@ -20,8 +20,10 @@ import lib.startup  # noqa: F401 (before torch)
 # isort: split
 
 import hashlib
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +34,13 @@ from lib.chat_template import JINJA, render
 from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
 from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
-from lib.plan import EVALUATIONS, Settings
-from lib.resume import find_resume
+from lib.plan import EVALUATIONS, RunPlan, Settings
+from lib.resume import Resume, find_resume
+from lib.run_folder import RunFolder
 from lib.shards import find_shards, read_validation
-from lib.tokenizers import END, RESERVED, load_tokenizer
+from lib.tokenizers import END, RESERVED, Tokenizer, load_tokenizer
 from train_gpt2 import (
+    GPT,
     LEARNING_RATE,
     OPTIMIZERS,
     SCHEDULES,
@@ -160,7 +164,7 @@ class Data:
 
     vocab_size = None
 
-    def __init__(self, cfg, tokenizer, block_size):
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, block_size: int):
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.strict = cfg.strict
@@ -264,19 +268,19 @@ class Data:
                 digest.update(len(part).to_bytes(8, "big") + part.tobytes())
         return digest.hexdigest()
 
-    def rows(self):
+    def rows(self) -> tuple:
         """The validation rows for `mean_loss`."""
         parts = self.val.all()
         return parts if self.chat else parts[:2]
 
-    def check_length(self, cfg, steps):
+    def check_length(self, cfg: Config, steps: int) -> None:
         """Any number of epochs is allowed."""
 
-    def most_repeated(self, tokens):
+    def most_repeated(self, tokens: float) -> tuple[float, str]:
         """(epochs in `tokens`, name of the data)."""
         return tokens / self.tokens["train"], "--data"
 
-    def describe(self, cfg, plan):
+    def describe(self, cfg: Config, plan: RunPlan) -> list[str]:
         return as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
@@ -294,14 +298,14 @@ class ShardData(Corpus):
         self.replay = cfg.replay
         self.lines = []
 
-    def epochs(self, tokens):
+    def epochs(self, tokens: float) -> np.ndarray:
         return super().epochs(tokens * (1 - self.replay))
 
-    def describe(self, cfg, plan):
+    def describe(self, cfg: Config, plan: RunPlan) -> list[str]:
         return super().describe(cfg, plan) + as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
-def check_learnable(rows, name: str) -> None:
+def check_learnable(rows: Sized | None, name: str) -> None:
     """Raises BadInput if a RowSource, or None, is empty."""
     if rows is not None and not len(rows):
         raise BadInput(f"nothing in {name} can be learned, it is empty or too long: check its "
@@ -313,7 +317,7 @@ def as_data_lines(lines: list[str]) -> list[str]:
     return [f"data    {line}" for line in lines]
 
 
-def few_steps(cfg: Config, plan) -> list[str]:
+def few_steps(cfg: Config, plan: RunPlan) -> list[str]:
     """A warning if a run is very short, unless --max_steps asks for that; else none."""
     if plan.steps >= ENOUGH or cfg.max_steps is not None:
         return []
@@ -323,13 +327,15 @@ def few_steps(cfg: Config, plan) -> list[str]:
     return [f"warning: a run of {plan.steps} steps teaches little: {remedy}"]
 
 
-def token_rows(corpus, tokenizer, seed, block_size):
+def token_rows(corpus: Corpus, tokenizer: Tokenizer, seed: int,
+               block_size: int) -> streams.TokenRows:
     """The training tokens of a Corpus as a source of rows."""
     stream = token_stream(corpus, tokenizer, seed, block_size)
     return streams.TokenRows(stream, block_size, block_size + corpus.is_mixed)
 
 
-def read_data(cfg: Config, explicit: set[str], tokenizer, block_size: int):
+def read_data(cfg: Config, explicit: set[str], tokenizer: Tokenizer,
+              block_size: int) -> Data | ShardData:
     """--data -> Data or ShardData.
 
     Raises BadInput for data that cannot be read, is empty or mixes files and shards, and for flags
@@ -359,7 +365,8 @@ def is_shard_folder(word: str) -> bool:
     return any(shards.values())
 
 
-def find_pretraining(cfg: Config, explicit: set[str], tokenizer, block_size: int):
+def find_pretraining(cfg: Config, explicit: set[str], tokenizer: Tokenizer,
+                     block_size: int) -> tuple[Corpus | None, bool, str]:
     """-> (the Corpus of pretraining, None if missing; whether forgetting can be measured; a line
     about both).
 
@@ -399,7 +406,7 @@ def find_pretraining(cfg: Config, explicit: set[str], tokenizer, block_size: int
 
 
 @torch.no_grad()
-def grow(model, tokenizer) -> tuple[int, dict]:
+def grow(model: GPT, tokenizer: Tokenizer) -> tuple[int, dict]:
     """A GPT -> vocab_size and weights with logits for the ids of chat, too.
 
     The new ids follow the ids of text. Pretraining pushed their rows of the embedding and the head
@@ -447,7 +454,7 @@ class PostTraining(Pretraining):
             self.corpus.identity += self.pretraining.identity
             self.corpus.former_identity += self.pretraining.former_identity
 
-    def begin_with(self, model, model_cfg):
+    def begin_with(self, model: Any, model_cfg: GPTConfig) -> GPTConfig:
         """Take the model's weights as initial weights -> model_cfg with its vocabulary."""
         fit_vocabulary(model, model_cfg.vocab_size)
         model_cfg = replace(model_cfg, vocab_multiple=model.config.vocab_multiple)
@@ -458,14 +465,14 @@ class PostTraining(Pretraining):
         self.weights = [weights]
         return replace(model_cfg, vocab_size=vocab_size)
 
-    def continue_with(self, model_cfg):
+    def continue_with(self, model_cfg: GPTConfig) -> None:
         """Raises BadInput if a resumed model has no ids for the data."""
         needed = self.tokenizer.vocab_size + len(RESERVED)
         if self.corpus.chat and model_cfg.vocab_size < needed:
             raise BadInput("the resumed run was trained on plain text and has no ids for "
                            "conversations: start another --run_name")
 
-    def vocabulary(self, model_cfg):
+    def vocabulary(self, model_cfg: GPTConfig) -> tuple[Tokenizer, GPTConfig]:
         return self.tokenizer, model_cfg
 
     def evaluations(self, cfg, plan, tokenizer, processes):
@@ -522,10 +529,10 @@ class PostTraining(Pretraining):
                           packed=self.corpus.chat)
         return streams.Rows(self.corpus.source, replay, cfg.replay, batches)
 
-    def packed(self, idx):
+    def packed(self, idx: torch.Tensor) -> tuple:
         return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
 
-    def conclude(self, run):
+    def conclude(self, run: RunFolder) -> None:
         """Print how much was forgotten, if that was measured at the start and the end."""
         losses = run.recorded("val_pretraining") or {}
         if len(losses) < 2 or self.last_step not in losses:  # the data may have been removed
@@ -585,7 +592,7 @@ def inherited(cfg: Config, before: dict, explicit: set[str]) -> dict:
     return settings
 
 
-def resumed_model(resume) -> GPTConfig:
+def resumed_model(resume: Resume) -> GPTConfig:
     """The GPTConfig of a Resume. Raises BadInput unless posttrain.py wrote it."""
     before = resume.state.get("train_config")
     config = resume.state.get("model_config")
@@ -599,7 +606,7 @@ def resumed_model(resume) -> GPTConfig:
                        "name another") from error
 
 
-def load_start(cfg: Config, explicit: set[str]):
+def load_start(cfg: Config, explicit: set[str]) -> tuple[Config, GPT, dict]:
     """Load the checkpoint that a new run starts from -> (cfg with settings inherited from it, its
     GPT, its state)."""
     start = checkpoint.pick(checkpoint.named(cfg))
@@ -656,7 +663,7 @@ def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     return Settings(cfg, model_cfg, explicit, resume), task
 
 
-def batch_for(corpus, cfg: Config, block_size: int) -> int:
+def batch_for(corpus: streams.CorpusLike, cfg: Config, block_size: int) -> int:
     """The default of --total_batch_size for this data, over all processes."""
     processes = launched()
     row = block_size * (processes["world_size"] if processes else 1)

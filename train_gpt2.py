@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -81,11 +81,11 @@ from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
 from lib.plan import RunPlan, Settings, check_memory, make_plan
-from lib.resume import Position, find_resume, may_change, merge
+from lib.resume import Position, Resume, find_resume, may_change, merge
 from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
-from lib.streams import Mixture, Stream, micro_batches, unchanged
+from lib.streams import CorpusLike, Mixture, Stream, TaskLike, micro_batches, unchanged
 from lib.timer import StepTimer
 from lib.tokenizers import Tokenizer, load_tokenizer
 
@@ -127,7 +127,7 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     vocab_multiple: int = flag(128, None, above=0, at_most=2**16)
 
     @property
-    def padded_vocab_size(self):
+    def padded_vocab_size(self) -> int:
         """vocab_size, padded to a multiple for tensor-core efficiency."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
@@ -298,10 +298,10 @@ SIZES: dict[str, dict] = {
 class LayerNorm(nn.LayerNorm):
     """Ba et al. 2016, https://arxiv.org/abs/1607.06450."""
 
-    def __init__(self, dim, bias):
+    def __init__(self, dim: int, bias: bool):
         super().__init__(dim, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)  # torch.compile skips modules that are torch's own
 
 
@@ -311,17 +311,17 @@ class RMSNorm(nn.RMSNorm):
     In fp32 under autocast, as LayerNorm is.
     """
 
-    def __init__(self, dim, bias):
+    def __init__(self, dim: int, bias: bool):
         super().__init__(dim, eps=1e-5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).type_as(x)
 
 
 class NoPositions(nn.Module):
     """A no-op in place of the positional encoding that was not chosen."""
 
-    def forward(self, x, positions):
+    def forward(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
         return x
 
 
@@ -340,7 +340,7 @@ class Rotary(nn.Module):
     cannot distinguish position 1000 from 1001.
     """
 
-    def __init__(self, head_dim, block_size):
+    def __init__(self, head_dim: int, block_size: int):
         super().__init__()
         cos, sin = rope.tables(*rope.frequencies(head_dim), block_size)     # (block_size, D/2)
         self.register_buffer("cos", cos, persistent=False)
@@ -360,12 +360,12 @@ class Rotary(nn.Module):
 class Mix(nn.Module):
     """A learned weighted sum of two tensors: w[0] x + w[1] y."""
 
-    def __init__(self, start):
+    def __init__(self, start: tuple[float, float]):
         super().__init__()
         self.start = start
         self.mix = nn.Parameter(torch.empty(2))
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         w = self.mix.type_as(x)
         return w[0] * x + w[1] * y
 
@@ -373,7 +373,7 @@ class Mix(nn.Module):
 class First(nn.Module):
     """Returns the first of two tensors, in place of a Mix that was not chosen."""
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: Any) -> torch.Tensor:
         return x
 
 
@@ -406,11 +406,11 @@ class TokenShift(nn.Module):
     Keys then contain the previous token, which would otherwise take a layer.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x, context=None):
+    def forward(self, x: torch.Tensor, context: Any = None) -> torch.Tensor:
         if context is None:
             previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
         else:
@@ -449,7 +449,7 @@ class CausalSelfAttention(nn.Module):
         y = attend(q, k, v, dropout=self.dropout_p())                       # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C)), v_first
 
-    def dropout_p(self):
+    def dropout_p(self) -> float:
         """0 in eval mode, where SDPA would apply dropout, too.
 
         Without dropout `training` is not read, so that training and evaluation share a compiled
@@ -460,7 +460,7 @@ class CausalSelfAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
 
-def dropout(p):
+def dropout(p: float) -> nn.Module:
     """Dropout, or a no-op for p = 0, so that training and evaluation share a compiled graph."""
     return nn.Dropout(p) if p else nn.Identity()
 
@@ -474,7 +474,7 @@ class MLP(nn.Module):
     fused = 1      # matrices in c_fc
     penalty = 0.0  # auxiliary losses, which only a MoE has
 
-    def __init__(self, config, width=None):
+    def __init__(self, config: GPTConfig, width: int | None = None):
         super().__init__()
         width = width or self.width(config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, self.fused * width, bias=config.bias)
@@ -484,7 +484,7 @@ class MLP(nn.Module):
         return self.c_proj(self.act(self.c_fc(x)))
 
     @staticmethod
-    def width(n_embd):
+    def width(n_embd: int) -> int:
         return 4 * n_embd
 
 
@@ -508,11 +508,11 @@ class SwiGLUMLP(MLP):
     fused = 2
 
     @staticmethod
-    def width(n_embd):
+    def width(n_embd: int) -> int:
         return 16 * max(round(n_embd * 8 / 3 / 16), 1)
 
     @staticmethod
-    def act(h):
+    def act(h: torch.Tensor) -> torch.Tensor:
         gate, value = h.chunk(2, dim=-1)
         return F.silu(gate) * value
 
@@ -522,7 +522,7 @@ MLPS: dict[str, type[MLP]] = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReL
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         norm = NORMS[config.norm]
         mlp = MLPS[config.mlp]
@@ -593,7 +593,7 @@ class GPT(nn.Module):
         # the experts' penalty is 0, but has the gradients of their auxiliary losses
         return loss + sum(block.mlp.penalty for block in self.transformer.h)
 
-    def embed(self, idx, positions):
+    def embed(self, idx: torch.Tensor, positions: Any) -> torch.Tensor:
         """int64 (B, T) -> the input of the first block, (B, T, C) in the autocast dtype."""
         x = self.transformer.wpe(self.transformer.wte(idx), positions)
         return self.transformer.drop(cast(self.transformer.emb_norm(x)))
@@ -605,7 +605,7 @@ class GPT(nn.Module):
         for part in (*self.transformer.h, self.transformer.ln_f, self.loss):
             part.compile(**settings)
 
-    def parameter_counts(self):
+    def parameter_counts(self) -> dict[str, int]:
         """dict: total, active (per token), embedding (tokens, positions and an untied head), layer
         (one block)."""
         counts = {"total": 0, "active": 0, "embedding": 0}
@@ -619,7 +619,7 @@ class GPT(nn.Module):
                 counts["embedding"] += p.numel()
         return counts | {"layer": count_parameters(self.transformer.h[0])}
 
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022,
         PaLM, appendix B).
 
@@ -639,11 +639,11 @@ class GPT(nn.Module):
         return huggingface.read(name, lambda **fields: cls(GPTConfig(**fields)))
 
 
-def count_parameters(module):
+def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def row_blocks(config):
+def row_blocks(config: GPTConfig) -> dict[str, int]:
     """{module: number of matrices stacked in its weight}: q, k, v; gate, value."""
     return {"c_attn": 3, "c_fc": MLPS[config.mlp].fused, "c_proj": 1, "router": 1}
 
@@ -657,7 +657,7 @@ INITS: dict[str, Callable] = {  # standard deviation of a matrix, see init_weigh
 
 
 @torch.no_grad()
-def init_weights(model):
+def init_weights(model: GPT) -> None:
     """Initialize every parameter as config.init says; fails on a parameter it does not know.
 
     gpt2:      normal, std 0.02 (positions: 0.01, as in OpenAI's code).
@@ -749,7 +749,7 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-def adamw(groups, cfg):
+def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al.
     2020, appendix B). Weight decay on matrices and embeddings, not on vectors."""
     decay = {"vector": 0.0}
@@ -759,7 +759,7 @@ def adamw(groups, cfg):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-def muon(groups, cfg):
+def muon(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     """Muon with weight decay for the matrices in blocks; AdamW with modded-nanogpt's betas and no
     weight decay for all other parameters."""
     of_matrices = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
@@ -815,15 +815,15 @@ def decay_progress(step: int, start: int, steps: int) -> float:
     return min(max(progress, 0.0), 1.0)
 
 
-def linear(step, start, steps, cooldown):
+def linear(step: int, start: int, steps: int, cooldown: float) -> float:
     return 1 - decay_progress(step, start, steps)
 
 
-def cosine(step, start, steps, cooldown):
+def cosine(step: int, start: int, steps: int, cooldown: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * decay_progress(step, start, steps)))
 
 
-def wsd(step, start, steps, cooldown):
+def wsd(step: int, start: int, steps: int, cooldown: float) -> float:
     """Warm-up, stable, decay: linear decay in the last share `cooldown` of all steps (Hägele et al.
     2024, https://arxiv.org/abs/2405.18392)."""
     start = max(start, round(steps * (1 - cooldown)))
@@ -901,7 +901,7 @@ class ShardLoader(Stream):
         self.reader = ThreadPoolExecutor(max_workers=1)
         super().__init__(0, 0, 0)
 
-    def read_batch(self, n, epoch, shard, offset):
+    def read_batch(self, n: int, epoch: int, shard: int, offset: int) -> tuple:
         """-> (n + 1 tokens from a position on, int64, transformed; the position n tokens later:
         epoch, shard, offset)."""
         pieces = []
@@ -918,10 +918,10 @@ class ShardLoader(Stream):
         tokens = np.concatenate(pieces).astype(np.int64)
         return self.transform(tokens), epoch, shard, offset - 1  # the last target is read again
 
-    def progress(self):
+    def progress(self) -> dict[str, float]:
         return {"data/epoch": self.position[0]}
 
-    def where(self, state):
+    def where(self, state: dict[str, Any]) -> str:
         file = self.files[self._index(state["epoch"], state["shard"])].name
         permuted = "" if self.seed is None else ", permuted"
         return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{permuted}"
@@ -991,7 +991,7 @@ class Evaluation(NamedTuple):
     at_start: bool = True
     compiled: bool = False
 
-    def mode(self):
+    def mode(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.compiled else compiler.off()
 
     def is_due(self, step: int, last: bool) -> bool:
@@ -1028,13 +1028,14 @@ def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -
     return total / count
 
 
-def pad_rows(rows: np.ndarray, n: int, fill: int, device) -> torch.Tensor:
+def pad_rows(rows: np.ndarray, n: int, fill: int, device: torch.device) -> torch.Tensor:
     """int64 (at most n, T) -> a tensor (n, T) on `device`; missing rows are filled with `fill`."""
     missing = n - len(rows)
     return to_device(np.pad(rows, ((0, missing), (0, 0)), constant_values=fill), device)
 
 
-def validation(cfg, plan, corpus, tokenizer, processes, tag="Loss/val"):
+def validation(cfg: TrainConfig, plan: RunPlan, corpus: Corpus, tokenizer: Tokenizer,
+               processes: Processes, tag: str = "Loss/val") -> Callable:
     """The `run` of an Evaluation: the loss on the val splits of a Corpus, weighted as training data
     is once a curriculum has ended."""
     rows = [read_validation(source.shards, cfg.val_tokens, plan.block_size, tokenizer)
@@ -1227,7 +1228,8 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
         run.conclude(step, finished=finished)
 
 
-def measure(evaluation, model, micro_batch, stop, monitor):
+def measure(evaluation: Evaluation, model: GPT, micro_batch: int, stop: StopSignals,
+            monitor: RecompileMonitor) -> dict:
     """The results of an Evaluation, meaningless once a stop is requested. Raises NonFinite."""
     model.eval()
     try:
@@ -1243,7 +1245,8 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(state[0]))
 
 
-def accumulate(ddp, batch, n_targets, processes):
+def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor,
+               processes: Processes) -> torch.Tensor:
     """Forward and backward over the micro-batches of a step -> this process's share of the loss:
     the sum over its targets, divided by the number of targets on all processes."""
     loss_sum = torch.zeros((), device=processes.device)
@@ -1260,7 +1263,7 @@ def accumulate(ddp, batch, n_targets, processes):
 # The command
 
 
-def load_checkpoint(name: str, device="cpu"):
+def load_checkpoint(name: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
     name: a run folder, a ckpt_<step>.pt, a folder written by export_hf.py, or "gpt2" to "gpt2-xl",
@@ -1325,7 +1328,8 @@ def other_rates(preset: dict, flags: dict) -> dict:
     return RATES.get(optimizer, {}) if optimizer != usual else {}
 
 
-def adopt(resume, cfg, model_cfg: GPTConfig, explicit: set[str]):
+def adopt(resume: Resume, cfg: Any, model_cfg: GPTConfig,
+          explicit: set[str]) -> tuple[Any, GPTConfig]:
     """-> (cfg, model_cfg) with the settings of a Resume, except explicit ones. Raises BadInput if
     these do not fit its weights."""
     with checkpoint.ours(resume.path):
@@ -1339,7 +1343,8 @@ def adopt(resume, cfg, model_cfg: GPTConfig, explicit: set[str]):
     return cfg, model_cfg
 
 
-def begin_with(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]):
+def begin_with(cfg: TrainConfig, model_cfg: GPTConfig,
+               explicit: set[str]) -> tuple[TrainConfig, GPTConfig, list]:
     """--init_from -> (cfg with the resolved path, model_cfg with the settings of the weights except
     explicit ones that do not affect them, [(a GPT, its Tokenizer)]).
 
@@ -1395,7 +1400,7 @@ def on_meta(model_cfg: GPTConfig) -> GPT:
         return GPT(model_cfg)
 
 
-def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device) -> GPT:
+def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device: torch.device) -> GPT:
     """A GPT on `device`, initialized from cfg.seed. Raises BadInput if there is not enough memory
     to train it."""
     like = on_meta(model_cfg)
@@ -1452,7 +1457,7 @@ class Pretraining:
             fit_vocabulary(model, tokenizer.vocab_size)
             self.weights = [model.state_dict()]
 
-    def vocabulary(self, model_cfg):
+    def vocabulary(self, model_cfg: GPTConfig) -> tuple[Tokenizer, GPTConfig]:
         """-> (the data's Tokenizer, model_cfg with its vocabulary)."""
         tokenizer = load_tokenizer(self.corpus.tokenizer)
         self.corpus.check_shards(tokenizer)
@@ -1474,14 +1479,15 @@ class Pretraining:
         return [evaluation for evaluation in found if evaluation.run is not None]
 
     @property
-    def has_learned(self):
+    def has_learned(self) -> bool:
         """Whether a new run starts from trained weights."""
         return bool(self.weights)
 
-    def validation(self, cfg, plan, tokenizer, processes):
+    def validation(self, cfg: Any, plan: RunPlan, tokenizer: Tokenizer,
+                   processes: Processes) -> Callable:
         return validation(cfg, plan, self.corpus, tokenizer, processes)
 
-    def samples(self, cfg, tokenizer):
+    def samples(self, cfg: Any, tokenizer: Tokenizer) -> Callable:
         def run(model, micro_batch, stopped):
             return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SHOWN)}
 
@@ -1494,15 +1500,15 @@ class Pretraining:
         seed = cfg.seed if cfg.shuffle else None
         return token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
 
-    def packed(self, idx):
+    def packed(self, idx: torch.Tensor) -> tuple:
         """More inputs of the model for these ids: (a Packed,) if rows contain several texts."""
         return ()
 
-    def conclude(self, run):
+    def conclude(self, run: RunFolder) -> None:
         """Print a closing summary."""
 
 
-def size_of(model_cfg: GPTConfig, corpus) -> int | None:
+def size_of(model_cfg: GPTConfig, corpus: CorpusLike) -> int | None:
     """Number of parameters for this Corpus, before its tokenizer is loaded; None if its vocabulary
     is unknown."""
     if not corpus.vocab_size:
@@ -1511,7 +1517,8 @@ def size_of(model_cfg: GPTConfig, corpus) -> int | None:
     return model.parameter_counts()["total"]
 
 
-def compiles(cfg, plan: RunPlan, model_cfg: GPTConfig, processes, first: int) -> bool:
+def compiles(cfg: TrainConfig, plan: RunPlan, model_cfg: GPTConfig, processes: Processes,
+             first: int) -> bool:
     """Whether to torch.compile: --compile, else whether the run from step `first` on is long enough
     for it to pay off."""
     if cfg.compile is not None:
@@ -1523,7 +1530,7 @@ def compiles(cfg, plan: RunPlan, model_cfg: GPTConfig, processes, first: int) ->
     return compiler.worth_compiling(flops / processes.world_size, processes.device)
 
 
-def launch(settings: Settings, task) -> None:
+def launch(settings: Settings, task: TaskLike) -> None:
     """Train a task, such as Pretraining, on all processes, from scratch or from a checkpoint.
 
     All checks come before anything is written, and those that need no GPU come first.
@@ -1607,7 +1614,7 @@ def is_over(state: dict, plan: RunPlan) -> bool:
     return state["step"] >= plan.steps and state.get("finished", True)
 
 
-def train_config(cfg, plan: RunPlan) -> dict:
+def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
     """The settings of a run for config.json and checkpoints, with unset ones filled in from the
     plan."""
     return asdict(cfg) | {"eval_every": plan.eval_every, "sample_every": plan.sample_every,

@@ -371,7 +371,7 @@ def test_the_meta_json_of_an_older_fineweb_is_checked_but_not_continued(source, 
 
     make_with()
     assert "out/ is complete" in capsys.readouterr().out
-    with pytest.raises(cli.BadInput, match="begun by an older fineweb.py.*another --out"):
+    with pytest.raises(cli.BadInput, match="started by an older fineweb.py.*another --out"):
         make_with(complete=False, resume={"source": None, "drop": 0})
     (out / "out_train_000001.npy").unlink()
     with pytest.raises(cli.BadInput, match="train tokens and its meta.json says"):
