@@ -226,7 +226,7 @@ def test_a_curriculum_cannot_begin_after_its_end(sources, tmp_path):
     toy, more = sources
     folder = tmp_path / "plain"
     train(folder, *TINY_FLAGS, "--eval_every", 0, "--data", toy)
-    with pytest.raises(BadInput, match="is at step 6, and --curriculum_steps 5"):
+    with pytest.raises(BadInput, match="is at step 6, but --curriculum_steps 5"):
         train(folder, "--max_steps", 20, "--curriculum", more, "--curriculum_steps", 5)
     with pytest.raises(BadInput, match="--curriculum and --curriculum_steps"):
         train(folder, "--max_steps", 20, "--curriculum", more)
