@@ -1,20 +1,20 @@
-"""What each change is worth: train a list of flag changes at one budget with several seeds, and
-price them in loss and dollars.
+"""Ablations: train a list of flag changes on the same budget with several seeds, and report what
+each is worth in loss, time and dollars.
 
-    # take each part of the recipe out
+    # remove each part of the recipe
     python ablate.py -- --preset speedrun --n_layer 8 --max_steps 280
-    # put each available part in
+    # add each available part
     python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
 
-The flags of train_gpt2.py after "--" are the base. A line of --changes holds flags to add to the
-base, or `name: flags`; # starts a comment. With --max_steps a change is judged by its loss and its
-time per step; with --minutes only by its loss, since slower steps are then fewer.
+The flags of train_gpt2.py after "--" are the base. Each line of --changes is a list of flags to add
+to the base, or `name: flags`; # starts a comment. With --max_steps, compare loss and time per step;
+with --minutes, only loss, since a run with slower steps has fewer of them.
 
-Runs go to <out>/<change>_seed<N>, one at a time on every GPU. Run the same command again to
+Runs go to <out>/<change>_seed<N>, one at a time on each GPU. Run the same command again to
 continue: finished runs are not repeated, and interrupted ones resume from their checkpoints.
-Differences in loss are between runs of one seed. The table is also written to <out>/ablation.md,
-and a plot to <out>/ablation.png (needs requirements-dev.txt).
+Differences in loss are between runs of the same seed. The table is also written to
+<out>/ablation.md, and a plot to <out>/ablation.png (needs requirements-dev.txt).
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -48,10 +48,10 @@ from lib.logger import read_scalars, without_compilation
 from lib.moe import ExpertConfig
 from lib.plan import make_plan
 from lib.signals import StopSignals
-from train_gpt2 import check_model, settings, size_of
+from train_gpt2 import TrainConfig, check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
-# flags that are set here, or make no sense in an ablation
+# flags that ablate.py sets, or that make no sense in an ablation
 OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help", "h"}
 # only the loss at the end is needed; the base may override this
 QUIET = ["--hellaswag_every=0", "--sample_every=0", "--save_every=0", "--eval_every=1000000"]
@@ -61,16 +61,16 @@ SHAPE = {
     *ExpertConfig.__annotations__,
 }
 TRAINING = {"optimizer", "schedule"}  # the fields of TrainConfig that it changes
-AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # the values of numbers that it puts in
-LONGEST_NAME = 150  # characters of a change
+AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # the values of numeric fields that it adds
+LONGEST_NAME = 150  # characters in the name of a change
 
 
 @dataclass
 class Config:
     changes: str | None = path_flag(
-        None, "file of changes, one per line; without it, every part that the base has beyond "
-              "--preset gpt2 is taken out, or, if there is none, every part is put in")
-    seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
+        None, "file of changes, one per line; unset: remove each part that the base has beyond "
+              "--preset gpt2, or, if it has none, add each available part")
+    seeds: tuple[int, ...] = flag((1337, 2), "seeds for the base and each change")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
@@ -78,7 +78,7 @@ class Config:
 
 @dataclass
 class Run:
-    """One run: what is trained and, once it is finished, its results."""
+    """One run: its flags and, once it is finished, its results."""
     change: str
     seed: int
     flags: list[str]
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def record(self) -> Path:
-        """The file beside the folder that holds this run, written before it starts."""
+        """The file next to the folder that stores this object, written before the run starts."""
         return Path(f"{self.folder}.json")
 
     @property
@@ -110,10 +110,10 @@ class Run:
 
 
 def default_changes(base: list[str]) -> dict[str, list[str]]:
-    """{name: flags}, each for one part of the model (except its shape), optimizer or schedule.
+    """{name: flags}, one for each part of the model (except its shape), optimizer or schedule.
 
-    The parts that the base has beyond --preset gpt2 are taken out. If there are none, every other
-    choice is put in.
+    Parts that the base has beyond --preset gpt2 are removed. If there are none, every available
+    part is added.
     """
     train, model, *_ = settings(base)
     parts = [(model, field) for field in dataclasses.fields(model) if field.name not in SHAPE]
@@ -135,7 +135,7 @@ def default_changes(base: list[str]) -> dict[str, list[str]]:
     return changes
 
 
-def choices(config, field):
+def choices(config: typing.Any, field: dataclasses.Field) -> tuple:
     """The values of a field to try."""
     if isinstance(field.default, bool):
         return (True, False)
@@ -153,61 +153,61 @@ def read_changes(path: str) -> dict[str, list[str]]:
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise BadInput(f"{path}: {text} is not a list of flags ({error}): close its quotes"
+            raise BadInput(f"{path}: {text} is not a list of flags ({error}): check its quotes"
                            ) from error
         if not words:
             continue
         name = re.sub(r"[^\w.-]+", "_", given or " ".join(words), flags=re.ASCII).strip("_-.")
         if name in ("", "base", *changes):
             raise BadInput(f"{path}: {line.strip()}: the name {name!r} is missing or already used: "
-                           "give another, `name: flags`")
+                           "give another as `name: flags`")
         changes[name] = words
     if not changes:
-        raise BadInput(f"{path} holds no change: write one per line, flags or `name: flags`")
+        raise BadInput(f"{path} has no changes: write one per line, flags or `name: flags`")
     return changes
 
 
-def shared(train):
-    """The settings that all runs need in common for comparable losses: data, validation, length."""
+def shared(train: TrainConfig) -> dict[str, typing.Any]:
+    """The settings that must be equal for losses to be comparable: data, validation, length."""
     return {name: getattr(train, name) for name in ("data", "val_tokens", length_flag(train))}
 
 
 def check_flags(base: list[str], words: list[str]) -> str:
     """Check the base with these flags added, and return its --device.
 
-    Raises BadInput if train_gpt2.py cannot run it, or its loss would not compare with the base's.
+    Raises BadInput if train_gpt2.py would reject it, or its loss is not comparable to the base's.
     """
     for name in sorted(OURS & flag_names([*base, *words])):
         remedy = " and give --seeds" if name == "seed" else ""
         raise BadInput(f"leave --{name} out{remedy}")
-    settings(words)  # on their own: a stray word would be taken for one more --data
+    settings(words)  # without the base: after it, a stray word could become one more --data
     base_train = settings([*QUIET, *base]).train
     changed = settings([*QUIET, *base, *words])
     train, model, explicit, *_ = changed
     for name, value in shared(base_train).items():
         if shared(train).get(name) != value:
             raise BadInput(f"--{name} must be the same as the base's, or losses do not compare: "
-                           "give two commands with an --out each")
+                           "run two commands with different --out")
     if train.tokens_per_param:
-        raise BadInput("--tokens_per_param would give each change another length: give --max_steps "
-                       "or --minutes")
+        raise BadInput("--tokens_per_param sets a different length for each change: give "
+                       "--max_steps or --minutes")
     check_model(model)
     if not (explicit & set(LENGTHS) or train.max_steps):
         raise BadInput("the base has no length: give --max_steps or --minutes")
     if not train.eval_every:
-        raise BadInput("--eval_every 0 would measure no loss: leave it out")
+        raise BadInput("--eval_every 0 measures no loss: leave it out")
     corpus = Corpus(train)
     make_plan(changed, corpus, size_of(model, corpus), world_size=1)
     return train.device
 
 
-def flag_names(words):
+def flag_names(words: list[str]) -> set[str]:
     """The names of the flags among words of a command line."""
     return {word.partition("=")[0].lstrip("-") for word in words if word.startswith("-")}
 
 
 def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
-    """-> (all runs, the base's first; their values of --device). Every run is checked before any
+    """-> (all runs, the base's first; their values of --device). Checks every run before any
     starts. Raises BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
@@ -218,7 +218,7 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
         try:
             devices.add(check_flags(base, words))
             if len(change) > LONGEST_NAME:
-                raise BadInput("too long for a folder name: give a short one, `name: flags`")
+                raise BadInput("too long for a folder name: give a short one as `name: flags`")
         except BadInput as error:
             raise BadInput(f"{change[:60]}: {error}") from error
         for seed in dict.fromkeys(cfg.seeds):
@@ -228,15 +228,15 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
 
 
 def with_record(one: Run) -> Run:
-    """The run with the results of an earlier command. Raises BadInput if its folder belongs to
-    another run."""
+    """The run with its results from an earlier command, if any. Raises BadInput if its folder
+    belongs to another run."""
     if not one.record.exists():
         if Path(one.folder).exists():
             raise BadInput(f"{one.folder} was not started by ablate.py: give another --out")
         return one
     kept = read_json(one.record, "give another --out")
     if kept.keys() != vars(one).keys() or kept["flags"] != one.flags:
-        raise BadInput(f"{one.folder} is a run of other flags, "
+        raise BadInput(f"{one.folder} is a run with other flags, "
                        f"{shlex.join(kept.get('flags', []))}: give another --out")
     return Run(**kept | {"folder": one.folder})
 
@@ -246,8 +246,8 @@ def with_record(one: Run) -> Run:
 
 
 def slots(devices: set[str]) -> list[str | None]:
-    """The CUDA_VISIBLE_DEVICES of each run that can be active at a time; [None]: one run, with the
-    variable unchanged."""
+    """CUDA_VISIBLE_DEVICES for each run that can be active at the same time; [None]: one run, with
+    the variable unchanged."""
     if not devices <= {"auto", "cuda"}:
         return [None]
     count = torch.cuda.device_count()
@@ -257,8 +257,8 @@ def slots(devices: set[str]) -> list[str | None]:
 
 
 def train(one: Run, gpu: str | None, cfg: Config, children: list) -> str | None:
-    """Train a run on this GPU, its console in <folder>.txt. Returns None, or why it did not finish.
-    """
+    """Train a run on this GPU, with its output in <folder>.txt. Returns None, or the reason why it
+    did not finish."""
     env = dict(os.environ)
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
@@ -266,7 +266,7 @@ def train(one: Run, gpu: str | None, cfg: Config, children: list) -> str | None:
     command = [sys.executable, str(SCRIPT), *QUIET, *one.flags, f"--seed={one.seed}", *place]
     write_json(one.record, vars(one))
     with open(one.console, "a") as file:
-        # in a session of its own, so that a signal reaches it once, through run_all
+        # in its own session, so that signals only reach it through run_all
         child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT,
                                  start_new_session=True)
         children.append(child)
@@ -285,8 +285,7 @@ def train(one: Run, gpu: str | None, cfg: Config, children: list) -> str | None:
 
 
 def read_result(one: Run) -> bool:
-    """Fill in and record the results of a finished run. False if it stopped before its last step.
-    """
+    """Fill in and save the results of a finished run. False if it stopped before its last step."""
     folder = Path(one.folder)
     config = read_json(folder / "config.json", "see its console")
     scalars = read_scalars(folder)
@@ -350,14 +349,14 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
         while not all(future.done() for future in futures):
             if stop.requested:
                 pool.shutdown(wait=False, cancel_futures=True)
-                # once per child: it saves and exits; a second signal would end it unsaved
+                # once per child: it saves and exits; a second signal would stop it without saving
                 while children:
                     children.pop().terminate()
             time.sleep(0.1)
     if stop.requested:
         raise KeyboardInterrupt("stopped: run the same command again to continue")
     for future in futures:
-        future.result()  # raises what is a bug
+        future.result()  # raises unexpected errors
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} Fix it and run the "
                        "same command again, or leave that change out")
@@ -368,8 +367,8 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
 
 
 def differences(runs: list[Run]) -> dict[str, dict[int, float]]:
-    """{change: {seed: its loss minus the base's of the same seed}} of all finished runs, the base's
-    own included."""
+    """{change: {seed: its loss minus the base's of the same seed}} of all finished runs, including
+    the base's own."""
     base = {one.seed: one.loss for one in runs if one.change == "base" and one.finished}
     found: dict[str, dict[int, float]] = {}
     for one in runs:
@@ -386,12 +385,12 @@ def with_spread(values: list[float]) -> str:
     return f"{mean} ± {(max(values) - min(values)) / 2:.1f}"
 
 
-def markdown(cells):
+def markdown(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def table(runs: list[Run], price: float | None) -> str:
-    """A Markdown table of all finished runs: the base, then the changes, the most harmful first."""
+    """A Markdown table of all finished runs: the base, then changes from the most harmful on."""
     worth = differences(runs)
     groups: dict[str, list[Run]] = {change: [] for change in worth}
     for one in runs:
@@ -412,18 +411,18 @@ def table(runs: list[Run], price: float | None) -> str:
     note = "One seed proves little: give more --seeds."
     if len(losses) > 1:
         note = (f"The base's seeds differ by {max(losses) - min(losses):.4f}; a difference is "
-                "between runs of one seed: trust it if the seeds agree.")
+                "between runs of the same seed: trust it if the seeds agree.")
     lines += ["", note]
     lines.append("The base comes first, then the changes from the most harmful to the most "
                  "helpful, by their mean over the seeds; seconds and ms per step are means over "
                  "the seeds ± half their range.")
     commits = {one.commit for group in groups.values() for one in group}
     if len(commits) > 1:
-        lines.append(f"These are runs of {len(commits)} commits: changes in the code count, too.")
+        lines.append(f"These are runs of {len(commits)} commits: differences include code changes.")
     return "\n".join(lines)
 
 
-def row(group, base, price):
+def row(group: list[Run], base: list[Run], price: float | None) -> list[str]:
     """The cells of one change: its runs, compared with the base's of the same seeds."""
     loss_of_base = {one.seed: one.loss for one in base}
     losses = ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group)
@@ -446,7 +445,7 @@ def row(group, base, price):
     return cells
 
 
-def mean_of(group, name):
+def mean_of(group: list[Run], name: str) -> float:
     return statistics.mean(getattr(one, name) for one in group)
 
 
@@ -466,7 +465,7 @@ def plot(runs: list[Run], path: Path) -> None:
     for change in order:
         axes.plot(worth[change], [change] * len(worth[change]), "o", color="C0", ms=4)
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_xscale("symlog", linthresh=0.01)  # one that diverges must not hide the others
+    axes.set_xscale("symlog", linthresh=0.01)  # keeps the others visible if one diverges
     axes.set(xlabel="val loss minus the base's, nats per token; one dot per seed")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
@@ -474,7 +473,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def report(runs: list[Run], cfg: Config, argv: list[str]) -> None:
-    """Print and write the table, and write the plot, of all finished runs."""
+    """Print and save a table of all finished runs, and save the plot."""
     if not differences(runs):
         return
     text = table(runs, cfg.price_per_hour)
@@ -486,19 +485,19 @@ def report(runs: list[Run], cfg: Config, argv: list[str]) -> None:
     try:
         plot(runs, path.with_suffix(".png"))
     except ImportError:
-        print("no plot: `pip install -r requirements-dev.txt` has matplotlib")
+        print("no plot: for matplotlib, `pip install -r requirements-dev.txt`")
 
 
 def main(argv: list[str]) -> None:
     if "--" not in argv and not {"-h", "--help"} & set(argv):
-        raise BadInput('the base, flags of train_gpt2.py, comes after "--": give at least --preset '
+        raise BadInput('the base, flags of train_gpt2.py, goes after "--": give at least --preset '
                        "and a length")
     end = argv.index("--") if "--" in argv else len(argv)
     base = argv[end + 1:]
     (cfg,), _ = parse((Config,), argv[:end], __doc__)
     processes = Processes("cpu")
     if processes.distributed:
-        raise BadInput("ablate.py uses every GPU by itself: start it without torchrun")
+        raise BadInput("ablate.py already uses all GPUs: start it without torchrun")
     runs, devices = plan(cfg, base)
     for name in ("ablation.md", "ablation.png"):
         path = Path(cfg.out, name)

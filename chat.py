@@ -4,11 +4,11 @@ API.
     python chat.py --checkpoint log/<run>                  # /reset  /temp X  /save FILE  /quit
     python chat.py --checkpoint PATH -p "What is a cat?"   # one answer
     python chat.py --checkpoint PATH --serve --port 8000   # http://127.0.0.1:8000, and its API
-    python chat.py --model gpt2                            # a base model continues what you type
+    python chat.py --model gpt2                            # a base model continues your text
 
 The API is at /v1/chat/completions. A conversation that outgrows the model's context loses its
-oldest turns. Ctrl-C ends a reply, Ctrl-D the chat. A model without post-training continues each
-text in the terminal; it cannot be served.
+oldest turns. Ctrl-C ends a reply, Ctrl-D the chat. A base model continues each text in the
+terminal; it cannot be served.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -86,7 +86,7 @@ def load_chat(path, device):
         return model, tokenizer, False
     if state["chat_template"] != chat_template.JINJA:
         raise BadInput(f"{path} was trained with another chat template than lib/chat_template.py's:"
-                       " train it again with posttrain.py")
+                       " post-train it again with posttrain.py")
     needed = tokenizer.vocab_size + len(tokenizer.reserved)
     if model.config.vocab_size != needed:
         raise BadInput(f"{path}: its model has {model.config.vocab_size:,} ids and its tokenizer, "
@@ -101,9 +101,9 @@ def load_chat(path, device):
 class Chat:
     """A conversation in the terminal.
 
-    messages: the part that the model still sees. said: all of it, except turns without an answer.
-    dropped: how many of the oldest messages have left the context. options: graphs and compile of
-    Decoder.
+    messages: those still in the model's context. history: all messages, except turns without an
+    answer. dropped: number of oldest messages that no longer fit the context. options: graphs and
+    compile of Decoder.
     """
 
     def __init__(self, model, tokenizer, sampling: ChatSampling, system: str | None = None,
@@ -123,7 +123,7 @@ class Chat:
         self.messages: list[dict] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
-        self.said = list(self.messages)
+        self.history = list(self.messages)
         self.dropped = 0
 
     def prompt(self, messages, limit):
@@ -146,7 +146,7 @@ class Chat:
         self.messages, ids = self.prompt(messages, self.window - reserved)
         self.dropped += len(messages) - len(self.messages)
         limit = min(sampling.max_new_tokens, self.window - len(ids))
-        # any control token ends the reply: speaking as the user ends the turn, too
+        # any control token ends the reply, also one that starts a turn of the user
         text = Text(self.tokenizer, limit, sampling.stop or (), self.tokenizer.control)
         try:
             self.generate(ids, limit, text, show)
@@ -156,7 +156,7 @@ class Chat:
         answer = {"role": "assistant", "content": text.text}
         self.messages.append(answer)
         if text.text:
-            self.said += [question, answer]
+            self.history += [question, answer]
         return ended
 
     def generate(self, ids, limit, text, show):
@@ -193,7 +193,7 @@ def say(note: str) -> None:
 
 
 def lines(prompt: str) -> Iterator[str]:
-    """What the user types, line by line, until the end of the input."""
+    """Yield the user's input line by line until its end."""
     if sys.stdin is None:  # started with `<&-`
         return
     if sys.stdin.isatty():
@@ -245,14 +245,14 @@ def run_command(chat, line):
         chat.sampling = with_temperature(chat.sampling, argument)
         say(f"temperature {chat.sampling.temperature:g}")
     elif command == "/save":
-        save(chat.said, argument.strip())
+        save(chat.history, argument.strip())
     else:
         raise BadInput(f"unknown command {command[:40]}: {COMMANDS}; messages cannot start with a "
                        "slash")
 
 
 def answer(chat, message):
-    """Print the reply to a message, and notes on what was cut."""
+    """Print the reply to a message, and a note if the reply or the context was cut."""
     dropped = chat.dropped
     ended = chat.reply(message, partial(print, end="", flush=True))
     print()
@@ -345,7 +345,7 @@ def check_access(serving: ServeConfig) -> None:
 
 
 def public_name(name: str) -> str:
-    """The name of the model in the API: that of its folder."""
+    """The name of the model in the API: its folder's name."""
     path = Path(name).resolve()
     if path.is_dir():
         return path.name
@@ -387,7 +387,7 @@ def main(argv: list[str]) -> None:
         if cfg.system is not None:
             raise BadInput(f"--system is for a model that can chat, and {name} has not learned to: "
                            "leave it out")
-        say(f"{name} has not learned to chat: it continues what you type; post-train it with "
+        say(f"{name} has not learned to chat: it continues your text; post-train it with "
             "posttrain.py")
     kind = Chat if can_chat else Completion
     compiled = cfg.compile and device.type == "cuda"

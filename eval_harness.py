@@ -7,16 +7,16 @@ checkpoint.
     torchrun --standalone --nproc_per_node=8 eval_harness.py --checkpoint PATH
     python eval_harness.py --compare log/a log/b log/hf_gpt2   # a table of runs and a bar chart
 
-Needs requirements-dev.txt. Results are written to eval_<step>.json beside the checkpoint, or to
+Needs requirements-dev.txt. Results are written to eval_<step>.json next to the checkpoint, or to
 log/hf_<model>/eval.json. With --context N or --limit N they are partial and go to
-eval_<step>_context<N>.json or eval_<step>_limit<N>.json; --compare uses these only if the file
+eval_<step>_context<N>.json or eval_<step>_limit<N>.json; --compare only uses these if the file
 itself is named.
 
-Data come from the Hugging Face hub, or with --data_dir DIR from jsonl files: <task>.jsonl (or
+Data comes from the Hugging Face hub, or with --data_dir DIR from jsonl files: <task>.jsonl (or
 <task>_test, _val, _validation) with the columns that the harness's task reads, and
-<task>_train.jsonl with the examples of few-shot tasks. Files of arc_easy, arc_challenge, piqa,
-lambada_openai and hellaswag may also hold query, choices and gold; context and continuation; or
-ctx only.
+<task>_train.jsonl with examples for few-shot tasks. Files of arc_easy, arc_challenge, piqa,
+lambada_openai and hellaswag may instead have the columns query, choices and gold; context and
+continuation; or ctx only.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -58,7 +58,7 @@ class Config(checkpoint.ModelConfig):
     model: str | None = path_flag(  # type: ignore[assignment]
         None, "a Hugging Face model instead, by name or folder, with the harness's own adapter")
     tasks: str | None = flag(
-        None, "names of harness tasks, groups or tags, joined by commas; * matches any letters")
+        None, "comma-separated names of harness tasks, groups or tags; * matches any letters")
     group: Literal["small"] = flag("small", "a set of tasks, if --tasks is not given")
     limit: int | None = flag(
         None, "evaluate only the first N items of each task", at_least=1, at_most=10**9)
@@ -73,7 +73,7 @@ class Config(checkpoint.ModelConfig):
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     # output
     output: str | None = path_flag(
-        None, "where to write the results as json; default: beside the checkpoint")
+        None, "where to write the results as json; default: next to the checkpoint")
     compare: tuple[str, ...] | None = path_flag(
         None, "print and draw a table of these runs instead (run folders or results)")
     chart: str = path_flag("compare.png", "where --compare draws its bar chart")
@@ -84,16 +84,16 @@ class Config(checkpoint.ModelConfig):
 
 
 def read_results(path: str | Path) -> dict:
-    """The results in a file that --output wrote. Raises BadInput if it holds something else."""
+    """The results in a file written by --output. Raises BadInput if it has other content."""
     data = files.read_json(path, "name a run folder, or a file that --output wrote")
     if not is_results(data):
-        raise BadInput(f"{path} does not hold results of eval_harness.py: name a run folder, or a "
-                       "file that --output wrote")
+        raise BadInput(f"{path} has no results of eval_harness.py: name a run folder, or a "
+                       "file written by --output")
     return data
 
 
 def is_results(data):
-    """Whether data hold a dict of one dict per task for each of TABLES."""
+    """Whether data has, for each of TABLES, a dict with one dict per task."""
     if not isinstance(data, dict):
         return False
     for key in TABLES:
@@ -134,13 +134,13 @@ def newest_results(path: str | Path) -> tuple[str, dict]:
         if complete:
             name = f"{where.name} {step}" if step else where.name
             return name, merge(complete)
-    raise BadInput(f"{path} holds no eval_<step>.json (those with --context or --limit do not "
+    raise BadInput(f"{path} has no eval_<step>.json (those with --context or --limit do not "
                    "count): run eval_harness.py --checkpoint on a checkpoint there first, or name "
                    "a file")
 
 
 def merge(parts):
-    """Results of different tasks as one; later parts replace earlier ones."""
+    """Merge results of different tasks; later parts replace earlier ones."""
     merged = {key: {} for key in TABLES}
     for data in parts:
         for key in TABLES:
@@ -257,7 +257,7 @@ def compare(paths: tuple[str, ...], chart: str) -> None:
     try:
         bar_chart(runs, chart)
     except ImportError:
-        print("no chart: pip install -r requirements-dev.txt has matplotlib")
+        print("no chart: for matplotlib, pip install -r requirements-dev.txt")
         return
     except (OSError, ValueError) as error:  # ValueError: not the suffix of a picture
         raise BadInput(f"cannot write {chart} ({error}): name another --chart, for instance "
@@ -323,7 +323,7 @@ def pick_output(cfg: Config, context: ContextConfig) -> Path:
 
 
 def partial_suffix(cfg, context):
-    """What marks the file name of partial results."""
+    """The suffix in the file name of partial results."""
     suffix = ""
     if context.context:
         suffix += f"_context{context.context}"
@@ -381,7 +381,7 @@ def main(argv: list[str]) -> None:
 
 
 def seed_everything(seed):
-    """For tasks that draw random numbers, the same on every process."""
+    """Seed all random generators of tasks, with the same seed on every process."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (the generator that tasks use)
     torch.manual_seed(seed)

@@ -1,13 +1,13 @@
-"""Write a checkpoint as a folder that stock transformers loads, without code of ours: weights,
+"""Export a checkpoint to a folder that stock transformers loads without custom code: weights,
 config.json, tokenizer.
 
     python export_hf.py --checkpoint log/<run> --out exported
     python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
 
     model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # transformers' class
-    model = train_gpt2.GPT.from_pretrained("exported")                       # ours again
+    model = train_gpt2.GPT.from_pretrained("exported")                       # this project's
 
-The exported model computes the same. Which class depends on the flags used in training:
+The exported model computes the same. Its class depends on the flags used in training:
     GPT2LMHeadModel         --norm layernorm --pos learned --mlp gelu or relu2, --no-emb_norm
     LlamaForCausalLM        --norm rmsnorm   --pos rope    --mlp swiglu
     Qwen3ForCausalLM        --norm rmsnorm   --pos rope    --mlp swiglu --qk_norm --no-bias
@@ -21,7 +21,7 @@ The exported model computes the same. Which class depends on the flags used in t
     Qwen3MoeForCausalLM     as Glm4Moe with --router softmax --balance loss --qk_norm, without
                             --n_shared
 Embeddings may be tied or untied. With --pos rope, --emb_norm is supported, too: it is applied to
-the embedding table. Other combinations are refused. transformers has no counterpart of
+the embedding table. Other combinations are rejected. transformers has no counterpart of
 --token_shift, --value_residual, --residual_scalars and --softcap, which the presets speedrun and
 tiny use.
 
@@ -62,8 +62,8 @@ class Config(checkpoint.ModelConfig):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the bars and warnings of transformers and torch that do not concern an export, such
-    as that a text is longer than the context."""
+    """Silence progress bars and warnings of transformers and torch that are irrelevant to an
+    export, such as that a text is longer than the context."""
     logging = huggingface.library().utils.logging
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
@@ -117,12 +117,12 @@ def check(model, tokenizer, folder: str, dtype: str, chat_template: str | None =
 
 
 def compare_logits(model, theirs, idx, dtype):
-    """-> (the largest difference of logits between the model and what was loaded, the largest
-    logit). Raises NonFinite.
+    """-> (largest difference between the logits of the model and the loaded model, largest logit).
+    Raises NonFinite.
 
-    Rounding to `dtype` may send tokens to other experts, which changes logits a lot. It is left out
-    by comparing twice: the model with its conversion in fp32, and the rounded conversion with what
-    was loaded.
+    Rounding to `dtype` may route tokens to other experts, which changes logits a lot. Two
+    comparisons avoid that: the model with its conversion in fp32, and the rounded conversion with
+    the loaded model.
     """
     logits = model(idx)
     if not logits.isfinite().all():

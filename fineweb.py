@@ -1,4 +1,4 @@
-"""Any text -> shards of token ids; by default FineWeb-edu (Penedo et al. 2024,
+"""Tokenize text into shards, by default FineWeb-edu (Penedo et al. 2024,
 https://arxiv.org/abs/2406.17557).
 
     python fineweb.py                                         # 10B tokens -> edu_fineweb10B/
@@ -6,13 +6,13 @@ https://arxiv.org/abs/2406.17557).
     python fineweb.py --preset wikipedia --name 20231101.de   # another language of a preset
     python fineweb.py --source a.parquet more/ "*.jsonl.zst" --out mine --tokenizer cl100k_base
     python fineweb.py --docstrings --tokenizer bpe:4096       # needs no download -> docstrings/
-    python fineweb.py --pretokenized fineweb-10BT --shards 8  # made by others -> fineweb10B-gpt2/
+    python fineweb.py --pretokenized fineweb-10BT --shards 8  # ready-made -> fineweb10B-gpt2/
 
-A shard is a one-dimensional .npy of uint16 ids (uint32 when the vocabulary needs it), the
-end-of-text id before each document, named <prefix>_{val|train}_<index>.npy; meta.json beside the
-shards says what made them. Text is read as a stream and encoded by threads, so memory use stays
-constant. Run the same command again to continue an interrupted run after its last whole shard, and
-to replace missing or damaged shards.
+A shard is a one-dimensional .npy of uint16 ids (uint32 for large vocabularies), with the
+end-of-text id before each document, named <prefix>_{val|train}_<index>.npy. meta.json next to the
+shards records how they were made. Text is streamed and encoded by threads, so memory use stays
+constant. Run the same command again to continue an interrupted run after its last complete shard,
+or to replace missing or damaged shards.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -58,29 +58,29 @@ MOST_WORKERS = 1024
 
 
 class HubCorpus(NamedTuple):
-    """A dataset of the hub. Licence and sizes are from its card or the source noted; None: not
-    known."""
+    """A dataset on the hub. Licence and sizes are from its card or the source noted; None: unknown.
+    """
     preset: str
     source: str
     name: str | None
-    text_column: str | None  # None: shards of gpt2, nothing to tokenize
+    text_column: str | None  # None: shards tokenized with gpt2
     licence: str
-    tokens: float | None     # counted with gpt2
+    tokens: float | None     # with the gpt2 tokenizer
     disk: float | None       # bytes of its files on the hub
 
     def __str__(self):
-        tokens = "tokens not known"
+        tokens = "tokens unknown"
         if self.tokens:
             tokens = (f"about {self.tokens / 1e9:,.4g}B tokens, "
                       f"{2 * self.tokens / 1e9:,.4g} GB of shards with gpt2")
-        disk = "size on the hub not known"
+        disk = "size on the hub unknown"
         if self.disk:
             disk = f"about {self.disk / 1e9:,.4g} GB on the hub"
         return f"{self.source}, {self.name or 'default'}: {tokens}; {disk}; licence {self.licence}"
 
 
-CORPORA = (  # --name chooses another language, as listed on the card of the dataset
-    # the card; its 1.3T are those of version 1.0.0, crawls were added since
+CORPORA = (  # --name chooses another language, as listed on the dataset card
+    # the card; its 1.3T are for version 1.0.0, crawls have been added since
     HubCorpus("fineweb-edu-10BT", FINEWEB_EDU, "sample-10BT", "text", "ODC-By 1.0", 10e9, None),
     HubCorpus("fineweb-edu-100BT", FINEWEB_EDU, "sample-100BT", "text", "ODC-By 1.0", 100e9, None),
     HubCorpus("fineweb-edu-350BT", FINEWEB_EDU, "sample-350BT", "text", "ODC-By 1.0", 350e9, None),
@@ -89,7 +89,7 @@ CORPORA = (  # --name chooses another language, as listed on the card of the dat
     # 772,108,850,771 bytes of parquet
     HubCorpus("fineweb-2", "HuggingFaceFW/fineweb-2", "deu_Latn", "text", "ODC-By 1.0",
               None, 772.1e9),
-    # 11,630,929,031 bytes of parquet in 41 files, as others quote the card
+    # 11,630,929,031 bytes of parquet in 41 files, quoted from the card
     HubCorpus("wikipedia", "wikimedia/wikipedia", "20231101.en", "text", "CC BY-SA 3.0, GFDL",
               None, 11.63e9),
     # 48,284 books; bytes as reported by projects that download them
@@ -99,7 +99,7 @@ CORPORA = (  # --name chooses another language, as listed on the card of the dat
     # nanochat, runs/speedrun.sh
     HubCorpus("climbmix", "karpathy/climbmix-400b-shuffle", None, "text", "CC BY-NC 4.0",
               400e9, 650e9),
-    # .bin shards: one for validation, then those for training; 100M tokens each, fewer in the last
+    # .bin shards: one for validation, then those for training; 100M tokens each, fewer in the last.
     # 1 + 102 shards and 55,324,043 tokens: github.com/swookey-thinky/minllm,
     # minllm/datasets/fineweb.py
     HubCorpus("fineweb-10BT", "kjj0/fineweb10B-gpt2", None, None,
@@ -126,30 +126,30 @@ PRETOKENIZED = {row.preset: row.source for row in CORPORA if not row.text_column
 @dataclass
 class Config:
     preset: Literal[tuple(TEXTS)] | None = flag(  # type: ignore[valid-type]
-        None, "a corpus of the hub: sets --source, --name and --text_column")
+        None, "a corpus on the hub: sets --source, --name and --text_column")
     source: tuple[str, ...] = path_flag(
         (FINEWEB_EDU,), "a dataset id, or local files, folders and globs of parquet, "
         "jsonl(.gz|.zst) or txt, read in the order given; a .txt is one document")
     name: str | None = flag(None, "configuration of the dataset; FineWeb-edu: sample-10BT, "
                             "sample-100BT, sample-350BT, ...")
-    text_column: str = flag("text", "column that holds the text")
-    dedup: bool = flag(False, "drop exact duplicates of earlier documents, by a hash, in about "
-                       "1.1 GB of memory; not of a .txt")
+    text_column: str = flag("text", "column with the text")
+    dedup: bool = flag(False, "drop exact duplicates of earlier documents, by hash; takes about "
+                       "1.1 GB of memory; not for .txt")
     pretokenized: str | None = flag(
         None, f"download shards instead of making them: {', '.join(PRETOKENIZED)}, or a dataset "
-        "of the hub that holds .npy or .bin shards, as id or id:folder or id:pattern")
+        "on the hub with .npy or .bin shards, as id or id:folder or id:pattern")
     shards: int | None = flag(None, "train shards that --pretokenized downloads; by default all, "
                               "or enough for --max_tokens", at_least=1)
     docstrings: bool = flag(
-        False, "the docstrings of the installed Python packages, instead of a source")
+        False, "read the docstrings of the installed Python packages instead of a source")
     tokenizer: str = path_flag(
         "gpt2", "a tiktoken name, a tokenizer.json, or bpe:4096 to train one of 4096 ids on the "
-        "source; with --pretokenized, that of shards without a meta.json")
+        "source; with --pretokenized, for shards without a meta.json")
     out: str | None = path_flag(None, "folder of the shards; by default named after the source")
     shard_size: int = flag(100_000_000, "tokens per shard", at_least=1, at_most=LARGEST)
     val_tokens: int | None = flag(
-        None, "tokens of the validation shard, the first; by default one shard, or a tenth of a "
-        "source that is smaller", at_least=0, at_most=LARGEST)
+        None, "tokens of the validation shard, taken first; by default one shard, or a tenth of a "
+        "smaller source", at_least=0, at_most=LARGEST)
     max_tokens: int | None = flag(
         None, "stop after this many tokens; with --pretokenized, after the shard that reaches them",
         at_least=2)
@@ -159,11 +159,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Job:
-    """What the flags ask for, with all defaults filled in.
+    """The flags with all defaults filled in.
 
-    explicit: the names of the flags given. settings: what decides which ids are written; only a run
-    with equal ones continues the shards. command: makes the same shards, without --out. request:
-    for --pretokenized, else None.
+    explicit: names of the flags given. settings: the flags that determine which ids are written; a
+    run only continues shards made with the same ones. command: command line that makes the same
+    shards, without --out. request: for --pretokenized, else None.
     """
     cfg: Config
     explicit: set[str]
@@ -206,7 +206,7 @@ def reads_fineweb_edu(cfg: Config) -> bool:
 
 
 def default_folder(cfg: Config) -> str:
-    """--out, named after the source."""
+    """The default of --out, named after the source."""
     if cfg.pretokenized:
         return cfg.pretokenized.partition(":")[0].partition("/")[2]
     if cfg.docstrings:
@@ -223,8 +223,8 @@ def default_folder(cfg: Config) -> str:
 
 def check_text(cfg: Config, explicit: set[str]) -> None:
     if cfg.shards:
-        raise BadInput("--shards counts the shards that --pretokenized downloads: give both, or "
-                       "--max_tokens")
+        raise BadInput("--shards is the number of shards that --pretokenized downloads: give both, "
+                       "or --max_tokens")
     is_named_twice = len(explicit & {"docstrings", "source", "preset"}) > 1
     if is_named_twice or (cfg.docstrings and "name" in explicit):
         raise BadInput("--preset, --docstrings and --source (with its --name) each name the text: "
@@ -241,20 +241,20 @@ def check_pretokenized(cfg: Config, explicit: set[str], dataset: str) -> None:
             raise BadInput("--pretokenized downloads shards as they are: "
                            f"leave out --{field.name}")
     if {"shards", "max_tokens"} <= explicit:
-        raise BadInput("--shards and --max_tokens both say how much to download: give one of them")
+        raise BadInput("--shards and --max_tokens both limit the download: give one of them")
     if trains_tokenizer(cfg):
-        raise BadInput("--pretokenized shards have a tokenizer already: name it by --tokenizer, "
+        raise BadInput("--pretokenized shards already have a tokenizer: name it with --tokenizer, "
                        "or leave that out")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", dataset):
         raise BadInput(f"--pretokenized {dataset[:80]}: name one of "
-                       f"{', '.join(PRETOKENIZED)}, or a dataset of the hub as owner/name")
+                       f"{', '.join(PRETOKENIZED)}, or a dataset on the hub as owner/name")
 
 
 def check_folder(cfg: Config, out: Path) -> None:
     for source in cfg.source:
         folder = Path(source).resolve()
         if os.path.isdir(source) and folder in (out.resolve(), *out.resolve().parents):
-            raise BadInput(f"--out {out} is in the folder {source} that --source reads: "
+            raise BadInput(f"--out {out} is in the folder {source} of --source: "
                            "give another --out")
 
 
@@ -263,7 +263,7 @@ def trains_tokenizer(cfg: Config) -> bool:
 
 
 def settings_of(cfg: Config) -> dict:
-    """The flags that decide which ids are written, as meta.json keeps them."""
+    """The flags that determine which ids are written, as stored in meta.json."""
     return {
         "pretokenized": None,
         "source": "docstrings" if cfg.docstrings else list(cfg.source),
@@ -300,7 +300,7 @@ def main(argv: list[str]) -> None:
         return
     parts = find_text(job)
     with writing(job.out):
-        meta = own_meta(job)  # another process may have continued it in the meantime
+        meta = own_meta(job)  # another process may have continued it meanwhile
         if job.request:
             print_corpora(job.request.name)
             meta = download_shards(job.request, job.out, meta)
@@ -310,8 +310,8 @@ def main(argv: list[str]) -> None:
 
 
 def own_meta(job: Job) -> Meta | None:
-    """The Meta of the folder, None if nothing was written yet. Raises BadInput if its shards were
-    made by another command."""
+    """The Meta of the folder, None if it has no shards. Raises BadInput if its shards were made by
+    another command."""
     meta = read_meta(job.out)
     if meta:
         check_settings(job.out, meta, job.settings)
@@ -319,7 +319,7 @@ def own_meta(job: Job) -> Meta | None:
     paths, _ = find_shards(job.out)
     shards = paths["val"] + paths["train"]
     if shards:
-        raise BadInput(f"{job.out}/ holds shards of another program ({shards[0].name}): "
+        raise BadInput(f"{job.out}/ contains shards of another program ({shards[0].name}): "
                        "give another --out")
     if trains_tokenizer(job.cfg):
         check_tokenizer_place(job.out, None)
@@ -336,14 +336,14 @@ def find_text(job: Job) -> list[str]:
     for line in left_out:
         print(line)
     if "name" in job.explicit and any(map(is_local, parts)):
-        raise BadInput("--name is a configuration of a dataset of the hub: "
+        raise BadInput("--name is a configuration of a dataset on the hub: "
                        "leave it out with local files")
     return parts
 
 
 def make_shards(job: Job, parts: list[str], meta: Meta | None) -> Meta:
-    """Text -> shards. meta: of an earlier run that is continued, or None. Returns the Meta of the
-    whole folder."""
+    """Tokenize text into shards. meta: of an earlier run to continue, or None. Returns the Meta of
+    the complete folder."""
     cfg = job.cfg
     if cfg.docstrings:
         write_docstrings(Path(parts[0]))
@@ -352,7 +352,7 @@ def make_shards(job: Job, parts: list[str], meta: Meta | None) -> Meta:
     tokenizer = find_tokenizer(job, source, meta)
     if meta is None or not meta.records:
         meta = new_meta(tokenizer, job.settings, job.command)
-    if not all(map(is_local, parts)):  # a continued run reads the commits that it began with
+    if not all(map(is_local, parts)):  # a continued run reads the same commits as before
         source.commits |= meta.setting("commits") or {}
         meta.settings = (meta.settings or {}) | {"commits": source.commits}
     text = TokenizedText(source, tokenizer, np.dtype(meta.dtype), job.workers)
@@ -364,7 +364,7 @@ def make_shards(job: Job, parts: list[str], meta: Meta | None) -> Meta:
 
 
 def find_tokenizer(job: Job, source: Source, meta: Meta | None) -> Tokenizer:
-    """--tokenizer; bpe:<n> is trained on the source once and kept beside meta.json."""
+    """Load --tokenizer, or for bpe:<n> train it once on the source; saved next to meta.json."""
     spec = job.cfg.tokenizer
     if meta and meta.records:
         return own_tokenizer(job.out, meta)
@@ -380,8 +380,8 @@ def find_tokenizer(job: Job, source: Source, meta: Meta | None) -> Tokenizer:
 
 
 def write_shards(job: Job, text: TokenizedText, meta: Meta) -> None:
-    """Read, encode and write, from the last whole shard to the end of the source or --max_tokens.
-    """
+    """Read, encode and write, from the last complete shard to the end of the source or
+    --max_tokens."""
     cfg = job.cfg
     prefix = "edufineweb" if reads_fineweb_edu(cfg) else job.out.resolve().name
     layout = Layout(prefix, cfg.shard_size, cfg.val_tokens)
@@ -398,7 +398,7 @@ def write_shards(job: Job, text: TokenizedText, meta: Meta) -> None:
                mininterval=1.0, disable=None)
     with text.batches(before) as stream, bar:
         for batch, ids in stream:
-            used = min(drop, len(ids))  # ids that are in shards already
+            used = min(drop, len(ids))  # ids that are already in shards
             drop -= used
             end = len(ids)
             is_last = False
@@ -418,29 +418,30 @@ def write_shards(job: Job, text: TokenizedText, meta: Meta) -> None:
         else:
             if drop:
                 raise BadInput(f"{job.out}/ cannot be continued: the source has become shorter; "
-                               "put it back, or give another --out")
+                               "restore it, or give another --out")
         writer.finish()
     print(f"{meta.tokens:,} tokens after {time.perf_counter() - started:.1f} s")
 
 
 @contextlib.contextmanager
 def writing(out: Path):
-    """Hold the folder while its shards are made. Errors and Ctrl-C say how to continue."""
+    """Lock the folder while its shards are made. Messages of errors and Ctrl-C say how to continue.
+    """
     remedy = "give another --out"
     try:
         with new_folder(out, remedy), locked(out, f"wait until it is done, or {remedy}"):
             yield
     except KeyboardInterrupt as interrupt:
-        # its frames may hold a reader of pyarrow, which aborts at exit
+        # its frames may refer to a pyarrow reader, which aborts at exit
         traceback.clear_frames(interrupt.__traceback__)
-        raise KeyboardInterrupt(f"stopped: the shards in {out}/ are whole; "
+        raise KeyboardInterrupt(f"stopped: the shards in {out}/ are complete; "
                                 "the same command continues after them") from None
     except OSError as error:
         if error.filename is None:  # the console's
             raise
         if error.errno in DISK_FULL:
-            raise BadInput(f"the disk of {out}/ is full: free some space and give the same command "
-                           "again; the shards already there stay") from error
+            raise BadInput(f"the disk of {out}/ is full: free some space and run the same command "
+                           "again; complete shards are kept") from error
         raise BadInput(f"cannot write {out}/ ({error}): {remedy}") from error
 
 
@@ -449,8 +450,8 @@ def writing(out: Path):
 
 
 def corpus_of(cfg: Config) -> HubCorpus | None:
-    """The row of TEXTS for --source and --name; without sizes if only the dataset is known, None
-    if neither is."""
+    """The row of TEXTS for --source and --name; without sizes if only the dataset is known; None if
+    neither is known."""
     if cfg.docstrings:
         return None
     rows = [row for row in TEXTS.values() if (row.source,) == cfg.source]
@@ -461,14 +462,14 @@ def corpus_of(cfg: Config) -> HubCorpus | None:
 
 
 def print_corpora(source: str) -> None:
-    """Print what is known of a dataset."""
+    """Print what is known about a dataset."""
     for row in CORPORA:
         if row.source == source:
             print(row)
 
 
 def expect_tokens(cfg: Config, source: Source) -> float | None:
-    """Print what is known of the source -> about how many tokens will be written, None if
+    """Print what is known about the source -> the approximate number of tokens to write, None if
     unknown."""
     row = corpus_of(cfg)
     if row:
@@ -486,7 +487,8 @@ def warn_of_large_val(cfg: Config, meta: Meta, total: float | None) -> None:
 
 
 def is_finished(job: Job, meta: Meta | None) -> bool:
-    """Whether the folder holds all that the flags ask for, whole; then prints what that is."""
+    """Whether the folder has everything that the flags ask for, complete. If so, prints a summary.
+    """
     if meta is None or (job.request and not job.request.is_met(meta)):
         return False
     if not is_complete(job.out, meta):
@@ -505,7 +507,8 @@ def is_finished(job: Job, meta: Meta | None) -> bool:
 
 
 def amount(split: Split) -> str:
-    """A split's size. A document counts where it begins, so a split within one has none."""
+    """The size of a split as text. A document counts where it starts, so a split that lies within
+    one document has none."""
     if not split.documents:
         return f"{split.tokens:,} tokens"
     return f"{split.tokens:,} tokens of {split.documents:,} documents"

@@ -5,8 +5,8 @@
     python generate.py --checkpoint PATH --prompt_file story.txt --samples 1           # streamed
     python generate.py --model gpt2                                        # OpenAI's weights
 
-A text may outgrow the model's context: then its older half is dropped, and the rest is filled in
-again from position 0.
+If a text outgrows the model's context, its older half is dropped and the rest is prefilled again
+from position 0.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -31,7 +31,7 @@ from train_gpt2 import load_checkpoint
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     prompt: tuple[str, ...] = flag(
-        ("Hello, I'm a language model,",), "texts to continue; an empty one starts a document")
+        ("Hello, I'm a language model,",), "prompts to continue; an empty one starts a document")
     prompt_file: str | None = path_flag(
         None, "read the prompt from a file instead, without the newline at its end")
     strict: bool = flag(
@@ -56,8 +56,8 @@ def read_prompts(cfg: Config, given: set[str]) -> tuple[str, ...]:
 
 
 def check_length(prompt: str, n: int, block_size: int, max_new_tokens: int) -> str | None:
-    """A note on what the model cannot see of a prompt of n tokens and its continuation (see
-    lib/decoding.py's `generate`), or None."""
+    """A note if a prompt of n tokens or its continuation does not fit the context (see
+    lib/decoding.py's `generate`), else None."""
     notes = []
     if n > block_size:
         notes.append(f"the first new token sees only the newest {block_size:,}")

@@ -1,11 +1,11 @@
-"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): choose the correct one of four
-endings by likelihood.
+"""Evaluate on HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): pick the correct
+one of four endings by likelihood.
 
     python hellaswag.py --checkpoint log/<run>
     python hellaswag.py --model gpt2                                 # OpenAI's weights
     torchrun --standalone --nproc_per_node=8 hellaswag.py --checkpoint PATH
 
-Prints three accuracies, which are not comparable with one another:
+Prints three accuracies, which are not comparable with each other:
     acc               highest total log-likelihood of the ending
     acc_norm          highest mean log-likelihood per token, as in build-nanogpt
                       (GPT-2 124M: 29.55)

@@ -1,18 +1,18 @@
 """Post-train a checkpoint on your own data: instructions, conversations, or more text.
 
     python posttrain.py --checkpoint log/<run> --data instructions.jsonl
-    python posttrain.py --checkpoint log/<run> --data chats.parquet more/ --replay 0.1  # a tenth of
-                                                             # the rows is pretraining text
-    python posttrain.py --model gpt2 --data chats.jsonl                # OpenAI's weights
+    # a tenth of the rows is pretraining text
+    python posttrain.py --checkpoint log/<run> --data chats.parquet more/ --replay 0.1
+    python posttrain.py --model gpt2 --data chats.jsonl                    # OpenAI's weights
     python posttrain.py --checkpoint log/<run> --data book.txt --epochs 1  # continued pretraining
     torchrun --standalone --nproc_per_node=8 posttrain.py --checkpoint log/<run> --data chats.json
 
-The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) follows from its
-columns: lib/conversations.py. In conversations only the assistant's turns are learned. They are
-packed into rows without attending to each other, and the model can chat afterwards. A run begins
-with the checkpoint's weights and a new optimizer; the checkpoint itself is not changed.
+The layout of a file (messages, ShareGPT, alpaca, dolly, prompt/completion, text) is detected from
+its columns: lib/conversations.py. In conversations only the assistant's turns are learned. Several
+are packed into a row without attending to each other, and the model can chat afterwards. A run
+starts from the checkpoint's weights with a new optimizer; the checkpoint itself is not changed.
 
-Everything a run makes goes to log/<run>/, and an interrupted one resumes, as with train_gpt2.py.
+All output goes to log/<run>/, and interrupted runs resume, as in train_gpt2.py.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -20,8 +20,10 @@ import lib.startup  # noqa: F401 (before torch)
 # isort: split
 
 import hashlib
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +34,13 @@ from lib.chat_template import JINJA, render
 from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
 from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
-from lib.plan import EVALUATIONS, Settings
-from lib.resume import find_resume
+from lib.plan import EVALUATIONS, RunPlan, Settings
+from lib.resume import Resume, find_resume
+from lib.run_folder import RunFolder
 from lib.shards import find_shards, read_validation
-from lib.tokenizers import END, RESERVED, load_tokenizer
+from lib.tokenizers import END, RESERVED, Tokenizer, load_tokenizer
 from train_gpt2 import (
+    GPT,
     LEARNING_RATE,
     OPTIMIZERS,
     SCHEDULES,
@@ -53,23 +57,23 @@ from train_gpt2 import (
 )
 
 RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
-BATCH = 16_384  # tokens per step at most, without --total_batch_size
+BATCH = 16_384  # most tokens per step, without --total_batch_size
 # GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not
 # published
 GPT3_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
-# without --total_batch_size, an epoch has at least this many steps; a run of fewer gets a warning
+# without --total_batch_size, an epoch has at least this many steps; shorter runs print a warning
 ENOUGH = 10
-SHOWN_LINES = 5  # about the data, in an error
+SHOWN_LINES = 5  # lines about the data in an error message
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig, checkpoint.ModelConfig):
-    """train_gpt2.py's flags, some with other defaults, then those of this script."""
+    """The flags of train_gpt2.py, some with other defaults, then this script's own."""
     # data
     data: tuple[str, ...] | None = path_flag(
         None, ".json, .jsonl, .parquet and .txt files, or folders of them or of token shards")
     val_tokens: int = flag(
-        1_048_576, "validation tokens of token shards, from the start of each folder's val split; "
+        1_048_576, "validation tokens per folder of token shards, from the start of its val split; "
                    "unset: no more than in pretraining", above=0)
     # length and batch: small steps, for little data
     epochs: float = flag(3.0, "passes over the training data", above=0)
@@ -77,11 +81,11 @@ class Config(TrainConfig, checkpoint.ModelConfig):
         None, "tokens per optimizer step, padding included, over all processes and accumulation; "
               f"unset: {BATCH:,}, or with little data fewer, for {ENOUGH} to {2 * ENOUGH} steps "
               "per epoch", above=0, at_most=2**28)
-    # optimizer: a lower rate than in pretraining, without a warm-up, down to 0
+    # optimizer: a lower learning rate than in pretraining, without warm-up, decaying to 0
     optimizer: str | None = flag(
         None, "as in train_gpt2.py; unset: the checkpoint's", choices=lambda: OPTIMIZERS)
     max_lr: float | None = flag(
-        None, "peak learning rate; this and the next three unset: --lr_scale times the "
+        None, "peak learning rate; unset, this and the next three are --lr_scale times the "
               "checkpoint's", **LEARNING_RATE)
     embedding_lr: float | None = flag(
         None, "peak learning rate of embeddings", **LEARNING_RATE)
@@ -96,7 +100,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     momentum: float | None = flag(
         None, "Muon's momentum; unset: the checkpoint's", at_least=0, below=1)
     weight_decay: float = flag(
-        0.0, "on matrices; with AdamW on embeddings and head, too", at_least=0, at_most=1e6)
+        0.0, "on matrices; with AdamW also on embeddings and head", at_least=0, at_most=1e6)
     # what happens along the way
     eval_every: int | None = flag(
         None, f"steps between validations, 0: never; unset: {EVALUATIONS} per run", at_least=0)
@@ -104,14 +108,14 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     sample_every: int | None = flag(
         None, "steps between printed samples, 0: never; unset: as --eval_every", at_least=0)
     sample_prompt: str | None = flag(
-        None, "user message, or beginning of a text, that samples answer or continue; unset: a "
-              "held-out question")
+        None, "prompt of the samples: a user message, or text to continue; unset: a held-out "
+              "question")
     keep_best: bool = flag(
-        True, "save and keep the checkpoint of the lowest validation loss on the new data, too")
+        True, "also save and keep the checkpoint with the lowest validation loss on the new data")
     # the run
     seed: int = flag(
         1337, "seed of the validation split, shuffling and dropout", at_least=0, below=2**63)
-    # its own
+    # post-training only
     val_share: float = flag(
         0.05, "share of the rows held out for validation, at least one, by --seed; 0: none",
         at_least=0, below=1)
@@ -121,17 +125,17 @@ class Config(TrainConfig, checkpoint.ModelConfig):
         False, "stop at the first row that is malformed or too long, instead of skipping or "
                "cutting it")
     replay: float = flag(
-        0.0, "share of the rows that is pretraining text, against forgetting",
+        0.0, "share of pretraining text among the rows, against forgetting",
         at_least=0, below=1)
     replay_data: tuple[str, ...] | None = path_flag(
         None, "folders of token shards, DIR[:WEIGHT], for --replay and to measure forgetting; "
-              "unset: those the checkpoint was trained on")
+              "unset: the data that the checkpoint was trained on")
     lr_scale: float | None = flag(
-        None, "multiplies the checkpoint's peak learning rates; unset: 0.1 after pretraining, 1 "
+        None, "factor on the checkpoint's peak learning rates; unset: 0.1 after pretraining, 1 "
               "after post-training", above=0, at_most=1e3)
     dropout: float | None = flag(
         None, "as in train_gpt2.py; unset: the checkpoint's", at_least=0, below=1)
-    # settings of pretraining alone, not flags here
+    # settings of pretraining only, not flags here
     preset: str = flag("posttrain", None)
     init_from: str | None = flag(None, None)
     size: str | None = flag(None, None)
@@ -151,16 +155,16 @@ class Config(TrainConfig, checkpoint.ModelConfig):
 
 
 class Data:
-    """--data and --val_data as rows, with the interface of a Corpus.
+    """--data and --val_data as rows, a CorpusLike.
 
     chat: whether there are conversations to learn from; then rows are packed. question: a
-    conversation to ask for samples, None without any. source, val: a lib.packing.RowSource each,
-    val None if nothing is held out. lines: what to print about them.
+    conversation to prompt samples with, or None. source, val: a lib.packing.RowSource each, val
+    None if nothing is held out. lines: a description to print.
     """
 
     vocab_size = None
 
-    def __init__(self, cfg, tokenizer, block_size):
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, block_size: int):
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.strict = cfg.strict
@@ -169,7 +173,7 @@ class Data:
         self.lines += [f"validation on {line}" for line in lines]
         try:
             self._prepare(cfg, train, val)
-        except BadInput as error:  # which rows are malformed may explain it
+        except BadInput as error:  # the lines, such as on malformed rows, may explain it
             found = "; ".join(self.lines[:SHOWN_LINES])
             if len(self.lines) > SHOWN_LINES:
                 found += "; ..."
@@ -194,8 +198,7 @@ class Data:
         return examples, lines
 
     def _prepare(self, cfg, train, val):
-        """Examples -> question, chat, source and val. Raises BadInput if nothing is left of them.
-        """
+        """Set question, chat, source and val. Raises BadInput if no examples remain."""
         if not cfg.val_data:
             train, val = conversations.hold_out(train, cfg.val_share, cfg.seed)
         chats = [example for example in val + train if not isinstance(example, str)]
@@ -207,7 +210,7 @@ class Data:
         self.source = self._rows(train, cfg.seed, "training")
         self.val = self._rows(val, None, "validation") if val else None
         check_learnable(self.source, "--data")
-        check_learnable(self.val, "--val_data" if cfg.val_data else "what is held out")
+        check_learnable(self.val, "--val_data" if cfg.val_data else "the held-out rows")
 
     def _rows(self, examples, seed, what):
         """Examples -> a RowSource for training or validation, with a line about it."""
@@ -234,7 +237,7 @@ class Data:
         return rows
 
     def _pieces(self, text):
-        """A text among conversations -> items of at most a row each, learned entirely."""
+        """A text among conversations -> items of at most one row each, with all tokens learned."""
         ids = self._ids(text)
         pieces = [ids[at:at + self.block_size + 1]
                   for at in range(0, len(ids) - 1, self.block_size)]
@@ -258,32 +261,32 @@ class Data:
 
     @staticmethod
     def _hash(source):
-        """A hash of the rows' content: whether a resumed run has the same data."""
+        """A hash of the rows' content, to check that a resumed run has the same data."""
         digest = hashlib.sha256(str(source.block_size).encode())
         for item in getattr(source, "items", None) or source.documents:
             for part in item if isinstance(item, tuple) else (item,):
                 digest.update(len(part).to_bytes(8, "big") + part.tobytes())
         return digest.hexdigest()
 
-    def rows(self):
-        """The validation rows as `mean_loss` takes them."""
+    def rows(self) -> tuple:
+        """The validation rows for `mean_loss`."""
         parts = self.val.all()
         return parts if self.chat else parts[:2]
 
-    def check_length(self, cfg, steps):
+    def check_length(self, cfg: Config, steps: int) -> None:
         """Any number of epochs is allowed."""
 
-    def most_repeated(self, tokens):
-        """(epochs in `tokens`, what is repeated)."""
+    def most_repeated(self, tokens: float) -> tuple[float, str]:
+        """(epochs in `tokens`, name of the data)."""
         return tokens / self.tokens["train"], "--data"
 
-    def describe(self, cfg, plan):
+    def describe(self, cfg: Config, plan: RunPlan) -> list[str]:
         return as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
 class ShardData(Corpus):
-    """--data that is folders of token shards, of the checkpoint's tokenizer, with a val split of
-    their own."""
+    """--data as folders of token shards, made with the checkpoint's tokenizer and with a val split
+    of their own."""
 
     chat = False
 
@@ -295,18 +298,18 @@ class ShardData(Corpus):
         self.replay = cfg.replay
         self.lines = []
 
-    def epochs(self, tokens):
+    def epochs(self, tokens: float) -> np.ndarray:
         return super().epochs(tokens * (1 - self.replay))
 
-    def describe(self, cfg, plan):
+    def describe(self, cfg: Config, plan: RunPlan) -> list[str]:
         return super().describe(cfg, plan) + as_data_lines([*self.lines, *few_steps(cfg, plan)])
 
 
-def check_learnable(rows, name: str) -> None:
+def check_learnable(rows: Sized | None, name: str) -> None:
     """Raises BadInput if a RowSource, or None, is empty."""
     if rows is not None and not len(rows):
-        raise BadInput(f"nothing of {name} can be learned, it is empty or too long: see what it "
-                       "holds, or give more")
+        raise BadInput(f"nothing in {name} can be learned, it is empty or too long: check its "
+                       "content, or give more")
 
 
 def as_data_lines(lines: list[str]) -> list[str]:
@@ -314,27 +317,29 @@ def as_data_lines(lines: list[str]) -> list[str]:
     return [f"data    {line}" for line in lines]
 
 
-def few_steps(cfg: Config, plan) -> list[str]:
-    """A warning if a run is very short without having been asked to be; else none."""
+def few_steps(cfg: Config, plan: RunPlan) -> list[str]:
+    """A warning if a run is very short, unless --max_steps asks for that; else none."""
     if plan.steps >= ENOUGH or cfg.max_steps is not None:
         return []
     remedy = "give more data, or raise --epochs"
     if plan.rows > 1:
         remedy += ", or lower --total_batch_size"
-    return [f"warning: {plan.steps} steps in all teach little: {remedy}"]
+    return [f"warning: a run of {plan.steps} steps teaches little: {remedy}"]
 
 
-def token_rows(corpus, tokenizer, seed, block_size):
+def token_rows(corpus: Corpus, tokenizer: Tokenizer, seed: int,
+               block_size: int) -> streams.TokenRows:
     """The training tokens of a Corpus as a source of rows."""
     stream = token_stream(corpus, tokenizer, seed, block_size)
     return streams.TokenRows(stream, block_size, block_size + corpus.is_mixed)
 
 
-def read_data(cfg: Config, explicit: set[str], tokenizer, block_size: int):
+def read_data(cfg: Config, explicit: set[str], tokenizer: Tokenizer,
+              block_size: int) -> Data | ShardData:
     """--data -> Data or ShardData.
 
-    Raises BadInput for data that cannot be read, is empty or mixes both, and for flags that do not
-    fit.
+    Raises BadInput for data that cannot be read, is empty or mixes files and shards, and for flags
+    that do not fit.
     """
     words = cfg.data or ()
     shards = [word for word in words if is_shard_folder(word)]
@@ -342,9 +347,9 @@ def read_data(cfg: Config, explicit: set[str], tokenizer, block_size: int):
         return Data(cfg, tokenizer, block_size)
     others = [word for word in words if word not in shards]
     if others:
-        conversations.find_paths(others)  # a missing file has an error of its own
-        raise BadInput(f"{shards[0]} is a folder of token shards, which is not mixed with files "
-                       f"such as {others[0]}: give one kind alone")
+        conversations.find_paths(others)  # a missing file raises an error of its own
+        raise BadInput(f"{shards[0]} is a folder of token shards and cannot be mixed with files "
+                       f"such as {others[0]}: give only one kind")
     unused = sorted({"val_data", "val_share", "strict"} & explicit)
     if cfg.val_data and not unused:
         unused = ["val_data"]
@@ -360,16 +365,17 @@ def is_shard_folder(word: str) -> bool:
     return any(shards.values())
 
 
-def find_pretraining(cfg: Config, explicit: set[str], tokenizer, block_size: int):
+def find_pretraining(cfg: Config, explicit: set[str], tokenizer: Tokenizer,
+                     block_size: int) -> tuple[Corpus | None, bool, str]:
     """-> (the Corpus of pretraining, None if missing; whether forgetting can be measured; a line
     about both).
 
-    Raises BadInput if --replay, or --replay_data for the validation alone, needs what is missing.
-    Replay needs no val split.
+    Raises BadInput if data that --replay or --replay_data needs is missing. Replay itself needs no
+    val split.
     """
     try:
         if not cfg.replay_data:
-            raise BadInput("the checkpoint does not say what it was trained on: name it by "
+            raise BadInput("the checkpoint does not record its training data: name it with "
                            "--replay_data")
         corpus = Corpus(TrainConfig(data=cfg.replay_data), needed=("train",))
         corpus.check_tokenizer(tokenizer)
@@ -400,17 +406,17 @@ def find_pretraining(cfg: Config, explicit: set[str], tokenizer, block_size: int
 
 
 @torch.no_grad()
-def grow(model, tokenizer) -> tuple[int, dict]:
-    """A GPT -> vocab_size and weights of one that has logits for the ids of chat, too.
+def grow(model: GPT, tokenizer: Tokenizer) -> tuple[int, dict]:
+    """A GPT -> vocab_size and weights with logits for the ids of chat, too.
 
-    The new ids follow those of text. Pretraining pushed their rows of the embedding and the head
-    away, so they begin as the mean of the rows of text; so do padding rows that are added. But the
-    row of the end of a turn begins as that of the end of a text, which the model knows: starting
-    from the mean, a few steps at low rates never make it likely, and replies do not end.
+    The new ids follow the ids of text. Pretraining pushed their rows of the embedding and the head
+    away, so these start as the mean of the rows of text, and so do new padding rows. The end of a
+    turn starts as the end of a text, which the model knows: from the mean, a few steps at low
+    learning rates would not make it likely, and replies would not end.
     """
     config = replace(model.config, vocab_size=tokenizer.vocab_size + len(RESERVED))
     state = model.state_dict()
-    if model.config.vocab_size >= config.vocab_size:  # it was post-trained before
+    if model.config.vocab_size >= config.vocab_size:  # already post-trained
         return config.vocab_size, state
     for name in ("transformer.wte.weight", "lm_head.weight"):
         before = state[name]
@@ -448,8 +454,8 @@ class PostTraining(Pretraining):
             self.corpus.identity += self.pretraining.identity
             self.corpus.former_identity += self.pretraining.former_identity
 
-    def begin_with(self, model, model_cfg):
-        """Take the weights of the model to begin with -> model_cfg with its vocabulary."""
+    def begin_with(self, model: Any, model_cfg: GPTConfig) -> GPTConfig:
+        """Take the model's weights as initial weights -> model_cfg with its vocabulary."""
         fit_vocabulary(model, model_cfg.vocab_size)
         model_cfg = replace(model_cfg, vocab_multiple=model.config.vocab_multiple)
         if not self.corpus.chat:
@@ -459,14 +465,14 @@ class PostTraining(Pretraining):
         self.weights = [weights]
         return replace(model_cfg, vocab_size=vocab_size)
 
-    def continue_with(self, model_cfg):
+    def continue_with(self, model_cfg: GPTConfig) -> None:
         """Raises BadInput if a resumed model has no ids for the data."""
         needed = self.tokenizer.vocab_size + len(RESERVED)
         if self.corpus.chat and model_cfg.vocab_size < needed:
-            raise BadInput("the resumed run has learned plain text and has no ids for "
-                           "conversations: begin another --run_name")
+            raise BadInput("the resumed run was trained on plain text and has no ids for "
+                           "conversations: start another --run_name")
 
-    def vocabulary(self, model_cfg):
+    def vocabulary(self, model_cfg: GPTConfig) -> tuple[Tokenizer, GPTConfig]:
         return self.tokenizer, model_cfg
 
     def evaluations(self, cfg, plan, tokenizer, processes):
@@ -523,13 +529,13 @@ class PostTraining(Pretraining):
                           packed=self.corpus.chat)
         return streams.Rows(self.corpus.source, replay, cfg.replay, batches)
 
-    def packed(self, idx):
+    def packed(self, idx: torch.Tensor) -> tuple:
         return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
 
-    def conclude(self, run):
-        """Print how much was forgotten, if that was measured from the beginning to the end."""
+    def conclude(self, run: RunFolder) -> None:
+        """Print how much was forgotten, if that was measured at the start and the end."""
         losses = run.recorded("val_pretraining") or {}
-        if len(losses) < 2 or self.last_step not in losses:  # the data may be gone since
+        if len(losses) < 2 or self.last_step not in losses:  # the data may have been removed
             return
         start = losses[min(losses)]
         end = losses[self.last_step]
@@ -542,33 +548,33 @@ class PostTraining(Pretraining):
 
 
 def first_turn(conversation: list[dict]) -> list[dict]:
-    """A conversation up to the first message of the user."""
+    """A conversation up to the user's first message."""
     has_system = conversation[0]["role"] == "system"
     return conversation[:1 + has_system]
 
 
 def pick_batch(tokens: int, row: int) -> int:
-    """--total_batch_size if unset, for an epoch of `tokens`. row: tokens of one row per process, or
-    of a micro-batch if --micro_batch is given.
+    """The default of --total_batch_size for an epoch of `tokens`.
 
-    A power of two of these, so that micro-batches divide it: at most BATCH tokens, and few enough
-    for ENOUGH to twice ENOUGH steps per epoch; at least one.
+    row: tokens of one row per process, or of one micro-batch if --micro_batch is given. The result
+    is a power of two times `row`, so that micro-batches divide it: at most BATCH tokens, and few
+    enough for ENOUGH to twice ENOUGH steps per epoch, but at least one `row`.
     """
     rows = max(min(BATCH, tokens // ENOUGH) // row, 1)
     return row << rows.bit_length() - 1
 
 
 def inherited(cfg: Config, before: dict, explicit: set[str]) -> dict:
-    """The settings that a new run takes from its checkpoint, a dict.
+    """The settings that a new run inherits from its checkpoint, as a dict.
 
-    before: the checkpoint's train_config, or {}. Raises BadInput if that has no learning rate.
+    before: the checkpoint's train_config, or {}. Raises BadInput if it has no learning rate.
     """
     was_posttrained = "checkpoint" in before
     optimizer = before.get("optimizer", "adamw")
     settings = {"optimizer": cfg.optimizer or optimizer}
     if settings["optimizer"] != optimizer and cfg.max_lr is None:
-        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose rates do not "
-                       "fit it: give --max_lr, too")
+        raise BadInput(f"--optimizer {cfg.optimizer} is not the checkpoint's, whose learning rates "
+                       "do not fit: give --max_lr, too")
     if settings["optimizer"] == optimizer:
         scale = cfg.lr_scale or (1.0 if was_posttrained else 0.1)
         settings["lr_scale"] = scale
@@ -576,35 +582,36 @@ def inherited(cfg: Config, before: dict, explicit: set[str]) -> dict:
             if getattr(cfg, name) is None and isinstance(before.get(name), float):
                 settings[name] = before[name] * scale
     if cfg.max_lr is None and "max_lr" not in settings:
-        raise BadInput("the checkpoint does not say its learning rate: give --max_lr")
+        raise BadInput("the checkpoint does not record its learning rate: give --max_lr")
     if cfg.momentum is None:
         settings["momentum"] = before.get("momentum", TrainConfig.momentum)
-    if "val_tokens" not in explicit:  # pretraining's suit the machine
+    if "val_tokens" not in explicit:  # pretraining's number suits the machine
         settings["val_tokens"] = min(cfg.val_tokens, before.get("val_tokens", cfg.val_tokens))
     folders = cfg.replay_data or before.get("replay_data" if was_posttrained else "data") or ()
     settings["replay_data"] = (folders,) if isinstance(folders, str) else tuple(folders)
     return settings
 
 
-def resumed_model(resume) -> GPTConfig:
-    """The GPTConfig of a Resume. Raises BadInput unless it is of this script."""
+def resumed_model(resume: Resume) -> GPTConfig:
+    """The GPTConfig of a Resume. Raises BadInput unless posttrain.py wrote it."""
     before = resume.state.get("train_config")
     config = resume.state.get("model_config")
     if not isinstance(before, dict) or not isinstance(config, dict) or "checkpoint" not in before:
-        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: name it by "
-                       "--checkpoint, to begin with, and give another --run_name")
+        raise BadInput(f"{resume.path} is not a checkpoint of a post-training run: to start from "
+                       "it, name it with --checkpoint and give another --run_name")
     try:
         return GPTConfig(**config)
     except TypeError as error:
-        raise BadInput(f"{resume.path} is of another version of this project ({error}): name "
-                       "another one") from error
+        raise BadInput(f"{resume.path} was written by another version of this project ({error}): "
+                       "name another") from error
 
 
-def load_start(cfg: Config, explicit: set[str]):
-    """The checkpoint of a new run -> (cfg with what it decides, its GPT, its state)."""
+def load_start(cfg: Config, explicit: set[str]) -> tuple[Config, GPT, dict]:
+    """Load the checkpoint that a new run starts from -> (cfg with settings inherited from it, its
+    GPT, its state)."""
     start = checkpoint.pick(checkpoint.named(cfg))
     if cfg.data is None:
-        raise BadInput("name --data, what to train on")
+        raise BadInput("there is nothing to train on: give --data")
     model, _, state = load_checkpoint(start)
     checkpoint.check_finite(model.state_dict(), start)
     before = state.get("train_config")
@@ -618,10 +625,11 @@ def load_start(cfg: Config, explicit: set[str]):
 
 
 def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
-    """The command line -> (Settings, PostTraining). Later sources win: defaults, the checkpoint
-    that the run begins with, the run's own checkpoint, flags; then what follows from the data.
+    """Parse the command line -> (Settings, PostTraining). Later sources win: defaults, the
+    checkpoint that the run starts from, the run's own checkpoint, flags; then defaults that depend
+    on the data.
 
-    Holds nothing else of the checkpoint: its memory must be free during the run.
+    Keeps no other reference to the checkpoint, so that its memory is free during the run.
     """
     (cfg,), explicit = parse((Config,), argv, __doc__)
     resume, folder = find_resume(cfg, explicit)
@@ -648,15 +656,15 @@ def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     template = JINJA if task.corpus.chat else state.get("chat_template")
     if template:
         task.extra = {"chat_template": template}
-    if cfg.total_batch_size is None:  # a resumed run keeps what it began with
+    if cfg.total_batch_size is None:  # in a new run; a resumed one keeps its own
         cfg = replace(cfg, total_batch_size=batch_for(task.corpus, cfg, model_cfg.block_size))
     if cfg.sample_prompt is None and not task.corpus.chat:
         cfg = replace(cfg, sample_prompt=TrainConfig.sample_prompt)
     return Settings(cfg, model_cfg, explicit, resume), task
 
 
-def batch_for(corpus, cfg: Config, block_size: int) -> int:
-    """--total_batch_size for this data on all processes."""
+def batch_for(corpus: streams.CorpusLike, cfg: Config, block_size: int) -> int:
+    """The default of --total_batch_size for this data, over all processes."""
     processes = launched()
     row = block_size * (processes["world_size"] if processes else 1)
     if cfg.micro_batch != "auto":

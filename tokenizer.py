@@ -43,7 +43,7 @@ class Text:
         (), "local files, folders and globs of parquet, jsonl(.gz|.zst) or txt, or a dataset id of "
         "the hub")
     name: str | None = flag(None, "configuration of the dataset")
-    text_column: str = flag("text", "column that holds the text")
+    text_column: str = flag("text", "column with the text")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Train:
 class Compare:
     tokenizer: tuple[str, ...] = path_flag(
         ("gpt2", "cl100k_base", "o200k_base"),
-        "tiktoken names, and tokenizer.json files or folders that hold one")
+        "tiktoken names, and tokenizer.json files or folders with one")
     width: int = flag(768, "n_embd of the model", above=0, at_most=65_536)
 
 
@@ -68,9 +68,9 @@ def main(argv: list[str]) -> None:
 
 
 def read(cfg: Text, characters: int) -> Iterator[str]:
-    """The first documents of --source, at least `characters` characters of them."""
+    """The first documents of --source, with at least `characters` characters in total."""
     if not cfg.source:
-        raise BadInput("name the text by --source")
+        raise BadInput("name the text with --source")
     parts, left_out = find_parts(cfg.source, cfg.text_column)
     for line in left_out:
         print(line)
@@ -80,11 +80,11 @@ def read(cfg: Text, characters: int) -> Iterator[str]:
 def train(argv: list[str]) -> None:
     (text, cfg), _ = parse((Text, Train), argv, __doc__, command="train")
     if cfg.out is None:
-        raise BadInput("name the folder of the tokenizer by --out")
+        raise BadInput("name the folder of the tokenizer with --out")
     out = Path(cfg.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if os.path.lexists(out / name):
-            raise BadInput(f"{out}/ holds a {name} already: give another --out")
+            raise BadInput(f"{out}/ already has a {name}: give another --out")
     texts = read(text, BPE_TEXT)
     with new_folder(out, "give another --out"):  # before the work, which may take long
         started = time.perf_counter()
@@ -109,7 +109,7 @@ def compare(argv: list[str]) -> None:
     documents = list(texts)
     size = sum(len(document.encode(errors="replace")) for document in documents)
     if not size:
-        raise BadInput("the source holds no text to compare on: check --source and --text_column")
+        raise BadInput("the source has no text to compare on: check --source and --text_column")
     print(f"{size:,} bytes of {len(documents):,} documents, one thread")
     print(f"{'tokenizer':28} {'ids':>9} {'bytes/token':>12} {'tokens/s':>12} {'MB/s':>7} "
           f"{f'embedding parameters at {cfg.width}':>33}")
@@ -133,7 +133,7 @@ def load_all(specs: tuple[str, ...]) -> list[tuple[str, Tokenizer]]:
                 raise
             print(f"left out: {error}", file=sys.stderr)
     if not tokenizers:
-        raise BadInput("no tokenizer is left to compare: name others by --tokenizer")
+        raise BadInput("no tokenizer is left to compare: name others with --tokenizer")
     return tokenizers
 
 

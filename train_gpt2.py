@@ -22,7 +22,7 @@ Improvements over the baseline and their flags:
     untied head           --no-tie_embeddings
     Mixture of Experts    --n_experts
 
-Everything a run makes goes to log/<run>/: config.json, log.txt, TensorBoard events, ckpt_<step>.pt.
+All output goes to log/<run>/: config.json, log.txt, TensorBoard events, ckpt_<step>.pt.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -81,17 +81,17 @@ from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
 from lib.plan import RunPlan, Settings, check_memory, make_plan
-from lib.resume import Position, find_resume, may_change, merge
+from lib.resume import Position, Resume, find_resume, may_change, merge
 from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
-from lib.streams import Mixture, Stream, micro_batches, unchanged
+from lib.streams import CorpusLike, Mixture, Stream, TaskLike, micro_batches, unchanged
 from lib.timer import StepTimer
 from lib.tokenizers import Tokenizer, load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
-# (--preset gpt2). Choices are the keys of a dict, which may be defined below.
+# (--preset gpt2). `choices` is a lambda where the dict of choices is defined further down.
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     n_embd: int = flag(768, "width of the residual stream", above=0, at_most=65_536)
     # improvements
     mlp: str = flag(
-        "gelu", "feed-forward layer, the same parameter count each", choices=lambda: MLPS)
+        "gelu", "feed-forward layer; all have the same parameter count", choices=lambda: MLPS)
     norm: str = flag(
         "layernorm", "normalization before each layer and the head", choices=lambda: NORMS)
     pos: Literal["learned", "rope"] = flag("learned", "positional encoding: learned or rotary")
@@ -114,19 +114,20 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     dropout: float = flag(
         0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
     token_shift: bool = flag(
-        False, "add a learned share of the previous token to the input of each attention layer")
-    value_residual: bool = flag(False, "mix the first layer's values into those of every other")
+        False, "add the previous token, times learned weights, to each attention layer's input")
+    value_residual: bool = flag(
+        False, "mix the first layer's values into the values of every other layer")
     residual_scalars: bool = flag(
-        False, "learned shares of residual stream and embedding in each block's input")
+        False, "learned weights of residual stream and embedding in each block's input")
     softcap: float = flag(
-        0.0, "bounds logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
+        0.0, "bound logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
     init: str = flag("gpt2", "weight initialization, see init_weights", choices=lambda: INITS)
     # set by the data or the checkpoint, not by a flag
     vocab_size: int = flag(50257, None, above=0, at_most=2**24)  # ids the tokenizer can produce
     vocab_multiple: int = flag(128, None, above=0, at_most=2**16)
 
     @property
-    def padded_vocab_size(self):
+    def padded_vocab_size(self) -> int:
         """vocab_size, padded to a multiple for tensor-core efficiency."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
@@ -144,30 +145,30 @@ class TrainConfig:
     # data
     data: tuple[str, ...] = path_flag(
         ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; weights are shares of "
-                             "the tokens, unset: by size")
+                             "the tokens; unset: by size")
     curriculum: str | None = path_flag(
-        None, "folder of shards to begin with, such as simple text; --data gradually replaces it")
+        None, "folder of shards to start with, such as simple text; --data gradually replaces it")
     curriculum_steps: int | None = flag(
         None, "steps until --data has replaced --curriculum", above=0, below=2**31)
     curriculum_mix: str = flag(
         "cosine", "how the share of --curriculum decays; step: all at once",
         choices=lambda: CURRICULUM_MIX)
-    shuffle: bool = flag(False, "new order of shards, and of documents inside each, every epoch")
+    shuffle: bool = flag(False, "reshuffle shards, and the documents in each, every epoch")
     val_tokens: int = flag(
-        10_485_760, "validation tokens, from the start of the val shards, of each folder", above=0)
+        10_485_760, "validation tokens per folder, from the start of its val shards", above=0)
     # length and batch
     epochs: float = flag(1.0, "passes over the training shards", above=0)
     max_steps: int | None = flag(
         None, "optimizer steps; instead of --epochs", above=0, below=2**31)
     minutes: float | None = flag(
-        None, "minutes of training steps, evaluations apart; instead of --epochs", above=0,
+        None, "minutes of training steps, without evaluations; instead of --epochs", above=0,
         at_most=1e7)
     tokens_per_param: float | None = flag(
-        None, "tokens per parameter, Chinchilla's: 20; instead of --epochs", above=0, at_most=1e6)
+        None, "tokens per parameter, 20 in Chinchilla; instead of --epochs", above=0, at_most=1e6)
     total_batch_size: int = flag(
-        524_288, "tokens per optimizer step, of all processes", above=0, at_most=2**28)
+        524_288, "tokens per optimizer step, over all processes", above=0, at_most=2**28)
     batch_warmup: int = flag(
-        0, "tokens at the start for which the batch is half of --total_batch_size", at_least=0)
+        0, "use half of --total_batch_size for this many tokens at the start", at_least=0)
     micro_batch: int | Literal["auto"] = flag(
         "auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     plan: bool = flag(
@@ -176,16 +177,16 @@ class TrainConfig:
     tok_per_sec: float | None = flag(
         None, "for --plan: measured throughput of all GPUs together", above=0)
     price_per_hour: float | None = flag(
-        None, "dollars per hour of the machine, to predict what a run costs", above=0)
+        None, "dollars per hour of the machine, to predict the cost of a run", above=0)
     # optimizer
     optimizer: str = flag(
         "adamw", "muon: Muon for the matrices in blocks, AdamW for the rest",
         choices=lambda: OPTIMIZERS)
     max_lr: float = flag(
-        6e-4, "peak learning rate; this and the next three: with another --optimizer than the "
-              "preset's, its own", **LEARNING_RATE)
+        6e-4, "peak learning rate; with another --optimizer than the preset's, this and the next "
+              "three default to that optimizer's", **LEARNING_RATE)
     embedding_lr: float | None = flag(
-        None, "peak rate of embeddings; unset: --max_lr, 5 times that with --emb_norm",
+        None, "peak rate of embeddings; unset: --max_lr, or 5 times that with --emb_norm",
         **LEARNING_RATE)
     head_lr: float | None = flag(
         None, "peak rate of an untied head; unset: --max_lr", **LEARNING_RATE)
@@ -202,61 +203,61 @@ class TrainConfig:
         0.2, "share of a wsd run in which the learning rate decays", above=0, at_most=1)
     momentum: float = flag(0.95, "Muon's momentum", at_least=0, below=1)
     weight_decay: float = flag(
-        0.1, "on matrices; with AdamW on embeddings and head, too", at_least=0, at_most=1e6)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+        0.1, "on matrices; with AdamW also on embeddings and head", at_least=0, at_most=1e6)
+    grad_clip: float = flag(1.0, "clip the gradient norm to this; 0: no clipping", at_least=0)
     # what happens along the way (0: never)
     eval_every: int = flag(250, "steps between validations", at_least=0)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations", at_least=0)
     hellaswag_file: str | None = path_flag(
         None, "hellaswag_val.jsonl; unset: downloaded once into hellaswag/")
     eval_tasks: str | None = flag(
-        None, "tasks of lm-evaluation-harness, separated by commas: see eval_harness.py")
+        None, "comma-separated tasks of lm-evaluation-harness, see eval_harness.py")
     eval_tasks_every: int = flag(1000, "steps between evaluations on --eval_tasks", at_least=0)
     eval_tasks_dir: str | None = path_flag(
         None, "folder of <task>.jsonl for --eval_tasks; unset: the Hugging Face hub")
     eval_tasks_limit: int | None = flag(None, "items per task; unset: all", above=0)
     sample_every: int = flag(250, "steps between printed samples", at_least=0)
-    sample_prompt: str = flag("Hello, I'm a language model,", "text that samples continue")
+    sample_prompt: str = flag("Hello, I'm a language model,", "prompt of the samples")
     save_every: int = flag(
         5000, "steps between checkpoints, 0: never; the last step is always saved", at_least=0)
     save_minutes: float = flag(10.0, "minutes between checkpoints, 0: never", at_least=0)
     keep: int = flag(3, "number of newest checkpoints to keep; 0: all", at_least=0)
     keep_best: bool = flag(
-        False, "save and keep the checkpoint of the lowest validation loss, too")
+        False, "also save and keep the checkpoint with the lowest validation loss")
     max_skipped: int = flag(10, "abort after N consecutive non-finite steps", above=0)
     spike: float = flag(
-        0.2, "report losses above the median of the last 50 by 8 times their spread, and by at "
-             "least N nats; 0: never", at_least=0)
+        0.2, "report a loss that exceeds the median of the last 50 by 8 times their spread and by "
+             "at least N nats; 0: never", at_least=0)
     log_every: int | None = flag(
         None, "steps between lines on the console; unset: the first ten, then about one per "
-              "second, or per hundred steps", above=0)
+              "second or per hundred steps", above=0)
     # the run
     run_name: str | None = flag(
         None, "name of the run's folder in --log_dir; unset: preset and time")
     log_dir: str = path_flag("log", "folder of all runs")
     resume: str | None = path_flag(
-        None, "checkpoint or run folder to resume; auto: the newest of --run_name, as by default, "
-              "or without a name the last run of this same command, unless it is finished")
+        None, "checkpoint or run folder to resume; auto: the newest of --run_name (the default), "
+              "or without a name the last unfinished run of this same command")
     init_from: str | None = path_flag(
-        None, "weights and shape of a new run: gpt2 to gpt2-xl, a run folder, a checkpoint, "
-              "or a folder that export_hf.py made")
+        None, "weights and shape to start a new run from: gpt2 to gpt2-xl, a run folder, a "
+              "checkpoint, or a folder written by export_hf.py")
     tensorboard: int = flag(
-        0, "port on which to serve TensorBoard of --log_dir to all hosts", at_least=0, below=2**16)
+        0, "port to serve TensorBoard of --log_dir on, to all hosts", at_least=0, below=2**16)
     deterministic: bool = flag(
-        False, "reproducible losses on a GPU, too, at a cost in speed")
+        False, "reproducible losses on GPUs, too, at a cost in speed")
     seed: int = flag(
         1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = flag(
-        None, "torch.compile the model; unset: on cuda, if that saves time")
+        None, "torch.compile the model; unset: on cuda, if it saves time")
 
 
-# Peak learning rates of an optimizer that is not the preset's
+# Peak learning rates where --optimizer is not the preset's
 RATES: dict[str, dict] = {
     "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
     "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
 }
-FAR_OFF = 10  # factor between --max_lr and the usual one, beyond which a run warns
+FAR_OFF = 10  # warn if --max_lr differs from the usual rate by more than this factor
 
 MODERN = dict(
     n_head=6, mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False,
@@ -297,10 +298,10 @@ SIZES: dict[str, dict] = {
 class LayerNorm(nn.LayerNorm):
     """Ba et al. 2016, https://arxiv.org/abs/1607.06450."""
 
-    def __init__(self, dim, bias):
+    def __init__(self, dim: int, bias: bool):
         super().__init__(dim, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)  # torch.compile skips modules that are torch's own
 
 
@@ -310,22 +311,22 @@ class RMSNorm(nn.RMSNorm):
     In fp32 under autocast, as LayerNorm is.
     """
 
-    def __init__(self, dim, bias):
+    def __init__(self, dim: int, bias: bool):
         super().__init__(dim, eps=1e-5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).type_as(x)
 
 
 class NoPositions(nn.Module):
     """A no-op in place of the positional encoding that was not chosen."""
 
-    def forward(self, x, positions):
+    def forward(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
         return x
 
 
 class LearnedPositions(nn.Embedding):
-    """GPT-2's: added to the embeddings (B, T, C) at `positions`, a slice or int64 (B, T)."""
+    """GPT-2's encoding, added to the embeddings (B, T, C). positions: a slice or int64 (B, T)."""
 
     def forward(self, x, positions):
         return x + self.weight[positions]
@@ -335,11 +336,11 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of queries or
     keys (B, T, H, D).
 
-    Dimension i turns together with i + D/2, the pairing of Llama and GPT-NeoX. Angles are computed
-    in fp32: bf16 cannot tell position 1000 from 1001.
+    Dimension i is paired with i + D/2, as in Llama and GPT-NeoX. Angles are computed in fp32: bf16
+    cannot distinguish position 1000 from 1001.
     """
 
-    def __init__(self, head_dim, block_size):
+    def __init__(self, head_dim: int, block_size: int):
         super().__init__()
         cos, sin = rope.tables(*rope.frequencies(head_dim), block_size)     # (block_size, D/2)
         self.register_buffer("cos", cos, persistent=False)
@@ -349,8 +350,8 @@ class Rotary(nn.Module):
         cos = self.cos[positions].unsqueeze(-2)                             # (T or B, T, 1, D/2)
         sin = self.sin[positions].unsqueeze(-2)
         a, b = x.float().chunk(2, dim=-1)                                   # (B, T, H, D/2) each
-        # In three dimensions, (B T, H, D/2): in four, inductor's layout of a single token has
-        # strides that attention kernels refuse.
+        # (B T, H, D/2): with four dimensions, inductor's layout of a single token has strides that
+        # attention kernels reject.
         first = (a * cos - b * sin).flatten(0, 1)
         second = (a * sin + b * cos).flatten(0, 1)
         return torch.cat((first, second), dim=-1).view(x.shape).type_as(x)
@@ -359,57 +360,57 @@ class Rotary(nn.Module):
 class Mix(nn.Module):
     """A learned weighted sum of two tensors: w[0] x + w[1] y."""
 
-    def __init__(self, start):
+    def __init__(self, start: tuple[float, float]):
         super().__init__()
         self.start = start
         self.mix = nn.Parameter(torch.empty(2))
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         w = self.mix.type_as(x)
         return w[0] * x + w[1] * y
 
 
 class First(nn.Module):
-    """The first of two tensors, in place of a Mix that was not chosen."""
+    """Returns the first of two tensors, in place of a Mix that was not chosen."""
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: Any) -> torch.Tensor:
         return x
 
 
 class ValueMix(Mix):
-    """Value residual (Zhou et al. 2024, https://arxiv.org/abs/2410.17897): a layer's values mixed
-    with the first layer's."""
+    """Value residual (Zhou et al. 2024, https://arxiv.org/abs/2410.17897): mixes the first layer's
+    values into a layer's own."""
 
     def forward(self, v, v_first):
         return super().forward(v, v_first), v_first
 
 
 class FirstValues(nn.Module):
-    """The value residual of the first layer, whose values are the others' v_first."""
+    """Value residual in the first layer: its values become v_first of the others."""
 
     def forward(self, v, v_first):
         return v, v
 
 
 class OwnValues(nn.Module):
-    """No value residual. All layers run the same code, so one compiled block serves them all."""
+    """No value residual. The interface is the same, so that all layers share one compiled block."""
 
     def forward(self, v, v_first):
         return v, v_first
 
 
 class TokenShift(nn.Module):
-    """x_t + w * x_{t-1}, w a learned weight per channel: a causal depthwise convolution over two
+    """x_t + w * x_{t-1} with a learned weight per channel: a causal depthwise convolution over two
     tokens, after Primer (So et al. 2021, https://arxiv.org/abs/2109.08668).
 
-    Keys then know the token before theirs, which otherwise takes a layer.
+    Keys then contain the previous token, which would otherwise take a layer.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x, context=None):
+    def forward(self, x: torch.Tensor, context: Any = None) -> torch.Tensor:
         if context is None:
             previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
         else:
@@ -443,34 +444,37 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)   # (B, T, H, D) each
         q = self.rotary(self.q_norm(q), positions)
         k = self.rotary(self.k_norm(k), positions)
-        v, v_first = self.mix_values(v, v_first)                            # v_first: of layer 0
+        v, v_first = self.mix_values(v, v_first)                            # v_first: layer 0's
         attend = attention if context is None else partial(context.attend, self)
         y = attend(q, k, v, dropout=self.dropout_p())                       # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C)), v_first
 
-    def dropout_p(self):
-        """SDPA applies dropout even in eval mode. Without dropout, training and evaluation share a
-        compiled graph, so `training` must not be asked for."""
+    def dropout_p(self) -> float:
+        """0 in eval mode, where SDPA would apply dropout, too.
+
+        Without dropout `training` is not read, so that training and evaluation share a compiled
+        graph.
+        """
         if self.dropout == 0.0:
             return 0.0
         return self.dropout if self.training else 0.0
 
 
-def dropout(p):
-    """Dropout, or nothing at all: then training and evaluation share a compiled graph."""
+def dropout(p: float) -> nn.Module:
+    """Dropout, or a no-op for p = 0, so that training and evaluation share a compiled graph."""
     return nn.Dropout(p) if p else nn.Identity()
 
 
 class MLP(nn.Module):
-    """Two linear layers around `act`, with `width` hidden units, or as many as its kind has.
+    """Two linear layers with `act` in between, and `width` hidden units (default: by class).
 
-    Experts (lib/moe.py) share its parts.
+    Experts (lib/moe.py) use `act` and `fused` of these classes.
     """
 
-    fused = 1      # matrices that c_fc holds
+    fused = 1      # matrices in c_fc
     penalty = 0.0  # auxiliary losses, which only a MoE has
 
-    def __init__(self, config, width=None):
+    def __init__(self, config: GPTConfig, width: int | None = None):
         super().__init__()
         width = width or self.width(config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, self.fused * width, bias=config.bias)
@@ -480,12 +484,12 @@ class MLP(nn.Module):
         return self.c_proj(self.act(self.c_fc(x)))
 
     @staticmethod
-    def width(n_embd):
+    def width(n_embd: int) -> int:
         return 4 * n_embd
 
 
 class GeluMLP(MLP):
-    """GPT-2's: GELU in its tanh form (Hendrycks & Gimpel 2016,
+    """GPT-2's MLP: GELU in its tanh approximation (Hendrycks & Gimpel 2016,
     https://arxiv.org/abs/1606.08415)."""
     act = staticmethod(partial(F.gelu, approximate="tanh"))
 
@@ -496,19 +500,19 @@ class ReLU2MLP(MLP):
 
 
 class SwiGLUMLP(MLP):
-    """Shazeer 2020, https://arxiv.org/abs/2002.05202. Gate and value are one matrix.
+    """Shazeer 2020, https://arxiv.org/abs/2002.05202. Gate and value are fused into one matrix.
 
-    Three matrices instead of two, so 8/3 C hidden units instead of 4C keep the parameter count
-    (2048 at C = 768); rounded to a multiple of 16 for the tensor cores.
+    It has three matrices instead of two, so 8/3 C hidden units instead of 4C keep the parameter
+    count (2048 at C = 768), rounded to a multiple of 16 for the tensor cores.
     """
     fused = 2
 
     @staticmethod
-    def width(n_embd):
+    def width(n_embd: int) -> int:
         return 16 * max(round(n_embd * 8 / 3 / 16), 1)
 
     @staticmethod
-    def act(h):
+    def act(h: torch.Tensor) -> torch.Tensor:
         gate, value = h.chunk(2, dim=-1)
         return F.silu(gate) * value
 
@@ -518,7 +522,7 @@ MLPS: dict[str, type[MLP]] = {"gelu": GeluMLP, "swiglu": SwiGLUMLP, "relu2": ReL
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         norm = NORMS[config.norm]
         mlp = MLPS[config.mlp]
@@ -540,10 +544,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, GPT-2's by default (Radford et al. 2019).
+    """A decoder-only transformer, by default GPT-2 (Radford et al. 2019).
 
-    GPTConfig lists what it may have instead. Parameter names are Hugging Face's. Post-embedding
-    norm: Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
+    GPTConfig lists the alternatives. Parameter names are Hugging Face's. Post-embedding norm:
+    Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
     """
 
     def __init__(self, config):
@@ -566,13 +570,13 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(self, idx, targets=None, packed=None, kv_cache=None, logits_at=...):
-        """idx: int64 (B, T), T at most block_size. packed: a Packed, if rows hold several texts.
+        """idx: int64 (B, T), T at most block_size. packed: a Packed, if rows contain several texts.
         kv_cache: a KVCache; None: no cache (training, scoring).
 
-        Without targets: logits, fp32 (B, T, vocab_size), or only those at `logits_at`, (rows,
-        columns) -> (n, vocab_size). The padding of the vocabulary is cut off, so no padded id can
-        win. With targets, int64 (B, T): the sum of their cross-entropies in nats, a scalar; targets
-        of -1 are not counted.
+        Without targets, returns logits, fp32 (B, T, vocab_size), or only those at `logits_at`,
+        (rows, columns) -> (n, vocab_size). The padding of the vocabulary is cut off, so that it is
+        never sampled. With targets, int64 (B, T), returns the sum of their cross-entropies in nats,
+        a scalar; targets of -1 are ignored.
         """
         context = packed if kv_cache is None else kv_cache  # None: causal over the whole row
         positions = slice(idx.size(1)) if context is None else context.positions
@@ -586,28 +590,28 @@ class GPT(nn.Module):
             # in fp32, as in the loss: in bf16, large logits would tie
             return soft_cap(logits.float(), self.config.softcap)
         loss = self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        # of experts: 0, with the gradients of auxiliary losses
+        # the experts' penalty is 0, but has the gradients of their auxiliary losses
         return loss + sum(block.mlp.penalty for block in self.transformer.h)
 
-    def embed(self, idx, positions):
+    def embed(self, idx: torch.Tensor, positions: Any) -> torch.Tensor:
         """int64 (B, T) -> the input of the first block, (B, T, C) in the autocast dtype."""
         x = self.transformer.wpe(self.transformer.wte(idx), positions)
         return self.transformer.drop(cast(self.transformer.emb_norm(x)))
 
     def compile(self, **settings):
-        """torch.compile part by part. The blocks have one structure, so one compiled block serves
-        them all: the time that compiling takes does not grow with depth."""
+        """torch.compile part by part. All blocks have the same structure and share one compiled
+        graph, so compile time does not grow with depth."""
         self.embed = torch.compile(self.embed, **settings)
         for part in (*self.transformer.h, self.transformer.ln_f, self.loss):
             part.compile(**settings)
 
-    def parameter_counts(self):
+    def parameter_counts(self) -> dict[str, int]:
         """dict: total, active (per token), embedding (tokens, positions and an untied head), layer
         (one block)."""
         counts = {"total": 0, "active": 0, "embedding": 0}
         for name, p in self.named_parameters():
             counts["total"] += p.numel()
-            if p.dim() == 3:  # of experts, of which a token takes n_active
+            if p.dim() == 3:  # experts; each token uses n_active of them
                 counts["active"] += p[0].numel() * self.config.n_active
             else:
                 counts["active"] += p.numel()
@@ -615,12 +619,12 @@ class GPT(nn.Module):
                 counts["embedding"] += p.numel()
         return counts | {"layer": count_parameters(self.transformer.h[0])}
 
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022,
         PaLM, appendix B).
 
-        N leaves out idle experts and what is only looked up: learned positions, and the embedding
-        beside an untied head.
+        N excludes inactive experts and lookup tables: learned positions, and the token embedding
+        if the head is untied.
         """
         c = self.config
         n = self.parameter_counts()["active"] - count_parameters(self.transformer.wpe)
@@ -630,17 +634,17 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT with the weights of Hugging Face's "gpt2", ..., "gpt2-xl", or of a folder that
-        export_hf.py made."""
+        """A GPT with the weights of Hugging Face's "gpt2", ..., "gpt2-xl", or of a folder written
+        by export_hf.py."""
         return huggingface.read(name, lambda **fields: cls(GPTConfig(**fields)))
 
 
-def count_parameters(module):
+def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def row_blocks(config):
-    """How many matrices, one below the other, a fused weight holds: q, k, v; gate, value."""
+def row_blocks(config: GPTConfig) -> dict[str, int]:
+    """{module: number of matrices stacked in its weight}: q, k, v; gate, value."""
     return {"c_attn": 3, "c_fc": MLPS[config.mlp].fused, "c_proj": 1, "router": 1}
 
 
@@ -653,22 +657,23 @@ INITS: dict[str, Callable] = {  # standard deviation of a matrix, see init_weigh
 
 
 @torch.no_grad()
-def init_weights(model):
-    """Initialize every parameter, by config.init; fails on a parameter it does not know.
+def init_weights(model: GPT) -> None:
+    """Initialize every parameter as config.init says; fails on a parameter it does not know.
 
-    gpt2:      normal, std 0.02 (positions 0.01, as in OpenAI's code).
+    gpt2:      normal, std 0.02 (positions: 0.01, as in OpenAI's code).
     xavier:    normal, std sqrt(2 / (fan_in + fan_out)) (Glorot & Bengio 2010).
     kaiming:   normal, std gain / sqrt(fan_in), gain sqrt(2) into the MLP's non-linearity, else 1
                (He et al. 2015).
-    In these three the projections back into the residual stream (c_proj) are scaled by
-    1 / sqrt(2 n_layer), as 2 n_layer of them add up (Radford et al. 2019, section 2.3); embeddings
-    and head have std 0.02.
-    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head 0, so that every block
-               starts as the identity; an untied table has std 1.
+    In these three, projections back into the residual stream (c_proj) are scaled by
+    1 / sqrt(2 n_layer), since 2 n_layer of them add up (Radford et al. 2019, section 2.3), and
+    embeddings and head have std 0.02.
+    zero_proj: normal, std 1 / sqrt(3 fan_in); projections and an untied head start at 0, so that
+               every block starts as the identity; an untied embedding has std 1.
 
-    A tied table behind a post-embedding norm has std 0.005: the norm undoes its scale, and with a
-    larger one the first logits would favor repeating the input token. Norms start at 1, biases at
-    0. Fans are those of one matrix where several are fused, of one expert.
+    A tied embedding followed by a post-embedding norm has std 0.005: the norm undoes its scale, and
+    with a larger std the first logits would favor repeating the input token. Norms start at 1,
+    biases at 0. fan_in and fan_out are those of a single matrix in a fused weight, or of a single
+    expert.
     """
     config = model.config
     zero_proj = config.init == "zero_proj"
@@ -704,16 +709,16 @@ def init_weights(model):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimizer set-up and schedule. Nothing else knows what state an optimizer keeps.
+# Optimizer set-up and schedule. No other code depends on an optimizer's state.
 
 EMB_NORM_LR = 5  # times --max_lr, for normalized embeddings: at --max_lr they learn too slowly
 
 
 def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer, with every parameter in one group.
+    """The optimizer of --optimizer, with every parameter in exactly one group.
 
-    Each group keeps its peak rate as initial_lr, which the schedule multiplies. `splits`: number of
-    matrices in a fused weight.
+    A group keeps its peak rate as initial_lr, which the schedule multiplies, and the number of
+    matrices in its fused weights as `splits`.
     """
     outside = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
     fused = row_blocks(model.config)
@@ -744,7 +749,7 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-def adamw(groups, cfg):
+def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al.
     2020, appendix B). Weight decay on matrices and embeddings, not on vectors."""
     decay = {"vector": 0.0}
@@ -754,9 +759,9 @@ def adamw(groups, cfg):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-def muon(groups, cfg):
-    """Muon for the matrices in blocks, with weight decay; AdamW with modded-nanogpt's betas and
-    without weight decay for all others."""
+def muon(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
+    """Muon with weight decay for the matrices in blocks; AdamW with modded-nanogpt's betas and no
+    weight decay for all other parameters."""
     of_matrices = dict(kind="muon", momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     of_others = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10)
     matrices = [group | of_matrices for group in groups if group["kind"] == "matrix"]
@@ -768,7 +773,7 @@ OPTIMIZERS: dict[str, Callable] = {"adamw": adamw, "muon": muon}
 
 
 def state_like(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Tensors of the shapes that the optimizer's state will have: AdamW's two moments, Muon's
+    """Tensors with the shapes of the optimizer's future state: AdamW's two moments, Muon's
     momentum."""
     copies = {"adamw": 2, "muon": 1}
     like = []
@@ -777,19 +782,19 @@ def state_like(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return like
 
 
-# As in build-nanogpt; the least is 2 / (1 - beta2) of AdamW (Ma & Yarats 2021,
+# The share is build-nanogpt's; the minimum is 2 / (1 - beta2) for AdamW (Ma & Yarats 2021,
 # https://arxiv.org/abs/1910.04209)
 WARMUP_SHARE = 0.0375  # of all steps
 WARMUP_LEAST = 40      # steps
 
 
 def lr_multiplier(step: int, cfg: TrainConfig, steps: int) -> float:
-    """Between 0 and 1: multiplies the learning rates of update `step`, 0 <= step < steps."""
+    """Factor from 0 to 1 for the learning rates of update `step`, 0 <= step < steps."""
     # 1) linear warm-up, from above zero in the first step
     warmup = warmup_length(cfg, steps)
     if step < warmup:
         return (step + 1) / warmup
-    # 2) decay from the peak to min_lr_frac of it
+    # 2) decay from the peak to min_lr_frac times the peak
     left = SCHEDULES[cfg.schedule](step, warmup, steps, cfg.cooldown)
     return cfg.min_lr_frac + left * (1 - cfg.min_lr_frac)
 
@@ -805,33 +810,33 @@ def warmup_length(cfg: TrainConfig, steps: int) -> int:
 
 
 def decay_progress(step: int, start: int, steps: int) -> float:
-    """How far the decay from step `start` to the end of the run has come, 0 to 1."""
+    """Progress from 0 to 1 of the decay from step `start` to the end of the run."""
     progress = (step - start) / max(steps - start, 1)
     return min(max(progress, 0.0), 1.0)
 
 
-def linear(step, start, steps, cooldown):
+def linear(step: int, start: int, steps: int, cooldown: float) -> float:
     return 1 - decay_progress(step, start, steps)
 
 
-def cosine(step, start, steps, cooldown):
+def cosine(step: int, start: int, steps: int, cooldown: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * decay_progress(step, start, steps)))
 
 
-def wsd(step, start, steps, cooldown):
+def wsd(step: int, start: int, steps: int, cooldown: float) -> float:
     """Warm-up, stable, decay: linear decay in the last share `cooldown` of all steps (Hägele et al.
     2024, https://arxiv.org/abs/2405.18392)."""
     start = max(start, round(steps * (1 - cooldown)))
     return linear(step, start, steps, cooldown)
 
 
-# (step, first step of the decay, steps of the run, --cooldown) -> what is left of the rate, 1 to 0
+# (step, first step of the decay, steps of the run, --cooldown) -> fraction of the peak, 1 to 0
 SCHEDULES: dict[str, Callable] = {"cosine": cosine, "wsd": wsd, "linear": linear}
 
 
 def rate_rise(cfg: TrainConfig, steps: int, state: dict) -> str | None:
-    """A line for a run that is extended to `steps`, if its learning rate rises again; else None.
-    state: the checkpoint's."""
+    """A line of text if extending a run to `steps` makes its learning rate rise again, else None.
+    state: the checkpoint."""
     before = state["max_steps"]
     if cfg.minutes or steps <= before:
         return None
@@ -848,8 +853,8 @@ def rate_rise(cfg: TrainConfig, steps: int, state: dict) -> str | None:
 
 
 def gradient_groups(model: GPT) -> dict[str, list]:
-    """{name of a part (embedding, block_00, ..., rest): its parameters}, for TensorBoard's gradient
-    norms. A tied head is in embedding."""
+    """{part (embedding, block_00, ..., rest): its parameters}, for gradient norms in TensorBoard. A
+    tied head is in embedding."""
     parts: dict[str, list] = {}
     for name, p in model.named_parameters():
         _, module, layer, *_ = f"{name}..".split(".")
@@ -872,14 +877,14 @@ def gradient_norm(parameters: list) -> torch.Tensor:
 
 
 class ShardLoader(Stream):
-    """One endless stream of tokens that depends on (files, seed) alone, so it is the same on every
+    """An endless stream of tokens. It depends only on (files, seed), so it is the same on every
     process.
 
     Every epoch passes over all shards. With a seed, (seed, epoch) determines the order of the
-    shards and of the documents inside each; without one (None) everything stays in order. No token
-    is dropped at a shard's end. The position is three integers: epoch, shard (its index in the
-    epoch's order), offset (tokens into the permuted shard). Background threads read and permute the
-    next shard, and prepare the next batch.
+    shards and of the documents in each; with None everything stays in order. No token is dropped at
+    the end of a shard. The position is three integers: epoch, shard (index in the epoch's order)
+    and offset (tokens into the permuted shard). Background threads read and permute the next shard,
+    and prepare the next batch.
     """
 
     names = "epoch", "shard", "offset"
@@ -896,9 +901,9 @@ class ShardLoader(Stream):
         self.reader = ThreadPoolExecutor(max_workers=1)
         super().__init__(0, 0, 0)
 
-    def read_batch(self, n, epoch, shard, offset):
-        """-> (n tokens from a position on and one more, int64 (n + 1,), transformed; the position n
-        tokens later: epoch, shard, offset)."""
+    def read_batch(self, n: int, epoch: int, shard: int, offset: int) -> tuple:
+        """-> (n + 1 tokens from a position on, int64, transformed; the position n tokens later:
+        epoch, shard, offset)."""
         pieces = []
         missing = n + 1
         while missing:
@@ -913,10 +918,10 @@ class ShardLoader(Stream):
         tokens = np.concatenate(pieces).astype(np.int64)
         return self.transform(tokens), epoch, shard, offset - 1  # the last target is read again
 
-    def progress(self):
+    def progress(self) -> dict[str, float]:
         return {"data/epoch": self.position[0]}
 
-    def where(self, state):
+    def where(self, state: dict[str, Any]) -> str:
         file = self.files[self._index(state["epoch"], state["shard"])].name
         permuted = "" if self.seed is None else ", permuted"
         return f"epoch {state['epoch']}, from token {state['offset']:,} of {file}{permuted}"
@@ -927,7 +932,7 @@ class ShardLoader(Stream):
         return epoch + 1, 0
 
     def _tokens(self, epoch, shard):
-        """The tokens of a shard; forgets earlier ones."""
+        """The tokens of a shard. Frees earlier shards."""
         self._read_ahead(epoch, shard)
         self.loaded = {key: future for key, future in self.loaded.items() if key >= (epoch, shard)}
         return self.loaded[epoch, shard].result()
@@ -937,7 +942,7 @@ class ShardLoader(Stream):
             self.loaded[epoch, shard] = self.reader.submit(self._read, epoch, shard)
 
     def _index(self, epoch, shard):
-        """Which file is number `shard` of an epoch."""
+        """The index of the file that is number `shard` of an epoch."""
         if self.seed is None:
             return shard
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
@@ -973,12 +978,12 @@ def token_stream(corpus: Corpus, tokenizer: Tokenizer, seed: int | None, block_s
 
 
 class Evaluation(NamedTuple):
-    """What is measured during training.
+    """An evaluation during training.
 
-    run: (model, micro_batch, stopped) -> {tag: number or texts}, called by every process.
-    micro_batch: training's sequences per forward pass. stopped: whether to stop early; every
-    process must ask it equally often. compiled: its batches have the shape of training's, so the
-    compiled model is used; others run as plain PyTorch.
+    run: (model, micro_batch, stopped) -> {tag: number or texts}, called on every process.
+    micro_batch: sequences per forward pass in training. stopped: callable that returns whether to
+    stop early; every process must call it equally often. compiled: batches have the shape of
+    training batches, so the compiled model is used; other evaluations run uncompiled.
     """
     name: str
     every: int  # steps, 0: never
@@ -986,7 +991,7 @@ class Evaluation(NamedTuple):
     at_start: bool = True
     compiled: bool = False
 
-    def mode(self):
+    def mode(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.compiled else compiler.off()
 
     def is_due(self, step: int, last: bool) -> bool:
@@ -996,13 +1001,13 @@ class Evaluation(NamedTuple):
 
 
 def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -> float:
-    """Mean loss in nats per target over all validation rows, of all processes.
+    """Mean loss in nats per target over all validation rows, computed by all processes.
 
-    rows: (x, y), or (x, y, documents) if they are packed. stopped: asked by every process equally
-    often; once it is true, the result is nan. Sums are gathered, not means, so that the result is
-    the same for any number of processes and any micro-batch. Every process runs equally many
+    rows: (x, y), or (x, y, documents) if they are packed. stopped: called equally often on every
+    process; once it returns true, the result is nan. Sums are gathered, not means, so the result
+    does not depend on the number of processes or the micro-batch. Every process runs equally many
     forward passes of one shape, (micro_batch, T), padded with rows without targets. Gradients stay
-    enabled, since a compiled forward pass would be recompiled without; in eval mode the loss
+    enabled, since a compiled forward pass would be recompiled without them; in eval mode the loss
     computes none.
     """
     nats = [torch.zeros((), device=processes.device)]
@@ -1023,15 +1028,16 @@ def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -
     return total / count
 
 
-def pad_rows(rows: np.ndarray, n: int, fill: int, device) -> torch.Tensor:
+def pad_rows(rows: np.ndarray, n: int, fill: int, device: torch.device) -> torch.Tensor:
     """int64 (at most n, T) -> a tensor (n, T) on `device`; missing rows are filled with `fill`."""
     missing = n - len(rows)
     return to_device(np.pad(rows, ((0, missing), (0, 0)), constant_values=fill), device)
 
 
-def validation(cfg, plan, corpus, tokenizer, processes, tag="Loss/val"):
-    """-> the `run` of an Evaluation: the loss on the val splits of a Corpus, weighted as in
-    training after a curriculum."""
+def validation(cfg: TrainConfig, plan: RunPlan, corpus: Corpus, tokenizer: Tokenizer,
+               processes: Processes, tag: str = "Loss/val") -> Callable:
+    """The `run` of an Evaluation: the loss on the val splits of a Corpus, weighted as training data
+    is once a curriculum has ended."""
     rows = [read_validation(source.shards, cfg.val_tokens, plan.block_size, tokenizer)
             for source in corpus.sources]
     sizes = tokenizer.token_bytes()
@@ -1054,11 +1060,12 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
     """Train `model` from `position` to the last step.
 
     plan: a RunPlan. stream: `next(tokens)` returns this process's micro-batches, equally many on
-    every process: (idx, targets), int64 (B, T) each, and a Packed if rows hold several texts.
-    Targets of -1 are ignored. run: the RunFolder, null off rank 0. position: a Position.
+    every process: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.
+    Targets of -1 are ignored. run: the RunFolder; a null object except on rank 0. position: a
+    Position.
 
-    Ends after the last step, or after the step in which a stop signal came; either way with a
-    checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
+    Ends after the last step, or after the step during which a stop signal arrives; either way it
+    saves a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
     """
     device = processes.device
     ddp = parallel(model, processes)
@@ -1123,9 +1130,9 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
     stream.prefetch(batch_size(step, cfg))
     with StopSignals(run.say, processes) as stop:
         while True:
-            last = step >= timer.steps  # above: resumed with a shorter length
+            last = step >= timer.steps  # greater if resumed with a shorter length
 
-            # ---- save, in the background; not after skipped steps: an earlier state may be better
+            # ---- save in the background, but not after a skipped step: weights may be bad already
             if cfg.save_every and step > first and step % cfg.save_every == 0:
                 save_due = True
             if save_due and not last and not consecutive_skips:
@@ -1155,7 +1162,7 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
             with monitor("training"):
                 loss_sum = accumulate(ddp, batch, n_targets, processes)
 
-            # ---- agree: one all-reduce besides the gradients', and the step's one device sync
+            # ---- agree: the only all-reduce besides the gradients', and the only device sync
             requests = [stop.requested, bool(run.save_is_due(cfg.save_minutes)),
                         seconds / processes.world_size]
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in requests)])
@@ -1166,15 +1173,15 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
             loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers
             stop.agree(stop_requests)
             save_due = save_due or save_requests > 0
-            if step > first + 1:  # the first step also loads kernels and libraries
+            if step > first + 1:  # the first step also loads kernels, so it is not timed
                 timer.update(step, mean_seconds)
                 run.set_length(timer.steps, timer.is_fixed)
 
-            # ---- update, unless non-finite: the same decision on every process
-            run.wait_copied()  # a checkpoint may still be copying the weights
+            # ---- update, unless non-finite; every process decides alike
+            run.wait_copied()  # the weights may still be being copied to a checkpoint
             multiplier = lr_multiplier(step, cfg, timer.steps)
             finite = math.isfinite(loss) and math.isfinite(norm)
-            routing = balance(finite)  # of experts; reading the device is free after the sync
+            routing = balance(finite)  # expert load; reading it costs nothing after the sync
             if finite:
                 if cfg.grad_clip:
                     torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
@@ -1221,7 +1228,8 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
         run.conclude(step, finished=finished)
 
 
-def measure(evaluation, model, micro_batch, stop, monitor):
+def measure(evaluation: Evaluation, model: GPT, micro_batch: int, stop: StopSignals,
+            monitor: RecompileMonitor) -> dict:
     """The results of an Evaluation, meaningless once a stop is requested. Raises NonFinite."""
     model.eval()
     try:
@@ -1232,13 +1240,14 @@ def measure(evaluation, model, micro_batch, stop, monitor):
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout depends on (seed, step, rank) alone: there is no random state to save."""
+    """Seed dropout by (seed, step, rank), so that checkpoints need no random state."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
-def accumulate(ddp, batch, n_targets, processes):
-    """Forward and backward over the micro-batches of a step -> this process's share of its loss:
+def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor,
+               processes: Processes) -> torch.Tensor:
+    """Forward and backward over the micro-batches of a step -> this process's share of the loss:
     the sum over its targets, divided by the number of targets on all processes."""
     loss_sum = torch.zeros((), device=processes.device)
     for i, (idx, targets, *packing) in enumerate(batch):
@@ -1254,12 +1263,13 @@ def accumulate(ddp, batch, n_targets, processes):
 # The command
 
 
-def load_checkpoint(name: str, device="cpu"):
+def load_checkpoint(name: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
-    name: a run folder, a ckpt_<step>.pt, a folder that export_hf.py made, or "gpt2" to "gpt2-xl",
-    see lib/checkpoint.py's `pick`. The checkpoint of the last two is a dict of model_config,
-    tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
+    name: a run folder, a ckpt_<step>.pt, a folder written by export_hf.py, or "gpt2" to "gpt2-xl",
+    see lib/checkpoint.py's `pick`. For the last two, the checkpoint is a dict of model_config,
+    tokenizer and, if the model can chat, chat_template. Raises BadInput if the model does not
+    exist.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
@@ -1273,7 +1283,7 @@ def load_checkpoint(name: str, device="cpu"):
         with checkpoint.ours(name):
             config = GPTConfig(**state["model_config"])
             check_model(config)
-            # compare shapes, before memory is allocated for them
+            # compare shapes before allocating memory
             on_meta(config).load_state_dict(state["model"], assign=True)
             model = GPT(config)
             model.load_state_dict(state["model"])
@@ -1286,11 +1296,11 @@ def load_checkpoint(name: str, device="cpu"):
 
 
 def settings(argv: list[str]) -> Settings:
-    """The command line -> Settings. Later sources win: defaults, preset, rates of another
-    optimizer than the preset's, the checkpoint of --resume or --init_from, --size, flags.
+    """Parse the command line into Settings. Later sources win: defaults, preset, learning rates of
+    another optimizer than the preset's, the checkpoint of --resume or --init_from, --size, flags.
 
-    All settings of a --preset that is not the checkpoint's count as flags. A flag that sets the
-    length of the run removes any other length.
+    If --preset differs from the checkpoint's, all its settings count as flags. A flag that sets the
+    length of the run replaces any other length.
     """
     flags = read_flags((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     preset = PRESETS[flags.get("preset", TrainConfig.preset)]
@@ -1312,31 +1322,34 @@ def settings(argv: list[str]) -> Settings:
 
 
 def other_rates(preset: dict, flags: dict) -> dict:
-    """The learning rates of --optimizer if that is not the preset's, whose rates would not fit."""
+    """The learning rates of --optimizer if it is not the preset's, whose rates would not fit."""
     usual = preset.get("optimizer", TrainConfig.optimizer)
     optimizer = flags.get("optimizer", usual)
     return RATES.get(optimizer, {}) if optimizer != usual else {}
 
 
-def adopt(resume, cfg, model_cfg: GPTConfig, explicit: set[str]):
-    """-> (cfg, model_cfg) with the settings of a Resume, but for the explicit ones. Raises BadInput
-    if they do not fit its weights."""
+def adopt(resume: Resume, cfg: Any, model_cfg: GPTConfig,
+          explicit: set[str]) -> tuple[Any, GPTConfig]:
+    """-> (cfg, model_cfg) with the settings of a Resume, except explicit ones. Raises BadInput if
+    these do not fit its weights."""
     with checkpoint.ours(resume.path):
         before = resume.state["train_config"]
         if "preset" in explicit and cfg.preset != before["preset"]:
             explicit = explicit.union(*PRESETS.values())  # all that the new preset sets
         cfg, model_cfg = resume.adopt(cfg, model_cfg, explicit)
         check_model(model_cfg)
-        on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)  # shapes alone
+        # compare shapes before allocating memory
+        on_meta(model_cfg).load_state_dict(resume.state["model"], assign=True)
     return cfg, model_cfg
 
 
-def begin_with(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]):
-    """--init_from -> (cfg with the file it names, model_cfg with the settings of its weights, but
-    for explicit ones that these do not depend on, [(a GPT, its Tokenizer)]).
+def begin_with(cfg: TrainConfig, model_cfg: GPTConfig,
+               explicit: set[str]) -> tuple[TrainConfig, GPTConfig, list]:
+    """--init_from -> (cfg with the resolved path, model_cfg with the settings of the weights except
+    explicit ones that do not affect them, [(a GPT, its Tokenizer)]).
 
-    The list is for its reader to empty, and so to free memory. Raises BadInput for explicit
-    settings that do not fit, and if there is no such model or its weights are not finite.
+    The caller pops the model from the list to free memory. Raises BadInput for explicit settings
+    that do not fit, and if the model does not exist or its weights are not finite.
     """
     path = checkpoint.pick(str(cfg.init_from))
     model, tokenizer, _ = load_checkpoint(path)
@@ -1354,7 +1367,8 @@ def begin_with(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]):
 
 
 def flag_warnings(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> list[str]:
-    """Warnings about flags without effect, and a rate far from what suits the optimizer."""
+    """Warnings about flags without effect, and about a learning rate that is unusual for the
+    optimizer."""
     idle = {
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
         "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
@@ -1365,14 +1379,13 @@ def flag_warnings(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) ->
     usual = RATES.get(cfg.optimizer, {}).get("max_lr", cfg.max_lr)
     if "max_lr" in explicit and not usual / FAR_OFF <= cfg.max_lr <= usual * FAR_OFF:
         lines.append(
-            f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the rate that "
-            f"suits --optimizer {cfg.optimizer}, {usual:g}: leave it out, or check that the loss "
-            "falls")
+            f"warning: --max_lr {cfg.max_lr:g} is {cfg.max_lr / usual:.2g} times the usual rate of "
+            f"--optimizer {cfg.optimizer}, {usual:g}: leave it out, or check that the loss falls")
     return lines
 
 
 def check_model(c: GPTConfig) -> None:
-    """Check a model's settings, their bounds and against each other. Raises BadInput."""
+    """Raises BadInput if a setting of the model is out of bounds, or settings contradict."""
     check(c)
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
@@ -1382,12 +1395,12 @@ def check_model(c: GPTConfig) -> None:
 
 
 def on_meta(model_cfg: GPTConfig) -> GPT:
-    """A GPT without memory for its weights, to be counted."""
+    """A GPT on the meta device: its weights have shapes, but no memory."""
     with torch.device("meta"):
         return GPT(model_cfg)
 
 
-def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device) -> GPT:
+def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device: torch.device) -> GPT:
     """A GPT on `device`, initialized from cfg.seed. Raises BadInput if there is not enough memory
     to train it."""
     like = on_meta(model_cfg)
@@ -1406,10 +1419,11 @@ def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device) -> GPT:
 
 @torch.no_grad()
 def fit_vocabulary(model: GPT, vocab_size: int) -> None:
-    """Resize the embedding and the head of a GPT to `vocab_size` ids, padded as GPTConfig says.
+    """Resize the embedding and the head of a GPT to `vocab_size` ids, padded as in GPTConfig.
 
-    Models from Hugging Face have no padding. New rows begin as the mean of the others: their logits
-    are then the others' mean, so each gets at most 1 / vocab_size of the probability (Jensen).
+    Models from Hugging Face have no padding. New rows start as the mean of the other rows: their
+    logits are then the mean of the other logits, so that each gets at most 1 / vocab_size of the
+    probability (by Jensen's inequality).
     """
     c = replace(model.config, vocab_size=vocab_size, vocab_multiple=GPTConfig.vocab_multiple)
     model.config = c
@@ -1423,27 +1437,27 @@ def fit_vocabulary(model: GPT, vocab_size: int) -> None:
 
 
 class Pretraining:
-    """A task: what `launch` trains on and measures. posttrain.py has another.
+    """The task that `launch` trains: its data, initial weights and evaluations. posttrain.py has
+    another.
 
-    corpus: a Corpus, or any object with its interface. weights: [a state dict to begin with], or
-    (). extra: more for checkpoints.
+    corpus: a CorpusLike. weights: [the initial state dict], or (). extra: more entries for
+    checkpoints.
     """
 
     weights: list | tuple = ()
     extra: dict = {}
 
     def __init__(self, cfg, explicit, start=None):
-        """start: as `begin_with` returns it, or None. Raises BadInput for data of another
-        tokenizer."""
+        """start: from `begin_with`, or None. Raises BadInput for data of another tokenizer."""
         self.corpus = Corpus(cfg)
         self.explicit = explicit
         if start:
-            model, tokenizer = start.pop()  # so that it leaves memory
+            model, tokenizer = start.pop()  # drops the last other reference
             self.corpus.check_tokenizer(tokenizer)
             fit_vocabulary(model, tokenizer.vocab_size)
             self.weights = [model.state_dict()]
 
-    def vocabulary(self, model_cfg):
+    def vocabulary(self, model_cfg: GPTConfig) -> tuple[Tokenizer, GPTConfig]:
         """-> (the data's Tokenizer, model_cfg with its vocabulary)."""
         tokenizer = load_tokenizer(self.corpus.tokenizer)
         self.corpus.check_shards(tokenizer)
@@ -1451,7 +1465,7 @@ class Pretraining:
 
     def evaluations(self, cfg, plan, tokenizer, processes):
         """-> list of Evaluation. Raises BadInput if something they need is missing."""
-        at_start = self.has_learned  # random weights take seconds to minutes, to no use
+        at_start = self.has_learned  # evaluating random weights would waste seconds to minutes
         own_loss = self.validation(cfg, plan, tokenizer, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
         questions = hellaswag.tracked(cfg, tokenizer, processes, required=asked)
@@ -1465,14 +1479,15 @@ class Pretraining:
         return [evaluation for evaluation in found if evaluation.run is not None]
 
     @property
-    def has_learned(self):
-        """Whether a new run begins with learned weights."""
+    def has_learned(self) -> bool:
+        """Whether a new run starts from trained weights."""
         return bool(self.weights)
 
-    def validation(self, cfg, plan, tokenizer, processes):
+    def validation(self, cfg: Any, plan: RunPlan, tokenizer: Tokenizer,
+                   processes: Processes) -> Callable:
         return validation(cfg, plan, self.corpus, tokenizer, processes)
 
-    def samples(self, cfg, tokenizer):
+    def samples(self, cfg: Any, tokenizer: Tokenizer) -> Callable:
         def run(model, micro_batch, stopped):
             return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SHOWN)}
 
@@ -1485,59 +1500,59 @@ class Pretraining:
         seed = cfg.seed if cfg.shuffle else None
         return token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
 
-    def packed(self, idx):
-        """What a batch of these ids has besides: (a Packed,) if rows hold several texts."""
+    def packed(self, idx: torch.Tensor) -> tuple:
+        """More inputs of the model for these ids: (a Packed,) if rows contain several texts."""
         return ()
 
-    def conclude(self, run):
+    def conclude(self, run: RunFolder) -> None:
         """Print a closing summary."""
 
 
-def size_of(model_cfg: GPTConfig, corpus) -> int | None:
-    """Parameters of the model for a Corpus whose tokenizer is not loaded yet; None if its
-    vocabulary is unknown."""
+def size_of(model_cfg: GPTConfig, corpus: CorpusLike) -> int | None:
+    """Number of parameters for this Corpus, before its tokenizer is loaded; None if its vocabulary
+    is unknown."""
     if not corpus.vocab_size:
         return None
     model = on_meta(replace(model_cfg, vocab_size=corpus.vocab_size))
     return model.parameter_counts()["total"]
 
 
-def compiles(cfg, plan: RunPlan, model_cfg: GPTConfig, processes, first: int) -> bool:
-    """Whether to torch.compile: --compile, else if the run from step `first` on is long enough for
-    that to pay off."""
+def compiles(cfg: TrainConfig, plan: RunPlan, model_cfg: GPTConfig, processes: Processes,
+             first: int) -> bool:
+    """Whether to torch.compile: --compile, else whether the run from step `first` on is long enough
+    for it to pay off."""
     if cfg.compile is not None:
         return cfg.compile
-    if cfg.minutes:  # which count training steps alone
+    if cfg.minutes:  # compile time does not count
         return processes.device.type == "cuda"
     tokens = tokens_of(plan.steps, cfg) - tokens_of(first, cfg)
     flops = tokens * on_meta(model_cfg).flops_per_token()
     return compiler.worth_compiling(flops / processes.world_size, processes.device)
 
 
-def launch(settings: Settings, task) -> None:
-    """Train a task, such as Pretraining, on all processes, from the beginning or a checkpoint.
+def launch(settings: Settings, task: TaskLike) -> None:
+    """Train a task, such as Pretraining, on all processes, from scratch or from a checkpoint.
 
-    The order: whatever may refuse the run comes before anything is written, and what needs no GPU
-    before what does.
+    All checks come before anything is written, and those that need no GPU come first.
     """
     cfg, model_cfg, explicit, resume, _ = settings
-    hold_notices()  # a scheduler may warn while the model is still being made
+    hold_notices()  # a scheduler may send a warning before training starts
     processes = Processes(cfg.device, cfg.deterministic)
 
-    # ---- the plan: settings, data and number of processes must fit each other
+    # ---- plan: settings, data and number of processes must fit each other
     corpus = task.corpus
     parameters = size_of(model_cfg, corpus)
     plan = make_plan(settings, corpus, parameters, processes.world_size)
     if resume and is_over(resume.state, plan):
         if processes.main:
             print(f"{resume.path} is the end of a run of {plan.steps} steps: "
-                  f"give more --{length_flag(cfg)} to go on")
+                  f"give more --{length_flag(cfg)} to continue")
         return
     if resume:
         resume.compare_text(cfg, corpus, explicit)
 
-    # ---- the run folder, locked from here on. `explain_failures` is outermost: it turns failures
-    # of the machine into one line, wherever they occur
+    # ---- run folder, locked from here on. `explain_failures` is outermost: it turns machine
+    # failures into one line wherever they occur
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explain_failures(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
@@ -1548,7 +1563,7 @@ def launch(settings: Settings, task) -> None:
             tokenizer, model_cfg = task.vocabulary(model_cfg)
         evaluations = task.evaluations(cfg, plan, tokenizer, processes)
 
-        # ---- model and optimizer. Compilation is prepared in the background meanwhile
+        # ---- model and optimizer, while compilation is prepared in the background
         compiling = compiles(cfg, plan, model_cfg, processes, resume.state["step"] if resume else 0)
         if compiling:
             compiler.prepare()
@@ -1559,18 +1574,18 @@ def launch(settings: Settings, task) -> None:
         plan = replace(plan, micro_batch=micro_batch)
         stream = task.stream(cfg, plan, tokenizer, processes)
 
-        # ---- weights, after the probe for the micro-batch, which leaves traces in a model
+        # ---- weights, only now: pick_micro_batch may change the model
         position = Position()
         rise = None
         if resume:
             rise = rate_rise(cfg, plan.steps, resume.state)
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
-            model.load_state_dict(task.weights.pop())  # popped, so that they leave memory
-        processes.check_same(position.step, "the processes found different checkpoints: see that "
-                                            "all read one folder, and start again")
+            model.load_state_dict(task.weights.pop())  # popped to free memory
+        processes.check_same(position.step, "the processes found different checkpoints: make sure "
+                                            "that all read one folder, and start again")
 
-        # ---- everything fits: from here on the run folder is written to
+        # ---- all checks passed: from here on the run folder is written to
         description = describe(cfg, plan, model, corpus, processes, position.step)
         if rise:
             description += f"\n{rise}"
@@ -1585,8 +1600,8 @@ def launch(settings: Settings, task) -> None:
             if compiling:
                 compile_model(model, plan, task, run, processes)
             elif cfg.compile is None and processes.device.type == "cuda":
-                run.say("not compiled: a run this short would not win back the time that takes; "
-                        "--compile overrules")
+                run.say("not compiled: the run is too short for compiling to pay off; --compile "
+                        "compiles anyway")
             if position.step == 0 and plan.eval_every and not evaluations[0].at_start:
                 run.say("step 0 | random weights are not evaluated; their loss is about "
                         f"ln {model_cfg.vocab_size:,} = {math.log(model_cfg.vocab_size):.2f}")
@@ -1595,13 +1610,13 @@ def launch(settings: Settings, task) -> None:
 
 
 def is_over(state: dict, plan: RunPlan) -> bool:
-    """Whether a checkpoint's run has ended, and the plan does not extend it."""
+    """Whether a checkpoint's run is finished, and the plan does not extend it."""
     return state["step"] >= plan.steps and state.get("finished", True)
 
 
-def train_config(cfg, plan: RunPlan) -> dict:
-    """The settings of a run as config.json and checkpoints hold them: what was left open is as the
-    plan has it."""
+def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
+    """The settings of a run for config.json and checkpoints, with unset ones filled in from the
+    plan."""
     return asdict(cfg) | {"eval_every": plan.eval_every, "sample_every": plan.sample_every,
                           "steps": plan.steps, "sequences": plan.micro_batch}
 

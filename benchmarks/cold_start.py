@@ -79,7 +79,7 @@ def row(flags, data, cache, folder):
 
 
 def cells(result):
-    """The figures of a row as text."""
+    """The results of a row as text."""
     text = ""
     for name in COLUMNS:
         digits = 0 if name == "tok/s" else 1

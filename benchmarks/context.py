@@ -44,7 +44,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path, data, tokens):
-    """-> Checkpoint. Raises BadInput if the data do not fit it."""
+    """-> Checkpoint. Raises BadInput if the data does not fit it."""
     model, tokenizer, state = load_checkpoint(path)
     block_size = model.config.block_size
     longest = round(EDGES[-1] * block_size)
@@ -53,7 +53,7 @@ def open_checkpoint(path, data, tokens):
         trained_on = trained_on[0]
     shards = Shards(data or split_weight(trained_on)[0])
     if load_tokenizer(shards.tokenizer).spec != tokenizer.spec:
-        raise BadInput(f"{shards.folder} holds tokens of another tokenizer than {path}'s, "
+        raise BadInput(f"{shards.folder} has tokens of another tokenizer than {path}'s, "
                        f"{tokenizer.name}: name another --data")
     check_shards(shards, tokenizer)
     available = min(tokens, shards.tokens["val"] - 1)
@@ -107,7 +107,7 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", required=True)
-    parser.add_argument("--data", help="folder of token shards; default: that of training")
+    parser.add_argument("--data", help="folder of token shards; default: the training data")
     parser.add_argument("--tokens", type=int, default=2**21, help="validation tokens, at most")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)

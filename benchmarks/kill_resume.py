@@ -1,5 +1,5 @@
-"""Kill a training run, resume it, and compare it with an uninterrupted one; and what saving in the
-background costs.
+"""Kill a training run, resume it, and compare it with an uninterrupted one; measure the cost of
+saving in the background.
 
     python benchmarks/kill_resume.py --out kill --kill 33 --term 55 -- --data DIR --max_steps 80 ...
 

@@ -11,15 +11,15 @@ one GPU.
 A row is a set of flags of train_gpt2.py, optionally with a name. race_contestants.py lists the
 other scripts and how they are patched.
 
-Seconds are those of training steps only, without evaluation or compilation, measured alike for all:
-the device is synchronized before and after each step, and a step that compiles a new shape counts
-as its neighbors do (`without_compilation`). Losses are per GPT-2 token over the first VAL_TOKENS of
-the val split. Bits per byte are over the same tokens, or over the whole split for autoresearch and
-for rows with --val_tokens 2495235.
+Seconds count training steps only, without evaluation or compilation, measured alike for all: the
+device is synchronized before and after each step, and a step that compiles a new shape counts as
+the median of its neighbors (`without_compilation`). Losses are per GPT-2 token over the first
+VAL_TOKENS of the val split. Bits per byte are over the same tokens, or over the whole split for
+autoresearch and for rows with --val_tokens 2495235.
 
 --out gets <name>.log, lines of `seconds step val_loss` (bits per byte for autoresearch). A table of
-all logs is printed; without --contestants and --row only that. What has a log is not run again, so
-a race may take several calls.
+all logs is printed; without --contestants and --row only that. Rows that have a log are not run
+again, so a race may take several calls.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The scripts that compete in race.py: patched only in length, data and evaluation, and timed by
 one clock.
 
-A folder holds the sources of those that run:
+A folder contains the sources of those that run:
     build_nanogpt.py       train_gpt2.py of karpathy/build-nanogpt
     train_gpt_simple.py    records/track_3_optimization/train_gpt_simple.py of
                            KellerJordan/modded-nanogpt

@@ -4,10 +4,10 @@ one device and model.
     python benchmarks/serve_speed.py                            # 124M, random weights of modern
     python benchmarks/serve_speed.py --checkpoint log/<run> --clients 1 8 64 --new_tokens 256
 
-"loop": lib/decoding.py's generate on a batch of as many texts. "server": clients in a process of
-their own, each requesting one completion after another over HTTP, whole or streamed; the server
-counts the tokens. Sampled at temperature 1, top-k 50. Control tokens are made unlikely, so that all
-texts have one length. Medians over --rounds, after a warm-up round. "first": median milliseconds
+"loop": lib/decoding.py's generate on a batch with one text per client. "server": clients in a
+process of their own, each requesting one completion after another over HTTP, whole or streamed; the
+server counts the tokens. Sampled at temperature 1, top-k 50. Control tokens are made unlikely, so
+that all texts have one length. Medians over --rounds, after a warm-up round. "first": median ms
 from a streamed request to its first piece, with all clients active.
 """
 
@@ -115,7 +115,7 @@ def load_model(args, device):
 
 
 def rotated_words(start, n):
-    """A text of n words; texts of other starts differ from the first word on."""
+    """A text of n words; texts with another start differ from the first word on."""
     return " ".join(WORDS[(start + j) % len(WORDS)] for j in range(n))
 
 

@@ -1,10 +1,11 @@
 """Training speed on a CPU by how OpenMP's threads wait: lib/startup.py's setting against others.
 
     python benchmarks/threads.py --data docstrings                # on an otherwise idle machine
-    python benchmarks/threads.py --data docstrings --busy 2       # beside two busy processes
+    python benchmarks/threads.py --data docstrings --busy 2       # next to two busy processes
 
 Each run is `train_gpt2.py --preset tiny` for --seconds of steps. All settings run in turn, --rounds
-times. The result of a run is the median of its steps, that of a setting the median of its runs.
+times. The result of a run is the median of its steps; the result of a setting is the median of its
+runs.
 """
 
 import argparse

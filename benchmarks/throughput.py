@@ -4,11 +4,11 @@ r"""Training speed of several configurations side by side, against build-nanogpt
         --baseline ../build-nanogpt/train_gpt2.py
 
 A row is a set of flags of train_gpt2.py, run as the real script on random tokens without
-evaluation: --warmup steps, then --steps that are measured. The figures of a run are their medians,
-those of a row the medians over --rounds. Rounds are interleaved, so that a GPU that slows down as
-it warms up affects all rows alike. The baseline is the given script with its constants replaced for
-the same batch and model, compiled unless --no-compile, without anything but training steps.
---profile instead shows where the time of one step goes, by kernel.
+evaluation: --warmup steps, then --steps that are measured. Results are medians over the steps of a
+run, then over --rounds. Rounds are interleaved, so that a GPU that slows down as it warms up
+affects all rows alike. The baseline is the given script with its constants replaced for the same
+batch and model, compiled unless --no-compile, with training steps only. --profile instead shows
+where the time of one step goes, by kernel.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def settings(flags, steps, args):
 
 
 def ours(flags, folder, args):
-    """-> the figures of a run, from TensorBoard: ms, data (ms per step spent waiting for it), rate,
+    """-> the results of a run, from TensorBoard: ms, data (ms per step spent waiting for it), rate,
     mfu, peak, first."""
     steps = args.warmup + args.steps
     launcher = [sys.executable]
@@ -106,7 +106,7 @@ def ours(flags, folder, args):
     _, first = run(command, folder, {"PYTHONUNBUFFERED": "1"})
     (log,) = (folder / "runs").iterdir()  # build-nanogpt's script writes to log/
     scalars = read_scalars(log)
-    shutil.rmtree(log)  # each holds a checkpoint of 1.5 GB
+    shutil.rmtree(log)  # each has a checkpoint of 1.5 GB
     assert len(scalars["perf/step_ms"]) == steps, f"{len(scalars['perf/step_ms'])} of {steps} steps"
 
     def median(tag):
@@ -263,7 +263,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=3,
-                        help="steps before them, the first of which compiles")
+                        help="steps before them; the first one compiles")
     parser.add_argument("-B", type=int, default=64, help="sequences per forward pass")
     parser.add_argument("-T", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--total", type=int, default=524_288, help="tokens per step")

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: over whole texts, and of one new token per text over a cache.
+"""Scaled dot-product attention: over whole rows, and of one new token per text over a cache.
 
 Queries, keys, values and results are (B, T, H, D): T tokens of H heads with D dimensions each.
 """
@@ -24,9 +24,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 class AttentionContext(Protocol):
-    """What the tokens of a forward pass attend to, if it is not simply the row they are in:
-    a KVCache (lib/decoding.py) while decoding, a Packed (lib/packing.py) for several texts per row.
-    """
+    """What the tokens of a forward pass attend to, if not simply their row: a KVCache
+    (lib/decoding.py) while decoding, a Packed (lib/packing.py) for several texts per row."""
 
     positions: torch.Tensor  # int64 (B, T), each token's position in its text
 
@@ -35,7 +34,7 @@ class AttentionContext(Protocol):
         """The attention of one layer, (B, T, H, D)."""
 
     def previous(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The vector before each of x (B, T, C) in its text; zeros for the first."""
+        """The vector before each of x (B, T, C) in its text; zeros for the first of a text."""
 
 
 class MaskedFirst:
@@ -53,16 +52,16 @@ class MaskedFirst:
 
 
 class FlashFirst:
-    """The same by flash attention, which reads only the counted part of the cache; see
+    """MaskedFirst with flash attention, which reads only the used part of the cache; see
     `flash_fits`. span: length of the cache.
 
-    The kernel takes texts without gaps between them, so the unused rest of each row counts as a
+    The kernel takes texts without gaps between them, so the unused rest of each row is passed as a
     text of its own, without queries.
     """
 
     def __init__(self, counts: torch.Tensor, span: int):
         rows = torch.arange(len(counts), device=counts.device) * span
-        # of each text, of the unused rest of its row
+        # starts of each text and of the unused rest of its row
         starts = torch.stack((rows, rows + counts), dim=1).flatten()
         self.starts = F.pad(starts, (0, 1), value=len(counts) * span).int()             # (2n + 1,)
         # queries before each start: 0, 1, 1, 2, 2, ...
@@ -78,8 +77,8 @@ class FlashFirst:
 
 
 def flash_fits(device: torch.device, head_dim: int) -> bool:
-    """Whether FlashFirst runs: on Ampere or newer, under autocast, with a torch built for it and a
-    head size that its kernels support."""
+    """Whether FlashFirst is supported: on Ampere or newer, under autocast, with a torch built for
+    it and a head size that its kernels support."""
     if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):

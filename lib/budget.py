@@ -1,8 +1,8 @@
-"""How long a run is: steps, tokens, hours, dollars.
+"""The length of a run in steps, tokens, hours and dollars.
 
-Tokens per parameter count all parameters, embeddings included, as Hoffmann et al. 2022 do
+Tokens per parameter count all parameters, embeddings included, as in Hoffmann et al. 2022
 (Chinchilla, https://arxiv.org/abs/2203.15556, appendix F), whose rule of thumb is 20. Kaplan et al.
-2020 (https://arxiv.org/abs/2001.08361, section 1.3) leave embeddings out, which is much of why the
+2020 (https://arxiv.org/abs/2001.08361, section 1.3) exclude embeddings, which is much of why the
 two disagree (Pearce & Song 2024, https://arxiv.org/abs/2406.12907). Tied matrices count once.
 """
 
@@ -31,8 +31,8 @@ def only_length(explicit: set[str]) -> dict:
 def batch_size(step: int, cfg) -> int:
     """Tokens of update `step`: half of --total_batch_size for the first --batch_warmup tokens.
 
-    Small batches learn more per token at first; the batch size beyond which that changes grows
-    during training (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162).
+    At first, small batches learn more per token; the critical batch size grows during training
+    (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162).
     """
     if step < half_steps(cfg):
         return cfg.total_batch_size // 2
@@ -53,18 +53,18 @@ def tokens_of(steps: int, cfg) -> int:
 def steps_in(tokens: float, cfg) -> int:
     """Full steps in `tokens`: the inverse of `tokens_of`."""
     half = cfg.total_batch_size // 2
-    missing = half_steps(cfg) * half  # tokens that the half-batch steps lack
+    missing = half_steps(cfg) * half  # tokens that half-batch steps have less than full ones
     if tokens < missing:
         return int(tokens // half)
     return int((tokens + missing) // cfg.total_batch_size)
 
 
 def steps_of(cfg, train_tokens: int, parameters: int | None) -> int:
-    """Optimizer steps of a run, from whichever flag of LENGTHS is set.
+    """Optimizer steps of a run, from the active flag of LENGTHS.
 
-    train_tokens: tokens per epoch. parameters: of the model, None if unknown. With --minutes it is
-    UNMEASURED, until lib/timer.py's StepTimer knows the speed. Raises BadInput unless there are 1
-    to MOST_STEPS steps.
+    train_tokens: tokens per epoch. parameters: number of parameters, None if unknown. With
+    --minutes the result is UNMEASURED, until lib/timer.py's StepTimer knows the speed. Raises
+    BadInput unless there are 1 to MOST_STEPS steps.
     """
     if cfg.minutes:
         return UNMEASURED
@@ -83,7 +83,8 @@ def steps_of(cfg, train_tokens: int, parameters: int | None) -> int:
     steps = cfg.max_steps or steps_in(tokens, cfg)
     batch = f"steps of {batch_size(steps, cfg):,}"
     if steps == 0:
-        raise BadInput(f"{length} are no {batch}: raise --{name} or lower --total_batch_size")
+        raise BadInput(f"{length} are too few for {batch}: raise --{name} or lower "
+                       "--total_batch_size")
     if steps >= MOST_STEPS:
         raise BadInput(f"{length} are too many {batch}: "
                        f"lower --{name} or raise --total_batch_size")

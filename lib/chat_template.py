@@ -4,9 +4,9 @@ Jinja, in exported tokenizers.
     <|endoftext|> <|user|>Hi<|end|> <|assistant|>Hello!<|end|>          without the spaces
 
 A conversation is a list of messages, {"role": "system", "user" or "assistant", "content": str}: an
-optional system message, then user and assistant take turns. An answer with "learned": False is read
-but not learned. Text never encodes to the ids of control tokens (lib/tokenizers.py), so neither
-user input nor data can imitate one.
+optional system message, then user and assistant take turns. An answer with "learned": False is
+context only. Text never encodes to the ids of control tokens (lib/tokenizers.py), so neither user
+input nor data can imitate one.
 """
 
 from lib.cli import BadInput

@@ -1,8 +1,8 @@
 """Checkpoint files: name, find, write, read and verify them.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, saved by torch.save as
-ckpt_<step>.pt: a zip archive whose records carry CRC-32 checksums. torch.load ignores those, `read`
-verifies them. Files are written under a temporary name, flushed to the disk, then renamed.
+ckpt_<step>.pt: a zip archive whose records have CRC-32 checksums, which torch.load ignores and
+`read` verifies. Files are written under a temporary name, flushed to the disk, then renamed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lib.cli import BadInput, RankError, flag, note, path_flag
 from lib.files import check_room, open_file, read_json, replace
 
 NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
-# errors of the system, not of the file that is read
+# errors of the system, not of the file being read
 NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
 NO_ROOM = "free some disk space, or --keep fewer; the existing checkpoints are intact"
 DIFFERENT = "the processes found different checkpoints: name one ckpt_<step>.pt"
@@ -43,7 +43,7 @@ class ModelConfig:
 
     checkpoint: str | None = path_flag(
         None, "a run folder (its best checkpoint if --keep_best kept it, else the newest), "
-              "a ckpt_<step>.pt, or a folder that export_hf.py made")
+              "a ckpt_<step>.pt, or a folder written by export_hf.py")
     model: GPT2 | None = flag(None, "OpenAI's GPT-2 from Hugging Face, instead of a checkpoint")
 
 
@@ -60,7 +60,7 @@ def path_of(folder: str | Path, step: int) -> Path:
 
 
 def found(folder: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in a folder, by their names, newest first."""
+    """(step, path) of each checkpoint in a folder, by file name, newest first."""
     if not os.path.isdir(folder):
         return []
     steps = []
@@ -72,7 +72,7 @@ def found(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def is_hugging_face(name: str) -> bool:
-    """Whether lib/huggingface.py reads it: OpenAI's GPT-2, or a folder of transformers."""
+    """Whether lib/huggingface.py loads it: OpenAI's GPT-2, or a folder of transformers."""
     if name in get_args(GPT2):
         return True
     if not os.path.isdir(name) or found(name):
@@ -83,10 +83,10 @@ def is_hugging_face(name: str) -> bool:
 
 
 def pick(name: str) -> str:
-    """Resolve a model's name -> what to load; for a run folder, prints which checkpoint it is.
+    """Resolve the name of a model to what to load: for a run folder, the path of a checkpoint.
 
-    That is the one with the lowest validation loss if --keep_best kept it, else the newest complete
-    one. Raises BadInput if there is none.
+    It is the one with the lowest validation loss if --keep_best kept it, else the newest complete
+    one; prints which. Raises BadInput if there is none.
     """
     if is_hugging_face(name):
         return name
@@ -95,7 +95,7 @@ def pick(name: str) -> str:
         return name
     candidate = newest(name, note, "name another run folder")
     if candidate is None:
-        raise BadInput(f"{name} holds neither a ckpt_<step>.pt nor a model of transformers: "
+        raise BadInput(f"{name} has neither a ckpt_<step>.pt nor a model of transformers: "
                        "name a run folder under log/")
     path, state = candidate
     what = "the newest"
@@ -137,9 +137,9 @@ def ours(path: str | Path) -> Iterator[None]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint, its tensors on the CPU, memory-mapped if the system allows it.
+    """Load a checkpoint, with tensors on the CPU, memory-mapped if possible.
 
-    Raises Torn if it is incomplete, damaged or another program's, else BadInput. Loaded with
+    Raises Torn if it is incomplete, damaged or another program's, else BadInput. Loads with
     weights_only=True, so a downloaded file cannot run code.
     """
     open_file(path, "name a ckpt_<step>.pt of a folder under log/").close()
@@ -151,7 +151,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if not all(map(_is_plain, tensors(state))):
             raise TypeError("a tensor without data, sparse, complex or quantized")
         return state
-    except Exception as error:  # zipfile and torch.load raise many kinds for a damaged file
+    except Exception as error:  # zipfile and torch.load raise many types for a damaged file
         reason = f"{type(error).__name__}: {str(error)[:80]}"
         if is_memory(error):
             size = f"{os.path.getsize(path) / 1e9:.2f} GB"
@@ -177,16 +177,16 @@ def _verify(path: str | Path) -> None:
 
 
 def _is_plain(t: torch.Tensor) -> bool:
-    """Whether a tensor is of a kind that this project saves: torch.load reads others, too."""
+    """Whether a tensor is of a kind that this project saves, as torch.load reads others, too."""
     has_data = t.device.type == "cpu" and t.layout == torch.strided
     return has_data and not t.is_complex() and not t.is_quantized
 
 
 def check_finite(weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raises BadInput if a checkpoint's weights hold NaN or infinity: they cannot be trained."""
+    """Raises BadInput if a checkpoint's weights are NaN or infinite and so cannot be trained."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise BadInput(f"{path} holds weights that are NaN or infinite ({name}): "
+            raise BadInput(f"{path} has weights that are NaN or infinite ({name}): "
                            "name an earlier ckpt_<step>.pt")
 
 
@@ -265,6 +265,6 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], state: Any) -> A
 
 
 def n_bytes(state: Any) -> int:
-    """Bytes of the tensors in `state`; those that share memory are counted once."""
+    """Bytes of the tensors in `state`; tensors that share memory are counted once."""
     sizes = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors(state)}
     return sum(sizes.values())

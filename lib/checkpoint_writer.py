@@ -31,7 +31,7 @@ class CheckpointWriter:
         self.stall = 0.0  # seconds that training waited for the latest checkpoint
         self.copied = threading.Event()
         self.copied.set()
-        # Host tensors by (shape, dtype), reused for every checkpoint: pinning a gigabyte halts
+        # Host tensors by (shape, dtype), reused for every checkpoint: pinning a gigabyte stalls
         # the GPU for a second.
         self.pool: dict[tuple, list[torch.Tensor]] = {}
 
@@ -47,7 +47,7 @@ class CheckpointWriter:
 
     def start(self, step: int, state: dict[str, Any], before: Callable[[], Any] = lambda: None,
               former_best: int | None = None) -> None:
-        """Begin to write ckpt_<step>.pt. `collect` the previous one first.
+        """Start writing ckpt_<step>.pt. `collect` the previous checkpoint first.
 
         before: called right before writing; if it fails, so does the checkpoint. former_best: step
         of the best checkpoint so far, which is not deleted to make room for this one.
@@ -72,11 +72,11 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint was started and not collected yet."""
+        """Whether a checkpoint was started and has not been collected."""
         return self.future is not None
 
     def collect(self, wait: bool = False) -> str | None:
-        """A line about the checkpoint once it is written; None until then, or without one.
+        """A line about the checkpoint once it is written; None before that, or if there is none.
 
         Raises BadInput if it cannot be written.
         """
@@ -112,8 +112,8 @@ class CheckpointWriter:
         return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
 
     def _make_room(self, size: int, best: int | None) -> None:
-        """Delete checkpoints, oldest first, until `size` bytes are free; keep the newest and that
-        of the step `best`."""
+        """Delete checkpoints, oldest first, until `size` bytes are free; keep the newest and the
+        one of step `best`."""
         if not self.keep:
             return
         for path in reversed(self._newest_first(best)[1:]):
@@ -121,14 +121,14 @@ class CheckpointWriter:
                 path.unlink(missing_ok=True)
 
     def _delete_old(self, best: int | None) -> None:
-        """Delete all but the newest `keep` checkpoints and that of the step `best`."""
+        """Delete all but the newest `keep` checkpoints and the one of step `best`."""
         if not self.keep:
             return
         for path in self._newest_first(best)[self.keep:]:
             path.unlink(missing_ok=True)
 
     def _newest_first(self, best: int | None) -> list[Path]:
-        """The checkpoints without that of the step `best`."""
+        """The checkpoints except the one of step `best`."""
         return [path for step, path in checkpoint.found(self.folder) if step != best]
 
     def _to_host(self, state: dict, ready: tuple | None) -> Any:

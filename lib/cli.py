@@ -1,4 +1,4 @@
-"""Command lines made from dataclasses, and bad input that ends in one line.
+"""Command lines declared as dataclasses, and one-line errors for invalid input.
 
 Every script declares its flags as dataclass fields made by `flag(default, help, bounds)`, reads
 them with `parse` and starts its `main` through `run`:
@@ -40,7 +40,7 @@ HF_CACHES = {
 }
 EXHAUSTED = {  # error number -> remedy
     errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some disk space",
-    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close programs that hold many open files",
+    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close programs with many open files",
 }
 PATIENCE = 30  # seconds that rank 0 has to print an error that all processes raise
 
@@ -60,12 +60,11 @@ class RankError(BadInput):
 def flag(default, help, short=None, path=False, choices=None, **bounds):
     """A dataclass field that `parse` turns into the flag --<name of the field>.
 
-    Without a help text (None), it is a setting without a flag.
-    short: a letter, for -<letter> as a short form. path: see path_flag.
-    choices: a function that returns the allowed names, such as the dict of name -> class that the
-    setting selects from. It is called late, so the dict may be defined below the config.
-    bounds: above, at_least, below, at_most. `check` compares numbers with them. Floats must also be
-    finite, integers below 2**63.
+    help: None for a setting without a flag. short: a letter for the short form -<letter>. path: see
+    path_flag. choices: a function that returns the allowed names, such as the dict of name -> class
+    that the setting selects from; it is called late, so the dict may be defined below the config.
+    bounds: above, at_least, below, at_most, checked by `check`. Floats must also be finite, and
+    integers below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, "short": short, "path": path, "choices": choices, "bounds": bounds}
@@ -79,7 +78,7 @@ def path_flag(default, help):
 
 
 def choices_of(field: dataclasses.Field, hint) -> tuple:
-    """The values that a field allows; empty if they are not listed. hint: its type."""
+    """The allowed values of a field; empty if any value is allowed. hint: its type."""
     if field.metadata.get("choices"):
         return tuple(field.metadata["choices"]())
     if typing.get_origin(hint) is typing.Literal:
@@ -106,8 +105,8 @@ def _is_union(hint):
 def parse(classes, argv: list[str], doc=None, presets=None, command=None):
     """Read `argv` into one instance of each dataclass.
 
-    Returns (list of instances, set of the names given on the command line). Arguments and errors
-    are those of `read_flags`.
+    Returns (list of instances, set of the names given on the command line). Arguments and errors:
+    see `read_flags`.
     """
     given = read_flags(classes, argv, doc, presets, command)
     preset = {}
@@ -119,8 +118,8 @@ def parse(classes, argv: list[str], doc=None, presets=None, command=None):
 def resolve(config, *sources: dict):
     """The config, a dataclass, with the settings of each source. Later sources win.
 
-    Names that are not fields of the config are ignored: a source may serve several configs. Raises
-    BadInput as `check` does.
+    Names that are not fields of the config are ignored, since a source may serve several configs.
+    Raises BadInput like `check`.
     """
     names = {field.name for field in dataclasses.fields(config)}
     changes = {}
@@ -132,13 +131,13 @@ def resolve(config, *sources: dict):
 
 
 def read_flags(classes, argv: list[str], doc=None, presets=None, command=None) -> dict[str, Any]:
-    """Read `argv` into {name: value} of the flags that it gives, which are fields of `classes`.
+    """Read the flags in `argv`, which are fields of `classes` -> {name: value}.
 
     If the first class has a field `preset`, `presets` maps its values to overrides of the defaults,
     which --help shows. Fields without help are not flags. doc: the text of --help. command: a
     subcommand, for its usage line.
 
-    Raises BadInput on an unknown flag (naming the nearest ones) and on a value of the wrong type or
+    Raises BadInput on an unknown flag (suggesting similar ones) and on a value of the wrong type or
     outside the choices. Bounds are checked by `resolve`.
     """
     overrides = _preset_of(argv, classes[0].preset, presets) if presets else {}
@@ -209,8 +208,8 @@ def _expand(name, value):
 
 
 def subcommand(argv, commands: dict, doc):
-    """(the function in `commands` that the first word names, the words after it). Raises BadInput
-    if there is none."""
+    """(the function in `commands` named by the first word, the words after it). Raises BadInput if
+    there is none."""
     word, *flags = argv or [""]
     if word in ("-h", "--help"):
         print(doc)
@@ -218,7 +217,7 @@ def subcommand(argv, commands: dict, doc):
     if word in commands:
         return commands[word], flags
     problem = f"{word} is neither" if word else "see --help"
-    raise BadInput(f"say what to do first, {' or '.join(commands)}: {problem}")
+    raise BadInput(f"the first word must be {' or '.join(commands)}: {problem}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -297,10 +296,9 @@ def _union(kinds):
 
 
 def check(config) -> None:
-    """Compare every flag's value with its type, choices and bounds. Raises BadInput naming the
-    flag.
+    """Check every value against its type, choices and bounds. Raises BadInput naming the flag.
 
-    This is the only place that does: for command lines, presets, and configs read from files.
+    This is the only such check, for command lines, presets, and configs read from files.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -383,8 +381,8 @@ def _is_utf8(text):
 
 
 def run(main) -> None:
-    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2, Ctrl-C its
-    message and 130.
+    """Call a script's `main`. BadInput becomes one line on stderr and exit code 2; Ctrl-C becomes
+    its message and exit code 130.
 
     With --debug among the flags, BadInput also shows where it was raised.
     """
@@ -418,12 +416,12 @@ def _run(main):
         if "--debug" in sys.argv or not (error.errno in EXHAUSTED or is_broken(sys.stdout)):
             raise
         remedy = EXHAUSTED.get(error.errno, "see where the output goes")
-        _fail(f"{script}: error: cannot go on ({error.strerror}): {remedy}")
+        _fail(f"{script}: error: cannot continue ({error.strerror}): {remedy}")
     _end()
 
 
 def _open_streams():
-    """Give stdout and stderr something to write to, and make them take any character."""
+    """Make stdout and stderr writable, and able to print any character."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
@@ -444,8 +442,8 @@ def _end():
 def complete_environment() -> None:
     """Set what libraries need and a container may lack (docker --user, OpenShift).
 
-    A user name: torch 2.11 and 2.12 name their caches after it. Other folders for Hugging Face's
-    caches if HOME is missing or read-only, except for caches that exist already.
+    That is a user name, after which torch 2.11 and 2.12 name their caches, and other folders for
+    Hugging Face's caches if HOME is missing or read-only, except for caches that already exist.
     """
     user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "user"
     try:
@@ -480,7 +478,7 @@ def _fail(line, alone=True) -> NoReturn:
         if report is None:  # not torchrun: nobody ends this process
             _leave(2)
         rank = (launched() or {"rank": 0})["rank"]
-        time.sleep(PATIENCE + rank)  # one after another: the first ends the rest
+        time.sleep(PATIENCE + rank)  # not all at once: torchrun ends the rest after the first
     print(line, file=sys.stderr)
     if report:  # torchrun ignores a SystemExit
         with contextlib.suppress(OSError), open(report, "w") as file:
@@ -508,7 +506,7 @@ def is_broken(stream) -> bool:
 # --------------------------------------------------------------------------------------------------
 # Several processes
 
-# variables of launchers other than torchrun, which hold 0 in the shell of an allocation
+# rank variables of launchers other than torchrun; 0 in the shell of an allocation
 RANKS = {
     "SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMIX_RANK": "mpirun",
     "PMI_RANK": "mpirun", "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "mpiexec",
@@ -520,9 +518,9 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def launched() -> dict[str, int] | None:
     """torchrun's rank, world_size, local_rank and local_world_size; None without a launcher.
 
-    Raises BadInput unless its variables are complete and consistent: with some missing, a part of
-    each batch would silently not be trained on. Also raises it in a process that is not the first
-    of another launcher: each would train a model of its own, on the first GPU.
+    Raises BadInput unless its variables are complete and consistent: otherwise a part of each batch
+    could silently be left out. Also raises it in all but the first process of another launcher:
+    each would train a model of its own, on the first GPU.
     """
     found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
     if not found:
@@ -561,7 +559,7 @@ def _refuse_other_launchers():
 
 
 def is_main_process() -> bool:
-    """Whether this process prints for all: rank 0 of several, or the only one."""
+    """Whether this process prints for all: rank 0, or the only process."""
     try:
         processes = launched()
     except BadInput:
@@ -570,6 +568,6 @@ def is_main_process() -> bool:
 
 
 def note(line: str) -> None:
-    """Print a line on stderr, from the main process alone."""
+    """Print a line on stderr, only from the main process."""
     if is_main_process():
         print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""torch.compile for training: whether it pays, and compiling before the first step.
+"""torch.compile for training: whether it pays off, and compiling before the first step.
 
-The model compiles part by part (`GPT.compile`). All blocks share one graph, also between training
-and evaluation, so the time does not grow with depth. Compiled kernels are cached in the project
+The model is compiled part by part (`GPT.compile`). All blocks share one graph, in training and
+evaluation, so compile time does not grow with depth. Compiled kernels are cached in the project
 folder (CACHE), so they outlive a stopped instance; processes and versions of the code may share it.
 """
 
@@ -23,7 +23,7 @@ from lib.devices import autocast, peak_flops
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "torchinductor"
 HEARTBEAT = 15  # seconds between progress lines
 
-# From benchmarks/cold_start_h200_202611.md, for models of 16M to 124M parameters on an H200
+# Measured in benchmarks/cold_start_h200_202611.md, for 16M to 124M parameters on an H200
 MFU_EAGER = 0.11
 MFU_COMPILED = 0.40
 SECONDS = 25  # to compile without a cache, including imports
@@ -78,10 +78,10 @@ def _is_writable(folder: Path) -> bool:
 
 
 def compile_ahead(model, batch: tuple, evaluating: bool, say: Callable[[str], Any]) -> None:
-    """Compile `model` by a training pass over a micro-batch.
+    """Compile `model` by running a training pass over a micro-batch.
 
-    batch: (idx, targets), int64 (B, T) each, and a Packed if rows hold several texts.
-    evaluating: compile the evaluation loss, too. say: called with lines for the user. If compiling
+    batch: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.
+    evaluating: compile the evaluation loss, too. say: called with lines to print. If compiling
     fails with a cache, warns and tries again without it.
     """
     from torch._dynamo.utils import counters
@@ -126,7 +126,7 @@ def _pass(model, batch: tuple, evaluating: bool) -> None:
 
 @contextlib.contextmanager
 def _heartbeat(say: Callable[[str], Any], started: float) -> Iterator[None]:
-    """Print every HEARTBEAT seconds that the block is still running."""
+    """Print a progress line every HEARTBEAT seconds while the block runs."""
     done = threading.Event()
 
     def beat():

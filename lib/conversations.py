@@ -1,5 +1,5 @@
-"""Conversations and texts from data files, for post-training. The layout of a file follows from its
-columns:
+"""Conversations and texts from data files, for post-training. The layout of a file is detected from
+its columns:
 
     messages        {"messages": [{"role": "user", "content": ...}, ...]}
     ShareGPT        {"conversations": [{"from": "human", "value": ...}, ...]}
@@ -12,8 +12,8 @@ columns:
 Alpaca, dolly and prompt may also have "input" or "context", which the question refers to, and
 "history", earlier pairs. All but text may have "system" or "system_prompt". A content may be a list
 of parts, {"type": "text", "text": ...}. An answer with "weight": 0 or "train": false, in its
-message or its row, is read but not learned: its message has "learned": False. Other columns are
-listed once per file as not used.
+message or its row, is context only: its message gets "learned": False. Other columns are listed
+once per file as not used.
 
 A pair is a conversation of two messages. An example is a conversation, a list of messages as in
 lib/chat_template.py, or a text, a str.
@@ -52,7 +52,7 @@ Example = list[dict] | str
 class Layout(NamedTuple):
     name: str
     keys: set[str]  # columns that identify it
-    convert: Callable  # row -> (example, names of what it does not use)
+    convert: Callable  # row -> (example, names of unused columns)
 
 
 class UnknownLayout(ValueError):
@@ -113,7 +113,7 @@ def _text(row):
 
 
 def _joined(content):
-    """The content of a message as one text; OpenAI's format may hold it in parts."""
+    """The content of a message as one text; in OpenAI's format it may be a list of parts."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -149,7 +149,7 @@ def _history(row):
 
 
 def _with_system(row, messages):
-    """The messages, with the system message that a column of their row holds in front."""
+    """The messages, preceded by the system message in a column of their row, if there is one."""
     texts = {_text_of(row, name).strip() for name in SYSTEM} - {""}
     if not texts:
         return messages
@@ -162,8 +162,7 @@ def _with_system(row, messages):
 
 
 def _unused(row, names):
-    """Names of the columns of a row, or of a message, that hold something and are not in `names`.
-    """
+    """Names of the non-empty columns of a row, or of a message, that are not in `names`."""
     return {name for name, value in row.items()
             if name not in names and value not in EMPTY
             and not (name in MARKS and _is_learned(value) is not None)}
@@ -188,7 +187,7 @@ LAYOUTS = [  # the first that fits is taken
     Layout("prompt/response", {"prompt", "response"}, _pair("prompt", "response")),
     Layout("text", {"text"}, _text),
 ]
-# no other column of a parquet file is read: it may hold values that Python cannot
+# no other column of a parquet file is read: it may contain values that Python cannot represent
 COLUMNS = set().union(*(layout.keys for layout in LAYOUTS), CONTEXT, SYSTEM, MARKS, {"history"})
 KNOWN = ", ".join(" and ".join(sorted(layout.keys)) for layout in LAYOUTS)
 
@@ -201,7 +200,7 @@ def find_layout(row: dict) -> Layout | None:
 
 
 def _convert(row, layout):
-    """A row -> (example, names of what is not used)."""
+    """A row -> (example, names of unused columns)."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
@@ -252,7 +251,7 @@ def find_paths(words: list[str]) -> tuple[list[str], list[str]]:
         if os.path.isdir(word):
             found, left_out = find_files(word, ending_of)
         if not found:
-            missing = f"{word}/ holds no {', '.join(ENDINGS)} files and no token shards"
+            missing = f"{word}/ has no {', '.join(ENDINGS)} files and no token shards"
             raise BadInput("; ".join([f"{missing}: name another one", *left_out]))
         paths += found
         lines += left_out
@@ -304,7 +303,7 @@ def read(path: str, strict: bool = False) -> tuple[list[Example], str]:
         raise BadInput(f"{unknown} (known are {KNOWN}): rename its columns")
     if not examples:
         first = problems[0] if problems else "it is empty"
-        raise BadInput(f"{path} holds no usable row ({first}): see what is in it, or name another")
+        raise BadInput(f"{path} has no usable row ({first}): check its content, or name another")
     line = f"{path}: {len(examples):,} {_kind(layout, framed)}"
     if unused:
         line += f"; not used: {', '.join(unused)}"
@@ -367,8 +366,9 @@ def _parquet(path, remedy):
 def truncate(messages: list[dict], tokenizer, room: int):
     """A conversation -> (ids, learned, how), of at most `room` ids.
 
-    how: "whole"; "cut" at the end of an earlier answer; "truncated" on the right; or "dropped",
-    where nothing to be learned fits (then None, None). Messages after the last answer are removed.
+    how: "whole"; "cut" at the end of an earlier answer; "truncated" on the right; or "dropped" if
+    nothing that is learned fits (ids and learned are then None). Messages after the last answer are
+    removed.
     """
     ids, learned = render(messages, tokenizer)
     end = tokenizer.reserved[END]
@@ -386,8 +386,8 @@ def truncate(messages: list[dict], tokenizer, room: int):
 def hold_out(examples: list[Example], share: float, seed: int):
     """Examples -> (training examples, validation examples).
 
-    At least one of the conversations and one of the texts is held out, by a hash of content and
-    seed, so that duplicates are on one side. For a few texts, the tail of each. Raises BadInput if
+    Holds out at least one of the conversations and one of the texts, by a hash of content and seed,
+    so that duplicates are in the same split; for a few texts, the tail of each. Raises BadInput if
     nothing is left for training.
     """
     if not share:

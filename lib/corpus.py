@@ -1,5 +1,5 @@
-"""The folders of token shards that --data and --curriculum name, as one corpus: mixed by weight,
-with a curriculum before them. lib/streams.py reads from it."""
+"""The folders of token shards of --data and --curriculum as one corpus: mixed by weight, after the
+curriculum. lib/streams.py reads from it."""
 
 import math
 import os
@@ -36,8 +36,8 @@ class Corpus:
 
     tokens: {"train": count} of --data without sources of weight 0. weights: float64 (sources,),
     each source's share of the tokens after the curriculum, and of the validation loss; by size
-    unless given. tokenizer, vocab_size: as of Shards, the same in every folder. identity,
-    former_identity: as of Shards.
+    unless given. tokenizer, vocab_size: as in Shards, the same for every folder. identity,
+    former_identity: as in Shards.
 
     needed: the splits that every folder must have. Raises BadInput, also for folders of different
     tokenizers.
@@ -45,8 +45,8 @@ class Corpus:
 
     def __init__(self, cfg: Any, needed=SPLITS):
         if bool(cfg.curriculum) != bool(cfg.curriculum_steps):
-            raise BadInput("--curriculum and --curriculum_steps belong together: "
-                           "give the folder and the steps, or neither")
+            raise BadInput("--curriculum and --curriculum_steps need each other: "
+                           "give both, or neither")
         words = [split_weight(word) for word in cfg.data]
         data = [folder for folder, _ in words]
         curriculum = [cfg.curriculum] if cfg.curriculum else []
@@ -57,7 +57,7 @@ class Corpus:
         self.sources = [ShardSource(name, own) for name, own in zip(names, shards)]
         for own in shards:
             if not own.tokens["train"]:
-                raise BadInput(f"the train shards of {own.folder} hold no tokens: "
+                raise BadInput(f"the train shards of {own.folder} contain no tokens: "
                                "make them again, or leave it out")
 
         sizes = [own.tokens["train"] for own in shards[:len(data)]]
@@ -83,7 +83,7 @@ class Corpus:
         return len(self.sources) > 1
 
     def _compare_tokenizers(self):
-        """Raises BadInput unless all folders have one tokenizer; files may be in several places."""
+        """Raises BadInput unless all folders have the same tokenizer, wherever its files are."""
         first = self.sources[0]
         spec = first.shards.tokenizer
         text = None
@@ -94,12 +94,12 @@ class Corpus:
             text = text or load_tokenizer(spec).spec
             if load_tokenizer(other_spec).spec != text:
                 raise BadInput(
-                    f"{first.name} holds tokens of {spec}, and {other.name} of {other_spec}: their "
+                    f"{first.name} has tokens of {spec}, and {other.name} of {other_spec}: their "
                     "ids mean different text; make one of them again with fineweb.py --tokenizer")
 
     def shares(self, tokens: np.ndarray) -> np.ndarray:
         """Each source's share of the batch after `tokens` tokens of the run, int64 (n,) -> float64
-        (n, sources), rows that sum to 1."""
+        (n, sources); rows sum to 1."""
         shares = np.repeat(self.weights[None], len(tokens), axis=0)
         if self.mix:
             progress = tokens / self.stage
@@ -119,10 +119,10 @@ class Corpus:
         return max(zip(self.epochs(tokens).tolist(), [source.name for source in self.sources]))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises BadInput if the folders hold tokens of another tokenizer than a model's."""
+        """Raises BadInput if the folders' tokenizer is not a model's."""
         own = load_tokenizer(self.tokenizer)
         if not own.same_ids(tokenizer):
-            raise BadInput(f"{self.sources[0].shards.folder} holds tokens of another tokenizer "
+            raise BadInput(f"{self.sources[0].shards.folder} has tokens of another tokenizer "
                            f"than the checkpoint's, {tokenizer.name}: make the shards again with "
                            "fineweb.py --tokenizer, or name another --data")
         self.check_shards(own)
@@ -133,9 +133,9 @@ class Corpus:
             check_shards(source.shards, tokenizer)
 
     def check_length(self, cfg: Any, steps: int) -> None:
-        """Raises BadInput if a run of `steps` is shorter than the curriculum, or so long that a
-        source of a mixture runs dry. The length of --minutes is not known yet: lib/description.py's
-        `warnings` checks it later."""
+        """Raises BadInput if a run of `steps` is shorter than the curriculum, or repeats a source
+        of a mixture more than MOST_EPOCHS times. The length of --minutes is not known yet:
+        lib/description.py's `warnings` checks it later."""
         if cfg.minutes:
             return
         if (cfg.curriculum_steps or 0) > steps:
@@ -211,7 +211,7 @@ def check_distinct(data: list[str], curriculum: list[str]) -> None:
 
 
 def short_names(folders: list[str]) -> list[str]:
-    """The last part of each path; the whole path where that is ambiguous or TAKEN."""
+    """The last part of each path; the whole path if that is ambiguous or TAKEN."""
     resolved = [os.path.realpath(folder) for folder in folders]
     counts = Counter([*TAKEN, *(Path(path).name for path in resolved)])
     names = []

@@ -1,9 +1,8 @@
-"""The loss of a language model's head without its logits: matrix product and cross-entropy
-together, a chunk of tokens at a time.
+"""Fused output head and cross-entropy, one chunk of tokens at a time, without keeping the logits.
 
 Logits are the largest tensor of a small model: 65,536 tokens times 50,304 ids are 6.6 GB in bf16,
-13 GB in fp32, and autograd keeps them. Here a chunk's logits turn into its gradients at once, and
-are gone. All chunks have one size, so compiling one of them compiles the loss.
+13 GB in fp32, and autograd keeps them. Here the gradients of a chunk are computed together with its
+logits, which are then freed. All chunks have the same size, so they share one compiled graph.
 """
 
 import torch
@@ -20,9 +19,10 @@ FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the la
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """Logits z bounded to -cap..cap, nearly unchanged around 0: cap z / sqrt(z^2 + cap^2).
+    """Bound logits z to -cap..cap, nearly unchanged around 0: cap z / sqrt(z^2 + cap^2).
 
-    modded-nanogpt's form of Gemma 2's (https://arxiv.org/abs/2408.00118, section 2). cap 0: no-op.
+    modded-nanogpt's variant of soft-capping in Gemma 2 (https://arxiv.org/abs/2408.00118, section
+    2). cap 0: no-op.
     """
     if not cap:
         return logits
@@ -32,7 +32,7 @@ def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
 class LinearCrossEntropy(torch.nn.Module):
     """Cross-entropy in nats of the logits x @ weight.T, summed over the targets: a scalar in fp32.
 
-    x: (N, C). weight: (V, C). targets: int64 (N,), -1 is ignored. cap: of `soft_cap`, 0: none.
+    x: (N, C). weight: (V, C). targets: int64 (N,), -1 is ignored. cap: as in `soft_cap`.
     Under autocast, products are in its dtype and sums in fp32, as in a linear layer and
     F.cross_entropy. In training mode, a logit more than FAR above the target's counts as FAR above
     it. In eval mode there are no gradients.
@@ -70,7 +70,7 @@ def chunk_size(weight: torch.Tensor) -> int:
 
 
 def _chunks(weight, *tensors):
-    """Tensors of N rows -> tuples of their chunks, all of one size if N has a fitting divisor."""
+    """Tensors of N rows -> tuples of their chunks, all of one size if N has a suitable divisor."""
     n = len(tensors[0])
     fewest = -(-n // chunk_size(weight))
     even = next((k for k in range(fewest, 2 * fewest) if n % k == 0), fewest)
@@ -85,12 +85,13 @@ def _loss(x, weight, targets, counted, cap):
 
 
 def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
-    """The loss of a chunk and its gradient by x; adds that by the weight to dweight, fp32 (V, C).
+    """The loss of a chunk and its gradient with respect to x; adds the gradient with respect to the
+    weight to dweight, fp32 (V, C).
 
-    The gradient by the logits is (softmax(logits) - one_hot(target)) * counted. With
+    The gradient with respect to the logits is (softmax(logits) - one_hot(target)) * counted. With
     e = exp(logits - the target's logit) and its sum s over the vocabulary, the loss is log(s) and
-    softmax(logits) is e / s. This e needs no maximum first, and the division by s moves to the
-    narrow factor of both products: one pass over the logits is enough.
+    softmax(logits) is e / s. This e does not need the maximum first, and the division by s moves to
+    the narrow factor of both products, so one pass over the logits is enough.
     """
     logits = soft_cap((x @ weight.T).float(), cap)                                      # (n, V)
     at_target = logits.gather(1, targets)

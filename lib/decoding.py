@@ -10,7 +10,7 @@ the right, and attends only to its own tokens.
 
 import codecs
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lib.attention import FlashFirst, MaskedFirst, attention, flash_fits
 from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast, cast, to_host
 from lib.moe import is_capturable
-from lib.tokenizers import END
+from lib.tokenizers import END, Tokenizer
 
 # A masked decoding step attends to a multiple of SPAN positions. Few distinct shapes mean few CUDA
 # graphs to capture.
@@ -56,8 +56,8 @@ class SampleConfig:
     seed: int = flag(42, "random seed for sampling", at_least=0, below=2**63)
 
 
-# The samples a run prints of its model: long enough to judge, and a little below temperature 1,
-# where small models ramble.
+# Samples printed during training: long enough to judge, and a little below temperature 1, at which
+# small models ramble.
 SHOWN = SampleConfig(samples=1, max_new_tokens=120, temperature=0.8)
 
 # --------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ SHOWN = SampleConfig(samples=1, max_new_tokens=120, temperature=0.8)
 
 class KVCache:
     """Keys and values of `rows` texts with room for `length` tokens each, so that a new token costs
-    one position instead of all (Pope et al. 2022, https://arxiv.org/abs/2211.05102, section 2).
+    one position instead of the whole text (Pope et al. 2022, https://arxiv.org/abs/2211.05102,
+    section 2).
 
     An AttentionContext (lib/attention.py). Before each forward pass, `at` sets which rows the pass
     continues, and where.
@@ -78,7 +79,8 @@ class KVCache:
         self.tensors: dict = {}  # layer -> (keys, values), (rows, length, H, D) each
         self.last: dict = {}     # layer -> the input of the newest token, (rows, C)
 
-    def at(self, rows, positions, ends, attend_cache=None):
+    def at(self, rows: torch.Tensor, positions: torch.Tensor, ends: torch.Tensor,
+           attend_cache: Callable | None = None) -> "KVCache":
         """Set up the next forward pass over n texts of T new tokens each, and return self.
 
         rows: int64 (n,), the rows of the cache. positions: int64 (n, T), of the new tokens. ends:
@@ -92,7 +94,8 @@ class KVCache:
         self.attend_cache = attend_cache
         return self
 
-    def attend(self, layer, q, k, v, dropout=0.0):
+    def attend(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               dropout: float = 0.0) -> torch.Tensor:
         """Store the new keys and values of a layer and attend, (n, T, H, D) each. No dropout."""
         k = cast(k)  # as attention does
         v = cast(v)
@@ -106,13 +109,13 @@ class KVCache:
         n = len(q)
         return self.attend_cache(q, keys[:n], values[:n])
 
-    def empty_like(self, new):
-        """Zeros for the whole cache, of the head shape and dtype of `new` (n, T, H, D)."""
+    def empty_like(self, new: torch.Tensor) -> torch.Tensor:
+        """Zeros for the whole cache, with the head shape and dtype of `new` (n, T, H, D)."""
         return new.new_zeros(self.rows, self.length, *new.shape[2:])
 
-    def previous(self, layer, x):
-        """The vector before each of the new tokens x (n, T, C) in its text, (n, T, C); zeros before
-        the first token of a text."""
+    def previous(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The previous token's vector for each of the new tokens x (n, T, C), also (n, T, C); zeros
+        before the first token of a text."""
         if layer not in self.last:
             self.last[layer] = x.new_zeros(self.rows, x.size(2))
         last = self.last[layer]
@@ -123,7 +126,7 @@ class KVCache:
         last[self.order] = x[torch.arange(len(x), device=x.device), self.ends]
         return torch.cat((before, x[:, :-1]), dim=1)
 
-    def move(self, row, to):
+    def move(self, row: int, to: int) -> None:
         """Copy the text in `row` to row `to`."""
         for keys, values in self.tensors.values():
             keys[to] = keys[row]
@@ -140,7 +143,7 @@ class SeparateBias(nn.Linear):
     """A linear layer that adds its bias after the product. Inductor turns a product of one row into
     a fused sum (see Decoder), but not a product with a bias."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight) + self.bias
 
 
@@ -236,8 +239,8 @@ class Decoder:
         """Append one token to each text, int64 (rows,).
 
         Returns the logits after them, fp32 (rows, vocab_size), valid until the next step. With
-        fewer tokens, (n,), only the first n rows take part; no other row may then hold a text. A
-        text that is `full` has no room for another token: start it again with `fill`.
+        fewer tokens, (n,), only the first n rows take part; the other rows must then be free. A
+        text that is `full` has no room for another token: restart it with `fill`.
         """
         n = len(tokens)
         self.token[:n].copy_(tokens)
@@ -256,7 +259,7 @@ class Decoder:
 
     @torch.no_grad()
     def move(self, row: int, to: int) -> None:
-        """Move the text in `row` to row `to`, replacing the text there."""
+        """Move the text in `row` to row `to`, overwriting the text there."""
         self.cache.move(row, to)
         self.position[to] = self.position[row]
         self.lengths[to] = self.lengths[row]
@@ -267,8 +270,8 @@ class Decoder:
         return [row for row, n in enumerate(self.lengths) if n == self.model.config.block_size]
 
     def _padded_rows(self, n):
-        """Rows to compute for n texts: a power of two where each count would be compiled or
-        captured again."""
+        """Rows to compute for n texts: a power of two if each row count must be compiled or
+        captured."""
         if not (self.compiled or self.captures):
             return n
         return min(1 << (n - 1).bit_length(), self.cache.rows)
@@ -281,8 +284,8 @@ class Decoder:
         return round_up(needed, SPAN)
 
     def _step(self, rows, span):
-        """The computation of a step. Reads `token`, reads and advances `position`; rows and span
-        determine all shapes."""
+        """The computation of a step. Reads `token` and `position`, and advances `position`; rows
+        and span determine all shapes."""
         every = self.every[:rows]
         token = self.token[:rows]
         position = self.position[:rows]
@@ -354,9 +357,9 @@ def draw(logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int = 0
     return drawn.squeeze(-1)
 
 
-def cut_nucleus(logits, temperature, top_p):
-    """Logits sorted from the highest -> the same, -inf where the likelier ones already have
-    probability top_p."""
+def cut_nucleus(logits: torch.Tensor, temperature: float | torch.Tensor,
+                top_p: float | torch.Tensor) -> torch.Tensor:
+    """Set sorted logits to -inf where the likelier ones together already have probability top_p."""
     # Dividing by less than 1e-6 would overflow. A number stays a number: copying it to the GPU
     # would wait for the running step.
     if isinstance(temperature, torch.Tensor):
@@ -380,7 +383,7 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens:
 
     choose: logits, fp32 (rows, vocab_size) -> the next tokens, int64 (rows,). A token of -1 means
     that the logits of its row were not finite. A prompt longer than the context keeps its newest
-    tokens. When a text fills the context, its older half is dropped and the rest is filled in again
+    tokens. When a text fills the context, its older half is dropped and the rest is prefilled again
     from position 0: one pass over half a context per half a context of new tokens. On a GPU, step n
     runs while the caller handles token n.
     """
@@ -409,7 +412,8 @@ class Text:
     text: the text so far, without the end token or stop string. ended: None, "stop" or "length".
     """
 
-    def __init__(self, tokenizer, limit: int, stop: Sequence[str] = (), ends=None):
+    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Sequence[str] = (),
+                 ends: Iterable[int] | None = None):
         self.tokenizer = tokenizer
         self.limit = limit
         self.stop = [string for string in stop if string]
@@ -443,8 +447,8 @@ class Text:
         self.text += piece
         return piece
 
-    def certain(self):
-        """How many of the held characters belong to the text; ends it at a stop string."""
+    def certain(self) -> int:
+        """Number of held characters that certainly belong to the text; ends it at a stop string."""
         found = [self.held.find(string) for string in self.stop]
         found = [start for start in found if start >= 0]
         if found:
@@ -454,8 +458,8 @@ class Text:
             return len(self.held)
         return len(self.held) - self.started()
 
-    def started(self):
-        """Characters at the end of `held` that may be the start of a stop string."""
+    def started(self) -> int:
+        """Number of characters at the end of `held` that may be the start of a stop string."""
         longest = 0
         for string in self.stop:
             for n in range(1, len(string)):
@@ -464,7 +468,7 @@ class Text:
         return longest
 
 
-def sample(model: Any, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
+def sample(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], cfg: SampleConfig,
            show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
     """Continue each prompt cfg.samples times -> the texts, prompts included.
 
@@ -478,7 +482,7 @@ def sample(model: Any, tokenizer, prompts: Sequence[str], cfg: SampleConfig,
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def continuations(model: Any, tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
+def continuations(model: Any, tokenizer: Tokenizer, ids: Sequence[Sequence[int]], cfg: SampleConfig,
                   show: Callable[[str], object] = lambda piece: None, **options) -> list[str]:
     """Continue each list of ids -> the new texts.
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: model, data, length, batch, device, warnings."""
+"""The lines printed before a run's first step: model, data, length, batch, device, warnings."""
 
 import math
 import time
@@ -16,7 +16,7 @@ SLOWEST = 1e9  # FLOP/s that any machine reaches
 
 
 def describe(cfg, plan, model, corpus, processes, first: int = 0) -> str:
-    """The lines printed before a run that begins at step `first`."""
+    """The lines printed before a run that starts at step `first`."""
     lines = [_model_line(model)]
     if cfg.init_from:
         lines.append(f"start   with the weights of {cfg.init_from}")

@@ -1,7 +1,7 @@
-"""The processes and devices of a run: how many, which, and what they support.
+"""The processes and devices of a run, and what the devices support.
 
-A run is one process, or those that torchrun started: each with a GPU of its own (NCCL), or all on
-the CPU (gloo).
+A run is one process, or those that torchrun started: each on its own GPU (NCCL), or all on the CPU
+(gloo).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ VARIANTS = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # GPUs of the same name, other cor
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of bf16 matmuls; None if unknown: MFU is n/a then, never a guess."""
+    """Peak FLOP/s of bf16 matmuls; None if unknown, and MFU is then n/a instead of a guess."""
     if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
         return None
     gpu = torch.cuda.get_device_name(device)
@@ -70,8 +70,8 @@ def autocast(device: torch.device) -> AbstractContextManager:
 
 
 def any_shape() -> AbstractContextManager:
-    """For attention whose shapes vary between calls: no cuDNN, which takes hundredths of a second
-    to prepare for each new shape."""
+    """Context for attention whose shapes vary between calls: disables cuDNN, which takes tens of
+    milliseconds to prepare for each new shape."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                         SDPBackend.MATH])
 
@@ -95,9 +95,9 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], Any]:
-    """Begin to copy a tensor to the CPU -> a function that returns it as nested lists.
+    """Start copying a tensor to the CPU -> a function that returns it as nested lists.
 
-    The function waits for the copy, not for work that the GPU was given afterwards.
+    The function waits for the copy, not for GPU work that was queued afterwards.
     """
     if tensor.device.type != "cuda":
         return tensor.tolist
@@ -130,7 +130,7 @@ def pick_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.d
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """The peak of a GPU's memory in tensors, GB; None on other devices."""
+    """Peak GPU memory allocated by tensors, in GB; None on other devices."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated() / 1e9
@@ -151,10 +151,11 @@ def memory_bytes(device: torch.device) -> int | None:
 
 
 def parallel(model: torch.nn.Module, processes: "Processes") -> torch.nn.Module:
-    """The module to train: DDP, which averages gradients over processes; `model` itself if alone.
+    """The module to train: `model` in DDP, which averages gradients over processes; with a single
+    process, `model` itself.
 
-    Must not outlive the `with` block of `processes`: DDP holds the process group, and may deadlock
-    if it is the last to release it.
+    It must not outlive the `with` block of `processes`: DDP refers to the process group, and may
+    deadlock if it is the last to release it.
     """
     if not processes.distributed:
         return model
@@ -180,9 +181,10 @@ def gradient_sync(model: torch.nn.Module, last: bool) -> AbstractContextManager:
 class Processes:
     """The processes of this run, joined by `with`: one, or those that torchrun started.
 
-    rank, world_size: this process and their number. device: this process's. main: whether this is
-    rank 0. deterministic: use kernels that add in a fixed order, once joined. Raises BadInput if
-    the launcher's environment is incomplete (lib/cli.py's `launched`) or the device is missing.
+    rank: of this process. world_size: number of processes. device: of this process. main: whether
+    this is rank 0. deterministic: use kernels that add in a fixed order, once joined. Raises
+    BadInput if the launcher's environment is incomplete (lib/cli.py's `launched`) or the device is
+    missing.
     """
 
     def __init__(self, device_name: str, deterministic: bool = False):
@@ -267,7 +269,7 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0 first, so that the others find what it downloaded.
+        """Run the block on rank 0 first, so that the other ranks find the files it downloads.
 
         If it fails there, the others raise its BadInput without running the block.
         """
@@ -293,8 +295,8 @@ class Processes:
     def barrier(self, message: bytes = DONE) -> bytes:
         """Wait for all processes -> rank 0's message.
 
-        Rank 0 may take long, as it downloads and saves: collectives would time out after ten
-        minutes, this waits for a day.
+        Rank 0 may take long to download and save. Collectives would time out after ten minutes;
+        this waits for a day.
         """
         if not self.distributed:
             return message
@@ -319,8 +321,9 @@ def pick_micro_batch(model, asked, rows: int, processes: Processes,
 
     On a GPU, auto is the largest that leaves a tenth of the memory free; elsewhere the largest up
     to 8. The GPU is probed with the uncompiled model, which needs more memory than the compiled
-    one. rows: sequences per process and step. reserved: tensors like those allocated later, the
-    optimizer's state. packed: ids -> further arguments of the model, whose masks take memory, too.
+    one. rows: sequences per process and step. reserved: tensors with the shapes of the optimizer's
+    state, which is allocated later. packed: ids -> more arguments of the model, whose masks take
+    memory, too.
     """
     if asked != "auto":
         return asked

@@ -1,6 +1,6 @@
-"""A corpus that needs no download: the docstrings of the Python packages installed here.
+"""A corpus that needs no download: the docstrings of the installed Python packages.
 
-Several MB of real English, enough to see a small model learn.
+It has several MB of English text, enough to see a small model learn.
 """
 
 import ast
@@ -26,7 +26,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def write_docstrings(path: Path) -> None:
     """Write a jsonl file with one document per module of the standard library and of PACKAGES.
 
-    A file that is already there is kept. Raises Unreadable if it cannot be read.
+    An existing file is kept. Raises Unreadable if it cannot be read.
     """
     if os.path.lexists(path):
         open_file(path, "give another --out").close()

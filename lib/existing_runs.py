@@ -1,4 +1,4 @@
-"""Run folders that exist already: whether one may be written to, and which one to continue."""
+"""Existing run folders: whether one may be written to, and which one to continue."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from lib.provenance import launch_id, this_command
 def check_name(name: str) -> None:
     """Raises BadInput unless `name` can name a single folder.
 
-    An empty name (an unset variable in a start script) would begin a new run at every start.
+    An empty name (an unset variable in a start script) would start a new run every time.
     """
     unusable = not name.strip() or name in (".", "..") or len(name.encode()) > 200
     if unusable or re.search(r"[/\\\0\n\r]", name):
         raise BadInput(f"--run_name {name!r} is not the name of a folder: give a plain name; "
-                       "--log_dir says where it goes")
+                       "--log_dir is its parent folder")
 
 
 def check_ours(folder: Path) -> None:
-    """Raises BadInput if `folder` holds files but is not a run folder of this project.
+    """Raises BadInput if `folder` has files but is not a run folder of this project.
 
-    Resuming rewinds, replaces and removes files, so nothing else may be mistaken for a run.
+    Resuming rewinds, replaces and removes files, so no other folder may be mistaken for a run.
     """
     if has_foreign_config(folder):
         raise BadInput(f"{folder} is not a run folder, its config.json is another program's: "
@@ -34,7 +34,7 @@ def check_ours(folder: Path) -> None:
         return
     unfinished = {path.name for path in leftovers(folder, "config.json")}
     if any(path.name not in unfinished for path in folder.iterdir()):
-        raise BadInput(f"{folder} is not a run folder, it holds no config.json of a run: "
+        raise BadInput(f"{folder} is not a run folder, it has no config.json of a run: "
                        "give another --run_name")
 
 
@@ -65,7 +65,7 @@ def starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def restarted(log_dir: str) -> Path | None:
-    """The folder of the run that this torchrun began before --max_restarts restarted it."""
+    """The folder of the run that this torchrun started before --max_restarts restarted it."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     for path in Path(log_dir).glob("*/config.json"):
@@ -89,7 +89,7 @@ def interrupted(log_dir: str) -> Path | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the newest checkpoint of a run folder is that of the run's end."""
+    """Whether the newest checkpoint of a run folder is from the end of the run."""
     found = checkpoint.found(folder)
     length = read_config(folder).get("max_steps")
     if not found or not isinstance(length, int):

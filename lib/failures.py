@@ -1,4 +1,4 @@
-"""Failures of the machine (memory, compiler, disk) as errors of one line."""
+"""Failures of the machine (memory, compiler, disk) as one-line errors."""
 
 import contextlib
 import sys

@@ -1,7 +1,7 @@
-"""Read and write files safely; needs no torch.
+"""Read and write files safely, without importing torch.
 
-`open_file` opens regular files only, so that a pipe cannot hang a script and /dev/zero cannot fill
-its memory. `replace` writes atomically. `locked` lets one process at a time use a folder.
+`open_file` only opens regular files, so that a pipe cannot hang a script and /dev/zero cannot fill
+its memory. `replace` writes atomically. `locked` lets only one process at a time use a folder.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ LOST = (errno.EIO, *DISK_FULL)
 HIDDEN = (".", "_")  # first characters of files of editors, notebooks, macOS and unfinished jobs
 NAMED = 20           # left-out files of a kind that are named
 BOM = b"\xef\xbb\xbf"  # byte order mark, which editors on Windows prepend
-# Python refuses integers of thousands of digits, and text fields hold no numbers anyway
+# Python rejects integers with thousands of digits, and text fields have no numbers anyway
 DECODER = json.JSONDecoder(parse_int=float)
 BLANK = re.compile(r"\s*")
 
@@ -86,7 +86,7 @@ def read_json(path: str | Path, remedy: str) -> Any:
 
 def read_rows(path: str | Path, remedy: str,
               check: Callable[[Any], Any] = lambda row: row) -> list:
-    """[check(row)] of the rows of a jsonl file.
+    """[check(row)] for each row of a jsonl file.
 
     Raises BadInput, which names the line, if it is not JSON or `check` raises a ValueError.
     """
@@ -101,7 +101,7 @@ def read_rows(path: str | Path, remedy: str,
 
 
 def json_rows(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    """Yield (where it is, for messages; row) for each row of an open JSON file.
+    """Yield (its place as text, for messages; row) for each row of an open JSON file.
 
     The file is JSON lines, an array of rows, or rows of several lines one after another. A line
     that is not JSON yields a ValueError as its row. Raises ValueError where rows of several lines
@@ -126,7 +126,7 @@ def json_rows(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
 
 
 def _numbered_lines(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """("line <number>", line) of the lines that are not blank."""
+    """("line <number>", line) for each line that is not blank."""
     for number, line in enumerate(file, 1):
         line = line.removeprefix(BOM)
         if line.strip():
@@ -219,7 +219,7 @@ def left_out(folder: str, kinds: dict[str, list[str]]) -> list[str]:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Set the file name of an OSError, which only opening a file does by itself.
+    """Set the file name of an OSError; Python itself only does so when opening a file.
 
     An OSError without one is then the console's.
     """
@@ -231,7 +231,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def replace(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file atomically: `path` holds its old content or all of the new, flushed to the disk.
+    """Write a file atomically: `path` has its old content or all of the new, flushed to the disk.
 
     write: called with an open binary file. If several processes replace one path at once, the last
     wins. Unfinished content is in <name>.<8 hex digits>.tmp; a killed process leaves that file
@@ -261,7 +261,7 @@ def leftovers(folder: Path, name: str) -> list[Path]:
 
 
 def _open_partial(path: Path) -> tuple[Path, IO[bytes]]:
-    """Create a temporary file beside `path`, locked while it is open -> (its path, the file)."""
+    """Create a temporary file next to `path`, locked while it is open -> (its path, the file)."""
     while True:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         file = open(partial, "xb")  # noqa: SIM115 (closed by the caller)
@@ -362,10 +362,10 @@ def check_room(folder: str | Path, needed: int, what: str, remedy: str) -> None:
 
 
 def make_folder(folder: str | Path, remedy: str) -> list[Path]:
-    """Make a folder with its parents and check that files can be written there.
+    """Create a folder with its parents and check that files can be written there.
 
-    Returns the folders made, innermost first. On failure removes them and raises BadInput, ending
-    in `remedy`.
+    Returns the created folders, innermost first. On failure, removes them and raises BadInput,
+    ending in `remedy`.
     """
     made: list[Path] = []
     try:
@@ -392,7 +392,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path, remedy: str) -> Iterator[None]:
-    """`make_folder` for the block; if that fails, removes the folders made that are still empty."""
+    """`make_folder` for the block; if the block fails, removes created folders that are empty."""
     made = make_folder(folder, remedy)
     try:
         yield

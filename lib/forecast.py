@@ -1,4 +1,4 @@
-"""The table that --plan prints: what runs of several lengths take."""
+"""The table that --plan prints: the cost of runs of several lengths."""
 
 from lib.budget import half_steps, steps_in
 
@@ -8,9 +8,9 @@ RATIOS = (8, 12, 20, 40)  # tokens per parameter
 def forecast(cfg, models: dict, measured: str) -> str:
     """The table of --plan: a row for each model and each ratio of tokens per parameter.
 
-    models: {name: GPT on the meta device}. measured: the name of the one whose speed --tok_per_sec
+    models: {name: GPT on the meta device}. measured: name of the model whose speed --tok_per_sec
     is. Hours of the others assume the same FLOP/s; without a measurement there are no hours. If
-    `measured` is as large as another model, as a preset of a --size is, it has no rows of its own.
+    `measured` has the size of another model, it has no rows of its own.
     """
     sizes = {name: (model.parameter_counts(), model.flops_per_token())
              for name, model in models.items()}
@@ -38,8 +38,8 @@ def forecast(cfg, models: dict, measured: str) -> str:
         lines.append(f"hours at the {cfg.tok_per_sec:,.0f} tok/s given for {measured}; "
                      "~: another size, at the same FLOP/s, not measured")
     else:
-        lines.append("hours need a measurement: --tok_per_sec of this --preset and --size, as "
-                     "every line of a run shows it, and --price_per_hour for dollars")
+        lines.append("hours need a measurement: --tok_per_sec of this --preset and --size, which "
+                     "every line of a run shows; for dollars, add --price_per_hour")
     return "\n".join(lines)
 
 

@@ -1,5 +1,4 @@
-"""The Hugging Face hub: whether it answers, which token shards a dataset holds, and whole files
-from it.
+"""The Hugging Face hub: check that it answers, list a dataset's token shards, and download files.
 
 `huggingface_hub` is imported where it is used, as importing it is slow. It reads HF_ENDPOINT,
 HF_TOKEN and HF_HUB_OFFLINE.
@@ -42,8 +41,8 @@ class File(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A dataset at one commit. shards: split -> its Files sorted by name. beside: name -> File, of
-    the folder of the train shards."""
+    """A dataset at one commit. shards: split -> its Files, sorted by name. beside: name -> File for
+    the files next to the train shards."""
     id: str
     commit: str
     shards: dict[str, list[File]]
@@ -67,7 +66,7 @@ def client() -> Any:
 
 
 def datasets_library() -> Any:
-    """`datasets`, silent, and without the request by which it counts uses, even of local files."""
+    """`datasets`, silent, and without its usage-counting requests."""
     import datasets
 
     logging = datasets.utils.logging
@@ -92,8 +91,8 @@ def check_answers(name: str) -> None:
 def demand_whole_answers() -> None:
     """Make `datasets` retry when a part of a file arrives incomplete.
 
-    Without a Content-Length, the client takes the end of an answer for the end of the file: the
-    corpus would silently end there.
+    Without a Content-Length, the client would take the end of a response as the end of the file,
+    and the corpus would silently end there.
     """
     from huggingface_hub.hf_file_system import HfFileSystemFile
 
@@ -118,14 +117,14 @@ def demand_whole_answers() -> None:
 
 def explain(error: Exception, name: str,
             remedy: str = f"{AGAIN}, or name another dataset") -> BadInput:
-    """The BadInput for an error of the client: the dataset does not exist, may not be read, cannot
-    be reached; else the error's first words."""
+    """The BadInput for an error of the client: the dataset does not exist, is not accessible, or
+    cannot be reached; otherwise with the start of the error's text."""
     from huggingface_hub import errors
 
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     missing = (errors.RepositoryNotFoundError, errors.HFValidationError)
     if isinstance(error, errors.GatedRepoError):
-        return BadInput(f"the dataset {name} is gated: ask for access on its page and set "
+        return BadInput(f"the dataset {name} is gated: request access on its page and set "
                         "HF_TOKEN, or name another")
     if isinstance(error, missing) or status_of(error) == 401:  # not logged in
         return BadInput(f"the hub has no dataset {name}, or it is private: check the name, or set "
@@ -142,7 +141,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether a retry is useless: a client error such as 404."""
+    """Whether retrying is useless, as for a client error such as 404."""
     status = status_of(error)
     return status is not None and 400 <= status < 500 and status not in RETRIED
 
@@ -180,8 +179,8 @@ def find_dataset(name: str, pattern: str, commit: str | None = None) -> Dataset:
     for split in ("train", "val"):
         if not shards[split]:
             others = ", ".join(file.path for file in files[:3]) or "nothing"
-            raise BadInput(f"{where} holds no {split} shards, files that end in "
-                           f"_{split}_<index>.npy or .bin (it holds {others}, ...): name another, "
+            raise BadInput(f"{where} has no {split} shards, files that end in "
+                           f"_{split}_<index>.npy or .bin (it has {others}, ...): name another, "
                            "or tokenize its text with --source")
         check_names(name, where, shards[split])
     folder = shards["train"][0].folder
@@ -200,7 +199,7 @@ def check_names(name: str, where: str, shards: list[File]) -> None:
     """Raises BadInput if two of the shards, sorted by name, have the same name."""
     for a, b in zip(shards, shards[1:]):
         if a.name == b.name:
-            raise BadInput(f"{where} holds {a.path} and {b.path}: choose one folder, as in "
+            raise BadInput(f"{where} has {a.path} and {b.path}: choose one folder, as in "
                            f"{name}:{a.folder or b.folder}")
 
 
@@ -209,7 +208,7 @@ def check_names(name: str, where: str, shards: list[File]) -> None:
 
 
 def download(dataset: Dataset, file: File, folder: Path) -> Path:
-    """One whole file -> its path below <folder>/.download, its size and SHA-256 checked. Retries
+    """Download a file -> its path below <folder>/.download, with size and SHA-256 checked. Retries
     when the network fails.
 
     Raises BadInput if it keeps failing, OSError if the disk is full.
@@ -250,5 +249,5 @@ def is_whole(path: Path, file: File) -> bool:
 
 
 def forget(folder: Path) -> None:
-    """Remove what downloading left in a folder."""
+    """Remove leftovers of downloads from a folder."""
     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Hugging Face: our models as transformers' classes, written and read as its folders; using its hub
+"""Hugging Face: convert models to and from transformers' classes and folders, and use its hub
 without a network."""
 
 import dataclasses
@@ -20,7 +20,7 @@ from lib.files import check_room, make_folder, read_json, replace, write_json
 from lib.tokenizers import END, EOT, load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
-# Which class computes which of our models.
+# transformers' classes and the GPTConfigs that they support.
 
 ACTIVATIONS = {"gelu": "gelu_new", "relu2": "relu2", "swiglu": "silu"}
 # fields of GPTConfig that may have any value in every class
@@ -39,11 +39,11 @@ def no_fields(theirs):
 class Family(NamedTuple):
     """A class of transformers.
 
-    allowed: {field of GPTConfig: values that the class computes}; other fields, except FREE, must
+    allowed: {field of GPTConfig: values that the class supports}; other fields, except FREE, must
     have their default. config: (GPTConfig, hidden units of the MLP or of an expert) -> the
     keyword arguments of the class's configuration. modules: GPTConfig -> Modules; where ours is a
     single tensor, theirs is one. fields: a configuration of the class -> the fields of GPTConfig
-    that only this class has.
+    that are specific to this class.
     """
     allowed: dict
     config: Callable
@@ -79,8 +79,8 @@ def gpt2_modules(c):
 
 
 def llama_config(own: Callable) -> Callable:
-    """The Family.config of a class that descends from Llama. own: (GPTConfig, hidden units) -> the
-    keyword arguments that not all of these classes share."""
+    """The Family.config of a class derived from Llama. own: (GPTConfig, hidden units) -> the
+    keyword arguments that are specific to the class."""
     def config(c, hidden):
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
         return dict(
@@ -97,8 +97,8 @@ def llama_config(own: Callable) -> Callable:
 
 
 def llama_modules(feed_forward: Modules) -> Callable:
-    """The Family.modules of a class that descends from Llama. feed_forward: those of a layer's MLP
-    or experts."""
+    """The Family.modules of a class derived from Llama. feed_forward: modules of a layer's MLP or
+    experts."""
     layer = {
         "ln_1": ("input_layernorm",),
         "ln_2": ("post_attention_layernorm",),
@@ -238,12 +238,12 @@ FAMILIES = {
         SOFTMAX_MOE | dict(qk_norm=(True,)),
         llama_config(qwen_moe), llama_modules(EXPERTS), qwen_moe_fields),
 }
-# GPT2LMHeadModel holds the transpose of these Linear weights.
+# GPT2LMHeadModel stores these Linear weights transposed.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def unsupported(c, family: Family) -> list[str]:
-    """The flags of a GPTConfig that a Family does not compute, as they are typed."""
+    """The flags of a GPTConfig that a Family does not support, as on the command line."""
     flags = []
     for field in dataclasses.fields(c):
         name = field.name
@@ -264,8 +264,8 @@ def unsupported(c, family: Family) -> list[str]:
 
 
 def find_family(c) -> str:
-    """GPTConfig -> the name of the class that computes it. Raises BadInput if there is none, naming
-    the flags in the way."""
+    """GPTConfig -> the name of a class that supports it. Raises BadInput if there is none, naming
+    the unsupported flags."""
     flags = {name: unsupported(c, family) for name, family in FAMILIES.items()}
     nearest = min(flags, key=lambda name: len(flags[name]))
     if flags[nearest]:
@@ -309,8 +309,8 @@ def convert(model, **config):
     possible.
 
     The rows that pad the vocabulary are cut off. A post-embedding norm is applied to the embedding
-    table, which is then no longer tied to the head. config: more of its configuration. Raises
-    BadInput as find_family does.
+    table, which is then no longer tied to the head. config: more fields of its configuration.
+    Raises BadInput like find_family.
     """
     c = model.config
     name = find_family(c)
@@ -396,8 +396,8 @@ def write_tokenizer(tokenizer, folder: str | Path, length: int,
     """Write a Tokenizer so that transformers' encodes to the same ids; <|endoftext|> in a text is
     plain text, as here.
 
-    With a chat template it is not: transformers renders a conversation to one string before it
-    encodes, so control tokens count wherever they appear. Its split_special_tokens=True, and
+    With a chat template it is not: transformers renders a conversation to one string before
+    encoding, so control tokens count wherever they appear. Its split_special_tokens=True, and
     sanitize_control_tokens=True in apply_chat_template, keep typed ones as text.
     """
     text = tokenizer.to_json(chat=bool(chat_template))
@@ -486,7 +486,7 @@ def config_fields(theirs, family, state):
         n_head=theirs.num_attention_heads,
         n_embd=theirs.hidden_size,
         vocab_size=theirs.vocab_size,
-        vocab_multiple=1,  # padding would be untrained rows that take part in the loss
+        vocab_multiple=1,  # no padding: its rows would be untrained but count in the loss
         tie_embeddings=theirs.tie_word_embeddings,
         bias=bias,
     )
@@ -513,12 +513,13 @@ def has_value(config, key, value):
 
 
 def read_tokenizer(name: str) -> tuple:
-    """-> (the Tokenizer of what `read` reads, its chat template or None). Raises BadInput."""
+    """-> (the Tokenizer of a model that `read` loads, its chat template or None). Raises BadInput.
+    """
     if not os.path.isdir(name):
         return load_tokenizer("gpt2"), None
     file = Path(name, "tokenizer.json")
     if not file.exists():
-        raise BadInput(f"{name} holds no tokenizer.json: save the model's tokenizer there, too")
+        raise BadInput(f"{name} has no tokenizer.json: save the model's tokenizer there, too")
     path = Path(name, "tokenizer_config.json")
     settings = read_json(path, "name another folder") if path.exists() else {}
     template = None

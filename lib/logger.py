@@ -1,4 +1,4 @@
-"""What a run logs: to the console, to log.txt and to TensorBoard."""
+"""Logging to the console, to log.txt and to TensorBoard."""
 
 import contextlib
 import datetime
@@ -35,7 +35,7 @@ COMPILED = 10  # a step this many times slower than its neighbors compiled a new
 
 
 class Null:
-    """Replaces an object on ranks that have none: every method is a no-op and returns None."""
+    """Stands in for an object on ranks without one: every method is a no-op and returns None."""
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
@@ -44,15 +44,15 @@ class Null:
 class Logger:
     """Console, log.txt and TensorBoard of one run folder.
 
-    What TensorBoard has of `first_step` and later steps is dropped, since these steps run again.
+    Events of `first_step` and later steps are dropped from TensorBoard, as these steps run again.
     """
 
     def __init__(self, folder: Path, max_steps: int, first_step: int,
                  price_per_hour: float | None = None,
                  tokens_of: Callable[[int], int] = lambda steps: steps,
                  log_every: int | None = None):
-        """tokens_of: tokens in the first n steps, to predict the remaining time, as steps may grow
-        (--batch_warmup). log_every: steps per line on the console; None: see `_is_shown`."""
+        """tokens_of: n -> tokens in the first n steps, to predict the remaining time, as steps may
+        grow (--batch_warmup). log_every: steps per line on the console; None: see `_is_shown`."""
         from tqdm import tqdm
 
         self.max_steps = max_steps
@@ -102,7 +102,7 @@ class Logger:
     # -- a step, an evaluation --
 
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
-        """Log a training step. scalars: by tag; None: unknown here; a list: a histogram's bars."""
+        """Log a training step. scalars: {tag: number, None if unknown, or bars of a histogram}."""
         tokens = self.tokens_of(step + 1) - self.tokens_of(step)
         seconds_per_token = seconds / tokens
         if step > self.first_step:
@@ -146,7 +146,7 @@ class Logger:
         return step - shown >= 100 or time.monotonic() - shown_at >= 1
 
     def log_evaluation(self, step: int, results: dict[str, Any]) -> None:
-        """Log an evaluation's results: by tag, a number or a list of texts."""
+        """Log an evaluation's results: {tag: number or list of texts}."""
         texts = {tag: value for tag, value in results.items() if isinstance(value, list)}
         numbers = {tag: value for tag, value in results.items() if tag not in texts}
         self.scalars(step, numbers)
@@ -217,11 +217,11 @@ def quoted(texts: Iterable[str]) -> str:
 
 
 class EventFile:
-    """A file of TensorBoard events, written at once, as TensorBoard is watched during the run.
+    """A file of TensorBoard events, written without buffering, as it is watched during the run.
 
-    Not a SummaryWriter: its thread ends in a traceback on a full disk or in a removed folder. Tags
-    are named so that TensorBoard, which sorts groups by name with capitals first, shows Loss, eval,
-    optim, perf, and the norms of parts (weights) last.
+    It is not a SummaryWriter, whose thread ends in a traceback on a full disk or in a removed
+    folder. TensorBoard sorts groups by name, capitals first, so tags are named to show Loss, eval,
+    optim, perf, and last the gradient norms of parts (weights).
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -290,7 +290,7 @@ def next_events_number(folder: Path) -> int:
 
 
 def histogram(counts: list[int]) -> dict[str, Any]:
-    """The fields of a TensorBoard histogram whose bar from i - 0.5 to i + 0.5 is counts[i]."""
+    """The fields of a TensorBoard histogram with counts[i] in the bar from i - 0.5 to i + 0.5."""
     return {
         "min": -0.5,
         "max": len(counts) - 0.5,
@@ -345,7 +345,7 @@ def serve_tensorboard(log_dir: str, port: int) -> None:
 class SpikeDetector:
     """Finds losses far above the median of the 50 before, relative to their spread.
 
-    Losses of batches of a few documents differ by nats, those of half a million tokens by
+    Losses of batches of a few documents differ by whole nats, those of half a million tokens by
     hundredths. A spike is SPREADS standard deviations above the median, and at least `floor` nats;
     floor 0: nothing is a spike.
     """
@@ -357,7 +357,7 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=50)
 
     def __call__(self, loss: float) -> str | None:
-        """A line if `loss` is a spike, else None. Finite losses are kept to judge the next ones."""
+        """A line of text if `loss` is a spike, else None. Finite losses are kept."""
         line = self._judge(loss)
         if math.isfinite(loss):
             self.losses.append(loss)
@@ -375,11 +375,11 @@ class SpikeDetector:
 
 
 def spread_of(losses: Iterable[float]) -> float:
-    """The standard deviation of losses around their trend, estimated by medians, so that spikes
-    among them do not change it.
+    """The standard deviation of losses around their trend, estimated from medians, so that spikes
+    do not affect it.
 
-    1.4826 times the median absolute deviation estimates that of a normal distribution (Rousseeuw &
-    Croux 1993).
+    For a normal distribution it is 1.4826 times the median absolute deviation (Rousseeuw & Croux
+    1993).
     """
     losses = list(losses)
     half = len(losses) // 2
@@ -393,7 +393,7 @@ def spread_of(losses: Iterable[float]) -> float:
 class RecompileMonitor:
     """`with monitor("training"):` reports every compilation in the block after its first.
 
-    A recompilation takes as long as many steps.
+    A recompilation takes as much time as many steps.
     """
 
     def __init__(self, say: Callable[[str], Any]):

@@ -18,9 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.cli import BadInput, flag
-from lib.devices import cast
+from lib.devices import Processes, cast
 
-MULTIPLE = 8  # of grouped_mm's widths: rows of bf16 must be multiples of 16 bytes
+MULTIPLE = 8  # grouped_mm needs widths that are multiples of this: rows of 16 bytes in bf16
 # Change of a bias per step. DeepSeek-V3's 1e-3 (https://arxiv.org/abs/2412.19437, section 4.2) is
 # for longer runs.
 BIAS_RATE = 1e-2
@@ -32,23 +32,23 @@ BALANCE_LOSS = 1e-2
 STARVED = 0.01
 PATIENCE = 20  # consecutive steps that an expert is starved before it is reported
 
-SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
+SCORES: dict[str, Callable] = {"sigmoid": torch.sigmoid, "softmax": partial(F.softmax, dim=-1)}
 
 
 @dataclass(frozen=True)
 class ExpertConfig:
     n_experts: int = flag(
-        0, "experts per block, a Mixture of Experts; 0: a dense MLP", at_least=0, at_most=256)
+        0, "experts per block (Mixture of Experts); 0: a dense MLP", at_least=0, at_most=256)
     n_active: int = flag(
-        2, "experts per token; with 1 the router learns only from --balance loss and "
+        2, "experts per token; with 1 the router only learns from --balance loss and "
            "--router_z_loss", above=0, at_most=256)
     n_shared: int = flag(
         0, "additional experts that process every token", at_least=0, at_most=256)
     expert_width: int | None = flag(
-        None, "hidden units per expert, a multiple of 8; unset: the active ones together take as "
-              "many FLOPs as the dense MLP", above=0, at_most=2**20)
+        None, "hidden units per expert, a multiple of 8; unset: all active experts together have "
+              "the FLOPs of the dense MLP", above=0, at_most=2**20)
     router: Literal["sigmoid", "softmax"] = flag(
-        "sigmoid", "function of the scores that pick and weight a token's experts")
+        "sigmoid", "activation of the router scores that select and weight a token's experts")
     balance: Literal["bias", "loss"] = flag(
         "bias", "balance the experts by adjusting biases after each step, or by the load-balance "
                 "loss")
@@ -64,7 +64,7 @@ def expert_width(config: ExpertConfig, hidden: int) -> int:
     return share // MULTIPLE * MULTIPLE
 
 
-def check_experts(config, hidden: int) -> None:
+def check_experts(config: Any, hidden: int) -> None:
     """Raises BadInput if the experts of a GPTConfig cannot be built.
 
     hidden: hidden units of the dense MLP.
@@ -262,7 +262,7 @@ class MoE(nn.Module):
     seen: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, config, mlp):
+    def __init__(self, config: Any, mlp: Any):
         super().__init__()
         E = config.n_experts
         C = config.n_embd
@@ -283,13 +283,13 @@ class MoE(nn.Module):
         self.penalty: float | torch.Tensor = 0.0
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("seen", torch.zeros(E + 2), persistent=False)
-        # of the penalty, see LoadBalancer.weigh
+        # factor on the penalty, see LoadBalancer.weigh
         self.register_buffer("scale", torch.ones(()), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
         gates, picked, counts = self.route(x)
-        # 1) sort (token, pick) by expert; uint8 takes the fewest passes
+        # 1) sort (token, pick) by expert; uint8 needs the fewest sorting passes
         order = picked.flatten().to(torch.uint8).argsort(stable=True)  # (B T K,)
         positions = torch.arange(len(order), device=x.device)
         inverse = torch.empty_like(order).scatter_(0, order, positions)
@@ -344,10 +344,10 @@ class LoadBalancer:
     A no-op for a dense model.
     """
 
-    def __init__(self, model: nn.Module, processes, say: Callable[[str], Any]):
+    def __init__(self, model: nn.Module, processes: Processes, say: Callable[[str], Any]):
         """say: called with a line about starved experts.
 
-        Discards what passes that probed the memory left in the layers.
+        Discards what memory-probing passes left in the layers.
         """
         self.layers = [module for module in model.modules() if isinstance(module, MoE)]
         self.processes = processes
@@ -360,13 +360,13 @@ class LoadBalancer:
     def _reset(self) -> None:
         for layer in self.layers:
             layer.seen.zero_()
-            layer.penalty = 0.0  # holds the graph of a pass, so the layer could not be copied
+            layer.penalty = 0.0  # it refers to a pass's graph, and then layers cannot be copied
 
     def weigh(self, share: torch.Tensor) -> None:
         """Set the share of a step's tokens that are targets.
 
-        The loop divides all losses by the number of targets, but auxiliary losses are over all
-        tokens.
+        The training loop divides all losses by the number of targets, but auxiliary losses are sums
+        over all tokens.
         """
         for layer in self.layers:
             layer.scale.copy_(share)

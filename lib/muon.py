@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a weight matrix's
 momentum by the nearest semi-orthogonal matrix, so that a step is equally long in all directions.
-That matrix comes from a few matmuls: each iteration applies an odd polynomial to the singular
-values, by default those of Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932).
+It is computed by a few matmuls: each iteration applies an odd polynomial to the singular values, by
+default those of Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932).
 Embeddings, head and vectors stay with AdamW (Loshchilov & Hutter 2019,
 https://arxiv.org/abs/1711.05101).
 """
@@ -62,9 +62,9 @@ class Muon(torch.optim.Optimizer):
     skipped.
 
     Under torch.distributed, gradients must be equal on all ranks (DDP). Each rank orthogonalizes
-    its share of the matrices, then all gather. Every rank holds the whole momentum, so a state fits
-    any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80), else in the
-    parameters' dtype.
+    its share of the matrices, then all ranks gather them. Every rank has the whole momentum, so a
+    state fits any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80),
+    else in the parameters' dtype.
     """
 
     def __init__(self, param_groups: Iterable[dict], coefficients=POLAR_EXPRESS):
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has a gradient, without a device sync. Gradients stay."""
+        """Update every parameter that has a gradient, without a device sync. Keeps gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
-            if "step" in state:  # torch leaves it on the CPU; the fused kernel needs it beside p
+            if "step" in state:  # torch leaves it on the CPU; the fused kernel needs p's device
                 state["step"] = state["step"].to(p.device)
 
     def _buffers(self, params, name):

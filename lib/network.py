@@ -1,4 +1,4 @@
-"""Whether a server answers, found out before a library waits for it without a time limit."""
+"""Check that a server answers before a library waits for it without a time limit."""
 
 import contextlib
 import threading

@@ -1,8 +1,8 @@
-"""What the chat server (lib/server.py) accepts and answers: OpenAI's chat completions, completions
+"""Requests and responses of the chat server (lib/server.py): OpenAI's chat completions, completions
 and models.
 
-The format is that of https://platform.openai.com/docs/api-reference for text. Unsupported options
-are refused, not ignored. Errors are {"error": {"message", "type", "param", "code"}}.
+The format is https://platform.openai.com/docs/api-reference, for text. Unsupported options are
+rejected, not ignored. Errors are {"error": {"message", "type", "param", "code"}}.
 """
 
 import time
@@ -16,7 +16,7 @@ from lib.cli import BadInput
 from lib.decoding import NonFinite, SampleConfig
 from lib.serving import Busy, Closed, Engine, Reply, Request
 
-# Fields of a request. All others are unknown and refused, as OpenAI does.
+# Fields of a request. All others are unknown and rejected, as OpenAI does.
 USED = {"model", "max_tokens", "temperature", "top_p", "stop", "stream", "stream_options", "seed"}
 FIELDS = {"chat": USED | {"messages", "max_completion_tokens"}, "text": USED | {"prompt"}}
 IGNORED = {
@@ -172,8 +172,8 @@ def read_prompt(body: dict) -> str:
 
 
 def check_keys(part: dict, known: Collection[str], param: str) -> None:
-    """Raises ApiError if an object in a request has an unknown key. Keys that are null, false or
-    empty have no effect and are accepted."""
+    """Raises ApiError if an object in a request has an unknown key, unless its value is null, false
+    or empty and so has no effect."""
     for name, value in part.items():
         if value and name not in known:
             raise ApiError(400, f"{name[:60]} is not supported within {param}", param,
@@ -201,8 +201,8 @@ def check_fields(body: dict, kind: str) -> None:
 
 @dataclass
 class Api:
-    """The API of one model. name: of the model. defaults: for fields missing in a request. api_key:
-    None: not needed."""
+    """The API of one model. name: the model's name. defaults: for fields missing in a request.
+    api_key: key that clients must send, or None."""
     engine: Engine
     name: str
     defaults: SampleConfig

@@ -1,7 +1,7 @@
-"""Several texts in one row: which go together, and what a model needs to keep them apart.
+"""Packing several texts into a row, and the attention mask that keeps them apart.
 
 `Packing` packs conversations into rows, `Joined` cuts plain text into rows. A row is int64 (3, T):
-ids, targets (-1: not learned), and documents, the number within the row of each position's text.
+ids, targets (-1: not learned), and documents, the number of each position's text within the row.
 lib/streams.py's `Rows` makes batches of them.
 """
 
@@ -18,8 +18,8 @@ OPEN = 1000  # first-fit tries the newest rows only: older ones are as good as f
 
 
 class Packed:
-    """The AttentionContext of a packed batch: every text begins at position 0 and attends to
-    itself only.
+    """The AttentionContext of a packed batch: every text starts at position 0 and attends only to
+    itself.
 
     documents: int64 (B, T), the same number throughout a text and another one next to it.
     """
@@ -46,14 +46,14 @@ class Packed:
         return attention(q, k, v, self.mask, dropout)
 
     def previous(self, layer, x):
-        """x (B, T, C) shifted by one position, zeros where a text begins."""
+        """x (B, T, C) shifted by one position, zeros where a text starts."""
         shifted = F.pad(x, (0, 0, 1, 0))[:, :-1]
         return shifted.masked_fill(self.starts[..., None], 0.0)
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Put each length, none above `room`, into the first row that still has room for it -> the
-    indices in each row."""
+    """Pack lengths, none above `room`, each into the first row with enough room -> the indices in
+    each row."""
     rows: list[list[int]] = []
     left = np.full(len(lengths), room)
     for i, n in enumerate(lengths):
@@ -70,10 +70,9 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class RowSource:
-    """Rows of a data set in memory, in an order that follows from (seed, epoch); in the order given
-    without a seed (None).
+    """Rows of a dataset in memory, shuffled by (seed, epoch); seed None: in their original order.
 
-    A subclass implements `arrange`, which decides on an epoch's rows, and `row`, which makes one.
+    A subclass implements `arrange`, which plans an epoch's rows, and `row`, which makes one.
     """
 
     names = "epoch", "row"
@@ -86,7 +85,7 @@ class RowSource:
         self.arranged: dict[int, tuple[Any, int]] = {}  # epoch -> its arrangement, the latest only
 
     def arrange(self, epoch: int) -> tuple[Any, int]:
-        """-> (what `row` needs to make the rows of an epoch, how many rows there are)."""
+        """-> (the arrangement of an epoch, as `row` takes it; its number of rows)."""
         raise NotImplementedError
 
     def row(self, arrangement: Any, number: int) -> np.ndarray:
@@ -108,7 +107,7 @@ class RowSource:
         return found
 
     def __len__(self):
-        """Rows of the first epoch; others may have a few more or less."""
+        """Number of rows in the first epoch; other epochs may have a few more or less."""
         return self.of(0)[1]
 
     def read_batch(self, n: int, epoch: int, row: int) -> tuple[np.ndarray, int, int]:
@@ -157,8 +156,8 @@ class RowSource:
 class Packing(RowSource):
     """Whole conversations packed into rows by first-fit, in the epoch's order.
 
-    items: (ids, learned) as lib/chat_template.py's `render` makes them, of at most block_size + 1
-    ids, since the last one is only a target.
+    items: (ids, learned) from lib/chat_template.py's `render`, of at most block_size + 1 ids, since
+    the last one is only a target.
     """
 
     def __init__(self, items: list, block_size: int, seed: int | None, eot: int):
@@ -190,8 +189,8 @@ class Packing(RowSource):
 
 
 class Joined(RowSource):
-    """Plain text as pretraining reads it: documents, lists of ids, joined in the epoch's order and
-    cut where rows end."""
+    """Plain text as in pretraining: documents, lists of ids, joined in the epoch's order and cut
+    into rows."""
 
     def __init__(self, documents: list, block_size: int, seed: int | None, eot: int):
         super().__init__(block_size, seed, eot)

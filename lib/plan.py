@@ -1,48 +1,53 @@
-"""What follows from a run's settings, its data and the machine: `make_plan`. And the checks of
-settings against each other."""
+"""The plan of a run, derived from its settings, data and machine, and checks that settings fit
+each other."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import torch
 
 from lib.budget import LENGTHS, UNMEASURED, batch_size, steps_of
 from lib.cli import BadInput
 from lib.devices import memory_bytes
 from lib.moe import ExpertConfig
+from lib.streams import CorpusLike
 from lib.timer import StepTimer
 
-EVALUATIONS = 10  # validations per run where --eval_every is unset, as posttrain.py leaves it
-# flags that change what an epoch holds; all but the first are posttrain.py's
+EVALUATIONS = 10  # validations per run if --eval_every is unset, the default in posttrain.py
+# flags that change the text of an epoch; all but the first are posttrain.py's
 EPOCH_FLAGS = {"data", "replay", "val_share", "val_data", "strict"}
 LENGTH_FLAGS = {*LENGTHS, *EPOCH_FLAGS, "total_batch_size", "batch_warmup"}
 
 
 class Settings(NamedTuple):
-    """What a run was asked for, resolved once and never changed."""
+    """The settings of a run, resolved once and never changed."""
 
     train: Any               # TrainConfig
     model: Any               # GPTConfig
     explicit: set[str]       # names of the flags given on the command line
     resume: Any = None       # lib.resume.Resume, None for a new run
-    start: list | None = None  # [(GPT, Tokenizer)] that --init_from names, popped to free memory
+    start: list | None = None  # [(GPT, Tokenizer)] of --init_from, popped to free memory
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What follows from the settings, the data and the machine, decided before a run begins."""
+    """Values derived from the settings, the data and the machine before a run starts."""
 
-    steps: int                      # its length; UNMEASURED until --minutes are measured
+    steps: int                      # length of the run; UNMEASURED until --minutes are measured
     block_size: int                 # tokens per sequence
     rows: int                       # sequences per process in the first step
     eval_every: int                 # steps between validations, 0: never
     sample_every: int               # steps between samples, 0: never
-    micro_batch: int | None = None  # sequences per forward pass; None until memory was probed
+    micro_batch: int | None = None  # sequences per forward pass; None until memory is probed
 
 
-def make_plan(settings: Settings, corpus, parameters: int | None, world_size: int) -> RunPlan:
+def make_plan(settings: Settings, corpus: CorpusLike, parameters: int | None,
+              world_size: int) -> RunPlan:
     """The RunPlan of a run, before its micro-batch is known.
 
-    parameters: of the model, None if unknown. Raises BadInput if the settings do not fit each
-    other, the data or the number of processes.
+    parameters: number of parameters of the model, None if unknown. Raises BadInput if the settings
+    do not fit each other, the data or the number of processes.
     """
     cfg = settings.train
     steps = steps_left(settings) or steps_of(cfg, corpus.tokens["train"], parameters)
@@ -85,19 +90,20 @@ def check_flags(settings: Settings, steps: int) -> None:
     cfg, model_cfg, explicit, *_ = settings
     of_tasks = explicit & {"eval_tasks_every", "eval_tasks_dir", "eval_tasks_limit"}
     if of_tasks and not cfg.eval_tasks:
-        raise BadInput("--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit are for "
-                       "--eval_tasks: name some")
+        raise BadInput("--eval_tasks_every, --eval_tasks_dir and --eval_tasks_limit need "
+                       "--eval_tasks: name tasks")
     lengths = [name for name in LENGTHS if name in explicit]
     if len(lengths) > 1:
         raise BadInput(f"--{' and --'.join(lengths)} each set the length: give one of them")
     if "curriculum_mix" in explicit and not cfg.curriculum:
-        raise BadInput("--curriculum_mix is for a --curriculum: name its folder")
+        raise BadInput("--curriculum_mix needs --curriculum: name its folder")
     if "tok_per_sec" in explicit:
-        raise BadInput("--tok_per_sec is for --plan: a run measures its own speed; leave it out")
+        raise BadInput("--tok_per_sec is only for --plan, as a run measures its own speed: leave "
+                       "it out")
     of_experts = explicit & ExpertConfig.__annotations__.keys() - {"n_experts"}
     if of_experts and not model_cfg.n_experts:
         flags = ", ".join(f"--{name}" for name in sorted(of_experts))
-        raise BadInput(f"{flags}: for Mixture of Experts, give --n_experts above 0")
+        raise BadInput(f"{flags}: only for Mixture of Experts, give --n_experts above 0")
     if "keep_best" in explicit and cfg.keep_best and cfg.eval_every == 0:
         raise BadInput("--keep_best needs validations: give --eval_every above 0")
     if (cfg.warmup_steps or 0) >= steps:
@@ -105,9 +111,9 @@ def check_flags(settings: Settings, steps: int) -> None:
                        "give a smaller one")
 
 
-def check_batch(cfg, block_size: int, world_size: int) -> None:
-    """Raises BadInput unless a step is a whole number of sequences per process, and those a whole
-    number of micro-batches."""
+def check_batch(cfg: Any, block_size: int, world_size: int) -> None:
+    """Raises BadInput unless a step is a whole number of sequences per process, and these divide
+    into micro-batches."""
     first = batch_size(0, cfg)
     total = f"--total_batch_size {cfg.total_batch_size}"
     halves = 1
@@ -131,12 +137,12 @@ def check_batch(cfg, block_size: int, world_size: int) -> None:
             f"step ({total} / --block_size {block_size} / {world_size} processes)")
 
 
-def check_memory(tensors, device) -> None:
-    """Raises BadInput if `device` lacks the memory for tensors like these: a model's weights,
-    gradients and optimizer state."""
+def check_memory(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Raises BadInput if `device` lacks the memory for these tensors: a model's weights, gradients
+    and optimizer state."""
     needed = sum(t.numel() * t.element_size() for t in tensors)
     there = memory_bytes(device)
     if there and needed > there:
         raise BadInput("this model's weights, gradients and optimizer state need "
-                       f"{needed / 1e9:,.0f} GB, and there are {there / 1e9:,.0f}: "
+                       f"{needed / 1e9:,.0f} GB, but there are {there / 1e9:,.0f}: "
                        "lower --n_embd, --n_layer or --block_size")

@@ -1,4 +1,4 @@
-"""Shards that others have made, downloaded from the hub, each checked before it gets its name."""
+"""Download ready-made shards from the hub, each checked before it gets its final name."""
 
 import re
 import zlib
@@ -27,11 +27,11 @@ from lib.tokenizers import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """What to download.
+    """The shards to download.
 
     pretokenized: "owner/name", or with ":folder" or ":pattern" after it. shards: number of train
-    shards; None: all, or until `max_tokens` are there. tokenizer: a spec; None: the one that the
-    dataset brings, else gpt2. command: for meta.json.
+    shards; None: all, or enough for `max_tokens`. tokenizer: a spec; None: the dataset's own, else
+    gpt2. command: for meta.json.
     """
     pretokenized: str
     shards: int | None
@@ -62,16 +62,16 @@ class Request:
 
 
 def download_shards(request: Request, folder: Path, meta: Meta | None) -> Meta:
-    """Shards of the hub -> the folder, counted in its meta.json. Returns the Meta.
+    """Download shards into the folder and list them in its meta.json. Returns the Meta.
 
-    meta: of a folder that was begun earlier, maybe with fewer shards; it is continued from the same
-    commit of the dataset. Raises BadInput for shards that cannot be used.
+    meta: of a folder started earlier, maybe with fewer shards; it is continued from the same commit
+    of the dataset. Raises BadInput for unusable shards.
     """
     commit = meta.setting("commit") if meta else None
     dataset = hub.find_dataset(request.name, request.pattern, commit)
     train = dataset.shards["train"]
     if request.shards and request.shards > len(train):
-        raise BadInput(f"{request.pretokenized} holds {len(train):,} train shards: "
+        raise BadInput(f"{request.pretokenized} has {len(train):,} train shards: "
                        f"lower --shards {request.shards:,}")
     theirs, tokenizer = find_tokenizer(request, folder, dataset, meta)
     meta = meta or new_meta(tokenizer, request.settings, request.command)
@@ -87,7 +87,7 @@ def download_shards(request: Request, folder: Path, meta: Meta | None) -> Meta:
     print(f"{request.name} at commit {dataset.commit[:7]}: {len(needed):,} shards to download, "
           f"{sum(needed) / 1e9:.1f} GB")
     check_room(folder, sum(needed) + 2**20, f"downloading {len(needed):,} shards",
-               "free some space, ask for fewer by --shards, or give another --out")
+               "free some space, lower --shards, or give another --out")
 
     downloader = Downloader(folder, dataset, tokenizer, meta, theirs)
     for file in tqdm(files, total=count, desc=request.name, unit="shard", disable=None):
@@ -102,8 +102,8 @@ def download_shards(request: Request, folder: Path, meta: Meta | None) -> Meta:
 
 
 def wanted_files(request: Request, dataset: hub.Dataset, missing: set[str]) -> list[hub.File]:
-    """The files that may have to be here, validation first. missing: names of shards that are
-    listed but have to be downloaded again."""
+    """The files that may be needed, validation first. missing: names of shards that are listed but
+    must be downloaded again."""
     files = list(dataset.shards["val"])
     for i, file in enumerate(dataset.shards["train"]):
         if request.shards is None or i < request.shards or file.name in missing:
@@ -122,7 +122,7 @@ def expected_count(request: Request, files: list[hub.File], val_shards: int) -> 
 
 def find_tokenizer(request: Request, folder: Path, dataset: hub.Dataset,
                    meta: Meta | None) -> tuple[Meta | None, Tokenizer]:
-    """(The Meta beside the shards on the hub, or None; their tokenizer, saved in the folder unless
+    """(The Meta next to the shards on the hub, or None; their tokenizer, saved in the folder unless
     it is tiktoken's)."""
     remedy = (f"{dataset.id} cannot be used as it is: name another dataset, "
               "or tokenize text with --source")
@@ -155,12 +155,12 @@ def described_tokenizer(theirs: Meta, folder: Path, dataset: hub.Dataset,
         return load_tokenizer(str(hub.download(dataset, dataset.beside[spec], folder)))
     if not re.fullmatch(r"[\w-]+", spec):  # a path would be one of this machine
         raise BadInput(f"the meta.json of {dataset.id} names the tokenizer {spec[:80]}, which is "
-                       f"not beside it: {remedy}")
+                       f"not next to it: {remedy}")
     return load_tokenizer(spec)
 
 
 class Downloader:
-    """Brings single shards of a dataset into a folder. theirs: the dataset's own Meta, or None."""
+    """Downloads shards of a dataset into a folder. theirs: the dataset's own Meta, or None."""
 
     def __init__(self, folder: Path, dataset: hub.Dataset, tokenizer: Tokenizer, meta: Meta,
                  theirs: Meta | None):
@@ -175,7 +175,7 @@ class Downloader:
                 self.expected.setdefault(record.name, record)
 
     def take(self, file: hub.File) -> None:
-        """Download one file, check every id of it, then give it its name and list it."""
+        """Download one file, check all its ids, then move it to its final name and list it."""
         path = self.folder / file.name
         # whole already if a run was killed before it could list it
         if not (path.is_file() and hub.is_whole(path, file)):
@@ -201,7 +201,7 @@ class Downloader:
         if not self.meta.shards:
             self.meta.dtype = ids.dtype.name
         if ids.dtype != self.meta.dtype:
-            raise BadInput(f"{file.path} of {self.dataset.id} holds {ids.dtype}, others hold "
+            raise BadInput(f"{file.path} of {self.dataset.id} is {ids.dtype}, others are "
                            f"{self.meta.dtype}: they are of different tokenizers; choose a folder, "
                            f"as in {self.dataset.id}:folder")
         return ids

@@ -1,4 +1,4 @@
-"""Where a run comes from: its command, its launch, its commit and its code."""
+"""The provenance of a run: its command, launch, commit and code."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ def commit() -> dict[str, str]:
 def save_code(folder: Path, step: int) -> None:
     """Save train_gpt2.py, the running script and the diff against the commit into a run folder.
 
-    A start at `step` with different code saves its own beside it, as <name>_from_<step>.
+    A start at `step` with different code saves its own next to it, as <name>_from_<step>.
     """
     contents = {}
     for path in sorted({ROOT / "train_gpt2.py", Path(sys.argv[0]).resolve()}):
@@ -63,7 +63,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _git(*arguments: str) -> bytes | None:
-    """What git prints; None without git or outside a checkout."""
+    """The output of a git command; None without git or outside a checkout."""
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=False)

@@ -1,5 +1,5 @@
-"""Where a run begins: the checkpoint that --resume and --run_name lead to, its settings, and its
-training state."""
+"""Resuming: find the checkpoint that --resume and --run_name select, merge its settings with the
+flags, and restore its training state."""
 
 import copy
 import math
@@ -14,24 +14,26 @@ import torch
 from lib import checkpoint
 from lib.cli import BadInput, note, resolve
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
+from lib.streams import CorpusLike, StreamLike
 
 # flags that select the training text
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
-# settings of one start, not of the run
+# settings of a single start, not of the run
 START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard"}
-# weights and rates that the run began with
+# weights and learning rates that the run started from
 BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale")
+# changes after which validation losses no longer compare
 REMEASURING = ("--data ", "--val_", "--block_size", "other training data")
-MOST = 2**62  # of a number in a checkpoint
+MOST = 2**62  # largest number in a checkpoint
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training begins or continues."""
+    """Where training starts or continues."""
 
     step: int = 0
     skipped: int = 0            # non-finite steps so far
-    consecutive_skips: int = 0  # of these, the last in a row
+    consecutive_skips: int = 0  # non-finite steps in a row up to here
     timed: tuple = (0, 0.0)     # tokens and seconds of timed steps, see lib/timer.py
     best: Any = None            # [validation loss, step] of the best checkpoint, if there is one
 
@@ -43,18 +45,19 @@ class Resume:
     path: Path
     state: dict
     seen: set[int]  # steps of the checkpoints in the run folder, before this one was read
-    changed: list[str] = field(default_factory=list)  # what differs from the checkpoint, as text
+    changed: list[str] = field(default_factory=list)  # differences from the checkpoint, as text
     other_text: bool = False  # see compare_text
 
-    def adopt(self, cfg, model_cfg, explicit: set[str]):
-        """-> (cfg, model_cfg) with the checkpoint's settings, but for the explicit ones.
+    def adopt(self, cfg: Any, model_cfg: Any, explicit: set[str]) -> tuple[Any, Any]:
+        """-> (cfg, model_cfg) with the checkpoint's settings, except explicit ones.
 
         Also checks the checkpoint's training state. Raises BadInput if an explicit setting does not
-        fit the weights, or one of the checkpoint is out of bounds. Notes other differences.
+        fit the weights, or a setting of the checkpoint is out of bounds. Other differences are
+        noted in `changed`.
         """
         names = {setting.name for setting in fields(cfg)}
         if "checkpoint" in self.state["train_config"] and "checkpoint" not in names:
-            raise BadInput("is of a post-training run: continue it with posttrain.py, or begin "
+            raise BadInput("is of a post-training run: continue it with posttrain.py, or start "
                            "another --run_name without --resume")
         self._upgrade()
         self._check_beginning(cfg, explicit)
@@ -68,22 +71,22 @@ class Resume:
         misfits += more_misfits
         if misfits:
             raise BadInput(f"does not fit these flags: {', '.join(misfits)}; leave them out, "
-                           "or begin another --run_name without --resume")
+                           "or start another --run_name without --resume")
         self._check_state()
         self._check_curriculum(cfg)
         return cfg, model_cfg
 
     def _upgrade(self):
-        """Bring the state of older versions to the present form."""
+        """Convert the state of older versions to the current format."""
         before = self.state["train_config"]
-        if isinstance(before["data"], str):  # they knew one folder
+        if isinstance(before["data"], str):  # a single folder
             before["data"] = [before["data"]]
-        if "batch_warmup" not in before and "timed" in self.state:  # they timed steps, not tokens
+        if "batch_warmup" not in before and "timed" in self.state:  # steps, not tokens, were timed
             steps, seconds = self.state["timed"]
             self.state["timed"] = (steps * before["total_batch_size"], seconds)
 
     def _check_beginning(self, cfg, explicit):
-        """Raises BadInput if flags name another beginning than this run's."""
+        """Raises BadInput if flags name other initial weights or rates than this run's."""
         for name in BEGINNING_FLAGS:
             if name not in explicit:
                 continue
@@ -93,11 +96,11 @@ class Resume:
             if own == was or same_file:
                 continue
             how = f"with --{name} {was}, not" if was is not None else "without"
-            raise BadInput(f"is of a run that began {how} --{name} {own}: leave it out, or give "
+            raise BadInput(f"is of a run that started {how} --{name} {own}: leave it out, or give "
                            "another --run_name")
 
     def _check_state(self):
-        """Raises TypeError unless the training state has the types and bounds of ours."""
+        """Raises TypeError if a part of the training state has a wrong type or is out of bounds."""
         state = self.state
         counts = [state["step"], state["max_steps"], state.get("skipped", 0),
                   state.get("consecutive_skips", 0), *leaves(state["loader"])]
@@ -109,15 +112,15 @@ class Resume:
             raise TypeError("not a training state")
 
     def _check_curriculum(self, cfg):
-        """Raises BadInput if a curriculum is added that would be over already."""
+        """Raises BadInput if a curriculum is added that would already have ended."""
         begun = self.state["train_config"].get("curriculum")
         step = self.state["step"]
         if cfg.curriculum and not begun and 0 < (cfg.curriculum_steps or 0) <= step:
-            raise BadInput(f"is at step {step}, and --curriculum_steps {cfg.curriculum_steps} "
-                           "count from the first step of the run: give more of them, or leave "
+            raise BadInput(f"is at step {step}, but --curriculum_steps {cfg.curriculum_steps} "
+                           "count from the first step of the run: give more, or leave "
                            "--curriculum out")
 
-    def compare_text(self, cfg, corpus, explicit: set[str]) -> None:
+    def compare_text(self, cfg: Any, corpus: CorpusLike, explicit: set[str]) -> None:
         """Note whether the training data differs from what the checkpoint was trained on.
 
         Raises BadInput if it does and no explicit flag selects the text.
@@ -128,20 +131,21 @@ class Resume:
             return
         if not explicit & TEXT_FLAGS:
             folders = shlex.join(cfg.data)
-            raise BadInput(f"{folders} no longer holds the text that {self.path} was trained on: "
-                           f"put it back, or give --data {folders} to train on the new text, from "
-                           "its beginning")
+            raise BadInput(f"{folders} no longer contains the text that {self.path} was trained "
+                           f"on: restore it, or give --data {folders} to train on the new text "
+                           "from its start")
         self.changed.append("other training data, read from its beginning")
 
-    def restore(self, model, optimizer, stream, tokenizer: str) -> Position:
-        """Load weights, optimizer state and data position. tokenizer: the spec of the data's.
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, stream: StreamLike,
+                tokenizer: str) -> Position:
+        """Load weights, optimizer state and data position.
 
-        Raises BadInput. Writes nothing.
+        tokenizer: spec of the data's tokenizer. Raises BadInput. Writes no files.
         """
         state = self.state
         if state["tokenizer"] != tokenizer:
             raise BadInput(f"{self.path} was trained with another tokenizer than the data's: "
-                           "give --data of its own tokenizer")
+                           "give --data with its own tokenizer")
         checkpoint.check_finite(state["model"], self.path)
         updates = state["step"] - state.get("skipped", 0)
         try:
@@ -150,10 +154,10 @@ class Resume:
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
                            f"({str(error).splitlines()[0][:100]}): name another checkpoint, "
-                           "or begin another --run_name without --resume") from error
+                           "or start another --run_name without --resume") from error
         if not self.other_text:  # a position is meaningless in other files
             try:
-                stream.where(state["loader"])  # looks the position up
+                stream.where(state["loader"])  # raises if there is no such position
                 stream.load_state_dict(state["loader"])
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise BadInput(f"the data position of {self.path} is outside this data: "
@@ -162,14 +166,14 @@ class Resume:
         position = Position(state["step"], state.get("skipped", 0),
                             state.get("consecutive_skips", 0), state.get("timed", (0, 0.0)),
                             self._best())
-        # the tensors are mapped from the file: --keep may delete it, and its disk space is free
-        # only once they are gone
+        # the tensors are mapped from the file: if --keep deletes it, its disk space is only freed
+        # once they are gone
         state.clear()
         return position
 
     def _best(self):
-        """The best validation loss so far and its step; None if that checkpoint is in another
-        folder, or the validation data has changed."""
+        """[best validation loss so far, its step]; None if that checkpoint is in another folder or
+        the validation data has changed."""
         best = self.state.get("best")
         if not best or best[1] not in self.seen:
             return None
@@ -179,26 +183,26 @@ class Resume:
 
 
 def may_change(before: dict, block_size: int | None = None) -> set[str]:
-    """Names of GPTConfig's settings that trained weights do not depend on.
+    """Names of the GPTConfig settings that may change without changing the weights.
 
-    before: the settings they were trained with. block_size: the context that learned positions are
-    to be cut to, in tokens; None: they stay.
+    before: the settings they were trained with. block_size: tokens of context to which learned
+    positions may be cut; None: they are not cut.
     """
     free = {"dropout", "init", "router_z_loss"}
     if before["pos"] == "rope" or (block_size or math.inf) <= before["block_size"]:
         free.add("block_size")
     if before.get("balance") == "loss":
-        # the other way round, trained biases would go on selecting experts, with nothing to move
-        # them
+        # but not from bias to loss: trained biases would keep selecting experts, never updated
         free.add("balance")
     return free
 
 
-def merge(config, before: dict, explicit: set[str], free: set[str]):
-    """-> (config with the settings of `before`, but for the explicit ones, changed, misfits).
+def merge(config: Any, before: dict, explicit: set[str],
+          free: set[str]) -> tuple[Any, list[str], list[str]]:
+    """-> (config with the settings of `before`, except explicit ones, changed, misfits).
 
-    changed, misfits: text about the explicit settings that differ from `before`, those in `free`
-    and the others. Raises BadInput for values out of bounds.
+    changed, misfits: text about explicit settings that differ from `before` and are in `free`, or
+    are not. Raises BadInput for values out of bounds.
     """
     earlier = {}
     changed: list[str] = []
@@ -206,7 +210,7 @@ def merge(config, before: dict, explicit: set[str], free: set[str]):
     for setting in fields(config):
         if setting.name in START_FLAGS:
             continue
-        # a setting younger than the checkpoint was off, whatever today's preset says
+        # a setting newer than the checkpoint was off, regardless of today's preset
         was = before.get(setting.name, setting.default)
         was = tuple(was) if isinstance(was, list) else was
         own = getattr(config, setting.name)
@@ -218,11 +222,11 @@ def merge(config, before: dict, explicit: set[str], free: set[str]):
     return resolve(config, earlier), changed, misfits
 
 
-def as_text(value) -> str:
+def as_text(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def leaves(state) -> list:
+def leaves(state: Any) -> list:
     """The values in nested dicts and lists, in order."""
     if isinstance(state, dict):
         state = list(state.values())
@@ -234,12 +238,12 @@ def leaves(state) -> list:
     return found
 
 
-def load_optimizer(optimizer, state: dict, updates: int) -> None:
-    """Load an optimizer's state after `updates` steps; its own settings (weight decay, betas, ...)
-    stay. Raises ValueError if the state does not fit."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, updates: int) -> None:
+    """Load an optimizer's state after `updates` steps, but keep its own settings (weight decay,
+    betas, ...). Raises ValueError if the state does not fit."""
     groups = optimizer.param_groups
     if len(state["param_groups"]) != len(groups):
-        raise ValueError("its parameter groups are others: an older version wrote it")
+        raise ValueError("it has other parameter groups: an older version wrote it")
     if groups[0]["params"][0].is_cuda:
         # load_state_dict copies the tensors to the GPU; the host may lack room for copies
         state = {**state, "param_groups": copy.deepcopy(state["param_groups"])}
@@ -254,9 +258,9 @@ def load_optimizer(optimizer, state: dict, updates: int) -> None:
         check_moments(optimizer, group, updates)
 
 
-def check_moments(optimizer, group: dict, updates: int) -> None:
-    """Raises ValueError unless the loaded state of a group's parameters is what `updates` steps
-    leave."""
+def check_moments(optimizer: torch.optim.Optimizer, group: dict, updates: int) -> None:
+    """Raises ValueError unless the loaded state of a group's parameters has the form that it has
+    after `updates` steps."""
     expected = {}  # by shape
     for p in group["params"]:
         if p.shape not in expected:
@@ -265,8 +269,8 @@ def check_moments(optimizer, group: dict, updates: int) -> None:
             raise ValueError(f"the optimizer state of a parameter of shape {tuple(p.shape)}")
 
 
-def state_after_step(optimizer, group, p):
-    """What the optimizer keeps of a parameter like `p`: nothing else knows, so take a step."""
+def state_after_step(optimizer: Any, group: dict, p: torch.Tensor) -> dict:
+    """The optimizer's state for a parameter like `p`, found by taking a step."""
     like = torch.nn.Parameter(torch.zeros_like(p))
     like.grad = torch.zeros_like(p)
     other = type(optimizer)([group | {"params": [like]}])
@@ -275,8 +279,8 @@ def state_after_step(optimizer, group, p):
 
 
 def kinds(state: dict) -> dict:
-    """What two states of a parameter must have in common: names, shapes, finite values, and counts
-    of steps that are not negative."""
+    """The properties that two states of a parameter must share: names, shapes, finite values, and
+    step counts that are not negative."""
     found: dict[str, Any] = {}
     for name, value in state.items():
         found[name] = None
@@ -287,11 +291,11 @@ def kinds(state: dict) -> dict:
     return found
 
 
-def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
-    """--resume and --run_name -> (a Resume or None, settings: log_dir and run_name of the run).
+def find_resume(cfg: Any, explicit: set[str]) -> tuple[Resume | None, dict]:
+    """--resume and --run_name -> (a Resume or None, log_dir and run_name of the run as a dict).
 
-    The run's own checkpoints come before the one it began with: running the same command again
-    continues.
+    The run's own checkpoints take precedence over the one it started from, so that running the
+    same command again continues.
     """
     log_dir, name = cfg.log_dir, cfg.run_name
     if name is not None:
@@ -318,7 +322,7 @@ def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
         goes_back = home is not None and own.resolve() == home.resolve()
         if seen and (not goes_back or by_torchrun == Path(log_dir, name)):
             if start:
-                note(f"--resume {start} is where {name} began; it continues from its own "
+                note(f"{name} started from --resume {start}; it continues from its own "
                      "checkpoints")
             return newest_in(own, seen), found
     if start is None:
@@ -326,12 +330,13 @@ def find_resume(cfg, explicit: set[str]) -> tuple[Resume | None, dict]:
     if not os.path.isdir(start):
         return Resume(start, checkpoint.read(start), seen), found
     if not checkpoint.found(start):
-        raise BadInput(f"--resume {start}: this folder holds no ckpt_<step>.pt; name another")
+        raise BadInput(f"--resume {start}: this folder has no ckpt_<step>.pt; name another")
     return newest_in(start, seen), found
 
 
 def newest_in(folder: Path, seen: set[int]) -> Resume:
-    """The newest complete checkpoint in a folder that holds some. Raises BadInput if none is."""
+    """The newest complete checkpoint in a folder with checkpoints. Raises BadInput if all are
+    incomplete."""
     newest = checkpoint.newest(folder, note)
     assert newest is not None, f"no checkpoint in {folder}"
     path, state = newest
@@ -339,5 +344,5 @@ def newest_in(folder: Path, seen: set[int]) -> Resume:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run: other programs have a config.json, too."""
+    """Whether a folder is a run folder: other programs write a config.json, too."""
     return os.path.exists(folder / "config.json") and not has_foreign_config(folder)

@@ -1,4 +1,4 @@
-"""Undo what a run wrote after a checkpoint, so that its steps can run again."""
+"""Remove what a run wrote after a checkpoint, so that these steps can run again."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def rewind(folder: str | Path, step: int) -> None:
 
 
 def _is_kept(line: bytes, step: int) -> bool:
-    """Whether a line of log.txt is whole and not of `step` or a later one."""
+    """Whether a line of log.txt is complete and from before `step`."""
     number = re.match(rb"(\d{1,12}) ", line)
     is_earlier = number is None or int(number[1]) < step
     return is_earlier and line.endswith(b"\n")

@@ -5,7 +5,7 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,10 +25,10 @@ class ContextConfig:
 
 def frequencies(head_dim: int, scaling: str = "plain", factor: float = 1.0,
                 trained: int = 1) -> tuple[torch.Tensor, float]:
-    """Rotary frequencies for a context `factor` times as long as the `trained` one.
+    """Rotary frequencies for a context `factor` times as long as the `trained` context, in tokens.
 
     Returns radians per position for each pair of dimensions, fp32 (head_dim / 2,), and a scale for
-    cosines and sines. scaling:
+    cosines and sines. scaling is one of:
     plain: as trained; positions are extrapolated.
     ntk:   a larger base, so that the slowest pair rotates no further than in training, and the
            fastest as fast (NTK-aware scaling: bloc97 2023, in Peng et al. section 3.1).
@@ -50,23 +50,23 @@ def frequencies(head_dim: int, scaling: str = "plain", factor: float = 1.0,
 
 
 def _pair_with(rotations: int, head_dim: int, trained: int) -> float:
-    """The (fractional) pair of dimensions that rotates this often in the trained context."""
+    """The (fractional) index of the pair that makes this many rotations in the trained context."""
     return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(BASE))
 
 
 def tables(freq: torch.Tensor, scale: float, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of `length` positions, fp32 (length, head_dim / 2) each.
 
-    freq, scale: as `frequencies` returns them.
+    freq, scale: from `frequencies`.
     """
     angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
     return angle.cos() * scale, angle.sin() * scale
 
 
-def extend(model, cfg: ContextConfig):
+def extend(model: Any, cfg: ContextConfig) -> Any:
     """Set the context length of a trained GPT, in place; returns it.
 
-    Raises BadInput if its positions are learned and too few, or if there is nothing to scale.
+    Raises BadInput if it has too few learned positions, or if --rope_scaling has no effect.
     """
     trained = model.config.block_size
     if cfg.rope_scaling != "plain" and (cfg.context or 0) <= trained:
@@ -82,7 +82,7 @@ def extend(model, cfg: ContextConfig):
     factor = max(cfg.context / trained, 1.0)
     freq, scale = frequencies(head_dim, cfg.rope_scaling, factor, trained)
     cos, sin = tables(freq, scale, cfg.context)
-    cos = cos.to(device)  # shared by all layers: those of a long context are large
+    cos = cos.to(device)  # shared by all layers, as tables of a long context are large
     sin = sin.to(device)
     for module in model.modules():
         if hasattr(module, "cos"):

@@ -1,6 +1,6 @@
 """The folder log/<run> while its run is training: config.json, log.txt, TensorBoard, checkpoints.
 
-Rank 0 holds a `RunFolder`, the other ranks a `RunFolder.null()`. lib/resume.py picks the checkpoint
+Rank 0 has a `RunFolder`, the other ranks a `RunFolder.null()`. lib/resume.py picks the checkpoint
 to continue from, lib/checkpoint_writer.py writes checkpoints in the background.
 """
 
@@ -33,7 +33,9 @@ from lib.files import (
 )
 from lib.logger import Logger, Null, quoted
 from lib.provenance import commit, launch_id, save_code, this_command
+from lib.resume import Position, Resume
 from lib.rewind import rewind
+from lib.streams import CorpusLike
 
 # the first columns of TensorBoard's HPARAMS table
 FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
@@ -45,16 +47,16 @@ def no_warnings(steps: int) -> list[str]:
 
 
 class RunFolder:
-    """Locks a run's folder, writes all its files, and prints what the user reads.
+    """Locks a run's folder, writes all its files, and prints to the console.
 
     Call `begin` before anything else and `close` at the end.
     """
 
-    def __init__(self, cfg, resume, corpus):
-        """Create the folder, or take over that of an interrupted run, and lock it.
+    def __init__(self, cfg: Any, resume: Resume | None, corpus: CorpusLike):
+        """Create the folder, or take over the folder of an interrupted run, and lock it.
 
-        cfg: a TrainConfig. resume: a Resume or None. Raises BadInput if the folder holds something
-        else, or is in use.
+        cfg: a TrainConfig. resume: a Resume or None. Raises BadInput if the folder has other
+        content, or is in use.
         """
         name = cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}"
         check_name(name)
@@ -63,33 +65,35 @@ class RunFolder:
         self.tokens_of = partial(tokens_of, cfg=cfg)
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
-        self.log = Null()
-        self.writer = Null()
+        self.log: Any = Null()
+        self.writer: Any = Null()
         self.open_locks = contextlib.ExitStack()
-        self.seconds = 0.0     # of this start's training steps
-        self.results = {}      # the latest of each evaluation, by tag
-        self.saved = None      # step of the newest checkpoint that is written or being written
-        self.best = None       # [validation loss, step] of the best checkpoint that is written
-        self.candidate = None  # the same of the checkpoint that replaces it once it is written
+        self.seconds = 0.0  # time of training steps since this start
+        self.results: dict[str, Any] = {}  # latest result of each evaluation, by tag
+        # step of the newest checkpoint that is written or being written
+        self.saved: int | None = None
+        # [validation loss, step] of the best checkpoint that is written, and of the next best one
+        self.best: list | None = None
+        self.candidate: list | None = None  # becomes `best` once it is written
         self.made = make_folder(self.folder, "give another --log_dir")
         try:
             self._take_over(resume.seen if resume else set())
             self.starts_over = not resume and self._has_log()
             if self.starts_over and self._is_finished():
-                raise BadInput(f"{self.folder} already holds a run, finished and without "
+                raise BadInput(f"{self.folder} already contains a finished run without "
                                "checkpoints: give another --run_name, or move it away")
         except BaseException:
             self.close()
             raise
 
     @staticmethod
-    def null():
+    def null() -> Any:
         return Null()
 
     def _take_over(self, seen: set[int]) -> None:
         """Lock the folder and check that it may be written to.
 
-        seen: steps of the checkpoints it held when the settings were read.
+        seen: steps of the checkpoints that it had when the settings were read.
         """
         remedy = "end that run first, or give another --run_name"
         self.open_locks.enter_context(locked(self.folder, remedy))
@@ -112,14 +116,13 @@ class RunFolder:
             return False
         return re.search(rf"^{length - 1} train ", self._read_log(), re.MULTILINE) is not None
 
-    def begin(self, config: dict[str, Any], description: str, position, resume,
-              like: Iterable[torch.Tensor]) -> None:
+    def begin(self, config: dict[str, Any], description: str, position: Position,
+              resume: Any, like: Iterable[torch.Tensor]) -> None:
         """Rewind the folder to the first step, write config.json and open the log.
 
-        config: what identifies the run, for config.json and every checkpoint. position: a
-        lib.resume.Position. like: tensors of a checkpoint's shapes and dtypes, for which
-        there must be room on the disk and for which memory is reserved. Raises BadInput if the
-        disk has no room.
+        config: settings and identity of the run, for config.json and every checkpoint. position: a
+        lib.resume.Position. like: tensors with a checkpoint's shapes and dtypes, to check the disk
+        space and reserve memory. Raises BadInput if the disk is too full.
         """
         step = position.step
         like = list(like)
@@ -127,7 +130,7 @@ class RunFolder:
         check_room(self.folder, n_bytes, "a checkpoint", checkpoint.NO_ROOM)
         changed = ", ".join(resume.changed) if resume else ""
         self._set_config(config, step, resume and str(resume.path), changed)
-        write_json(self.folder / "config.json", self.config)  # from here on the folder is ours
+        write_json(self.folder / "config.json", self.config)  # marks this as a run folder
         rewind(self.folder, step)
         self._open(step)
         self.say(description)
@@ -135,7 +138,7 @@ class RunFolder:
             what = f"changed: {changed}" if changed else "as before"
             self.say(f"resume  {resume.path}, step {step}; {what}")
         if self.starts_over:
-            self.say(f"{self.folder} holds no checkpoint: starting its run over")
+            self.say(f"{self.folder} has no checkpoint: starting its run over")
         settings = config["train"] | config["model"] | {"parameters": config.get("parameters")}
         first = {name: settings[name] for name in FIRST_COLUMNS}
         self.log.hyperparameters(step, first | settings)
@@ -148,7 +151,7 @@ class RunFolder:
 
     def _set_config(self, config: dict[str, Any], step: int, path: str | None,
                     changed: str) -> None:
-        """What config.json holds, and what every checkpoint holds (`self.constants`)."""
+        """Set the content of config.json, and the constant entries of every checkpoint."""
         command = this_command()
         start = {
             "step": step, "from": path, "changed": changed, "command": command,
@@ -172,7 +175,7 @@ class RunFolder:
     # -- log --
 
     def recorded(self, kind: str) -> dict[int, float]:
-        """{step: value} of the lines of this kind in log.txt."""
+        """{step: value} from the lines of this kind in log.txt."""
         pattern = rf"^(\d{{1,12}}) {re.escape(kind)} (\S+)$"
         lines = re.findall(pattern, self._read_log(), re.MULTILINE)
         return {int(step): float(value) for step, value in lines}
@@ -211,21 +214,21 @@ class RunFolder:
 
         If so, the checkpoint of `step` becomes the best one once it is written.
         """
-        self.poll(wait=True)  # the best one may be in progress
+        self.poll(wait=True)  # the best one may still be being written
         if not loss < (self.best or [math.inf])[0]:
             return False
         self.candidate = [loss, step]
         return True
 
     def save(self, state: dict[str, Any], wait: bool = False) -> None:
-        """Begin to write a checkpoint of `state`, unless its step is saved or being saved.
+        """Start writing a checkpoint of `state`, unless its step is saved or being saved.
 
-        wait: return once it is written. Raises BadInput if it cannot be.
+        wait: return once it is written. Raises BadInput if it cannot be written.
         """
         if not self.folder.is_dir():  # moved or removed
             self._make_again(state["step"])
         if wait:
-            self.poll(wait=True)  # if the step's own failed, it is tried again
+            self.poll(wait=True)  # if a checkpoint of this step failed, try again
         if state["step"] != self.saved or state["finished"]:
             self._start_saving(state)
         error = self.poll(wait=True) if wait else None
@@ -233,14 +236,14 @@ class RunFolder:
             raise error
 
     def _start_saving(self, state: dict[str, Any]) -> None:
-        self.poll(wait=True)  # the one before
+        self.poll(wait=True)  # the previous checkpoint
         self.log.flush()
         self.saved_at = time.monotonic()
         self.saved = state["step"]
         best = self.best
         if self.candidate and self.candidate[1] == self.saved:
             best = self.candidate
-        # config.json is written again: --minutes may have changed its max_steps
+        # config.json is rewritten, as --minutes may have changed max_steps
         write_config = partial(write_json, self.folder / "config.json", dict(self.config))
         former_best = self.best[1] if self.best else None
         state = self.constants | state | {"best": best}
@@ -257,7 +260,7 @@ class RunFolder:
         self.best = None
 
     def wait_copied(self) -> None:
-        """Wait until the tensors being saved may change."""
+        """Wait until the tensors being saved are copied and may change."""
         self.writer.wait_copied()
 
     def poll(self, wait: bool = False) -> BadInput | None:
@@ -278,8 +281,8 @@ class RunFolder:
         return None
 
     def give_up(self, state: dict[str, Any]) -> Path:
-        """The newest checkpoint, from before too many consecutive skips; saves `state` if there is
-        none."""
+        """The path of the newest checkpoint, which is from before the non-finite steps; saves
+        `state` if there is none."""
         self.poll(wait=True)
         if not checkpoint.found(self.folder):
             self.saved = None
@@ -315,5 +318,5 @@ class RunFolder:
 
     def close(self) -> None:
         self.log.close()
-        remove_empty(self.made)  # after a failed start; a run's folder holds files
+        remove_empty(self.made)  # only after a failed start is the folder empty
         self.open_locks.close()

@@ -1,5 +1,5 @@
-"""HTTP for an engine (lib/serving.py): OpenAI's API (lib/openai_api.py), and a page to chat in a
-browser."""
+"""An HTTP server for an engine (lib/serving.py): OpenAI's API (lib/openai_api.py) and a chat page
+for the browser."""
 
 import contextlib
 import hmac
@@ -24,8 +24,8 @@ from lib.openai_api import Api, ApiError, Chunks, as_api_error, whole_response
 BODY_LIMIT = 2**20    # bytes of a request's body
 UNREAD_LIMIT = 2**26  # bytes of a too long body that are read, so that the client sees the answer
 PATIENCE = 0.25       # seconds between checks that the client is still connected
-# Seconds between the pieces of a stream. Without it, 64 streams would cost more time in Python than
-# in the model.
+# Seconds between the pieces of a stream. Without this limit, 64 streams would take more time in
+# Python than in the model.
 EVERY = 0.02
 SILENCE = 60          # seconds until a connection that sends nothing, or reads nothing, is closed
 ARRIVAL = 30          # seconds from the first byte of a request to its last
@@ -52,8 +52,8 @@ METHODS = {
 
 
 def most_connections() -> int:
-    """The limit on open connections: below that on file descriptors, since without one left,
-    accepting would fail over and over."""
+    """The limit on open connections: below the limit on file descriptors, without which accepting
+    would fail over and over."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -87,7 +87,7 @@ class Server(ThreadingHTTPServer):
     """Listens once constructed, and answers inside `with serving(api)`. Raises BadInput if the
     address is not available.
 
-    Close the engine first: running answers then have FAREWELL seconds to end.
+    Close the engine first: running answers then have FAREWELL seconds to finish.
     """
 
     daemon_threads = True
@@ -153,7 +153,7 @@ class Server(ThreadingHTTPServer):
             super().process_request(request, client_address)
 
     def refuse(self, connection):
-        """Answer 503 to one connection too many, without a thread."""
+        """Answer 503 without starting a thread, as there are too many connections."""
         message = f"{self.most:,} requests are being answered: try again in a moment"
         body = json.dumps(ApiError(503, message, code="too_many_connections").body())
         head = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json",
@@ -162,7 +162,7 @@ class Server(ThreadingHTTPServer):
             connection.send("\r\n".join([*head, "", body]).encode())
             connection.shutdown(socket.SHUT_WR)
             # Closing with the request unread would reset the connection and lose the answer. Read
-            # it, but not for so long that other clients wait.
+            # it, but not for long, as other clients wait.
             end = time.monotonic() + DRAIN
             while True:
                 left = end - time.monotonic()
@@ -174,7 +174,8 @@ class Server(ThreadingHTTPServer):
         self.shutdown_request(connection)
 
     def close_longest_waiting(self):
-        """Make room, so that slow and idle clients do not keep others out."""
+        """Close the longest-waiting connection, so that slow and idle clients do not block others.
+        """
         connection = next(iter(self.waiting), None)
         if connection is not None:
             with contextlib.suppress(OSError):
@@ -187,7 +188,7 @@ class Server(ThreadingHTTPServer):
         self.changed.notify_all()
 
     def set_waiting(self, connection, waits: bool) -> None:
-        """Note whether a connection waits for a request or is being answered."""
+        """Record whether a connection waits for a request or is being answered."""
         with self.changed:
             self.waiting.pop(connection, None)
             if waits and connection in self.open:
@@ -235,7 +236,7 @@ class Incoming(io.RawIOBase):
 class HeadLines:
     """The header lines of a request. Raises ValueError on a line that RFC 9112 does not allow.
 
-    http.server takes `Content-Length : 9` for the end of the head, and would read the body as the
+    http.server takes `Content-Length : 9` as the end of the head, and would read the body as the
     next request.
     """
 
@@ -294,7 +295,7 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def handle_expect_100(self):
-        self.expects_100 = True  # read_body asks for the body, after the key has been checked
+        self.expects_100 = True  # read_body requests the body, once the key has been checked
         return True
 
     def respond(self):
@@ -359,8 +360,8 @@ class Handler(BaseHTTPRequestHandler):
             self.complete(body, "chat" if path == "/v1/chat/completions" else "text")
 
     def check_origin(self):
-        """Keep web pages of other sites from using a server on this machine: neither through a name
-        of theirs that points here (DNS rebinding), nor from their own origin."""
+        """Keep web pages of other sites from using a server on this machine, through a name of
+        theirs that points here (DNS rebinding) or from their own origin."""
         host = self.headers.get("Host", "localhost")  # browsers always send it
         try:
             name = urllib.parse.urlsplit(f"//{host}").hostname or ""
@@ -511,4 +512,4 @@ class Handler(BaseHTTPRequestHandler):
         return "chat"
 
     def log_message(self, *_):
-        """Requests are not logged: they hold private conversations."""
+        """Requests are not logged, as they contain private conversations."""

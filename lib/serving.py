@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lib.cli import BadInput
 from lib.decoding import Decoder, NonFinite, Text, draw
 from lib.devices import autocast, compute_dtype, memory_bytes, to_host
+from lib.tokenizers import Tokenizer
 
 # Prompt tokens prefilled per step, padding included (or one prompt): running texts wait for them.
 PREFILL = 8192
@@ -40,9 +42,12 @@ class Closed(Exception):
 
 @dataclass
 class Request:
-    """ids: the prompt, 1 to Engine.window - 1 of them. limit: most new tokens. top_p: as in
-    lib/decoding.py's draw. seed: of this text's own random draws; None: those of the engine.
-    stream: whether pieces are needed before the end."""
+    """A text to generate.
+
+    ids: the prompt, 1 to Engine.window - 1 tokens. limit: most new tokens. top_p: as in
+    lib/decoding.py's draw. seed: seed of this text's sampling; None: use the engine's generator.
+    stream: whether pieces are needed before the end.
+    """
     ids: list[int]
     limit: int
     temperature: float = 1.0
@@ -53,19 +58,19 @@ class Request:
 
 
 class Reply:
-    """The text of one request, as the engine generates it.
+    """The reply to one request, filled while the engine generates it.
 
-    text: str so far. count: tokens so far. ended: None, "stop", "length" or "cancelled". error: an
-    Exception if it failed.
+    text: the text so far. count: tokens so far. ended: None, "stop", "length" or "cancelled".
+    error: an Exception if generation failed.
     """
 
-    def __init__(self, request: Request, tokenizer, window: int):
+    def __init__(self, request: Request, tokenizer: Tokenizer, window: int):
         self.request = request
         self.error: Exception | None = None
         self.cancelled = False
-        self.generator: torch.Generator | None = None  # of a request with a seed
+        self.generator: torch.Generator | None = None  # for a request with a seed
         limit = min(request.limit, window - len(request.ids))
-        # any control token ends the reply: speaking as the user ends the turn, too
+        # any control token ends the reply, also one that starts a turn of the user
         self.written = Text(tokenizer, limit, request.stop, tokenizer.control)
         self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # pieces; None: the end
 
@@ -82,9 +87,9 @@ class Reply:
         return "cancelled" if self.cancelled else self.written.ended
 
     def pieces(self, patience: float | None = None, every: float = 0.0) -> Iterator[str]:
-        """Yields the text as it is generated (without Request.stream, nothing before the end), at
-        most once in `every` seconds, and "" after each `patience` seconds without any. Ends with
-        the text, or with `error`."""
+        """Yield the text in pieces as it is generated (without Request.stream, only at the end), at
+        most once every `every` seconds, and "" after each `patience` seconds without new text. Ends
+        with the text, or when `error` is set."""
         done = False
         while not done:
             try:
@@ -92,7 +97,7 @@ class Reply:
             except queue.Empty:
                 yield ""
                 continue
-            while not self.arrived.empty():  # whatever else has arrived, in one piece
+            while not self.arrived.empty():  # join all pieces that have arrived
                 new.append(self.arrived.get())
             done = new[-1] is None
             if done:
@@ -108,8 +113,8 @@ class Reply:
         self.cancelled = self.written.ended is None
 
     def add(self, token: int) -> bool:
-        """Called by the engine with the next token, or -1 if its logits were not finite -> whether
-        the text continues."""
+        """Called by the engine with the next token, or -1 if its logits were not finite. Returns
+        whether the text continues."""
         if token == -1:
             self.fail(NonFinite())
         elif not self.cancelled and self.error is None:
@@ -128,13 +133,13 @@ class Reply:
 class Engine:
     """A model that generates up to `slots` texts at once, in a thread that runs inside `with`.
 
-    waiting: requests that may wait for a row; beyond, `submit` raises Busy. top_k: for all texts,
-    as in lib/decoding.py's draw. seed: of the draws of requests without a seed. graphs: of Decoder.
-    Raises BadInput if memory is too small for the cache.
+    waiting: length of the request queue; `submit` raises Busy if it is full. top_k: for all texts,
+    as in lib/decoding.py's draw. seed: for requests without a seed. graphs: as in Decoder. Raises
+    BadInput if the cache does not fit in memory.
     """
 
-    def __init__(self, model, tokenizer, slots: int, waiting: int = 256, top_k: int = 0,
-                 seed: int = 0, graphs: bool = False):
+    def __init__(self, model: Any, tokenizer: Tokenizer, slots: int, waiting: int = 256,
+                 top_k: int = 0, seed: int = 0, graphs: bool = False):
         self.tokenizer = tokenizer
         self.slots = slots
         self.most_waiting = waiting
@@ -143,8 +148,7 @@ class Engine:
         self.window = model.config.block_size
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.decoder = self._make_decoder(model, graphs)
-        # of the running texts, row by row
-        self.replies: list[Reply] = []
+        self.replies: list[Reply] = []  # running texts, by row
         self.logits = None    # fp32 (n, vocab_size)
         self.sampling = None  # temperatures and top_p, see _choose
         self.queue: collections.deque[Reply] = collections.deque()
@@ -164,7 +168,7 @@ class Engine:
         self.thread.join()
 
     def submit(self, request: Request) -> Reply:
-        """Queue a request -> the Reply that fills as the text is generated. Raises Busy or
+        """Queue a request -> its Reply, filled while the text is generated. Raises Busy or
         Closed."""
         assert 0 < len(request.ids) < self.window and request.limit > 0
         reply = Reply(request, self.tokenizer, self.window)
@@ -180,7 +184,7 @@ class Engine:
         return reply
 
     def _make_decoder(self, model, graphs):
-        """A Decoder whose cache is allocated. Raises BadInput if there is no memory for it."""
+        """A Decoder with its cache allocated. Raises BadInput if it does not fit in memory."""
         config = model.config
         per_token = 2 * config.n_layer * config.n_embd * compute_dtype(self.device).itemsize
         needed = self.slots * self.window * per_token
@@ -218,7 +222,7 @@ class Engine:
             reply.fail(Closed())
 
     def _admit(self):
-        """Take the oldest requests for which there are rows, within PREFILL."""
+        """Take the oldest requests from the queue, as many as fit in free rows and PREFILL."""
         new = []
         longest = 0
         while self.queue and len(self.replies) + len(new) < self.slots:
@@ -244,9 +248,9 @@ class Engine:
         tokens = self._choose()
         finite = self.logits.sum(dim=-1).isfinite()
         arrived = to_host(torch.where(finite, tokens, -1))
-        self.logits = self.decoder.step(tokens)  # a GPU runs it while the host handles the tokens
+        self.logits = self.decoder.step(tokens)  # on a GPU, runs while the host handles the tokens
         running = [reply.add(token) for reply, token in zip(self.replies, arrived(), strict=True)]
-        # from the last row on, so that the text that fills a gap is always a running one
+        # from the last row backwards, so that only running texts move into gaps
         for row in reversed(range(len(running))):
             if not running[row]:
                 self._free(row)
@@ -268,7 +272,7 @@ class Engine:
             requests = [reply.request for reply in self.replies]
             temperature = torch.tensor([[request.temperature] for request in requests])
             top_p = torch.tensor([[request.top_p] for request in requests])
-            # numbers where all rows agree are faster
+            # scalars are faster where all rows agree
             temperature = temperature.to(self.device) if temperature.any() else 0
             top_p = top_p.to(self.device) if (top_p < 1).any() else 1.0
             self.sampling = (temperature, top_p)
@@ -283,7 +287,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _failing(self, replies):
-        """An error of the device ends these texts, not the engine."""
+        """Let an error end only these texts, not the engine."""
         try:
             yield
         except Exception as error:

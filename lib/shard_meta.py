@@ -1,4 +1,4 @@
-"""meta.json beside token shards: whose tokens they are, what made them, how far that came.
+"""meta.json next to token shards: their tokenizer, how they were made, and the progress.
 
 fineweb.py updates it after every shard, so the same command can continue an interrupted run.
 Shards from other programs need none (GPT-2's tokenizer is assumed), or one written by hand that
@@ -34,15 +34,15 @@ def split_of(name: str) -> str | None:
 
 @dataclass
 class Start:
-    """Where a shard begins: `drop` ids after the position `source` of the text (None: its
-    beginning)."""
+    """Where a shard starts: `drop` ids after the position `source` of the text (None: its start).
+    """
     source: dict | None = flag(None, None)
     drop: int = flag(0, None, at_least=0, at_most=2**53)
 
 
 @dataclass
 class Record:
-    """One shard as meta.json lists it."""
+    """One shard as listed in meta.json."""
     name: str = flag(MISSING, None)
     tokens: int = flag(MISSING, None, at_least=1, at_most=2**53)
     crc32: int = flag(MISSING, None, at_least=0, below=2**32)
@@ -60,8 +60,8 @@ class Split:
 
 @dataclass
 class Meta:
-    """The content of meta.json. One written by hand needs nothing but the tokenizer."""
-    tokenizer: str = flag(MISSING, None)  # tokenizer.json beside it, or a tiktoken name
+    """The content of meta.json. Written by hand, it only needs the tokenizer."""
+    tokenizer: str = flag(MISSING, None)  # tokenizer.json next to it, or a tiktoken name
     tokenizer_crc32: int | None = flag(None, None, at_least=0, below=2**32)  # of its spec
     vocab_size: int | None = flag(None, None, at_least=1, at_most=2**32)
     eot: int | None = flag(None, None, at_least=0, below=2**32)
@@ -96,7 +96,7 @@ class Meta:
         return (self.settings or {}).get(name)
 
     def add(self, record: Record, ids: np.ndarray, tokenizer: Tokenizer) -> None:
-        """List a shard and count what it holds."""
+        """List a shard and add its content to the totals."""
         assert self.splits is not None and self.shards is not None
         counts = count_ids(ids, tokenizer.vocab_size)
         split = self.splits[split_of(record.name)]
@@ -184,7 +184,7 @@ def _record(values: Any) -> Record:
 
 
 def _typed(cls: type, values: Any) -> Any:
-    """A dict out of JSON -> a dataclass whose types and bounds hold. Unknown keys are ignored.
+    """A dict from JSON -> a dataclass, with types and bounds checked. Unknown keys are ignored.
     Raises BadInput."""
     if not isinstance(values, dict):
         raise BadInput(f"{cls.__name__.lower()}: not an object")
@@ -228,7 +228,7 @@ def check_settings(folder: Path, meta: Meta, settings: dict[str, Any]) -> None:
     folder cannot be continued."""
     if meta.settings is None:
         raise BadInput(
-            f"{folder}/ holds shards of another program, says its meta.json: {OTHER_OUT}")
+            f"{folder}/ contains shards of another program, says its meta.json: {OTHER_OUT}")
     for name, value in settings.items():
         default = False if name == "dedup" else None  # older folders lack some settings
         made = meta.settings.get(name, default)
@@ -237,14 +237,14 @@ def check_settings(folder: Path, meta: Meta, settings: dict[str, Any]) -> None:
         flag_name = name.removesuffix("_flag")
         then = as_flag(flag_name, made)
         now = as_flag(flag_name, value)
-        raise BadInput(f"{folder}/ holds shards made with {then}, not with {now}: {OTHER_OUT}")
+        raise BadInput(f"{folder}/ has shards made with {then}, not with {now}: {OTHER_OUT}")
     if meta.shards is None and not meta.complete:
-        raise BadInput(f"{folder}/ was begun by an older fineweb.py, whose meta.json does not say "
-                       f"how to continue: {OTHER_OUT}")
+        raise BadInput(f"{folder}/ was started by an older fineweb.py, whose meta.json does not "
+                       f"say how to continue: {OTHER_OUT}")
 
 
 def as_flag(name: str, value: Any) -> str:
-    """A setting as it is written on a command line."""
+    """A setting as on the command line."""
     if value is None or value is False:
         return f"no --{name}"
     if value is True:
@@ -264,25 +264,25 @@ def _is_same_tokenizer(path: str, meta: Meta) -> bool:
 
 
 def own_tokenizer(folder: Path, meta: Meta) -> Tokenizer:
-    """The Tokenizer of the shards of a folder. Raises BadInput if it is missing or another one."""
+    """The Tokenizer of a folder's shards. Raises BadInput if it is missing or another one."""
     tokenizer = load_tokenizer(tokenizer_spec(folder, meta))
     check_described(meta, tokenizer)
     return tokenizer
 
 
 def tokenizer_spec(folder: Path, meta: Meta) -> str:
-    """Names the tokenizer of a folder's shards for `load_tokenizer`.
+    """The spec of a folder's tokenizer, for `load_tokenizer`.
 
-    Raises BadInput if their tokenizer.json is missing or another one. A newly trained one would
-    not do: its ids mean other text.
+    Raises BadInput if tokenizer.json is missing or another one. A newly trained one would not do,
+    as its ids mean other text.
     """
     if not meta.tokenizer.endswith(".json"):
         return meta.tokenizer
     path = folder / meta.tokenizer
-    remedy = f"put back the one that was made with these shards, or {OTHER}"
+    remedy = f"restore the one that was made with these shards, or {OTHER}"
     text = read_text(path, remedy)
     if meta.tokenizer_crc32 not in (None, crc32_of(text)):
-        raise BadInput(f"{path} is damaged, or of other shards than those beside it: {remedy}")
+        raise BadInput(f"{path} is damaged, or does not belong to the shards next to it: {remedy}")
     return str(path)
 
 
@@ -297,14 +297,13 @@ def check_described(meta: Meta | None, tokenizer: Tokenizer, remedy: str = OTHER
             raise BadInput(f"the shards' meta.json says {name} {described:,}, but their tokenizer "
                            f"{tokenizer.name} has {own:,}: they are of another tokenizer; {remedy}")
     if meta.tokenizer_crc32 not in (None, crc32_of(tokenizer.spec)):
-        raise BadInput("the tokenizer.json beside the shards is not the one they were made with: "
-                       f"put that back, or {remedy}")
+        raise BadInput("the tokenizer.json next to the shards is not the one they were made with: "
+                       f"restore that one, or {remedy}")
 
 
 def check_tokenizer_place(folder: Path, meta: Meta | None,
                           tokenizer: Tokenizer | None = None) -> None:
-    """Raises BadInput if the folder holds a tokenizer.json that is neither its own nor
-    `tokenizer`'s.
+    """Raises BadInput if the folder has a tokenizer.json that is neither its own nor `tokenizer`'s.
 
     It may have taken hours to train, and shards elsewhere may need it.
     """

@@ -1,4 +1,4 @@
-"""Text -> token ids, encoded by threads -> shards, so that a killed run can continue.
+"""Encode text in threads and write the ids into shards, so that a killed run can continue.
 
 `TokenizedText` encodes a lib/text.py Source batch by batch. `ShardWriter` cuts the ids into shards
 and updates meta.json after each. `rewrite_shard` makes a single shard again.
@@ -101,7 +101,7 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stream of ids is cut into shards, in tokens. val_tokens: None takes one shard, or a
+    """How a stream of ids is cut into shards, in tokens. val_tokens: None means one shard, or a
     tenth of a source that does not fill one."""
     prefix: str
     shard_size: int
@@ -149,7 +149,7 @@ class ShardWriter:
         rest = np.concatenate([np.empty(0, self.meta.dtype), *self.pieces])
         if not len(rest) and not self.meta.tokens:
             raise BadInput(
-                "the source holds no documents: nothing was written; check --source and "
+                "the source contains no documents: nothing was written; check --source and "
                 f"--text_column ({self.meta.skipped_rows:,} rows were without text)")
         if self._needs_val():
             cut = self._val_cut(rest)
@@ -171,14 +171,13 @@ class ShardWriter:
         return "train", self.layout.shard_size
 
     def _val_cut(self, ids: np.ndarray) -> int:
-        """How many ids of a source that does not fill the validation shard go to validation: a
-        tenth, or up to a fifth to end with a document. Raises BadInput if --val_tokens asks for
-        all of them."""
+        """Number of validation ids of a source that does not fill the validation shard: a tenth, or
+        up to a fifth to end with a document. Raises BadInput if --val_tokens takes all of them."""
         if self.layout.val_tokens is not None:
             raise BadInput(f"--val_tokens {self.layout.val_size:,} leaves nothing of the source's "
                            f"{len(ids):,} tokens for training: lower it")
         if len(ids) < 2:
-            raise BadInput("the source holds a single token, too few to train and validate: "
+            raise BadInput("the source has a single token, too few to train and validate: "
                            "give more text")
         tenth = max(len(ids) // 10, 1)
         starts = np.flatnonzero(ids == self.tokenizer.eot)
@@ -202,8 +201,8 @@ class ShardWriter:
 
 
 def rewrite_shard(folder: Path, text: TokenizedText, meta: Meta, record: Record) -> None:
-    """Make a missing or damaged shard again from its own position in the source. Raises BadInput
-    if the ids are not the same."""
+    """Rewrite a missing or damaged shard from its position in the source. Raises BadInput if the
+    ids are not the same."""
     print(f"{record.name} is missing or damaged: writing it again")
     earlier = sum(other.tokens for other in meta.records[:meta.records.index(record)])
     position, drop = text.find(record.start, earlier)
@@ -220,6 +219,6 @@ def rewrite_shard(folder: Path, text: TokenizedText, meta: Meta, record: Record)
                 break
     whole = np.concatenate(pieces)
     if zlib.crc32(whole.data) != record.crc32:
-        raise BadInput(f"{folder / record.name} cannot be made again, as the source has changed: "
-                       "put the source back, or give another --out")
+        raise BadInput(f"{folder / record.name} cannot be rewritten, as the source has changed: "
+                       "restore the source, or give another --out")
     save_shard(folder / record.name, whole)

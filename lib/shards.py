@@ -1,7 +1,7 @@
-"""A folder of token shards: read, checked, compared with its meta.json. fineweb.py makes one.
+"""Read a folder of token shards, made by fineweb.py, and check it against its meta.json.
 
-A shard is one array of token ids in a file <prefix>_{train|val}_<index>.npy, or .bin as llm.c and
-modded-nanogpt write it. That ending decides the split, nothing else in the name.
+A shard is one array of token ids in a file <prefix>_{train|val}_<index>.npy, or .bin in the format
+of llm.c and modded-nanogpt. Only that ending determines the split, not the rest of the name.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ BIN_DTYPES = {(20240520, 1): np.uint16,  # (magic, version) of llm.c and modded-
               (20240801, 7): np.uint32}
 BIN_HEADER = 256  # int32: magic, version, tokens, zeros
 EDGE = 4096       # ids compared at each end of two shards of equal length
-PROBED = 1_000_000  # ids at the beginning of a shard that tell whether the tokenizer fits
+PROBED = 1_000_000  # ids at the start of a shard that are checked against the tokenizer
 UNREADABLE = "check the disk, the permissions and `ulimit -n`"
-REPAIR = ("if fineweb.py made the folder, give its command again: it writes what is missing or "
+REPAIR = ("if fineweb.py made the folder, run its command again: it rewrites what is missing or "
           "damaged")
 
 
 class Damaged(BadInput):
-    """A file that was read and is not a whole shard."""
+    """A file that could be read, but is not a complete shard."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ class Header(NamedTuple):
 def read_header(path: str | Path, remedy: str = REPAIR) -> Header:
     """The header of a shard, compared with the size of its file.
 
-    Raises Damaged, ending in `remedy`, if it is not a whole shard; Unreadable if it could not be
-    read, which says nothing about its ids.
+    Raises Damaged, ending in `remedy`, if it is not a complete shard; Unreadable if it could not be
+    read, so that its ids may be fine.
     """
     with open_file(path, UNREADABLE) as file:
         return _read_header(file, Path(path), remedy)
@@ -97,7 +97,7 @@ def _read_header(file: IO[bytes], path: Path, remedy: str) -> Header:
         raise Damaged(f"{path} is damaged, or not a shard "
                       f"({type(error).__name__}: {str(error)[:200]}): {remedy}") from error
     if dtype not in (np.uint16, np.uint32) or len(shape) != 1:
-        raise Damaged(f"{path} is not a shard: it holds a {len(shape)}-dimensional array of "
+        raise Damaged(f"{path} is not a shard: it is a {len(shape)}-dimensional array of "
                       f"{dtype}, not token ids in one dimension, uint16 or uint32: {remedy}")
     if size != offset + shape[0] * dtype.itemsize:
         raise Damaged(f"{path} is damaged (its header does not fit its {size:,} bytes): {remedy}")
@@ -171,8 +171,8 @@ def _is_there(path: Path, record: Record, meta: Meta) -> bool:
 
 
 def is_complete(folder: Path, meta: Meta | None) -> bool:
-    """Whether a folder has all that its meta.json lists, and that is all it will have.
-    Raises BadInput if its tokenizer is missing."""
+    """Whether a folder is finished and has all shards that its meta.json lists. Raises BadInput if
+    its tokenizer is missing."""
     if meta is None or not meta.complete:
         return False
     if meta.shards is None:  # of an older fineweb.py: can be checked, not repaired
@@ -189,23 +189,22 @@ def is_complete(folder: Path, meta: Meta | None) -> bool:
 
 
 class Shards:
-    """A folder of shards, whole, finished and of one tokenizer. Raises BadInput otherwise.
+    """A folder of shards: complete, finished and with one tokenizer. Raises BadInput otherwise.
 
     train, val: sorted paths. tokens: {"train": count, "val": count}. tokenizer: a spec.
-    vocab_size: None where a meta.json written by hand does not say.
-    identity: a hash of the training text, as a checkpoint remembers it; former_identity: as
-    checkpoints of earlier versions do.
+    vocab_size: None if a meta.json written by hand does not have it. identity: a hash of the
+    training text, as stored in checkpoints; former_identity: as stored by earlier versions.
 
-    needed: the splits that must be there. named_by: the flag that names the folder. Every header
-    is read, and no file is held open.
+    needed: the splits that must exist. named_by: the flag that names the folder. Every header is
+    read, and no file stays open.
     """
 
     def __init__(self, folder: str | Path, needed=SPLITS, named_by: str = "--data"):
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         if self.meta and not self.meta.complete:
-            raise BadInput(f"{self.folder}/ is not finished: give {self._command()} again, "
-                           "which continues")
+            raise BadInput(f"{self.folder}/ is not finished: run {self._command()} again to "
+                           "continue")
         paths, others = find_shards(folder)
         self.train = paths["train"]
         self.val = paths["val"]
@@ -236,8 +235,9 @@ class Shards:
     def _identify(self) -> tuple[str, str]:
         """(identity, former_identity): hashes that do not depend on where the folder is.
 
-        By the checksums in meta.json: other text may fill shards of the same names and lengths, as
-        with --max_tokens. Without them, and in earlier versions, by names and lengths.
+        They are made from the checksums in meta.json, as other text may fill shards of the same
+        names and lengths (with --max_tokens); without checksums, and in earlier versions, from
+        names and lengths.
         """
         named = [(path.name, self.headers[path].tokens) for path in self.train]
         former = digest(named)
@@ -247,7 +247,7 @@ class Shards:
         return digest([(tokens, checksums[name]) for name, tokens in named]), former
 
     def _check_names(self):
-        """Raises BadInput unless the folder holds exactly the shards that meta.json lists."""
+        """Raises BadInput unless the folder has exactly the shards that meta.json lists."""
         if not self.meta or self.meta.shards is None:
             return
         listed = {record.name: record.tokens for record in self.meta.shards}
@@ -257,9 +257,9 @@ class Shards:
                 continue
             problem = "is missing"
             if name in found:
-                problem = f"holds {found[name]:,} tokens, not {listed[name]:,}"
+                problem = f"has {found[name]:,} tokens, not {listed[name]:,}"
             raise BadInput(f"{self.folder / name} {problem}, says meta.json: "
-                           f"give {self._command()} again, which writes it again")
+                           f"run {self._command()} again to rewrite it")
         unlisted = sorted(found.keys() - listed.keys())
         if unlisted:
             raise BadInput(f"{self.folder / unlisted[0]} is not one of the shards that meta.json "
@@ -279,7 +279,7 @@ class Shards:
         problem = f"is not there (in {os.getcwd()})"
         if self.folder.is_dir():
             splits = missing[0] if len(missing) == 1 else "any"
-            problem = f"does not hold {splits} shards"
+            problem = f"does not contain {splits} shards"
             if others:
                 problem += f" ({others[0]} does not end in _train_<index> or _val_<index>)"
         raise BadInput(f"{self.folder}/ {problem}: make shards with `{self._maker()}`, "
@@ -301,7 +301,7 @@ class Shards:
             by = "meta.json"
         for path, header in self.headers.items():
             if header.dtype != wanted:
-                raise BadInput(f"{path} holds {header.dtype} and {by} says {wanted}: they are of "
+                raise BadInput(f"{path} is {header.dtype} and {by} says {wanted}: they are of "
                                "different tokenizers; put each tokenizer's shards into a folder "
                                "of their own")
 
@@ -311,12 +311,12 @@ class Shards:
         for split in SPLITS:
             counted = self.meta.splits[split].tokens
             if counted != self.tokens[split]:
-                raise BadInput(f"{self.folder}/ holds {self.tokens[split]:,} {split} tokens and "
+                raise BadInput(f"{self.folder}/ has {self.tokens[split]:,} {split} tokens and "
                                f"its meta.json says {counted:,}: shards are missing, or of "
                                f"another source; {OTHER}")
 
     def _check_splits(self):
-        """Raises BadInput if a val shard is also a train shard, by its length and both ends."""
+        """Raises BadInput if a val shard equals a train shard in its length and at both ends."""
         for val in self.val:
             tokens = self.headers[val].tokens
             same_length = [path for path in self.train if self.headers[path].tokens == tokens]
@@ -325,7 +325,7 @@ class Shards:
             ends = ends_of(val)
             for train in same_length:
                 if ends_of(train) == ends:
-                    raise BadInput(f"{train} and {val.name} hold the same tokens: validation would "
+                    raise BadInput(f"{train} and {val.name} have the same tokens: validation would "
                                    "measure the training text; move one of them to another folder")
 
 
@@ -369,18 +369,18 @@ def read_validation(shards: Shards, val_tokens: int, block_size: int,
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: str | Path,
               remedy: str = f"the folder mixes tokenizers; {OTHER}") -> None:
-    """Raises BadInput if a shard holds an id outside its vocabulary."""
+    """Raises BadInput if a shard contains an id outside its vocabulary."""
     if len(ids) and int(ids.max()) >= vocab_size:
-        raise BadInput(f"{path} holds the id {int(ids.max())}, but its tokenizer ends at "
+        raise BadInput(f"{path} contains the id {int(ids.max())}, but its tokenizer ends at "
                        f"{vocab_size - 1}: {remedy}")
 
 
 def check_eot(ids: np.ndarray, tokenizer: Tokenizer, path: str | Path,
               remedy: str = f"it is of another tokenizer; {OTHER}") -> None:
-    """Raises BadInput if the first million ids of a shard hold no end-of-text: then they are of
-    another tokenizer."""
+    """Raises BadInput if the first million ids of a shard contain no end-of-text: then they are
+    another tokenizer's."""
     if len(ids) >= PROBED and not (ids[:PROBED] == tokenizer.eot).any():
-        raise BadInput(f"{path} begins with a million tokens without {tokenizer.name}'s end of "
+        raise BadInput(f"{path} starts with a million tokens without {tokenizer.name}'s end of "
                        f"text, {tokenizer.eot}: {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""Stop requests: signals set a flag that the training loop reads and all processes agree on."""
+"""Stop requests: signals set a flag that the training loop reads; all processes agree on it."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def numbers(names: Iterable[str]) -> set[int]:
 
 
 def hold_notices() -> None:
-    """From now on keep NOTICES for StopSignals; by default they end the process."""
+    """Keep NOTICES for StopSignals from now on; by default they end the process."""
     early.clear()
     if threading.current_thread() is not threading.main_thread():
         return
@@ -36,8 +36,8 @@ class StopSignals:
     """Listens to ORDERS and NOTICES inside `with`: the first one sets `received` to its name.
 
     Another order, ECHO seconds or more after the first, ends the process at once. Earlier repeats
-    count as one: torchrun forwards what the terminal has already sent, and timeout(1) signals its
-    child, then its group.
+    are ignored: torchrun forwards signals that the terminal has already sent, and timeout(1)
+    signals its child, then its group.
 
     A thread listens, since Python runs signal handlers in the main thread, which may hang in a
     collective after another process has died. With several processes the main thread has PATIENCE
@@ -56,19 +56,19 @@ class StopSignals:
         self.handlers: dict[int, Any] = {}  # those to restore, by signal
 
     def heard(self) -> None:
-        """Stop the clock of PATIENCE: the main thread is alive, but may be busy from here on."""
+        """Stop the PATIENCE timer: the main thread is alive, but may be busy from here on."""
         self.main_is_alive.set()
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came to this process. Reading it shows that the main thread is alive."""
+        """Whether this process got a signal. Reading it shows that the main thread is alive."""
         if self.received is None:
             return False
         self.heard()
         return True
 
     def agree(self, requests: float | None = None) -> bool:
-        """Whether a signal came to any process: the same answer everywhere.
+        """Whether any process got a signal, with the same answer on all processes.
 
         requests: the number of processes that have one, if the caller has summed it. Without it,
         every process must call this.

@@ -1,10 +1,10 @@
-"""Endless streams of batches that training reads, and what a task has to offer to be trained.
+"""Endless streams of training batches, and the interfaces of training data and tasks.
 
 `StreamLike`, `CorpusLike` and `TaskLike` are the interfaces. `Stream` implements the first with a
 prefetch thread; train_gpt2.py's `ShardLoader` reads shards, `Mixture` several sources of tokens,
 `Rows` packed conversations with replay, `IteratorStream` any iterator (docs/streams.md). All
-processes read the same global batches, which `micro_batches` and `row_micro_batches` cut into each
-one's share.
+processes read the same global batches; `micro_batches` and `row_micro_batches` cut out each
+process's share.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,8 +20,8 @@ from lib.devices import Processes, to_device
 from lib.packing import Packed
 from lib.tokenizers import Tokenizer
 
-# (idx, targets), int64 (B, T) each, and a Packed where rows hold several texts; targets of -1 are
-# not learned
+# (idx, targets), int64 (B, T) each, and a Packed where rows contain several texts; targets of -1
+# are ignored
 MicroBatch = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, Packed]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
 
@@ -31,7 +31,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio
 
 
 class StreamLike(Protocol):
-    """What `train` reads: an endless stream of global batches whose position a checkpoint keeps.
+    """The stream that `train` reads: endless global batches, with a position for checkpoints.
 
     The batches must be the same on every process and after a resume.
     """
@@ -44,27 +44,27 @@ class StreamLike(Protocol):
         """A hint that `next(n)` comes soon."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: numbers, and nested lists or tuples of them."""
+        """The position: a dict of numbers, or nested lists or tuples of numbers."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises ValueError, KeyError, IndexError or TypeError for another
-        stream's."""
+        """Go to a position. Raises ValueError, KeyError, IndexError or TypeError for a position of
+        another stream."""
 
     def resume_at(self, step: int) -> None:
-        """Called on resume after `step` steps; the position may be the beginning of other data."""
+        """Called on resume after `step` steps; the position may be the start of other data."""
 
     def where(self, state: dict[str, Any]) -> str:
-        """A position as text: what to look at after a loss spike. Raises as `load_state_dict`."""
+        """A position as text, to find the batch of a loss spike. Raises like `load_state_dict`."""
 
     def progress(self) -> dict[str, float]:
         """{TensorBoard tag: value}, logged every step."""
 
 
 class CorpusLike(Protocol):
-    """What `launch` has to know about the training data before it reads any.
+    """What `launch` needs to know about the training data before reading it.
 
-    tokens: {"train": tokens of an epoch}. vocab_size: None if unknown. identity: changes if the
-    text does; a checkpoint of another identity or former_identity is not continued silently.
+    tokens: {"train": tokens of an epoch}. vocab_size: None if unknown. identity: changes with the
+    text; a checkpoint matches if it has this identity or former_identity (of older versions).
     """
 
     tokens: dict[str, int]
@@ -76,16 +76,17 @@ class CorpusLike(Protocol):
         """Raises BadInput if a run of `steps` does not fit the data."""
 
     def most_repeated(self, tokens: float) -> tuple[float, str]:
-        """(epochs, name) of what a run of `tokens` tokens repeats most."""
+        """(epochs, name) of the part that a run of `tokens` tokens repeats most."""
 
     def describe(self, cfg: Any, plan: Any) -> list[str]:
-        """Lines for the start of a run. plan: its lib.plan.RunPlan."""
+        """Lines to print at the start of a run. plan: a lib.plan.RunPlan."""
 
 
 class TaskLike(Protocol):
-    """What `launch` in train_gpt2.py trains: its `Pretraining`, posttrain.py's `PostTraining`.
+    """The task that `launch` trains, such as train_gpt2.py's `Pretraining` or posttrain.py's
+    `PostTraining`.
 
-    weights: [a state dict to begin with], or empty. extra: more entries for checkpoints.
+    weights: [the initial state dict], or empty. extra: more entries for checkpoints.
     """
 
     corpus: CorpusLike
@@ -104,18 +105,18 @@ class TaskLike(Protocol):
         """The training data."""
 
     def packed(self, idx: torch.Tensor) -> tuple:
-        """What a micro-batch of these ids has besides idx and targets: (a Packed,) or ()."""
+        """More inputs of the model for a micro-batch of these ids: (a Packed,) or ()."""
 
     def conclude(self, run: Any) -> None:
         """Print a closing summary."""
 
 
 # --------------------------------------------------------------------------------------------------
-# A stream that reads ahead
+# A stream with prefetching
 
 
 class Stream:
-    """A StreamLike that has the next batch ready in a background thread.
+    """A StreamLike that prepares the next batch in a background thread.
 
     A subclass names the parts of its position in `names` and implements `read_batch`.
     """
@@ -123,22 +124,22 @@ class Stream:
     names: tuple[str, ...] = ()
 
     def __init__(self, *position):
-        """position: where the stream begins, one value per name."""
+        """position: where the stream starts, one value per name."""
         self.position = position
         self.ahead = {}  # (n, *position) -> future of that batch
         self.cutter = ThreadPoolExecutor(max_workers=1)
 
-    def read_batch(self, n: int, *position):
-        """-> (the batch of n tokens from a position on, *the position after it)."""
+    def read_batch(self, n: int, *position) -> tuple:
+        """-> (the batch of n tokens from `position` on, *the position after it)."""
         raise NotImplementedError
 
-    def next(self, n: int):
+    def next(self, n: int) -> Any:
         """The next batch, of n tokens. Advances by n."""
         self.prefetch(n)
         (future,) = self.ahead.values()
         try:
             batch, *position = future.result()
-        except BadInput as error:  # maybe on this process only
+        except BadInput as error:  # possibly on this process only
             raise RankError(str(error)) from error
         self.position = tuple(position)
         self.prefetch(n)
@@ -157,10 +158,10 @@ class Stream:
         self.position = tuple(_frozen(state[name]) for name in self.names)
 
     def resume_at(self, step: int) -> None:
-        """Called on resume after `step` steps; the position may be the beginning of other data."""
+        """Called on resume after `step` steps; the position may be the start of other data."""
 
     def where(self, state: dict[str, Any]) -> str:
-        """A position as text: what to look at after a loss spike."""
+        """A position as text, to find the batch of a loss spike."""
         return ", ".join(f"{name} {state[name]}" for name in self.names)
 
     def progress(self) -> dict[str, float]:
@@ -169,23 +170,22 @@ class Stream:
 
 
 def _frozen(value):
-    """A number, or nested lists as tuples, which can be keys of a dict."""
+    """Convert nested lists to tuples, which can be dict keys; numbers stay as they are."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_frozen, value))
     return value
 
 
-def unchanged(batch):
+def unchanged(batch: Any) -> Any:
     return batch
 
 
 class IteratorStream(Stream):
-    """The tokens of any iterator. Its position is the number of tokens so far: a resumed run begins
-    the iterator again and skips as many.
+    """The tokens of any iterator, restarted at its end. The position is the number of tokens read:
+    a resumed run restarts the iterator and skips them.
 
-    begin: returns a new iterator over sequences of token ids, the same ones every time. At the end
-    it begins again. transform: callable run in the prefetch thread, int64 tokens (n + 1,) -> what
-    `next` returns.
+    begin: returns a new iterator over sequences of token ids, the same every time. transform:
+    callable run in the prefetch thread, int64 tokens (n + 1,) -> the return value of `next`.
     """
 
     names = ("tokens",)
@@ -210,8 +210,8 @@ class IteratorStream(Stream):
             raise ValueError("the iterator is empty")
         return np.asarray(piece, dtype=np.int64)
 
-    def read_batch(self, n, tokens):
-        """-> (n tokens from position `tokens` on and one more, transformed; tokens + n)."""
+    def read_batch(self, n: int, tokens: int) -> tuple:
+        """-> (n + 1 tokens from position `tokens` on, transformed; tokens + n)."""
         if tokens < self.first:
             self._restart()
         while self.first + len(self.buffer) <= tokens:  # skip
@@ -233,38 +233,38 @@ class IteratorStream(Stream):
 
 
 class Mixture(Stream):
-    """Rows from several streams of tokens; the same for every process, any batch size and
+    """Rows from several streams of tokens, the same on every process and for any batch size and
     micro-batch.
 
-    A row is block_size tokens of one source and the target of the last. Row k of the run is from
-    the source into whose share of [0, 1) the point k / golden ratio mod 1 falls: an additive
-    recurrence (Weyl 1916), whose points are so evenly spread that after n rows each source had its
-    share to within a few rows. So the position is a few integers: rows, and for each source its
-    tokens so far and its position.
+    A row is block_size tokens of one source and the target of the last. The sources divide [0, 1)
+    by their shares, and row k is from the source whose part contains k / golden ratio mod 1. This
+    additive recurrence (Weyl 1916) spreads so evenly that after n rows each source is within a few
+    rows of its share. So the position is a few integers: rows, and for each source its tokens so
+    far and its position.
     """
 
     names = "rows", "tokens", "places"
 
     def __init__(self, corpus: Corpus, streams: list, block_size: int,
                  transform: Callable = unchanged):
-        """streams: for each of the corpus's sources one with `read_batch(n, *position)`, like
-        ShardLoader. transform: callable run in the prefetch thread, int64 tokens
-        (rows * (block_size + 1),) -> what `next` returns."""
+        """streams: one per source of the corpus, with `read_batch(n, *position)`, like ShardLoader.
+        transform: callable run in the prefetch thread, int64 tokens (rows * (block_size + 1),) ->
+        the return value of `next`."""
         self.corpus = corpus
         self.streams = streams
         self.block_size = block_size
         self.transform = transform
-        self.before = 0  # tokens of the run from other data, or in batches of another size
+        self.before = 0  # tokens of the run that are not in this position, such as other data's
         places = tuple(stream.position for stream in streams)
         super().__init__(0, (0,) * len(streams), places)
 
-    def resume_at(self, step):
-        # counted from the run's first step, so that a finished curriculum does not come back
+    def resume_at(self, step: int) -> None:
+        # counted from the run's first step, so that a finished curriculum does not start again
         self.before = self.corpus.tokens_of(step) - sum(self.position[1])
 
-    def read_batch(self, n, rows, tokens, places):
+    def read_batch(self, n: int, rows: int, tokens: Any, places: Any) -> tuple:
         """-> (n tokens from a position on as whole rows, each with its last target, transformed;
-        the position after them: rows, tokens, places)."""
+        the next position: rows, tokens, places)."""
         T = self.block_size
         chosen = self._choose(n // T, rows, self.before + sum(tokens))
         batch = np.empty((len(chosen), T + 1), dtype=np.int64)
@@ -281,14 +281,14 @@ class Mixture(Stream):
         return batch, rows + len(chosen), tuple(tokens), tuple(places)
 
     def _choose(self, n, first, tokens):
-        """The sources of n rows from row number `first` on, after `tokens` tokens of the run: int64
+        """The source of each of n rows from row `first` on, after `tokens` tokens of the run: int64
         (n,)."""
         k = np.arange(first, first + n, dtype=np.uint64)
         points = (k * GOLDEN >> np.uint64(11)) * 2.0**-53  # k / golden ratio mod 1
         ends = self.corpus.shares(tokens + self.block_size * np.arange(n)).cumsum(axis=1)
         return (points[:, None] >= ends[:, :-1] / ends[:, -1:]).sum(axis=1)
 
-    def where(self, state):
+    def where(self, state: dict[str, Any]) -> str:
         texts = []
         places = zip(self.corpus.sources, self.streams, state["places"], strict=True)
         for source, stream, place in places:
@@ -296,7 +296,7 @@ class Mixture(Stream):
             texts.append(f"{source.name} {stream.where(position)}")
         return "; ".join(texts)
 
-    def progress(self):
+    def progress(self) -> dict[str, float]:
         """Tokens and epoch of each source so far, and its share of the next row."""
         _, tokens, places = self.position
         shares = self.corpus.shares(np.array([self.before + sum(tokens)]))[0]
@@ -313,7 +313,7 @@ class Mixture(Stream):
 
 
 class TokenRows:
-    """Rows out of a stream of tokens, for `Rows`. stride: tokens from one row to the next, as for
+    """Rows cut from a stream of tokens, for `Rows`. stride: tokens from one row to the next, as in
     `micro_batches`."""
 
     def __init__(self, stream: Stream, block_size: int, stride: int):
@@ -330,32 +330,33 @@ class TokenRows:
         documents = np.zeros_like(rows[:, 1:])
         return np.stack((rows[:, :-1], rows[:, 1:], documents), axis=1), *position
 
-    def progress(self, position):
+    def progress(self, position: tuple) -> dict[str, float]:
         """The stream's own progress at a position."""
         self.stream.position = position
         return self.stream.progress()
 
 
 class Rows(Stream):
-    """Rows of `data`, and among them rows of `replay`, a constant `share` of any span.
+    """Rows of `data` with rows of `replay` evenly spread among them, a constant `share`.
 
-    The same for any number of processes, micro-batch and batch size. The position: how many rows
-    there were, and the positions of both sources.
+    The same for any number of processes, micro-batch and batch size. The position is the number of
+    rows so far and the positions of both sources.
     """
 
     names = "rows", "data", "replay"
 
-    def __init__(self, data, replay=None, share: float = 0.0, transform: Callable = unchanged):
+    def __init__(self, data: Any, replay: Any = None, share: float = 0.0,
+                 transform: Callable = unchanged):
         """data, replay: a lib.packing.RowSource or TokenRows each. transform: callable run in the
-        prefetch thread, rows (n, 3, T) -> what `next` returns."""
+        prefetch thread, rows (n, 3, T) -> the return value of `next`."""
         self.sources = (data, replay)
         self.share = 0.0 if replay is None else share
         self.transform = transform
         super().__init__(0, data.position, () if replay is None else replay.position)
 
     def read_batch(self, n, rows, *places):
-        """-> (the rows of n tokens from a position on, transformed; the position after them: rows,
-        data, replay)."""
+        """-> (the rows of n tokens from a position on, transformed; the next position: rows, data,
+        replay)."""
         T = self.sources[0].block_size
         numbers = np.arange(rows, rows + n // T)
         replayed = np.floor((numbers + 1) * self.share) > np.floor(numbers * self.share)
@@ -368,7 +369,7 @@ class Rows(Stream):
                 places[i] = tuple(place)
         return self.transform(batch), rows + len(numbers), *places
 
-    def where(self, state):
+    def where(self, state: dict[str, Any]) -> str:
         texts = []
         for source, name in zip(self.sources, ("data", "replay")):
             if source is not None:
@@ -376,7 +377,7 @@ class Rows(Stream):
                 texts.append(source.where(position))
         return "; replay ".join(texts)
 
-    def progress(self):
+    def progress(self) -> dict[str, float]:
         return self.sources[0].progress(self.position[1])
 
 
@@ -388,9 +389,9 @@ def micro_batches(tokens: np.ndarray, block_size: int, stride: int, micro_batch:
                   processes: Processes) -> list[MicroBatch]:
     """A global batch of tokens, int64 (n,) -> this process's (idx, targets) on its device.
 
-    Rows of block_size tokens and their last target begin `stride` tokens apart: block_size in a
-    stream, where the last target is also the next row's first token; one more in a Mixture, whose
-    rows are separate.
+    Rows of block_size tokens and their last target start `stride` tokens apart: block_size in a
+    stream, where the last target is also the next row's first token; block_size + 1 in a Mixture,
+    whose rows are separate.
     """
     rows = len(tokens) // stride // processes.world_size
     first = processes.rank * rows * stride

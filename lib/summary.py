@@ -1,4 +1,4 @@
-"""What a run prints at its end: its result, its loss curve, and what to do next."""
+"""The summary at the end of a run: its result, its loss curve, and commands to try next."""
 
 import contextlib
 import datetime
@@ -59,7 +59,7 @@ def what_next(path: Path, can_chat: bool, prompt: str) -> str:
 def how_to_continue(folder: Path, step: int, length: int, resume: str | None) -> str:
     """How to continue the run in `folder`, stopped at `step` of `length`.
 
-    resume: the --resume that this start was given.
+    resume: this start's --resume.
     """
     if resume == "auto":
         flag = ""
@@ -72,7 +72,7 @@ def how_to_continue(folder: Path, step: int, length: int, resume: str | None) ->
 
 
 def result_lines(results: dict[str, Any], training: Losses) -> list[str]:
-    """The loss, and bits per byte where they were measured."""
+    """The loss, and bits per byte if measured."""
     if "Loss/val" not in results:
         latest = list(training.values())[-50:]
         mean = statistics.mean(latest)
@@ -90,7 +90,7 @@ def result_lines(results: dict[str, Any], training: Losses) -> list[str]:
 
 
 def curve_lines(folder: Path, training: Losses, validation: Losses, drawn: bool) -> list[str]:
-    """Where the loss curve was drawn, or a sparkline of it; no line for fewer than two losses."""
+    """The path of the loss curve, or else a sparkline; no line for fewer than two losses."""
     finite = [loss for loss in training.values() if math.isfinite(loss)]
     if len(finite) < 2:
         return []

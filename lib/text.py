@@ -1,9 +1,9 @@
 """Text from files and from the Hugging Face hub, as a stream of documents that resumes anywhere.
 
-A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset of the hub. Only the column of the
-text is read, so no other column can make a file fail: parquet by column, JSON row by row. The
-library `datasets` finds the files of a dataset on the hub, and reads those of other formats. All
-Python code runs in the thread that asks for the next batch.
+A source is local parquet, jsonl(.gz|.zst) or txt, or a dataset on the hub. Only the text column is
+read, so no other column can make a file fail: parquet by column, JSON row by row. The library
+`datasets` finds the files of a dataset on the hub, and reads those of other formats. All Python
+code runs in the thread that requests the next batch.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ SHOWN = 20                   # columns that a message lists
 class Place:
     """A position in a Source, as meta.json stores it.
 
-    part, path: which of its files. skipped: rows without text so far. duplicates, hashes: the
-    counts of a Seen. state: rows before it in that file, lines of a .txt; None: the beginning.
-    Where `datasets` reads, its state, a dict. Older versions stored such a dict for every file, and
-    a list for a .txt.
+    part, path: index and path of the file. skipped: rows without text so far. duplicates, hashes:
+    the counts of a Seen. state: number of rows (in a .txt: lines) before it in that file; None: the
+    start; if `datasets` reads the file, its state, a dict. Older versions stored such a dict for
+    every file, and a list for a .txt.
     """
     part: int = flag(0, None, at_least=0)
     path: str = flag("", None)
@@ -60,7 +60,7 @@ class Place:
 class Batch:
     """Documents in order, and the source's position after them (a Place as a dict).
 
-    continues: the first one is the rest of a document that began in an earlier batch.
+    continues: whether the first one continues a document of an earlier batch.
     """
     texts: list[str]
     continues: bool
@@ -70,10 +70,10 @@ class Batch:
 class Seen:
     """The documents seen so far, by 64-bit hashes: finds exact duplicates in bounded memory.
 
-    1 GiB, allocated as it fills, holds 134 million hashes in buckets of 8. A full bucket forgets
-    one hash for each new one, the first at about 60 million documents: a duplicate of a forgotten
-    document is kept, but no other document is dropped. A file keeps all hashes, 8 bytes each, from
-    which the state at any earlier position is restored.
+    1 GiB, allocated as it fills, is enough for 134 million hashes in buckets of 8. A full bucket,
+    first at about 60 million documents, forgets one hash for each new one: a duplicate of a
+    forgotten document is kept, but no other document is dropped. A file keeps all hashes, 8 bytes
+    each, to restore the state at any earlier position.
     """
 
     BUCKETS, SLOTS = 2**24, 8
@@ -82,16 +82,16 @@ class Seen:
         self.path = path
 
     def rewind(self, count: int, keep: bool = True) -> None:
-        """Go back to where `count` documents were new. keep: write the hashes that follow to the
-        file, over those that followed before."""
+        """Go back to the state after `count` new documents. keep: overwrite the later hashes in the
+        file with those that follow."""
         mode = "r+b" if os.path.lexists(self.path) else "w+b"
         self.file = open(self.path, mode)  # noqa: SIM115 (open as long as it is read from)
         self.count = count
         self.keep = keep
         in_file = os.path.getsize(self.path) // 8
         if in_file < count:
-            raise BadInput(f"{self.path} holds {in_file:,} hashes, not the {count:,} that "
-                           "meta.json says: give another --out")
+            raise BadInput(f"{self.path} has {in_file:,} hashes, not the {count:,} in meta.json: "
+                           "give another --out")
         self.table = np.zeros((self.BUCKETS, self.SLOTS), dtype=np.uint64)
         for first in range(0, count, HASHES):
             hashes = np.fromfile(self.file, dtype=np.uint64, count=min(HASHES, count - first))
@@ -130,10 +130,10 @@ class Seen:
 class Source:
     """The documents of --source as a stream of Batch, from any earlier position.
 
-    parts: paths of files, as returned by `find_parts`, and ids of datasets of the hub, which are
-    replaced by their files when they are first needed. name: configuration of the datasets. seen:
-    a Seen, which drops duplicates, except pieces of a .txt. commits: dict from a dataset to its
-    commit, filled in as datasets are opened; one that is there already is read again.
+    parts: paths of files, as returned by `find_parts`, and ids of datasets on the hub, which are
+    replaced by their files when first needed. name: configuration of the datasets. seen: a Seen,
+    which drops duplicates, except pieces of a .txt. commits: {dataset: commit}, filled in as
+    datasets are opened; an entry that already exists is used.
     """
 
     def __init__(self, parts: Sequence[str], column: str, name: str | None = None,
@@ -148,7 +148,7 @@ class Source:
         self.is_resolved = False
 
     def guess_tokens(self) -> int:
-        """About how many tokens the local files hold; 0 for a dataset of the hub."""
+        """Approximate number of tokens in the local files; 0 for a dataset on the hub."""
         tokens = 0
         for part in self.parts:
             if os.path.exists(part):
@@ -159,8 +159,8 @@ class Source:
 
     def batches(self, position: dict[str, Any] | None = None,
                 keep: bool = True) -> Generator[Batch, None, None]:
-        """The stream, from the `after` of an earlier Batch on. keep: whether `seen` keeps what it
-        sees for later streams."""
+        """The stream, from the `after` of an earlier Batch on. keep: whether `seen` stores new
+        hashes for later streams."""
         self._resolve()
         start = self._check(position) if position else Place(path=self.parts[0])
         skipped = start.skipped
@@ -186,7 +186,7 @@ class Source:
                     continues = is_txt
 
     def texts(self, characters: int) -> Iterator[str]:
-        """Its first documents, at least `characters` characters of them."""
+        """The first documents, with at least `characters` characters in total."""
         with contextlib.closing(self.batches()) as batches:
             for batch in batches:
                 for text in batch.texts:
@@ -196,10 +196,10 @@ class Source:
                         return
 
     def understands(self, position: dict[str, Any] | None) -> bool:
-        """Whether `batches` can start from a position of a meta.json (None: the beginning).
+        """Whether `batches` can start from a position in a meta.json (None: the start).
 
-        Versions that read files through `datasets` stored its state, which no reader here
-        understands. Raises BadInput if the position is in other files.
+        Versions that read files through `datasets` stored its state, which the readers here do not
+        support. Raises BadInput if the position is in other files.
         """
         self._resolve()
         if position is None:
@@ -216,11 +216,11 @@ class Source:
         expected = self.parts[place.part:place.part + 1]
         if place.path not in [*expected, *self.replaced]:
             raise BadInput(f"the files of --source have changed: {place.path} was number "
-                           f"{place.part + 1} among them; put them back, or give another --out")
+                           f"{place.part + 1} among them; restore them, or give another --out")
         return place
 
     def _resolve(self) -> None:
-        """Replace the datasets of the hub among the parts by their files, once."""
+        """Replace datasets on the hub among the parts by their files, once."""
         if self.is_resolved:
             return
         parts = []
@@ -258,7 +258,7 @@ class Source:
         return READERS[kind_of(part)](part, self.column, state)
 
     def _read_other(self, name: str, state: Any) -> Generator[tuple[list, Any], None, None]:
-        """A dataset of the hub that `datasets` reads, whatever its format."""
+        """A dataset on the hub, read by `datasets` in any format."""
         with explained(name):
             dataset = self.others[name].as_streaming_dataset("train").with_format("arrow")
         if state:
@@ -322,9 +322,8 @@ def read_json(part, column, skip):
 def read_txt(part, column, skip):
     """A text file, one document -> stream of ([its next piece], lines up to its end).
 
-    It is cut where a line begins with a letter or digit and the line above is not blank: every
-    tiktoken encoding splits there, whatever comes before and after, so the pieces have the ids of
-    the whole.
+    It is cut where a line starts with a letter or digit and the line above is not blank: every
+    tiktoken encoding always splits there, so the pieces have the same ids as the whole text.
     """
     done = skip or 0
     kept = []  # lines after the last cut
@@ -358,7 +357,7 @@ READERS = {"parquet": read_parquet, "json": read_json, "txt": read_txt}
 def objects(file: BinaryIO) -> Iterator[dict]:
     """The rows of a JSON file, as dicts. A row that is not an object has no columns.
 
-    Raises ValueError if the file holds anything but JSON.
+    Raises ValueError if the file has anything but JSON.
     """
     for place, row in json_rows(file):
         if isinstance(row, ValueError):
@@ -403,7 +402,7 @@ LEAVE_OUT = "make it readable, or leave it out"
 
 
 def is_local(part: str) -> bool:
-    """Whether a part is a path; else it is a dataset of the hub, or a file of one."""
+    """Whether a part is a local path; else it is a dataset on the hub, or a file of one."""
     return os.path.lexists(part)
 
 
@@ -414,12 +413,12 @@ def is_read_here(address: str) -> bool:
 
 
 def shown(part: str) -> str:
-    """A part as messages name it."""
+    """The name of a part in messages."""
     return ON_HUB.sub(r"\1: ", part)
 
 
 def kind_of(path: str) -> Any:
-    """Which of READERS reads a file, by its ending in any case; None: no one does."""
+    """The key in READERS for a file, by its ending in any case; None if unsupported."""
     stem, ending = os.path.splitext(path.lower())
     packed = ending in PACKED
     if packed:
@@ -474,7 +473,7 @@ def demand_column(part: str, column: str, names: Iterable[str]) -> None:
 
 
 def check_part(part: str, column: str) -> None:
-    """Raises BadInput if the beginning of a file cannot be read, or the file lacks the column."""
+    """Raises BadInput if the start of a file cannot be read, or the file lacks the column."""
     with reading(part):
         if kind_of(part) == "parquet":
             with open_parquet(part) as parquet:
@@ -503,7 +502,7 @@ def check_json(part: str, column: str) -> None:
 def find_parts(sources: Sequence[str], column: str) -> tuple[list[str], list[str]]:
     """--source -> (paths of files and ids of datasets, in order; lines about files left out).
 
-    Raises BadInput for a path without anything to read, and for a file without the column.
+    Raises BadInput for a path with nothing to read, and for a file without the column.
     """
     parts = []
     lines = []
@@ -528,7 +527,7 @@ def _find(source: str) -> tuple[list[str], list[str]]:
     missing = f"no file {source}"
     if os.path.isdir(source):
         files, lines = find_files(source, kind_of)
-        missing = f"{source} holds no file of text"
+        missing = f"{source} has no text files"
     elif os.path.lexists(source):
         return [source], []
     elif glob.has_magic(source):
@@ -541,8 +540,8 @@ def _find(source: str) -> tuple[list[str], list[str]]:
 
 
 def _match(pattern: str) -> tuple[list[str], list[str]]:
-    """(files that match a pattern, lines about those that are left out). Hidden ones match only a
-    pattern that begins like them."""
+    """(files that match a pattern, lines about those that are left out). Hidden files only match a
+    pattern that starts with a dot, too."""
     words = Path(pattern).parts
     fixed = next(i for i, word in enumerate(words) if glob.has_magic(word))
     asks_hidden = any(word.startswith(HIDDEN) for word in words[fixed:])

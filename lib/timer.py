@@ -1,5 +1,5 @@
-"""The length of a run, the one setting that changes while it trains: with --minutes, it follows
-from the measured speed."""
+"""The length of a run, which with --minutes depends on the measured speed and so changes during
+training."""
 
 from lib.budget import UNMEASURED, batch_size, steps_in, tokens_of
 
@@ -7,7 +7,7 @@ FIT_SHARE = 0.25  # share of --minutes in which the length follows the speed; th
 
 
 class StepTimer:
-    """Holds the number of steps of a run, and fits it to --minutes of training steps.
+    """Keeps the number of steps of a run, and fits it to --minutes of training steps.
 
     steps: the length so far. timed: (tokens, seconds) measured so far, saved in checkpoints.
     """
@@ -19,7 +19,7 @@ class StepTimer:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the length no longer follows the speed."""
+        """Whether the length is final."""
         minutes = self.cfg.minutes
         return not minutes or self.timed[1] >= FIT_SHARE * 60 * minutes
 

@@ -1,17 +1,17 @@
-"""Tokenizers: named, trained, saved and loaded here only.
+"""Train, save and load tokenizers.
 
 A tokenizer is named by a *spec*, a string that is one of
   - a tiktoken encoding: gpt2, cl100k_base, o200k_base, ...;
-  - the path of a `tokenizer.json`, or of a folder that holds one, in Hugging Face's format;
-  - the text of such a file: a checkpoint carries its trained tokenizer that way.
-All text is encoded by tiktoken (Rust, releases the GIL), so there is one encoder to trust and to
-time.
+  - the path of a `tokenizer.json`, or of a folder with one, in Hugging Face's format;
+  - the content of such a file, which is how checkpoints store a trained tokenizer.
+All text is encoded by tiktoken (Rust, releases the GIL), so there is only one encoder to test and
+to time.
 
 The ids for chat (RESERVED) come right after the ids of text. They use rows of the embedding that
-are padding otherwise, so the model's shape is the same with or without them. Only where fewer rows
-are padding, as with exactly 32,000 ids of text, does the model grow when it learns to chat
-(posttrain.py). Pretraining cuts the logits off before these ids, so it neither meets nor samples
-them. No text encodes to them.
+are otherwise padding, so the model has the same shape with or without them. Only if there are too
+few padding rows, as with exactly 32,000 ids of text, does the model grow when it learns to chat
+(posttrain.py). In pretraining the logits are cut off before these ids, so they are neither trained
+nor sampled. No text encodes to them.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ MIN_BPE = 256 + 1 + len(RESERVED)  # ids: bytes, end-of-text, reserved
 MAX_BPE = 1_000_000    # ids; the trainer allocates memory for the number requested
 BPE_TEXT = 100_000_000  # characters to train on, at most
 # The rule by which a new BPE splits text: GPT-4's (tiktoken's cl100k_base), written so that
-# tiktoken's regex engine and Hugging Face's agree on every character. Unlike GPT-2's it knows
-# contractions in capitals, cuts digits into threes, joins a leading sign to its word and keeps
-# line ends together.
+# tiktoken's regex engine and Hugging Face's agree on every character. Unlike GPT-2's it handles
+# contractions in capitals, splits digits into groups of three, joins a leading sign to its word and
+# keeps line ends together.
 SPLIT = (r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CHANGES_IDS = ("normalizer", "truncation", "padding", "dropout", "continuing_subword_prefix",
@@ -49,9 +49,9 @@ MAKE_ONE = "make one with tokenizer.py train"
 
 
 class Tokenizer:
-    """A `tiktoken.Encoding` and what else this project needs to know about it.
+    """A `tiktoken.Encoding` with its spec, name and special ids.
 
-    spec: loads the same tokenizer again through `load_tokenizer`.
+    spec: `load_tokenizer(spec)` loads the same tokenizer again.
     name: a short label: "gpt2", "bpe4096".
     vocab_size: number of ids; every id of text is below it. eot: the end-of-text id.
     reserved: dict token -> id, from vocab_size on. control: set of the ids that end a turn in a
@@ -259,7 +259,7 @@ def _from_json(text: str, origin: str) -> Tokenizer:
 
 
 def _vocabulary(data: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]:
-    """A tokenizer.json's ({bytes: id}, {special token: id}). Raises ValueError unless its ids are
+    """({bytes: id}, {special token: id}) of a tokenizer.json. Raises ValueError unless its ids are
     0, 1, 2, ... and include every byte."""
     to_byte = {char: byte for byte, char in _byte_alphabet().items()}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -276,7 +276,7 @@ def _vocabulary(data: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]
 
 
 def _merges_in_order(model: dict[str, Any], ranks: dict[bytes, int]) -> bool:
-    """Whether every token of several bytes is made by one merge, in the order of the ids."""
+    """Whether every token of several bytes comes from one merge, in the order of the ids."""
     merged = []
     for pair in model["merges"]:
         parts = pair if isinstance(pair, list) else pair.split(" ")
@@ -332,7 +332,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909), split by
     SPLIT.
 
-    Holds all of `texts` in memory: callers limit it to BPE_TEXT characters. The Tokenizer has
+    Keeps all of `texts` in memory, so callers limit it to BPE_TEXT characters. The Tokenizer has
     exactly `vocab_size` ids; the last ones are end-of-text and the reserved ones. Raises BadInput
     if vocab_size is out of bounds or the text too small for it.
     """
@@ -359,8 +359,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     bpe.add_special_tokens(special)
     size = bpe.get_vocab_size()
     if size != vocab_size:
-        raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it gives {size}): "
-                       "ask for fewer ids or give more text")
+        raise BadInput(f"the text is too small for a BPE of {vocab_size} ids (it yields {size}): "
+                       "lower the number of ids or give more text")
     return _from_json(bpe.to_str(), "the tokenizer just trained")
 
 

@@ -1,4 +1,4 @@
-"""Folders of shards whose ids tell where they come from, as a Corpus: for lib/test_corpus.py and
+"""Folders of shards whose ids show their source, as a Corpus: for lib/test_corpus.py and
 lib/test_streams.py."""
 
 from types import SimpleNamespace

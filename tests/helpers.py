@@ -1,4 +1,4 @@
-"""What several test files use: a tiny model, its data and its checkpoints."""
+"""Shared by several test files: a tiny model, its data and its checkpoints."""
 
 import importlib.util
 import json
@@ -235,9 +235,9 @@ def save_gpt2_tokenizer(folder):
 
 
 class Rank:
-    """One of several processes on a CPU, a thread here: what lib/devices.py's Processes is to it.
+    """One of several processes on a CPU, as a thread: stands in for lib/devices.py's Processes.
 
-    shared: the values that each rank has brought to `sum`, and a barrier.
+    shared: the values that the ranks pass to `sum`, and a barrier.
     """
     device = torch.device("cpu")
     distributed = False

@@ -97,7 +97,7 @@ class Hub:
         return None
 
     def downloads(self, name):
-        """How often the content of a file was asked for."""
+        """How often the content of a file was requested."""
         return sum(method == "GET" and "/resolve/" in path and path.endswith(name)
                    for method, path, _ in self.asked)
 
@@ -209,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        # at once, though rfile and wfile hold it
+        # at once, though rfile and wfile still refer to it
         return socket.socket(fileno=self.connection.detach()).close()
 
     def send(self, status, value, headers=None):

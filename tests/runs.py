@@ -213,7 +213,7 @@ def same(a, b):
 
 
 def final(folder):
-    """The newest checkpoint without the settings, which hold the run's name."""
+    """The newest checkpoint without the settings, which contain the run's name."""
     _, path = checkpoint.found(folder)[0]
     state = checkpoint.read(path)
     del state["train_config"]

@@ -96,7 +96,7 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
     ablate.main(words)
     assert times(out) == before
     assert table_in(capsys.readouterr().out) == table_in(printed)
-    with pytest.raises(BadInput, match="base_seed1 is a run of other flags"):
+    with pytest.raises(BadInput, match="base_seed1 is a run with other flags"):
         ablate.main([*words, "--max_lr", "1e-3"])
 
 
@@ -146,7 +146,7 @@ def test_without_a_list_each_available_part_is_put_into_gpt2():
         ("--n_head 5", "", "n_head_5: --n_embd 32 must be a multiple of --n_head 5"),
         ("--seed 3", "", "seed_3: leave --seed out and give --seeds"),
         ("--no-bias", "--run_name mine", "base: leave --run_name out"),
-        ("--no-bias", "--eval_every 0", "base: --eval_every 0 would measure no loss"),
+        ("--no-bias", "--eval_every 0", "base: --eval_every 0 measures no loss"),
         ("--no-bias", "--minutes 1", "base: --max_steps and --minutes each set the length"),
         ("--total_batch_size 250", "",
          "total_batch_size_250: --total_batch_size 250 must be a multiple of"),
@@ -159,11 +159,11 @@ def test_without_a_list_each_available_part_is_put_into_gpt2():
         ("--sample_prompt seed --n_head 5", "",
          "must be a multiple of --n_head 5"),  # a value, not the flag
         ("--no-bias", "--resume auto", "base: leave --resume out"),
-        ("--sample_prompt " + 300 * "x", "", "give a short one, `name: flags`"),
+        ("--sample_prompt " + 300 * "x", "", "give a short one as `name: flags`"),
         ("a: --no-bias\na: --pos rope", "", "the name 'a' is missing or already used"),
         ("base: --no-bias", "", "the name 'base' is missing or already used"),
-        ("--data 'a b", "", "is not a list of flags (No closing quotation): close its quotes"),
-        ("# nothing\n", "", "holds no change")
+        ("--data 'a b", "", "is not a list of flags (No closing quotation): check its quotes"),
+        ("# nothing\n", "", "has no changes")
     ])
 def test_bad_changes_are_refused_before_any_run(data, tmp_path, text, base, says):
     (tmp_path / "changes.txt").write_text(text)
@@ -177,7 +177,7 @@ def test_bad_changes_are_refused_before_any_run(data, tmp_path, text, base, says
     ("--preset modern --max_steps 3", "--preset tiny", "--val_tokens must be the same"),
     ("--preset gpt2 --epochs 1", "--preset modern --epochs 2", "--epochs must be the same"),
     ("--preset tiny --tokens_per_param 1", "--pos learned",
-     "--tokens_per_param would give each change another length"),
+     "--tokens_per_param sets a different length for each change"),
 ])
 def test_settings_of_a_preset_must_compare_too(data, base, words, says):
     with pytest.raises(BadInput, match=re.escape(says)):
@@ -223,7 +223,7 @@ def test_a_stopped_command_continues_and_ends_as_an_uninterrupted_one(data, tmp_
     assert not (tmp_path / "out" / "no-bias_seed7").exists()
     steps = [step for step, kind in read_log(tmp_path / "out" / "base_seed7") if kind == "train"]
     assert 30 < max(steps) < 249
-    with pytest.raises(BadInput, match="base_seed7 is a run of other flags"):
+    with pytest.raises(BadInput, match="base_seed7 is a run with other flags"):
         ablate.main([*words, "--max_lr", "1e-3"])
     request.getfixturevalue("forked_runs")
     ablate.main(words)

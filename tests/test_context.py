@@ -42,13 +42,13 @@ def test_a_missing_checkpoint_is_bad_input(data, tokenizer, tmp_path, launch):
     done = launch("benchmarks/context.py", "--checkpoint", "ckpt_00001.pt", "gone.pt", "--data",
                   data, "--tokens", 256, "--device", "cpu")
     assert done.returncode == 2
-    assert done.stdout == ""  # no table was begun
+    assert done.stdout == ""  # no table was started
     assert done.stderr.count("\n") == 1
     assert "gone.pt" in done.stderr
 
 
-def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tokenizer, tmp_path):
-    """Another tokenizer with as many ids would give numbers that look valid."""
+def test_data_that_does_not_fit_a_checkpoint_is_refused(data, tokenizer, tmp_path):
+    """Another tokenizer with the same number of ids would produce plausible numbers."""
     path = tmp_path / "ckpt_00001.pt"
     other = train_bpe(sentences(50, 7), 284)
     for own, tokens, message in ((other, 256, "tokenizer"), (tokenizer, 100, "--tokens")):

@@ -1,8 +1,8 @@
 """README.md and docs/: commands run, flags exist, links lead somewhere.
 Run: python -m pytest tests/test_docs.py
 
-Every command in a fenced block must be in COMMANDS, which says how it is tested. The commands of a
-page run in order, in one folder.
+Every command in a fenced block must be in COMMANDS, which determines how it is tested. The commands
+of a page run in order, in one folder.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from lib import cli
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# How a command is tested: a string holds flags that make it small; the command runs with them.
+# How a command is tested. A string contains flags that make it small; the command runs with them.
 PARSED = None      # needs the hub, several GPUs, a server or minutes: only its flags are read
 NOT_OURS = object()
 SLOW = object()    # runs in `make test-slow`, else its flags are read
@@ -156,7 +156,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def first(data, tmp_path_factory):
-    """A run folder, which most pages presuppose."""
+    """A run folder, which most pages need."""
     log = tmp_path_factory.mktemp("log")
     flags = [*TINY.split(), "--data", str(data), "--log_dir", str(log), "--run_name", "first"]
     train_gpt2.main(flags)
@@ -208,7 +208,7 @@ def test_the_slow_commands_of_a_page(page, place):
 
 
 def check(command: str, slow: bool):
-    """Run a command, or read its flags, as COMMANDS says."""
+    """Run a command, or only read its flags, depending on COMMANDS."""
     assert command in COMMANDS, f"say in COMMANDS how this is tested: {command}"
     how = COMMANDS[command]
     if how is NOT_OURS:
@@ -228,7 +228,7 @@ def main_of(script: str):
 
 
 class Parsed(Exception):
-    """Raised in place of what a script does with its flags."""
+    """Raised instead of running a script, once its flags are read."""
 
 
 def read_flags(command: str):

@@ -55,7 +55,7 @@ def read_results(path):
     return json.loads(path.read_text())["results"]
 
 
-def test_one_and_two_processes_give_the_same_results(launch, checkpoint, tasks, tmp_path):
+def test_one_and_two_processes_have_the_same_results(launch, checkpoint, tasks, tmp_path):
     # the chat task generates, in batches of 2, 2 and 1 texts
     names = {"arc_easy", "wikitext", "arc_challenge_chat"}
     flags = ["--checkpoint", checkpoint, "--tasks", ",".join(names), "--limit", 5,
@@ -97,7 +97,7 @@ PIQA = ["--tasks", "piqa", "--data_dir", "tasks"]
     ([*CHECKPOINT, "--output", "there.json/more.json"], "cannot write to there.json"),
     ([*CHECKPOINT, "--output", "x" * 300], "too long for a file name"),
     ([*CHECKPOINT, "--tasks", "piqa", "--data_dir", "nowhere"],
-     "no folder nowhere: it should hold <task>.jsonl"),
+     "no folder nowhere: it should contain <task>.jsonl"),
     (["--model", "gpt2", *PIQA], "cannot load the Hugging Face model gpt2"),  # offline here
     (["--model", "no_tokenizer", *PIQA], "no_tokenizer: it has no tokenizer. Give a folder"),
     (["--model", "torn", *PIQA], "cannot load the Hugging Face model torn: "),
@@ -242,7 +242,7 @@ def test_limited_results_do_not_count_and_block_nothing(checkpoint, tasks, tmp_p
     assert saved["config"]["checkpoint"] == str(checkpoint)
 
 
-def test_results_with_a_context_are_apart(checkpoint, tasks, tmp_path):
+def test_results_with_a_context_are_separate(checkpoint, tasks, tmp_path):
     """The texts are longer than 48 tokens, so the context matters."""
     flags = ["--checkpoint", str(checkpoint), "--tasks", "wikitext", "--data_dir", str(tasks),
              "--device", "cpu"]
@@ -285,7 +285,7 @@ def test_a_file_without_results_is_bad_input(content, tmp_path):
         path.write_text(content, encoding="latin-1")
     for name in (tmp_path, path):
         with pytest.raises(BadInput,
-                           match="eval_1.json.*: name a run folder|holds no eval_<step>.json"):
+                           match="eval_1.json.*: name a run folder|has no eval_<step>.json"):
             eval_harness.newest_results(name)
 
 

@@ -129,7 +129,7 @@ def test_an_exported_chat_model_is_read_back(exported):
 
 
 def test_control_tokens_in_the_texts_of_a_check_are_text(tokenizer, tmp_path, monkeypatch, capsys):
-    """Ids of a small vocabulary, drawn at random, hold <|endoftext|>."""
+    """Random ids of a small vocabulary contain <|endoftext|>."""
     path = tmp_path / "ckpt_00001.pt"
     tiny_checkpoint(path, tokenizer, **MODERN | {"vocab_size": tokenizer.vocab_size + 4})
     checkpoint.write(path, torch.load(path, weights_only=True) | {"chat_template": JINJA})
@@ -140,7 +140,7 @@ def test_control_tokens_in_the_texts_of_a_check_are_text(tokenizer, tmp_path, mo
 
 
 @torch.no_grad()
-def test_a_folder_that_differs_is_found(tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_differs_is_detected(tokenizer, tmp_path, monkeypatch, capsys):
     """One that differs only by rounding is accepted: it sends tokens to other experts."""
     path = tmp_path / "ckpt_00001.pt"
     out = tmp_path / "out"

@@ -183,7 +183,7 @@ def test_blank_txt_files_and_null_rows_of_large_strings_are_skipped(tmp_path):
     check_meta(tmp_path / "out", documents, skipped=3)
 
 
-def test_other_columns_may_hold_anything(tmp_path, capsys):
+def test_other_columns_may_contain_anything(tmp_path, capsys):
     """Through `datasets`, a column that changes type, appears late or has an unknown type made a
     file fail."""
     padding = "x" * 4000  # 12 MB of JSON: the library infers types from 10 MB at a time
@@ -279,8 +279,8 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert stderr == ("\nstopped: the shards in out/ are whole; the same command continues after "
-                      "them\n")
+    assert stderr == ("\nstopped: the shards in out/ are complete; the same command continues "
+                      "after them\n")
     assert all(len(ids) == 200 for _, ids in read_shards(tmp_path / "out"))
 
 
@@ -327,7 +327,7 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="nee
 @needs_dev_full
 @pytest.mark.parametrize("to, says", [
     ("> /dev/full",
-     "fineweb.py: error: cannot go on (No space left on device): free some disk space\n"),
+     "fineweb.py: error: cannot continue (No space left on device): free some disk space\n"),
     ("| true", "")], ids=["full", "closed"])
 def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(
         to, says, source, tmp_path):
@@ -390,14 +390,14 @@ def test_presets_name_datasets_of_the_hub(flags, dataset, name, out):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens not known; about 11.63 "
+    (["--preset", "wikipedia"], "wikimedia/wikipedia, 20231101.en: tokens unknown; about 11.63 "
      "GB on the hub; licence CC BY-SA 3.0, GFDL"),
     (["--preset", "wikipedia", "--name", "20231101.de"], "wikimedia/wikipedia, 20231101.de: tokens "
-     "not known; size on the hub not known; licence CC BY-SA 3.0, GFDL"),
-    (["--name", "CC-MAIN-2024-10"], "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens not known; "
-     "size on the hub not known; licence ODC-By 1.0"),
+     "unknown; size on the hub unknown; licence CC BY-SA 3.0, GFDL"),
+    (["--name", "CC-MAIN-2024-10"], "HuggingFaceFW/fineweb-edu, CC-MAIN-2024-10: tokens unknown; "
+     "size on the hub unknown; licence ODC-By 1.0"),
     (["--docstrings"], "None"), (["--source", "a/b"], "None")])
-def test_what_is_known_of_a_corpus(flags, says):
+def test_what_is_known_about_a_corpus(flags, says):
     assert str(fineweb.corpus_of(fineweb.read_flags(flags).cfg)) == says
 
 
@@ -422,7 +422,7 @@ def fails(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "jsonl.gz", "json"])
-def test_a_missing_column_names_those_there_are(form, tmp_path, fails):
+def test_a_missing_column_lists_the_existing_ones(form, tmp_path, fails):
     source = write_source(tmp_path / "in", form, column="content")
     line = fails("--source", source)
     assert re.search(f"{source} has no column text: name one of (content, id|id, content) by "
@@ -453,7 +453,7 @@ DAMAGED = {
 LATE = ("torn.jsonl", "short.jsonl.gz", "inside.parquet")  # the beginning of the file is whole
 
 
-# by name: bytes that hold the time must not become part of a test's name
+# by name: bytes that contain the time must not become part of a test's name
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_named_and_what_is_written_stays(name, source, tmp_path, fails):
     (tmp_path / name).write_bytes(DAMAGED[name])
@@ -598,7 +598,7 @@ def test_shards_of_other_settings_are_not_touched(source, tmp_path, fails, monke
                         ("val_tokens", 0), ("max_tokens", 9), ("text_column", "body"),
                         ("source", "x.txt")]:
         line = fails(*flags, f"--{name}", value)
-        assert re.search(f"out/ holds shards made with (no )?--{name}[ ,]", line)
+        assert re.search(f"out/ has shards made with (no )?--{name}[ ,]", line)
         assert "give another --out" in line
     (tmp_path / "foreign").mkdir()
     np.save(tmp_path / "foreign" / "edufineweb_train_000001.npy", np.zeros(3, np.uint16))

@@ -133,7 +133,7 @@ def test_out_of_memory_is_one_line(checkpoint):
 @pytest.mark.parametrize("flags, says", [
     ([], "name either --checkpoint or --model"),
     (["--checkpoint", "ckpt_00001.pt", "--model", "gpt2"], "name either"),
-    (["--checkpoint", "empty"], "holds neither a ckpt_<step>.pt nor"),
+    (["--checkpoint", "empty"], "has neither a ckpt_<step>.pt nor"),
     (["--checkpoint", "ckpt_00001.pt", "--temperature", "101"], "--temperature must be"),
     (["--checkpoint", "ckpt_00001.pt", "--prompt_file", "nowhere"], "cannot read nowhere"),
     (["--checkpoint", "x", "--prompt_file", "a", "--prompt", "b"], "leave out one of them"),

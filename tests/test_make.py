@@ -14,7 +14,7 @@ from helpers import ROOT
 
 
 def make_train(folder):
-    """`make train`, for 12 steps -> what it prints."""
+    """`make train`, for 12 steps -> its output."""
     # this Python has a torch in range: the new venv must see it instead of installing another
     flags = "ARGS=--max_steps 12 --val_tokens 4096 --sample_every 12"
     command = ["make", "train", f"PYTHON={sys.executable}", flags]

@@ -1,6 +1,6 @@
-"""Files that an earlier version wrote still work: python -m pytest tests/test_old_files.py
+"""Files written by an earlier version still work: python -m pytest tests/test_old_files.py
 
-They are in tests/fixtures/d997247; its README says how they were made.
+They are in tests/fixtures/d997247; its README describes how they were made.
 """
 
 import io

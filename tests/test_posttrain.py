@@ -179,7 +179,7 @@ POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "
     (PRETRAINED | {"val_tokens": 10**7}, {}, dict(val_tokens=2**20)),
     (PRETRAINED | {"val_tokens": 65_536}, dict(val_tokens=99_999), dict(val_tokens=99_999)),
 ])
-def test_what_the_checkpoint_decides(before, flags, want):
+def test_settings_inherited_from_the_checkpoint(before, flags, want):
     cfg = posttrain.Config(**flags)
     cfg = resolve(cfg, posttrain.inherited(cfg, before, set(flags)))
     for name, value in want.items():
@@ -211,11 +211,11 @@ def test_length_validations_and_samples_without_a_flag(base, tokenizer, chat_fil
                           (10**9, 1024, 16_384), (10**9, 1000, 16_000),
                           (10**9, 3 * 1024, 4 * 3 * 1024), (10**9, 8 * 4096, 8 * 4096),
                           (2496, 32, 128), (2496, 2 * 32, 128), (100, 32, 32)])
-def test_steps_without_a_flag_are_small_enough_for_the_data(tokens, row, want):
+def test_the_default_batch_is_small_enough_for_the_data(tokens, row, want):
     assert posttrain.pick_batch(tokens, row) == want
 
 
-def test_little_data_is_learned_without_a_flag_and_a_resumed_run_keeps_its_batch(
+def test_little_data_is_learned_with_default_flags_and_a_resumed_run_keeps_its_batch(
         base, chat_file, tmp_path, log, capsys):
     def batch(name):
         return saved(log / name)["train_config"]["total_batch_size"]
@@ -227,7 +227,7 @@ def test_little_data_is_learned_without_a_flag_and_a_resumed_run_keeps_its_batch
     last, _ = max(losses)
     assert batch("whole") == 128
     assert last > 3 * 10 and losses[last, "val"] < losses[0, "val"] - 0.3
-    assert "teach little" not in capsys.readouterr().out
+    assert "teaches little" not in capsys.readouterr().out
 
     cut(log / "whole", log / "again", 30)
     main(*here, "--run_name", "again")
@@ -239,7 +239,7 @@ def test_little_data_is_learned_without_a_flag_and_a_resumed_run_keeps_its_batch
     main(*here, "--run_name", "again", "--data", few, "--max_steps", 60)
     assert batch("again") == 128
     main(*new, few, "--run_name", "short", "--epochs", 0.5)
-    assert ("warning: 9 steps in all teach little: give more data, or raise --epochs\n"
+    assert ("warning: a run of 9 steps teaches little: give more data, or raise --epochs\n"
             in capsys.readouterr().out)
 
 
@@ -261,8 +261,8 @@ def test_text_among_conversations_is_learned_whole(chat_file, tokenizer, tmp_pat
 
 
 def loss_of(model, conversations):
-    """(ids, learned) each -> summed loss of what is learned, and its number of tokens. Padding ids
-    take part in the softmax, as in training."""
+    """(ids, learned) each -> summed loss of the learned tokens, and their number. Padding ids take
+    part in the softmax, as in training."""
     nats, count = 0.0, 0
     for ids, learned in conversations:
         logits = hidden(model, torch.tensor([ids[:-1]])) @ model.lm_head.weight.T
@@ -342,7 +342,7 @@ def test_an_interrupted_run_repeats_the_undisturbed_one(kind, base, chat_file, l
     assert scalars(other) == scalars(whole)
 
 
-def test_a_run_begun_with_the_warm_up_of_pretraining_keeps_it(base, chat_file, log):
+def test_a_run_started_with_the_warm_up_of_pretraining_keeps_it(base, chat_file, log):
     """As runs were before the default of --warmup_steps became 0: a quarter of 12 steps, up to the
     1e-3 that falls over the other 9."""
     whole = post(base(), chat_file, log / "whole", "--save_every", 1, "--keep", 0, "--max_lr", 1e-3)
@@ -482,7 +482,7 @@ def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, ch
         assert path.exists() and f"at step {step}: {path}" in capsys.readouterr().out
 
 
-def test_what_a_run_begins_with_leaves_memory(base, chat_file, log, monkeypatch):
+def test_the_initial_weights_are_freed(base, chat_file, log, monkeypatch):
     start = base()
     loaded = []  # weak references to what was loaded
     real_load = posttrain.load_checkpoint
@@ -513,7 +513,7 @@ def test_gpt2_learns_to_chat_and_is_named_by_its_run_folder(chat_file, tmp_path,
     generate.main(["--model", "gpt2", "--prompt", "the cat", "--samples", "1", *flags])
     assert capsys.readouterr().out.startswith("the cat")
     chat.main(["--model", "gpt2", "-p", "the cat", *flags])
-    assert "gpt2 has not learned to chat: it continues what you type" in capsys.readouterr().err
+    assert "gpt2 has not learned to chat: it continues your text" in capsys.readouterr().err
 
     words = ("--model", "gpt2", "--data", chat_file, "--run_name", "post", *FLAGS, "--eval_every",
              2, "--total_batch_size", 192)
@@ -532,7 +532,7 @@ def test_gpt2_learns_to_chat_and_is_named_by_its_run_folder(chat_file, tmp_path,
     assert f"log/post: ckpt_{best:05d}.pt, the " in capsys.readouterr().err
 
 
-def test_a_second_round_and_what_else_reads_the_checkpoint(base, chat_file, data, tmp_path, log,
+def test_a_second_round_and_other_scripts_read_the_checkpoint(base, chat_file, data, tmp_path, log,
                                                            launch):
     first = newest(post(base(*KINDS["modern"]), chat_file, log / "first"))
     second = newest(post(first, chat_file, log / "second"))
@@ -632,18 +632,18 @@ def bad(data, chat_file, tmp_path):
     ("one", [], "--val_share 0"),
     ("few", [], r"--val_share 0 \(.*: 1 conversations .*; skipped 2 malformed rows: line 2: not"),
     ("chats", ["--val_data", "too long"],
-     r"nothing of --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
+     r"nothing in --val_data can .*validation on .*lost.jsonl: .*skipped 1 malf.*1 too long"),
     ("too long", ["--val_data", "chats"],
-     "nothing of --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
+     "nothing in --data can .*lost.jsonl: 1 conv.*skipped 1 malf"),
     ("some too long", ["--strict"], "longer than the context"),
     ("other tokenizer", [], "another tokenizer"),
     ("chats", ["--replay", "0.1", "--replay_data", "other tokenizer"], "another tokenizer"),
     ("chats", ["--replay", "0.1", "--replay_data", "empty folder"],
-     "does not hold any shards.*name another --replay_data$"),
+     "does not contain any shards.*name another --replay_data$"),
     ("chats", ["--replay_data", "no val split"], "--val_tokens"),
     ("chats", ["--optimizer", "muon"], "give --max_lr"),
     ("chats", ["--epochs", "2"], "--epochs and --max_steps each set the length"),
-    ("chats", ["--data", "shards"], "not mixed with files"),
+    ("chats", ["--data", "shards"], "cannot be mixed with files"),
     ("shards", ["--data", "missing"], "cannot read"),
     ("shards", ["--val_share", "0.5"], "--val_share is for files"),
     ("shards", ["--strict"], "--strict is for files"),
@@ -662,7 +662,7 @@ def test_bad_data_and_flags_are_refused_before_anything_is_written(source, flags
 def test_what_a_run_needs_is_named_in_one_line(base, chat_file, log, bad, launch):
     with pytest.raises(BadInput, match="name either --checkpoint"):
         main("--data", chat_file)
-    with pytest.raises(BadInput, match="name --data"):
+    with pytest.raises(BadInput, match="give --data"):
         main("--checkpoint", base())
     pretraining = base().parent
     with pytest.raises(BadInput, match="not a checkpoint of a post-training run"):
@@ -671,7 +671,7 @@ def test_what_a_run_needs_is_named_in_one_line(base, chat_file, log, bad, launch
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
-def test_a_run_continues_from_its_own_checkpoint_alone(base, data, chat_file, tmp_path, log,
+def test_a_run_continues_only_from_its_own_checkpoint(base, data, chat_file, tmp_path, log,
                                                        capsys):
     shutil.copytree(data, tmp_path / "old")
     folder = post(base(), chat_file, log / "post", "--replay_data", tmp_path / "old")

@@ -82,7 +82,7 @@ def forbidden(module, name):
 
 
 def problems_of(imports):
-    """What breaks the layout in {module: modules it imports}, as text."""
+    """Imports that break the layout in {module: modules it imports}, as text."""
     problems = []
     for module, used in imports.items():
         problems += filter(None, (forbidden(module, name) for name in used))
@@ -142,7 +142,7 @@ NAMES = ("run_name", "pretokenized")  # of a run, of a dataset on the hub: not p
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_that_names_files_or_folders_takes_a_tilde(script):
-    """As far as its help tells: a new flag must not make a folder named ~."""
+    """Judged by its help text: a new flag must not make a folder named ~."""
     module = importlib.import_module(script)
     flags = []
     for config in filter(is_dataclass, vars(module).values()):
@@ -185,7 +185,7 @@ def test_plain_torchrun_takes_the_flags(data, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Readability: what a parser can tell of DESIGN.md's and CONTRIBUTING.md's rules
+# Readability: the rules of DESIGN.md and CONTRIBUTING.md that a parser can check
 
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 CODE = files("*.py", "lib/**/*.py")
@@ -211,10 +211,9 @@ def nested(source):
 
 
 def toggles_read(source):
-    """What train_gpt2.py avoids: flags read in `forward`, and flags in the environment.
+    """Flags read in `forward`, and environment variables used as flags.
 
-    Branches stand in constructors: forward may only ask for an argument that was left out, and for
-    training.
+    Branches belong in constructors: forward may only test for a missing argument, and for training.
     """
     problems = []
     for node in ast.walk(ast.parse(source)):

@@ -64,7 +64,7 @@ def working_in(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
-def test_nothing_trains_on_when_it_is_ended(tmp_path):
+def test_ending_it_ends_all_training_processes(tmp_path):
     script = ROOT / "benchmarks" / "throughput.py"
     command = [sys.executable, script, "--row", TINY, *FLAGS[:-1], 100000]
     env = os.environ | {"TMPDIR": str(tmp_path)}

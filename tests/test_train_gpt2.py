@@ -158,7 +158,7 @@ def test_an_optimizer_brings_its_own_rates(argv, want):
     ("--preset speedrun", None),
     ("--preset tiny --head_lr 0.01 --cooldown 0.5 --momentum 0.95", None),
 ])
-def test_a_flag_without_effect_or_a_rate_far_off_is_warned_of(argv, flag):
+def test_flags_without_effect_and_unusual_rates_are_warned_about(argv, flag):
     cfg, model_cfg, explicit, *_ = train_gpt2.settings(argv.split())
     lines = train_gpt2.flag_warnings(cfg, model_cfg, explicit)
     if flag is None:
@@ -168,7 +168,7 @@ def test_a_flag_without_effect_or_a_rate_far_off_is_warned_of(argv, flag):
     assert line.startswith(f"warning: {flag} ")
 
 
-def test_a_run_keeps_the_rates_it_began_with(data, tmp_path, capsys):
+def test_a_run_keeps_the_rates_it_started_with(data, tmp_path, capsys):
     go(data, tmp_path / "a", "--optimizer", "muon", "--max_lr", "1e-3")
     assert capsys.readouterr().err.count("warning: --max_lr 0.001") == 1
     again = ["--preset", "gpt2", "--optimizer", "muon", "--log_dir", str(tmp_path)]
@@ -613,7 +613,7 @@ def test_init_fails_on_a_parameter_it_does_not_know():
 
 @pytest.mark.parametrize("preset", ["modern", "speedrun", "tiny"])
 @torch.no_grad()
-def test_a_preset_begins_at_the_loss_of_a_guess(preset):
+def test_a_preset_starts_at_the_loss_of_a_uniform_guess(preset):
     """Except gpt2, which keeps GPT-2's own initialization: its logits spread, and it begins 0.15
     above."""
     argv = ["--preset", preset]
@@ -625,7 +625,7 @@ def test_a_preset_begins_at_the_loss_of_a_guess(preset):
     assert loss < math.log(config.vocab_size) + 0.1
 
 
-def test_the_blocks_of_zero_proj_begin_as_the_identity_and_learn():
+def test_the_blocks_of_zero_proj_start_as_the_identity_and_learn():
     model = GPT(tiny(init="zero_proj", tie_embeddings=False, mlp="relu2", bias=False))
     idx = torch.randint(61, (2, 17))
     inputs = idx[:, :-1]
@@ -1048,7 +1048,7 @@ def test_a_run_writes_its_folder(real_run):
     assert "--run_name real" in config["command"]
 
 
-def test_a_run_learns_and_evaluates_as_often_as_asked(real_run):
+def test_a_run_learns_and_evaluates_at_the_set_intervals(real_run):
     folder, out = real_run
     log = read_log(folder)
     assert steps_trained(folder) == list(range(42))
@@ -1210,7 +1210,7 @@ run(train_gpt2.main)
 
 
 def plain_loop(data, argv, masked):
-    """Train as `argv` says, written out plainly -> (the losses of 6 steps, gradient norms)."""
+    """Train with the flags `argv` in a plain loop -> (the losses of 6 steps, gradient norms)."""
     (cfg, model_cfg), _ = parse((TrainConfig, GPTConfig), argv, None, PRESETS)
     model_cfg = replace(model_cfg, vocab_size=280)
     torch.manual_seed(cfg.seed)
@@ -1354,7 +1354,7 @@ def test_minutes_have_a_rate_and_no_eta_before_they_are_measured(data, tmp_path,
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("steps, warned", [("900000", True), ("1", False)])
-def test_a_curriculum_longer_than_the_minutes_allow_is_warned_of_once(
+def test_a_curriculum_longer_than_the_minutes_allow_is_warned_about_once(
         steps, warned, data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "simple")
     train_gpt2.main(open_end(data, tmp_path / "a", "--minutes", 0.02, "--curriculum",
@@ -1540,7 +1540,7 @@ BAD_FLAGS = [
     ("--keep_best --eval_every 0", "--keep_best"),
     ("--total_batch_size 384 --batch_warmup 1000 --micro_batch 4", "--micro_batch"),
     ("--hellaswag_every 2 --hellaswag_file nowhere.jsonl", "nowhere.jsonl"),
-    # what shapes the weights of the run that would go on
+    # settings that determine the shapes of the resumed weights
     ("--n_embd 64 --n_head 4", "--n_head 2 -> 4, --n_embd 32 -> 64"),
     ("--n_layer 3", "--n_layer 2 -> 3"),
     ("--mlp swiglu", "--mlp gelu -> swiglu"),
@@ -1575,13 +1575,13 @@ BAD_FLAGS = [
 
 @pytest.fixture(scope="session")
 def half_a_run(data, tmp_path_factory):
-    """A run folder with the checkpoint of step 4; the tests' flags would go on to 6."""
+    """A run folder with the checkpoint of step 4; the tests' flags continue to 6."""
     return go(data, tmp_path_factory.mktemp("half") / "half", "--max_steps", 4)
 
 
 @pytest.fixture(scope="module")
 def bad_files(tokenizer, half_a_run, tmp_path_factory):
-    """A folder with all that BAD_FLAGS name."""
+    """A folder with all files that BAD_FLAGS name."""
     place = tmp_path_factory.mktemp("bad")
     (place / "notes.txt").write_text("nothing of use\n")
     torch.save(nn.Linear(2, 2).state_dict(), place / "others.pt")
@@ -1654,7 +1654,7 @@ def test_debug_shows_where_bad_input_was_found(launch, data):
     assert line.startswith("train_gpt2.py: error: ")
 
 
-def test_bad_input_that_all_processes_meet_is_printed_once_and_in_torchruns_report(launch, data):
+def test_bad_input_on_all_processes_is_printed_once_and_in_torchruns_report(launch, data):
     flags = [*TINY_FLAGS, "--data", data, "--val_tokens", 20]
     result = launch("train_gpt2.py", *flags, processes=2, real=True)
     assert result.returncode != 0
@@ -1667,7 +1667,7 @@ def test_bad_input_that_all_processes_meet_is_printed_once_and_in_torchruns_repo
     assert all("site-packages" in line or "<frozen" in line for line in frames)
 
 
-def test_bad_input_that_rank_0_meets_first_is_printed_once(launch, data, tmp_path):
+def test_bad_input_found_first_by_rank_0_is_printed_once(launch, data, tmp_path):
     (tmp_path / "h.jsonl").write_text("{")
     flags = [*TINY_FLAGS, "--data", data, "--hellaswag_every", 1, "--hellaswag_file", "h.jsonl"]
     result = launch("train_gpt2.py", *flags, processes=2)
@@ -1677,7 +1677,7 @@ def test_bad_input_that_rank_0_meets_first_is_printed_once(launch, data, tmp_pat
     assert "h.jsonl" in error
 
 
-def test_without_internet_hellaswag_is_left_out_unless_asked_for(
+def test_without_internet_hellaswag_is_left_out_unless_requested(
         launch, data, tmp_path, monkeypatch):
     nowhere = {"https_proxy": "http://127.0.0.1:9"}
     flags = [*without(TINY_FLAGS, "--hellaswag_every"), "--data", data, "--max_steps", 2,
@@ -1960,7 +1960,7 @@ def test_compile_without_a_compiler_is_one_line(launch, data, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_run_on_a_gpu_compiled_in_bf16_and_resumed(deterministic, launch, data, tmp_path):
-    """A stream of its own copies checkpoints to the host while training goes on."""
+    """A separate CUDA stream copies checkpoints to the host while training continues."""
     flags = [
         *TINY_FLAGS, "--data", data, "--preset", "modern", "--max_steps", 15, "--save_every", 5,
         "--keep", 0, "--dropout", 0.1, "--micro_batch", "auto", "--device", "cuda", "--compile",

@@ -35,7 +35,7 @@ def make_documents(count, seed=0):
 
 
 def reference(documents):
-    """The plain way: end-of-text before each document, tiktoken's own encoding, all in one list."""
+    """A plain reference: end-of-text before each document, tiktoken's own encoding, in one list."""
     gpt2 = tiktoken.get_encoding("gpt2")
     ids = []
     for text in documents:
@@ -161,7 +161,8 @@ def read_meta(out):
 
 
 def check_meta(out, documents=None, skipped=0):
-    """meta.json counts what the shards hold, and what `documents` hold if all were read."""
+    """Check the counts in meta.json against the shards, and against `documents` if all were read.
+    """
     meta = read_meta(out)
     sizes = load_tokenizer("gpt2").token_bytes()
     shards = read_shards(out)

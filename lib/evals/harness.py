@@ -5,8 +5,8 @@ GPT.
     tasks = load_tasks(manager, names, data_dir)
     results = run_tasks(adapter(model, tokenizer, processes), tasks)
 
-Every process builds all of the harness's requests and ends up with all results. The adapter
-distributes the forward passes over the processes.
+Every process builds all of the harness's requests and gets all results. The adapter distributes the
+forward passes over the processes.
 """
 
 import difflib
@@ -33,17 +33,18 @@ from lib.devices import Processes, autocast
 from lib.evals.hellaswag import check_item, clean, split_context
 from lib.evals.scoring import failing_alone, score
 from lib.huggingface import cache_only_without_network
+from lib.tokenizers import Tokenizer
 
-# Tokens per forward pass, padding included. In rolling tasks each token has logits, 4 bytes per id.
+# Tokens per forward pass, padding included. In rolling tasks each token has fp32 logits.
 BATCH_TOKENS = 8_192
 SEQUENCES = 32  # texts per batch when generating
-# The headline of a task is the first of these metrics that it has, else its first metric.
+# A task's headline metric is the first of these that it has, else its first metric.
 METRICS = ("acc_norm,none", "acc,none", "exact_match,none", "bits_per_byte,none")
 FEWSHOT_SEED = 1234  # the harness's own
 # Bootstrap samples for the standard error of a perplexity. The harness's 100,000 take minutes for
 # lambada.
 BOOTSTRAP = 1000
-# The harness's folders that are searched first: reading all 14,000 tasks takes 10 s.
+# Folders of the harness to search first: reading all 14,000 tasks takes 10 s.
 FOLDERS = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "super_glue/boolq",
            "wikitext", "winogrande")
 MISSING = "missing {}: pip install -r requirements-dev.txt"
@@ -55,8 +56,8 @@ MISSING = "missing {}: pip install -r requirements-dev.txt"
 
 @dataclass
 class Prompts:
-    """Lists of token ids to continue in one batch, by at most `limit` new tokens each, or up to the
-    first of the strings `until`."""
+    """Lists of token ids to continue in one batch, each by at most `limit` new tokens or up to one
+    of the strings `until`."""
     ids: list[list[int]]
     limit: int
     until: list[str]
@@ -66,7 +67,7 @@ class Prompts:
 class Adapter:
     """Implements lm_eval.api.model.TemplateLM for a GPT; see `adapter`.
 
-    Names and signatures of the methods without an underscore or a docstring are the harness's.
+    Methods without an underscore or a docstring have the harness's names and signatures.
     """
 
     max_gen_toks = 256  # the default of the harness's Hugging Face adapter
@@ -85,11 +86,11 @@ class Adapter:
 
     @property
     def eot_token_id(self):
-        """Also the context of a text without one: in training, documents start with it."""
+        """Also the context of a text without one, since training documents start with it."""
         return self.tokenizer.eot
 
     def precision(self):
-        """The context of forward passes."""
+        """The autocast context of forward passes."""
         return nullcontext() if self.dtype == "float32" else autocast(self._device)
 
     def rows(self, default):
@@ -147,7 +148,7 @@ class Adapter:
         return collator.get_original(finished)
 
     def generate_batches(self, batches, bar):
-        """Lists of Prompts -> the continuations of each, distributed over the processes."""
+        """List of Prompts -> list of their continuations, distributed over the processes."""
         rank = self.processes.rank
         world_size = self.processes.world_size
         texts = {i: [""] * len(batch.ids) for i, batch in enumerate(batches)}
@@ -167,8 +168,7 @@ class Adapter:
         return list(texts.values())
 
     def prompts(self, batch):
-        """The harness's list of (context, generation settings), all of equal settings ->
-        Prompts."""
+        """The harness's list of (context, generation settings), with equal settings, -> Prompts."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
         settings = normalize_gen_kwargs(batch[0][1], self.max_gen_toks)
@@ -188,8 +188,8 @@ class Adapter:
     def continue_prompts(self, batch, steps, seed):
         """Prompts -> their continuations (str), up to the end of text.
 
-        steps: the most new tokens of any process. All processes make the same number of forward
-        passes, unless a task asks for so many tokens that texts outgrow the context.
+        steps: the largest limit of any process. All processes make the same number of forward
+        passes, unless texts outgrow the context.
         """
         texts = [Text(self.tokenizer, batch.limit, batch.until) for _ in batch.ids]
         generator = torch.Generator(device=self._device).manual_seed(seed)
@@ -209,14 +209,14 @@ class Adapter:
         return [text.text for text in texts]
 
 
-def adapter(model: torch.nn.Module, tokenizer, processes: Processes,
+def adapter(model: torch.nn.Module, tokenizer: Tokenizer, processes: Processes,
             batch_size: int | str = "auto", dtype: str = "auto", progress: bool = False,
-            stopped: Callable[[], bool] = lambda: False):
-    """A GPT in eval mode and its Tokenizer as a language model of the harness.
+            stopped: Callable[[], bool] = lambda: False) -> Any:
+    """Wrap a GPT in eval mode and its Tokenizer as a language model of the harness.
 
-    generate_until supports greedy decoding and temperature, stop strings, and max_gen_toks.
-    progress: show bars. stopped: as for scoring.score; once true, the remaining items are skipped
-    and the results are meaningless.
+    generate_until supports greedy decoding, temperature, stop strings and max_gen_toks. progress:
+    show progress bars. stopped: as in scoring.score; once true, the remaining items are skipped and
+    the results are meaningless.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -230,8 +230,8 @@ def adapter(model: torch.nn.Module, tokenizer, processes: Processes,
 # Finding and loading tasks
 
 
-def task_manager(names):
-    """The harness's index of tasks, only of FOLDERS if they hold all `names`.
+def task_manager(names: list[str]) -> Any:
+    """The harness's index of tasks, limited to FOLDERS if these have all `names`.
 
     Raises BadInput if the harness is not installed.
     """
@@ -239,7 +239,7 @@ def task_manager(names):
         from lm_eval import tasks, utils
     except ImportError as error:
         raise BadInput(MISSING.format(error.name)) from error
-    # the harness compiles its templates again for every item, which takes most of its own time
+    # the harness recompiles its templates for every item, which takes most of its own time
     if "from_string" not in vars(utils.env):
         utils.env.from_string = cache(utils.env.from_string)
     folders = [Path(tasks.__file__).parent / folder for folder in FOLDERS]
@@ -250,10 +250,10 @@ def task_manager(names):
 
 
 def find_tasks(names: str) -> tuple[Any, list[str]]:
-    """Names joined by commas, with * -> (the harness's task manager, list of the tasks it knows),
-    for load_tasks.
+    """Comma-separated names, * allowed -> (the harness's task manager, list of task names), for
+    load_tasks.
 
-    Raises BadInput on an unknown name, suggesting the nearest ones.
+    Raises BadInput on an unknown name, suggesting similar ones.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     manager = task_manager(wanted)
@@ -266,17 +266,17 @@ def find_tasks(names: str) -> tuple[Any, list[str]]:
             raise BadInput(f"unknown task {name!r}: {advice}")
         found += known
     if not found:
-        raise BadInput("no task is named: see lm_eval ls tasks")
+        raise BadInput("no task named: see lm_eval ls tasks")
     # the harness warns about every item that is longer than the context
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return manager, list(dict.fromkeys(found))
 
 
-def load_tasks(manager, names: list[str], data_dir: str | None = None) -> list:
-    """Names of tasks -> list of the harness's Task and Group objects, with data from the hub or
-    from jsonl files in data_dir.
+def load_tasks(manager: Any, names: list[str], data_dir: str | None = None) -> list:
+    """Task names -> list of the harness's Task and Group objects, with data from the hub or from
+    jsonl files in data_dir.
 
-    Raises BadInput if the data are missing or do not fit the task, or the task cannot run here.
+    Raises BadInput if the data is missing or does not fit the task, or the task cannot run here.
     """
     if data_dir is None:
         loaded = _load_from_hub(manager, names)
@@ -289,9 +289,9 @@ def load_tasks(manager, names: list[str], data_dir: str | None = None) -> list:
     return loaded
 
 
-def single_tasks(items):
+def single_tasks(items: list) -> list:
     """The harness's Task and Group objects -> list of all Task objects."""
-    found = []
+    found: list = []
     for item in items:
         found += item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
     return found
@@ -307,7 +307,7 @@ def _load_from_hub(manager, names):
     except ImportError as error:
         raise BadInput(f"{several}: a package is missing ({str(error)[:100]}): pip install it"
                        ) from error
-    except Exception as error:  # anything that the hub, the network or a data set's code raises
+    except Exception as error:  # any error of the hub, the network or a dataset's code
         raise BadInput(f"cannot load the data of {several} ({type(error).__name__}): connect to "
                        "the internet once, or name a folder of <task>.jsonl with --data_dir, in "
                        "training with --eval_tasks_dir") from error
@@ -321,7 +321,7 @@ def _load_from_hub(manager, names):
 def _load_from_files(manager, names, data_dir):
     hub.datasets_library().disable_progress_bars()  # three per jsonl file otherwise
     if not os.path.isdir(data_dir):
-        raise BadInput(f"no folder {data_dir}: it should hold <task>.jsonl")
+        raise BadInput(f"no folder {data_dir}: it should contain <task>.jsonl")
     singles = set(manager.all_subtasks)
     for name in names:
         if name not in singles:
@@ -334,18 +334,18 @@ def _load_from_file(manager, name, data_dir):
     file = find_file(data_dir, name, ("", "_test", "_val", "_validation"))
     if file is None:
         jsonl = sorted(path.name for path in Path(data_dir).glob("*.jsonl"))
-        holds = ", ".join(jsonl) or "no jsonl files"
-        raise BadInput(f"no {name}.jsonl in {data_dir}, which holds {holds}: add it, or name other "
-                       "tasks")
+        content = ", ".join(jsonl) or "no jsonl files"
+        raise BadInput(f"no {name}.jsonl in {data_dir}, which contains {content}: add it, or name "
+                       "other tasks")
     source = manager.task_index[name].cfg.get("dataset_path")
     remedy = f"give it the columns of {source}, one item per line"
     changes = local_config(name, file, find_file(data_dir, name, ("_train",)), remedy)
-    # A reference is the harness's configuration with changes. Only groups can hold references.
+    # A task inside a group can override the harness's configuration; a task on its own cannot.
     group = {"group": "local", "task": [{"task": name, **changes}]}
     try:
         task, = manager.load(group)["tasks"].values()
         check_docs(task)
-    except Exception as error:  # anything that the reader, the templates or the task's code raise
+    except Exception as error:  # any error of the reader, the templates or the task's code
         raise BadInput(f"{file} does not fit the task {name} ({root_cause(error)}): {remedy}"
                        ) from error
     shots = task.config.num_fewshot
@@ -356,15 +356,15 @@ def _load_from_file(manager, name, data_dir):
     return task
 
 
-def root_cause(error):
-    """The first exception of a chain as text."""
+def root_cause(error: BaseException) -> str:
+    """The first exception of a chain, as text."""
     while error.__cause__:
         error = error.__cause__
     text = str(error).splitlines()[0][:100] if str(error) else "no message"
     return f"{type(error).__name__}: {text}"
 
 
-def find_file(folder, task, endings):
+def find_file(folder: str, task: str, endings: tuple[str, ...]) -> Path | None:
     """The first <task><ending>.jsonl in the folder, or None."""
     for ending in endings:
         path = Path(folder, f"{task}{ending}.jsonl")
@@ -373,9 +373,9 @@ def find_file(folder, task, endings):
     return None
 
 
-def check_docs(task):
-    """Raises ValueError on an item that the harness would miscount: a null in its templates, or no
-    correct choice."""
+def check_docs(task: Any) -> None:
+    """Raises ValueError on an item that the harness would score wrongly: a null in its templates,
+    or no correct choice."""
     config = task.config.to_dict()
     keys = ("doc_to_text", "doc_to_target", "doc_to_choice")
     templates = " ".join(str(config.get(key)) for key in keys)
@@ -389,7 +389,7 @@ def check_docs(task):
             check_answers(task, doc, number)
 
 
-def check_answers(task, doc, number):
+def check_answers(task: Any, doc: dict, number: int) -> None:
     """Raises ValueError if a correct answer is not among the choices."""
     answers = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     choices = task.doc_to_choice(doc)
@@ -408,10 +408,10 @@ def check_answers(task, doc, number):
 
 
 def local_config(task: str, file: Path, train: Path | None, remedy: str) -> dict:
-    """The changes to the harness's configuration of a task that read its items from a jsonl file.
+    """Overrides of the harness's configuration that make a task read its items from a jsonl file.
 
-    train: the jsonl file of its few-shot examples, or None. Raises BadInput, ending in `remedy`, on
-    a row that does not fit.
+    train: a jsonl file of few-shot examples, or None. Raises BadInput, ending in `remedy`, on a row
+    that does not fit.
     """
     paths = {"test": str(file)}
     examples = None
@@ -431,10 +431,10 @@ def local_config(task: str, file: Path, train: Path | None, remedy: str) -> dict
     for path in paths.values():
         rows += files.read_rows(path, remedy, _check_row)
     if not rows:
-        raise BadInput(f"{file} holds no items: {remedy}")
+        raise BadInput(f"{file} contains no items: {remedy}")
     column, convert = COLUMNS.get(task, (None, None))
     if column in rows[0]:
-        convert = None  # these are the harness's columns already
+        convert = None  # the file already has the harness's columns
     if convert is None and task != "hellaswag":
         return config
     if convert:
@@ -447,7 +447,7 @@ def local_config(task: str, file: Path, train: Path | None, remedy: str) -> dict
         if task == "hellaswag":  # the only one of these tasks with its own process_docs
             from lm_eval.tasks.hellaswag import utils
 
-            utils.preprocess = clean  # equal, but in linear time
+            utils.preprocess = clean  # the same result in linear time
             dataset = utils.process_docs(dataset)
         return dataset
 
@@ -468,9 +468,9 @@ def _convert_row(convert, row):
         raise ValueError(f"does not fit the task ({type(error).__name__}: {error})") from error
 
 
-def read_question(item, fewest, most):
-    """The question of an item of query, choices and gold. Raises ValueError unless it has `fewest`
-    to `most` choices and gold is one of them."""
+def read_question(item: dict, fewest: int, most: int) -> str:
+    """The question of an item with query, choices and gold. Raises ValueError unless it has
+    `fewest` to `most` choices and gold is the index of one of them."""
     choices = item["choices"]
     is_list = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
     if not is_list or not fewest <= len(choices) <= most:
@@ -481,7 +481,7 @@ def read_question(item, fewest, most):
     return item["query"].removeprefix("Question:").strip()
 
 
-def arc(item):
+def arc(item: dict) -> dict:
     question = read_question(item, 2, 8)
     texts = item["choices"]
     letters = "ABCDEFGH"[:len(texts)]
@@ -492,17 +492,17 @@ def arc(item):
     }
 
 
-def piqa(item):
+def piqa(item: dict) -> dict:
     goal = read_question(item, 2, 2)
     first, second = item["choices"]
     return {"goal": goal, "sol1": first, "sol2": second, "label": item["gold"]}
 
 
-def lambada(item):
+def lambada(item: dict) -> dict:
     return {"text": " ".join((item["context"], item["continuation"]))}
 
 
-def hellaswag(item):
+def hellaswag(item: dict) -> dict:
     item = check_item(dict(item))
     ctx_a, ctx_b = split_context(item["ctx"])
     return item | {"ctx_a": ctx_a, "ctx_b": ctx_b}
@@ -523,20 +523,21 @@ COLUMNS: dict = {
 # Results
 
 
-def run_tasks(lm, tasks: list, limit: int | None = None, bootstrap: int = BOOTSTRAP,
+def run_tasks(lm: Any, tasks: list, limit: int | None = None, bootstrap: int = BOOTSTRAP,
               progress: bool = False) -> dict:
-    """The harness's results of a language model on the tasks of load_tasks, on every process.
+    """Evaluate a language model on the tasks of load_tasks -> the harness's results, on every
+    process.
 
-    limit: items per task. bootstrap: samples for the standard errors that need it; 0: no standard
-    errors. progress: show the harness's bar over its prompts. If a task fails, the others keep
-    their results, and "failed" holds the reason. With the harness's own adapter on several
+    limit: items per task. bootstrap: samples for standard errors that need them; 0: no standard
+    errors. progress: show the harness's progress bar over its prompts. If a task fails, the others
+    keep their results, and "failed" has the reason. With the harness's own adapter on several
     processes, only rank 0 has results. Raises NonFinite, and RankError if one process of several
     may have failed alone.
     """
     from lm_eval import tasks as index
     from lm_eval.api import task as building
 
-    # otherwise a bootstrap forks one process per core, and signals them, for a second of work
+    # otherwise a bootstrap forks and signals one process per core for a second of work
     os.environ["DISABLE_MULTIPROC"] = "1"
     # otherwise every process draws a bar, in training too
     building.tqdm = partial(tqdm, disable=not progress)
@@ -560,7 +561,7 @@ def run_tasks(lm, tasks: list, limit: int | None = None, bootstrap: int = BOOTST
     return results
 
 
-def run_task(lm, loaded, limit, bootstrap):
+def run_task(lm: Any, loaded: dict, limit: int | None, bootstrap: int) -> dict:
     """The harness's results on one task or group, or {"failed": {name: reason}}."""
     from lm_eval import evaluator
 
@@ -592,9 +593,9 @@ def headlines(results: dict) -> dict[str, str]:
     return found
 
 
-def tracked(cfg, tokenizer, processes: Processes) -> Callable:
-    """The tasks of --eval_tasks during training: a function (model, micro_batch,
-    stopped) -> {tag: headline, or the reason why there is none}."""
+def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes) -> Callable:
+    """The tasks of --eval_tasks during training: a function (model, micro_batch, stopped) ->
+    {tag: headline metric, or the reason why it is missing}."""
     tasks = []
     with processes.main_first():
         if cfg.eval_tasks:

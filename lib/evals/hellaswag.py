@@ -6,6 +6,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lib import files
 from lib.cli import BadInput
 from lib.devices import Processes, autocast
 from lib.evals.scoring import score
+from lib.tokenizers import Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 ELSEWHERE = "name a local hellaswag_val.jsonl with --file, in training with --hellaswag_file"
@@ -32,8 +34,7 @@ class NotDownloaded(BadInput):
 def load(path: str | Path | None = None) -> list[dict]:
     """The items of a jsonl file; by default the validation split, downloaded once.
 
-    Raises NotDownloaded, or BadInput if the file cannot be read or a line is not an item with ctx,
-    four endings and a label.
+    Raises NotDownloaded, or BadInput if the file cannot be read or a line is not a HellaSwag item.
     """
     remedy = ELSEWHERE
     if not path:
@@ -41,12 +42,12 @@ def load(path: str | Path | None = None) -> list[dict]:
         remedy = f"move the file away to download it again, or {ELSEWHERE}"
     items = files.read_rows(path, remedy, check_item)
     if not items:
-        raise BadInput(f"{path} holds no HellaSwag items: {remedy}")
+        raise BadInput(f"{path} contains no HellaSwag items: {remedy}")
     return items
 
 
-def check_item(item):
-    """Return the item. Raises ValueError if it is not one."""
+def check_item(item: Any) -> dict:
+    """Return the item. Raises ValueError if it is not a HellaSwag item."""
     if not has_choices(item):
         raise ValueError("not a HellaSwag item with ctx, four endings and a label from 0 to 3")
     for name in ("activity_label", "ctx_a", "ctx_b"):
@@ -55,7 +56,7 @@ def check_item(item):
     return item
 
 
-def has_choices(item):
+def has_choices(item: Any) -> bool:
     """Whether an item has a ctx, four endings and the label of one of them."""
     if not isinstance(item, dict) or not is_text(item.get("ctx")):
         return False
@@ -66,12 +67,12 @@ def has_choices(item):
     return type(label) is int and 0 <= label < 4  # not a bool
 
 
-def is_text(value):
+def is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
 def _download(path):
-    """Download the validation split to `path` unless it exists; one process of several does.
+    """Download the validation split to `path` unless it exists; only one process downloads.
 
     Raises NotDownloaded, or BadInput if the file cannot be written.
     """
@@ -103,13 +104,13 @@ def _download(path):
 # Prompts
 
 
-def render(items: list[dict], tokenizer, style: str = "completion") -> list[Question]:
+def render(items: list[dict], tokenizer: Tokenizer, style: str = "completion") -> list[Question]:
     """Items -> list of (label, four rows of (context ids, ending ids, characters of the ending)).
 
-    style "completion" is build-nanogpt's: the context, a space and the ending, each encoded
-    separately. style "lm_eval" is lm-evaluation-harness's: it puts the activity before the context
-    and cleans brackets; it needs items with an activity_label. Rows are not truncated here:
-    scoring.score truncates them as the harness does.
+    style "completion" is build-nanogpt's: the context and " " + ending, encoded separately. style
+    "lm_eval" is lm-evaluation-harness's: it puts the activity before the context and removes
+    brackets; it needs items with an activity_label. Rows are not truncated here: scoring.score
+    truncates them as the harness does.
     """
     def encode(text):
         return tokenizer.encode(text).tolist()
@@ -129,7 +130,7 @@ def render(items: list[dict], tokenizer, style: str = "completion") -> list[Ques
     return questions
 
 
-def harness_context(item):
+def harness_context(item: dict) -> str:
     """The context of an item as lm-evaluation-harness writes it."""
     if "ctx_a" in item and "ctx_b" in item:
         ctx_a = item["ctx_a"]
@@ -140,10 +141,10 @@ def harness_context(item):
 
 
 def split_context(ctx: str) -> tuple[str, str]:
-    """ctx -> (ctx_a, ctx_b) for files that hold ctx only: the finished sentences, and the start of
-    the sentence to complete, or "".
+    """ctx -> (ctx_a, ctx_b) for files with ctx only: the finished sentences, and the start of the
+    sentence to complete, or "".
 
-    In ctx the start of that sentence is lower case; lm-evaluation-harness capitalizes ctx_b.
+    ctx_b starts in lower case; lm-evaluation-harness capitalizes it.
     """
     parts = re.fullmatch(r"(.*[.!?][\"')]*) +([a-z][^.!?]*)", ctx, re.DOTALL)
     if parts is None:
@@ -155,8 +156,8 @@ def clean(text: str) -> str:
     r"""Remove WikiHow's markup as lm-evaluation-harness does: " [title]" becomes a full stop, other
     brackets are deleted.
 
-    The harness's re.sub(r"\[.*?\]", "", text) takes quadratic time on brackets that never close.
-    Up to the last closing bracket of a line, every search ends at a match.
+    The harness's re.sub(r"\[.*?\]", "", text) takes quadratic time on brackets that never close. So
+    this applies it only up to the last closing bracket of a line, where every search matches.
     """
     cleaned = []
     for line in text.strip().replace(" [title]", ". ").split("\n"):
@@ -169,13 +170,13 @@ def clean(text: str) -> str:
 # Accuracy
 
 
-def count_correct(model, questions: list[Question], processes: Processes,
+def count_correct(model: Callable, questions: list[Question], processes: Processes,
                   stopped: Callable[[], bool] = lambda: False) -> list[int]:
-    """How many questions the model answers correctly, distributed over the processes.
+    """Count the questions that the model answers correctly, distributed over the processes.
 
-    model, stopped: as for scoring.score. Returns, on every process, the counts [questions, correct
-    by sum, by mean per token, by mean per character]. Raises NonFinite and RankError as
-    scoring.score does.
+    model, stopped: as in scoring.score. Returns, on every process, the counts [questions, correct
+    by summed log-likelihood, by its mean per token, by its mean per character]. Raises NonFinite
+    and RankError like scoring.score.
     """
     rows = [row for _, four in questions for row in four]
     pairs = ((context, ending) for context, ending, _ in rows)
@@ -191,11 +192,12 @@ def count_correct(model, questions: list[Question], processes: Processes,
     return counts
 
 
-def tracked(cfg, tokenizer, processes: Processes, required: bool) -> Callable | None:
-    """HellaSwag during training, by --hellaswag_every and --hellaswag_file: a function (model,
-    micro_batch, stopped) -> {tag: acc_norm}.
+def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes,
+            required: bool) -> Callable | None:
+    """HellaSwag during training, with the file of --hellaswag_file: a function (model, micro_batch,
+    stopped) -> {tag: acc_norm}.
 
-    Returns None, after a warning, if the data cannot be downloaded and are not `required`.
+    Returns None, after a warning, if the data cannot be downloaded and is not `required`.
     """
     try:
         with processes.main_first():

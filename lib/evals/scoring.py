@@ -1,8 +1,7 @@
-"""Log-likelihoods of many texts under a language model: the basis of all multiple-choice
-evaluations.
+"""Log-likelihoods of many texts under a language model, for multiple-choice evaluations.
 
 Batches are distributed over the processes. Every process makes the same number of forward passes,
-as a sharded model needs, and ends up with all results.
+as a sharded model needs, and gets all results.
 """
 
 import collections
@@ -10,7 +9,7 @@ import contextlib
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from lib.cli import BadInput, RankError
 from lib.decoding import NonFinite
 from lib.devices import Processes, any_shape, to_device
 
-# Token ids are kept as bytes: hundreds of thousands of lists would keep Python's garbage collector
-# busy for longer than the GPU computes.
+# Token ids are stored as bytes: with hundreds of thousands of lists, Python's garbage collector
+# would take longer than the GPU.
 ID_TYPE = "i"
 ID_BYTES = array(ID_TYPE).itemsize
 
@@ -34,11 +33,11 @@ class Batch(NamedTuple):
     rows: np.ndarray     # int64 (n,), where the logits of each target are
     columns: np.ndarray  # int64 (n,)
     targets: np.ndarray  # int64 (n,)
-    owners: np.ndarray   # int64 (n,), index of the pair
+    owners: np.ndarray   # int64 (n,), index of each target's pair
 
 
 @torch.no_grad()
-def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Processes,
+def score(model: Any, pairs: Iterable[tuple[list[int], list[int]]], processes: Processes,
           batch_tokens: int, *, batch_size: int | None = None, progress: bool = False,
           stopped: Callable[[], bool] = lambda: False) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods of continuations given their contexts, in batches of similar length.
@@ -55,8 +54,8 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
     all; once true, the remaining pairs are skipped and the result is meaningless.
 
     Returns, on every process, the log-likelihoods in nats, float64 (pairs,), and whether greedy
-    decoding would generate each continuation, bool (pairs,). Raises NonFinite, and RankError for an
-    error of one process of several.
+    decoding would generate each continuation, bool (pairs,). Raises NonFinite, and RankError if one
+    process of several fails.
     """
     inputs, number, digest = collect_inputs(pairs, model.config.block_size)
     check_same_pairs(number, digest, processes)
@@ -68,7 +67,7 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
         if stopped():
             break
         mine = first + processes.rank
-        # a process without a batch of its own repeats the last one, so that all work equally
+        # a process without a batch of its own repeats the last one: all make as many passes
         batch = collate(batches[min(mine, len(batches) - 1)], inputs)
         with failing_alone(processes), any_shape():
             targets = to_device(batch.targets, processes.device)
@@ -97,11 +96,12 @@ def score(model, pairs: Iterable[tuple[list[int], list[int]]], processes: Proces
     return total_nats, missed == 0
 
 
-def collect_inputs(pairs, window):
+def collect_inputs(pairs: Iterable[tuple[list[int], list[int]]],
+                   window: int) -> tuple[dict, int, int]:
     """Pairs -> ({input: [(index of the pair, targets)]}, number of pairs, checksum of all ids).
 
-    The targets are scored at the end of the input. Inputs and targets are ids as bytes. Answers of
-    one token share an input.
+    The targets are scored at the end of the input. Inputs and targets are ids as bytes. One-token
+    answers to the same context share an input.
     """
     inputs = collections.defaultdict(list)
     number = 0
@@ -118,7 +118,7 @@ def collect_inputs(pairs, window):
     return inputs, number, digest
 
 
-def check_same_pairs(number, digest, processes):
+def check_same_pairs(number: int, digest: int, processes: Processes) -> None:
     """Raises RankError unless all processes have the same pairs."""
     total = processes.sum([number, digest])
     if total != [number * processes.world_size, digest * processes.world_size]:
@@ -126,10 +126,10 @@ def check_same_pairs(number, digest, processes):
                         "same files, and start again")
 
 
-def make_batches(inputs, batch_tokens, batch_size):
+def make_batches(inputs: dict, batch_tokens: int, batch_size: int | None) -> list[list[bytes]]:
     """Inputs -> lists of inputs of similar length.
 
-    The longest come first, so that running out of memory shows at once.
+    The longest come first, so that the first batch shows whether memory is enough.
     """
     order = sorted(inputs, key=len, reverse=True)
     batches = []
@@ -162,15 +162,15 @@ def collate(batch, inputs):
     return Batch(tokens, np.repeat(row, count), columns, targets, np.repeat(index, count))
 
 
-def from_bytes(parts):
+def from_bytes(parts: Iterable[bytes]) -> np.ndarray:
     """Ids as bytes, in parts -> one array, int64 (n,)."""
     return np.frombuffer(b"".join(parts), ID_TYPE).astype(np.int64)
 
 
 @contextlib.contextmanager
 def failing_alone(processes: Processes) -> Iterator[None]:
-    """Turn an error of one process of several into a RankError, which ends them all; otherwise the
-    others would wait for it."""
+    """Turn an error on one process of several into a RankError, which ends all of them; otherwise
+    the others would wait for it."""
     try:
         yield
     except (BadInput, dist.DistBackendError):

@@ -33,8 +33,8 @@ def test_a_run_may_begin_with_half_batches():
 
 
 @pytest.mark.parametrize("tokens, epochs, says", [
-    (255, 1.0, "no steps of 256: raise --epochs or lower"),
-    (2560, 0.01, "no steps of 256: raise --epochs or lower"),
+    (255, 1.0, "too few for steps of 256: raise --epochs or lower"),
+    (2560, 0.01, "too few for steps of 256: raise --epochs or lower"),
     (2560, 1e300, "too many steps of 256: lower --epochs or raise"),
     (10**15, 1.0, "too many steps of 256: lower --epochs or raise")])
 def test_a_run_without_a_step_or_with_too_many_is_refused(tokens, epochs, says):
@@ -49,7 +49,7 @@ def test_tokens_per_parameter_count_the_embeddings():
     assert chinchilla == 1_400_000_000_000 // 2**20
     gpt2 = GPT(GPTConfig()).parameter_counts()["total"]
     assert length(10**10, batch=524_288, ratio=20, parameters=gpt2) == 20 * 124_475_904 // 524_288
-    with pytest.raises(BadInput, match="no steps of 256: raise --tokens_per_param"):
+    with pytest.raises(BadInput, match="too few for steps of 256: raise --tokens_per_param"):
         length(10**10, ratio=0.001, parameters=1000)
     with pytest.raises(BadInput, match="write vocab_size into the meta.json"):
         length(10**10, ratio=20)

@@ -99,7 +99,7 @@ def test_a_tilde_in_front_of_a_path_is_the_home_folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("text, value", [("1e9", 10**9), ("10_000", 10_000), ("1.5e3", 1500),
                                          ("2.0", 2)])
-def test_integers_may_be_written_as_people_do(text, value):
+def test_integers_may_have_exponents_and_underscores(text, value):
     _, train, _ = read("--steps", text)
     assert train.steps == value and type(train.steps) is int
 
@@ -210,7 +210,7 @@ def test_a_value_outside_its_bounds_is_refused_wherever_it_comes_from(name, valu
         check((Model if name == "n_layer" else Train)(**{name: value}))  # as from a checkpoint
 
 
-def test_bounds_hold_inclusively_or_not():
+def test_bounds_are_inclusive_or_exclusive():
     for word in ("--n_layer=1", "--n_layer=1000", "--dropout=0", "--dropout=0.999",
                  "--steps=2147483647"):
         read(word)
@@ -324,7 +324,7 @@ def test_any_words_are_bad_input_or_values_of_the_right_types(capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# What a launcher says
+# Variables of launchers
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
          "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -444,7 +444,7 @@ def script(tmp_path):
     )
 
 
-FULL_DISK = "script.py: error: cannot go on (No space left on device): free some disk space\n"
+FULL_DISK = "script.py: error: cannot continue (No space left on device): free some disk space\n"
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ FULL_DISK = "script.py: error: cannot go on (No space left on device): free some
         ("--how rank", WHOLE, 2, "started rank\n", "script.py: error: only here\n"),
         ("--haw bad", {}, 2, "", "script.py: error: unknown flag --haw: did you mean --how?\n"),
         ("--how files", {}, 2, "started files\n",
-         "script.py: error: cannot go on (Too many open files): raise `ulimit -n`\n"),
+         "script.py: error: cannot continue (Too many open files): raise `ulimit -n`\n"),
         ("--how say", {}, 130, "started say\n", "\nhalf is done\n"),
         ("--how $(printf 'a\\377')", {}, 2, "",
          "script.py: error: --how is not UTF-8 text: 'a\\udcff'\n"),
@@ -479,10 +479,10 @@ def test_a_script_ends_with_its_code_and_one_line(words, env, code, out, err, sc
 
 
 @pytest.mark.parametrize(
-    "rank, patience, said", [("0", 60, True), ("1", 60, False), ("1", 0, True)]
+    "rank, patience, is_printed", [("0", 60, True), ("1", 60, False), ("1", 0, True)]
 )
-def test_rank_0_reports_what_all_meet_and_another_only_what_it_met_alone(
-    rank, patience, said, script, tmp_path
+def test_rank_0_reports_common_errors_and_other_ranks_only_their_own(
+    rank, patience, is_printed, script, tmp_path
 ):
     """Under torchrun, which ends the others (here: this test) as soon as one has failed."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -495,7 +495,7 @@ def test_rank_0_reports_what_all_meet_and_another_only_what_it_met_alone(
         "PYTHONPATH": str(tmp_path),
     }
     line = "script.py: error: first second third"
-    if said:
+    if is_printed:
         result = script("--how bad", **env)
         assert (result.returncode, result.stderr) == (2, f"{line}\n")
         assert json.loads((tmp_path / "report").read_text())["message"] == line
@@ -550,7 +550,7 @@ def test_ctrl_c_ends_a_script_cleanly(script, tmp_path):
 
 
 def test_a_user_without_a_name_and_a_home_to_write_to(monkeypatch, tmp_path):
-    """As `docker --user` and OpenShift make them: libraries get a name, and folders for their
+    """As with `docker --user` and OpenShift: libraries get a user name, and folders for their
     caches."""
     def nobody(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")

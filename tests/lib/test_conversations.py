@@ -9,43 +9,45 @@ from lib.chat_template import render
 from lib.cli import BadInput
 from lib.conversations import find_paths, hold_out, read, truncate
 
-ASKED, TOLD = "Name a cat.", "Tom."
-PAIR = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}]
+QUESTION, ANSWER = "Name a cat.", "Tom."
+PAIR = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 PART = {"type": "text"}
 SYSTEM = {"role": "system", "content": "Be brief."}
-WITH_INPUT = [{"role": "user", "content": f"{ASKED}\n\nNot Jerry."}, PAIR[1]]
+WITH_INPUT = [{"role": "user", "content": f"{QUESTION}\n\nNot Jerry."}, PAIR[1]]
 FRAME = "Below is an instruction.\nRespond.\n\n### Instruction:\n{}\n\n### Response:\n"
 ROWS = [
     ("messages", {"messages": [{"role": "system", "content": "Be brief."}, *PAIR],
                   "prompt": "x"}, [{"role": "system", "content": "Be brief."}, *PAIR]),
     ("ShareGPT", {
-        "id": 1, "conversations": [{"from": "human", "value": ASKED},
-                                   {"from": "gpt", "value": TOLD}]
+        "id": 1, "conversations": [{"from": "human", "value": QUESTION},
+                                   {"from": "gpt", "value": ANSWER}]
     }, PAIR),
     ("ShareGPT", {"conversations": PAIR}, PAIR),  # the newer names under the older key
-    ("alpaca", {"instruction": ASKED, "input": "", "output": TOLD, "text": "x"}, PAIR),
-    ("alpaca", {"instruction": ASKED, "input": "Not Jerry.", "output": TOLD}, WITH_INPUT),
-    ("dolly", {"instruction": ASKED, "context": "Not Jerry.", "response": TOLD,
+    ("alpaca", {"instruction": QUESTION, "input": "", "output": ANSWER, "text": "x"}, PAIR),
+    ("alpaca", {"instruction": QUESTION, "input": "Not Jerry.", "output": ANSWER}, WITH_INPUT),
+    ("dolly", {"instruction": QUESTION, "context": "Not Jerry.", "response": ANSWER,
                "category": "qa"}, WITH_INPUT),
-    ("prompt/completion", {"prompt": ASKED, "completion": f" {TOLD}"}, PAIR),
-    ("prompt/response", {"prompt": FRAME.format(ASKED), "response": TOLD}, PAIR),
+    ("prompt/completion", {"prompt": QUESTION, "completion": f" {ANSWER}"}, PAIR),
+    ("prompt/response", {"prompt": FRAME.format(QUESTION), "response": ANSWER}, PAIR),
     ("prompt/response",
-     {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot Jerry."), "response": TOLD}, WITH_INPUT),
+     {"prompt": FRAME.format(f"{QUESTION}\n\n### Input:\nNot Jerry."), "response": ANSWER},
+     WITH_INPUT),
     ("text", {"text": "Tom is a cat.\n"}, "Tom is a cat.\n"),
-    # whichever layout, what is asked about, who asks and what came before count
-    ("dolly", {"instruction": ASKED, "input": "Not Jerry.", "response": TOLD}, WITH_INPUT),
-    ("prompt/completion", {"prompt": ASKED, "context": "Not Jerry.",
-                           "completion": TOLD}, WITH_INPUT),
+    # in every layout, input, system message and history count
+    ("dolly", {"instruction": QUESTION, "input": "Not Jerry.", "response": ANSWER}, WITH_INPUT),
+    ("prompt/completion", {"prompt": QUESTION, "context": "Not Jerry.",
+                           "completion": ANSWER}, WITH_INPUT),
     ("prompt/response",
-     {"prompt": FRAME.format(f"{ASKED}\n\n### Input:\nNot"), "context": "Jerry.",
-      "response": TOLD}, [{"role": "user", "content": f"{ASKED}\n\nNot\n\nJerry."}, PAIR[1]]),
+     {"prompt": FRAME.format(f"{QUESTION}\n\n### Input:\nNot"), "context": "Jerry.",
+      "response": ANSWER}, [{"role": "user", "content": f"{QUESTION}\n\nNot\n\nJerry."}, PAIR[1]]),
     ("alpaca",
-     {"instruction": ASKED, "output": TOLD, "system": "Be brief.", "history": [["Hi", "Hello."]]},
+     {"instruction": QUESTION, "output": ANSWER, "system": "Be brief.",
+      "history": [["Hi", "Hello."]]},
      [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
       *PAIR]),
     ("ShareGPT", {
-        "system": "Be brief.", "conversations": [{"from": "human", "value": ASKED},
-                                                 {"from": "gpt", "value": TOLD}]
+        "system": "Be brief.", "conversations": [{"from": "human", "value": QUESTION},
+                                                 {"from": "gpt", "value": ANSWER}]
     }, [SYSTEM, *PAIR]),
     ("messages", {"messages": [PAIR[0], PAIR[1] | {"weight": 0}, PAIR[0], PAIR[1] | {"weight": 1}]},
      [PAIR[0], PAIR[1] | {"learned": False}, *PAIR]),
@@ -58,7 +60,7 @@ ROWS = [
     ("messages", {
         "messages": [{
             "role": "user", "content": [PART | {"text": "Name a "}, PART | {"text": "cat."}]
-        }, {"role": "assistant", "content": [PART | {"text": TOLD}]}]
+        }, {"role": "assistant", "content": [PART | {"text": ANSWER}]}]
     }, PAIR),
     ("ShareGPT",
      {"system": "Be brief.", "system_prompt": "Be brief.",
@@ -83,16 +85,16 @@ def test_every_layout_in_every_kind_of_file(name, row, example, tmp_path):
         assert examples == [example, example] and name in line and "skipped" not in line
 
 
-def test_what_is_not_used_is_named_once_per_file_and_what_is_marked_is_masked(tokenizer, tmp_path):
+def test_unused_columns_are_listed_once_per_file_and_marked_answers_masked(tokenizer, tmp_path):
     call = {"tool_calls": [{"name": "f"}], "weight": 0.5, "name": None}
     rows = [{"messages": [PAIR[0], PAIR[1] | call], "tools": [{"name": "f"}], "id": 7},
             {"messages": PAIR, "id": 8}]
     _, line = read(str(write_lines(tmp_path / "a.jsonl", rows)))
     assert line.endswith(
         "(layout messages); not used: a message's tool_calls, a message's weight, id, tools")
-    rows = [{"prompt": ASKED, "completion": TOLD,
-             "train": False}, {"prompt": ASKED, "completion": TOLD, "weight": 1},
-            {"system": "a", "system_prompt": "b", "prompt": ASKED, "completion": TOLD}]
+    rows = [{"prompt": QUESTION, "completion": ANSWER,
+             "train": False}, {"prompt": QUESTION, "completion": ANSWER, "weight": 1},
+            {"system": "a", "system_prompt": "b", "prompt": QUESTION, "completion": ANSWER}]
     examples, line = read(str(write_lines(tmp_path / "b.jsonl", rows)))
     assert examples == [PAIR] and line.endswith(
         "line 1: every answer is marked as not to be learned; line 3: two system messages"
@@ -115,7 +117,7 @@ def test_hidden_files_are_no_data_and_endings_have_no_case(tmp_path):
     ]
 
 
-def test_rows_of_json_may_stand_anyhow(tmp_path):
+def test_rows_of_json_may_be_formatted_in_any_way(tmp_path):
     row = ROWS[6][1] | {"x": 1}
     line = json.dumps(row).replace("1}",
                                    "9" * 5000 + "}")  # more digits than Python makes an integer of
@@ -129,15 +131,15 @@ def test_rows_of_json_may_stand_anyhow(tmp_path):
         for ending in ("json", "jsonl"):
             path = tmp_path / f"{name}.{ending}"
             path.write_bytes(text.encode())
-            examples, told = read(str(path))
-            assert examples == [PAIR, PAIR] and "skipped" not in told
+            examples, line = read(str(path))
+            assert examples == [PAIR, PAIR] and "skipped" not in line
 
 
-def test_columns_that_python_cannot_hold_are_not_read(tmp_path):
+def test_columns_that_python_cannot_represent_are_not_read(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet
 
-    pair = {"prompt": [ASKED], "completion": [TOLD]}
+    pair = {"prompt": [QUESTION], "completion": [ANSWER]}
     unreadable = {
         "when": pa.array([2**62], pa.timestamp("us")),
         "zone": pa.array([0], pa.timestamp("us", "Nowhere/Land")),
@@ -148,7 +150,7 @@ def test_columns_that_python_cannot_hold_are_not_read(tmp_path):
     pa.parquet.write_table(pa.table(pair | unreadable), tmp_path / "a.parquet")
     examples, line = read(str(tmp_path / "a.parquet"))
     assert examples == [PAIR] and line.endswith("; not used: bytes, map, twice, when, zone")
-    table = pa.table({"prompt": [ASKED], "completion": unreadable["bytes"]})
+    table = pa.table({"prompt": [QUESTION], "completion": unreadable["bytes"]})
     pa.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(BadInput, match="cannot read .*utf-8"):
         read(str(tmp_path / "a.parquet"))
@@ -175,7 +177,7 @@ def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):
         read(str(path), strict=True)
 
 
-def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
+def test_a_row_of_unknown_layout_is_skipped_at_any_place(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"comment": "mine"}, ROWS[6][1], {"x": 1}])
     examples, line = read(str(path))
     assert examples == [PAIR]
@@ -190,7 +192,7 @@ def test_a_row_of_no_layout_is_left_out_wherever_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_that_is_cut_off_is_told_as_such_and_lines_may_begin_with_one(indent, tmp_path):
+def test_a_truncated_array_is_reported_and_lines_may_start_with_one(indent, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([ROWS[6][1]] * 3, indent=indent)[:-9])
     with pytest.raises(BadInput, match="a.json is incomplete .*: fix it, or name another file"):
@@ -242,7 +244,7 @@ def test_a_long_conversation_is_cut_at_an_answer_or_on_the_right(tokenizer):
     assert truncate(chat, tokenizer, 5) == (None, None, "dropped")
 
 
-def test_what_is_held_out_follows_from_content_and_seed():
+def test_what_is_held_out_depends_on_content_and_seed():
     examples = [[{"role": "user", "content": text}, PAIR[1]] for text in sentences(400)]
     train, val = hold_out(examples, 0.1, 1)
     assert 0.05 < len(val) / 400 < 0.16 and len(train) + len(val) == 400
@@ -262,10 +264,10 @@ def test_a_share_that_cannot_be_held_out_is_refused():
         hold_out(examples, 0.9999, 1)
 
 
-def test_of_a_single_text_the_tail_is_held_out():
+def test_the_tail_of_a_single_text_is_held_out():
     book = "a" * 90 + "b" * 10
     assert hold_out([book], 0.1, 1) == (["a" * 90], ["b" * 10])
     examples = [[{"role": "user", "content": text}, PAIR[1]] for text in sentences(30)]
-    for seed in range(30):  # with some seeds, the hash would hold the whole book out
+    for seed in range(30):  # with some seeds, the hash would hold out the whole book
         train, val = hold_out(examples, 0.1, seed)
         assert hold_out([book, *examples], 0.1, seed) == ([*train, "a" * 90], [*val, "b" * 10])

@@ -32,7 +32,7 @@ def test_epochs_count_only_sources_with_a_weight(folders):
 
 
 @pytest.mark.parametrize("mix, half_way", [("cosine", 0.5), ("linear", 0.5), ("step", 1.0)])
-def test_a_curriculum_gives_way_as_its_formula_says(mix, half_way, folders):
+def test_a_curriculum_decays_by_its_formula(mix, half_way, folders):
     corpus = corpus_of(*folders[:2], curriculum=str(folders[2]), curriculum_steps=10,
                        curriculum_mix=mix)  # 10 steps of 100 T tokens
     shares = corpus.shares(np.array([0, 500 * T, 1000 * T, 5000 * T]))
@@ -119,9 +119,9 @@ def others(folders, tokenizer, tmp_path):
     ("{a} nowhere", None, None, "another --data"),
     ("{a}", "{b}", None, "--curriculum and --curriculum_steps"),
     ("{a}", None, 3, "--curriculum and --curriculum_steps"),
-    ("{a} {void}", None, None, "void hold no tokens"),
-    ("{a} {toy}", None, None, "a holds tokens of gpt2, and toy of .*toy/tokenizer.json"),
-    ("{toy} {other}", None, None, "toy holds tokens of .*, and other of .*other/tokenizer.json"),
+    ("{a} {void}", None, None, "void contain no tokens"),
+    ("{a} {toy}", None, None, "a has tokens of gpt2, and toy of .*toy/tokenizer.json"),
+    ("{toy} {other}", None, None, "toy has tokens of .*, and other of .*other/tokenizer.json"),
 ])
 def test_folders_that_cannot_be_mixed_are_refused(data, curriculum, steps, says, others):
     if curriculum:
@@ -141,7 +141,7 @@ def settings(curriculum_steps=None):
                            curriculum_steps=curriculum_steps)
 
 
-def test_a_source_that_would_run_dry_is_refused(folders):
+def test_a_source_repeated_too_often_is_refused(folders):
     a, _, c = folders
     mixture = corpus_of(f"{a}:1", f"{c}:1")
     mixture.check_length(settings(), 149)  # 99 epochs of its 750 tokens

@@ -1,4 +1,4 @@
-"""What a run says before its first step: python -m pytest tests/lib/test_description.py"""
+"""The lines before a run's first step: python -m pytest tests/lib/test_description.py"""
 
 from types import SimpleNamespace
 
@@ -76,13 +76,13 @@ def test_half_batches_in_the_description(model):
                              "tokens (0.40 epochs of toy, ")
 
 
-def test_many_epochs_are_warned_of(model):
+def test_many_epochs_are_warned_about(model):
     assert not [line for line in lines(model, settings(), plan(steps=20)) if "warning" in line]
     warned = [line for line in lines(model, settings(), plan(steps=21)) if "warning" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: 4.2 epochs of toy, more than 4")
 
 
-def test_a_run_that_ends_within_its_batch_warm_up_is_warned_of():
+def test_a_run_that_ends_within_its_batch_warm_up_is_warned_about():
     corpus = SimpleNamespace(most_repeated=lambda tokens: (tokens / 10**6, "toy"))
     cfg = settings(batch_warmup=256)
     (line,) = warnings(cfg, corpus, 4)
@@ -90,7 +90,7 @@ def test_a_run_that_ends_within_its_batch_warm_up_is_warned_of():
     assert warnings(cfg, corpus, 5) == []
 
 
-def test_a_run_of_days_is_warned_of(model, monkeypatch):
+def test_a_run_of_days_is_warned_about(model, monkeypatch):
     assert matmul_flops(DEVICE) > 0
     monkeypatch.setattr("lib.description.matmul_flops", lambda device: 50e9)
     alone = SimpleNamespace(world_size=1, main=True, device=DEVICE)

@@ -8,7 +8,7 @@ import fineweb
 from lib import docstrings
 
 
-def test_docstrings_are_cached_and_hold_real_text(tmp_path, monkeypatch):
+def test_docstrings_are_cached_and_contain_real_text(tmp_path, monkeypatch):
     library = tmp_path / "library"
     library.mkdir()
     for name in "abc":

@@ -120,7 +120,7 @@ FAULTS = [dict(after=900, how="close"), dict(after=0, how="short"), dict(after=2
 @pytest.mark.parametrize("write, faults", [(write_parquet, []), (write_parquet, FAULTS),
                                            (write_jsonl, FAULTS)],
                          ids=["undisturbed", "disturbed parquet", "disturbed jsonl"])
-def test_streamed_text_gives_the_ids_of_the_files_whatever_the_network_does(
+def test_streamed_text_has_the_ids_of_the_files_despite_network_errors(
         write, faults, tmp_path, script):
     folder = write(tmp_path / "repo")
     with Hub({"some/corpus": folder}) as hub:
@@ -163,7 +163,7 @@ def test_a_killed_run_continues_in_the_middle_of_a_file_of_the_commit_it_began_w
 
 
 @pytest.mark.parametrize("how", [404, "close"])
-def test_a_hub_that_stays_away_is_one_line_and_the_same_command_continues(how, tmp_path, script):
+def test_an_unreachable_hub_is_one_line_and_the_same_command_continues(how, tmp_path, script):
     flags = ["--source", "some/corpus", "--out", "out", "--shard_size", 500, "--workers", 1]
     with Hub({"some/corpus": write_parquet(tmp_path / "repo")}) as hub:
         hub.break_off(PARTS[1], after=100, times=10**6, how=how)
@@ -222,7 +222,7 @@ def test_every_corpus_has_a_licence_and_a_size():
             assert row.disk == pytest.approx(2 * row.tokens, rel=1e-3)
 
 
-def test_what_is_known_of_shards_is_printed_before_they_are_downloaded(tmp_path, script):
+def test_the_description_of_shards_is_printed_before_the_download(tmp_path, script):
     with Hub({"kjj0/fineweb10B-gpt2": write_foreign(tmp_path / "repo", train=1)}) as hub:
         done = script(hub, "--pretokenized", "fineweb-10BT")
     check_quiet(done)
@@ -232,7 +232,7 @@ def test_what_is_known_of_shards_is_printed_before_they_are_downloaded(tmp_path,
 
 
 @pytest.mark.parametrize("form", ["bin", "npy"])
-def test_shards_of_others_arrive_whole_and_only_once(form, tmp_path, script):
+def test_ready_made_shards_are_downloaded_completely_and_once(form, tmp_path, script):
     folder = write_foreign(tmp_path / "repo", form)
     out = tmp_path / "out"
     flags = ["--pretokenized", "some/shards", "--out", "out"]
@@ -313,7 +313,7 @@ def test_a_killed_download_continues(tmp_path, script):
         hub.break_off("web_train_000002.bin", after=3000, times=9, how="stall")
         kill_at(hub, tmp_path, "web_train_000002.bin", *flags)
         hub.faults.clear()
-        with pytest.raises(BadInput, match="out/ is not finished: give `python fineweb.py "
+        with pytest.raises(BadInput, match="out/ is not finished: run `python fineweb.py "
                                            "--pretokenized some/shards --out"):
             Shards(tmp_path / "out")
         hub.push("some/shards", write_foreign(tmp_path / "newer", train=1))
@@ -323,12 +323,12 @@ def test_a_killed_download_continues(tmp_path, script):
 
 
 FULL_DISK = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 8, 1)\n"
-REFUSED = [  # what is asked for, what the line says
+REFUSED = [  # --pretokenized, part of the error message
     ("some/shards:web/web_*[02].bin", "web/web_train_000002.bin of some/shards arrives damaged"),
     ("some/shards:web/web_*[013].bin", "web/web_train_000003.bin of some/shards (Remote"),
-    ("some/shards:web/torn*", "some/shards at web/torn* holds no val shards"),
-    ("some/shards:nowhere", "holds no train shards"),
-    ("some/shards:web/[wb]*_00000[01].bin", "holds the id 60000"),
+    ("some/shards:web/torn*", "some/shards at web/torn* has no val shards"),
+    ("some/shards:nowhere", "has no train shards"),
+    ("some/shards:web/[wb]*_00000[01].bin", "contains the id 60000"),
     ("some/shards:web/[wo]*_00000[01].bin", "a million tokens without gpt2's end of text"),
     ("some/shards:web/[wt]*_00000[01].bin", "torn_train_000001.bin is damaged, or not a shard"),
     ("some/shards/none", "--pretokenized some/shards/none: name one of fineweb-10BT, "),

@@ -1,4 +1,4 @@
-"""What a run logs, read by TensorBoard's own reader: python -m pytest tests/lib/test_logger.py"""
+"""Logs of a run, read by TensorBoard's own reader: python -m pytest tests/lib/test_logger.py"""
 
 import json
 import math
@@ -110,7 +110,7 @@ def test_steps_that_run_again_are_dropped(tmp_path):
 
 @pytest.mark.parametrize("by_clock", ["1700000000", "700000000"], ids=["2023", "1992"])
 def test_event_files_are_read_in_the_order_of_the_starts(by_clock, tmp_path, monkeypatch):
-    """Whatever the clock says, by which earlier versions and SummaryWriter name their files."""
+    """Regardless of the clock, by which earlier versions and SummaryWriter name their files."""
     now = [1_700_000_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     for first, last, value in ((0, 8, 0), (5, 7, 100), (2, 6, 200), (1, 3, 300)):
@@ -140,7 +140,7 @@ def test_tensorboard_shows_what_matters_first(data, tmp_path):
                         (folder / "log.txt").read_text())
 
 
-def test_the_columns_of_hparams_begin_with_what_tells_runs_apart(data, tmp_path):
+def test_the_columns_of_hparams_start_with_what_distinguishes_runs(data, tmp_path):
     from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
 
     folder = train(data, tmp_path / "a", "--max_steps", "1", "--warmup_steps", "0",

@@ -131,7 +131,7 @@ def rows_of(stream, sizes):
 
 
 def numbers(step):
-    """A source of rows that hold step, 2 step, 3 step, ..."""
+    """A source of rows that contain step, 2 step, 3 step, ..."""
     def read_batch(n, at):
         rows = (np.arange(at, at + n // T) + 1) * step
         return np.broadcast_to(rows[:, None, None], (n // T, 3, T)), at + n // T
@@ -202,7 +202,7 @@ def test_text_is_learned_whole_and_nothing_twice():
 
 
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 4), (2, 2), (4, 1)])
-def test_micro_batches_and_processes_share_out_the_same_rows(world_size, micro_batch):
+def test_micro_batches_and_processes_divide_the_same_rows(world_size, micro_batch):
     rows, *_ = Packing(items(40), T, 1, EOT).read_batch(8 * T, 0, 0)
     ((idx, targets, packed),) = row_micro_batches(rows, 8, Processes("cpu"), True)
     parts = []
@@ -215,7 +215,7 @@ def test_micro_batches_and_processes_share_out_the_same_rows(world_size, micro_b
     assert torch.equal(torch.cat([part[2].positions for part in parts]), packed.positions)
 
 
-def test_a_batch_holds_no_masks_and_plain_rows_have_no_packed():
+def test_a_batch_stores_no_masks_and_plain_rows_have_no_packed():
     rows, *_ = Packing(items(40), T, 1, EOT).read_batch(8 * T, 0, 0)
     for _, _, packed in row_micro_batches(rows, 4, Processes("cpu"), True):
         assert all(value.dim() < 4 for value in vars(packed).values())

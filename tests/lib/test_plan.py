@@ -1,4 +1,4 @@
-"""What follows from settings, and checks across them: python -m pytest tests/lib/test_plan.py"""
+"""The plan of a run, and checks across settings: python -m pytest tests/lib/test_plan.py"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -56,11 +56,11 @@ def test_a_run_keeps_its_length_unless_a_flag_sets_another(flag, steps):
 
 
 @pytest.mark.parametrize("changes, explicit, says", [
-    ({}, {"eval_tasks_limit"}, "--eval_tasks_limit are for --eval_tasks"),
+    ({}, {"eval_tasks_limit"}, "--eval_tasks_limit need --eval_tasks"),
     ({}, {"max_steps", "epochs"}, "--epochs and --max_steps each set the length"),
-    ({}, {"curriculum_mix"}, "--curriculum_mix is for a --curriculum"),
-    ({}, {"tok_per_sec"}, "--tok_per_sec is for --plan"),
-    ({}, {"n_active", "router"}, "--n_active, --router: for Mixture of Experts"),
+    ({}, {"curriculum_mix"}, "--curriculum_mix needs --curriculum"),
+    ({}, {"tok_per_sec"}, "--tok_per_sec is only for --plan"),
+    ({}, {"n_active", "router"}, "--n_active, --router: only for Mixture of Experts"),
     ({"keep_best": True, "eval_every": 0}, {"keep_best"}, "--keep_best needs validations"),
     ({"warmup_steps": 40}, {"warmup_steps"}, "--warmup_steps 40 must be below"),
 ])
@@ -76,7 +76,7 @@ def test_flags_that_exclude_or_need_each_other(changes, explicit, says):
     (3, 2, "--micro_batch 3 must divide the 2 sequences .* / 2 processes"),
     (4, 2, "--micro_batch 4 must divide the 2"),
 ])
-def test_a_step_is_shared_out_evenly(micro_batch, processes, says):
+def test_a_step_is_divided_evenly(micro_batch, processes, says):
     cfg = replace(CFG, total_batch_size=4096, micro_batch=micro_batch)  # 4 sequences of 1,024
     if says is None:
         check_batch(cfg, 1024, processes)

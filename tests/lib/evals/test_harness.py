@@ -402,7 +402,7 @@ def test_few_shot_examples_are_not_test_items(tmp_path):
     ('{"query": "a"}\n', "arc_easy.jsonl, line 1: does not fit the task (KeyError: 'choices')"),
     ('{"question": "a"}\n', "allenai/ai2_arc"),
     ('{"question": "a\n', "arc_easy.jsonl, line 1"),
-    ("", "arc_easy.jsonl holds no items"),
+    ("", "arc_easy.jsonl contains no items"),
     ("[1]\n", "line 1: not an item"),
     (None, "no arc_easy.jsonl in"),
 ])
@@ -486,7 +486,7 @@ def test_names(manager, monkeypatch):
     assert harness.find_tasks("piqa, arc_eas*,piqa") == (manager, ["piqa", "arc_easy"])
     for names, says in (
         ("piqa,helaswag", "unknown task 'helaswag': did you mean hellaswag"),
-        (" ,", "no task is named"),
+        (" ,", "no task named"),
     ):
         with pytest.raises(BadInput, match=says):
             harness.find_tasks(names)
@@ -494,7 +494,7 @@ def test_names(manager, monkeypatch):
 
 @pytest.mark.slow
 def test_tasks_outside_the_folders_searched_first_are_found():
-    """Even those whose names start like one of the folders."""
+    """Also if their names start like one of the folders."""
     assert harness.find_tasks("hellaswag_fr,arc_easy")[1] == ["hellaswag_fr", "arc_easy"]
 
 
@@ -550,7 +550,7 @@ def test_once_stopped_no_forward_pass_is_made(model, manager, data, processes):
 
 def test_tasks_that_cannot_run(adapters, manager, data, monkeypatch):
     tasks = harness.load_tasks(manager, ["piqa"], data)
-    # the harness's own adapter gives each process a share of the items
+    # the harness's own adapter divides the items among the processes
     several = SimpleNamespace(world_size=7)
     with pytest.raises(BadInput, match="piqa: 6 items for 7 processes: raise --limit"):
         harness.run_tasks(several, tasks)

@@ -97,7 +97,7 @@ PLAIN = "Baking: A cook mixes flour. The cook"
      "Baking: How to bake. Mix. Add eggs.", "bakes."),
     ({"endings": ["[substeps] Wait [title] Eat it.", *ITEM["endings"][1:]]},
      PLAIN, " Wait. Eat it."),
-    ({"ctx_a": None, "ctx_b": None}, PLAIN, "bakes."),  # cleaned files hold only ctx
+    ({"ctx_a": None, "ctx_b": None}, PLAIN, "bakes."),  # cleaned files have only ctx
 ], ids=["plain", "capitals", "wikihow", "ending", "only ctx"])
 def test_lm_eval_prompts(change, context, ending, tokenizer):
     item = {key: value for key, value in (ITEM | change).items() if value is not None}
@@ -124,7 +124,7 @@ def test_cleaning_takes_linear_time():  # the harness's takes many minutes
 
 def test_long_rows_are_truncated_as_in_the_harness(tokenizer, monkeypatch):
     """The harness feeds all tokens but the last, so it scores one token more than the context
-    holds."""
+    length."""
     torch.manual_seed(0)
     config = tiny(vocab_size=tokenizer.vocab_size, vocab_multiple=128, block_size=24, init="xavier")
     model = GPT(config).eval()
@@ -163,7 +163,7 @@ def test_load(tmp_path):
     path.write_text("".join(lines), encoding="utf-8")
     assert hellaswag.load(path) == hellaswag.load(str(path)) == items
     path.write_text("")
-    with pytest.raises(BadInput, match="a.jsonl holds no HellaSwag items"):
+    with pytest.raises(BadInput, match="a.jsonl contains no HellaSwag items"):
         hellaswag.load(path)
 
 
