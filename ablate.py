@@ -6,9 +6,13 @@ price them in loss and dollars.
     # put each available part in
     python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
+    # try every combination of some values
+    python ablate.py --grid "max_lr .02 .03 .04" --grid "cooldown .4 .7" -- --preset speedrun \
+        --n_layer 8 --max_steps 280
 
 The flags of train_gpt2.py after "--" are the base. A line of --changes holds flags to add to the
-base, or `name: flags`; # starts a comment. With --max_steps a change is judged by its loss and its
+base, or `name: flags`; # starts a comment. A --grid holds a flag and its values; a flag without a
+value takes true and false. With --max_steps a change is judged by its loss and its
 time per step; with --minutes only by its loss, since slower steps are then fewer.
 
 Runs go to <out>/<change>_seed<N>, one at a time on every GPU. Run the same command again to
@@ -23,6 +27,7 @@ import lib.startup  # noqa: F401 (before torch)
 
 import dataclasses
 import datetime
+import itertools
 import os
 import queue
 import re
@@ -68,8 +73,11 @@ LONGEST_NAME = 150  # characters of a change
 @dataclass
 class Config:
     changes: str | None = path_flag(
-        None, "file of changes, one per line; without it, every part that the base has beyond "
-              "--preset gpt2 is taken out, or, if there is none, every part is put in")
+        None, "file of changes, one per line; without it and --grid, every part that the base has "
+              "beyond --preset gpt2 is taken out, or, if there is none, every part is put in")
+    grid: tuple[str, ...] | None = flag(
+        None, "a flag and its values, as in \"max_lr .02 .03 .04\"; given several times, every "
+              "combination is a change")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
@@ -157,7 +165,7 @@ def read_changes(path: str) -> dict[str, list[str]]:
                            ) from error
         if not words:
             continue
-        name = re.sub(r"[^\w.-]+", "_", given or " ".join(words), flags=re.ASCII).strip("_-.")
+        name = name_of(given or " ".join(words))
         if name in ("", "base", *changes):
             raise BadInput(f"{path}: {line.strip()}: the name {name!r} is missing or already used: "
                            "give another, `name: flags`")
@@ -165,6 +173,49 @@ def read_changes(path: str) -> dict[str, list[str]]:
     if not changes:
         raise BadInput(f"{path} holds no change: write one per line, flags or `name: flags`")
     return changes
+
+
+def name_of(text: str) -> str:
+    """The name of a change, as part of a folder's name."""
+    return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("_-.")
+
+
+def grid_changes(grid: tuple[str, ...], base: list[str]) -> dict[str, list[str]]:
+    """--grid -> {name: flags} of every combination of its values, but for the base's own.
+
+    Raises BadInput.
+    """
+    values: dict[str, list[str]] = {}
+    for text in grid:
+        flag_name, *own = text.split() or [""]
+        flag_name = flag_name.removeprefix("--")
+        if not own:
+            raise BadInput(f"--grid {text}: give a flag and its values in quotes, "
+                           'such as --grid "max_lr .02 .03"')
+        if flag_name in values or len(set(own)) < len(own):
+            raise BadInput(f"--grid {text}: a flag or a value is given twice: give each once")
+        values[flag_name] = own
+    changes = {}
+    for point in itertools.product(*values.values()):
+        words = [grid_word(name, value) for name, value in zip(values, point)]
+        if not is_base(base, words):
+            plain = [word.removeprefix("--").replace("=", " ") for word in words]
+            changes[name_of(" ".join(plain))] = words
+    return changes
+
+
+def grid_word(name: str, value: str) -> str:
+    """A flag with its value, as one word of a command line."""
+    switches = {"true": f"--{name}", "false": f"--no-{name}"}
+    return switches.get(value.lower(), f"--{name}={value}")
+
+
+def is_base(base: list[str], words: list[str]) -> bool:
+    """Whether the base has the settings of these flags already."""
+    try:
+        return settings([*base, *words])[:2] == settings(base)[:2]
+    except BadInput:  # check_flags names the change in the error
+        return False
 
 
 def shared(train):
@@ -211,10 +262,9 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
     starts. Raises BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
-    found = read_changes(cfg.changes) if cfg.changes else default_changes(base)
     runs = []
     devices = set()
-    for change, words in {"base": [], **found}.items():
+    for change, words in {"base": [], **find_changes(cfg, base)}.items():
         try:
             devices.add(check_flags(base, words))
             if len(change) > LONGEST_NAME:
@@ -225,6 +275,17 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
             folder = str(Path(cfg.out, f"{change}_seed{seed}"))
             runs.append(Run(change, seed, [*base, *words], folder))
     return [with_record(one) for one in runs], devices
+
+
+def find_changes(cfg: Config, base: list[str]) -> dict[str, list[str]]:
+    """{name: flags} of all changes to try. Raises BadInput."""
+    if not cfg.changes and not cfg.grid:
+        return default_changes(base)
+    changes = read_changes(cfg.changes) if cfg.changes else {}
+    combinations = grid_changes(cfg.grid, base) if cfg.grid else {}
+    for name in sorted(changes.keys() & combinations.keys()):
+        raise BadInput(f"--changes and --grid both hold {name}: leave one out")
+    return changes | combinations
 
 
 def with_record(one: Run) -> Run:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -182,6 +183,44 @@ def test_bad_changes_are_refused_before_any_run(data, tmp_path, text, base, says
 def test_settings_of_a_preset_must_compare_too(data, base, words, says):
     with pytest.raises(BadInput, match=re.escape(says)):
         ablate.check_flags([*base.split(), "--data", str(data)], words.split())
+
+
+SPEEDRUN = ["--preset", "speedrun", "--max_steps", "9"]
+
+
+def test_a_grid_is_every_combination_but_the_base():
+    changes = ablate.grid_changes(("max_lr .02 .03", "--bias true false"), SPEEDRUN)
+    assert changes == {
+        "max_lr_.02_bias": ["--max_lr=.02", "--bias"],
+        "max_lr_.02_no-bias": ["--max_lr=.02", "--no-bias"],
+        "max_lr_.03_bias": ["--max_lr=.03", "--bias"],
+    }  # speedrun has 0.03 and no bias
+    for words in changes.values():
+        ablate.settings([*SPEEDRUN, *words])
+
+
+def test_a_grid_and_a_list_are_both_tried(tmp_path):
+    (tmp_path / "changes.txt").write_text("wide: --n_embd 1024")
+    cfg = ablate.Config(changes=str(tmp_path / "changes.txt"), grid=("n_layer 4 6",))
+    assert [*ablate.find_changes(cfg, SPEEDRUN)] == ["wide", "n_layer_4", "n_layer_6"]
+    (tmp_path / "changes.txt").write_text("n_layer_4: --n_layer 4")
+    with pytest.raises(BadInput, match="--changes and --grid both hold n_layer_4"):
+        ablate.find_changes(cfg, SPEEDRUN)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--grid max_lr .02", "--grid max_lr: give a flag and its values in quotes"),
+    ("--grid 'n_head 2' --grid 'n_head 4'", "--grid n_head 4: a flag or a value is given twice"),
+    ("--grid 'n_head 4 4'", "--grid n_head 4 4: a flag or a value is given twice"),
+    ("--grid 'n_head 4 5'", "n_head_5: --n_embd 32 must be a multiple of --n_head 5"),
+    ("--grid 'bias 0'", "bias_0: --bias"),
+    ("--grid 'seed 1 2'", "seed_1: leave --seed out and give --seeds"),
+])
+def test_a_bad_grid_is_refused_before_any_run(data, tmp_path, words, says):
+    ours = [*shlex.split(words), "--out", str(tmp_path / "out"), "--"]
+    with pytest.raises(BadInput, match=re.escape(says)):
+        ablate.main([*ours, *TINY_FLAGS, "--data", str(data)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_another_command_is_left_alone(data, tmp_path):

@@ -126,6 +126,8 @@ COMMANDS = {
     "--max_steps 280": PARSED,
     "python ablate.py --changes mine.txt --seeds 1 2 3 -- --preset modern --data mine "
     "--minutes 2": PARSED,
+    'python ablate.py --grid "max_lr .02 .03 .04" --grid "cooldown .4 .7" -- --preset speedrun '
+    "--data mine --n_layer 8 --max_steps 280": PARSED,
 }
 # pages with Python code, which other tests run
 PYTHON = {"post-training-and-chat.md", "streams.md"}
