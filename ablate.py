@@ -28,6 +28,7 @@ import lib.startup  # noqa: F401 (before torch)
 import dataclasses
 import datetime
 import itertools
+import math
 import os
 import queue
 import re
@@ -68,6 +69,13 @@ SHAPE = {
 TRAINING = {"optimizer", "schedule"}  # the fields of TrainConfig that it changes
 AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # the values of numbers that it puts in
 LONGEST_NAME = 150  # characters of a change
+# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom; the last serves for more
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# stated under the table
+RULE = ("A difference is between runs of one seed. The verdict is the mean difference over the "
+        "seeds ± its 95% confidence interval (Student's t, paired by seed): better or worse if the "
+        "interval excludes 0, else within noise. By chance, about 1 in 20 changes without effect "
+        "is called better or worse. With two seeds the interval is wide: more --seeds narrow it.")
 
 
 @dataclass
@@ -439,6 +447,34 @@ def differences(runs: list[Run]) -> dict[str, dict[int, float]]:
     return found
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95% confidence interval) of a figure over the seeds.
+
+    Student's t: the spread of a few seeds is itself only an estimate. The width is infinite for a
+    single seed.
+    """
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return mean, math.inf
+    standard_error = statistics.stdev(values) / math.sqrt(len(values))
+    freedom = min(len(values) - 1, len(T_QUANTILES))
+    return mean, T_QUANTILES[freedom - 1] * standard_error
+
+
+def verdict(differences: list[float]) -> str:
+    """What the differences in loss from the base, one per seed, say about a change; empty for a
+    single seed."""
+    if len(differences) == 1:
+        return ""
+    if not all(map(math.isfinite, differences)):
+        return "not finite"
+    mean, margin = interval(differences)
+    word = "within noise"
+    if abs(mean) > margin:
+        word = "worse" if mean > 0 else "better"
+    return f"{word}: {mean:+.4f} ± {margin:.4f}"
+
+
 def with_spread(values: list[float]) -> str:
     """The mean of a figure over the seeds and, for several, half their range."""
     mean = f"{statistics.mean(values):.1f}"
@@ -460,7 +496,7 @@ def table(runs: list[Run], price: float | None) -> str:
             groups[one.change].append(one)
     base = groups["base"]
     names = ["change", "parameters", "val loss, by seed", "bits per byte", "difference in loss",
-             "ms per step", "seconds"]
+             "verdict", "ms per step", "seconds"]
     if price:
         names.append("dollars")
     lines = [markdown(names), f"|---|{'---:|' * (len(names) - 1)}"]
@@ -470,10 +506,9 @@ def table(runs: list[Run], price: float | None) -> str:
         cells = row(groups[change], base, price)
         lines.append(markdown([change, *cells]))
     losses = [one.loss for one in base]
-    note = "One seed proves little: give more --seeds."
+    note = "One seed proves little, so there is no verdict: give more --seeds."
     if len(losses) > 1:
-        note = (f"The base's seeds differ by {max(losses) - min(losses):.4f}; a difference is "
-                "between runs of one seed: trust it if the seeds agree.")
+        note = f"The base's seeds differ by {max(losses) - min(losses):.4f}. {RULE}"
     lines += ["", note]
     lines.append("The base comes first, then the changes from the most harmful to the most "
                  "helpful, by their mean over the seeds; seconds and ms per step are means over "
@@ -490,8 +525,11 @@ def row(group, base, price):
     losses = ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group)
     ms = with_spread([one.step_ms for one in group])
     apart = ""
+    judged = ""
     if group is not base:
-        apart = ", ".join(f"{one.loss - loss_of_base[one.seed]:+.4f}" for one in group)
+        differences = [one.loss - loss_of_base[one.seed] for one in group]
+        apart = ", ".join(f"{difference:+.4f}" for difference in differences)
+        judged = verdict(differences)
         ratio = mean_of(group, "step_ms") / mean_of(base, "step_ms")
         ms += f" ({ratio - 1:+.1%})"
     cells = [
@@ -499,6 +537,7 @@ def row(group, base, price):
         losses,
         f"{mean_of(group, 'bpb'):.4f}",
         apart,
+        judged,
         ms,
         with_spread([one.seconds for one in group]),
     ]

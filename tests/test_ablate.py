@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -11,7 +12,9 @@ import sys
 from types import SimpleNamespace
 
 import forks
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from helpers import ROOT, TINY_FLAGS, read_log
 from runs import LONG, contents, logged, train, wait_for
@@ -75,6 +78,10 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
             expected = [loss - base_loss for loss, base_loss in zip(pair, base)]
         differences = [float(text) for text in cells["difference in loss"].split(", ") if text]
         assert differences == pytest.approx(expected, abs=1.1e-4)
+        if name == "base":
+            assert not cells["verdict"]
+        else:
+            assert cells["verdict"] == ablate.verdict(expected)
         seconds, spread = map(float, cells["seconds"].split(" ± "))
         assert float(cells["dollars"]) == pytest.approx(10 * seconds, abs=0.51)
         records = [json.loads((out / f"{name}_seed{seed}.json").read_text()) for seed in (1, 2)]
@@ -89,7 +96,7 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
         assert re.search(rf"; {left} to go, ETA \d:\d\d:\d\d$", line)
     assert ends[5].endswith("; the last one")
     assert "The base comes first, then the changes" in printed
-    assert f"differ by {abs(base[0] - base[1]):.4f}" in printed
+    assert f"differ by {abs(base[0] - base[1]):.4f}. {ablate.RULE}" in printed
     assert not list(out.glob("*/*.pt"))
     assert (out / "ablation.png").stat().st_size > 5000
 
@@ -235,6 +242,30 @@ def test_a_run_of_another_command_is_left_alone(data, tmp_path):
         ablate.main(["--out", str(tmp_path / "out"), *base])
 
 
+@pytest.mark.parametrize("n, tolerance", [(2, 1e-3), (3, 1e-3), (5, 1e-3), (11, 1e-3), (30, 0.1)])
+def test_the_interval_is_that_of_a_paired_t_test(n, tolerance):
+    rng = np.random.default_rng(n)
+    base = rng.normal(5, 0.05, n)
+    changed = base + rng.normal(0.01, 0.02, n)
+    mean, margin = ablate.interval((changed - base).tolist())
+    low, high = scipy.stats.ttest_rel(changed, base).confidence_interval(0.95)
+    assert mean == pytest.approx((low + high) / 2)
+    assert margin == pytest.approx((high - low) / 2, rel=tolerance)
+
+
+@pytest.mark.parametrize("differences, says", [
+    ([0.030, 0.034], "worse: +0.0320 ± 0.0254"),
+    ([-0.030, -0.034, -0.026], "better: -0.0300 ± 0.0099"),
+    ([0.030, 0.040], "within noise: +0.0350 ± 0.0635"),  # the seeds agree, but there are two
+    ([0.030, -0.010, 0.020], "within noise: +0.0133 ± 0.0517"),
+    ([0.0, 0.0], "within noise: +0.0000 ± 0.0000"),
+    ([0.3], ""),
+    ([math.nan, 0.1], "not finite"),
+])
+def test_a_verdict_needs_seeds_that_agree(differences, says):
+    assert ablate.verdict(differences) == says
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(forked_runs, data, tmp_path, monkeypatch,
                                                            capsys):
     monkeypatch.chdir(tmp_path)
@@ -244,6 +275,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(forked_runs, data, tm
     with pytest.raises(BadInput, match="1 of 3 runs failed, lost_seed1: train_gpt2.py: error: "):
         ablate.main([*words, "--data", str(data)])
     assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"]
+    table = rows(tmp_path / "out")
+    assert not table["no-bias"][table["change"].index("verdict")]
     assert "One seed proves little" in capsys.readouterr().out
 
 
