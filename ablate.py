@@ -12,7 +12,8 @@ price them in loss and dollars.
 
 The flags of train_gpt2.py after "--" are the base. A line of --changes holds flags to add to the
 base, or `name: flags`; # starts a comment. A --grid holds a flag and its values; a flag without a
-value takes true and false. With --max_steps a change is judged by its loss and its
+value takes true and false. With --drop, a change that is clearly worse with the first seed is not
+run with further ones. With --max_steps a change is judged by its loss and its
 time per step; with --minutes only by its loss, since slower steps are then fewer.
 
 Runs go to <out>/<change>_seed<N>, one at a time on every GPU. Run the same command again to
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,7 @@ AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # the values of numbers that 
 LONGEST_NAME = 150  # characters of a change
 # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom; the last serves for more
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+LEAST_DROP = 0.01  # nats: smaller differences are never clear from one seed
 # stated under the table
 RULE = ("A difference is between runs of one seed. The verdict is the mean difference over the "
         "seeds ± its 95% confidence interval (Student's t, paired by seed): better or worse if the "
@@ -87,6 +90,9 @@ class Config:
         None, "a flag and its values, as in \"max_lr .02 .03 .04\"; given several times, every "
               "combination is a change")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds of each change, and of the base")
+    drop: bool = flag(
+        False, "no further seeds for a change that is clearly worse with the first, by the spread "
+               "of the base's seeds")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
@@ -270,6 +276,8 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
     starts. Raises BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
+    if cfg.drop and len(set(cfg.seeds)) == 1:
+        raise BadInput("--drop needs the spread of several seeds: give more --seeds")
     runs = []
     devices = set()
     for change, words in {"base": [], **find_changes(cfg, base)}.items():
@@ -384,13 +392,33 @@ def time_left(ended: int, total: int, seconds: float) -> str:
     return f"{left} to go, ETA {eta}"
 
 
+def stages(runs: list[Run], cfg: Config, todo: list[Run]) -> Iterator[list[Run]]:
+    """Split the runs in `todo` into those that may run in any order, one list after another.
+
+    With --drop, the second list is made once the first has finished, and the runs that it leaves
+    out are removed from `todo`.
+    """
+    if not cfg.drop:
+        yield list(todo)
+        return
+    first = [one for one in todo if one.change == "base" or one.seed == cfg.seeds[0]]
+    yield first
+    losers = dropped(runs, cfg)
+    for change in losers:
+        print(f"{change}: dropped, clearly worse with seed {cfg.seeds[0]}", flush=True)
+    for one in list(todo):
+        if one.change in losers and not one.finished:
+            todo.remove(one)
+    yield [one for one in todo if one not in first]
+
+
 def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processes) -> None:
     """Train all unfinished runs, one at a time on each GPU. Raises BadInput if some fail."""
     free: queue.SimpleQueue = queue.SimpleQueue()
     for gpu in slots(devices):
         free.put(gpu)
     at_once = free.qsize()
-    left = [one for one in runs if not one.finished]
+    todo = [one for one in runs if not one.finished]
     ended: list[Run] = []
     failed: list[str] = []
     children: list[subprocess.Popen] = []
@@ -406,27 +434,28 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
             free.put(gpu)
         ended.append(one)
         result = error or f"val loss {one.loss:.4f}, {one.seconds:.1f} s of steps"
-        eta = time_left(len(ended), len(left), time.monotonic() - started)
+        eta = time_left(len(ended), len(todo), time.monotonic() - started)
         print(f"{one.name}: {result}; {eta}", flush=True)
         if error:
             failed.append(f"{one.name}: {error}")
 
-    print(f"{len(left)} of {len(runs)} runs to go, {at_once} at a time; their output is in "
+    print(f"{len(todo)} of {len(runs)} runs to go, {at_once} at a time; their output is in "
           f"{cfg.out}/*.txt", flush=True)
     signals = StopSignals(lambda line: print(line, flush=True), processes)
     with signals as stop, ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(work, one) for one in left]
-        while not all(future.done() for future in futures):
+        for stage in stages(runs, cfg, todo):
+            futures = [pool.submit(work, one) for one in stage]
+            while not all(future.done() for future in futures):
+                if stop.requested:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    # once per child: it saves and exits; a second signal would end it unsaved
+                    while children:
+                        children.pop().terminate()
+                time.sleep(0.1)
             if stop.requested:
-                pool.shutdown(wait=False, cancel_futures=True)
-                # once per child: it saves and exits; a second signal would end it unsaved
-                while children:
-                    children.pop().terminate()
-            time.sleep(0.1)
-    if stop.requested:
-        raise KeyboardInterrupt("stopped: run the same command again to continue")
-    for future in futures:
-        future.result()  # raises what is a bug
+                raise KeyboardInterrupt("stopped: run the same command again to continue")
+            for future in futures:
+                future.result()  # raises what is a bug
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} Fix it and run the "
                        "same command again, or leave that change out")
@@ -475,6 +504,35 @@ def verdict(differences: list[float]) -> str:
     return f"{word}: {mean:+.4f} ± {margin:.4f}"
 
 
+def drop_limit(runs: list[Run]) -> float | None:
+    """The difference in loss from the base, in nats, above which --drop drops a change.
+
+    With 97.5% confidence (Student's t), it is more than two of the base's seeds differ by. None
+    until all of these have finished.
+    """
+    base = [one for one in runs if one.change == "base"]
+    losses = [one.loss for one in base]
+    if not all(one.finished for one in base) or not all(map(math.isfinite, losses)):
+        return None
+    _, margin = interval(losses)
+    between_two = math.sqrt(2 * len(losses))  # interval is of the mean of all
+    return max(margin * between_two, LEAST_DROP)
+
+
+def dropped(runs: list[Run], cfg: Config) -> list[str]:
+    """The changes that --drop gives no further seeds."""
+    limit = drop_limit(runs) if cfg.drop else None
+    if limit is None:
+        return []
+    unfinished = {one.change for one in runs if not one.finished}
+    losers = []
+    for change, by_seed in differences(runs).items():
+        first = by_seed.get(cfg.seeds[0], 0.0)
+        if change in unfinished and not first <= limit:  # also if it is not a number
+            losers.append(change)
+    return losers
+
+
 def with_spread(values: list[float]) -> str:
     """The mean of a figure over the seeds and, for several, half their range."""
     mean = f"{statistics.mean(values):.1f}"
@@ -487,7 +545,7 @@ def markdown(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def table(runs: list[Run], price: float | None) -> str:
+def table(runs: list[Run], cfg: Config) -> str:
     """A Markdown table of all finished runs: the base, then the changes, the most harmful first."""
     worth = differences(runs)
     groups: dict[str, list[Run]] = {change: [] for change in worth}
@@ -497,13 +555,19 @@ def table(runs: list[Run], price: float | None) -> str:
     base = groups["base"]
     names = ["change", "parameters", "val loss, by seed", "bits per byte", "difference in loss",
              "verdict", "ms per step", "seconds"]
-    if price:
+    if cfg.price_per_hour:
         names.append("dollars")
     lines = [markdown(names), f"|---|{'---:|' * (len(names) - 1)}"]
     changes = [change for change in groups if change != "base"]
     changes.sort(key=lambda change: -statistics.mean(worth[change].values()))
+    losers = dropped(runs, cfg)
     for change in ["base", *changes]:
-        cells = row(groups[change], base, price)
+        judged = ""
+        if change in losers:
+            judged = "worse, dropped"
+        elif change != "base":
+            judged = verdict([*worth[change].values()])
+        cells = row(groups[change], base, judged, cfg.price_per_hour)
         lines.append(markdown([change, *cells]))
     losses = [one.loss for one in base]
     note = "One seed proves little, so there is no verdict: give more --seeds."
@@ -513,23 +577,25 @@ def table(runs: list[Run], price: float | None) -> str:
     lines.append("The base comes first, then the changes from the most harmful to the most "
                  "helpful, by their mean over the seeds; seconds and ms per step are means over "
                  "the seeds ± half their range.")
+    if losers:
+        lines.append(f"Dropped changes were not run with all seeds: with seed {cfg.seeds[0]} their "
+                     f"loss was more than {drop_limit(runs):.4f} above the base's, which the "
+                     "spread of the base's seeds does not explain.")
     commits = {one.commit for group in groups.values() for one in group}
     if len(commits) > 1:
         lines.append(f"These are runs of {len(commits)} commits: changes in the code count, too.")
     return "\n".join(lines)
 
 
-def row(group, base, price):
-    """The cells of one change: its runs, compared with the base's of the same seeds."""
+def row(group, base, judged, price):
+    """The cells of one change: its runs, compared with the base's of the same seeds. judged: its
+    verdict."""
     loss_of_base = {one.seed: one.loss for one in base}
     losses = ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group)
     ms = with_spread([one.step_ms for one in group])
     apart = ""
-    judged = ""
     if group is not base:
-        differences = [one.loss - loss_of_base[one.seed] for one in group]
-        apart = ", ".join(f"{difference:+.4f}" for difference in differences)
-        judged = verdict(differences)
+        apart = ", ".join(f"{one.loss - loss_of_base[one.seed]:+.4f}" for one in group)
         ratio = mean_of(group, "step_ms") / mean_of(base, "step_ms")
         ms += f" ({ratio - 1:+.1%})"
     cells = [
@@ -577,7 +643,7 @@ def report(runs: list[Run], cfg: Config, argv: list[str]) -> None:
     """Print and write the table, and write the plot, of all finished runs."""
     if not differences(runs):
         return
-    text = table(runs, cfg.price_per_hour)
+    text = table(runs, cfg)
     path = Path(cfg.out, "ablation.md")
     command = shlex.join(["python", "ablate.py", *argv])
     content = f"`{command}`\n\n{text}\n"

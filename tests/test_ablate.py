@@ -266,6 +266,47 @@ def test_a_verdict_needs_seeds_that_agree(differences, says):
     assert ablate.verdict(differences) == says
 
 
+def test_a_clearly_worse_change_is_dropped_after_its_first_seed(forked_runs, data, tmp_path,
+                                                                capsys):
+    out = tmp_path / "out"
+    words = ["--grid", "max_lr 1e-9 4e-3", "--seeds", "1", "2", "3", "--drop", "--out", str(out),
+             "--", *TINY_FLAGS, "--data", str(data)]
+    ablate.main(words)
+    printed = capsys.readouterr().out
+    assert "max_lr_1e-9: dropped, clearly worse with seed 1\n" in printed
+    assert "max_lr_4e-3_seed3: val loss" in printed and "; the last one\n" in printed
+    assert not list(out.glob("max_lr_1e-9_seed[23]*"))
+    table = rows(out)
+    verdicts = {name: cells[table["change"].index("verdict")] for name, cells in table.items()}
+    assert verdicts["max_lr_1e-9"] == "worse, dropped"
+    assert "±" in verdicts["max_lr_4e-3"]
+    base = [read_log(out / f"base_seed{seed}")[6, "val"] for seed in (1, 2, 3)]
+    limit = 4.303 * 2 ** 0.5 * np.std(base, ddof=1)  # of the difference of two runs
+    assert limit > ablate.LEAST_DROP
+    assert f"their loss was more than {limit:.3f}" in printed
+    before = times(out)
+    ablate.main(words)
+    assert times(out) == before
+    assert table_in(capsys.readouterr().out) == table_in(printed)
+    ablate.main([word for word in words if word != "--drop"])
+    assert "dropped" not in (out / "ablation.md").read_text()
+    assert (out / "max_lr_1e-9_seed3").is_dir()
+
+
+def test_dropping_needs_the_spread_of_seeds(data):
+    with pytest.raises(BadInput, match="--drop needs the spread of several seeds"):
+        ablate.main(["--drop", "--seeds", "1", "--", *TINY_FLAGS, "--data", str(data)])
+    runs = [ablate.Run(change, seed, [], "", finished=True, loss=5.0)
+            for change in ("base", "same", "diverged") for seed in (1, 2)]
+    cfg = ablate.Config(seeds=(1, 2), drop=True)
+    runs[4].loss = math.nan
+    runs[3].finished = False
+    runs[5].finished = False
+    assert ablate.dropped(runs, cfg) == ["diverged"]
+    runs[1].finished = False  # the base's spread is unknown
+    assert ablate.dropped(runs, cfg) == []
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(forked_runs, data, tmp_path, monkeypatch,
                                                            capsys):
     monkeypatch.chdir(tmp_path)
