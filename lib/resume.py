@@ -161,13 +161,13 @@ class Resume:
         stream.resume_at(state["step"])
         position = Position(state["step"], state.get("skipped", 0),
                             state.get("consecutive_skips", 0), state.get("timed", (0, 0.0)),
-                            self._best())
+                            self.best())
         # the tensors are mapped from the file: --keep may delete it, and its disk space is free
         # only once they are gone
         state.clear()
         return position
 
-    def _best(self):
+    def best(self) -> list | None:
         """The best validation loss so far and its step; None if that checkpoint is in another
         folder, or the validation data has changed."""
         best = self.state.get("best")
