@@ -28,10 +28,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from lib import checkpoint, conversations, packing, streams, summary
+from lib import checkpoint, conversations, packing, repeat, streams, summary
 from lib.budget import only_length
 from lib.chat_template import JINJA, render
-from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
+from lib.cli import BadInput, flag, launched, path_flag, read_flags, resolve, run
 from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
 from lib.plan import EVALUATIONS, Settings
@@ -699,11 +699,14 @@ def load_start(cfg: Config, explicit: set[str]):
 
 def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     """The command line -> (Settings, PostTraining). Later sources win: defaults, the checkpoint
-    that the run begins with, the run's own checkpoint, flags; then what follows from the data.
+    that the run begins with, --config, the run's own checkpoint, flags; then what follows from the
+    data.
 
     Holds nothing else of the checkpoint: its memory must be free during the run.
     """
-    (cfg,), explicit = parse((Config,), argv, __doc__)
+    flags = read_flags((Config,), argv, __doc__)
+    explicit = set(flags)
+    cfg = resolve(Config(), repeat.read_settings(flags, Config), superseded(explicit), flags)
     resume, folder = find_resume(cfg, explicit)
     cfg = resolve(cfg, folder)
     if resume:
@@ -749,6 +752,16 @@ def check_patience(cfg: Config, corpus) -> None:
         raise BadInput("--patience keeps the best checkpoint: leave --no-keep_best out")
 
 
+def superseded(explicit: set[str]) -> dict:
+    """The settings of --config that explicit flags of other names replace, as unset."""
+    names: tuple[str, ...] = ()
+    if explicit & {"checkpoint", "model"}:
+        names += ("checkpoint", "model")
+    if explicit & {"optimizer", "lr_scale"}:
+        names += ("lr_scale", *RATES)
+    return dict.fromkeys(names)
+
+
 def batch_for(corpus, cfg: Config, block_size: int) -> int:
     """--total_batch_size for this data on all processes."""
     processes = launched()
@@ -760,6 +773,7 @@ def batch_for(corpus, cfg: Config, block_size: int) -> int:
 
 def main(argv: list[str]) -> None:
     settings, task = prepare(argv)
+    repeat.note_differences(settings, task.corpus)
     launch(settings, task)
 
 

@@ -19,8 +19,8 @@ from lib.existing_runs import check_name, check_ours, has_foreign_config, interr
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
 # settings of one start, not of the run
 START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard"}
-# weights and rates that the run began with
-BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale")
+# weights, rates and settings that the run began with
+BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale", "config")
 REMEASURING = ("--data ", "--val_", "--block_size", "other training data")
 MOST = 2**62  # of a number in a checkpoint
 

@@ -83,6 +83,7 @@ COMMANDS = {
     "python train_gpt2.py --resume log/first": "--device cpu",
     "python train_gpt2.py --resume log/first --run_name second": MORE,
     "python train_gpt2.py --init_from log/first --max_lr 1e-4 --run_name third": MORE,
+    "python train_gpt2.py --config log/first --run_name again": "--device cpu",
     "python train_gpt2.py --eval_tasks arc_easy,piqa --eval_tasks_every 1000": PARSED,
     "python train_gpt2.py --preset speedrun --n_experts 8 --n_active 2":
         f"{TINY} --preset speedrun --batch_warmup 0",
