@@ -10,8 +10,9 @@ from runs import assert_same_runs, cut, steps_saved
 import ablate
 import posttrain
 import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, repeat
 from lib.cli import BadInput
+from lib.corpus import Corpus
 
 UNUSUAL = ["--preset", "speedrun", "--batch_warmup", "512", "--dropout", "0.1", "--seed", "7",
            "--norm", "layernorm", "--max_lr", "0.02", "--schedule", "cosine", "--save_every", "2",
@@ -126,6 +127,22 @@ def test_what_is_not_repeated_is_said_in_a_line_each(first, log, tmp_path, capsy
         assert line.startswith(f"--config {changed}") and part in line
     train(log, "other", "--config", changed)  # finished: it has its own settings
     assert capsys.readouterr().err == ""
+
+
+def test_code_that_is_not_committed_and_lengths_in_minutes_are_not_repeated(first, tmp_path):
+    def change(config):
+        config["starts"][0] |= {"step": 4, "from": "log/x/ckpt_00004.pt"}
+
+    changed = edit(first, tmp_path / "changed", change)
+    (changed / "code.diff").write_text("another diff")
+    path, config = repeat.read(str(changed))
+    settings = train_gpt2.settings(["--config", str(changed), "--minutes", "1"])
+    settings = settings._replace(explicit={"config"})  # as if the run had had these minutes
+    found = repeat.differences(path, config, settings, Corpus(settings.train))
+    says = ["are not those of", "began at step 4 of log/x", "give --max_steps 6"]
+    assert len(found) == len(says)
+    for line, part in zip(found, says):
+        assert part in line
 
 
 @pytest.mark.parametrize("content, says", [
