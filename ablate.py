@@ -6,10 +6,15 @@ each is worth in loss, time and dollars.
     # add each available part
     python ablate.py -- --preset gpt2 --n_layer 8 --max_steps 280
     python ablate.py --changes mine.txt --price_per_hour 2 -- --preset speedrun --minutes 1
+    # try every combination of some values
+    python ablate.py --grid "max_lr .02 .03 .04" --grid "cooldown .4 .7" -- --preset speedrun \
+        --n_layer 8 --max_steps 280
 
 The flags of train_gpt2.py after "--" are the base. Each line of --changes is a list of flags to add
-to the base, or `name: flags`; # starts a comment. With --max_steps, compare loss and time per step;
-with --minutes, only loss, since a run with slower steps has fewer of them.
+to the base, or `name: flags`; # starts a comment. A --grid is a flag and its values; a flag without
+a value takes true and false. With --drop, a change that is clearly worse with the first seed is not
+run with further ones. With --max_steps, compare loss and time per step; with --minutes, only loss,
+since a run with slower steps has fewer of them.
 
 Runs go to <out>/<change>_seed<N>, one at a time on each GPU. Run the same command again to
 continue: finished runs are not repeated, and interrupted ones resume from their checkpoints.
@@ -23,6 +28,8 @@ import lib.startup  # noqa: F401 (before torch)
 
 import dataclasses
 import datetime
+import itertools
+import math
 import os
 import queue
 import re
@@ -32,6 +39,7 @@ import subprocess
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +71,28 @@ SHAPE = {
 TRAINING = {"optimizer", "schedule"}  # the fields of TrainConfig that it changes
 AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # the values of numeric fields that it adds
 LONGEST_NAME = 150  # characters in the name of a change
+# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom; the last serves for more
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+LEAST_DROP = 0.01  # nats: smaller differences are never clear from one seed
+# stated under the table
+RULE = ("A difference is between runs of one seed. The verdict is the mean difference over the "
+        "seeds ± its 95% confidence interval (Student's t, paired by seed): better or worse if the "
+        "interval excludes 0, else within noise. By chance, about 1 in 20 changes without effect "
+        "is called better or worse. With two seeds the interval is wide: more --seeds narrow it.")
 
 
 @dataclass
 class Config:
     changes: str | None = path_flag(
-        None, "file of changes, one per line; unset: remove each part that the base has beyond "
-              "--preset gpt2, or, if it has none, add each available part")
+        None, "file of changes, one per line; without it and --grid: remove each part that the "
+              "base has beyond --preset gpt2, or, if it has none, add each available part")
+    grid: tuple[str, ...] | None = flag(
+        None, "a flag and its values, as in \"max_lr .02 .03 .04\"; given several times, every "
+              "combination is a change")
     seeds: tuple[int, ...] = flag((1337, 2), "seeds for the base and each change")
+    drop: bool = flag(
+        False, "no further seeds for a change that is clearly worse with the first, by the spread "
+               "of the base's seeds")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
@@ -157,7 +179,7 @@ def read_changes(path: str) -> dict[str, list[str]]:
                            ) from error
         if not words:
             continue
-        name = re.sub(r"[^\w.-]+", "_", given or " ".join(words), flags=re.ASCII).strip("_-.")
+        name = name_of(given or " ".join(words))
         if name in ("", "base", *changes):
             raise BadInput(f"{path}: {line.strip()}: the name {name!r} is missing or already used: "
                            "give another as `name: flags`")
@@ -165,6 +187,49 @@ def read_changes(path: str) -> dict[str, list[str]]:
     if not changes:
         raise BadInput(f"{path} has no changes: write one per line, flags or `name: flags`")
     return changes
+
+
+def name_of(text: str) -> str:
+    """The name of a change, as part of a folder's name."""
+    return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("_-.")
+
+
+def grid_changes(grid: tuple[str, ...], base: list[str]) -> dict[str, list[str]]:
+    """--grid -> {name: flags} of every combination of its values, but for the base's own.
+
+    Raises BadInput.
+    """
+    values: dict[str, list[str]] = {}
+    for text in grid:
+        flag_name, *own = text.split() or [""]
+        flag_name = flag_name.removeprefix("--")
+        if not own:
+            raise BadInput(f"--grid {text}: give a flag and its values in quotes, "
+                           'such as --grid "max_lr .02 .03"')
+        if flag_name in values or len(set(own)) < len(own):
+            raise BadInput(f"--grid {text}: a flag or a value is given twice: give each once")
+        values[flag_name] = own
+    changes = {}
+    for point in itertools.product(*values.values()):
+        words = [grid_word(name, value) for name, value in zip(values, point)]
+        if not is_base(base, words):
+            plain = [word.removeprefix("--").replace("=", " ") for word in words]
+            changes[name_of(" ".join(plain))] = words
+    return changes
+
+
+def grid_word(name: str, value: str) -> str:
+    """A flag with its value, as one word of a command line."""
+    switches = {"true": f"--{name}", "false": f"--no-{name}"}
+    return switches.get(value.lower(), f"--{name}={value}")
+
+
+def is_base(base: list[str], words: list[str]) -> bool:
+    """Whether the base has the settings of these flags already."""
+    try:
+        return settings([*base, *words])[:2] == settings(base)[:2]
+    except BadInput:  # check_flags names the change in the error
+        return False
 
 
 def shared(train: TrainConfig) -> dict[str, typing.Any]:
@@ -211,10 +276,11 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
     starts. Raises BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
-    found = read_changes(cfg.changes) if cfg.changes else default_changes(base)
+    if cfg.drop and len(set(cfg.seeds)) == 1:
+        raise BadInput("--drop needs the spread of several seeds: give more --seeds")
     runs = []
     devices = set()
-    for change, words in {"base": [], **found}.items():
+    for change, words in {"base": [], **find_changes(cfg, base)}.items():
         try:
             devices.add(check_flags(base, words))
             if len(change) > LONGEST_NAME:
@@ -225,6 +291,17 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
             folder = str(Path(cfg.out, f"{change}_seed{seed}"))
             runs.append(Run(change, seed, [*base, *words], folder))
     return [with_record(one) for one in runs], devices
+
+
+def find_changes(cfg: Config, base: list[str]) -> dict[str, list[str]]:
+    """{name: flags} of all changes to try. Raises BadInput."""
+    if not cfg.changes and not cfg.grid:
+        return default_changes(base)
+    changes = read_changes(cfg.changes) if cfg.changes else {}
+    combinations = grid_changes(cfg.grid, base) if cfg.grid else {}
+    for name in sorted(changes.keys() & combinations.keys()):
+        raise BadInput(f"--changes and --grid both hold {name}: leave one out")
+    return changes | combinations
 
 
 def with_record(one: Run) -> Run:
@@ -314,13 +391,33 @@ def time_left(ended: int, total: int, seconds: float) -> str:
     return f"{left} to go, ETA {eta}"
 
 
+def stages(runs: list[Run], cfg: Config, todo: list[Run]) -> Iterator[list[Run]]:
+    """Split the runs in `todo` into those that may run in any order, one list after another.
+
+    With --drop, the second list is made once the first has finished, and the runs that it leaves
+    out are removed from `todo`.
+    """
+    if not cfg.drop:
+        yield list(todo)
+        return
+    first = [one for one in todo if one.change == "base" or one.seed == cfg.seeds[0]]
+    yield first
+    losers = dropped(runs, cfg)
+    for change in losers:
+        print(f"{change}: dropped, clearly worse with seed {cfg.seeds[0]}", flush=True)
+    for one in list(todo):
+        if one.change in losers and not one.finished:
+            todo.remove(one)
+    yield [one for one in todo if one not in first]
+
+
 def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processes) -> None:
     """Train all unfinished runs, one at a time on each GPU. Raises BadInput if some fail."""
     free: queue.SimpleQueue = queue.SimpleQueue()
     for gpu in slots(devices):
         free.put(gpu)
     at_once = free.qsize()
-    left = [one for one in runs if not one.finished]
+    todo = [one for one in runs if not one.finished]
     ended: list[Run] = []
     failed: list[str] = []
     children: list[subprocess.Popen] = []
@@ -336,27 +433,29 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
             free.put(gpu)
         ended.append(one)
         result = error or f"val loss {one.loss:.4f}, {one.seconds:.1f} s of steps"
-        eta = time_left(len(ended), len(left), time.monotonic() - started)
+        eta = time_left(len(ended), len(todo), time.monotonic() - started)
         print(f"{one.name}: {result}; {eta}", flush=True)
         if error:
             failed.append(f"{one.name}: {error}")
 
-    print(f"{len(left)} of {len(runs)} runs to go, {at_once} at a time; their output is in "
+    print(f"{len(todo)} of {len(runs)} runs to go, {at_once} at a time; their output is in "
           f"{cfg.out}/*.txt", flush=True)
     signals = StopSignals(lambda line: print(line, flush=True), processes)
     with signals as stop, ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(work, one) for one in left]
-        while not all(future.done() for future in futures):
+        for stage in stages(runs, cfg, todo):
+            futures = [pool.submit(work, one) for one in stage]
+            while not all(future.done() for future in futures):
+                if stop.requested:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    # once per child: it saves and exits; a second signal would stop it
+                    # without saving
+                    while children:
+                        children.pop().terminate()
+                time.sleep(0.1)
             if stop.requested:
-                pool.shutdown(wait=False, cancel_futures=True)
-                # once per child: it saves and exits; a second signal would stop it without saving
-                while children:
-                    children.pop().terminate()
-            time.sleep(0.1)
-    if stop.requested:
-        raise KeyboardInterrupt("stopped: run the same command again to continue")
-    for future in futures:
-        future.result()  # raises unexpected errors
+                raise KeyboardInterrupt("stopped: run the same command again to continue")
+            for future in futures:
+                future.result()  # raises unexpected errors
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} Fix it and run the "
                        "same command again, or leave that change out")
@@ -377,6 +476,63 @@ def differences(runs: list[Run]) -> dict[str, dict[int, float]]:
     return found
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95% confidence interval) of a figure over the seeds.
+
+    Student's t: the spread of a few seeds is itself only an estimate. The width is infinite for a
+    single seed.
+    """
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return mean, math.inf
+    standard_error = statistics.stdev(values) / math.sqrt(len(values))
+    freedom = min(len(values) - 1, len(T_QUANTILES))
+    return mean, T_QUANTILES[freedom - 1] * standard_error
+
+
+def verdict(differences: list[float]) -> str:
+    """What the differences in loss from the base, one per seed, say about a change; empty for a
+    single seed."""
+    if len(differences) == 1:
+        return ""
+    if not all(map(math.isfinite, differences)):
+        return "not finite"
+    mean, margin = interval(differences)
+    word = "within noise"
+    if abs(mean) > margin:
+        word = "worse" if mean > 0 else "better"
+    return f"{word}: {mean:+.4f} ± {margin:.4f}"
+
+
+def drop_limit(runs: list[Run]) -> float | None:
+    """The difference in loss from the base, in nats, above which --drop drops a change.
+
+    With 97.5% confidence (Student's t), it is more than two of the base's seeds differ by. None
+    until all of these have finished.
+    """
+    base = [one for one in runs if one.change == "base"]
+    losses = [one.loss for one in base]
+    if not all(one.finished for one in base) or not all(map(math.isfinite, losses)):
+        return None
+    _, margin = interval(losses)
+    between_two = math.sqrt(2 * len(losses))  # interval is of the mean of all
+    return max(margin * between_two, LEAST_DROP)
+
+
+def dropped(runs: list[Run], cfg: Config) -> list[str]:
+    """The changes that --drop gives no further seeds."""
+    limit = drop_limit(runs) if cfg.drop else None
+    if limit is None:
+        return []
+    unfinished = {one.change for one in runs if not one.finished}
+    losers = []
+    for change, by_seed in differences(runs).items():
+        first = by_seed.get(cfg.seeds[0], 0.0)
+        if change in unfinished and not first <= limit:  # also if it is not a number
+            losers.append(change)
+    return losers
+
+
 def with_spread(values: list[float]) -> str:
     """The mean of a figure over the seeds and, for several, half their range."""
     mean = f"{statistics.mean(values):.1f}"
@@ -389,7 +545,7 @@ def markdown(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(runs: list[Run], price: float | None) -> str:
+def table(runs: list[Run], cfg: Config) -> str:
     """A Markdown table of all finished runs: the base, then changes from the most harmful on."""
     worth = differences(runs)
     groups: dict[str, list[Run]] = {change: [] for change in worth}
@@ -398,32 +554,42 @@ def table(runs: list[Run], price: float | None) -> str:
             groups[one.change].append(one)
     base = groups["base"]
     names = ["change", "parameters", "val loss, by seed", "bits per byte", "difference in loss",
-             "ms per step", "seconds"]
-    if price:
+             "verdict", "ms per step", "seconds"]
+    if cfg.price_per_hour:
         names.append("dollars")
     lines = [markdown(names), f"|---|{'---:|' * (len(names) - 1)}"]
     changes = [change for change in groups if change != "base"]
     changes.sort(key=lambda change: -statistics.mean(worth[change].values()))
+    losers = dropped(runs, cfg)
     for change in ["base", *changes]:
-        cells = row(groups[change], base, price)
+        judged = ""
+        if change in losers:
+            judged = "worse, dropped"
+        elif change != "base":
+            judged = verdict([*worth[change].values()])
+        cells = row(groups[change], base, judged, cfg.price_per_hour)
         lines.append(markdown([change, *cells]))
     losses = [one.loss for one in base]
-    note = "One seed proves little: give more --seeds."
+    note = "One seed proves little, so there is no verdict: give more --seeds."
     if len(losses) > 1:
-        note = (f"The base's seeds differ by {max(losses) - min(losses):.4f}; a difference is "
-                "between runs of the same seed: trust it if the seeds agree.")
+        note = f"The base's seeds differ by {max(losses) - min(losses):.4f}. {RULE}"
     lines += ["", note]
     lines.append("The base comes first, then the changes from the most harmful to the most "
                  "helpful, by their mean over the seeds; seconds and ms per step are means over "
                  "the seeds ± half their range.")
+    if losers:
+        lines.append(f"Dropped changes were not run with all seeds: with seed {cfg.seeds[0]} their "
+                     f"loss was more than {drop_limit(runs):.4f} above the base's, which the "
+                     "spread of the base's seeds does not explain.")
     commits = {one.commit for group in groups.values() for one in group}
     if len(commits) > 1:
         lines.append(f"These are runs of {len(commits)} commits: differences include code changes.")
     return "\n".join(lines)
 
 
-def row(group: list[Run], base: list[Run], price: float | None) -> list[str]:
-    """The cells of one change: its runs, compared with the base's of the same seeds."""
+def row(group: list[Run], base: list[Run], judged: str, price: float | None) -> list[str]:
+    """The cells of one change: its runs, compared with the base's of the same seeds. judged: its
+    verdict."""
     loss_of_base = {one.seed: one.loss for one in base}
     losses = ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group)
     ms = with_spread([one.step_ms for one in group])
@@ -437,6 +603,7 @@ def row(group: list[Run], base: list[Run], price: float | None) -> list[str]:
         losses,
         f"{mean_of(group, 'bpb'):.4f}",
         apart,
+        judged,
         ms,
         with_spread([one.seconds for one in group]),
     ]
@@ -476,7 +643,7 @@ def report(runs: list[Run], cfg: Config, argv: list[str]) -> None:
     """Print and save a table of all finished runs, and save the plot."""
     if not differences(runs):
         return
-    text = table(runs, cfg.price_per_hour)
+    text = table(runs, cfg)
     path = Path(cfg.out, "ablation.md")
     command = shlex.join(["python", "ablate.py", *argv])
     content = f"`{command}`\n\n{text}\n"

@@ -19,7 +19,9 @@ import lib.startup  # noqa: F401 (before torch)
 
 # isort: split
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib import checkpoint, conversations, packing, streams
+from lib import checkpoint, conversations, packing, repeat, streams, summary
 from lib.budget import only_length
 from lib.chat_template import JINJA, render
-from lib.cli import BadInput, flag, launched, parse, path_flag, resolve, run
+from lib.cli import BadInput, flag, launched, path_flag, read_flags, resolve, run
 from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
 from lib.plan import EVALUATIONS, RunPlan, Settings
@@ -112,6 +114,8 @@ class Config(TrainConfig, checkpoint.ModelConfig):
               "question")
     keep_best: bool = flag(
         True, "also save and keep the checkpoint with the lowest validation loss on the new data")
+    patience: int | None = flag(
+        None, "stop once N validations in a row have not lowered the validation loss", above=0)
     # the run
     seed: int = flag(
         1337, "seed of the validation split, shuffling and dropout", at_least=0, below=2**63)
@@ -433,14 +437,62 @@ def grow(model: GPT, tokenizer: Tokenizer) -> tuple[int, dict]:
 # The run
 
 
+class Patience:
+    """Stops a run after `limit` validations in a row without a lower loss.
+
+    It has the interface of train_gpt2.py's Evaluation and follows the validation, which sets
+    `loss`. That loss is the same on every process, and so is the decision.
+    """
+
+    name = "patience"
+
+    def __init__(self, limit: int, every: int):
+        self.limit = limit
+        self.every = every
+        self.loss = math.inf
+        self.best = math.inf
+        self.best_step = 0
+        self.failures = 0  # validations since the best one
+        self.stopped_at: int | None = None  # step
+
+    def resume(self, best: list, step: int) -> None:
+        """Continue at `step`. best: [validation loss, step] so far."""
+        self.best, self.best_step = best
+        # those before `step`: a validation that is due at `step` runs again
+        self.failures = max((step - 1) // self.every - self.best_step // self.every, 0)
+
+    def mode(self):
+        return contextlib.nullcontext()
+
+    def is_due(self, step: int, last: bool) -> bool:
+        self.step = step
+        return not last and step > 0 and step % self.every == 0
+
+    def run(self, model, micro_batch, stopped):
+        """Request a stop if the validation of this step was one too many."""
+        if self.loss < self.best:
+            self.best = self.loss
+            self.best_step = self.step
+        if self.step == self.best_step:  # also if a resumed run measures it again
+            self.failures = 0
+        else:
+            self.failures += 1
+        if self.failures >= self.limit:
+            self.stopped_at = self.step
+            stopped(requests=1)
+        return {}
+
+
 class PostTraining(Pretraining):
     """The task of this script.
 
     pretraining: the Corpus of pretraining, or None. forgetting: whether its validation loss is
-    measured.
+    measured. resume: the Resume of an interrupted run, or None. patience: a Patience, or None.
     """
 
     has_learned = True
+    resume = None
+    patience: Any = None
 
     def __init__(self, cfg, explicit, tokenizer, block_size):
         """Read the data. Raises BadInput."""
@@ -477,7 +529,14 @@ class PostTraining(Pretraining):
 
     def evaluations(self, cfg, plan, tokenizer, processes):
         self.last_step = plan.steps
-        return super().evaluations(cfg, plan, tokenizer, processes)
+        found = super().evaluations(cfg, plan, tokenizer, processes)
+        if cfg.patience:
+            self.patience = Patience(cfg.patience, plan.eval_every)
+            best = self.resume.best() if self.resume else None
+            if best:
+                self.patience.resume(best, self.resume.state["step"])
+            found.append(self.patience)
+        return found
 
     def validation(self, cfg, plan, tokenizer, processes):
         runs = []
@@ -493,6 +552,8 @@ class PostTraining(Pretraining):
             results = {}
             for measure in runs:
                 results.update(measure(model, micro_batch, stopped))
+            if self.patience:
+                self.patience.loss = results["Loss/val"]
             return results
 
         return run
@@ -533,6 +594,25 @@ class PostTraining(Pretraining):
         return (packing.Packed(torch.zeros_like(idx)),) if self.corpus.chat else ()
 
     def conclude(self, run: RunFolder) -> None:
+        if self.patience and self.patience.stopped_at is not None:
+            self.last_step = self.patience.stopped_at
+            self._say_patience(run)
+        self._say_forgotten(run)
+
+    def _say_patience(self, run: RunFolder) -> None:
+        """Print why the run stopped before its last step, and how to try its best checkpoint."""
+        if not run.recorded("val"):  # off rank 0
+            return
+        patience = self.patience
+        run.say(f"patience: the last {patience.failures} validations were not below "
+                f"{patience.best:.4f} of step {patience.best_step}; a higher --patience continues "
+                "the run")
+        if run.best:
+            path = checkpoint.path_of(run.folder, run.best[1])
+            prompt = run.config["train"]["sample_prompt"]
+            run.say(summary.what_next(path, self.corpus.chat, prompt))
+
+    def _say_forgotten(self, run: RunFolder) -> None:
         """Print how much was forgotten, if that was measured at the start and the end."""
         losses = run.recorded("val_pretraining") or {}
         if len(losses) < 2 or self.last_step not in losses:  # the data may have been removed
@@ -626,12 +706,14 @@ def load_start(cfg: Config, explicit: set[str]) -> tuple[Config, GPT, dict]:
 
 def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     """Parse the command line -> (Settings, PostTraining). Later sources win: defaults, the
-    checkpoint that the run starts from, the run's own checkpoint, flags; then defaults that depend
-    on the data.
+    checkpoint that the run starts from, --config, the run's own checkpoint, flags; then defaults
+    that depend on the data.
 
     Keeps no other reference to the checkpoint, so that its memory is free during the run.
     """
-    (cfg,), explicit = parse((Config,), argv, __doc__)
+    flags = read_flags((Config,), argv, __doc__)
+    explicit = set(flags)
+    cfg = resolve(Config(), repeat.read_settings(flags, Config), superseded(explicit), flags)
     resume, folder = find_resume(cfg, explicit)
     cfg = resolve(cfg, folder)
     if resume:
@@ -651,16 +733,40 @@ def prepare(argv: list[str]) -> tuple[Settings, PostTraining]:
     task = PostTraining(cfg, explicit, load_tokenizer(state["tokenizer"]), model_cfg.block_size)
     if resume:
         task.continue_with(model_cfg)
+        task.resume = resume
     else:
         model_cfg = task.begin_with(model, model_cfg)
     template = JINJA if task.corpus.chat else state.get("chat_template")
     if template:
         task.extra = {"chat_template": template}
+    check_patience(cfg, task.corpus)
     if cfg.total_batch_size is None:  # in a new run; a resumed one keeps its own
         cfg = replace(cfg, total_batch_size=batch_for(task.corpus, cfg, model_cfg.block_size))
     if cfg.sample_prompt is None and not task.corpus.chat:
         cfg = replace(cfg, sample_prompt=TrainConfig.sample_prompt)
     return Settings(cfg, model_cfg, explicit, resume), task
+
+
+def check_patience(cfg: Config, corpus: Any) -> None:
+    """Raises BadInput if --patience has no validations to watch, or no best checkpoint to keep."""
+    if not cfg.patience:
+        return
+    if cfg.eval_every == 0:
+        raise BadInput("--patience needs validations: give --eval_every above 0")
+    if not isinstance(corpus, Corpus) and not corpus.val:
+        raise BadInput("--patience needs validation data: give --val_share above 0, or --val_data")
+    if not cfg.keep_best:
+        raise BadInput("--patience keeps the best checkpoint: leave --no-keep_best out")
+
+
+def superseded(explicit: set[str]) -> dict:
+    """The settings of --config that explicit flags of other names replace, as unset."""
+    names: tuple[str, ...] = ()
+    if explicit & {"checkpoint", "model"}:
+        names += ("checkpoint", "model")
+    if explicit & {"optimizer", "lr_scale"}:
+        names += ("lr_scale", *RATES)
+    return dict.fromkeys(names)
 
 
 def batch_for(corpus: streams.CorpusLike, cfg: Config, block_size: int) -> int:
@@ -674,6 +780,7 @@ def batch_for(corpus: streams.CorpusLike, cfg: Config, block_size: int) -> int:
 
 def main(argv: list[str]) -> None:
     settings, task = prepare(argv)
+    repeat.note_differences(settings, task.corpus)
     launch(settings, task)
 
 

@@ -44,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint, compiler, huggingface, rope
+from lib import checkpoint, compiler, huggingface, repeat, rope
 from lib.attention import attention
 from lib.budget import UNMEASURED, batch_size, length_flag, only_length, tokens_of
 from lib.cli import (
@@ -139,6 +139,9 @@ LEARNING_RATE = dict(above=0, at_most=1e6)
 class TrainConfig:
     preset: str = flag(
         "modern", "starting point, overridden by other flags", choices=lambda: PRESETS)
+    config: str | None = path_flag(
+        None, "run folder, or its config.json, whose settings a new run repeats, overridden by "
+              "other flags; instead of --preset")
     size: str | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, "
               "gpt2-xl 1.6B", choices=lambda: SIZES)
@@ -1296,8 +1299,9 @@ def load_checkpoint(name: str, device: str | torch.device = "cpu") -> tuple[GPT,
 
 
 def settings(argv: list[str]) -> Settings:
-    """Parse the command line into Settings. Later sources win: defaults, preset, learning rates of
-    another optimizer than the preset's, the checkpoint of --resume or --init_from, --size, flags.
+    """Parse the command line into Settings. Later sources win: defaults, preset, --config, the
+    learning rates of another optimizer than theirs, the checkpoint of --resume or --init_from,
+    --size, flags.
 
     If --preset differs from the checkpoint's, all its settings count as flags. A flag that sets the
     length of the run replaces any other length.
@@ -1307,8 +1311,10 @@ def settings(argv: list[str]) -> Settings:
     size = SIZES[flags["size"]] if "size" in flags else {}
     flags = size | flags
     explicit = set(flags)
-    cfg = resolve(TrainConfig(), preset, other_rates(preset, flags), flags)
-    model_cfg = resolve(GPTConfig(), preset, flags)
+    repeated = repeat.read_settings(flags, TrainConfig, GPTConfig)
+    base = preset | repeated
+    cfg = resolve(TrainConfig(), base, other_rates(base, flags), flags)
+    model_cfg = resolve(GPTConfig(), base, flags)
 
     resume, folder = find_resume(cfg, explicit)
     cfg = resolve(cfg, folder)
@@ -1316,14 +1322,18 @@ def settings(argv: list[str]) -> Settings:
     if resume:
         cfg, model_cfg = adopt(resume, cfg, model_cfg, explicit)
     elif cfg.init_from:
-        cfg, model_cfg, start = begin_with(cfg, model_cfg, explicit)
+        given = explicit
+        if "init_from" not in explicit:  # but --config: its settings were given to that run, too
+            given = explicit | repeated.keys()
+        cfg, model_cfg, start = begin_with(cfg, model_cfg, given)
     cfg = resolve(cfg, only_length(explicit))
     return Settings(cfg, model_cfg, explicit, resume, start)
 
 
-def other_rates(preset: dict, flags: dict) -> dict:
-    """The learning rates of --optimizer if it is not the preset's, whose rates would not fit."""
-    usual = preset.get("optimizer", TrainConfig.optimizer)
+def other_rates(base: dict, flags: dict) -> dict:
+    """The learning rates of --optimizer if it is not that of `base`, whose rates would not fit.
+    base: the settings of --preset or --config."""
+    usual = base.get("optimizer", TrainConfig.optimizer)
     optimizer = flags.get("optimizer", usual)
     return RATES.get(optimizer, {}) if optimizer != usual else {}
 
@@ -1637,7 +1647,9 @@ def main(argv: list[str]) -> None:
         return
     for line in flag_warnings(cfg, model_cfg, explicit):
         note(line)
-    launch(chosen, Pretraining(cfg, explicit, start))
+    task = Pretraining(cfg, explicit, start)
+    repeat.note_differences(chosen, task.corpus)
+    launch(chosen, task)
 
 
 def print_forecast(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> None:

@@ -40,6 +40,11 @@ def commit() -> dict[str, str]:
     return {"commit": output.decode().strip()} if output else {}
 
 
+def code_changes() -> bytes:
+    """The diff against the commit; empty if the project is not a git checkout."""
+    return _git("diff", "HEAD") or b""
+
+
 def save_code(folder: Path, step: int) -> None:
     """Save train_gpt2.py, the running script and the diff against the commit into a run folder.
 
@@ -49,7 +54,7 @@ def save_code(folder: Path, step: int) -> None:
     for path in sorted({ROOT / "train_gpt2.py", Path(sys.argv[0]).resolve()}):
         if path.parent == ROOT and path.suffix == ".py":
             contents[path.name] = path.read_bytes()
-    contents["code.diff"] = _git("diff", "HEAD") or b""
+    contents["code.diff"] = code_changes()
     for name, content in contents.items():
         path = folder / name
         if path.exists() and (not path.is_file() or path.read_bytes() != content):

@@ -20,8 +20,8 @@ from lib.streams import CorpusLike, StreamLike
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
 # settings of a single start, not of the run
 START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard"}
-# weights and learning rates that the run started from
-BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale")
+# weights, learning rates and settings that the run started from
+BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale", "config")
 # changes after which validation losses no longer compare
 REMEASURING = ("--data ", "--val_", "--block_size", "other training data")
 MOST = 2**62  # largest number in a checkpoint
@@ -165,13 +165,13 @@ class Resume:
         stream.resume_at(state["step"])
         position = Position(state["step"], state.get("skipped", 0),
                             state.get("consecutive_skips", 0), state.get("timed", (0, 0.0)),
-                            self._best())
+                            self.best())
         # the tensors are mapped from the file: if --keep deletes it, its disk space is only freed
         # once they are gone
         state.clear()
         return position
 
-    def _best(self):
+    def best(self) -> list | None:
         """[best validation loss so far, its step]; None if that checkpoint is in another folder or
         the validation data has changed."""
         best = self.state.get("best")

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import forks
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from helpers import ROOT, TINY_FLAGS, read_log
 from runs import LONG, contents, logged, train, wait_for
@@ -74,6 +78,10 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
             expected = [loss - base_loss for loss, base_loss in zip(pair, base)]
         differences = [float(text) for text in cells["difference in loss"].split(", ") if text]
         assert differences == pytest.approx(expected, abs=1.1e-4)
+        if name == "base":
+            assert not cells["verdict"]
+        else:
+            assert cells["verdict"] == ablate.verdict(expected)
         seconds, spread = map(float, cells["seconds"].split(" ± "))
         assert float(cells["dollars"]) == pytest.approx(10 * seconds, abs=0.51)
         records = [json.loads((out / f"{name}_seed{seed}.json").read_text()) for seed in (1, 2)]
@@ -88,7 +96,7 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
         assert re.search(rf"; {left} to go, ETA \d:\d\d:\d\d$", line)
     assert ends[5].endswith("; the last one")
     assert "The base comes first, then the changes" in printed
-    assert f"differ by {abs(base[0] - base[1]):.4f}" in printed
+    assert f"differ by {abs(base[0] - base[1]):.4f}. {ablate.RULE}" in printed
     assert not list(out.glob("*/*.pt"))
     assert (out / "ablation.png").stat().st_size > 5000
 
@@ -184,6 +192,44 @@ def test_settings_of_a_preset_must_compare_too(data, base, words, says):
         ablate.check_flags([*base.split(), "--data", str(data)], words.split())
 
 
+SPEEDRUN = ["--preset", "speedrun", "--max_steps", "9"]
+
+
+def test_a_grid_is_every_combination_but_the_base():
+    changes = ablate.grid_changes(("max_lr .02 .03", "--bias true false"), SPEEDRUN)
+    assert changes == {
+        "max_lr_.02_bias": ["--max_lr=.02", "--bias"],
+        "max_lr_.02_no-bias": ["--max_lr=.02", "--no-bias"],
+        "max_lr_.03_bias": ["--max_lr=.03", "--bias"],
+    }  # speedrun has 0.03 and no bias
+    for words in changes.values():
+        ablate.settings([*SPEEDRUN, *words])
+
+
+def test_a_grid_and_a_list_are_both_tried(tmp_path):
+    (tmp_path / "changes.txt").write_text("wide: --n_embd 1024")
+    cfg = ablate.Config(changes=str(tmp_path / "changes.txt"), grid=("n_layer 4 6",))
+    assert [*ablate.find_changes(cfg, SPEEDRUN)] == ["wide", "n_layer_4", "n_layer_6"]
+    (tmp_path / "changes.txt").write_text("n_layer_4: --n_layer 4")
+    with pytest.raises(BadInput, match="--changes and --grid both hold n_layer_4"):
+        ablate.find_changes(cfg, SPEEDRUN)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--grid max_lr .02", "--grid max_lr: give a flag and its values in quotes"),
+    ("--grid 'n_head 2' --grid 'n_head 4'", "--grid n_head 4: a flag or a value is given twice"),
+    ("--grid 'n_head 4 4'", "--grid n_head 4 4: a flag or a value is given twice"),
+    ("--grid 'n_head 4 5'", "n_head_5: --n_embd 32 must be a multiple of --n_head 5"),
+    ("--grid 'bias 0'", "bias_0: --bias"),
+    ("--grid 'seed 1 2'", "seed_1: leave --seed out and give --seeds"),
+])
+def test_a_bad_grid_is_refused_before_any_run(data, tmp_path, words, says):
+    ours = [*shlex.split(words), "--out", str(tmp_path / "out"), "--"]
+    with pytest.raises(BadInput, match=re.escape(says)):
+        ablate.main([*ours, *TINY_FLAGS, "--data", str(data)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_of_another_command_is_left_alone(data, tmp_path):
     base = ["--", *TINY_FLAGS, "--data", str(data), "--pos", "rope"]
     folder = train(data, tmp_path / "base_seed1", "--max_steps", "6")
@@ -196,6 +242,71 @@ def test_a_run_of_another_command_is_left_alone(data, tmp_path):
         ablate.main(["--out", str(tmp_path / "out"), *base])
 
 
+@pytest.mark.parametrize("n, tolerance", [(2, 1e-3), (3, 1e-3), (5, 1e-3), (11, 1e-3), (30, 0.1)])
+def test_the_interval_is_that_of_a_paired_t_test(n, tolerance):
+    rng = np.random.default_rng(n)
+    base = rng.normal(5, 0.05, n)
+    changed = base + rng.normal(0.01, 0.02, n)
+    mean, margin = ablate.interval((changed - base).tolist())
+    low, high = scipy.stats.ttest_rel(changed, base).confidence_interval(0.95)
+    assert mean == pytest.approx((low + high) / 2)
+    assert margin == pytest.approx((high - low) / 2, rel=tolerance)
+
+
+@pytest.mark.parametrize("differences, says", [
+    ([0.030, 0.034], "worse: +0.0320 ± 0.0254"),
+    ([-0.030, -0.034, -0.026], "better: -0.0300 ± 0.0099"),
+    ([0.030, 0.040], "within noise: +0.0350 ± 0.0635"),  # the seeds agree, but there are two
+    ([0.030, -0.010, 0.020], "within noise: +0.0133 ± 0.0517"),
+    ([0.0, 0.0], "within noise: +0.0000 ± 0.0000"),
+    ([0.3], ""),
+    ([math.nan, 0.1], "not finite"),
+])
+def test_a_verdict_needs_seeds_that_agree(differences, says):
+    assert ablate.verdict(differences) == says
+
+
+def test_a_clearly_worse_change_is_dropped_after_its_first_seed(forked_runs, data, tmp_path,
+                                                                capsys):
+    out = tmp_path / "out"
+    words = ["--grid", "max_lr 1e-9 4e-3", "--seeds", "1", "2", "3", "--drop", "--out", str(out),
+             "--", *TINY_FLAGS, "--data", str(data)]
+    ablate.main(words)
+    printed = capsys.readouterr().out
+    assert "max_lr_1e-9: dropped, clearly worse with seed 1\n" in printed
+    assert "max_lr_4e-3_seed3: val loss" in printed and "; the last one\n" in printed
+    assert not list(out.glob("max_lr_1e-9_seed[23]*"))
+    table = rows(out)
+    verdicts = {name: cells[table["change"].index("verdict")] for name, cells in table.items()}
+    assert verdicts["max_lr_1e-9"] == "worse, dropped"
+    assert "±" in verdicts["max_lr_4e-3"]
+    base = [read_log(out / f"base_seed{seed}")[6, "val"] for seed in (1, 2, 3)]
+    limit = 4.303 * 2 ** 0.5 * np.std(base, ddof=1)  # of the difference of two runs
+    assert limit > ablate.LEAST_DROP
+    assert f"their loss was more than {limit:.3f}" in printed
+    before = times(out)
+    ablate.main(words)
+    assert times(out) == before
+    assert table_in(capsys.readouterr().out) == table_in(printed)
+    ablate.main([word for word in words if word != "--drop"])
+    assert "dropped" not in (out / "ablation.md").read_text()
+    assert (out / "max_lr_1e-9_seed3").is_dir()
+
+
+def test_dropping_needs_the_spread_of_seeds(data):
+    with pytest.raises(BadInput, match="--drop needs the spread of several seeds"):
+        ablate.main(["--drop", "--seeds", "1", "--", *TINY_FLAGS, "--data", str(data)])
+    runs = [ablate.Run(change, seed, [], "", finished=True, loss=5.0)
+            for change in ("base", "same", "diverged") for seed in (1, 2)]
+    cfg = ablate.Config(seeds=(1, 2), drop=True)
+    runs[4].loss = math.nan
+    runs[3].finished = False
+    runs[5].finished = False
+    assert ablate.dropped(runs, cfg) == ["diverged"]
+    runs[1].finished = False  # the base's spread is unknown
+    assert ablate.dropped(runs, cfg) == []
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(forked_runs, data, tmp_path, monkeypatch,
                                                            capsys):
     monkeypatch.chdir(tmp_path)
@@ -205,6 +316,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(forked_runs, data, tm
     with pytest.raises(BadInput, match="1 of 3 runs failed, lost_seed1: train_gpt2.py: error: "):
         ablate.main([*words, "--data", str(data)])
     assert [*rows(tmp_path / "out")] == ["change", "base", "no-bias"]
+    table = rows(tmp_path / "out")
+    assert not table["no-bias"][table["change"].index("verdict")]
     assert "One seed proves little" in capsys.readouterr().out
 
 

@@ -83,6 +83,7 @@ COMMANDS = {
     "python train_gpt2.py --resume log/first": "--device cpu",
     "python train_gpt2.py --resume log/first --run_name second": MORE,
     "python train_gpt2.py --init_from log/first --max_lr 1e-4 --run_name third": MORE,
+    "python train_gpt2.py --config log/first --run_name again": "--device cpu",
     "python train_gpt2.py --eval_tasks arc_easy,piqa --eval_tasks_every 1000": PARSED,
     "python train_gpt2.py --preset speedrun --n_experts 8 --n_active 2":
         f"{TINY} --preset speedrun --batch_warmup 0",
@@ -126,6 +127,8 @@ COMMANDS = {
     "--max_steps 280": PARSED,
     "python ablate.py --changes mine.txt --seeds 1 2 3 -- --preset modern --data mine "
     "--minutes 2": PARSED,
+    'python ablate.py --grid "max_lr .02 .03 .04" --grid "cooldown .4 .7" -- --preset speedrun '
+    "--data mine --n_layer 8 --max_steps 280": PARSED,
 }
 # pages with Python code, which other tests run
 PYTHON = {"post-training-and-chat.md", "streams.md"}

@@ -66,6 +66,17 @@ def test_a_run_resumes_with_the_losses_it_had(run, old, capsys):
     assert read_log(old / "log" / run) == pytest.approx(before, rel=1e-4)
 
 
+@pytest.mark.parametrize("run", SAVED)
+def test_a_run_is_repeated_by_its_config(run, old, capsys):
+    main = posttrain.main if run == "chat" else train_gpt2.main
+    main(["--config", f"log/{run}", "--run_name", "again"])
+    before = read_log(old / "log" / run)
+    if run != "chat":
+        del before[0, "val"]  # random weights were evaluated then
+    assert read_log(old / "log" / "again") == pytest.approx(before, rel=1e-4)
+    assert "is not repeated exactly: commit " in capsys.readouterr().err
+
+
 def test_post_training_begins_with_a_checkpoint(old):
     posttrain.main(["--run_name", "new", "--checkpoint", "log/speedrun", "--data", "chats.jsonl",
                     "--device", "cpu", "--max_steps", "2"])

@@ -463,6 +463,94 @@ def test_the_best_checkpoint_stays_and_is_named(base, tmp_path, log, capsys):
     assert mean_loss(model, rows, 4, Processes("cpu")) == pytest.approx(losses[best], abs=1e-5)
 
 
+@pytest.fixture
+def overfit(base, tmp_path, log):
+    """overfit(name, *flags) -> the words of a run whose validation, on other answers than those
+    learned, soon gets worse."""
+    few = write_lines(tmp_path / "few.jsonl", chats(6))
+    answers = sentences(20)
+    val = write_lines(tmp_path / "val.jsonl", pairs(["where is the cat?"] * 20, answers))
+
+    def words(name, *flags):
+        return command(base(), few, log / name, "--val_data", val, "--max_steps", 40,
+                       "--eval_every", 4, "--max_lr", 0.01, "--save_every", 2, "--keep", 0, *flags)
+
+    return words
+
+
+def patience_ends(losses, patience):
+    """(step of the best validation, step at which `patience` ends a run) by the losses of a whole
+    run."""
+    best = None
+    for step in sorted(losses):
+        if step and (best is None or losses[step] < losses[best]):
+            best = step
+        if best is not None and (step - best) // 4 >= patience:
+            return best, step
+    raise AssertionError("the validation loss does not rise")
+
+
+def test_patience_stops_a_run_and_keeps_its_best_checkpoint(overfit, log, capsys, launch):
+    main(*overfit("whole"))
+    losses = {step: loss for (step, kind), loss in read_log(log / "whole").items() if kind == "val"}
+    best, end = patience_ends(losses, 3)
+    assert end < 40
+    capsys.readouterr()
+    main(*overfit("early", "--patience", 3, "--keep", 1))
+    printed = capsys.readouterr().out
+    path = log / "early" / f"ckpt_{best:05d}.pt"
+    assert "patience: the last 3 validations were not below " in printed
+    assert f"{losses[best]:.4f} of step {best}; a higher --patience continues" in printed
+    assert f"chat.py --checkpoint {path}" in printed
+    assert steps_saved(log / "early") == [best, end]
+    assert lines(log / "early") == [line for line in lines(log / "whole")
+                                    if int(line.split()[0]) < end or line.startswith(f"{end} val")]
+
+    # the same command stops there again; a higher patience continues to the end
+    before = lines(log / "early")
+    again(log / "early")
+    assert "patience: the last 3 validations" in capsys.readouterr().out
+    assert lines(log / "early") == before and steps_saved(log / "early") == [best, end]
+    again(log / "early", "--patience", 99)
+    assert_same_runs(log / "early", log / "whole")
+    assert "patience:" not in capsys.readouterr().out
+
+    # two processes decide alike
+    result = launch("posttrain.py", *overfit("two", "--patience", 3), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "patience: the last 3 validations" in result.stdout
+    assert steps_saved(log / "two")[-1] == end
+
+
+@pytest.mark.parametrize("ago", [1, 2, 4, 6, 8])
+def test_patience_counts_over_an_interruption(ago, overfit, log):
+    main(*overfit("early", "--patience", 2))
+    end = steps_saved(log / "early")[-1]
+    other = cut(log / "early", log / "again", end - ago)
+    again(other)
+    assert_same_runs(other, log / "early")
+
+
+def test_patience_does_not_end_a_run_at_its_last_step(overfit, log, capsys):
+    main(*overfit("whole"))
+    losses = {step: loss for (step, kind), loss in read_log(log / "whole").items() if kind == "val"}
+    best, _ = patience_ends(losses, 3)
+    main(*overfit("exact", "--patience", (40 - best) // 4))
+    assert saved(log / "exact")["finished"]
+    assert "patience:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--eval_every", 0], "--patience needs validations: give --eval_every"),
+    (["--val_share", 0], "--patience needs validation data: give --val_share"),
+    (["--no-keep_best"], "--patience keeps the best checkpoint: leave --no-keep_best out"),
+])
+def test_patience_needs_validations(flags, says, base, chat_file, log):
+    with pytest.raises(BadInput, match=says):
+        post(base(), chat_file, log / "x", "--patience", 2, *flags)
+    assert not log.exists()
+
+
 def test_the_best_checkpoint_is_one_of_this_run_on_this_validation_data(base, chat_file, tmp_path,
                                                                         log, capsys):
     """Both runs continue with losses no lower than the best before them, whose checkpoint, or whose
