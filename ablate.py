@@ -13,8 +13,8 @@ price them in loss and dollars.
 The flags of train_gpt2.py after "--" are the base. A line of --changes holds flags to add to the
 base, or `name: flags`; # starts a comment. A --grid holds a flag and its values; a flag without a
 value takes true and false. With --drop, a change that is clearly worse with the first seed is not
-run with further ones. With --max_steps a change is judged by its loss and its
-time per step; with --minutes only by its loss, since slower steps are then fewer.
+run with further ones. With --max_steps a change is judged by its loss and its time per step; with
+--minutes only by its loss, since slower steps are then fewer.
 
 Runs go to <out>/<change>_seed<N>, one at a time on every GPU. Run the same command again to
 continue: finished runs are not repeated, and interrupted ones resume from their checkpoints.
