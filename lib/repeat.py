@@ -96,11 +96,13 @@ def differences(path: Path, config: dict[str, Any], settings: Settings, corpus) 
 
 
 def other_code(folder: Path, starts: list[dict[str, Any]]) -> list[str]:
-    """A line if this code is not known to be that of the run in `folder`; else none."""
+    """A line if this code is not that of the run in `folder`, as far as git knows; else none."""
     before = starts[-1].get("commit")
     now = commit().get("commit")
-    if before is None or before != now:
+    if before != now:
         return [f"commit {before or 'unknown'} ran it, this is {now or 'unknown'}"]
+    if now is None:  # not a git checkout
+        return []
     path = folder / "code.diff"
     changes = path.read_bytes() if path.is_file() else b""
     if changes != code_changes():

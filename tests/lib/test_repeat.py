@@ -129,9 +129,12 @@ def test_what_is_not_repeated_is_said_in_a_line_each(first, log, tmp_path, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_code_that_is_not_committed_and_lengths_in_minutes_are_not_repeated(first, tmp_path):
+def test_code_that_is_not_committed_and_lengths_in_minutes_are_not_repeated(first, tmp_path,
+                                                                         monkeypatch):
     def change(config):
-        config["starts"][0] |= {"step": 4, "from": "log/x/ckpt_00004.pt"}
+        config["starts"][0] |= {"step": 4, "from": "log/x/ckpt_00004.pt", "commit": "abc"}
+
+    monkeypatch.setattr(repeat, "commit", lambda: {"commit": "abc"})
 
     changed = edit(first, tmp_path / "changed", change)
     (changed / "code.diff").write_text("another diff")
