@@ -90,6 +90,9 @@ COMMANDS = {
     "--no-residual_scalars --softcap 0 --no-qk_norm --run_name second":
         f"{TINY} --preset tiny --data edu_fineweb10B",
     # evaluation and text
+    "python loss.py --checkpoint log/first log/second --model gpt2 --text book.txt more/": PARSED,
+    "python loss.py --checkpoint log/first --text edu_fineweb10B book.txt --by_file --by_position":
+        "--val_tokens 330 --device cpu",
     "python eval_harness.py --checkpoint log/first": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks hellaswag,arc_easy": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks winogrande,boolq,wikitext "
