@@ -43,7 +43,8 @@ from train_gpt2 import TrainConfig, load_checkpoint
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     checkpoint: tuple[str, ...] | None = path_flag(  # type: ignore[assignment]
-        None, "run folders, ckpt_<step>.pt files, folders that export_hf.py made")
+        None, "run folders, ckpt_<step>.pt or weights_<step>.pt files, folders that export_hf.py "
+              "made")
     text: tuple[str, ...] | None = path_flag(
         None, "files, folders of files, folders of token shards")
     stride: int | None = flag(

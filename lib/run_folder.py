@@ -218,7 +218,8 @@ class RunFolder:
         return True
 
     def save(self, state: dict[str, Any], wait: bool = False) -> None:
-        """Begin to write a checkpoint of `state`, unless its step is saved or being saved.
+        """Begin to write a checkpoint of `state`, unless its step is saved or being saved; then
+        weights alone, if it turned out to be the best.
 
         wait: return once it is written. Raises BadInput if it cannot be.
         """
@@ -228,6 +229,8 @@ class RunFolder:
             self.poll(wait=True)  # if the step's own failed, it is tried again
         if state["step"] != self.saved or state["finished"]:
             self._start_saving(state)
+        elif self.candidate and self.candidate[1] == self.saved and not self.writer.is_busy:
+            self.writer.add_weights(self.saved, self.candidate)
         error = self.poll(wait=True) if wait else None
         if error:
             raise error

@@ -121,6 +121,8 @@ COMMANDS = {
     "python chat.py --checkpoint log/chat --serve": PARSED,
     "python chat.py --checkpoint log/chat --serve --host 0.0.0.0 --api_key SECRET": PARSED,
     # export
+    "python export_hf.py --checkpoint log/first/ckpt_05000.pt --out weights_05000.pt "
+    "--dtype bfloat16": "--checkpoint log/first/ckpt_00002.pt",
     "python export_hf.py --checkpoint log/first --out exported": SLOW,
     "python export_hf.py --checkpoint log/first --out exported --check": SLOW,
     "python export_hf.py --checkpoint log/second --out second_exported": SLOW,
