@@ -1259,7 +1259,8 @@ def load_checkpoint(name: str, device="cpu"):
 
     name: a run folder, a ckpt_<step>.pt or weights_<step>.pt, a folder that export_hf.py made, or
     "gpt2" to "gpt2-xl", see lib/checkpoint.py's `pick`. The checkpoint of the last two is a dict of
-    model_config, tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such model.
+    model_config, tokenizer and, if it can chat, chat_template. Raises BadInput if there is no such
+    model.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
