@@ -70,8 +70,8 @@ class File(NamedTuple):
     path: str
     documents: list[str]
 
-    def check(self, name: str, tokenizer: Tokenizer) -> None:
-        """Any tokenizer can encode it."""
+    def check(self, name: str, tokenizer: Tokenizer, block_size: int) -> None:
+        """Any model can score it."""
 
     def ids(self, tokenizer: Tokenizer, block_size: int) -> Iterator[np.ndarray]:
         for text in self.documents:
@@ -85,13 +85,18 @@ class ValSplit(NamedTuple):
     shards: Shards
     val_tokens: int
 
-    def check(self, name: str, tokenizer: Tokenizer) -> None:
-        """Raises BadInput unless the shards are of the tokenizer of the model `name`."""
+    def check(self, name: str, tokenizer: Tokenizer, block_size: int) -> None:
+        """Raises BadInput unless the shards are of the tokenizer of the model `name`, and fill a
+        window."""
         own = load_tokenizer(self.shards.tokenizer)
         if not own.same_ids(tokenizer):
             raise BadInput(f"{self.word} holds tokens of another tokenizer than {name}'s, "
                            f"{tokenizer.name}: give text files, or leave one of them out")
         check_shards(self.shards, own)
+        try:
+            read_validation(self.shards, self.val_tokens, block_size, own)
+        except BadInput as error:
+            raise BadInput(str(error).replace("--block_size", "--context")) from error
 
     def ids(self, tokenizer: Tokenizer, block_size: int) -> Iterator[np.ndarray]:
         x, y = read_validation(self.shards, self.val_tokens, block_size, tokenizer)
@@ -155,7 +160,7 @@ def load(cfg: Config, context: ContextConfig, parts: Parts) -> list[Model]:
             raise BadInput(f"--stride {cfg.stride} is longer than the context of {name}, "
                            f"{block_size}: lower it")
         for part in parts:
-            part.check(name, tokenizer)
+            part.check(name, tokenizer, block_size)
         models.append(Model(name, gpt, tokenizer, state.get("step")))
     return models
 
@@ -191,23 +196,31 @@ HEADERS = ["model", "context", "text", "position", "tokens", "nats/token", "perp
 
 def tabulate(model: Model, parts: Parts, sums: Sums, cfg: Config) -> list[dict]:
     """The rows of a model, as --json has them."""
+    block_size = model.gpt.config.block_size
+    ranges: list[tuple] = [(None, slice(None))]
+    if cfg.by_position:
+        ranges += position_ranges(block_size)
     rows = []
+    for name, indexes in row_groups(parts, cfg.by_file):
+        for position, columns in ranges:
+            own = [part[indexes, columns].sum() for part in sums]
+            row = {"model": model.name, "step": model.step, "context": block_size, "text": name,
+                   "position": position, **figures(*own)}
+            if row["tokens"]:
+                rows.append(row)
+    return rows
+
+
+def row_groups(parts: Parts, by_file: bool) -> list[tuple[str, list[int]]]:
+    """(name, indexes of its parts) for each word of --text, and before it for its files."""
+    groups = []
     for word in dict.fromkeys(part.word for part in parts):
         own = [i for i, part in enumerate(parts) if part.word == word]
-        groups = []
-        if cfg.by_file and parts[own[0]].path != word:
-            groups = [(parts[i].path, [i]) for i in own]
-        for name, indexes in [*groups, (word, own)]:
-            ranges = [(None, slice(None))]
-            if cfg.by_position:
-                ranges += position_ranges(model.gpt.config.block_size)
-            for positions, columns in ranges:
-                row = {"model": model.name, "step": model.step,
-                       "context": model.gpt.config.block_size, "text": name, "position": positions}
-                row |= figures(*(part[indexes, columns].sum() for part in sums))
-                if row["tokens"]:
-                    rows.append(row)
-    return rows
+        is_folder = parts[own[0]].path != word
+        if by_file and is_folder:
+            groups += [(parts[i].path, [i]) for i in own]
+        groups.append((word, own))
+    return groups
 
 
 def position_ranges(block_size: int) -> list[tuple]:

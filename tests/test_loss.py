@@ -214,6 +214,7 @@ def test_one_and_two_processes_print_the_same(launch, checkpoint, notes, data):
     (["--text", "a.txt", "--checkpoint", "ckpt_00001.pt", "nan.pt"], "nan.pt: the model's logits"),
     (["--text", "toy", "--checkpoint", "ckpt_00001.pt"], "of another tokenizer than ckpt_00001.pt"),
     (["--text", "toy", "--checkpoint", "own.pt", "--val_tokens", "9"], "--val_tokens is 9"),
+    (["--text", "toy", "--checkpoint", "rope.pt", "--context", "9999"], "lower --context"),
     # offline here
     (["--text", "a.txt", "--model", "gpt2"], "load it once where the hub can be reached"),
 ])
@@ -227,6 +228,7 @@ def test_bad_flags(flags, says, checkpoint, tmp_path, monkeypatch):
     other = train_bpe(sentences(200), 270)
     write_data(tmp_path / "toy", other)
     tiny_checkpoint(tmp_path / "own.pt", other)
+    tiny_checkpoint(tmp_path / "rope.pt", other, pos="rope")
     state = checkpoints.read(path)
     state["model"]["transformer.ln_f.weight"].fill_(math.nan)
     checkpoints.write(tmp_path / "nan.pt", state)
