@@ -356,7 +356,7 @@ def train(one: Run, gpu: str | None, cfg: Config, children: list) -> str | None:
     if not read_result(one):
         return "stopped before its last step"
     if not cfg.checkpoints:
-        for _, path in checkpoint.found(one.folder):
+        for _, path in checkpoint.found(one.folder) + checkpoint.found(one.folder, "weights"):
             path.unlink()
     return None
 

@@ -309,7 +309,7 @@ def pick_output(cfg: Config, context: ContextConfig) -> Path:
     elif os.path.isdir(source):  # made by export_hf.py
         output = source / f"eval{suffix}.json"
     else:
-        step = source.stem.removeprefix("ckpt_")
+        step = source.stem.removeprefix("ckpt_").removeprefix("weights_")
         output = source.with_name(f"eval_{step}{suffix}.json")
     if os.path.lexists(output):
         if not (cfg.output or suffix):

@@ -3,6 +3,7 @@ config.json, tokenizer.
 
     python export_hf.py --checkpoint log/<run> --out exported
     python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
+    python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bfloat16
 
     model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # transformers' class
     model = train_gpt2.GPT.from_pretrained("exported")                       # this project's
@@ -25,6 +26,9 @@ the embedding table. Other combinations are rejected. transformers has no counte
 --token_shift, --value_residual, --residual_scalars and --softcap, which the presets speedrun and
 tiny use.
 
+An --out that ends in .pt is a checkpoint without optimizer, which every script of this project
+takes, with any flags used in training.
+
 The folder of a chat model has its chat template: tokenizer.apply_chat_template(messages,
 add_generation_prompt=True). Add sanitize_control_tokens=True if users may type <|end|> and the
 like.
@@ -35,14 +39,16 @@ import lib.startup  # noqa: F401 (before torch)
 # isort: split
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from lib import checkpoint, huggingface
+from lib import checkpoint, files, huggingface
 from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import NonFinite
@@ -54,7 +60,7 @@ N_TEXTS = 200     # of random tokens, whose encodings are compared
 
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
-    out: str | None = path_flag(None, "folder to write, new or empty")
+    out: str | None = path_flag(None, "folder to write, new or empty; or a new .pt file")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
     check: bool = flag(
         False, "load the written folder and compare its logits and tokens with the checkpoint's")
@@ -136,11 +142,29 @@ def compare_logits(model, theirs, idx, dtype):
     return difference, logits.abs().max().item()
 
 
+def write_weights(name: str, cfg: Config) -> None:
+    """Write the model `name` to the file --out as a checkpoint without optimizer."""
+    path = Path(cfg.out or "")
+    if cfg.check:
+        raise BadInput(f"--check is for a folder, and --out {path} is a file: leave it out")
+    if os.path.lexists(path):
+        raise BadInput(f"{path} exists: name another --out")
+    model, _, state = load_checkpoint(name)
+    files.make_folder(path.parent, "name another --out")
+    weights = checkpoint.weights_of({**state, "model": model.state_dict()},
+                                    getattr(torch, cfg.dtype))
+    checkpoint.write(path, weights)
+    print(f"{path}: {checkpoint.n_bytes(weights) / 1e9:.2f} GB, {cfg.dtype}, without optimizer")
+
+
 def main(argv: list[str]) -> None:
     (cfg,), _ = parse((Config,), argv, __doc__)
     name = checkpoint.named(cfg)
     if cfg.out is None:
         raise BadInput("name --out, the folder to write")
+    if cfg.out.endswith(".pt"):
+        write_weights(name, cfg)
+        return
     model, tokenizer, state = load_checkpoint(name)
     chat_template = state.get("chat_template")
     with quiet():

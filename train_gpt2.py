@@ -1269,10 +1269,10 @@ def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor,
 def load_checkpoint(name: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
-    name: a run folder, a ckpt_<step>.pt, a folder written by export_hf.py, or "gpt2" to "gpt2-xl",
-    see lib/checkpoint.py's `pick`. For the last two, the checkpoint is a dict of model_config,
-    tokenizer and, if the model can chat, chat_template. Raises BadInput if the model does not
-    exist.
+    name: a run folder, a ckpt_<step>.pt or weights_<step>.pt, a folder written by export_hf.py, or
+    "gpt2" to "gpt2-xl", see lib/checkpoint.py's `pick`. For the last two, the checkpoint is a dict
+    of model_config, tokenizer and, if the model can chat, chat_template. Raises BadInput if the
+    model does not exist.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):

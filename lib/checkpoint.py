@@ -3,6 +3,8 @@
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, saved by torch.save as
 ckpt_<step>.pt: a zip archive whose records have CRC-32 checksums, which torch.load ignores and
 `read` verifies. Files are written under a temporary name, flushed to the disk, then renamed.
+weights_<step>.pt is the same without optimizer and data position, its weights in bf16: enough for
+everything but --resume.
 """
 
 import contextlib
@@ -21,7 +23,11 @@ import torch
 from lib.cli import BadInput, RankError, flag, note, path_flag
 from lib.files import check_room, open_file, read_json, replace
 
-NAME = re.compile(r"ckpt_([0-9]{1,12})\.pt")
+NAME = re.compile(r"(ckpt|weights)_([0-9]{1,12})\.pt")
+Kind = Literal["ckpt", "weights"]
+# what only --resume needs
+TRAINING_STATE = {"optimizer", "loader", "skipped", "consecutive_skips", "timed", "finished",
+                  "max_steps"}
 # errors of the system, not of the file being read
 NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
 NO_ROOM = "free some disk space, or --keep fewer; the existing checkpoints are intact"
@@ -43,7 +49,7 @@ class ModelConfig:
 
     checkpoint: str | None = path_flag(
         None, "a run folder (its best checkpoint if --keep_best kept it, else the newest), "
-              "a ckpt_<step>.pt, or a folder written by export_hf.py")
+              "a ckpt_<step>.pt or weights_<step>.pt, or a folder written by export_hf.py")
     model: GPT2 | None = flag(None, "OpenAI's GPT-2 from Hugging Face, instead of a checkpoint")
 
 
@@ -55,27 +61,33 @@ def named(cfg: ModelConfig) -> str:
     return names[0]
 
 
-def path_of(folder: str | Path, step: int) -> Path:
-    return Path(folder) / f"ckpt_{step:05d}.pt"
+def path_of(folder: str | Path, step: int, kind: Kind = "ckpt") -> Path:
+    return Path(folder) / f"{kind}_{step:05d}.pt"
 
 
-def found(folder: str | Path) -> list[tuple[int, Path]]:
+def found(folder: str | Path, kind: Kind = "ckpt") -> list[tuple[int, Path]]:
     """(step, path) of each checkpoint in a folder, by file name, newest first."""
     if not os.path.isdir(folder):
         return []
     steps = []
-    for path in Path(folder).glob("ckpt_*.pt"):
+    for path in Path(folder).glob(f"{kind}_*.pt"):
         match = NAME.fullmatch(path.name)
         if match:
-            steps.append((int(match[1]), path))
+            steps.append((int(match[2]), path))
     return sorted(steps, reverse=True)
+
+
+def is_weights(path: str | Path) -> bool:
+    """Whether a file is named weights_<step>.pt."""
+    match = NAME.fullmatch(os.path.basename(path))
+    return match is not None and match[1] == "weights"
 
 
 def is_hugging_face(name: str) -> bool:
     """Whether lib/huggingface.py loads it: OpenAI's GPT-2, or a folder of transformers."""
     if name in get_args(GPT2):
         return True
-    if not os.path.isdir(name) or found(name):
+    if not os.path.isdir(name) or found(name) or found(name, "weights"):
         return False
     path = Path(name, "config.json")
     config = read_json(path, "name another") if path.exists() else {}
@@ -86,14 +98,16 @@ def pick(name: str) -> str:
     """Resolve the name of a model to what to load: for a run folder, the path of a checkpoint.
 
     It is the one with the lowest validation loss if --keep_best kept it, else the newest complete
-    one; prints which. Raises BadInput if there is none.
+    one; prints which. Files of weights count only if there are no checkpoints. Raises BadInput if
+    there is neither.
     """
     if is_hugging_face(name):
         return name
     if not os.path.isdir(name):
         open_file(name, "name a run folder under log/, or a ckpt_<step>.pt in one").close()
         return name
-    candidate = newest(name, note, "name another run folder")
+    kind: Kind = "ckpt" if found(name) else "weights"
+    candidate = newest(name, note, "name another run folder", kind)
     if candidate is None:
         raise BadInput(f"{name} has neither a ckpt_<step>.pt nor a model of transformers: "
                        "name a run folder under log/")
@@ -102,8 +116,8 @@ def pick(name: str) -> str:
     with ours(path):
         if best := state.get("best"):
             loss, step = best
-            if path_of(name, step).exists():
-                path = path_of(name, step)
+            if path_of(name, step, kind).exists():
+                path = path_of(name, step, kind)
                 what = f"the best, validation loss {loss:.4f}"
     note(f"{name}: {path.name}, {what}")
     return str(path)
@@ -209,13 +223,13 @@ def is_memory(error: BaseException) -> bool:
 
 def newest(folder: str | Path, warn: Callable[[str], Any],
            remedy: str = "move them away to start the run over, or give another --run_name",
-           ) -> tuple[Path, dict[str, Any]] | None:
+           kind: Kind = "ckpt") -> tuple[Path, dict[str, Any]] | None:
     """(path, state) of the newest complete checkpoint in a run folder; None if there is none.
 
     Skips incomplete ones, after calling `warn` with a line about each. Raises BadInput, ending in
     `remedy`, if all are incomplete.
     """
-    candidates = found(folder)
+    candidates = found(folder, kind)
     for _, path in candidates:
         try:
             return path, read(path)
@@ -262,6 +276,20 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], state: Any) -> A
     if isinstance(state, (list, tuple)):
         return [map_tensors(change, value) for value in state]
     return state
+
+
+def weights_of(state: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """What a weights_<step>.pt holds of a checkpoint. Tied weights stay one tensor."""
+    converted: dict[tuple, torch.Tensor] = {}
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in converted:
+            converted[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return converted[key]
+
+    kept = {name: value for name, value in state.items() if name not in TRAINING_STATE}
+    return map_tensors(convert, kept)
 
 
 def n_bytes(state: Any) -> int:

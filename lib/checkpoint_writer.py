@@ -13,10 +13,14 @@ import torch
 
 from lib import checkpoint
 from lib.cli import EXHAUSTED, BadInput
+from lib.files import check_room
 
 
 class CheckpointWriter:
     """Writes checkpoints to `folder` in a thread, one at a time; keeps the newest `keep` (0: all).
+
+    Beside the checkpoint of a run's end, and of the best one so far, it writes a weights_<step>.pt,
+    which is deleted with it.
 
     `start` returns at once: the thread copies the tensors to the host on a CUDA stream of its own,
     while the next forward and backward passes only read them. Call `wait_copied` before changing
@@ -27,7 +31,7 @@ class CheckpointWriter:
         self.folder = Path(folder)
         self.keep = keep
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.future: Future[str] | None = None
+        self.future: Future[tuple[str, str]] | None = None
         self.stall = 0.0  # seconds that training waited for the latest checkpoint
         self.copied = threading.Event()
         self.copied.set()
@@ -60,9 +64,18 @@ class CheckpointWriter:
         if device:
             ready = (device, torch.cuda.current_stream(device).record_event())
         copy = partial(self._to_host, state, ready)
-        path = checkpoint.path_of(self.folder, step)
-        self.future = self.executor.submit(self._write, path, copy, before, former_best)
+        self.future = self.executor.submit(self._write, step, copy, before, former_best)
         self.stall = time.perf_counter() - started
+
+    def add_weights(self, step: int, best: Any) -> None:
+        """Begin to write weights_<step>.pt from ckpt_<step>.pt, which is written already and turned
+        out to be the best. `collect` the previous file first.
+
+        best: its [validation loss, step].
+        """
+        assert self.future is None, "collect the previous checkpoint first"
+        self.stall = 0.0
+        self.future = self.executor.submit(self._add_weights, step, best)
 
     def wait_copied(self) -> None:
         """Wait until the tensors passed to `start` may change."""
@@ -72,11 +85,11 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint was started and has not been collected."""
+        """Whether a file was started and has not been collected."""
         return self.future is not None
 
     def collect(self, wait: bool = False) -> str | None:
-        """A line about the checkpoint once it is written; None before that, or if there is none.
+        """A line about the file in progress once it is written; None before that, or without one.
 
         Raises BadInput if it cannot be written.
         """
@@ -91,11 +104,14 @@ class CheckpointWriter:
             remedy = EXHAUSTED.get(error.errno or 0, "check the folder")
             raise BadInput(f"cannot save a checkpoint in {self.folder} ({error.strerror}): "
                            f"{remedy}") from error
-        return f"{future.result()}; training waited {self.stall * 1e3:.0f} ms"
+        saved, about_weights = future.result()
+        return f"{saved}; training waited {self.stall * 1e3:.0f} ms{about_weights}"
 
-    def _write(self, path: Path, copy: Callable[[], dict], before: Callable[[], Any],
-               former_best: int | None) -> str:
+    def _write(self, step: int, copy: Callable[[], dict], before: Callable[[], Any],
+               former_best: int | None) -> tuple[str, str]:
+        """-> (a line about the checkpoint, its end about the weights, "" without any)."""
         started = time.perf_counter()
+        path = checkpoint.path_of(self.folder, step)
         try:
             state = copy()
         except Exception as error:
@@ -106,10 +122,46 @@ class CheckpointWriter:
         size = checkpoint.n_bytes(state)
         self._make_room(size, former_best)
         before()
-        checkpoint.write(path, state)
         best = state.get("best")
-        self._delete_old(best[1] if best else None)
-        return f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
+        best_step = best[1] if best else None
+        about_weights = ""
+        if state.get("finished") or best_step == step:
+            # before the checkpoint: a finished run has both, whenever it is killed
+            about_weights = self._write_weights(step, state, size)
+        try:
+            checkpoint.write(path, state)
+        except BadInput:
+            checkpoint.path_of(self.folder, step, "weights").unlink(missing_ok=True)
+            raise
+        self._delete_old(best_step)
+        saved = f"saved {path}, {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"
+        return saved, about_weights
+
+    def _add_weights(self, step: int, best: Any) -> tuple[str, str]:
+        """-> a line in two parts, as `_write` returns them."""
+        path = checkpoint.path_of(self.folder, step)
+        try:
+            state = checkpoint.read(path)
+        except BadInput as error:
+            return f"no weights of {path} ({error})", ""
+        return f"{path} is the best", self._write_weights(step, state | {"best": best}, 0)
+
+    def _write_weights(self, step: int, state: dict, size: int) -> str:
+        """Write weights_<step>.pt -> the end of a line about it.
+
+        size: bytes that the checkpoint needs. An error is only reported, as the checkpoint matters
+        more.
+        """
+        path = checkpoint.path_of(self.folder, step, "weights")
+        try:
+            weights = checkpoint.weights_of(state)
+            needed = size + checkpoint.n_bytes(weights)
+            check_room(self.folder, needed, "with the checkpoint it", "free some disk space")
+            checkpoint.write(path, weights)
+        except (BadInput, OSError, RuntimeError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
+            return f"; no {path.name} ({reason.splitlines()[0]})"
+        return f"; also {path.name}, without the optimizer"
 
     def _make_room(self, size: int, best: int | None) -> None:
         """Delete checkpoints, oldest first, until `size` bytes are free; keep the newest and the
@@ -118,14 +170,20 @@ class CheckpointWriter:
             return
         for path in reversed(self._newest_first(best)[1:]):
             if shutil.disk_usage(self.folder).free < size:
-                path.unlink(missing_ok=True)
+                self._delete(path)
 
     def _delete_old(self, best: int | None) -> None:
         """Delete all but the newest `keep` checkpoints and the one of step `best`."""
         if not self.keep:
             return
         for path in self._newest_first(best)[self.keep:]:
-            path.unlink(missing_ok=True)
+            self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a checkpoint and its weights_<step>.pt."""
+        path.unlink(missing_ok=True)
+        weights = path.with_name(f"weights_{path.name.removeprefix('ckpt_')}")
+        weights.unlink(missing_ok=True)
 
     def _newest_first(self, best: int | None) -> list[Path]:
         """The checkpoints except the one of step `best`."""

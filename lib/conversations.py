@@ -7,7 +7,7 @@ its columns:
     dolly           {"instruction": ..., "response": ...}
     prompt          {"prompt": ..., "completion": ...}, or "response"; alpaca's "### Instruction:"
                     around a prompt is removed
-    text            {"text": ...}; a .txt file is one text
+    text            {"text": ...}; a .txt file is one text, and so is a .md file given by name
 
 Alpaca, dolly and prompt may also have "input" or "context", which the question refers to, and
 "history", earlier pairs. All but text may have "system" or "system_prompt". A content may be a list
@@ -31,6 +31,7 @@ from lib.cli import BadInput
 from lib.files import find_files, json_rows, open_file, read_text
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
+NOTES = ".md"  # read as .txt if given by name; in a folder it may describe the data
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 CONTEXT = ("input", "context")  # columns that a question refers to
 SYSTEM = ("system", "system_prompt")  # columns of a system message
@@ -257,7 +258,7 @@ def find_paths(words: list[str]) -> tuple[list[str], list[str]]:
         lines += left_out
     for path in paths:
         open_file(path, "name another one").close()
-        if not ending_of(path):
+        if not (ending_of(path) or is_text_file(path)):
             raise BadInput(f"cannot tell what {path} is: give {', '.join(ENDINGS)} files, "
                            "or folders of them or of token shards")
     return paths, lines
@@ -267,6 +268,10 @@ def ending_of(path: str) -> str | None:
     """Which of ENDINGS a path has, in any case, or None."""
     ending = os.path.splitext(path.lower())[1]
     return ending if ending in ENDINGS else None
+
+
+def is_text_file(path: str) -> bool:
+    return path.lower().endswith((".txt", NOTES))
 
 
 def read(path: str, strict: bool = False) -> tuple[list[Example], str]:
@@ -329,7 +334,7 @@ def _kind(layout, framed):
 def _rows(path) -> Iterator[tuple[str, object]]:
     """The rows of a file: (its place as text, the row or a ValueError) each."""
     remedy = "fix it, or name another file"
-    if ending_of(path) == ".txt":
+    if is_text_file(path):
         yield "its text", {"text": read_text(path, remedy, limit=2**33).removeprefix("\ufeff")}
         return
     if ending_of(path) == ".parquet":

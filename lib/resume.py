@@ -303,6 +303,10 @@ def find_resume(cfg: Any, explicit: set[str]) -> tuple[Resume | None, dict]:
     start = home = None
     if cfg.resume not in (None, "auto"):
         start = Path(cfg.resume)
+        if checkpoint.is_weights(start):
+            raise BadInput(f"--resume {start} holds weights without an optimizer: resume from a "
+                           "ckpt_<step>.pt, or begin a new run with --init_from (posttrain.py: "
+                           "--checkpoint)")
         home = (start if os.path.isdir(start) else start.parent).absolute()
         if name is None and "log_dir" not in explicit and is_run(home):
             log_dir, name = str(home.parent), home.name

@@ -13,13 +13,13 @@ def rewind(folder: str | Path, step: int) -> None:
 
     Removes half-written files and the lines of log.txt from `step` on. Renames later checkpoints
     (torn, or of an abandoned branch) to ckpt_<step>.pt.aside, or .aside.2 and so on if that name
-    is taken. TensorBoard's events are rewound by the Logger.
+    is taken, and files of weights likewise. TensorBoard's events are rewound by the Logger.
     """
     folder = Path(folder)
-    for name in ("ckpt_*.pt", "*.json", "log.txt"):
+    for name in ("ckpt_*.pt", "weights_*.pt", "*.json", "log.txt"):
         for unfinished in leftovers(folder, name):
             unfinished.unlink()
-    for later, path in checkpoint.found(folder):
+    for later, path in [*checkpoint.found(folder), *checkpoint.found(folder, "weights")]:
         if later > step:
             os.replace(path, free_name(path.with_suffix(".pt.aside")))
     log = folder / "log.txt"

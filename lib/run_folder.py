@@ -221,7 +221,8 @@ class RunFolder:
         return True
 
     def save(self, state: dict[str, Any], wait: bool = False) -> None:
-        """Start writing a checkpoint of `state`, unless its step is saved or being saved.
+        """Start writing a checkpoint of `state`, unless its step is saved or being saved; then only
+        its weights, if it turned out to be the best.
 
         wait: return once it is written. Raises BadInput if it cannot be written.
         """
@@ -231,6 +232,8 @@ class RunFolder:
             self.poll(wait=True)  # if a checkpoint of this step failed, try again
         if state["step"] != self.saved or state["finished"]:
             self._start_saving(state)
+        elif self.candidate and self.candidate[1] == self.saved and not self.writer.is_busy:
+            self.writer.add_weights(self.saved, self.candidate)
         error = self.poll(wait=True) if wait else None
         if error:
             raise error

@@ -91,6 +91,9 @@ COMMANDS = {
     "--no-residual_scalars --softcap 0 --no-qk_norm --run_name second":
         f"{TINY} --preset tiny --data edu_fineweb10B",
     # evaluation and text
+    "python loss.py --checkpoint log/first log/second --model gpt2 --text book.txt more/": PARSED,
+    "python loss.py --checkpoint log/first --text edu_fineweb10B book.txt --by_file --by_position":
+        "--val_tokens 330 --device cpu",
     "python eval_harness.py --checkpoint log/first": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks hellaswag,arc_easy": PARSED,
     "python eval_harness.py --checkpoint log/first --tasks winogrande,boolq,wikitext "
@@ -119,6 +122,8 @@ COMMANDS = {
     "python chat.py --checkpoint log/chat --serve": PARSED,
     "python chat.py --checkpoint log/chat --serve --host 0.0.0.0 --api_key SECRET": PARSED,
     # export
+    "python export_hf.py --checkpoint log/first/ckpt_05000.pt --out weights_05000.pt "
+    "--dtype bfloat16": "--checkpoint log/first/ckpt_00002.pt",
     "python export_hf.py --checkpoint log/first --out exported": SLOW,
     "python export_hf.py --checkpoint log/first --out exported --check": SLOW,
     "python export_hf.py --checkpoint log/second --out second_exported": SLOW,

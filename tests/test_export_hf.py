@@ -14,7 +14,7 @@ from lib import checkpoint, huggingface
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput
 from lib.tokenizers import load_tokenizer
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, load_checkpoint
 
 MODERN = dict(mlp="swiglu", norm="rmsnorm", pos="rope", emb_norm=True, bias=False)
 
@@ -33,6 +33,29 @@ def test_a_checkpoint_is_exported_checked_and_read_back(launch, tokenizer, tmp_p
     ours = GPT.from_pretrained(out).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), model(idx), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_without_optimizer(dtype, tokenizer, tmp_path, capsys):
+    """Of any model, also one that transformers has no class for."""
+    source = tmp_path / "ckpt_00001.pt"
+    model = tiny_checkpoint(source, tokenizer, softcap=15.0)
+    state = checkpoint.read(source)
+    checkpoint.write(source, state | {"optimizer": {"m": torch.ones(9)}, "chat_template": JINJA})
+    out = tmp_path / "new" / "small.pt"
+    flags = ["--checkpoint", str(source), "--out", str(out), "--dtype", dtype]
+    export_hf.main(flags)
+    assert f"{out}: 0.00 GB, {dtype}" in capsys.readouterr().out
+    again, own, state = load_checkpoint(str(out))
+    assert own.spec == tokenizer.spec
+    assert state["chat_template"] == JINJA
+    assert "optimizer" not in state
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(getattr(torch, dtype)).float())
+    with pytest.raises(BadInput, match="exists: name another --out"):
+        export_hf.main(flags)
+    with pytest.raises(BadInput, match="--check is for a folder"):
+        export_hf.main([*flags[:3], str(tmp_path / "b.pt"), "--check"])
 
 
 def test_help_names_every_class():

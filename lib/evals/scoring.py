@@ -57,10 +57,40 @@ def score(model: Any, pairs: Iterable[tuple[list[int], list[int]]], processes: P
     decoding would generate each continuation, bool (pairs,). Raises NonFinite, and RankError if one
     process of several fails.
     """
-    inputs, number, digest = collect_inputs(pairs, model.config.block_size)
+    window = model.config.block_size
+    inputs, number, digest = collect_inputs(map(join, pairs), window, window)
     check_same_pairs(number, digest, processes)
+
+    def measure(batch, logits, targets):
+        nats = -F.cross_entropy(logits, targets, reduction="none")
+        return batch.owners, nats, logits.argmax(dim=-1) == targets
+
     batches = make_batches(inputs, batch_tokens, batch_size)
-    owners, nats, hits = [], [], []
+    measured = run_batches(model, batches, inputs, processes, measure, progress=progress,
+                           stopped=stopped)
+
+    # Per pair: nats, and tokens that greedy decoding would not generate. Both are zero for empty
+    # continuations.
+    totals = np.zeros((2, number))
+    if measured:
+        owners, nats, hits = zip(*measured, strict=True)
+        owner = np.concatenate(owners)
+        misses = ~torch.cat(hits).cpu().numpy()
+        totals[0] = np.bincount(owner, torch.cat(nats).cpu().numpy(), minlength=number)
+        totals[1] = np.bincount(owner, misses, minlength=number)
+    total_nats, missed = np.reshape(processes.sum(totals.flatten().tolist()), (2, number))
+    if not np.isfinite(total_nats).all():
+        raise NonFinite
+    return total_nats, missed == 0
+
+
+def run_batches(model, batches: list, inputs: dict, processes: Processes, measure: Callable, *,
+                progress: bool, stopped: Callable[[], bool] = lambda: False) -> list:
+    """[measure(batch, logits, targets)] of this process's share of the batches.
+
+    logits: fp32 (n, vocab_size). targets: int64 (n,). Other arguments are as for `score`.
+    """
+    measured = []
     bar = tqdm(total=len(inputs), desc="scoring", leave=False, delay=2,
                disable=None if progress else True)  # None: only without a terminal
     for first in range(0, len(batches), processes.world_size):
@@ -76,45 +106,41 @@ def score(model: Any, pairs: Iterable[tuple[list[int], list[int]]], processes: P
             tokens = to_device(batch.tokens, processes.device)
             logits = model(tokens, logits_at=(rows, columns))  # (n, vocab_size)
             if mine < len(batches):
-                owners.append(batch.owners)
-                nats.append(-F.cross_entropy(logits, targets, reduction="none"))
-                hits.append(logits.argmax(dim=-1) == targets)
+                measured.append(measure(batch, logits, targets))
         bar.update(sum(map(len, batches[first:first + processes.world_size])))
     bar.close()
-
-    # Per pair: nats, and tokens that greedy decoding would not generate. Both are zero for empty
-    # continuations.
-    totals = np.zeros((2, number))
-    if owners:
-        owner = np.concatenate(owners)
-        misses = ~torch.cat(hits).cpu().numpy()
-        totals[0] = np.bincount(owner, torch.cat(nats).cpu().numpy(), minlength=number)
-        totals[1] = np.bincount(owner, misses, minlength=number)
-    total_nats, missed = np.reshape(processes.sum(totals.flatten().tolist()), (2, number))
-    if not np.isfinite(total_nats).all():
-        raise NonFinite
-    return total_nats, missed == 0
+    return measured
 
 
-def collect_inputs(pairs: Iterable[tuple[list[int], list[int]]],
-                   window: int) -> tuple[dict, int, int]:
-    """Pairs -> ({input: [(index of the pair, targets)]}, number of pairs, checksum of all ids).
+def join(pair: tuple[list[int], list[int]]) -> tuple[int, array]:
+    """(context, continuation) -> (ids of the context, all ids)."""
+    context, continuation = pair
+    return len(context), array(ID_TYPE, context + continuation)
 
-    The targets are scored at the end of the input. Inputs and targets are ids as bytes. One-token
-    answers to the same context share an input.
+
+def collect_inputs(sequences: Iterable, window: int, stride: int):
+    """Sequences -> ({input: [(index of the sequence, targets)]}, number of sequences, checksum of
+    all ids).
+
+    sequences: (number of ids that are context only, ids as an int32 array) each. The targets are
+    scored at the end of the input: `window` of them in the first input of a sequence, `stride` in
+    each further one, with all the context that fits. Inputs and targets are ids as bytes. Answers
+    of one token share an input.
     """
     inputs = collections.defaultdict(list)
     number = 0
     digest = 0
-    for index, (context, continuation) in enumerate(pairs):
+    for index, (start, ids) in enumerate(sequences):
         number = index + 1
-        ids = array(ID_TYPE, context + continuation)
         digest = zlib.crc32(ids, digest)
-        for start in range(len(context), len(ids), window):
-            end = min(start + window, len(ids))
+        end = start + window
+        while start < len(ids):
+            end = min(end, len(ids))
             last = end - 1  # the last target is not an input
             key = ids[max(last - window, 0):last].tobytes()
             inputs[key].append((index, ids[start:end].tobytes()))
+            start = end
+            end += stride
     return inputs, number, digest
 
 

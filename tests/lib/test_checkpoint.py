@@ -242,6 +242,22 @@ def test_newest_skips_torn_checkpoints(small, tmp_path):
         checkpoint.newest(tmp_path, warnings.append)
 
 
+def test_pick_takes_weights_only_without_checkpoints(small, tmp_path, capsys):
+    state, _ = small
+    for step, best in ((1, [0.5, 1]), (2, [0.5, 1]), (3, None)):
+        weights = checkpoint.weights_of(state | {"step": step, "best": best})
+        checkpoint.write(checkpoint.path_of(tmp_path, step, "weights"), weights)
+    checkpoint.write(checkpoint.path_of(tmp_path, 1), state)
+    assert checkpoint.pick(tmp_path) == str(checkpoint.path_of(tmp_path, 1))
+    checkpoint.path_of(tmp_path, 1).unlink()
+    for wanted in (3, 1):
+        capsys.readouterr()
+        assert checkpoint.pick(tmp_path) == str(checkpoint.path_of(tmp_path, wanted, "weights"))
+        assert f"weights_{wanted:05d}.pt, the " in capsys.readouterr().err
+        assert checkpoint.leads_to(tmp_path, checkpoint.pick(tmp_path))
+        checkpoint.path_of(tmp_path, 3, "weights").unlink(missing_ok=True)
+
+
 def test_pick_takes_the_best_checkpoint_if_kept_else_the_newest(small, tmp_path, capsys):
     state, content = small
     for step, best in ((1, None), (2, [0.5, 1]), (3, [0.25, 2])):

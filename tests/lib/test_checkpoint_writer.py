@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 
 import pytest
@@ -60,6 +61,59 @@ def test_the_best_does_not_make_room(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="free some disk space"):
         write(writer, 4, {"x": torch.ones(1000), "best": [2.0, 4]}, former_best=1)
     assert steps_saved(tmp_path) == [1, 3]  # 3: the newest
+
+
+@pytest.mark.parametrize("extra, leaves", [
+    ({"finished": True}, True), ({"best": [2.0, 2]}, True), ({"best": [2.0, 1]}, False),
+    ({"finished": False}, False),
+])
+def test_the_end_and_the_best_leave_weights(extra, leaves, tmp_path):
+    tied = torch.randn(100)
+    state = {"step": 2, "model": {"wte": tied, "head": tied, "n": torch.tensor(7)},
+             "optimizer": {"m": torch.ones(100)}, "loader": {"epoch": 0}, **extra}
+    line = write(CheckpointWriter(tmp_path, 0), 2, state)
+    path = checkpoint.path_of(tmp_path, 2, "weights")
+    assert path.exists() == leaves
+    assert line.endswith("; also weights_00002.pt, without the optimizer") == leaves
+    if not leaves:
+        return
+    weights = checkpoint.read(path)
+    assert weights["step"] == 2
+    assert not {"optimizer", "loader", "finished"} & weights.keys()
+    model = weights["model"]
+    assert torch.equal(model["wte"], tied.bfloat16())
+    assert model["wte"].data_ptr() == model["head"].data_ptr()
+    assert model["n"] == 7
+
+
+def test_weights_go_with_their_checkpoint(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep=1)
+    state = {"x": torch.ones(1000)}
+    for step in (1, 2, 3):  # each is the best so far
+        write(writer, step, state | {"best": [4.0 - step, step]}, former_best=step - 1)
+    write(writer, 4, state | {"best": [1.0, 3]}, former_best=3)
+    assert steps_saved(tmp_path) == [3, 4]
+    assert [step for step, _ in checkpoint.found(tmp_path, "weights")] == [3]
+    written = checkpoint.write
+
+    def fails(path, state):
+        if path.name == "ckpt_00005.pt":
+            raise BadInput("no room for it")
+        written(path, state)
+
+    monkeypatch.setattr(checkpoint, "write", fails)
+    with pytest.raises(BadInput):
+        write(writer, 5, state | {"finished": True})
+    assert [step for step, _ in checkpoint.found(tmp_path, "weights")] == [3]
+
+
+def test_a_checkpoint_matters_more_than_its_weights(tmp_path, monkeypatch):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=5000))
+    state = {"x": torch.ones(1000), "finished": True}
+    line = write(CheckpointWriter(tmp_path, 0), 1, state)  # of 4,000 bytes
+    assert "; no weights_00001.pt (with the checkpoint it needs" in line
+    assert os.listdir(tmp_path) == ["ckpt_00001.pt"]
 
 
 def test_tied_tensors_stay_one(tmp_path):

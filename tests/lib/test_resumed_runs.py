@@ -62,7 +62,8 @@ def test_going_back_in_the_same_folder(whole, tmp_path, monkeypatch):
     train_gpt2.main(["--resume", "log/a/ckpt_00040.pt"])
     assert_same_runs(folder, whole("gpt2"))
     assert sorted(path.name for path in folder.glob("*.aside")) == [
-        "ckpt_00048.pt.aside", "ckpt_00056.pt.aside", "ckpt_00060.pt.aside"
+        "ckpt_00048.pt.aside", "ckpt_00056.pt.aside", "ckpt_00060.pt.aside",
+        "weights_00060.pt.aside"
     ]
     assert steps_saved(folder) == [8, 16, 24, 32, 40, 48, 56, 60]
     assert os.listdir(tmp_path) == ["log"]

@@ -5,9 +5,10 @@ from lib.rewind import rewind
 
 
 def test_rewind(tmp_path):
-    kept = {"ckpt_00004.pt", "ckpt_00008.pt", "notes.tmp"}
-    later = {"ckpt_00012.pt", "ckpt_100000.pt"}
+    kept = {"ckpt_00004.pt", "ckpt_00008.pt", "weights_00008.pt", "notes.tmp"}
+    later = {"ckpt_00012.pt", "ckpt_100000.pt", "weights_00012.pt"}
     unfinished = {"ckpt_00012.pt.0123abcd.tmp", "config.json.0123abcd.tmp", "log.txt.0123abcd.tmp",
+                  "weights_00012.pt.0123abcd.tmp",
                   "ckpt_00012.pt.tmp", "config.json.tmp"}  # the last two: earlier versions'
     for name in kept | later | unfinished:
         (tmp_path / name).write_text(name)

@@ -13,6 +13,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from helpers import ROOT, TINY_FLAGS
 from runs import (
     KINDS,
@@ -27,6 +28,7 @@ from runs import (
     linux,
     logged,
     running,
+    same,
     scalars,
     steps_saved,
     stop_when,
@@ -333,6 +335,61 @@ def test_the_last_checkpoint_must_be_written(data, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# Weights without the optimizer
+
+
+def weights_steps(folder):
+    return sorted(step for step, _ in checkpoint.found(folder, "weights"))
+
+
+def final_weights(folder):
+    """weights_00060.pt without the settings, which hold the run's name."""
+    state = checkpoint.read(checkpoint.path_of(folder, 60, "weights"))
+    del state["train_config"]
+    return state
+
+
+def test_a_run_killed_before_its_last_checkpoint_has_the_same_weights(whole, tmp_path):
+    """Here after the weights, which come before it."""
+    folder = cut(whole("gpt2"), tmp_path / "a", 48)
+    assert weights_steps(folder) == [60]
+    again(folder)
+    assert_same_runs(folder, whole("gpt2"))
+    assert weights_steps(folder) == [60]
+    assert (folder / "weights_00060.pt.aside").exists()
+    assert same(final_weights(folder), final_weights(whole("gpt2")))
+    state = checkpoint.read(folder / "ckpt_00060.pt")
+    for name, weight in final_weights(folder)["model"].items():
+        assert torch.equal(weight, state["model"][name].bfloat16())
+    size = (folder / "weights_00060.pt").stat().st_size
+    assert size < (folder / "ckpt_00060.pt").stat().st_size / 3  # a sixth, for larger models
+
+
+def test_the_best_checkpoint_has_weights_and_keeping_deletes_both(data, tmp_path, monkeypatch):
+    with_losses(monkeypatch, [5.0, 4.0, 3.0, 6.0])
+    folder = train(data, tmp_path / "a", "--keep_best", "--keep", 1)
+    assert steps_saved(folder) == weights_steps(folder) == [24, 60]
+    going_back = ["--resume", str(folder / "ckpt_00024.pt"), "--max_steps", "30"]
+    train_gpt2.main(going_back)
+    assert steps_saved(folder) == weights_steps(folder) == [24, 30]
+
+
+def test_scripts_take_weights_and_resume_refuses_them(whole, data, tmp_path):
+    path = checkpoint.path_of(whole("gpt2"), 60, "weights")
+    rounded, _, _ = train_gpt2.load_checkpoint(str(path))
+    model, _, _ = train_gpt2.load_checkpoint(str(checkpoint.path_of(whole("gpt2"), 60)))
+    for own, theirs in zip(rounded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(own, theirs.bfloat16().float())
+    for extra in ([], ["--run_name", "b"]):
+        with pytest.raises(BadInput, match="weights_00060.pt holds weights without an optimizer"):
+            train_gpt2.main(["--resume", str(path), *extra])
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--run_name", "c"]
+    train_gpt2.main([*flags, "--init_from", str(path)])
+    train_gpt2.main([*flags, "--init_from", str(path.parent)])  # finished: the same beginning
+    assert steps_saved(tmp_path / "c") == [6]
+
+
+# --------------------------------------------------------------------------------------------------
 # When checkpoints are saved, and the best one
 
 
@@ -474,4 +531,5 @@ def test_twenty_kills_leave_no_trace(data, tmp_path):
     assert scalars(folder) == scalars(whole)
     assert not list(folder.glob("*.tmp"))
     assert len(steps_saved(folder)) == 3
+    assert weights_steps(folder) == [600]
     assert len(starts_of(folder)) == kills + 1
