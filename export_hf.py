@@ -142,6 +142,7 @@ def main(argv: list[str]) -> None:
     if cfg.out is None:
         raise BadInput("name --out, the folder to write")
     model, tokenizer, state = load_checkpoint(name)
+    tokenizer.require_text("an export, which includes the tokenizer,")
     chat_template = state.get("chat_template")
     with quiet():
         huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)

@@ -87,7 +87,7 @@ from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
 from lib.streams import Mixture, Stream, micro_batches, unchanged
 from lib.timer import StepTimer
-from lib.tokenizers import Tokenizer, load_tokenizer
+from lib.tokenizers import Tokenizer, load_tokenizer, names_ids
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
@@ -1034,14 +1034,18 @@ def validation(cfg, plan, corpus, tokenizer, processes, tag="Loss/val"):
     training after a curriculum."""
     rows = [read_validation(source.shards, cfg.val_tokens, plan.block_size, tokenizer)
             for source in corpus.sources]
-    sizes = tokenizer.token_bytes()
-    bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
+    bytes_per_token = None  # of ids that are not text
+    if tokenizer.is_text:
+        sizes = tokenizer.token_bytes()
+        bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
     def run(model, micro_batch, stopped):
         losses = [mean_loss(model, part, micro_batch, processes, stopped) for part in rows]
         loss = float(corpus.weights @ losses)
-        bits_per_byte = loss / math.log(2) / bytes_per_token
-        return {tag: loss, f"{tag}_bpb": bits_per_byte, **corpus.tags(tag, losses)}
+        results = {tag: loss}
+        if bytes_per_token:
+            results[f"{tag}_bpb"] = loss / math.log(2) / bytes_per_token
+        return results | corpus.tags(tag, losses)
 
     return run
 
@@ -1473,6 +1477,8 @@ class Pretraining:
         return validation(cfg, plan, self.corpus, tokenizer, processes)
 
     def samples(self, cfg, tokenizer):
+        tokenizer.encode(cfg.sample_prompt)  # ids that are not text may refuse it
+
         def run(model, micro_batch, stopped):
             return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SHOWN)}
 
@@ -1615,14 +1621,19 @@ def compile_model(model, plan, task, run, processes):
 
 def main(argv: list[str]) -> None:
     chosen = settings(argv)
-    cfg, model_cfg, explicit, _, start = chosen
+    cfg, model_cfg, explicit, resume, start = chosen
     check_model(model_cfg)
     if cfg.plan:
         print_forecast(cfg, model_cfg, explicit)
         return
     for line in flag_warnings(cfg, model_cfg, explicit):
         note(line)
-    launch(chosen, Pretraining(cfg, explicit, start))
+    task = Pretraining(cfg, explicit, start)
+    has_prompt = resume or "sample_prompt" in explicit
+    if names_ids(task.corpus.tokenizer) and not has_prompt:
+        # the default prompts are text; an empty one starts a document
+        chosen = chosen._replace(train=replace(cfg, sample_prompt=""))
+    launch(chosen, task)
 
 
 def print_forecast(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> None:

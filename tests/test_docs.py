@@ -128,7 +128,7 @@ COMMANDS = {
     "--minutes 2": PARSED,
 }
 # pages with Python code, which other tests run
-PYTHON = {"post-training-and-chat.md", "streams.md"}
+PYTHON = {"data.md", "post-training-and-chat.md", "streams.md"}
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",

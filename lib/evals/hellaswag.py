@@ -195,8 +195,13 @@ def tracked(cfg, tokenizer, processes: Processes, required: bool) -> Callable | 
     """HellaSwag during training, by --hellaswag_every and --hellaswag_file: a function (model,
     micro_batch, stopped) -> {tag: acc_norm}.
 
-    Returns None, after a warning, if the data cannot be downloaded and are not `required`.
+    Returns None, after a warning, if the data cannot be downloaded and are not `required`; also
+    for ids that are not text.
     """
+    if not tokenizer.is_text:
+        if required and cfg.hellaswag_every:
+            tokenizer.require_text("HellaSwag")
+        return None
     try:
         with processes.main_first():
             items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
