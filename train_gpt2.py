@@ -242,6 +242,8 @@ class TrainConfig:
               "or a folder that export_hf.py made")
     tensorboard: int = flag(
         0, "port on which to serve TensorBoard of --log_dir to all hosts", at_least=0, below=2**16)
+    tracker: Literal["trackio", "wandb"] | None = flag(
+        None, "log to this tracker, too, what TensorBoard shows; needs its package")
     deterministic: bool = flag(
         False, "reproducible losses on a GPU, too, at a cost in speed")
     seed: int = flag(

@@ -18,7 +18,7 @@ from lib.existing_runs import check_name, check_ours, has_foreign_config, interr
 # flags that select the training text
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
 # settings of one start, not of the run
-START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard"}
+START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard", "tracker"}
 # weights and rates that the run began with
 BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale")
 REMEASURING = ("--data ", "--val_", "--block_size", "other training data")
