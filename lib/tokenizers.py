@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tiktoken
@@ -91,7 +91,7 @@ class Tokenizer:
                 and mine._mergeable_ranks == theirs._mergeable_ranks)
 
     def require_text(self, what: str) -> None:
-        """Raises BadInput, naming `what` needs text, if the ids are not text."""
+        """Raises BadInput, which says that `what` needs text, if the ids are not text."""
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> uint32 (n,). Special tokens written out in the text are plain text."""
@@ -209,7 +209,7 @@ class Ids(Tokenizer):
     def same_ids(self, other: Tokenizer) -> bool:
         return self.spec == other.spec
 
-    def require_text(self, what: str) -> None:
+    def require_text(self, what: str) -> NoReturn:
         raise BadInput(f"{what} needs text, but {self.spec} is a vocabulary without text: "
                        "use a model or shards that have a text tokenizer")
 
@@ -232,11 +232,9 @@ class Ids(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         self.require_text("counting bytes")
-        raise AssertionError
 
     def to_json(self, chat: bool = False) -> str:
         self.require_text("a tokenizer.json")
-        raise AssertionError
 
 
 def names_ids(spec: str) -> bool:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from lib.cli import BadInput
 from lib.corpus import Corpus
 from lib.decoding import SampleConfig, sample
 from lib.logger import read_scalars
+from lib.pretokenized import described_tokenizer, find_tokenizer
+from lib.shard_meta import Meta
 from lib.shards import Shards, check_shards, read_validation
 from lib.tokenizers import load_tokenizer
 
@@ -216,6 +219,14 @@ def test_scripts_that_need_text_refuse(chess):
     for flags in (["--prompt", "hello"], ["--prompt", "1", "--stop", "2"]):
         with pytest.raises(BadInput):
             generate.main([*model, "--device", "cpu", *flags])
+
+
+def test_shards_on_the_hub_are_refused(tmp_path):
+    dataset = SimpleNamespace(id="some/dataset", beside={})
+    with pytest.raises(BadInput, match="fineweb.py needs text"):
+        find_tokenizer(SimpleNamespace(tokenizer="ids:1500"), tmp_path, dataset, None)
+    with pytest.raises(BadInput, match="needs text"):
+        described_tokenizer(Meta("ids:1500"), tmp_path, dataset, "").require_text("fineweb.py")
 
 
 def test_a_refusal_is_one_line(chess, launch):
