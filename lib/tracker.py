@@ -128,16 +128,18 @@ class Tracker:
     def close(self) -> None:
         """Wait, at most LIMIT seconds, until everything is logged and the run is ended."""
         self._put(None)
-        self.thread.join(LIMIT)
-        if self.thread.is_alive():
-            self.failure = self.failure or f"it did not finish within {LIMIT} s"
+        if self.failure is None:
+            self.thread.join(LIMIT)
+            if self.thread.is_alive():
+                self.failure = f"it did not finish within {LIMIT} s"
         self._report()
 
     def _put(self, entry: Any) -> None:
-        try:
-            self.entries.put_nowait(entry)
-        except queue.Full:
-            self.failure = self.failure or "it does not keep up"
+        if self.failure is None:
+            try:
+                self.entries.put_nowait(entry)
+            except queue.Full:
+                self.failure = "it does not keep up"
         self._report()
 
     def _report(self) -> None:
@@ -149,11 +151,9 @@ class Tracker:
     def _work(self) -> None:
         try:
             log, finish = self.connect()
-            while (entry := self.entries.get()) is not None:
-                log(*entry)
+            for step, values in iter(self.entries.get, None):
+                log(step, values)
             finish()
         except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt, too
             lines = str(error).splitlines() or [""]
             self.failure = f"{type(error).__name__}: {lines[0][:200].rstrip('.')}"
-            while self.entries.get() is not None:  # never full
-                pass

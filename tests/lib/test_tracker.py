@@ -140,18 +140,34 @@ def test_a_failing_start_is_reported(module, data, tmp_path, capsys, monkeypatch
     assert (folder / "ckpt_00006.pt").exists()
 
 
-def test_a_tracker_that_hangs_is_left_behind(monkeypatch):
+@pytest.mark.parametrize("most, says", [(2, "it does not keep up"), (99, "it did not finish")])
+def test_a_tracker_that_hangs_is_left_behind(most, says, monkeypatch):
     monkeypatch.setattr(tracker, "LIMIT", 0.01)
-    monkeypatch.setattr(tracker, "MOST", 2)
+    monkeypatch.setattr(tracker, "MOST", most)
     lines = []
     released = threading.Event()
-    one = Tracker("wandb", lambda: released.wait() and None, lines.append)
+    one = Tracker("wandb", released.wait, lines.append)
     for step in range(5):  # returns at once
         one.write_scalars(step, {"Loss/train": 1.0})
     one.close()
     released.set()
     assert len(lines) == 1
-    assert "does not keep up" in lines[0]
+    assert says in lines[0]
+
+
+def test_a_failing_end_is_reported_at_once():
+    def finish():
+        raise OSError("disk full")
+
+    lines = []
+    logged = []
+    one = Tracker("wandb", lambda: (lambda *entry: logged.append(entry), finish), lines.append)
+    one.write_scalars(0, {"Loss/train": 1.0})
+    one.close()
+    assert not one.thread.is_alive()
+    assert logged == [(0, {"Loss/train": 1.0})]
+    assert len(lines) == 1
+    assert "OSError: disk full" in lines[0]
 
 
 def test_without_the_flag_there_is_no_tracker(module, data, tmp_path):
