@@ -109,7 +109,7 @@ class Run:
     commit: str | None = None
     parameters: int = 0
     loss: float = 0.0
-    bpb: float = 0.0
+    bpb: float | None = 0.0  # None: the ids are not text
     step_ms: float = 0.0
     seconds: float = 0.0  # of all steps
 
@@ -373,7 +373,7 @@ def read_result(one: Run) -> bool:
     second_half = seconds[len(seconds) // 2:]
     one.parameters = config["parameters"]["total"]
     one.loss = scalars["Loss/val"][last]
-    one.bpb = scalars["Loss/val_bpb"][last]
+    one.bpb = scalars.get("Loss/val_bpb", {}).get(last)
     one.seconds = sum(seconds)
     one.step_ms = 1e3 * statistics.median(second_half)
     one.commit = config["starts"][-1].get("commit")
@@ -598,10 +598,13 @@ def row(group: list[Run], base: list[Run], judged: str, price: float | None) -> 
         apart = ", ".join(f"{one.loss - loss_of_base[one.seed]:+.4f}" for one in group)
         ratio = mean_of(group, "step_ms") / mean_of(base, "step_ms")
         ms += f" ({ratio - 1:+.1%})"
+    bits = "n/a"
+    if group[0].bpb is not None:
+        bits = f"{mean_of(group, 'bpb'):.4f}"
     cells = [
         f"{group[0].parameters / 1e6:.1f}M",
         losses,
-        f"{mean_of(group, 'bpb'):.4f}",
+        bits,
         apart,
         judged,
         ms,

@@ -82,6 +82,7 @@ def load_chat(path, device):
     """-> (model, tokenizer, whether it can chat). Raises BadInput if the model was trained with
     another chat template."""
     model, tokenizer, state = load_checkpoint(path, device)
+    tokenizer.require_text("chat")
     if "chat_template" not in state:
         return model, tokenizer, False
     if state["chat_template"] != chat_template.JINJA:

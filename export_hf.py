@@ -166,6 +166,7 @@ def main(argv: list[str]) -> None:
         write_weights(name, cfg)
         return
     model, tokenizer, state = load_checkpoint(name)
+    tokenizer.require_text("an export, which includes the tokenizer,")
     chat_template = state.get("chat_template")
     with quiet():
         huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)

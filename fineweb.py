@@ -374,6 +374,7 @@ def find_tokenizer(job: Job, source: Source, meta: Meta | None) -> Tokenizer:
         print(f"training a BPE of {size} ids")
         return train_bpe(source.texts(BPE_TEXT), int(size))
     tokenizer = load_tokenizer(spec)
+    tokenizer.require_text("fineweb.py")
     if tokenizer.is_trained:
         check_tokenizer_place(job.out, meta, tokenizer)
     return tokenizer

@@ -55,6 +55,15 @@ def read_prompts(cfg: Config, given: set[str]) -> tuple[str, ...]:
     return (text.removeprefix(byte_order_mark).removesuffix("\n").removesuffix("\r"),)
 
 
+def ids_prompts(cfg: Config, given: set[str], stop: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The prompts for a model of ids that are not text. Raises BadInput for --stop."""
+    if stop:
+        raise BadInput("--stop is for text: leave it out; the separating id ends a document")
+    if {"prompt", "prompt_file"} & given:
+        return read_prompts(cfg, given)
+    return ("",)
+
+
 def check_length(prompt: str, n: int, block_size: int, max_new_tokens: int) -> str | None:
     """A note if a prompt of n tokens or its continuation does not fit the context (see
     lib/decoding.py's `generate`), else None."""
@@ -96,6 +105,8 @@ def main(argv: list[str]) -> None:
     prompts = read_prompts(cfg, given)
     device = pick_device(cfg.device)
     model, tokenizer, _ = load_checkpoint(name, device)
+    if not tokenizer.is_text:
+        prompts = ids_prompts(cfg, given, sampling.stop)
     stream = len(prompts) == sampling.samples == 1
     show = partial(print, end="", flush=True) if stream else lambda piece: None
     try:

@@ -53,8 +53,9 @@ def main(argv: list[str]) -> None:
     name = checkpoint.named(cfg)
     with Processes(cfg.device) as processes:
         with processes.main_first():
-            items = load(cfg.file)[:cfg.limit]
             model, tokenizer, state = load_checkpoint(name, processes.device)
+            tokenizer.require_text("HellaSwag")
+            items = load(cfg.file)[:cfg.limit]
         processes.check_same(state.get("step", 0), checkpoint.DIFFERENT)
         extend(model, context)
         started = time.perf_counter()

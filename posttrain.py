@@ -692,7 +692,8 @@ def load_start(cfg: Config, explicit: set[str]) -> tuple[Config, GPT, dict]:
     start = checkpoint.pick(checkpoint.named(cfg))
     if cfg.data is None:
         raise BadInput("there is nothing to train on: give --data")
-    model, _, state = load_checkpoint(start)
+    model, tokenizer, state = load_checkpoint(start)
+    tokenizer.require_text("post-training")
     checkpoint.check_finite(model.state_dict(), start)
     before = state.get("train_config")
     if before is None and cfg.model:

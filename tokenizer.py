@@ -127,7 +127,9 @@ def load_all(specs: tuple[str, ...]) -> list[tuple[str, Tokenizer]]:
     tokenizers = []
     for spec in specs:
         try:
-            tokenizers.append((spec, load_tokenizer(spec)))
+            tokenizer = load_tokenizer(spec)
+            tokenizer.require_text("compare")
+            tokenizers.append((spec, tokenizer))
         except BadInput as error:
             if len(specs) == 1:
                 raise

@@ -87,7 +87,7 @@ from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
 from lib.streams import CorpusLike, Mixture, Stream, TaskLike, micro_batches, unchanged
 from lib.timer import StepTimer
-from lib.tokenizers import Tokenizer, load_tokenizer
+from lib.tokenizers import Tokenizer, load_tokenizer, names_ids
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Every field with a help text is a flag. The defaults are the classic baseline
@@ -246,6 +246,8 @@ class TrainConfig:
               "checkpoint, or a folder written by export_hf.py")
     tensorboard: int = flag(
         0, "port to serve TensorBoard of --log_dir on, to all hosts", at_least=0, below=2**16)
+    tracker: Literal["trackio", "wandb"] | None = flag(
+        None, "log to this tracker, too, what TensorBoard shows; needs its package")
     deterministic: bool = flag(
         False, "reproducible losses on GPUs, too, at a cost in speed")
     seed: int = flag(
@@ -1043,14 +1045,18 @@ def validation(cfg: TrainConfig, plan: RunPlan, corpus: Corpus, tokenizer: Token
     is once a curriculum has ended."""
     rows = [read_validation(source.shards, cfg.val_tokens, plan.block_size, tokenizer)
             for source in corpus.sources]
-    sizes = tokenizer.token_bytes()
-    bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
+    bytes_per_token = None  # of ids that are not text
+    if tokenizer.is_text:
+        sizes = tokenizer.token_bytes()
+        bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
 
     def run(model, micro_batch, stopped):
         losses = [mean_loss(model, part, micro_batch, processes, stopped) for part in rows]
         loss = float(corpus.weights @ losses)
-        bits_per_byte = loss / math.log(2) / bytes_per_token
-        return {tag: loss, f"{tag}_bpb": bits_per_byte, **corpus.tags(tag, losses)}
+        results = {tag: loss}
+        if bytes_per_token:
+            results[f"{tag}_bpb"] = loss / math.log(2) / bytes_per_token
+        return results | corpus.tags(tag, losses)
 
     return run
 
@@ -1498,6 +1504,8 @@ class Pretraining:
         return validation(cfg, plan, self.corpus, tokenizer, processes)
 
     def samples(self, cfg: Any, tokenizer: Tokenizer) -> Callable:
+        tokenizer.encode(cfg.sample_prompt)  # ids that are not text may refuse it
+
         def run(model, micro_batch, stopped):
             return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SHOWN)}
 
@@ -1640,7 +1648,7 @@ def compile_model(model, plan, task, run, processes):
 
 def main(argv: list[str]) -> None:
     chosen = settings(argv)
-    cfg, model_cfg, explicit, _, start = chosen
+    cfg, model_cfg, explicit, resume, start = chosen
     check_model(model_cfg)
     if cfg.plan:
         print_forecast(cfg, model_cfg, explicit)
@@ -1648,6 +1656,10 @@ def main(argv: list[str]) -> None:
     for line in flag_warnings(cfg, model_cfg, explicit):
         note(line)
     task = Pretraining(cfg, explicit, start)
+    has_prompt = resume or "sample_prompt" in explicit
+    if names_ids(task.corpus.tokenizer) and not has_prompt:
+        # the presets' prompts are text; an empty one starts a document
+        chosen = chosen._replace(train=replace(cfg, sample_prompt=""))
     repeat.note_differences(chosen, task.corpus)
     launch(chosen, task)
 

@@ -418,7 +418,9 @@ class Text:
         self.limit = limit
         self.stop = [string for string in stop if string]
         if ends is None:
-            ends = (tokenizer.eot, tokenizer.reserved[END])
+            ends = [tokenizer.eot]
+            if END in tokenizer.reserved:  # not of ids that are not text
+                ends.append(tokenizer.reserved[END])
         self.ends = set(ends)
         # incremental, since a token may end inside a character
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -476,8 +478,10 @@ def sample(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], cfg: Sample
     generated, the prompt first. options: graphs and compile of Decoder.
     """
     prompts = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    show(prompts[0])
     ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eot] for prompt in prompts]
+    if not tokenizer.is_text:
+        prompts = [tokenizer.decode(row) for row in ids]
+    show(prompts[0])
     texts = continuations(model, tokenizer, ids, cfg, show, **options)
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 

@@ -66,6 +66,7 @@ class Logger:
         # open until the end of the run
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         self.events = EventFile(folder, first_step)
+        self.tracker: Any = Null()  # a lib.tracker.Tracker gets what TensorBoard gets
         self.bar: tqdm | None = None
         if sys.stdout.isatty():
             self.bar = tqdm(initial=first_step, unit="step", dynamic_ncols=True)
@@ -157,7 +158,9 @@ class Logger:
             if step < self.max_steps:  # the summary at the end prints the last ones
                 self.say(quoted(samples))
             indented = [textwrap.indent(sample, "    ") for sample in samples]
-            self.events.write_text(step, tag, "\n\n---\n\n".join(indented))
+            text = "\n\n---\n\n".join(indented)
+            self.events.write_text(step, tag, text)
+            self.tracker.write_text(step, tag, text)
 
     def scalars(self, step: int, scalars: dict[str, Any]) -> None:
         """Write numbers by tag to TensorBoard, losses and evaluations to log.txt, too.
@@ -170,6 +173,7 @@ class Logger:
             if kind:
                 self.file.write(f"{step} {kind} {value:.6f}\n")
         self.events.write_scalars(step, scalars)
+        self.tracker.write_scalars(step, scalars)
 
     def hyperparameters(self, step: int, values: dict[str, Any]) -> None:
         """Write all settings to TensorBoard, as a table under TEXT and under HPARAMS."""
@@ -182,6 +186,7 @@ class Logger:
         sync(self.file.fileno())
 
     def close(self) -> None:
+        self.tracker.close()
         if self.bar is not None:
             with self._console():
                 self.bar.close()

@@ -22,7 +22,7 @@ from lib.shard_meta import (
     read_meta,
 )
 from lib.shards import check_eot, check_ids, missing_records, read_shard
-from lib.tokenizers import Tokenizer, load_tokenizer
+from lib.tokenizers import Tokenizer, load_tokenizer, names_ids
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def find_tokenizer(request: Request, folder: Path, dataset: hub.Dataset,
         tokenizer = own_tokenizer(folder, meta)
     else:
         tokenizer = load_tokenizer(request.tokenizer or "gpt2")
+    tokenizer.require_text("fineweb.py")
     if theirs and request.tokenizer and load_tokenizer(request.tokenizer).spec != tokenizer.spec:
         raise BadInput(f"the meta.json of {dataset.id} says that its tokenizer is "
                        f"{theirs.tokenizer}, not {request.tokenizer}: leave --tokenizer out")
@@ -153,7 +154,8 @@ def described_tokenizer(theirs: Meta, folder: Path, dataset: hub.Dataset,
     spec = theirs.tokenizer
     if spec == "tokenizer.json" and spec in dataset.beside:
         return load_tokenizer(str(hub.download(dataset, dataset.beside[spec], folder)))
-    if not re.fullmatch(r"[\w-]+", spec):  # a path would be one of this machine
+    is_name = re.fullmatch(r"[\w-]+", spec) or names_ids(spec)
+    if not is_name:  # a path would be one of this machine
         raise BadInput(f"the meta.json of {dataset.id} names the tokenizer {spec[:80]}, which is "
                        f"not next to it: {remedy}")
     return load_tokenizer(spec)

@@ -36,6 +36,7 @@ from lib.provenance import commit, launch_id, save_code, this_command
 from lib.resume import Position, Resume
 from lib.rewind import rewind
 from lib.streams import CorpusLike
+from lib.tracker import check_installed, start_tracker
 
 # the first columns of TensorBoard's HPARAMS table
 FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
@@ -58,6 +59,7 @@ class RunFolder:
         cfg: a TrainConfig. resume: a Resume or None. Raises BadInput if the folder has other
         content, or is in use.
         """
+        check_installed(cfg.tracker)
         name = cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}"
         check_name(name)
         self.folder = Path(cfg.log_dir) / name
@@ -171,6 +173,8 @@ class RunFolder:
         train = self.config["train"]
         self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"],
                           self.tokens_of, train["log_every"])
+        settings = train | self.config["model"]
+        self.log.tracker = start_tracker(train["tracker"], self.folder, step, settings, self.say)
 
     # -- log --
 

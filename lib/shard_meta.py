@@ -16,7 +16,7 @@ import numpy as np
 
 from lib.cli import BadInput, check, flag
 from lib.files import read_json, read_text, write_json
-from lib.tokenizers import Tokenizer, load_tokenizer
+from lib.tokenizers import Tokenizer, load_ids, load_tokenizer, names_ids
 
 ENDING = re.compile(r"_(train|val)_[0-9]+\.(npy|bin)\Z")
 SPLITS = ("val", "train")
@@ -61,7 +61,7 @@ class Split:
 @dataclass
 class Meta:
     """The content of meta.json. Written by hand, it only needs the tokenizer."""
-    tokenizer: str = flag(MISSING, None)  # tokenizer.json next to it, or a tiktoken name
+    tokenizer: str = flag(MISSING, None)  # tokenizer.json next to it, a tiktoken name, or ids:N
     tokenizer_crc32: int | None = flag(None, None, at_least=0, below=2**32)  # of its spec
     vocab_size: int | None = flag(None, None, at_least=1, at_most=2**32)
     eot: int | None = flag(None, None, at_least=0, below=2**32)
@@ -276,6 +276,8 @@ def tokenizer_spec(folder: Path, meta: Meta) -> str:
     Raises BadInput if tokenizer.json is missing or another one. A newly trained one would not do,
     as its ids mean other text.
     """
+    if names_ids(meta.tokenizer):
+        return load_ids(meta.tokenizer, meta.eot).spec
     if not meta.tokenizer.endswith(".json"):
         return meta.tokenizer
     path = folder / meta.tokenizer

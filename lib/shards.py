@@ -25,7 +25,7 @@ from lib.shard_meta import (
     split_of,
     tokenizer_spec,
 )
-from lib.tokenizers import Tokenizer
+from lib.tokenizers import Tokenizer, load_ids, names_ids
 
 BIN_DTYPES = {(20240520, 1): np.uint16,  # (magic, version) of llm.c and modded-nanogpt
               (20240801, 7): np.uint32}
@@ -222,6 +222,8 @@ class Shards:
         if self.meta:
             self.tokenizer = tokenizer_spec(self.folder, self.meta)
             self.vocab_size = self.meta.vocab_size
+        if names_ids(self.tokenizer):
+            self.vocab_size = load_ids(self.tokenizer).vocab_size
 
     def _count(self, paths: list[Path]) -> int:
         return sum(self.headers[path].tokens for path in paths)
@@ -394,6 +396,11 @@ def check_shards(shards: Shards, tokenizer: Tokenizer) -> None:
     is_certain = shards.meta is not None and shards.meta.tokenizer_crc32 is not None
     for path in shards.train + shards.val:
         ids = read_shard(path)[:PROBED]
+        if not tokenizer.is_text:
+            check_ids(ids, tokenizer.vocab_size, path, "raise N of ids:N in its meta.json")
+            check_eot(ids, tokenizer, path, "name the id that separates documents in its "
+                                            'meta.json, as "eot": 0')
+            continue
         check_ids(ids, tokenizer.vocab_size, path)
         if not is_certain:
             check_eot(ids, tokenizer, path)

@@ -3,7 +3,8 @@
 A tokenizer is named by a *spec*, a string that is one of
   - a tiktoken encoding: gpt2, cl100k_base, o200k_base, ...;
   - the path of a `tokenizer.json`, or of a folder with one, in Hugging Face's format;
-  - the content of such a file, which is how checkpoints store a trained tokenizer.
+  - the content of such a file, which is how checkpoints store a trained tokenizer;
+  - ids:1500, for ids from 0 to 1499 that are not text (`Ids`).
 All text is encoded by tiktoken (Rust, releases the GIL), so there is only one encoder to test and
 to time.
 
@@ -21,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tiktoken
@@ -46,6 +47,8 @@ SPLIT = (r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\
 CHANGES_IDS = ("normalizer", "truncation", "padding", "dropout", "continuing_subword_prefix",
                "end_of_word_suffix")
 MAKE_ONE = "make one with tokenizer.py train"
+IDS = re.compile(r"ids:([0-9]{1,9})(?::([0-9]{1,9}))?")  # ids:N, or ids:N:EOT
+MAX_IDS = 2**24  # of an `Ids`; as GPTConfig's vocab_size
 
 
 class Tokenizer:
@@ -55,8 +58,10 @@ class Tokenizer:
     name: a short label: "gpt2", "bpe4096".
     vocab_size: number of ids; every id of text is below it. eot: the end-of-text id.
     reserved: dict token -> id, from vocab_size on. control: set of the ids that end a turn in a
-    chat: end-of-text and the reserved ones.
+    chat: end-of-text and the reserved ones. is_text: whether it encodes text, unlike an `Ids`.
     """
+
+    is_text = True
 
     def __init__(self, encoding: tiktoken.Encoding, spec: str):
         self.encoding = encoding
@@ -78,10 +83,15 @@ class Tokenizer:
 
         Their specs may differ: an exported folder spells "gpt2" out, without reserved ids.
         """
+        if not other.is_text:
+            return False
         mine = self.encoding
         theirs = other.encoding
         return (mine._pat_str == theirs._pat_str and mine._special_tokens == theirs._special_tokens
                 and mine._mergeable_ranks == theirs._mergeable_ranks)
+
+    def require_text(self, what: str) -> None:
+        """Raises BadInput, which says that `what` needs text, if the ids are not text."""
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> uint32 (n,). Special tokens written out in the text are plain text."""
@@ -176,6 +186,77 @@ class Tokenizer:
         replace(path, lambda file: file.write(self.spec.encode()))
 
 
+class Ids(Tokenizer):
+    """Ids that are not text, such as notes, chess moves or actions, in a Tokenizer's place.
+
+    They are read and printed as numbers separated by spaces. eot: the id that separates documents;
+    the last one by default. There are no reserved ids.
+    """
+
+    is_text = False
+
+    def __init__(self, vocab_size: int, eot: int | None = None):
+        last = vocab_size - 1
+        self.vocab_size = vocab_size
+        self.eot = last if eot is None else eot
+        self.spec = f"ids:{vocab_size}"
+        if self.eot != last:
+            self.spec += f":{self.eot}"
+        self.name = self.spec
+        self.reserved = {}
+        self.control = {self.eot}
+
+    def same_ids(self, other: Tokenizer) -> bool:
+        return self.spec == other.spec
+
+    def require_text(self, what: str) -> NoReturn:
+        raise BadInput(f"{what} needs text, but {self.spec} is a vocabulary without text: "
+                       "use a model or shards that have a text tokenizer")
+
+    def encode(self, text: str) -> np.ndarray:
+        """Numbers separated by spaces -> uint32 (n,). Raises BadInput for anything else."""
+        ids = []
+        for word in text.split():
+            if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= self.vocab_size:
+                raise BadInput(f"{text[:40]!r} is not a list of ids: give numbers from 0 to "
+                               f"{self.vocab_size - 1}, separated by spaces")
+            ids.append(int(word))
+        return np.array(ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(token) for token in ids)
+
+    def token(self, token: int) -> bytes:
+        """What follows the ids before it in a text."""
+        return f" {token}".encode()
+
+    def token_bytes(self) -> np.ndarray:
+        self.require_text("counting bytes")
+
+    def to_json(self, chat: bool = False) -> str:
+        self.require_text("a tokenizer.json")
+
+
+def names_ids(spec: str) -> bool:
+    """Whether a spec is that of an `Ids`."""
+    return spec.startswith("ids:")
+
+
+def load_ids(spec: str, eot: int | None = None) -> Ids:
+    """ids:N -> Ids. eot: used unless the spec names one, as ids:N:EOT. Raises BadInput."""
+    match = IDS.fullmatch(spec)
+    if match is None or not 2 <= int(match[1]) <= MAX_IDS:
+        raise BadInput(f"{spec[:80]!r} does not name a vocabulary: write ids:N, as in ids:1500, "
+                       f"with 2 to {MAX_IDS:,} ids")
+    vocab_size = int(match[1])
+    if match[2]:
+        eot = int(match[2])
+    if eot is not None and eot >= vocab_size:
+        raise BadInput(f"{spec} has the ids 0 to {vocab_size - 1}, and its eot is {eot}: "
+                       "name one of these ids")
+    return Ids(vocab_size, eot)
+
+
 # --------------------------------------------------------------------------------------------------
 # Load
 
@@ -185,6 +266,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     downloaded."""
     if spec.lstrip().startswith("{"):
         return _from_json(spec, "the checkpoint's tokenizer")
+    if names_ids(spec):
+        return load_ids(spec)
     if spec in tiktoken.list_encoding_names():
         return _from_tiktoken(spec)
     path = Path(spec)

@@ -136,7 +136,7 @@ COMMANDS = {
     "--data mine --n_layer 8 --max_steps 280": PARSED,
 }
 # pages with Python code, which other tests run
-PYTHON = {"post-training-and-chat.md", "streams.md"}
+PYTHON = {"data.md", "post-training-and-chat.md", "streams.md"}
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",

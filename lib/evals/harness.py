@@ -220,6 +220,8 @@ def adapter(model: torch.nn.Module, tokenizer: Tokenizer, processes: Processes,
     """
     from lm_eval.api.model import TemplateLM
 
+    tokenizer.require_text("lm-evaluation-harness")
+
     class GPTLM(Adapter, TemplateLM):
         pass
 
@@ -597,6 +599,8 @@ def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes) -> Callable:
     """The tasks of --eval_tasks during training: a function (model, micro_batch, stopped) ->
     {tag: headline metric, or the reason why it is missing}."""
     tasks = []
+    if cfg.eval_tasks:
+        tokenizer.require_text("--eval_tasks")
     with processes.main_first():
         if cfg.eval_tasks:
             manager, names = find_tasks(cfg.eval_tasks)

@@ -197,8 +197,13 @@ def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes,
     """HellaSwag during training, with the file of --hellaswag_file: a function (model, micro_batch,
     stopped) -> {tag: acc_norm}.
 
-    Returns None, after a warning, if the data cannot be downloaded and is not `required`.
+    Returns None for ids that are not text, and, after a warning, if the data cannot be downloaded
+    and is not `required`.
     """
+    if not tokenizer.is_text:
+        if required and cfg.hellaswag_every:
+            tokenizer.require_text("HellaSwag")
+        return None
     try:
         with processes.main_first():
             items = load(cfg.hellaswag_file) if cfg.hellaswag_every else []
