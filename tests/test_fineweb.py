@@ -281,7 +281,8 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     assert process.returncode == 130
     assert stderr == ("\nstopped: the shards in out/ are complete; the same command continues "
                       "after them\n")
-    assert all(len(ids) == 200 for _, ids in read_shards(tmp_path / "out"))
+    # a temporary file may be left
+    assert all(len(np.load(path)) == 200 for path in (tmp_path / "out").glob("*.npy"))
 
 
 def test_a_run_that_leaves_most_of_a_parquet_unread_exits_cleanly(tmp_path, launch):
