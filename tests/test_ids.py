@@ -144,7 +144,7 @@ def test_ablations_have_no_bits_per_byte(chess):
     train_gpt2.main([*FLAGS, "--run_name", "a"])
     one = ablate.Run("base", 1, [], str(chess.parent / "log" / "a"))
     assert ablate.read_result(one)
-    assert ablate.row([one], [one], price=None)[2] == "n/a"
+    assert ablate.row([one], [one], "", price=None)[2] == "n/a"
 
 
 def test_the_vocabulary_is_known_before_training(chess):

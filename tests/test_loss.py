@@ -206,7 +206,7 @@ def test_one_and_two_processes_print_the_same(launch, checkpoint, notes, data):
     ([], "name --text"),
     (["--text", "a.txt"], "name --checkpoint or --model"),
     (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
-    (["--text", "empty"], "empty/ holds no .json"),
+    (["--text", "empty"], "empty/ has no .json"),
     (["--text", "image.png"], "cannot tell what image.png is"),
     (["--text", "chats.jsonl"], "holds conversations, not text"),
     (["--text", "a.txt", "--checkpoint", "ckpt_00001.pt", "--stride", "33"], "--stride 33"),

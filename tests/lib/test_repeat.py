@@ -91,7 +91,7 @@ def test_an_interrupted_repetition_continues(first, log):
     train(log, "again", "--config", first)
     assert_same_runs(again, first)
     assert steps_saved(again) == [2, 4, 6]
-    with pytest.raises(BadInput, match=r"began with --config .*first, not --config .*cut"):
+    with pytest.raises(BadInput, match=r"started with --config .*first, not --config .*cut"):
         train(log, "again", "--config", log / "cut")
 
 
