@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -37,7 +37,8 @@ from lib.openai_api import Api
 from lib.rope import ContextConfig, extend
 from lib.server import Server, is_loopback
 from lib.serving import Engine
-from train_gpt2 import load_checkpoint
+from lib.tokenizers import Tokenizer
+from train_gpt2 import GPT, load_checkpoint
 
 COMMANDS = "/reset, /temp X, /save FILE, /quit"
 ENDINGS = {
@@ -78,7 +79,7 @@ class ChatSampling(SampleConfig):
     max_new_tokens: int = flag(1024, "tokens per reply", at_least=1, at_most=1_000_000)
 
 
-def load_chat(path, device):
+def load_chat(path: str, device: str | torch.device) -> tuple[GPT, Tokenizer, bool]:
     """-> (model, tokenizer, whether it can chat). Raises BadInput if the model was trained with
     another chat template."""
     model, tokenizer, state = load_checkpoint(path, device)
@@ -107,8 +108,8 @@ class Chat:
     compile of Decoder.
     """
 
-    def __init__(self, model, tokenizer, sampling: ChatSampling, system: str | None = None,
-                 **options):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: ChatSampling,
+                 system: str | None = None, **options: Any):
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.system = system
@@ -127,7 +128,7 @@ class Chat:
         self.history = list(self.messages)
         self.dropped = 0
 
-    def prompt(self, messages, limit):
+    def prompt(self, messages: list[dict], limit: int) -> tuple[list[dict], list[int]]:
         """-> (the newest messages whose prompt has at most `limit` tokens, its ids).
 
         Raises BadInput if the last message alone is too long.
@@ -160,7 +161,8 @@ class Chat:
             self.history += [question, answer]
         return ended
 
-    def generate(self, ids, limit, text, show):
+    def generate(self, ids: list[int], limit: int, text: Text,
+                 show: Callable[[str], object]) -> None:
         """Continue the ids until `text` ends. Raises NonFinite."""
         sampling = self.sampling
         choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k,
@@ -177,14 +179,14 @@ class Chat:
 class Completion(Chat):
     """A base model in the terminal: continues each text on its own."""
 
-    def prompt(self, messages, limit):
+    def prompt(self, messages: list[dict], limit: int) -> tuple[list[dict], list[int]]:
         ids = self.tokenizer.encode(messages[-1]["content"]).tolist() or [self.tokenizer.eot]
         if len(ids) > limit:
             raise BadInput(f"the text has {len(ids):,} tokens, and the context has room for "
                            f"{limit:,}: shorten it")
         return messages, ids
 
-    def reply(self, content, show):
+    def reply(self, content: str, show: Callable[[str], object]) -> str:
         self.messages = []
         return super().reply(content, show)
 
@@ -236,7 +238,7 @@ def talk(chat: Chat) -> None:
             say(str(error))
 
 
-def run_command(chat, line):
+def run_command(chat: Chat, line: str) -> None:
     """/reset, /temp or /save. Raises BadInput."""
     command, _, argument = line.partition(" ")
     if command == "/reset":
@@ -252,7 +254,7 @@ def run_command(chat, line):
                        "slash")
 
 
-def answer(chat, message):
+def answer(chat: Chat, message: str) -> None:
     """Print the reply to a message, and a note if the reply or the context was cut."""
     dropped = chat.dropped
     ended = chat.reply(message, partial(print, end="", flush=True))

@@ -31,9 +31,10 @@ import math
 import os
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def read_results(path: str | Path) -> dict:
     return data
 
 
-def is_results(data):
+def is_results(data: Any) -> bool:
     """Whether data has, for each of TABLES, a dict with one dict per task."""
     if not isinstance(data, dict):
         return False
@@ -105,7 +106,7 @@ def is_results(data):
     return True
 
 
-def is_complete(data):
+def is_complete(data: dict) -> bool:
     """Whether results cover all items, with the context used in training."""
     config = data.get("config")
     if not isinstance(config, dict):
@@ -139,9 +140,9 @@ def newest_results(path: str | Path) -> tuple[str, dict]:
                    "a file")
 
 
-def merge(parts):
+def merge(parts: Iterable[dict]) -> dict[str, dict]:
     """Merge results of different tasks; later parts replace earlier ones."""
-    merged = {key: {} for key in TABLES}
+    merged: dict[str, dict] = {key: {} for key in TABLES}
     for data in parts:
         for key in TABLES:
             merged[key].update(data[key])
@@ -176,7 +177,7 @@ def tabulate_runs(runs: list[tuple[str, dict]]) -> tuple[list[str], list[list[st
     return ["task", "metric", *(name for name, _ in runs)], rows, notes
 
 
-def metric_name(runs, task, key):
+def metric_name(runs: list[tuple[str, dict]], task: str, key: str) -> str:
     """The harness's key of a metric as text: its name, its filter, and whether lower is better."""
     metric, _, kind = key.partition(",")
     name = metric if kind == "none" else f"{metric} ({kind})"
@@ -186,21 +187,21 @@ def metric_name(runs, task, key):
     return name
 
 
-def cell(data, task, key):
+def cell(data: dict, task: str, key: str) -> str:
     """A metric and its standard error as text; "" if the run lacks it."""
     value = four_digits(number(data, task, key))
     error = four_digits(number(data, task, key.replace(",", "_stderr,", 1)))
     return f"{value} ± {error}" if value and error else value
 
 
-def four_digits(x):
+def four_digits(x: float) -> str:
     """A number as text; "" if it is nan."""
     if math.isnan(x):
         return ""
     return f"{x:.4f}" if abs(x) < 100 else f"{x:.0f}"
 
 
-def number(data, task, key):
+def number(data: dict, task: str, key: str) -> float:
     """A float of the results; nan if the run lacks the task, or the value is "N/A"."""
     value = data["results"].get(task, {}).get(key)
     return value if isinstance(value, float) and math.isfinite(value) else math.nan
@@ -269,7 +270,7 @@ def compare(paths: tuple[str, ...], chart: str) -> None:
 # Evaluating a model
 
 
-def load_hugging_face(name: str, cfg: Config, processes: Processes):
+def load_hugging_face(name: str, cfg: Config, processes: Processes) -> Any:
     """The harness's own language model for a --model. Raises BadInput if it cannot be loaded."""
     try:
         from lm_eval.models.huggingface import HFLM
@@ -322,7 +323,7 @@ def pick_output(cfg: Config, context: ContextConfig) -> Path:
     return output
 
 
-def partial_suffix(cfg, context):
+def partial_suffix(cfg: Config, context: ContextConfig) -> str:
     """The suffix in the file name of partial results."""
     suffix = ""
     if context.context:
@@ -334,7 +335,7 @@ def partial_suffix(cfg, context):
     return suffix
 
 
-def check_flags(cfg, given):
+def check_flags(cfg: Config, given: set[str]) -> None:
     """Raises BadInput on flags that do not go together."""
     if cfg.compare:
         others = sorted(given - {"compare", "chart"})
@@ -380,7 +381,7 @@ def main(argv: list[str]) -> None:
             save(results, output, dataclasses.asdict(cfg) | dataclasses.asdict(context))
 
 
-def seed_everything(seed):
+def seed_everything(seed: int) -> None:
     """Seed all random generators of tasks, with the same seed on every process."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (the generator that tasks use)

@@ -44,7 +44,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -52,7 +52,8 @@ from lib import checkpoint, files, huggingface
 from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import NonFinite
-from train_gpt2 import load_checkpoint
+from lib.tokenizers import Tokenizer
+from train_gpt2 import GPT, load_checkpoint
 
 TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are smaller
 N_TEXTS = 200     # of random tokens, whose encodings are compared
@@ -87,7 +88,8 @@ def quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def check(model, tokenizer, folder: str, dtype: str, chat_template: str | None = None) -> None:
+def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: str,
+          chat_template: str | None = None) -> None:
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if
     logits or tokens differ."""
     from transformers import AutoTokenizer
@@ -122,7 +124,8 @@ def check(model, tokenizer, folder: str, dtype: str, chat_template: str | None =
     print(f"checked: {result}")
 
 
-def compare_logits(model, theirs, idx, dtype):
+def compare_logits(model: GPT, theirs: Any, idx: torch.Tensor,
+                   dtype: torch.dtype) -> tuple[float, float]:
     """-> (largest difference between the logits of the model and the loaded model, largest logit).
     Raises NonFinite.
 

@@ -26,6 +26,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -425,7 +426,7 @@ def write_shards(job: Job, text: TokenizedText, meta: Meta) -> None:
 
 
 @contextlib.contextmanager
-def writing(out: Path):
+def writing(out: Path) -> Iterator[None]:
     """Lock the folder while its shards are made. Messages of errors and Ctrl-C say how to continue.
     """
     remedy = "give another --out"

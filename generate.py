@@ -14,6 +14,7 @@ import lib.startup  # noqa: F401 (before torch)
 # isort: split
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,6 +26,7 @@ from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import SampleConfig, sample
 from lib.devices import pick_device
 from lib.rope import ContextConfig, extend
+from lib.tokenizers import Tokenizer
 from train_gpt2 import load_checkpoint
 
 
@@ -80,7 +82,8 @@ def check_length(prompt: str, n: int, block_size: int, max_new_tokens: int) -> s
     return f"the prompt {prompt[:20]!r}... has {n:,} tokens: {'; '.join(notes)}"
 
 
-def check_lengths(prompts, tokenizer, block_size, strict, max_new_tokens):
+def check_lengths(prompts: Sequence[str], tokenizer: Tokenizer, block_size: int, strict: bool,
+                  max_new_tokens: int) -> None:
     """Print the notes of check_length. Raises BadInput if a prompt is too long for `strict`."""
     for prompt in prompts:
         n = max(len(tokenizer.encode(prompt)), 1)  # an empty prompt is an end-of-text token

@@ -22,7 +22,7 @@ import lib.startup  # noqa: F401 (before torch)
 import contextlib
 import hashlib
 import math
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from lib.chat_template import JINJA, render
 from lib.cli import BadInput, flag, launched, path_flag, read_flags, resolve, run
 from lib.corpus import Corpus, split_weight
 from lib.decoding import SampleConfig, continuations
+from lib.devices import Processes
 from lib.plan import EVALUATIONS, RunPlan, Settings
 from lib.resume import Resume, find_resume
 from lib.run_folder import RunFolder
@@ -294,13 +295,13 @@ class ShardData(Corpus):
 
     chat = False
 
-    def __init__(self, cfg, tokenizer, block_size):
+    def __init__(self, cfg: Any, tokenizer: Tokenizer, block_size: int):
         super().__init__(TrainConfig(data=cfg.data))
         self.check_tokenizer(tokenizer)
         self.source = token_rows(self, tokenizer, cfg.seed, block_size)
         self.tokens = {"train": int(self.tokens["train"] / (1 - cfg.replay))}
         self.replay = cfg.replay
-        self.lines = []
+        self.lines: list[str] = []
 
     def epochs(self, tokens: float) -> np.ndarray:
         return super().epochs(tokens * (1 - self.replay))
@@ -461,14 +462,14 @@ class Patience:
         # those before `step`: a validation that is due at `step` runs again
         self.failures = max((step - 1) // self.every - self.best_step // self.every, 0)
 
-    def mode(self):
+    def mode(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def is_due(self, step: int, last: bool) -> bool:
         self.step = step
         return not last and step > 0 and step % self.every == 0
 
-    def run(self, model, micro_batch, stopped):
+    def run(self, model: Any, micro_batch: int, stopped: Callable[..., bool]) -> dict[str, Any]:
         """Request a stop if the validation of this step was one too many."""
         if self.loss < self.best:
             self.best = self.loss
@@ -491,10 +492,11 @@ class PostTraining(Pretraining):
     """
 
     has_learned = True
-    resume = None
+    pretraining: Any
+    resume: Any = None
     patience: Any = None
 
-    def __init__(self, cfg, explicit, tokenizer, block_size):
+    def __init__(self, cfg: Config, explicit: set[str], tokenizer: Tokenizer, block_size: int):
         """Read the data. Raises BadInput."""
         self.explicit = explicit
         self.tokenizer = tokenizer
@@ -527,7 +529,8 @@ class PostTraining(Pretraining):
     def vocabulary(self, model_cfg: GPTConfig) -> tuple[Tokenizer, GPTConfig]:
         return self.tokenizer, model_cfg
 
-    def evaluations(self, cfg, plan, tokenizer, processes):
+    def evaluations(self, cfg: Any, plan: RunPlan, tokenizer: Tokenizer,
+                    processes: Processes) -> list:
         self.last_step = plan.steps
         found = super().evaluations(cfg, plan, tokenizer, processes)
         if cfg.patience:
@@ -538,7 +541,8 @@ class PostTraining(Pretraining):
             found.append(self.patience)
         return found
 
-    def validation(self, cfg, plan, tokenizer, processes):
+    def validation(self, cfg: Any, plan: RunPlan, tokenizer: Tokenizer,
+                   processes: Processes) -> Callable:
         runs = []
         if isinstance(self.corpus, Corpus):
             runs.append(validation(cfg, plan, self.corpus, tokenizer, processes))
@@ -566,7 +570,7 @@ class PostTraining(Pretraining):
 
         return run
 
-    def samples(self, cfg, tokenizer):
+    def samples(self, cfg: Any, tokenizer: Tokenizer) -> Callable:
         if not self.corpus.chat:
             return super().samples(cfg, tokenizer)
         question = first_turn(self.corpus.question)
@@ -581,7 +585,8 @@ class PostTraining(Pretraining):
 
         return run
 
-    def stream(self, cfg, plan, tokenizer, processes):
+    def stream(self, cfg: Any, plan: Any, tokenizer: Tokenizer,
+               processes: Processes) -> streams.StreamLike:
         replay = None
         if cfg.replay:
             replay = token_rows(self.pretraining, tokenizer, cfg.seed, plan.block_size)

@@ -60,7 +60,7 @@ from lib.cli import (
 )
 from lib.corpus import CURRICULUM_MIX, Corpus
 from lib.cross_entropy import LinearCrossEntropy, soft_cap
-from lib.decoding import SHOWN, NonFinite, sample
+from lib.decoding import SHOWN, KVCache, NonFinite, sample
 from lib.description import describe
 from lib.devices import (
     Processes,
@@ -85,7 +85,15 @@ from lib.resume import Position, Resume, find_resume, may_change, merge
 from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
-from lib.streams import CorpusLike, Mixture, Stream, TaskLike, micro_batches, unchanged
+from lib.streams import (
+    CorpusLike,
+    Mixture,
+    Stream,
+    StreamLike,
+    TaskLike,
+    micro_batches,
+    unchanged,
+)
 from lib.timer import StepTimer
 from lib.tokenizers import Tokenizer, load_tokenizer, names_ids
 
@@ -132,7 +140,7 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-LEARNING_RATE = dict(above=0, at_most=1e6)
+LEARNING_RATE: dict[str, Any] = dict(above=0, at_most=1e6)
 
 
 @dataclass(frozen=True)
@@ -333,7 +341,7 @@ class NoPositions(nn.Module):
 class LearnedPositions(nn.Embedding):
     """GPT-2's encoding, added to the embeddings (B, T, C). positions: a slice or int64 (B, T)."""
 
-    def forward(self, x, positions):
+    def forward(self, x: torch.Tensor, positions: Any) -> torch.Tensor:  # type: ignore[override]
         return x + self.weight[positions]
 
 
@@ -345,13 +353,16 @@ class Rotary(nn.Module):
     cannot distinguish position 1000 from 1001.
     """
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, head_dim: int, block_size: int):
         super().__init__()
         cos, sin = rope.tables(*rope.frequencies(head_dim), block_size)     # (block_size, D/2)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x, positions):
+    def forward(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
         cos = self.cos[positions].unsqueeze(-2)                             # (T or B, T, 1, D/2)
         sin = self.sin[positions].unsqueeze(-2)
         a, b = x.float().chunk(2, dim=-1)                                   # (B, T, H, D/2) each
@@ -386,21 +397,21 @@ class ValueMix(Mix):
     """Value residual (Zhou et al. 2024, https://arxiv.org/abs/2410.17897): mixes the first layer's
     values into a layer's own."""
 
-    def forward(self, v, v_first):
+    def forward(self, v: torch.Tensor, v_first: torch.Tensor) -> tuple:  # type: ignore[override]
         return super().forward(v, v_first), v_first
 
 
 class FirstValues(nn.Module):
     """Value residual in the first layer: its values become v_first of the others."""
 
-    def forward(self, v, v_first):
+    def forward(self, v: torch.Tensor, v_first: None) -> tuple[torch.Tensor, torch.Tensor]:
         return v, v
 
 
 class OwnValues(nn.Module):
     """No value residual. The interface is the same, so that all layers share one compiled block."""
 
-    def forward(self, v, v_first):
+    def forward(self, v: torch.Tensor, v_first: None) -> tuple[torch.Tensor, None]:
         return v, v_first
 
 
@@ -424,7 +435,7 @@ class TokenShift(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -438,13 +449,14 @@ class CausalSelfAttention(nn.Module):
         rotary = config.pos == "rope"
         self.rotary = Rotary(head_dim, config.block_size) if rotary else NoPositions()
         if not config.value_residual:
-            self.mix_values = OwnValues()
+            self.mix_values: nn.Module = OwnValues()
         elif layer == 0:
             self.mix_values = FirstValues()
         else:
             self.mix_values = ValueMix((0.5, 0.5))
 
-    def forward(self, x, v_first, positions, context=None):
+    def forward(self, x: torch.Tensor, v_first: torch.Tensor | None, positions: Any,
+                context: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)   # (B, T, H, D) each
         q = self.rotary(self.q_norm(q), positions)
@@ -478,6 +490,7 @@ class MLP(nn.Module):
 
     fused = 1      # matrices in c_fc
     penalty = 0.0  # auxiliary losses, which only a MoE has
+    act: Any       # the activation, set by subclasses
 
     def __init__(self, config: GPTConfig, width: int | None = None):
         super().__init__()
@@ -485,7 +498,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, self.fused * width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self.act(self.c_fc(x)))
 
     @staticmethod
@@ -539,7 +552,8 @@ class Block(nn.Module):
         self.mlp = MoE(config, mlp) if config.n_experts else mlp(config)
         self.drop = dropout(config.dropout)
 
-    def forward(self, x, x0, v_first, positions, context=None):
+    def forward(self, x: torch.Tensor, x0: torch.Tensor, v_first: torch.Tensor | None,
+                positions: Any, context: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = self.mix_residual(x, x0)
         y = self.token_shift(self.ln_1(x), context)
         y, v_first = self.attn(y, v_first, positions, context)
@@ -555,12 +569,12 @@ class GPT(nn.Module):
     Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         norm = NORMS[config.norm]
         learned = config.pos == "learned"
-        self.transformer = nn.ModuleDict(dict(
+        self.transformer: Any = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=LearnedPositions(config.block_size, config.n_embd) if learned else NoPositions(),
             emb_norm=norm(config.n_embd, config.bias) if config.emb_norm else nn.Identity(),
@@ -570,11 +584,13 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = self.transformer.wte.weight  # type: ignore
         self.loss = LinearCrossEntropy(config.softcap)
         init_weights(self)
 
-    def forward(self, idx, targets=None, packed=None, kv_cache=None, logits_at=...):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                packed: Packed | None = None, kv_cache: KVCache | None = None,
+                logits_at: Any = ...) -> torch.Tensor:
         """idx: int64 (B, T), T at most block_size. packed: a Packed, if rows contain several texts.
         kv_cache: a KVCache; None: no cache (training, scoring).
 
@@ -603,10 +619,10 @@ class GPT(nn.Module):
         x = self.transformer.wpe(self.transformer.wte(idx), positions)
         return self.transformer.drop(cast(self.transformer.emb_norm(x)))
 
-    def compile(self, **settings):
+    def compile(self, **settings: Any) -> None:
         """torch.compile part by part. All blocks have the same structure and share one compiled
         graph, so compile time does not grow with depth."""
-        self.embed = torch.compile(self.embed, **settings)
+        self.embed = torch.compile(self.embed, **settings)  # type: ignore[method-assign]
         for part in (*self.transformer.h, self.transformer.ln_f, self.loss):
             part.compile(**settings)
 
@@ -638,7 +654,7 @@ class GPT(nn.Module):
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name: str | Path) -> "GPT":
         """A GPT with the weights of Hugging Face's "gpt2", ..., "gpt2-xl", or of a folder written
         by export_hf.py."""
         return huggingface.read(name, lambda **fields: cls(GPTConfig(**fields)))
@@ -1005,7 +1021,8 @@ class Evaluation(NamedTuple):
         return last or step % self.every == 0
 
 
-def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -> float:
+def mean_loss(model: nn.Module, rows: Any, micro_batch: int, processes: Processes,
+              stopped: Callable[[], bool] = lambda: False) -> float:
     """Mean loss in nats per target over all validation rows, computed by all processes.
 
     rows: (x, y), or (x, y, documents) if they are packed. stopped: called equally often on every
@@ -1028,7 +1045,7 @@ def mean_loss(model, rows, micro_batch: int, processes, stopped=lambda: False) -
         if stopped():
             return math.nan
     total = torch.stack(nats).cpu().double().sum().item()
-    count = int((mine[1] >= 0).sum())
+    count: float = int((mine[1] >= 0).sum())
     total, count = processes.sum([total, count])
     return total / count
 
@@ -1065,7 +1082,9 @@ def validation(cfg: TrainConfig, plan: RunPlan, corpus: Corpus, tokenizer: Token
 # The training loop
 
 
-def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, position):
+def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Optimizer,
+          stream: StreamLike, evaluations: list, run: Any, processes: Processes,
+          position: Position) -> None:
     """Train `model` from `position` to the last step.
 
     plan: a RunPlan. stream: `next(tokens)` returns this process's micro-batches, equally many on
@@ -1165,7 +1184,7 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
 
             # ---- forward and backward
             seed_dropout(cfg.seed, step, processes.rank)
-            n_targets = sum((targets >= 0).sum() for _, targets, *_ in batch)
+            n_targets: Any = sum((targets >= 0).sum() for _, targets, *_ in batch)
             processes.all_reduce(n_targets)
             balance.weigh(n_targets / tokens)
             with monitor("training"):
@@ -1176,7 +1195,7 @@ def train(cfg, plan, model, optimizer, stream, evaluations, run, processes, posi
                         seconds / processes.world_size]
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in requests)])
             processes.all_reduce(shared)
-            norms = torch.stack([gradient_norm(part) for part in parts.values()])
+            norms: Any = torch.stack([gradient_norm(part) for part in parts.values()])
             total_norm = norms.norm()
             numbers = torch.cat((shared, total_norm[None], norms)).tolist()
             loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers
@@ -1463,9 +1482,9 @@ class Pretraining:
     weights: list | tuple = ()
     extra: dict = {}
 
-    def __init__(self, cfg, explicit, start=None):
+    def __init__(self, cfg: Any, explicit: set[str], start: list | None = None):
         """start: from `begin_with`, or None. Raises BadInput for data of another tokenizer."""
-        self.corpus = Corpus(cfg)
+        self.corpus: Any = Corpus(cfg)
         self.explicit = explicit
         if start:
             model, tokenizer = start.pop()  # drops the last other reference
@@ -1479,12 +1498,13 @@ class Pretraining:
         self.corpus.check_shards(tokenizer)
         return tokenizer, replace(model_cfg, vocab_size=tokenizer.vocab_size)
 
-    def evaluations(self, cfg, plan, tokenizer, processes):
+    def evaluations(self, cfg: Any, plan: RunPlan, tokenizer: Tokenizer,
+                    processes: Processes) -> list:
         """-> list of Evaluation. Raises BadInput if something they need is missing."""
         at_start = self.has_learned  # evaluating random weights would waste seconds to minutes
         own_loss = self.validation(cfg, plan, tokenizer, processes)
         asked = bool(self.explicit & {"hellaswag_every", "hellaswag_file"})
-        questions = hellaswag.tracked(cfg, tokenizer, processes, required=asked)
+        questions: Any = hellaswag.tracked(cfg, tokenizer, processes, required=asked)
         tasks = harness.tracked(cfg, tokenizer, processes)
         tasks_every = cfg.eval_tasks_every if cfg.eval_tasks else 0
         texts = self.samples(cfg, tokenizer)
@@ -1511,7 +1531,8 @@ class Pretraining:
 
         return run
 
-    def stream(self, cfg, plan, tokenizer, processes):
+    def stream(self, cfg: Any, plan: Any, tokenizer: Tokenizer,
+               processes: Processes) -> StreamLike:
         stride = plan.block_size + self.corpus.is_mixed
         batches = partial(micro_batches, block_size=plan.block_size, stride=stride,
                           micro_batch=plan.micro_batch, processes=processes)
@@ -1639,7 +1660,8 @@ def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
                           "steps": plan.steps, "sequences": plan.micro_batch}
 
 
-def compile_model(model, plan, task, run, processes):
+def compile_model(model: GPT, plan: Any, task: TaskLike, run: RunFolder,
+                  processes: Processes) -> None:
     shape = (plan.micro_batch, plan.block_size)
     idx = torch.zeros(shape, dtype=torch.long, device=processes.device)
     batch = (idx, idx, *task.packed(idx))

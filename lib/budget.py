@@ -6,6 +6,8 @@ Tokens per parameter count all parameters, embeddings included, as in Hoffmann e
 two disagree (Pearce & Song 2024, https://arxiv.org/abs/2406.12907). Tied matrices count once.
 """
 
+from typing import Any
+
 from lib.cli import BadInput
 
 LENGTHS = ("epochs", "max_steps", "minutes", "tokens_per_param")  # flags that set the length
@@ -13,7 +15,7 @@ MOST_STEPS = 2**31
 UNMEASURED = MOST_STEPS  # length of a run of --minutes until its speed is known
 
 
-def length_flag(cfg) -> str:
+def length_flag(cfg: Any) -> str:
     """The flag of LENGTHS that sets the length of the run."""
     for name in LENGTHS:
         if name != "epochs" and getattr(cfg, name):
@@ -28,7 +30,7 @@ def only_length(explicit: set[str]) -> dict:
     return {name: None for name in LENGTHS if name != "epochs" and name not in explicit}
 
 
-def batch_size(step: int, cfg) -> int:
+def batch_size(step: int, cfg: Any) -> int:
     """Tokens of update `step`: half of --total_batch_size for the first --batch_warmup tokens.
 
     At first, small batches learn more per token; the critical batch size grows during training
@@ -39,18 +41,18 @@ def batch_size(step: int, cfg) -> int:
     return cfg.total_batch_size
 
 
-def half_steps(cfg) -> int:
+def half_steps(cfg: Any) -> int:
     """Number of half-batch steps at the start of a run."""
     return cfg.batch_warmup // max(cfg.total_batch_size // 2, 1)
 
 
-def tokens_of(steps: int, cfg) -> int:
+def tokens_of(steps: int, cfg: Any) -> int:
     """Tokens in the first `steps` updates."""
     halved = min(steps, half_steps(cfg))
     return steps * cfg.total_batch_size - halved * (cfg.total_batch_size // 2)
 
 
-def steps_in(tokens: float, cfg) -> int:
+def steps_in(tokens: float, cfg: Any) -> int:
     """Full steps in `tokens`: the inverse of `tokens_of`."""
     half = cfg.total_batch_size // 2
     missing = half_steps(cfg) * half  # tokens that half-batch steps have less than full ones
@@ -59,7 +61,7 @@ def steps_in(tokens: float, cfg) -> int:
     return int((tokens + missing) // cfg.total_batch_size)
 
 
-def steps_of(cfg, train_tokens: int, parameters: int | None) -> int:
+def steps_of(cfg: Any, train_tokens: int, parameters: int | None) -> int:
     """Optimizer steps of a run, from the active flag of LENGTHS.
 
     train_tokens: tokens per epoch. parameters: number of parameters, None if unknown. With

@@ -9,8 +9,10 @@ context only. Text never encodes to the ids of control tokens (lib/tokenizers.py
 input nor data can imitate one.
 """
 
+from typing import Any
+
 from lib.cli import BadInput
-from lib.tokenizers import END, EOT
+from lib.tokenizers import END, EOT, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 # the same for transformers' apply_chat_template; a checkpoint that can chat has it as
@@ -20,7 +22,7 @@ JINJA = ("{{ '" + EOT + "' }}{% for message in messages %}"
          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
-def check_messages(messages) -> None:
+def check_messages(messages: Any) -> None:
     """Raises BadInput, without a remedy, unless `messages` is a conversation."""
     if not isinstance(messages, list) or not messages:
         raise BadInput("no messages")
@@ -45,7 +47,8 @@ def split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
     return messages[:n], messages[n:]
 
 
-def render(messages: list[dict], tokenizer, reply: bool = False) -> tuple[list[int], list[bool]]:
+def render(messages: list[dict], tokenizer: Tokenizer,
+           reply: bool = False) -> tuple[list[int], list[bool]]:
     """A conversation -> its ids, and which of them are learned: the assistant's turns with their
     <|end|>.
 
@@ -63,7 +66,8 @@ def render(messages: list[dict], tokenizer, reply: bool = False) -> tuple[list[i
     return ids, learned
 
 
-def fit(messages: list[dict], tokenizer, limit: int) -> tuple[list[dict], list[int]]:
+def fit(messages: list[dict], tokenizer: Tokenizer,
+        limit: int) -> tuple[list[dict], list[int]]:
     """The part of a conversation whose prompt has at most `limit` tokens -> (messages, ids).
 
     The last message is the user's. The system message and the newest turns stay; the oldest are

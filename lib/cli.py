@@ -27,6 +27,7 @@ import time
 import traceback
 import types
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lib import startup
@@ -57,7 +58,8 @@ class RankError(BadInput):
 # Flags: declared on dataclass fields
 
 
-def flag(default, help, short=None, path=False, choices=None, **bounds):
+def flag(default: Any, help: str | None, short: str | None = None, path: bool = False,
+         choices: Callable | None = None, **bounds: float) -> Any:
     """A dataclass field that `parse` turns into the flag --<name of the field>.
 
     help: None for a setting without a flag. short: a letter for the short form -<letter>. path: see
@@ -71,13 +73,13 @@ def flag(default, help, short=None, path=False, choices=None, **bounds):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def path_flag(default, help):
+def path_flag(default: Any, help: str | None) -> Any:
     """A flag that names files or folders. A leading "~" is expanded: shells leave it in --out=~/x.
     """
     return flag(default, help, path=True)
 
 
-def choices_of(field: dataclasses.Field, hint) -> tuple:
+def choices_of(field: dataclasses.Field, hint: Any) -> tuple:
     """The allowed values of a field; empty if any value is allowed. hint: its type."""
     if field.metadata.get("choices"):
         return tuple(field.metadata["choices"]())
@@ -102,7 +104,9 @@ def _is_union(hint):
 # Reading a command line
 
 
-def parse(classes, argv: list[str], doc=None, presets=None, command=None):
+def parse(classes: Sequence[Any], argv: list[str], doc: str | None = None,
+          presets: dict[str, dict] | None = None,
+          command: str | None = None) -> tuple[list[Any], set[str]]:
     """Read `argv` into one instance of each dataclass.
 
     Returns (list of instances, set of the names given on the command line). Arguments and errors:
@@ -115,7 +119,7 @@ def parse(classes, argv: list[str], doc=None, presets=None, command=None):
     return [resolve(cls(), preset, given) for cls in classes], set(given)
 
 
-def resolve(config, *sources: dict):
+def resolve(config: Any, *sources: dict) -> Any:
     """The config, a dataclass, with the settings of each source. Later sources win.
 
     Names that are not fields of the config are ignored, since a source may serve several configs.
@@ -130,7 +134,9 @@ def resolve(config, *sources: dict):
     return resolved
 
 
-def read_flags(classes, argv: list[str], doc=None, presets=None, command=None) -> dict[str, Any]:
+def read_flags(classes: Sequence[Any], argv: list[str], doc: str | None = None,
+               presets: dict[str, dict] | None = None,
+               command: str | None = None) -> dict[str, Any]:
     """Read the flags in `argv`, which are fields of `classes` -> {name: value}.
 
     If the first class has a field `preset`, `presets` maps its values to overrides of the defaults,
@@ -207,7 +213,8 @@ def _expand(name, value):
     return expanded
 
 
-def subcommand(argv, commands: dict, doc):
+def subcommand(argv: list[str], commands: dict[str, Callable],
+               doc: str | None) -> tuple[Callable, list[str]]:
     """(the function in `commands` named by the first word, the words after it). Raises BadInput if
     there is none."""
     word, *flags = argv or [""]
@@ -295,7 +302,7 @@ def _union(kinds):
 # Checking values
 
 
-def check(config) -> None:
+def check(config: Any) -> None:
     """Check every value against its type, choices and bounds. Raises BadInput naming the flag.
 
     This is the only such check, for command lines, presets, and configs read from files.
@@ -380,7 +387,7 @@ def _is_utf8(text):
 # Running a script: exit codes, errors of one line
 
 
-def run(main) -> None:
+def run(main: Callable[[list[str]], Any]) -> None:
     """Call a script's `main`. BadInput becomes one line on stderr and exit code 2; Ctrl-C becomes
     its message and exit code 130.
 
@@ -494,7 +501,7 @@ def _leave(code) -> NoReturn:
     sys.exit(code)
 
 
-def is_broken(stream) -> bool:
+def is_broken(stream: Any) -> bool:
     """Whether a stream's output cannot be written: its disk is full, or its reader is gone."""
     try:
         stream.flush()

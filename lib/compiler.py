@@ -77,7 +77,8 @@ def _is_writable(folder: Path) -> bool:
         return False
 
 
-def compile_ahead(model, batch: tuple, evaluating: bool, say: Callable[[str], Any]) -> None:
+def compile_ahead(model: torch.nn.Module, batch: tuple, evaluating: bool,
+                  say: Callable[[str], Any]) -> None:
     """Compile `model` by running a training pass over a micro-batch.
 
     batch: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from lib.chat_template import END, check_messages, render
 from lib.cli import BadInput
 from lib.files import find_files, json_rows, open_file, read_text
+from lib.tokenizers import Tokenizer
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
 NOTES = ".md"  # read as .txt if given by name; in a folder it may describe the data
@@ -57,7 +58,7 @@ class Layout(NamedTuple):
 
 
 class UnknownLayout(ValueError):
-    def __init__(self, row):
+    def __init__(self, row: dict):
         super().__init__(f"no layout is known of {', '.join(row)[:60] or 'nothing'}")
         self.row = row
 
@@ -368,7 +369,8 @@ def _parquet(path, remedy):
 # Cutting and holding out
 
 
-def truncate(messages: list[dict], tokenizer, room: int):
+def truncate(messages: list[dict], tokenizer: Tokenizer,
+             room: int) -> tuple[list[int] | None, list[bool] | None, str]:
     """A conversation -> (ids, learned, how), of at most `room` ids.
 
     how: "whole"; "cut" at the end of an earlier answer; "truncated" on the right; or "dropped" if
@@ -388,7 +390,8 @@ def truncate(messages: list[dict], tokenizer, room: int):
     return ids[:n], learned[:n], how
 
 
-def hold_out(examples: list[Example], share: float, seed: int):
+def hold_out(examples: list[Example], share: float,
+             seed: int) -> tuple[list[Example], list[Example]]:
     """Examples -> (training examples, validation examples).
 
     Holds out at least one of the conversations and one of the texts, by a hash of content and seed,

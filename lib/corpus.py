@@ -4,6 +4,7 @@ curriculum. lib/streams.py reads from it."""
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Corpus:
     tokenizers.
     """
 
-    def __init__(self, cfg: Any, needed=SPLITS):
+    def __init__(self, cfg: Any, needed: Sequence[str] = SPLITS):
         if bool(cfg.curriculum) != bool(cfg.curriculum_steps):
             raise BadInput("--curriculum and --curriculum_steps need each other: "
                            "give both, or neither")
@@ -172,7 +173,7 @@ class Corpus:
                           f"{cfg.curriculum_mix}")
         return lines
 
-    def tags(self, prefix: str, values) -> dict[str, Any]:
+    def tags(self, prefix: str, values: Iterable) -> dict[str, Any]:
         """{f"{prefix}_{name}": value} for the sources of a mixture; empty for a single source."""
         if not self.is_mixed:
             return {}

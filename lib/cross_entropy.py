@@ -5,6 +5,8 @@ Logits are the largest tensor of a small model: 65,536 tokens times 50,304 ids a
 logits, which are then freed. All chunks have the same size, so they share one compiled graph.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -38,18 +40,19 @@ class LinearCrossEntropy(torch.nn.Module):
     it. In eval mode there are no gradients.
     """
 
-    def __init__(self, cap=0.0):
+    def __init__(self, cap: float = 0.0):
         super().__init__()
         self.cap = cap
         self.loss = _loss
         self.loss_and_gradients = _loss_and_gradients
 
-    def compile(self, **settings):
+    def compile(self, **settings: Any) -> None:
         """torch.compile the work on a chunk; the loop over chunks stays in Python."""
         self.loss = torch.compile(_loss, **settings)
         self.loss_and_gradients = torch.compile(_loss_and_gradients, **settings)
 
-    def forward(self, x, weight, targets):
+    def forward(self, x: torch.Tensor, weight: torch.Tensor,
+                targets: torch.Tensor) -> torch.Tensor:
         counted = (targets >= 0).float()                                                # (N,)
         args = cast(x), cast(weight), targets.clamp(min=0)[:, None], counted[:, None]
         if self.training and torch.is_grad_enabled():

@@ -2,11 +2,13 @@
 
 import math
 import time
+from typing import Any
 
 import torch
 
 from lib.budget import half_steps, tokens_of
-from lib.devices import compute_dtype
+from lib.devices import Processes, compute_dtype
+from lib.streams import CorpusLike
 
 # up to here, repeated text is worth nearly as much as new text (Muennighoff et al. 2023,
 # https://arxiv.org/abs/2305.16264)
@@ -15,7 +17,8 @@ DAY = 86_400   # seconds
 SLOWEST = 1e9  # FLOP/s that any machine reaches
 
 
-def describe(cfg, plan, model, corpus, processes, first: int = 0) -> str:
+def describe(cfg: Any, plan: Any, model: Any, corpus: CorpusLike, processes: Processes,
+             first: int = 0) -> str:
     """The lines printed before a run that starts at step `first`."""
     lines = [_model_line(model)]
     if cfg.init_from:
@@ -82,7 +85,7 @@ def _device_line(device):
     return f"device  {name}, {dtype}, torch {torch.__version__}"
 
 
-def warnings(cfg, corpus, steps: int) -> list[str]:
+def warnings(cfg: Any, corpus: CorpusLike, steps: int) -> list[str]:
     """Warnings about a run of this length."""
     lines = []
     if (cfg.curriculum_steps or 0) > steps:
@@ -101,7 +104,7 @@ def warnings(cfg, corpus, steps: int) -> list[str]:
     return lines
 
 
-def days(cfg, steps: int, model, processes, first: int) -> list[str]:
+def days(cfg: Any, steps: int, model: Any, processes: Processes, first: int) -> list[str]:
     """A warning if the steps from `first` on take days on this machine, else none."""
     tokens = tokens_of(steps, cfg) - tokens_of(first, cfg)
     flops = model.flops_per_token() * tokens
@@ -115,7 +118,7 @@ def days(cfg, steps: int, model, processes, first: int) -> list[str]:
             "--minutes, or choose a smaller model"]
 
 
-def matmul_flops(device) -> float:
+def matmul_flops(device: torch.device) -> float:
     """FLOP/s of matrix multiplications on this device, measured in 0.1 s: an upper bound of what
     training reaches."""
     n = 4096 if device.type == "cuda" else 512

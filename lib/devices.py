@@ -314,7 +314,7 @@ class Processes:
 # Micro-batch
 
 
-def pick_micro_batch(model, asked, rows: int, processes: Processes,
+def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
                      reserved: Iterable[torch.Tensor],
                      packed: Callable[[torch.Tensor], tuple] = lambda idx: ()) -> int:
     """Resolve --micro_batch -> sequences per forward pass; auto: a divisor of `rows`.

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ COMPILER_ERRORS = ("torch._dynamo.exc", "torch._inductor.exc")
 
 
 @contextlib.contextmanager
-def explain_failures(cfg, micro_batch: int | None = None) -> Iterator[None]:
+def explain_failures(cfg: Any, micro_batch: int | None = None) -> Iterator[None]:
     """Raise failures of the machine as RankErrors that name the flag to change.
 
     cfg: a TrainConfig. micro_batch: sequences per forward pass, once known.

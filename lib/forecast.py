@@ -1,11 +1,13 @@
 """The table that --plan prints: the cost of runs of several lengths."""
 
+from typing import Any
+
 from lib.budget import half_steps, steps_in
 
 RATIOS = (8, 12, 20, 40)  # tokens per parameter
 
 
-def forecast(cfg, models: dict, measured: str) -> str:
+def forecast(cfg: Any, models: dict[str, Any], measured: str) -> str:
     """The table of --plan: a row for each model and each ratio of tokens per parameter.
 
     models: {name: GPT on the meta device}. measured: name of the model whose speed --tok_per_sec

@@ -11,13 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lib.cli import BadInput
 from lib.files import check_room, make_folder, read_json, replace, write_json
-from lib.tokenizers import END, EOT, load_tokenizer
+from lib.tokenizers import END, EOT, Tokenizer, load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # transformers' classes and the GPTConfigs that they support.
@@ -32,7 +32,7 @@ FREE = {
 Modules = Mapping[str, tuple[str, ...]]
 
 
-def no_fields(theirs):
+def no_fields(theirs: Any) -> dict[str, Any]:
     return {}
 
 
@@ -51,7 +51,7 @@ class Family(NamedTuple):
     fields: Callable = no_fields
 
 
-def gpt2_config(c, hidden):
+def gpt2_config(c: Any, hidden: int) -> dict[str, Any]:
     return dict(
         n_positions=c.block_size,
         n_ctx=c.block_size,  # the same under the name in OpenAI's file, which llama.cpp reads
@@ -70,7 +70,7 @@ def gpt2_config(c, hidden):
     )
 
 
-def gpt2_modules(c):
+def gpt2_modules(c: Any) -> Modules:
     names = ["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"]
     for i in range(c.n_layer):
         for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
@@ -139,29 +139,29 @@ GLM_EXPERTS = EXPERTS | {
 }
 
 
-def head_dim(c):
+def head_dim(c: Any) -> int:
     return c.n_embd // c.n_head
 
 
-def llama(c, hidden):  # and Arcee
+def llama(c: Any, hidden: int) -> dict[str, Any]:  # and Arcee
     return dict(rms_norm_eps=1e-5, head_dim=head_dim(c), attention_bias=c.bias, mlp_bias=c.bias)
 
 
-def qwen(c, hidden):
+def qwen(c: Any, hidden: int) -> dict[str, Any]:
     return dict(rms_norm_eps=1e-5, head_dim=head_dim(c), attention_bias=False,
                 use_sliding_window=False)
 
 
-def starcoder(c, hidden):
+def starcoder(c: Any, hidden: int) -> dict[str, Any]:
     return dict(norm_epsilon=1e-5, use_bias=c.bias, sliding_window=None)
 
 
-def stablelm(c, hidden):
+def stablelm(c: Any, hidden: int) -> dict[str, Any]:
     return dict(layer_norm_eps=1e-5, use_qkv_bias=False, qk_layernorm=False,
                 use_parallel_residual=False)
 
 
-def glm(c, hidden):
+def glm(c: Any, hidden: int) -> dict[str, Any]:
     return dict(
         rms_norm_eps=1e-5,
         head_dim=head_dim(c),
@@ -180,7 +180,7 @@ def glm(c, hidden):
     )
 
 
-def glm_fields(theirs):
+def glm_fields(theirs: Any) -> dict[str, Any]:
     return dict(
         n_experts=theirs.n_routed_experts,
         n_active=theirs.num_experts_per_tok,
@@ -190,23 +190,23 @@ def glm_fields(theirs):
     )
 
 
-def mixtral(c, hidden):
+def mixtral(c: Any, hidden: int) -> dict[str, Any]:
     return dict(rms_norm_eps=1e-5, head_dim=head_dim(c), num_local_experts=c.n_experts,
                 num_experts_per_tok=c.n_active, sliding_window=None)
 
 
-def mixtral_fields(theirs):
+def mixtral_fields(theirs: Any) -> dict[str, Any]:
     return dict(n_experts=theirs.num_local_experts, n_active=theirs.num_experts_per_tok,
                 expert_width=theirs.intermediate_size)
 
 
-def qwen_moe(c, hidden):
+def qwen_moe(c: Any, hidden: int) -> dict[str, Any]:
     return qwen(c, hidden) | dict(
         decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, num_experts=c.n_experts,
         num_experts_per_tok=c.n_active, moe_intermediate_size=hidden)
 
 
-def qwen_moe_fields(theirs):
+def qwen_moe_fields(theirs: Any) -> dict[str, Any]:
     return dict(n_experts=theirs.num_experts, n_active=theirs.num_experts_per_tok,
                 expert_width=theirs.moe_intermediate_size)
 
@@ -242,7 +242,7 @@ FAMILIES = {
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def unsupported(c, family: Family) -> list[str]:
+def unsupported(c: Any, family: Family) -> list[str]:
     """The flags of a GPTConfig that a Family does not support, as on the command line."""
     flags = []
     for field in dataclasses.fields(c):
@@ -263,7 +263,7 @@ def unsupported(c, family: Family) -> list[str]:
     return flags
 
 
-def find_family(c) -> str:
+def find_family(c: Any) -> str:
     """GPTConfig -> the name of a class that supports it. Raises BadInput if there is none, naming
     the unsupported flags."""
     flags = {name: unsupported(c, family) for name, family in FAMILIES.items()}
@@ -289,7 +289,7 @@ def is_transposed(family: Family, name: str) -> bool:
     return family.config is gpt2_config and name.endswith(CONV1D)
 
 
-def library():
+def library() -> Any:
     """The package transformers. Raises BadInput if it is missing."""
     try:
         import transformers
@@ -304,7 +304,7 @@ def library():
 
 
 @torch.no_grad()
-def convert(model, **config):
+def convert(model: Any, **config: Any) -> Any:
     """A GPT -> the transformers model that computes the same, in fp32, sharing weights where
     possible.
 
@@ -319,7 +319,7 @@ def convert(model, **config):
     for key in ("transformer.wte.weight", "lm_head.weight"):
         state[key] = state[key][:c.vocab_size]
     state["transformer.wte.weight"] = model.transformer.emb_norm(state["transformer.wte.weight"])
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for key, names in tensor_names(family.modules(c), state):
         value = state[key].t() if is_transposed(family, key) else state[key]
         weights |= dict(zip(names, value.chunk(len(names)), strict=True))
@@ -339,8 +339,8 @@ def convert(model, **config):
     return hf
 
 
-def write(model, tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32,
-          chat_template: str | None = None) -> None:
+def write(model: Any, tokenizer: Tokenizer, folder: str | Path,
+          dtype: torch.dtype = torch.float32, chat_template: str | None = None) -> None:
     """Write a GPT and its Tokenizer as a folder that transformers loads: weights, config.json,
     tokenizer, generation settings. All files appear, or none.
 
@@ -381,7 +381,7 @@ def write(model, tokenizer, folder: str | Path, dtype: torch.dtype = torch.float
                        ) from error
 
 
-def move_files(source, folder):
+def move_files(source: Path, folder: Path) -> None:
     """Move an export into its folder, config.json last, which makes the folder a model."""
     folder.mkdir(exist_ok=True)
     # safetensors writes files that only their owner may read
@@ -391,7 +391,7 @@ def move_files(source, folder):
         os.replace(path, folder / path.name)
 
 
-def write_tokenizer(tokenizer, folder: str | Path, length: int,
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, length: int,
                     chat_template: str | None = None) -> None:
     """Write a Tokenizer so that transformers' encodes to the same ids; <|endoftext|> in a text is
     plain text, as here.
@@ -421,7 +421,7 @@ def write_tokenizer(tokenizer, folder: str | Path, length: int,
 # Reading
 
 
-def load(name: str | Path):
+def load(name: str | Path) -> tuple[Any, list[str]]:
     """A name on the hub or a folder -> (transformers' model in fp32, names of its missing weights).
     Raises BadInput."""
     auto = library().AutoModelForCausalLM
@@ -439,7 +439,7 @@ def load(name: str | Path):
     return hf.eval(), sorted(report["missing_keys"])
 
 
-def read(name: str | Path, build: Callable) -> torch.nn.Module:
+def read(name: str | Path, build: Callable) -> Any:
     """A model that transformers loads -> a GPT that computes the same.
 
     name: "gpt2", ..., "gpt2-xl", or a folder written by `write` or save_pretrained. build: fields
@@ -468,7 +468,7 @@ def read(name: str | Path, build: Callable) -> torch.nn.Module:
     return model
 
 
-def config_fields(theirs, family, state):
+def config_fields(theirs: Any, family: Family, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A configuration of transformers and the weights -> fields of GPTConfig."""
     fields = {field: values[0] for field, values in family.allowed.items()}
     fields |= family.fields(theirs)
@@ -492,7 +492,7 @@ def config_fields(theirs, family, state):
     )
 
 
-def differences(theirs, expected):
+def differences(theirs: Any, expected: dict[str, Any]) -> list[str]:
     """The keys of a configuration of transformers whose values are not the expected ones."""
     keys = []
     for key, value in expected.items():
@@ -502,7 +502,7 @@ def differences(theirs, expected):
     return keys
 
 
-def has_value(config, key, value):
+def has_value(config: Any, key: str, value: Any) -> bool:
     """Whether a configuration of transformers has this value, written out or as its default."""
     found = getattr(config, key, None)
     if isinstance(value, dict):  # rope_parameters, 1.0 by default

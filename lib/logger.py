@@ -434,7 +434,7 @@ def without_compilation(seconds: list[float]) -> list[float]:
     return cleaned
 
 
-def progress(iterable: Iterable, what: str, processes) -> Iterable:
+def progress(iterable: Iterable, what: str, processes: Any) -> Iterable:
     """The iterable with a progress bar on rank 0's terminal if it takes long."""
     from tqdm import tqdm
 

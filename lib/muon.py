@@ -10,7 +10,8 @@ https://arxiv.org/abs/1711.05101).
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ DEFAULTS: dict[str, dict] = {
 }
 
 
-def orthogonalize(X: torch.Tensor, coefficients=POLAR_EXPRESS) -> torch.Tensor:
+def orthogonalize(X: torch.Tensor,
+                  coefficients: Sequence[tuple] = POLAR_EXPRESS) -> torch.Tensor:
     """Matrices (n, rows, cols), each U S V^T -> U S' V^T with S' close to 1, in X's dtype."""
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X  # a view, no copy; its Gram matrix is the smaller one
@@ -67,7 +69,8 @@ class Muon(torch.optim.Optimizer):
     else in the parameters' dtype.
     """
 
-    def __init__(self, param_groups: Iterable[dict], coefficients=POLAR_EXPRESS):
+    def __init__(self, param_groups: Iterable[dict],
+                 coefficients: Sequence[tuple] = POLAR_EXPRESS):
         super().__init__([DEFAULTS[group["kind"]] | group for group in param_groups], {})
         self.coefficients = coefficients
         for group in self.param_groups:
@@ -75,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 check_splits(group)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient, without a device sync. Keeps gradients."""
         loss = None
         if closure is not None:
@@ -91,7 +94,7 @@ class Muon(torch.optim.Optimizer):
             self._adamw(group, params)
         return loss
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
             if "step" in state:  # torch leaves it on the CPU; the fused kernel needs p's device

@@ -134,7 +134,7 @@ def read_messages(body: dict) -> list[dict]:
     return plain
 
 
-def read_message(message):
+def read_message(message: Any) -> Any:
     """One message; OpenAI's developer messages become system messages."""
     if not isinstance(message, dict):
         return message  # check_messages refuses it
@@ -145,7 +145,7 @@ def read_message(message):
     return {"role": role, "content": read_content(message.get("content"))}
 
 
-def read_content(content):
+def read_content(content: Any) -> Any:
     """The content of a message; a list of text parts becomes one text."""
     if not isinstance(content, list):
         return content
@@ -260,7 +260,7 @@ class Api:
         request = Request(ids, limit, float(temperature), float(top_p), stop, seed, stream)
         return request, with_usage
 
-    def prompt_ids(self, body, kind):
+    def prompt_ids(self, body: dict, kind: str) -> list[int]:
         """The token ids of a request's prompt. Raises ApiError if they do not fit the context."""
         tokenizer = self.engine.tokenizer
         if kind == "chat":
@@ -346,5 +346,5 @@ class Chunks:
             chunks.append({**self.head, "choices": [], "usage": usage(reply)})
         return chunks
 
-    def chunk(self, content, ended=None):
+    def chunk(self, content: dict, ended: str | None = None) -> dict:
         return {**self.head, "choices": [choice(content, ended)]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.attention import attention
@@ -41,11 +42,12 @@ class Packed:
         same_text = numbers[..., None] == numbers[..., None, :]
         return same_text.tril()
 
-    def attend(self, layer, q, k, v, dropout=0.0):
+    def attend(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               dropout: float = 0.0) -> torch.Tensor:
         """A layer's attention, (B, T, H, D) each."""
         return attention(q, k, v, self.mask, dropout)
 
-    def previous(self, layer, x):
+    def previous(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """x (B, T, C) shifted by one position, zeros where a text starts."""
         shifted = F.pad(x, (0, 0, 1, 0))[:, :-1]
         return shifted.masked_fill(self.starts[..., None], 0.0)
@@ -168,14 +170,14 @@ class Packing(RowSource):
             learned = np.asarray(learned, dtype=bool)
             self.items.append((ids, learned))
 
-    def arrange(self, epoch):
+    def arrange(self, epoch: int) -> tuple[list[np.ndarray], int]:
         order = self.order(epoch, len(self.items))
         lengths = [len(ids) - 1 for ids, _ in self.items]
         rows = first_fit([lengths[i] for i in order], self.block_size)
         mixed = self.order(epoch, len(rows), salt=1)  # first-fit leaves the last rows emptier
         return [order[rows[i]] for i in mixed], len(rows)
 
-    def row(self, arrangement, number):
+    def row(self, arrangement: Any, number: int) -> np.ndarray:
         row = self.empty_row()
         start = 0
         for document, i in enumerate(arrangement[number], 1):
@@ -196,12 +198,12 @@ class Joined(RowSource):
         super().__init__(block_size, seed, eot)
         self.documents = [np.asarray(ids, dtype=np.int64) for ids in documents]
 
-    def arrange(self, epoch):
+    def arrange(self, epoch: int) -> tuple[np.ndarray, int]:
         order = self.order(epoch, len(self.documents))
         tokens = np.concatenate([self.documents[i] for i in order])
         return tokens, -(-(len(tokens) - 1) // self.block_size)
 
-    def row(self, arrangement, number):
+    def row(self, arrangement: Any, number: int) -> np.ndarray:
         row = self.empty_row()
         piece = arrangement[number * self.block_size:][:self.block_size + 1]
         n = len(piece) - 1

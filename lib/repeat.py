@@ -14,6 +14,7 @@ from lib.files import read_json
 from lib.plan import Settings
 from lib.provenance import code_changes, commit
 from lib.resume import START_FLAGS, TEXT_FLAGS
+from lib.streams import CorpusLike
 
 REMEDY = "name another --config"
 
@@ -62,7 +63,7 @@ def read(name: str) -> tuple[Path, dict[str, Any]]:
     return path, config
 
 
-def note_differences(settings: Settings, corpus) -> None:
+def note_differences(settings: Settings, corpus: CorpusLike) -> None:
     """Print a line for each thing that a new run with --config does not repeat.
 
     corpus: the data of the new run.
@@ -75,7 +76,8 @@ def note_differences(settings: Settings, corpus) -> None:
         note(f"--config {path} is not repeated exactly: {line}")
 
 
-def differences(path: Path, config: dict[str, Any], settings: Settings, corpus) -> list[str]:
+def differences(path: Path, config: dict[str, Any], settings: Settings,
+                corpus: CorpusLike) -> list[str]:
     found = []
     known = (corpus.identity, corpus.former_identity)
     if not settings.explicit & TEXT_FLAGS and config.get("data") not in known:

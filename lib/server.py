@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from lib.cli import BadInput
 from lib.openai_api import Api, ApiError, Chunks, as_api_error, whole_response
+from lib.serving import Reply
 
 BODY_LIMIT = 2**20    # bytes of a request's body
 UNREAD_LIMIT = 2**26  # bytes of a too long body that are read, so that the client sees the answer
@@ -93,11 +95,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
+    server_address: tuple  # (host, port, ...)
 
     def __init__(self, host: str, port: int):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.loopback = is_loopback(host)
-        self.api: Api | None = None
+        self.api: Any = None  # an Api once serving
         self.most = most_connections()
         self.changed = threading.Condition()
         self.open: set = set()  # connections
@@ -110,13 +113,13 @@ class Server(ThreadingHTTPServer):
             raise BadInput(f"cannot listen at {host}, port {port} ({reason}): give another --port, "
                            "or --host") from error
 
-    def server_bind(self):
+    def server_bind(self) -> None:
         # HTTPServer's own looks up the full name of the host, which may take long
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     @property
-    def url(self):
+    def url(self) -> str:
         host, port = self.server_address[:2]
         if ":" in host:
             host = f"[{host}]"
@@ -139,7 +142,7 @@ class Server(ThreadingHTTPServer):
                         connection.shutdown(socket.SHUT_RD)  # ends the wait for a next request
                 self.changed.wait_for(lambda: not self.open, FAREWELL)
 
-    def process_request(self, request, client_address):
+    def process_request(self, request: Any, client_address: Any) -> None:
         with self.changed:
             if len(self.open) >= self.most:
                 self.close_longest_waiting()
@@ -152,7 +155,7 @@ class Server(ThreadingHTTPServer):
         else:
             super().process_request(request, client_address)
 
-    def refuse(self, connection):
+    def refuse(self, connection: socket.socket) -> None:
         """Answer 503 without starting a thread, as there are too many connections."""
         message = f"{self.most:,} requests are being answered: try again in a moment"
         body = json.dumps(ApiError(503, message, code="too_many_connections").body())
@@ -173,7 +176,7 @@ class Server(ThreadingHTTPServer):
                     break
         self.shutdown_request(connection)
 
-    def close_longest_waiting(self):
+    def close_longest_waiting(self) -> None:
         """Close the longest-waiting connection, so that slow and idle clients do not block others.
         """
         connection = next(iter(self.waiting), None)
@@ -182,24 +185,24 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end and closes it
             self.forget(connection)
 
-    def forget(self, connection):
+    def forget(self, connection: socket.socket) -> None:
         self.open.discard(connection)
         self.waiting.pop(connection, None)
         self.changed.notify_all()
 
-    def set_waiting(self, connection, waits: bool) -> None:
+    def set_waiting(self, connection: socket.socket, waits: bool) -> None:
         """Record whether a connection waits for a request or is being answered."""
         with self.changed:
             self.waiting.pop(connection, None)
             if waits and connection in self.open:
                 self.waiting[connection] = True
 
-    def shutdown_request(self, request):
+    def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
         with self.changed:
             self.forget(request)
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):  # a client that disconnects is not an error
             print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -210,15 +213,15 @@ class Incoming(io.RawIOBase):
     within ARRIVAL seconds more. A socket's own timeout restarts with each byte. Raises
     TimeoutError."""
 
-    def __init__(self, connection):
+    def __init__(self, connection: socket.socket):
         self.connection = connection
         self.deadline: float | None = None  # of the request that is arriving
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer):
-        seconds = SILENCE
+    def readinto(self, buffer: Any) -> int:
+        seconds: float = SILENCE
         if self.deadline is not None:
             seconds = self.deadline - time.monotonic()
             if seconds <= 0:
@@ -240,10 +243,10 @@ class HeadLines:
     next request.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: io.BufferedIOBase):
         self.file = file
 
-    def readline(self, limit):
+    def readline(self, limit: int) -> bytes:
         line = self.file.readline(limit)
         if line and len(line) < limit and not HEADER.fullmatch(line):
             raise ValueError(f"{line[:40]!r} is not a header line")
@@ -257,23 +260,25 @@ class HeadLines:
 class Handler(BaseHTTPRequestHandler):
     """The requests of one connection, in a thread of its own."""
 
+    server: Server
+    rfile: Any
     protocol_version = "HTTP/1.1"
     timeout = SILENCE
     disable_nagle_algorithm = True
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         self.rfile.close()
         self.incoming = Incoming(self.connection)
         self.rfile = io.BufferedReader(self.incoming)
 
-    def handle(self):
+    def handle(self) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
             super().handle()
             if self.unread:
                 self.discard_unread()
 
-    def handle_one_request(self):
+    def handle_one_request(self) -> None:
         self.incoming.deadline = None
         self.unread = 0  # bytes of the request that may still arrive, at most
         self.expects_100 = False
@@ -281,7 +286,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.set_waiting(self.connection, True)
         super().handle_one_request()
 
-    def parse_request(self):
+    def parse_request(self) -> bool:
         connection_file = self.rfile
         self.rfile = HeadLines(connection_file)
         try:
@@ -294,11 +299,11 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile = connection_file
         return False
 
-    def handle_expect_100(self):
+    def handle_expect_100(self) -> bool:
         self.expects_100 = True  # read_body requests the body, once the key has been checked
         return True
 
-    def respond(self):
+    def respond(self) -> None:
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         self.unread = BODY_LIMIT if has_body else 0
         if has_body and self.command != "POST":
@@ -317,7 +322,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond
 
-    def discard_unread(self):
+    def discard_unread(self) -> None:
         """Read until the client closes: closing with bytes unread would reset the connection and
         lose the answer."""
         self.server.set_waiting(self.connection, True)
@@ -331,7 +336,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- routing and checks, all raising ApiError
 
-    def route(self):
+    def route(self) -> None:
         """Answer the request. The body is read last, after all checks that do not need it."""
         api = self.server.api
         path = split_url(self.path).path
@@ -359,7 +364,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.complete(body, "chat" if path == "/v1/chat/completions" else "text")
 
-    def check_origin(self):
+    def check_origin(self) -> None:
         """Keep web pages of other sites from using a server on this machine, through a name of
         theirs that points here (DNS rebinding) or from their own origin."""
         host = self.headers.get("Host", "localhost")  # browsers always send it
@@ -374,7 +379,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(403, "this server does not answer to other web pages",
                            code="invalid_origin")
 
-    def check_key(self):
+    def check_key(self) -> None:
         expected = self.server.api.api_key
         if expected is None:
             return
@@ -383,7 +388,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
 
-    def read_body(self):
+    def read_body(self) -> bytes:
         length, *others = self.headers.get_all("Content-Length", [""])
         is_number = length.isascii() and length.isdigit()
         if others or "Transfer-Encoding" in self.headers or not is_number:
@@ -409,7 +414,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- completions
 
-    def complete(self, body, kind):
+    def complete(self, body: Any, kind: str) -> None:
         """Answer a request for a chat completion ("chat") or a completion ("text")."""
         api = self.server.api
         try:
@@ -428,14 +433,14 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             reply.cancel()
 
-    def send_whole(self, reply, head, kind):
+    def send_whole(self, reply: Reply, head: dict, kind: str) -> None:
         for _ in reply.pieces(PATIENCE):
             self.check_connection()
         if reply.error:
             raise as_api_error(reply.error)
         self.send_json(200, whole_response(head, kind, reply))
 
-    def send_stream(self, reply, chunks):
+    def send_stream(self, reply: Reply, chunks: Chunks) -> None:
         """Send server-sent events. The end of the connection ends the body, so that HTTP/1.0
         clients can read it, too."""
         self.close_connection = True
@@ -458,10 +463,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_event(json.dumps(chunk))
         self.send_event("[DONE]")
 
-    def send_event(self, data):
+    def send_event(self, data: str) -> None:
         self.wfile.write(f"data: {data}\n\n".encode())
 
-    def check_connection(self):
+    def check_connection(self) -> None:
         """Raises ConnectionResetError if the client has disconnected."""
         self.connection.settimeout(0)
         try:
@@ -476,15 +481,15 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- sending
 
-    def send_api_error(self, error):
+    def send_api_error(self, error: ApiError) -> None:
         if self.unread > 0:
             self.close_connection = True
         self.send_json(error.status, error.body(), error.headers)
 
-    def send_json(self, status, value, headers=None):
+    def send_json(self, status: int, value: dict, headers: dict[str, str] | None = None) -> None:
         self.send(status, json.dumps(value).encode(), "application/json", headers or {})
 
-    def send(self, status, content, kind, headers):
+    def send(self, status: int, content: bytes, kind: str, headers: dict[str, str]) -> None:
         head = {"Content-Type": kind, "Content-Length": str(len(content)), **headers}
         if self.close_connection:
             head["Connection"] = "close"
@@ -492,24 +497,24 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def send_head(self, status, headers):
+    def send_head(self, status: int, headers: dict[str, str]) -> None:
         self.answered = True
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
-    def send_error(self, code, message=None, explain=None):
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """An error that http.server itself finds, in our format."""
         self.close_connection = True
-        self.command = getattr(self, "command", None)
+        self.command = getattr(self, "command", None)  # type: ignore[assignment]
         self.unread = BODY_LIMIT
         error = ApiError(code, message or HTTPStatus(code).phrase)
         if self.request_version != "HTTP/0.9":
             self.send_json(code, error.body())
 
-    def version_string(self):
+    def version_string(self) -> str:
         return "chat"
 
-    def log_message(self, *_):
+    def log_message(self, *_: Any) -> None:
         """Requests are not logged, as they contain private conversations."""

@@ -78,7 +78,8 @@ class TokenizedText:
         self.dtype = dtype
         self.workers = workers
 
-    def batches(self, position: dict | None = None, keep: bool = True):
+    def batches(self, position: dict | None = None,
+                keep: bool = True) -> contextlib.AbstractContextManager:
         """A context manager for the stream of (Batch, its ids). keep: as in `Source.batches`."""
         batches = self.source.batches(position, keep)
         return contextlib.closing(

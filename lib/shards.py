@@ -7,6 +7,7 @@ of llm.c and modded-nanogpt. Only that ending determines the split, not the rest
 import hashlib
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -199,7 +200,8 @@ class Shards:
     read, and no file stays open.
     """
 
-    def __init__(self, folder: str | Path, needed=SPLITS, named_by: str = "--data"):
+    def __init__(self, folder: str | Path, needed: Sequence[str] = SPLITS,
+                 named_by: str = "--data"):
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         if self.meta and not self.meta.complete:

@@ -45,7 +45,7 @@ class StopSignals:
     kills processes after 30 s.
     """
 
-    def __init__(self, say: Callable[[str], Any], processes):
+    def __init__(self, say: Callable[[str], Any], processes: Any):
         self.say = say
         self.processes = processes
         self.patience = PATIENCE if processes.world_size > 1 else None

@@ -324,8 +324,8 @@ class TokenRows:
         self.position = stream.position
         self.where = stream.where
 
-    def read_batch(self, n, *position):
-        tokens, *position = self.stream.read_batch(n, *position)
+    def read_batch(self, n: int, *position: Any) -> tuple:
+        tokens, *position = self.stream.read_batch(n, *position)  # type: ignore[assignment]
         rows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[::self.stride]
         documents = np.zeros_like(rows[:, 1:])
         return np.stack((rows[:, :-1], rows[:, 1:], documents), axis=1), *position
@@ -354,19 +354,19 @@ class Rows(Stream):
         self.transform = transform
         super().__init__(0, data.position, () if replay is None else replay.position)
 
-    def read_batch(self, n, rows, *places):
+    def read_batch(self, n: int, rows: int, *places: Any) -> tuple:
         """-> (the rows of n tokens from a position on, transformed; the next position: rows, data,
         replay)."""
         T = self.sources[0].block_size
         numbers = np.arange(rows, rows + n // T)
         replayed = np.floor((numbers + 1) * self.share) > np.floor(numbers * self.share)
         batch = np.empty((len(numbers), 3, T), dtype=np.int64)
-        places = list(places)
+        places = list(places)  # type: ignore[assignment]
         for i, mine in enumerate((~replayed, replayed)):
             if mine.any():
                 count = int(mine.sum()) * T
                 batch[mine], *place = self.sources[i].read_batch(count, *places[i])
-                places[i] = tuple(place)
+                places[i] = tuple(place)  # type: ignore[index]
         return self.transform(batch), rows + len(numbers), *places
 
     def where(self, state: dict[str, Any]) -> str:

@@ -283,7 +283,8 @@ def has_text(row: Any, continues: bool) -> bool:
 # -> stream of (values, rows before what follows)
 
 
-def read_parquet(part, column, skip):
+def read_parquet(part: str, column: str,
+                 skip: int | None) -> Generator[tuple[list, Any], None, None]:
     """The values of one column. Skipped row groups are not read."""
     done = skip or 0
     first = 0  # row of the file at which a row group begins
@@ -300,7 +301,7 @@ def read_parquet(part, column, skip):
             first = end
 
 
-def drop_rows(batches, count):
+def drop_rows(batches: Iterable[Any], count: int) -> Iterator[list]:
     """pyarrow's batches of one column -> lists of its values, without the first `count` rows."""
     for batch in batches:
         values = batch.column(0).to_pylist()
@@ -309,7 +310,8 @@ def drop_rows(batches, count):
         count = max(count - len(values), 0)
 
 
-def read_json(part, column, skip):
+def read_json(part: str, column: str,
+              skip: int | None) -> Generator[tuple[list, Any], None, None]:
     """The values of one key, None where a row lacks it."""
     done = skip or 0
     with open_part(part) as file:
@@ -319,14 +321,15 @@ def read_json(part, column, skip):
             yield [row.get(column) for row in batch], done
 
 
-def read_txt(part, column, skip):
+def read_txt(part: str, column: str,
+             skip: int | None) -> Generator[tuple[list, Any], None, None]:
     """A text file, one document -> stream of ([its next piece], lines up to its end).
 
     It is cut where a line starts with a letter or digit and the line above is not blank: every
     tiktoken encoding always splits there, so the pieces have the same ids as the whole text.
     """
     done = skip or 0
-    kept = []  # lines after the last cut
+    kept: list[str] = []  # lines after the last cut
     with open_part(part) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as file:
         for _ in itertools.islice(file, done):
             pass

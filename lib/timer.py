@@ -1,6 +1,9 @@
 """The length of a run, which with --minutes depends on the measured speed and so changes during
 training."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from lib.budget import UNMEASURED, batch_size, steps_in, tokens_of
 
 FIT_SHARE = 0.25  # share of --minutes in which the length follows the speed; then it is fixed
@@ -12,7 +15,7 @@ class StepTimer:
     steps: the length so far. timed: (tokens, seconds) measured so far, saved in checkpoints.
     """
 
-    def __init__(self, cfg, steps: int, timed=(0, 0.0)):
+    def __init__(self, cfg: Any, steps: int, timed: Sequence[float] = (0, 0.0)):
         self.cfg = cfg
         self.steps = steps
         self.timed = tuple(timed)

@@ -36,7 +36,7 @@ def check_installed(kind: str | None) -> None:
 
 
 def start_tracker(kind: str | None, folder: Path, first_step: int, config: dict[str, Any],
-                  say: Callable[[str], Any]):
+                  say: Callable[[str], Any]) -> "Tracker | Null":
     """The Tracker of a run folder; Null without --tracker.
 
     A run that resumes in its folder continues the tracker's run, whose id is in tracker.json.
@@ -54,7 +54,8 @@ def start_tracker(kind: str | None, folder: Path, first_step: int, config: dict[
     return Tracker(kind, lambda: connect(folder, run_id, resumes, config), say)
 
 
-def connect_trackio(folder: Path, run_id: str, resumes: bool, config: dict[str, Any]):
+def connect_trackio(folder: Path, run_id: str, resumes: bool,
+                    config: dict[str, Any]) -> tuple[Callable, Callable]:
     """-> (the function that logs a step, the one that ends the run)."""
     import trackio
 
@@ -68,7 +69,8 @@ def connect_trackio(folder: Path, run_id: str, resumes: bool, config: dict[str, 
     return log, run.finish
 
 
-def connect_wandb(folder: Path, run_id: str, resumes: bool, config: dict[str, Any]):
+def connect_wandb(folder: Path, run_id: str, resumes: bool,
+                  config: dict[str, Any]) -> tuple[Callable, Callable]:
     """-> (the function that logs a step, the one that ends the run)."""
     import wandb
 
@@ -87,7 +89,8 @@ def connect_wandb(folder: Path, run_id: str, resumes: bool, config: dict[str, An
     return log, run.finish
 
 
-def as_objects(values: dict[str, Any], module: Any, as_text: Callable[[str], Any]):
+def as_objects(values: dict[str, Any], module: Any,
+               as_text: Callable[[str], Any]) -> dict[str, Any]:
     """{tag: number, text, or list of a histogram's bars at 0, 1, 2, ...} with a tracker's objects
     in place of texts and histograms."""
     objects = {}

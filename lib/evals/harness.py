@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -72,7 +72,8 @@ class Adapter:
 
     max_gen_toks = 256  # the default of the harness's Hugging Face adapter
 
-    def __init__(self, model, tokenizer, processes, batch_size, dtype, progress, stopped):
+    def __init__(self, model: Any, tokenizer: Tokenizer, processes: Processes,
+                 batch_size: int | str, dtype: str, progress: bool, stopped: Callable[[], bool]):
         super().__init__()  # to the harness every process is rank 0 of 1
         self.model = model
         self.tokenizer = tokenizer
@@ -85,21 +86,22 @@ class Adapter:
         self._device = processes.device
 
     @property
-    def eot_token_id(self):
+    def eot_token_id(self) -> int:
         """Also the context of a text without one, since training documents start with it."""
         return self.tokenizer.eot
 
-    def precision(self):
+    def precision(self) -> AbstractContextManager:
         """The autocast context of forward passes."""
         return nullcontext() if self.dtype == "float32" else autocast(self._device)
 
-    def rows(self, default):
+    def rows(self, default: Any) -> Any:
         """Sequences per forward pass."""
         return default if self.batch_size == "auto" else self.batch_size
 
     # ---- scoring
 
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None,
+                   **kwargs: Any) -> list[int]:
         return self.tokenizer.encode(string).tolist()
 
     def _encode_pair(self, context, continuation):
@@ -110,18 +112,20 @@ class Adapter:
         # a context of spaces only has moved to the continuation
         return ids or [self.eot_token_id], targets
 
-    def loglikelihood(self, requests, disable_tqdm=False):
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+        return super().loglikelihood(  # type: ignore[misc]
+            requests, disable_tqdm=disable_tqdm or not self.progress)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         pairs = [(context, targets) for _, context, targets in requests]
         return self.scores(pairs, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         pairs = [([self.eot_token_id], self.tok_encode(request.args[0])) for request in requests]
         return [nats for nats, _ in self.scores(pairs, disable_tqdm)]
 
-    def scores(self, pairs, disable_tqdm=False):
+    def scores(self, pairs: list[tuple[list[int], list[int]]],
+               disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Pairs of (context, continuation) ids -> list of (log-likelihood, is greedy)."""
         with self.precision():
             nats, greedy = score(
@@ -131,7 +135,7 @@ class Adapter:
 
     # ---- generation
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         from lm_eval.models.utils import Collator, postprocess_generated_text
 
         collator = Collator(
@@ -147,7 +151,7 @@ class Adapter:
                 finished.append(postprocess_generated_text(text, batch.until, None))
         return collator.get_original(finished)
 
-    def generate_batches(self, batches, bar):
+    def generate_batches(self, batches: list[Prompts], bar: tqdm) -> list[list[str]]:
         """List of Prompts -> list of their continuations, distributed over the processes."""
         rank = self.processes.rank
         world_size = self.processes.world_size
@@ -162,12 +166,12 @@ class Adapter:
             texts[mine] = self.continue_prompts(batches[mine], steps, FEWSHOT_SEED + mine)
             bar.update(sum(len(batch.ids) for batch in together))
         if self.processes.distributed:
-            parts = [{}] * world_size
+            parts: list[dict] = [{}] * world_size
             dist.all_gather_object(parts, texts)
             texts = {i: parts[i % world_size][i] for i in texts}
         return list(texts.values())
 
-    def prompts(self, batch):
+    def prompts(self, batch: list[tuple[str, dict]]) -> Prompts:
         """The harness's list of (context, generation settings), with equal settings, -> Prompts."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -185,7 +189,7 @@ class Adapter:
         until = [stop for stop in settings["until"] if stop]
         return Prompts(ids, limit, until, temperature)
 
-    def continue_prompts(self, batch, steps, seed):
+    def continue_prompts(self, batch: Prompts, steps: int, seed: int) -> list[str]:
         """Prompts -> their continuations (str), up to the end of text.
 
         steps: the largest limit of any process. All processes make the same number of forward

@@ -1,7 +1,7 @@
 """The loss of a language model on documents, by text and by length of context."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-def measure(model, documents: Iterable[Document], token_bytes: np.ndarray, processes: Processes,
-            stride: int | None = None) -> Sums:
+def measure(model: Any, documents: Iterable[Document], token_bytes: np.ndarray,
+            processes: Processes, stride: int | None = None) -> Sums:
     """The loss of every id of the documents but the first.
 
     model: as for scoring.score; its block_size is the window. A document longer than the window is

@@ -84,8 +84,9 @@ def score(model: Any, pairs: Iterable[tuple[list[int], list[int]]], processes: P
     return total_nats, missed == 0
 
 
-def run_batches(model, batches: list, inputs: dict, processes: Processes, measure: Callable, *,
-                progress: bool, stopped: Callable[[], bool] = lambda: False) -> list:
+def run_batches(model: Any, batches: list, inputs: dict, processes: Processes,
+                measure: Callable, *, progress: bool,
+                stopped: Callable[[], bool] = lambda: False) -> list:
     """[measure(batch, logits, targets)] of this process's share of the batches.
 
     logits: fp32 (n, vocab_size). targets: int64 (n,). Other arguments are as for `score`.
@@ -118,7 +119,7 @@ def join(pair: tuple[list[int], list[int]]) -> tuple[int, array]:
     return len(context), array(ID_TYPE, context + continuation)
 
 
-def collect_inputs(sequences: Iterable, window: int, stride: int):
+def collect_inputs(sequences: Iterable, window: int, stride: int) -> tuple[dict, int, int]:
     """Sequences -> ({input: [(index of the sequence, targets)]}, number of sequences, checksum of
     all ids).
 
@@ -168,7 +169,7 @@ def make_batches(inputs: dict, batch_tokens: int, batch_size: int | None) -> lis
     return batches
 
 
-def collate(batch, inputs):
+def collate(batch: list[bytes], inputs: dict) -> Batch:
     """A list of inputs, the longest first -> Batch."""
     lengths = np.array([len(key) for key in batch]) // ID_BYTES
     longest = lengths[0]
@@ -178,7 +179,7 @@ def collate(batch, inputs):
     for row, key in enumerate(batch):
         for index, targets in inputs[key]:
             parts.append((row, index, targets))
-    row = np.array([part[0] for part in parts])
+    row = np.array([part[0] for part in parts])  # type: ignore[assignment]
     index = np.array([part[1] for part in parts])
     count = np.array([len(part[2]) // ID_BYTES for part in parts])
     first = np.repeat(np.cumsum(count) - count, count)
