@@ -332,7 +332,7 @@ def test_a_stopped_command_continues_and_ends_as_an_uninterrupted_one(data, tmp_
         wait_for(lambda: logged(tmp_path / "out" / "base_seed7") > 40, process)
         process.send_signal(signal.SIGTERM)
         assert "stopped: run the same command again to continue" in process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(600) == 130
     assert not (tmp_path / "out" / "no-bias_seed7").exists()
     steps = [step for step, kind in read_log(tmp_path / "out" / "base_seed7") if kind == "train"]
     assert 30 < max(steps) < 249

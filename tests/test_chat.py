@@ -203,7 +203,7 @@ def test_ctrl_c_at_the_prompt_leaves_the_conversation(chatty):
             os.write(ours, f"{DOG}\n".encode())
             assert ON_THE_ROOF in read_to(b"> ")
             os.write(ours, b"/quit\n")
-            assert process.wait(60) == 0
+            assert process.wait(600) == 0
         finally:
             process.kill()
             os.close(ours)
@@ -326,7 +326,7 @@ def test_openai_s_client(chatty):
             port = url.rpartition(":")[2]
             chat.main(["--checkpoint", "never read", "--serve", "--port", port])
         process.send_signal(signal.SIGTERM)  # while the client is connected
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")

@@ -241,7 +241,7 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 serve_tensorboard("log", port)
 def fetch(path):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=600) as reply:
         return reply.read().decode()
 tags = {}
 while not tags:
@@ -255,7 +255,7 @@ def test_a_run_serves_its_own_tensorboard_and_it_ends_with_the_run(tmp_path):
     (tmp_path / "log" / "a").mkdir(parents=True)
     result = subprocess.run(
         [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SERVE}"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     page, plugins, tags = json.loads(result.stdout.split("FETCHED ", 1)[1])
     assert "<!doctype html>" in page.lower()

@@ -252,7 +252,7 @@ def test_a_run_recreates_its_folder_if_it_is_removed(moved, data, tmp_path):
             folder.rename(elsewhere)
         else:
             shutil.rmtree(folder.rename(tmp_path / "trash"))  # at once: the run is writing there
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
     printed = out.read_text()
     assert f"{folder} was moved or removed during the run: made again" in printed
     assert "Traceback" not in printed

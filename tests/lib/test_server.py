@@ -29,7 +29,7 @@ class Gate:
         self.opened = threading.Event()
         self.opened.set()
         model.transformer.wte.register_forward_pre_hook(
-            lambda module, args: self.opened.wait(60) and None)
+            lambda module, args: self.opened.wait(600) and None)
 
 
 @contextlib.contextmanager

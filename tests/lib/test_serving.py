@@ -36,7 +36,7 @@ def gate(model):
 
     def wait(module, args):
         rows.append(len(args[0]))
-        assert opened.wait(60)
+        assert opened.wait(600)
 
     model.transformer.wte.register_forward_pre_hook(wait)
     return opened, rows

@@ -21,7 +21,7 @@ def start(words, tmp_path, module, **environment):
     env = {name: value for name, value in os.environ.items() if name not in OURS}
     env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"} | environment
     return subprocess.run([sys.executable, *map(str, words)], env=env, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60, check=False)
+                          capture_output=True, text=True, timeout=600, check=False)
 
 
 def waiting(words, tmp_path, **environment):
