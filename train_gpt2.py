@@ -45,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint, compiler, huggingface, repeat, rope
-from lib.attention import attention
+from lib.attention import AttentionContext, attention
 from lib.budget import UNMEASURED, batch_size, length_flag, only_length, tokens_of
 from lib.cli import (
     BadInput,
@@ -426,7 +426,7 @@ class TokenShift(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: torch.Tensor, context: Any = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: AttentionContext | None = None) -> torch.Tensor:
         if context is None:
             previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
         else:
@@ -456,7 +456,8 @@ class CausalSelfAttention(nn.Module):
             self.mix_values = ValueMix((0.5, 0.5))
 
     def forward(self, x: torch.Tensor, v_first: torch.Tensor | None, positions: Any,
-                context: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+                context: AttentionContext | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)   # (B, T, H, D) each
         q = self.rotary(self.q_norm(q), positions)
@@ -553,7 +554,8 @@ class Block(nn.Module):
         self.drop = dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, x0: torch.Tensor, v_first: torch.Tensor | None,
-                positions: Any, context: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+                positions: Any, context: AttentionContext | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = self.mix_residual(x, x0)
         y = self.token_shift(self.ln_1(x), context)
         y, v_first = self.attn(y, v_first, positions, context)
