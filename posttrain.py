@@ -151,6 +151,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     minutes: float | None = flag(None, None)
     tokens_per_param: float | None = flag(None, None)
     batch_warmup: int = flag(0, None)
+    context_warmup: float = flag(0.0, None)
     plan: bool = flag(False, None)
     tok_per_sec: float | None = flag(None, None)
 

@@ -17,6 +17,7 @@ Improvements over the baseline and their flags:
     token shift           --token_shift    WSD, linear schedules  --schedule, --cooldown
     value residual        --value_residual small batches at first --batch_warmup
     residual scalars      --residual_scalars
+    short context first   --context_warmup
     bounded logits        --softcap        weight initialization  --init
     no biases             --no-bias        dropout                --dropout
     untied head           --no-tie_embeddings
@@ -45,8 +46,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib import checkpoint, compiler, huggingface, repeat, rope
-from lib.attention import AttentionContext, attention
-from lib.budget import UNMEASURED, batch_size, length_flag, only_length, tokens_of
+from lib.attention import AttentionContext, SpanAttention, attention
+from lib.budget import (
+    UNMEASURED,
+    batch_size,
+    context_length,
+    length_flag,
+    only_length,
+    tokens_of,
+)
 from lib.cli import (
     BadInput,
     RankError,
@@ -180,6 +188,9 @@ class TrainConfig:
         524_288, "tokens per optimizer step, over all processes", above=0, at_most=2**28)
     batch_warmup: int = flag(
         0, "use half of --total_batch_size for this many tokens at the start", at_least=0)
+    context_warmup: float = flag(
+        0.0, "share of the run in which attention sees less than --block_size: spans of a quarter "
+             "of it in the first half of that share, then spans of a half", at_least=0, at_most=1)
     micro_batch: int | Literal["auto"] = flag(
         "auto", "sequences per forward pass; auto: the largest that fits in memory", above=0)
     plan: bool = flag(
@@ -285,12 +296,13 @@ SPEEDRUN = dict(
     optimizer="muon", momentum=0.9, **RATES["muon"], weight_decay=0.1, grad_clip=0.0,
     schedule="wsd", cooldown=0.7, warmup_steps=0, min_lr_frac=0.0,
     # length and batch
-    total_batch_size=131_072, batch_warmup=12_000_000, epochs=4.0, shuffle=True,
+    total_batch_size=131_072, batch_warmup=12_000_000, context_warmup=0.75, epochs=4.0,
+    shuffle=True,
 )
 TINY = SPEEDRUN | dict(
     n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0,
     max_lr=0.025, embedding_lr=0.5, weight_decay=0.03, cooldown=0.4,
-    data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0,
+    data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, context_warmup=0.0,
     val_tokens=65_536, eval_every=230, hellaswag_every=0, sample_every=460,
     sample_prompt="Return the", compile=False,
 )
@@ -448,6 +460,7 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = norm(head_dim, config.bias) if config.qk_norm else nn.Identity()
         rotary = config.pos == "rope"
         self.rotary = Rotary(head_dim, config.block_size) if rotary else NoPositions()
+        self.attend: Callable = attention  # or SpanAttention, see GPT.vary_context
         if not config.value_residual:
             self.mix_values: nn.Module = OwnValues()
         elif layer == 0:
@@ -463,7 +476,7 @@ class CausalSelfAttention(nn.Module):
         q = self.rotary(self.q_norm(q), positions)
         k = self.rotary(self.k_norm(k), positions)
         v, v_first = self.mix_values(v, v_first)                            # v_first: layer 0's
-        attend = attention if context is None else partial(context.attend, self)
+        attend = self.attend if context is None else partial(context.attend, self)
         y = attend(q, k, v, dropout=self.dropout_p())                       # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C)), v_first
 
@@ -621,6 +634,16 @@ class GPT(nn.Module):
         x = self.transformer.wpe(self.transformer.wte(idx), positions)
         return self.transformer.drop(cast(self.transformer.emb_norm(x)))
 
+    def vary_context(self) -> None:
+        """Prepare for `set_context`. Call before `compile`."""
+        for block in self.transformer.h:
+            block.attn.attend = SpanAttention()
+
+    def set_context(self, tokens: int) -> None:
+        """In training, let attention see spans of `tokens` tokens. Needs `vary_context`."""
+        for block in self.transformer.h:
+            block.attn.attend.span = tokens
+
     def compile(self, **settings: Any) -> None:
         """torch.compile part by part. All blocks have the same structure and share one compiled
         graph, so compile time does not grow with depth."""
@@ -642,9 +665,9 @@ class GPT(nn.Module):
                 counts["embedding"] += p.numel()
         return counts | {"layer": count_parameters(self.transformer.h[0])}
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, context: int | None = None) -> int:
         """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022,
-        PaLM, appendix B).
+        PaLM, appendix B), for a context of T tokens, by default block_size.
 
         N excludes inactive experts and lookup tables: learned positions, and the token embedding
         if the head is untied.
@@ -653,7 +676,7 @@ class GPT(nn.Module):
         n = self.parameter_counts()["active"] - count_parameters(self.transformer.wpe)
         if not c.tie_embeddings:
             n -= count_parameters(self.transformer.wte)
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * n + 12 * c.n_layer * c.n_embd * (context or c.block_size)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "GPT":
@@ -1101,7 +1124,6 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     ddp = parallel(model, processes)
     parameters = list(model.parameters())
     parts = gradient_groups(model)
-    flops = model.flops_per_token()
     peak = peak_flops(device)
 
     step = position.step
@@ -1185,6 +1207,9 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             waited = time.perf_counter() - started
 
             # ---- forward and backward
+            context = context_length(step, timer.steps, cfg, plan.block_size)
+            if cfg.context_warmup:
+                model.set_context(context)
             seed_dropout(cfg.seed, step, processes.rank)
             n_targets: Any = sum((targets >= 0).sum() for _, targets, *_ in batch)
             processes.all_reduce(n_targets)
@@ -1229,6 +1254,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             # ---- log
             seconds = time.perf_counter() - started
             rate = tokens / seconds
+            flops = model.flops_per_token(context) / processes.world_size
             scalars = {
                 "Loss/train": loss,
                 "optim/lr": cfg.max_lr * multiplier,
@@ -1238,7 +1264,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                 "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3,
                 "perf/recompilations": monitor.count,
-                "perf/mfu": flops * rate / peak / processes.world_size if peak else None,
+                "perf/mfu": flops * rate / peak if peak else None,
                 "perf/memory_gb": peak_memory_gb(device),
             }
             for part, value in zip(parts, norms, strict=True):
@@ -1448,10 +1474,13 @@ def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device: torch.device) ->
     torch.manual_seed(cfg.seed)
     try:
         with device:
-            return GPT(model_cfg)
+            model = GPT(model_cfg)
     except (RuntimeError, MemoryError) as error:
         raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): "
                         "lower --n_embd, --n_layer") from error
+    if cfg.context_warmup:
+        model.vary_context()
+    return model
 
 
 @torch.no_grad()

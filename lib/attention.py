@@ -23,6 +23,25 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return y.transpose(1, 2)
 
 
+class SpanAttention(nn.Module):
+    """Causal `attention`, in training within spans of `span` tokens that rows are cut into.
+
+    torch.compile does not trace it, so changing the span does not recompile the model.
+    """
+
+    span: int | None = None  # a divisor of T; None: the whole row
+
+    @torch.compiler.disable
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                dropout: float = 0.0) -> torch.Tensor:
+        """q, k, v: (B, T, H, D)."""
+        if self.span is None or not self.training:
+            return attention(q, k, v, dropout=dropout)
+        B, T, H, D = q.shape
+        q, k, v = (part.reshape(-1, self.span, H, D) for part in (q, k, v))
+        return attention(q, k, v, dropout=dropout).reshape(B, T, H, D)
+
+
 class AttentionContext(Protocol):
     """What the tokens of a forward pass attend to, if not simply their row: a KVCache
     (lib/decoding.py) while decoding, a Packed (lib/packing.py) for several texts per row."""

@@ -46,6 +46,21 @@ def half_steps(cfg: Any) -> int:
     return cfg.batch_warmup // max(cfg.total_batch_size // 2, 1)
 
 
+def context_length(step: int, steps: int, cfg: Any, block_size: int) -> int:
+    """Tokens that attention sees at most in update `step` of `steps`: a quarter of `block_size` in
+    the first half of --context_warmup, then a half, then all.
+
+    A short context costs less, and a long one is of little use at first (sequence length warm-up,
+    Li et al. 2021, https://arxiv.org/abs/2108.06084; modded-nanogpt lengthens its windows).
+    """
+    progress = step / steps
+    if progress < cfg.context_warmup / 2:
+        return block_size // 4
+    if progress < cfg.context_warmup:
+        return block_size // 2
+    return block_size
+
+
 def tokens_of(steps: int, cfg: Any) -> int:
     """Tokens in the first `steps` updates."""
     halved = min(steps, half_steps(cfg))

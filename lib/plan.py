@@ -130,6 +130,9 @@ def check_batch(cfg: Any, block_size: int, world_size: int) -> None:
         if halves > 1:
             factors = f"{halves} x {factors}"
         raise BadInput(f"{total} must be a multiple of {factors}; {fitting} is")
+    if cfg.context_warmup and block_size % 4:
+        raise BadInput(f"--context_warmup takes quarters of --block_size {block_size}: give a "
+                       "multiple of 4")
     rows = first // unit
     if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
         raise BadInput(

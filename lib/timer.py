@@ -7,6 +7,8 @@ from typing import Any
 from lib.budget import UNMEASURED, batch_size, steps_in, tokens_of
 
 FIT_SHARE = 0.25  # share of --minutes in which the length follows the speed; then it is fixed
+# With --context_warmup, steps with the whole context, which are slower, must be measured, too
+WHOLE_CONTEXT = 0.15  # as a share of --minutes
 
 
 class StepTimer:
@@ -23,8 +25,12 @@ class StepTimer:
     @property
     def is_fixed(self) -> bool:
         """Whether the length is final."""
-        minutes = self.cfg.minutes
-        return not minutes or self.timed[1] >= FIT_SHARE * 60 * minutes
+        if not self.cfg.minutes:
+            return True
+        share = FIT_SHARE
+        if self.cfg.context_warmup:
+            share = max(share, self.cfg.context_warmup + WHOLE_CONTEXT)
+        return self.timed[1] >= min(share, 1.0) * 60 * self.cfg.minutes
 
     def length(self, step: int) -> int:
         """Steps that --minutes allow, at least `step`; UNMEASURED before a step was timed."""

@@ -4,7 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.budget import batch_size, hours_and_dollars, only_length, steps_in, steps_of, tokens_of
+from lib.budget import (
+    batch_size,
+    context_length,
+    hours_and_dollars,
+    only_length,
+    steps_in,
+    steps_of,
+    tokens_of,
+)
 from lib.cli import BadInput
 from train_gpt2 import GPT, GPTConfig
 
@@ -30,6 +38,13 @@ def test_a_run_may_begin_with_half_batches():
     assert [tokens_of(steps, cfg) for steps in (0, 6, 7, 10)] == [0, 768, 896, 1664]
     tokens = (0, 767, 768, 896, 1151, 1152, 1664)
     assert [steps_in(n, cfg) for n in tokens] == [0, 5, 6, 7, 7, 8, 10]
+
+
+def test_a_run_may_begin_with_a_quarter_and_a_half_of_the_context():
+    cfg = SimpleNamespace(context_warmup=0.5)
+    contexts = [context_length(step, 8, cfg, 64) for step in range(9)]
+    assert contexts == [16, 16, 32, 32, 64, 64, 64, 64, 64]
+    assert context_length(0, 8, SimpleNamespace(context_warmup=0.0), 64) == 64
 
 
 @pytest.mark.parametrize("tokens, epochs, says", [

@@ -32,6 +32,13 @@ def test_a_plan_by_hand():
     assert plan(replace(CFG, batch_warmup=1000)).rows == 4  # in the first step
 
 
+def test_a_context_that_has_no_quarter_is_refused():
+    cfg = replace(CFG, context_warmup=0.5)
+    check_batch(cfg, 32, world_size=1)
+    with pytest.raises(BadInput, match="--context_warmup .* --block_size 2"):
+        check_batch(cfg, 2, world_size=1)
+
+
 def test_unset_intervals_are_ten_validations_with_samples():
     cfg = replace(CFG, eval_every=None, sample_every=None)
     assert plan(replace(cfg, max_steps=41)).eval_every == 5

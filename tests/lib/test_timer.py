@@ -9,7 +9,7 @@ from lib.timer import StepTimer
 
 
 def test_the_length_follows_the_speed_for_a_quarter_of_the_minutes():
-    cfg = SimpleNamespace(minutes=1.0, total_batch_size=100, batch_warmup=0)
+    cfg = SimpleNamespace(minutes=1.0, total_batch_size=100, batch_warmup=0, context_warmup=0.0)
     timer = StepTimer(cfg, UNMEASURED)
     step, spent = 1, 0.0
     while step < timer.steps:
@@ -24,8 +24,21 @@ def test_the_length_follows_the_speed_for_a_quarter_of_the_minutes():
     assert 45 < spent < 60  # the slow steps count in the mean
 
 
+def test_the_length_follows_the_speed_until_the_whole_context_was_timed():
+    cfg = SimpleNamespace(minutes=1.0, total_batch_size=100, batch_warmup=0, context_warmup=0.75)
+    timer = StepTimer(cfg, UNMEASURED)
+    step, spent = 1, 0.0
+    while step < timer.steps:
+        seconds = 0.1 if step < 0.75 * timer.steps else 0.11  # the whole context takes longer
+        step += 1
+        spent += seconds
+        timer.update(step, seconds)
+        assert timer.is_fixed == (spent >= 0.9 * 60)
+    assert spent == pytest.approx(60, rel=0.02)
+
+
 def test_half_batches_count_half():
-    cfg = SimpleNamespace(total_batch_size=256, batch_warmup=1000, minutes=1.0)
+    cfg = SimpleNamespace(total_batch_size=256, batch_warmup=1000, minutes=1.0, context_warmup=0.0)
     timer = StepTimer(cfg, UNMEASURED)
     timer.update(2, 1.0)  # 128 tokens per second, 59 seconds left, 5 more steps of 128
     assert timer.steps == 2 + 5 + (59 * 128 - 5 * 128) // 256
