@@ -17,7 +17,7 @@ Improvements over the baseline and their flags:
     token shift           --token_shift    WSD, linear schedules  --schedule, --cooldown
     value residual        --value_residual small batches at first --batch_warmup
     residual scalars      --residual_scalars
-    short context first   --context_warmup
+    short context first   --context_warmup table of bigrams      --bigram
     bounded logits        --softcap        weight initialization  --init
     no biases             --no-bias        dropout                --dropout
     untied head           --no-tie_embeddings
@@ -135,6 +135,9 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
         False, "mix the first layer's values into the values of every other layer")
     residual_scalars: bool = flag(
         False, "learned weights of residual stream and embedding in each block's input")
+    bigram: int = flag(
+        0, "rows of a table of vectors for pairs of tokens, hashed, added to each block's input; "
+           "0: none", at_least=0, at_most=2**26)
     softcap: float = flag(
         0.0, "bound logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
     init: str = flag("gpt2", "weight initialization, see init_weights", choices=lambda: INITS)
@@ -206,10 +209,12 @@ class TrainConfig:
         choices=lambda: OPTIMIZERS)
     max_lr: float = flag(
         6e-4, "peak learning rate; with another --optimizer than the preset's, this and the next "
-              "three default to that optimizer's", **LEARNING_RATE)
+              "four default to that optimizer's", **LEARNING_RATE)
     embedding_lr: float | None = flag(
         None, "peak rate of embeddings; unset: --max_lr, or 5 times that with --emb_norm",
         **LEARNING_RATE)
+    bigram_lr: float | None = flag(
+        None, "peak rate of the --bigram table; unset: --embedding_lr", **LEARNING_RATE)
     head_lr: float | None = flag(
         None, "peak rate of an untied head; unset: --max_lr", **LEARNING_RATE)
     vector_lr: float | None = flag(
@@ -278,8 +283,8 @@ class TrainConfig:
 
 # Peak learning rates where --optimizer is not the preset's
 RATES: dict[str, dict] = {
-    "adamw": dict(max_lr=6e-4, embedding_lr=None, head_lr=None, vector_lr=None),
-    "muon": dict(max_lr=0.03, embedding_lr=0.01, head_lr=0.004, vector_lr=0.015),
+    "adamw": dict(max_lr=6e-4, embedding_lr=None, bigram_lr=None, head_lr=None, vector_lr=None),
+    "muon": dict(max_lr=0.03, embedding_lr=0.01, bigram_lr=0.3, head_lr=0.004, vector_lr=0.015),
 }
 FAR_OFF = 10  # warn if --max_lr differs from the usual rate by more than this factor
 
@@ -403,6 +408,38 @@ class First(nn.Module):
 
     def forward(self, x: torch.Tensor, y: Any) -> torch.Tensor:
         return x
+
+
+class AddScaled(nn.Module):
+    """x + w y with a learned number w."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.start = (start,)
+        self.mix = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + self.mix.type_as(x) * y
+
+
+class Bigrams(nn.Embedding):
+    """A vector for each token together with the one before it: (B, T) -> (B, T, C) in the autocast
+    dtype. Each block adds it to its input.
+
+    Pairs are hashed to the rows of the table, and may share one (Bojanowski et al. 2017,
+    https://arxiv.org/abs/1607.04606, section 3.2). Such tables are from modded-nanogpt.
+    """
+
+    PRIME = 2_654_435_761  # near 2^32 / golden ratio (Knuth, TAOCP, section 6.4)
+
+    def forward(self, idx: torch.Tensor,  # type: ignore[override]
+                context: AttentionContext | None = None) -> torch.Tensor:
+        following = idx + 1  # 0 is left for the start of a text
+        if context is None:
+            previous = F.pad(following, (1, 0))[:, :-1]
+        else:
+            previous = context.previous(self, following.unsqueeze(-1)).squeeze(-1)
+        return cast(super().forward((previous * self.PRIME + idx) % self.num_embeddings))
 
 
 class ValueMix(Mix):
@@ -558,7 +595,11 @@ class Block(nn.Module):
         super().__init__()
         norm = NORMS[config.norm]
         mlp = MLPS[config.mlp]
-        self.mix_residual = Mix((1.0, 0.0)) if config.residual_scalars else First()
+        self.mix_residual: nn.Module = First()
+        if config.residual_scalars:
+            self.mix_residual = Mix((1.0, 0.0))
+        elif config.bigram:
+            self.mix_residual = AddScaled(0.05)
         self.ln_1 = norm(config.n_embd, config.bias)
         self.token_shift = TokenShift(config.n_embd) if config.token_shift else First()
         self.attn = CausalSelfAttention(config, layer)
@@ -600,6 +641,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight  # type: ignore
+        if config.bigram:
+            self.transformer.bigram = Bigrams(config.bigram, config.n_embd)
         self.loss = LinearCrossEntropy(config.softcap)
         init_weights(self)
 
@@ -616,7 +659,7 @@ class GPT(nn.Module):
         """
         context = packed if kv_cache is None else kv_cache  # None: causal over the whole row
         positions = slice(idx.size(1)) if context is None else context.positions
-        x = x0 = self.embed(idx, positions)                                 # (B, T, C)
+        x, x0 = self.embed(idx, positions, context)                         # (B, T, C) each
         v_first = None
         for block in self.transformer.h:
             x, v_first = block(x, x0, v_first, positions, context)
@@ -629,10 +672,15 @@ class GPT(nn.Module):
         # the experts' penalty is 0, but has the gradients of their auxiliary losses
         return loss + sum(block.mlp.penalty for block in self.transformer.h)
 
-    def embed(self, idx: torch.Tensor, positions: Any) -> torch.Tensor:
-        """int64 (B, T) -> the input of the first block, (B, T, C) in the autocast dtype."""
+    def embed(self, idx: torch.Tensor, positions: Any, context: AttentionContext | None = None
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 (B, T) -> (the input of the first block; what every block mixes into its input: the
+        bigrams or, without them, the former). (B, T, C) each, in the autocast dtype."""
         x = self.transformer.wpe(self.transformer.wte(idx), positions)
-        return self.transformer.drop(cast(self.transformer.emb_norm(x)))
+        x = self.transformer.drop(cast(self.transformer.emb_norm(x)))
+        if self.config.bigram:
+            return x, self.transformer.bigram(idx, context)
+        return x, x
 
     def vary_context(self) -> None:
         """Prepare for `set_context`. Call before `compile`."""
@@ -652,8 +700,8 @@ class GPT(nn.Module):
             part.compile(**settings)
 
     def parameter_counts(self) -> dict[str, int]:
-        """dict: total, active (per token), embedding (tokens, positions and an untied head), layer
-        (one block)."""
+        """dict: total, active (per token), embedding (tokens, positions, bigrams and an untied
+        head), layer (one block)."""
         counts = {"total": 0, "active": 0, "embedding": 0}
         for name, p in self.named_parameters():
             counts["total"] += p.numel()
@@ -661,7 +709,7 @@ class GPT(nn.Module):
                 counts["active"] += p[0].numel() * self.config.n_active
             else:
                 counts["active"] += p.numel()
-            if name.split(".")[-2] in ("wte", "wpe", "lm_head"):
+            if name.split(".")[-2] in ("wte", "wpe", "bigram", "lm_head"):
                 counts["embedding"] += p.numel()
         return counts | {"layer": count_parameters(self.transformer.h[0])}
 
@@ -669,11 +717,12 @@ class GPT(nn.Module):
         """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022,
         PaLM, appendix B), for a context of T tokens, by default block_size.
 
-        N excludes inactive experts and lookup tables: learned positions, and the token embedding
-        if the head is untied.
+        N excludes inactive experts and lookup tables: learned positions, bigrams, and the token
+        embedding if the head is untied.
         """
         c = self.config
         n = self.parameter_counts()["active"] - count_parameters(self.transformer.wpe)
+        n -= c.bigram * c.n_embd
         if not c.tie_embeddings:
             n -= count_parameters(self.transformer.wte)
         return 6 * n + 12 * c.n_layer * c.n_embd * (context or c.block_size)
@@ -732,7 +781,7 @@ def init_weights(model: GPT) -> None:
     fused = row_blocks(config)
     for name, p in model.named_parameters():
         module, kind = f".{name}".split(".")[-2:]
-        if kind == "bias" or module == "token_shift":
+        if kind == "bias" or module in ("token_shift", "bigram"):
             p.zero_()
         elif module in ("ln_1", "ln_2", "ln_f", "emb_norm", "q_norm", "k_norm"):
             p.fill_(1.0)
@@ -766,7 +815,7 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
     A group keeps its peak rate as initial_lr, which the schedule multiplies, and the number of
     matrices in its fused weights as `splits`.
     """
-    outside = {"wte": "embedding", "wpe": "embedding", "lm_head": "head"}
+    outside = {"wte": "embedding", "wpe": "embedding", "bigram": "bigram", "lm_head": "head"}
     fused = row_blocks(model.config)
     members: dict[tuple[str, int], list] = {}
     for name, p in model.named_parameters():
@@ -782,6 +831,7 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
     rates = {"embedding": cfg.embedding_lr, "head": cfg.head_lr, "vector": cfg.vector_lr}
     if model.config.emb_norm and not cfg.embedding_lr:
         rates["embedding"] = cfg.max_lr * EMB_NORM_LR
+    rates["bigram"] = cfg.bigram_lr or rates["embedding"]
     groups: list[dict] = []
     for (kind, splits), params in members.items():
         rate = rates.get(kind) or cfg.max_lr
@@ -907,7 +957,7 @@ def gradient_groups(model: GPT) -> dict[str, list]:
         part = "rest"
         if module == "h":
             part = f"block_{int(layer):02d}"
-        elif module in ("wte", "wpe"):
+        elif module in ("wte", "wpe", "bigram"):
             part = "embedding"
         parts.setdefault(part, []).append(p)
     return parts
@@ -1436,6 +1486,7 @@ def flag_warnings(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) ->
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
         "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
         "head_lr": (model_cfg.tie_embeddings, "--no-tie_embeddings"),
+        "bigram_lr": (not model_cfg.bigram, "--bigram"),
     }
     lines = [f"warning: --{name} has no effect without {needed}"
              for name, (is_idle, needed) in idle.items() if is_idle and name in explicit]
@@ -1452,6 +1503,8 @@ def check_model(c: GPTConfig) -> None:
     check(c)
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
+    if c.bigram and c.residual_scalars:
+        raise BadInput("--bigram and --residual_scalars both add to each block's input: give one")
     if c.pos == "rope" and c.n_embd // c.n_head % 2:
         raise BadInput(f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
     check_experts(c, MLPS[c.mlp].width(c.n_embd))

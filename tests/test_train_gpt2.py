@@ -487,13 +487,14 @@ def test_logits_are_capped_in_fp32_as_the_loss_caps_them():
     torch.testing.assert_close(nats, loss, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("bigram", [0, 37])
 @torch.no_grad()
-def test_the_speedrun_model_against_a_plain_one():
+def test_the_speedrun_model_against_a_plain_one(bigram):
     """Written out once more. Shares only the weights, drawn at random so that every gain and
     scalar counts."""
     config = tiny(n_layer=3, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True,
-                  bias=False, token_shift=True, value_residual=True, residual_scalars=True,
-                  softcap=3.0, init="zero_proj")
+                  bias=False, token_shift=True, value_residual=True, residual_scalars=not bigram,
+                  bigram=bigram, softcap=3.0, init="zero_proj")
     model = GPT(config).eval()
     idx = torch.randint(61, (2, 16))
     for p in model.parameters():
@@ -510,10 +511,13 @@ def test_the_speedrun_model_against_a_plain_one():
 
     future = torch.ones(16, 16).triu(1).bool()
     x = x0 = norm(w["transformer.wte.weight"][idx], "transformer.emb_norm.weight")
+    if bigram:
+        before = F.pad(idx + 1, (1, 0))[:, :-1]
+        x0 = w["transformer.bigram.weight"][(before * 2_654_435_761 + idx) % 37]
     for i in range(3):
         b = f"transformer.h.{i}"
         r = w[f"{b}.mix_residual.mix"]
-        x = r[0] * x + r[1] * x0
+        x = x + r * x0 if bigram else r[0] * x + r[1] * x0
         y = norm(x, f"{b}.ln_1.weight")
         y[:, 1:] = y[:, 1:] + w[f"{b}.token_shift.weight"] * y[:, :-1]
         q, k, v = (y @ w[f"{b}.attn.c_attn.weight"].T).view(2, 16, 3, 2, 16).unbind(2)
@@ -538,6 +542,29 @@ def test_the_speedrun_model_against_a_plain_one():
     torch.testing.assert_close(model(idx[:, :-1], idx[:, 1:]), loss)
 
 
+@pytest.mark.parametrize("settings, says", [
+    (dict(n_head=5), "--n_embd 32 must be a multiple of --n_head 5"),
+    (dict(n_embd=6, pos="rope"), "--pos rope needs an even head size"),
+    (dict(bigram=50, residual_scalars=True), "--bigram and --residual_scalars")])
+def test_settings_of_the_model_that_contradict_are_refused(settings, says):
+    with pytest.raises(BadInput, match=says):
+        train_gpt2.check_model(tiny(**settings))
+
+
+def test_a_short_context_is_as_if_rows_were_cut():
+    """Rotary positions are relative, so attention does not see where a span begins."""
+    model = GPT(tiny(pos="rope", qk_norm=True, init="xavier"))
+    model.vary_context()
+    idx, targets = torch.randint(61, (2, 4, 16))
+    whole = model(idx, targets)
+    cut = model(idx.view(16, 4), targets.view(16, 4))
+    assert abs(whole - cut) > 0.01
+    model.set_context(4)
+    torch.testing.assert_close(model(idx, targets), cut)
+    model.eval()
+    torch.testing.assert_close(model(idx, targets), whole)
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation():
     model = GPT(tiny(dropout=0.3))
     idx = torch.randint(61, (2, 16))
@@ -557,12 +584,15 @@ def test_flops_per_token_by_hand():
         gpt2 = GPT(GPTConfig())
         untied = GPT(GPTConfig(tie_embeddings=False))
         small = GPT(tiny(pos="rope", bias=False))
+        bigrams = GPT(tiny(pos="rope", bias=False, bigram=500))
     # PaLM, appendix B: 6N + 12 L H Q T
     want = 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
     assert gpt2.flops_per_token() == want == 855_383_040
     assert untied.flops_per_token() == want  # the second table is looked up, not multiplied
     matrices = 64 * 32 + 2 * (12 * 32**2 + 2 * 32) + 32
     assert small.flops_per_token() == 6 * matrices + 12 * 2 * 32 * 16
+    assert small.flops_per_token(context=4) == 6 * matrices + 12 * 2 * 32 * 4
+    assert bigrams.flops_per_token() == small.flops_per_token() + 6 * 2  # a scalar per layer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,7 +680,8 @@ def test_the_blocks_of_zero_proj_start_as_the_identity_and_learn():
 
 
 @pytest.mark.parametrize("toggles", [
-    {}, dict(tie_embeddings=False, qk_norm=True, emb_norm=True, norm="rmsnorm", bias=False)])
+    {}, dict(tie_embeddings=False, qk_norm=True, emb_norm=True, norm="rmsnorm", bias=False,
+             bigram=50)])
 def test_optimizer_groups(toggles):
     model = GPT(tiny(**toggles))
     optimizer = train_gpt2.make_optimizer(model, TrainConfig(weight_decay=0.3))
@@ -664,7 +695,7 @@ def test_optimizer_groups(toggles):
         group = groups[p]
         assert group["weight_decay"] == (0.0 if p.dim() == 1 else 0.3), name
         # initial_lr is what the schedule multiplies; behind a norm, embeddings learn faster
-        embedding = name.startswith(("transformer.wte", "transformer.wpe"))
+        embedding = name.startswith(tuple(f"transformer.{x}" for x in ("wte", "wpe", "bigram")))
         rate = 5 * 6e-4 if normed and embedding else 6e-4
         assert group["initial_lr"] == group["lr"] == rate, name
 
@@ -1935,6 +1966,7 @@ def test_a_compiled_run_compiles_each_part_once_and_has_the_losses_of_a_plain_on
         launch, data, tmp_path):
     flags = [
         "--preset", "modern", "--n_experts", 4, "--n_shared", 1,  # the shared expert is a dense MLP
+        "--bigram", 100, "--context_warmup", 0.7,  # three contexts in six steps
         "--micro_batch", 4, "--eval_every", 2, "--sample_every", 3, "--save_every", 2
     ]  # 10 rows of validation
     result = launch("train_gpt2.py", *TINY_FLAGS, "--data", data, *flags, "--run_name", "compiled",

@@ -30,6 +30,7 @@ TOGGLES = [
     dict(pos="rope", norm="rmsnorm", mlp="swiglu", emb_norm=True, qk_norm=True, bias=False),
     dict(norm="rmsnorm", qk_norm=True, value_residual=True, residual_scalars=True, token_shift=True,
          softcap=3.0),
+    dict(pos="rope", bigram=50),
 ]
 
 

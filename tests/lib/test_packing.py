@@ -23,6 +23,7 @@ MODELS = {
                      bias=False, token_shift=True, value_residual=True, residual_scalars=True,
                      softcap=15.0),
     "untied": dict(token_shift=True, tie_embeddings=False),
+    "bigrams": dict(pos="rope", bigram=50),
     "experts": dict(n_experts=4, n_active=2, pos="rope"),
 }
 
