@@ -253,7 +253,9 @@ class TrainConfig:
         None, "weights and shape to start a new run from: gpt2 to gpt2-xl, a run folder, a "
               "checkpoint, or a folder written by export_hf.py")
     tensorboard: int = flag(
-        0, "port to serve TensorBoard of --log_dir on, to all hosts", at_least=0, below=2**16)
+        0, "port to serve TensorBoard of --log_dir on; 0: not served", at_least=0, below=2**16)
+    tensorboard_host: str = flag(
+        "127.0.0.1", "address that --tensorboard listens on; 0.0.0.0: all of this machine's")
     tracker: Literal["trackio", "wandb"] | None = flag(
         None, "log to this tracker, too, what TensorBoard shows; needs its package")
     deterministic: bool = flag(
@@ -1597,7 +1599,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
     with explain_failures(cfg), contextlib.closing(run), processes:
         if processes.main and cfg.tensorboard:
-            serve_tensorboard(cfg.log_dir, cfg.tensorboard)
+            serve_tensorboard(cfg.log_dir, cfg.tensorboard, cfg.tensorboard_host)
 
         # ---- tokenizer and evaluations: their files may be missing
         with processes.main_first():  # it may download

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import logging
 import math
 import os
@@ -30,6 +31,9 @@ LABELS = {
     "Loss/val_pretraining": "pretraining val loss",
     "Loss/val_pretraining_bpb": "pretraining bits per byte", "eval/hellaswag": "HellaSwag acc_norm"
 }
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OTHER_PORT = "give another --tensorboard port, or end the process that uses it"
+OTHER_HOST = "name an address of this machine, or leave it out"
 EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\.")
 COMPILED = 10  # a step this many times slower than its neighbors compiled a new shape
 
@@ -318,29 +322,43 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     return scalars
 
 
-def serve_tensorboard(log_dir: str, port: int) -> None:
+def serve_tensorboard(log_dir: str, port: int, host: str) -> None:
     """Serve TensorBoard from a thread of this process, so that it ends with the run.
 
-    Raises BadInput if the port is taken.
+    host: address to listen on. Raises BadInput if it is not this machine's, or the port is taken.
     """
     from tensorboard import program
 
-    remedy = "give another --tensorboard port, or end the process that uses it"
-    with socket.socket() as probe:  # TensorBoard's own error has four lines
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise BadInput(f"TensorBoard cannot use port {port} ({error.strerror}): "
-                           f"{remedy}") from error
+    _check_free(host, port)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     board = program.TensorBoard()
-    board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--bind_all"])
+    board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--host", host])
     try:
         board.launch()
     except program.TensorBoardServerException as error:
-        raise BadInput(f"TensorBoard cannot use port {port}: {remedy}") from error
-    print(f"TensorBoard at http://localhost:{port}, open to every host that reaches this port")
+        raise BadInput(f"TensorBoard cannot use port {port}: {OTHER_PORT}") from error
+    if host in LOOPBACK:
+        print(f"TensorBoard at http://localhost:{port}, for this machine only")
+    else:
+        print(f"TensorBoard at http://{host}:{port}, without a password, open to every host that "
+              "reaches this port")
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises BadInput unless a server can listen there; TensorBoard's own error has four lines."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except UnicodeError as error:
+        raise BadInput(f"--tensorboard_host {host} is not a host name: {OTHER_HOST}") from error
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise BadInput(f"TensorBoard cannot listen on --tensorboard_host {host} "
+                           f"({error.strerror}): {OTHER_HOST}") from error
+        raise BadInput(f"TensorBoard cannot use port {port} ({error.strerror}): "
+                       f"{OTHER_PORT}") from error
 
 
 # --------------------------------------------------------------------------------------------------

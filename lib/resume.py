@@ -19,7 +19,7 @@ from lib.streams import CorpusLike, StreamLike
 # flags that select the training text
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
 # settings of a single start, not of the run
-START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard", "tracker"}
+START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard", "tensorboard_host", "tracker"}
 # weights, learning rates and settings that the run started from
 BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale", "config")
 # changes after which validation losses no longer compare
