@@ -85,6 +85,7 @@ from lib.resume import Position, Resume, find_resume, may_change, merge
 from lib.run_folder import RunFolder
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
+from lib.spending import reached
 from lib.streams import (
     CorpusLike,
     Mixture,
@@ -188,7 +189,12 @@ class TrainConfig:
     tok_per_sec: float | None = flag(
         None, "for --plan: measured throughput of all GPUs together", above=0)
     price_per_hour: float | None = flag(
-        None, "dollars per hour of the machine, to predict the cost of a run", above=0)
+        None, "dollars per hour of the machine, for the cost of a run", above=0)
+    max_hours: float | None = flag(
+        None, "stop, with a checkpoint, after this many hours, start-up and earlier starts "
+              "included", above=0)
+    max_cost: float | None = flag(
+        None, "stop, with a checkpoint, after this many dollars at --price_per_hour", above=0)
     # optimizer
     optimizer: str = flag(
         "adamw", "muon: Muon for the matrices in blocks, AdamW for the rest",
@@ -1160,7 +1166,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     monitor = RecompileMonitor(say)
     balance = LoadBalancer(model, processes, say)
     stream.prefetch(batch_size(step, cfg))
-    with StopSignals(run.say, processes) as stop:
+    with StopSignals(run.say, processes, run.limit_is_reached) as stop:
         while True:
             last = step >= timer.steps  # greater if resumed with a shorter length
 
@@ -1590,6 +1596,11 @@ def launch(settings: Settings, task: TaskLike) -> None:
         if processes.main:
             print(f"{resume.path} is the end of a run of {plan.steps} steps: "
                   f"give more --{length_flag(cfg)} to continue")
+        return
+    limit = reached(cfg, resume.state) if resume else None
+    if resume and limit:
+        if processes.main:
+            print(f"{resume.path} is of a run that has reached {limit}: give more to continue")
         return
     if resume:
         resume.compare_text(cfg, corpus, explicit)

@@ -35,6 +35,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OTHER_PORT = "give another --tensorboard port, or end the process that uses it"
 OTHER_HOST = "name an address of this machine, or leave it out"
 EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\.")
+PREDICTED = 10  # steps after which the length of the run in hours is predicted
 COMPILED = 10  # a step this many times slower than its neighbors compiled a new shape
 
 
@@ -61,6 +62,7 @@ class Logger:
 
         self.max_steps = max_steps
         self.first_step = first_step
+        self.next_step = first_step
         self.price_per_hour = price_per_hour
         self.tokens_of = tokens_of
         self.log_every = log_every
@@ -108,6 +110,7 @@ class Logger:
 
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
         """Log a training step. scalars: {tag: number, None if unknown, or bars of a histogram}."""
+        self.next_step = step + 1
         tokens = self.tokens_of(step + 1) - self.tokens_of(step)
         seconds_per_token = seconds / tokens
         if step > self.first_step:
@@ -122,11 +125,16 @@ class Logger:
         elif self._is_shown(step):
             self.say(f"step {step} | {text}")
             self.shown = (step, time.monotonic())
-        if step + 1 - self.first_step == min(10, self.max_steps):
+        if step + 1 - self.first_step == min(PREDICTED, self.max_steps):
             duration = hours_and_dollars(self._remaining(self.first_step, typical),
                                          self.price_per_hour)
             rate = scalars["perf/tok_per_sec"] * seconds_per_token / typical
             self.say(f"predicted: {duration} of training steps, at {rate:,.0f} tok/s")
+
+    def seconds_left(self) -> float:
+        """Seconds of training after the last logged step, at the speed of the latest steps."""
+        typical = statistics.median(self.recent)
+        return self._remaining(self.next_step, typical)
 
     def _remaining(self, step: int, seconds_per_token: float) -> float:
         """Seconds of training from `step` to the end."""

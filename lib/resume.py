@@ -104,7 +104,8 @@ class Resume:
         state = self.state
         counts = [state["step"], state["max_steps"], state.get("skipped", 0),
                   state.get("consecutive_skips", 0), *leaves(state["loader"])]
-        measured = [*state.get("timed", ()), *(state.get("best") or ())]
+        measured = [*state.get("timed", ()), *(state.get("best") or ()), state.get("hours", 0),
+                    state.get("dollars") or 0]
         fine = (isinstance(state["optimizer"], dict) and isinstance(state["tokenizer"], str)
                 and all(isinstance(n, int) and 0 <= n < MOST for n in counts)
                 and all(isinstance(n, (int, float)) and 0 <= n < MOST for n in measured))

@@ -31,10 +31,11 @@ from lib.files import (
     remove_empty,
     write_json,
 )
-from lib.logger import Logger, Null, quoted
+from lib.logger import PREDICTED, Logger, Null, quoted
 from lib.provenance import commit, launch_id, save_code, this_command
 from lib.resume import Position, Resume
 from lib.rewind import rewind
+from lib.spending import Spending
 from lib.streams import CorpusLike
 from lib.tracker import check_installed, start_tracker
 
@@ -67,6 +68,7 @@ class RunFolder:
         self.tokens_of = partial(tokens_of, cfg=cfg)
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
+        self.spending = Spending(cfg, resume.state if resume else {})
         self.log: Any = Null()
         self.writer: Any = Null()
         self.open_locks = contextlib.ExitStack()
@@ -192,11 +194,19 @@ class RunFolder:
 
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
         self.seconds += seconds
-        self.log.log_step(step, scalars, seconds)
+        self.log.log_step(step, scalars | {"perf/dollars": self.spending.dollars}, seconds)
+        if step + 1 - self.first == PREDICTED:
+            warning = self.spending.foresee(step + 1, self.log.max_steps, self.log.seconds_left())
+            if warning:
+                self.say(warning)
 
     def log_evaluation(self, step: int, results: dict[str, Any]) -> None:
         self.results.update(results)
         self.log.log_evaluation(step, results)
+
+    def limit_is_reached(self) -> bool:
+        """Whether --max_hours or --max_cost ends the run now."""
+        return self.spending.limit() is not None
 
     def set_length(self, steps: int, is_final: bool) -> None:
         """Set the number of steps that fit in --minutes; warn about it once it is final."""
@@ -253,7 +263,7 @@ class RunFolder:
         # config.json is rewritten, as --minutes may have changed max_steps
         write_config = partial(write_json, self.folder / "config.json", dict(self.config))
         former_best = self.best[1] if self.best else None
-        state = self.constants | state | {"best": best}
+        state = self.constants | state | {"best": best} | self.spending.state()
         self.writer.start(self.saved, state, write_config, former_best)
 
     def _make_again(self, step: int) -> None:
@@ -306,7 +316,14 @@ class RunFolder:
             loss, best_step = self.best
             path = checkpoint.path_of(self.folder, best_step)
             self.say(f"best    validation loss {loss:.4f}, at step {best_step}: {path}")
+        spent = self.spending.summary()
+        if spent:
+            self.say(spent)
         train = self.config["train"]
+        if not finished and self.limit_is_reached():
+            self.say(f"stopped at step {step} by {self.spending.limit()}: run the same command "
+                     "again with more to continue")
+            return
         if not finished:
             self.say(summary.how_to_continue(self.folder, step, self.config["max_steps"],
                                              train["resume"]))
