@@ -609,6 +609,7 @@ class PostTraining(Pretraining):
         if not run.recorded("val"):  # off rank 0
             return
         patience = self.patience
+        run.outcome = "finished"
         run.say(f"patience: the last {patience.failures} validations were not below "
                 f"{patience.best:.4f} of step {patience.best_step}; a higher --patience continues "
                 "the run")

@@ -82,7 +82,7 @@ from lib.muon import Muon
 from lib.packing import Packed
 from lib.plan import RunPlan, Settings, check_memory, make_plan
 from lib.resume import Position, Resume, find_resume, may_change, merge
-from lib.run_folder import RunFolder
+from lib.run_folder import RunFolder, closing
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
 from lib.spending import reached
@@ -252,6 +252,11 @@ class TrainConfig:
     run_name: str | None = flag(
         None, "name of the run's folder in --log_dir; unset: preset and time")
     log_dir: str = path_flag("log", "folder of all runs")
+    sync: str | None = flag(
+        None, "shell command that copies the run elsewhere after each save; {folder} and {name} "
+              "stand for its folder and name")
+    on_end: str | None = flag(
+        None, "shell command to run when the run has ended or failed, see $RUN_OUTCOME")
     resume: str | None = path_flag(
         None, "checkpoint or run folder to resume; auto: the newest of --run_name (the default), "
               "or without a name the last unfinished run of this same command")
@@ -1608,7 +1613,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     # ---- run folder, locked from here on. `explain_failures` is outermost: it turns machine
     # failures into one line wherever they occur
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
-    with explain_failures(cfg), contextlib.closing(run), processes:
+    with explain_failures(cfg), closing(run), processes:
         if processes.main and cfg.tensorboard:
             serve_tensorboard(cfg.log_dir, cfg.tensorboard, cfg.tensorboard_host)
 

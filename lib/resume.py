@@ -14,6 +14,7 @@ import torch
 from lib import checkpoint
 from lib.cli import BadInput, note, resolve
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
+from lib.hooks import COMMANDS
 from lib.streams import CorpusLike, StreamLike
 
 # flags that select the training text
@@ -219,8 +220,15 @@ def merge(config: Any, before: dict, explicit: set[str],
             earlier[setting.name] = was
         elif own != was:
             differing = changed if setting.name in free else misfits
-            differing.append(f"--{setting.name} {as_text(was)} -> {as_text(own)}")
+            differing.append(difference(setting.name, was, own))
     return resolve(config, earlier), changed, misfits
+
+
+def difference(name: str, was: Any, own: Any) -> str:
+    """A changed setting as text, without commands, which may contain secrets."""
+    if name in COMMANDS:
+        return f"--{name} changed"
+    return f"--{name} {as_text(was)} -> {as_text(own)}"
 
 
 def as_text(value: Any) -> str:

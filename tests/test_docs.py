@@ -72,6 +72,11 @@ COMMANDS = {
     "tmux new -d -s train '.venv/bin/torchrun --standalone --nproc_per_node=gpu --max_restarts=3 "
     "train_gpt2.py --run_name first 2>&1 | tee -a first.out'": PARSED,
     "python train_gpt2.py --run_name first": TINY,
+    "python train_gpt2.py --run_name first --sync 'rclone copy --local-no-check-updated "
+    "--ignore-size {folder} box:runs/{name}'": f"{TINY} --sync true",
+    "rclone copy box:runs/first log/first": NOT_OURS,
+    "python train_gpt2.py --run_name first --on_end 'vastai stop instance $CONTAINER_ID'":
+        f"{TINY} --on_end true",
     "python train_gpt2.py --data mine --run_name first": TINY,
     "python train_gpt2.py --data wiki:3 books:1": f"{TINY} --run_name mixed",
     "python train_gpt2.py --data wiki --curriculum baby --curriculum_steps 500":
