@@ -152,6 +152,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     tokens_per_param: float | None = flag(None, None)
     batch_warmup: int = flag(0, None)
     plan: bool = flag(False, None)
+    doctor: bool = flag(False, None)
     tok_per_sec: float | None = flag(None, None)
 
 

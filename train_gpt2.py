@@ -31,20 +31,21 @@ import lib.startup  # noqa: F401 (before torch)
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint, compiler, huggingface, repeat, rope
+from lib import checkpoint, compiler, doctor, huggingface, repeat, rope
 from lib.attention import AttentionContext, attention
 from lib.budget import UNMEASURED, batch_size, length_flag, only_length, tokens_of
 from lib.cli import (
@@ -52,6 +53,7 @@ from lib.cli import (
     RankError,
     check,
     flag,
+    launched,
     note,
     path_flag,
     read_flags,
@@ -186,6 +188,8 @@ class TrainConfig:
     plan: bool = flag(
         False, "print steps, FLOPs and cost of 8 to 40 tokens per parameter at every --size, and "
                "exit")
+    doctor: bool = flag(
+        False, "check whether this machine is ready to train, time ten steps, and exit")
     tok_per_sec: float | None = flag(
         None, "for --plan: measured throughput of all GPUs together", above=0)
     price_per_hour: float | None = flag(
@@ -1695,6 +1699,8 @@ def main(argv: list[str]) -> None:
     if cfg.plan:
         print_forecast(cfg, model_cfg, explicit)
         return
+    if cfg.doctor:
+        examine(cfg, model_cfg)
     for line in flag_warnings(cfg, model_cfg, explicit):
         note(line)
     task = Pretraining(cfg, explicit, start)
@@ -1704,6 +1710,18 @@ def main(argv: list[str]) -> None:
         chosen = chosen._replace(train=replace(cfg, sample_prompt=""))
     repeat.note_differences(chosen, task.corpus)
     launch(chosen, task)
+
+
+def examine(cfg: TrainConfig, model_cfg: GPTConfig) -> NoReturn:
+    """Print the page of --doctor. Exits with code 0 if this machine is ready to train, else 1."""
+    if launched():
+        raise BadInput("--doctor starts its own processes: run it with python, without torchrun")
+
+    def build(vocab_size):
+        return on_meta(replace(model_cfg, vocab_size=vocab_size))
+
+    machine = doctor.Machine(cfg, build, Path(__file__))
+    sys.exit(0 if doctor.examine(machine) else 1)
 
 
 def print_forecast(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> None:

@@ -82,6 +82,7 @@ COMMANDS = {
     "python train_gpt2.py --data wiki --curriculum baby --curriculum_steps 500":
         f"{TINY} --curriculum_steps 2 --run_name curriculum",
     "python train_gpt2.py --plan --tok_per_sec 556274 --price_per_hour 2": "",
+    "python train_gpt2.py --doctor --price_per_hour 2": PARSED,  # has tests of its own
     "python train_gpt2.py --resume auto": TINY,
     "python train_gpt2.py --resume log/first/ckpt_05000.pt":
         "--resume log/first/ckpt_00002.pt --device cpu",
