@@ -65,6 +65,7 @@ def lines_of(page):
     return found
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_ready(data, tmp_path):
     done = run_script("train_gpt2.py", "--doctor", *SMALL, "--data", data, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
