@@ -138,6 +138,9 @@ def nvidia_smi(query: str = "") -> str:
     command = ["nvidia-smi"]
     if query:
         command += [f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if query and chosen:
+        command += ["-i", chosen]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -392,7 +395,8 @@ def run_probe(device: str, processes: int) -> dict:
     for process, (_, errors) in zip(started, outputs):
         if process.returncode:
             raise BadInput((errors.strip().splitlines() or ["no error was printed"])[-1])
-    return json.loads(outputs[0][0].splitlines()[-1])
+    printed = outputs[0][0]
+    return json.loads(printed[printed.index("{"):printed.rindex("}") + 1])
 
 
 def own_environment() -> dict[str, str]:

@@ -28,15 +28,18 @@ LAUNCHER = re.compile(r"(RANK|WORLD_SIZE|MASTER_\w+|(TORCHELASTIC|LOCAL|GROUP|RO
 DELAYS = (30.0, 60.0, 120.0, 300.0, 600.0)  # seconds between attempts at a copy; then the last
 LAST_DELAY = 5.0  # seconds between attempts at the last copy
 ATTEMPTS = 3      # at the last copy
-PATIENCE = 900.0  # seconds that a run waits for its last copy
+PATIENCE = 900.0  # seconds that a run, and then --on_end, wait for its last copy
 END_PATIENCE = 60.0  # seconds that a run waits for --on_end
 RESTARTED = ("failed", "gave_up", "killed")  # outcomes after which torchrun restarts a run
 
-# Reads lines of code from the run once it ends; there are none if the run is killed.
+# Reads lines of code from the run when it ends; there are none if the run is killed. A copy that
+# --sync has not finished holds the lock of sync.log: the command may stop the machine.
 WATCH = """
 export RUN_OUTCOME="$2" RUN_ERROR="the process was killed"
 while IFS= read -r line && [ "$line" != end ]; do eval "$line"; done
 [ -n "$RUN_OUTCOME" ] || exit 0
+copy="$RUN_FOLDER/sync.log"
+[ -f "$copy" ] && command -v flock > /dev/null && flock -w "$3" "$copy" true
 log=/dev/null
 [ -f "$RUN_FOLDER/config.json" ] && log="$RUN_FOLDER/on_end.log"
 exec sh -c "$1" >> "$log" 2>&1
@@ -188,22 +191,24 @@ def lock(file: IO[bytes]) -> None:
 
 
 class OnEnd:
-    """Runs --on_end once the run has ended: a shell waits for `finish`, or for the run's death."""
+    """Runs --on_end once the run has ended: a shell waits for `finish`, or for the run's death.
+
+    Call `tell` before.
+    """
 
     def __init__(self, command: str, folder: Path):
         folder = folder.absolute()
         # torchrun restarts a killed run, or reports its end to nobody
         outcome = "" if is_restarted("killed") else "killed"
         self.process = subprocess.Popen(
-            ["sh", "-c", WATCH, "on_end", fill(command, folder), outcome], stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(folder),
-            start_new_session=True)
+            ["sh", "-c", WATCH, "on_end", fill(command, folder), outcome, str(PATIENCE)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=environment(folder), start_new_session=True)
 
-    def finish(self, outcome: str, values: dict[str, Any]) -> str | None:
-        """Run the command, wait for it at most END_PATIENCE seconds -> a line on failure, or None.
+    def tell(self, outcome: str, values: dict[str, Any]) -> None:
+        """Set RUN_OUTCOME and RUN_<name> of `values` in the command's environment.
 
-        values: become RUN_<name> in its environment, as outcome does. A run that torchrun restarts
-        has not ended.
+        A run that torchrun restarts has not ended: its command will not run.
         """
         if is_restarted(outcome):
             outcome = ""
@@ -211,9 +216,16 @@ class OnEnd:
         for name, value in {"outcome": outcome, **values}.items():
             text = "" if value is None else " ".join(str(value).split())
             lines.append(f"export RUN_{name.upper()}={shlex.quote(text)}\n")
-        lines.append("end\n")
+        assert self.process.stdin
+        with contextlib.suppress(OSError):  # it was killed
+            self.process.stdin.write("".join(lines).encode(errors="replace"))
+            self.process.stdin.flush()
+
+    def finish(self) -> str | None:
+        """Run the command, wait for it at most END_PATIENCE seconds -> a line on failure, or None.
+        """
         try:
-            self.process.communicate("".join(lines).encode(errors="replace"), END_PATIENCE)
+            self.process.communicate(b"end\n", END_PATIENCE)
         except subprocess.TimeoutExpired:
             return "--on_end is still running: it continues without this process"
         if self.process.returncode:

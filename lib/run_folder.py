@@ -372,10 +372,11 @@ class RunFolder:
     def close(self) -> None:
         """Also copies the last state with --sync and runs --on_end, both within limits of time."""
         self.log.close()
+        self.on_end.tell(self.outcome, self._end_values())  # this process may be killed from here
         self.sync.close()
         remove_empty(self.made)  # only after a failed start is the folder empty
         self.open_locks.close()
-        line = self.on_end.finish(self.outcome, self._end_values())
+        line = self.on_end.finish()
         if line:
             self.say(line)
 

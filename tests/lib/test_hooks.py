@@ -139,15 +139,38 @@ def test_a_run_that_torchrun_restarts_has_not_ended(outcome, restarts, ends, mon
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     end = OnEnd(f"touch {tmp_path}/ended", tmp_path)
-    assert end.finish(outcome, {}) is None
+    end.tell(outcome, {})
+    assert end.finish() is None
     assert (tmp_path / "ended").exists() == ends
 
 
 def test_values_may_contain_anything(tmp_path):
     end = OnEnd(f'printf "%s" "$RUN_ERROR" > {tmp_path}/error', tmp_path)
-    assert end.finish("failed", {"error": "it's $HOME;\nend\n`date`"}) is None
+    end.tell("failed", {"error": "it's $HOME;\nend\n`date`"})
+    assert end.finish() is None
     assert (tmp_path / "error").read_text() == "it's $HOME; end `date`"
-    assert "exit code 7" in OnEnd("exit 7", tmp_path).finish("finished", {})
+
+
+def test_a_command_that_fails_is_reported(tmp_path):
+    end = OnEnd("exit 7", tmp_path)
+    end.tell("finished", {})
+    assert "exit code 7" in end.finish()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock")
+def test_a_machine_is_not_stopped_during_a_copy(tmp_path, lines, monkeypatch):
+    wait = f"echo copying > {tmp_path}/log; while [ ! -e {tmp_path}/go ]; do sleep 0.01; done"
+    sync = Sync(wait, tmp_path, lines.append)
+    sync.request()
+    wait_until(lambda: count(tmp_path / "log"))
+    monkeypatch.setattr(hooks, "END_PATIENCE", 0.1)
+    end = OnEnd(f"echo stop >> {tmp_path}/log", tmp_path)
+    end.tell("stopped", {})
+    assert "still running" in end.finish()
+    assert (tmp_path / "log").read_text() == "copying\n"
+    (tmp_path / "go").touch()
+    wait_until(lambda: count(tmp_path / "log") == 2)
+    sync.close()
 
 
 # --------------------------------------------------------------------------------------------------
