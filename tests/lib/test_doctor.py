@@ -126,6 +126,22 @@ def test_gpus_and_their_driver(gpus, machine):
     assert doctor.check_driver(machine).text.startswith("unknown, for CUDA unknown")
 
 
+def test_the_links_between_gpus(gpus, machine, monkeypatch):
+    probed = {"flops": 7e14, "processes": 2, "peers": 2, "pairs": 2, "bandwidth": 2e11}
+    monkeypatch.setattr(doctor, "run_probe", lambda device, processes: probed)
+    check = doctor.check_links(machine)
+    assert check.ok
+    assert check.text == ("NCCL all-reduce at 200 GB/s between 2 GPUs, peer access in 2 of 2 pairs")
+    probed["bandwidth"] = 2e8
+    assert not doctor.check_links(machine).ok
+    machine.cfg = replace(machine.cfg, device="auto")
+    assert doctor.trial(machine) == (4, 10)
+    command = doctor.short_run(machine, Path("x"), rows=4, steps=10)
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert "--compile" in command
+    assert "compute capability 9.0" in doctor.check_precision(machine).text
+
+
 def test_a_gpu_that_torch_does_not_see(machine, monkeypatch):
     monkeypatch.setattr(doctor, "nvidia_smi", lambda query="": "NVIDIA X")
     assert doctor.check_gpu(machine).ok  # --device cpu
