@@ -142,8 +142,9 @@ class Sync:
             if last_failures == ATTEMPTS:
                 return
             delay = LAST_DELAY if is_last else DELAYS[min(failures, len(DELAYS)) - 1]
+            sooner = "" if is_last else ", or after the next save"
             self.say(f"warning: --sync failed with exit code {code}, see {self.log}: trying again "
-                     f"in {delay:g} s")
+                     f"in {delay:g} s{sooner}")
             self._wait(state, delay)
 
     def _wait(self, state: int, delay: float) -> None:
