@@ -60,7 +60,10 @@ from train_gpt2 import TrainConfig, check_model, settings, size_of
 
 SCRIPT = Path(__file__).resolve().parent / "train_gpt2.py"
 # flags that ablate.py sets, or that make no sense in an ablation
-OURS = {"seed", "run_name", "log_dir", "resume", "plan", "tensorboard", "help", "h"}
+OURS = {
+    "seed", "run_name", "log_dir", "resume", "plan", "doctor", "tensorboard", "tensorboard_host",
+    "max_hours", "max_cost", "on_end", "help", "h",
+}
 # only the loss at the end is needed; the base may override this
 QUIET = ["--hellaswag_every=0", "--sample_every=0", "--save_every=0", "--eval_every=1000000"]
 # the fields of GPTConfig that default_changes leaves alone

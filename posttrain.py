@@ -153,6 +153,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     batch_warmup: int = flag(0, None)
     context_warmup: float = flag(0.0, None)
     plan: bool = flag(False, None)
+    doctor: bool = flag(False, None)
     tok_per_sec: float | None = flag(None, None)
 
 
@@ -610,6 +611,7 @@ class PostTraining(Pretraining):
         if not run.recorded("val"):  # off rank 0
             return
         patience = self.patience
+        run.outcome = "finished"
         run.say(f"patience: the last {patience.failures} validations were not below "
                 f"{patience.best:.4f} of step {patience.best_step}; a higher --patience continues "
                 "the run")

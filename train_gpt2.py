@@ -32,20 +32,21 @@ import lib.startup  # noqa: F401 (before torch)
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint, compiler, huggingface, repeat, rope
+from lib import checkpoint, compiler, doctor, huggingface, repeat, rope
 from lib.attention import AttentionContext, SpanAttention, attention
 from lib.budget import (
     UNMEASURED,
@@ -60,6 +61,7 @@ from lib.cli import (
     RankError,
     check,
     flag,
+    launched,
     note,
     path_flag,
     read_flags,
@@ -90,9 +92,10 @@ from lib.muon import Muon
 from lib.packing import Packed
 from lib.plan import RunPlan, Settings, check_memory, make_plan
 from lib.resume import Position, Resume, find_resume, may_change, merge
-from lib.run_folder import RunFolder
+from lib.run_folder import RunFolder, closing
 from lib.shards import check_ids, read_shard, read_validation
 from lib.signals import StopSignals, hold_notices
+from lib.spending import reached
 from lib.streams import (
     CorpusLike,
     Mixture,
@@ -199,10 +202,17 @@ class TrainConfig:
     plan: bool = flag(
         False, "print steps, FLOPs and cost of 8 to 40 tokens per parameter at every --size, and "
                "exit")
+    doctor: bool = flag(
+        False, "check whether this machine is ready to train, time ten steps, and exit")
     tok_per_sec: float | None = flag(
         None, "for --plan: measured throughput of all GPUs together", above=0)
     price_per_hour: float | None = flag(
-        None, "dollars per hour of the machine, to predict the cost of a run", above=0)
+        None, "dollars per hour of the machine, for the cost of a run", above=0)
+    max_hours: float | None = flag(
+        None, "stop, with a checkpoint, after this many hours, start-up and earlier starts "
+              "included", above=0)
+    max_cost: float | None = flag(
+        None, "stop, with a checkpoint, after this many dollars at --price_per_hour", above=0)
     # optimizer
     optimizer: str = flag(
         "adamw", "muon: Muon for the matrices in blocks, AdamW for the rest",
@@ -262,6 +272,11 @@ class TrainConfig:
     run_name: str | None = flag(
         None, "name of the run's folder in --log_dir; unset: preset and time")
     log_dir: str = path_flag("log", "folder of all runs")
+    sync: str | None = flag(
+        None, "shell command that copies the run elsewhere after each save; {folder} and {name} "
+              "stand for its folder and name")
+    on_end: str | None = flag(
+        None, "shell command to run when the run has ended or failed, see $RUN_OUTCOME")
     resume: str | None = path_flag(
         None, "checkpoint or run folder to resume; auto: the newest of --run_name (the default), "
               "or without a name the last unfinished run of this same command")
@@ -269,7 +284,9 @@ class TrainConfig:
         None, "weights and shape to start a new run from: gpt2 to gpt2-xl, a run folder, a "
               "checkpoint, or a folder written by export_hf.py")
     tensorboard: int = flag(
-        0, "port to serve TensorBoard of --log_dir on, to all hosts", at_least=0, below=2**16)
+        0, "port to serve TensorBoard of --log_dir on; 0: not served", at_least=0, below=2**16)
+    tensorboard_host: str = flag(
+        "127.0.0.1", "address that --tensorboard listens on; 0.0.0.0: all of this machine's")
     tracker: Literal["trackio", "wandb"] | None = flag(
         None, "log to this tracker, too, what TensorBoard shows; needs its package")
     deterministic: bool = flag(
@@ -1230,7 +1247,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     monitor = RecompileMonitor(say)
     balance = LoadBalancer(model, processes, say)
     stream.prefetch(batch_size(step, cfg))
-    with StopSignals(run.say, processes) as stop:
+    with StopSignals(run.say, processes, run.limit_is_reached) as stop:
         while True:
             last = step >= timer.steps  # greater if resumed with a shorter length
 
@@ -1671,15 +1688,20 @@ def launch(settings: Settings, task: TaskLike) -> None:
             print(f"{resume.path} is the end of a run of {plan.steps} steps: "
                   f"give more --{length_flag(cfg)} to continue")
         return
+    limit = reached(cfg, resume.state) if resume else None
+    if resume and limit:
+        if processes.main:
+            print(f"{resume.path} is of a run that has reached {limit}: give more to continue")
+        return
     if resume:
         resume.compare_text(cfg, corpus, explicit)
 
     # ---- run folder, locked from here on. `explain_failures` is outermost: it turns machine
     # failures into one line wherever they occur
     run = RunFolder(cfg, resume, corpus) if processes.main else RunFolder.null()
-    with explain_failures(cfg), contextlib.closing(run), processes:
+    with explain_failures(cfg), closing(run), processes:
         if processes.main and cfg.tensorboard:
-            serve_tensorboard(cfg.log_dir, cfg.tensorboard)
+            serve_tensorboard(cfg.log_dir, cfg.tensorboard, cfg.tensorboard_host)
 
         # ---- tokenizer and evaluations: their files may be missing
         with processes.main_first():  # it may download
@@ -1759,6 +1781,8 @@ def main(argv: list[str]) -> None:
     if cfg.plan:
         print_forecast(cfg, model_cfg, explicit)
         return
+    if cfg.doctor:
+        examine(cfg, model_cfg)
     for line in flag_warnings(cfg, model_cfg, explicit):
         note(line)
     task = Pretraining(cfg, explicit, start)
@@ -1768,6 +1792,18 @@ def main(argv: list[str]) -> None:
         chosen = chosen._replace(train=replace(cfg, sample_prompt=""))
     repeat.note_differences(chosen, task.corpus)
     launch(chosen, task)
+
+
+def examine(cfg: TrainConfig, model_cfg: GPTConfig) -> NoReturn:
+    """Print the page of --doctor. Exits with code 0 if this machine is ready to train, else 1."""
+    if launched():
+        raise BadInput("--doctor starts its own processes: run it with python, without torchrun")
+
+    def build(vocab_size):
+        return on_meta(replace(model_cfg, vocab_size=vocab_size))
+
+    machine = doctor.Machine(cfg, build, Path(__file__))
+    sys.exit(0 if doctor.examine(machine) else 1)
 
 
 def print_forecast(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> None:

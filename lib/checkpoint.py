@@ -27,7 +27,7 @@ NAME = re.compile(r"(ckpt|weights)_([0-9]{1,12})\.pt")
 Kind = Literal["ckpt", "weights"]
 # what only --resume needs
 TRAINING_STATE = {"optimizer", "loader", "skipped", "consecutive_skips", "timed", "finished",
-                  "max_steps"}
+                  "max_steps", "hours", "dollars"}
 # errors of the system, not of the file being read
 NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
 NO_ROOM = "free some disk space, or --keep fewer; the existing checkpoints are intact"

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import logging
 import math
 import os
@@ -30,7 +31,11 @@ LABELS = {
     "Loss/val_pretraining": "pretraining val loss",
     "Loss/val_pretraining_bpb": "pretraining bits per byte", "eval/hellaswag": "HellaSwag acc_norm"
 }
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OTHER_PORT = "give another --tensorboard port, or end the process that uses it"
+OTHER_HOST = "name an address of this machine, or leave it out"
 EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\.")
+PREDICTED = 10  # steps after which the length of the run in hours is predicted
 COMPILED = 10  # a step this many times slower than its neighbors compiled a new shape
 
 
@@ -57,6 +62,7 @@ class Logger:
 
         self.max_steps = max_steps
         self.first_step = first_step
+        self.next_step = first_step
         self.price_per_hour = price_per_hour
         self.tokens_of = tokens_of
         self.log_every = log_every
@@ -104,6 +110,7 @@ class Logger:
 
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
         """Log a training step. scalars: {tag: number, None if unknown, or bars of a histogram}."""
+        self.next_step = step + 1
         tokens = self.tokens_of(step + 1) - self.tokens_of(step)
         seconds_per_token = seconds / tokens
         if step > self.first_step:
@@ -118,11 +125,16 @@ class Logger:
         elif self._is_shown(step):
             self.say(f"step {step} | {text}")
             self.shown = (step, time.monotonic())
-        if step + 1 - self.first_step == min(10, self.max_steps):
+        if step + 1 - self.first_step == min(PREDICTED, self.max_steps):
             duration = hours_and_dollars(self._remaining(self.first_step, typical),
                                          self.price_per_hour)
             rate = scalars["perf/tok_per_sec"] * seconds_per_token / typical
             self.say(f"predicted: {duration} of training steps, at {rate:,.0f} tok/s")
+
+    def seconds_left(self) -> float:
+        """Seconds of training after the last logged step, at the speed of the latest steps."""
+        typical = statistics.median(self.recent)
+        return self._remaining(self.next_step, typical)
 
     def _remaining(self, step: int, seconds_per_token: float) -> float:
         """Seconds of training from `step` to the end."""
@@ -318,29 +330,43 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     return scalars
 
 
-def serve_tensorboard(log_dir: str, port: int) -> None:
+def serve_tensorboard(log_dir: str, port: int, host: str) -> None:
     """Serve TensorBoard from a thread of this process, so that it ends with the run.
 
-    Raises BadInput if the port is taken.
+    host: address to listen on. Raises BadInput if it is not this machine's, or the port is taken.
     """
     from tensorboard import program
 
-    remedy = "give another --tensorboard port, or end the process that uses it"
-    with socket.socket() as probe:  # TensorBoard's own error has four lines
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise BadInput(f"TensorBoard cannot use port {port} ({error.strerror}): "
-                           f"{remedy}") from error
+    _check_free(host, port)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     board = program.TensorBoard()
-    board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--bind_all"])
+    board.configure(argv=["tensorboard", "--logdir", log_dir, "--port", str(port), "--host", host])
     try:
         board.launch()
     except program.TensorBoardServerException as error:
-        raise BadInput(f"TensorBoard cannot use port {port}: {remedy}") from error
-    print(f"TensorBoard at http://localhost:{port}, open to every host that reaches this port")
+        raise BadInput(f"TensorBoard cannot use port {port}: {OTHER_PORT}") from error
+    if host in LOOPBACK:
+        print(f"TensorBoard at http://localhost:{port}, for this machine only")
+    else:
+        print(f"TensorBoard at http://{host}:{port}, without a password, open to every host that "
+              "reaches this port")
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises BadInput unless a server can listen there; TensorBoard's own error has four lines."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except UnicodeError as error:
+        raise BadInput(f"--tensorboard_host {host} is not a host name: {OTHER_HOST}") from error
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise BadInput(f"TensorBoard cannot listen on --tensorboard_host {host} "
+                           f"({error.strerror}): {OTHER_HOST}") from error
+        raise BadInput(f"TensorBoard cannot use port {port} ({error.strerror}): "
+                       f"{OTHER_PORT}") from error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ def check_flags(settings: Settings, steps: int) -> None:
     if of_experts and not model_cfg.n_experts:
         flags = ", ".join(f"--{name}" for name in sorted(of_experts))
         raise BadInput(f"{flags}: only for Mixture of Experts, give --n_experts above 0")
+    if cfg.max_cost and not cfg.price_per_hour:
+        raise BadInput("--max_cost needs the price of the machine: give --price_per_hour")
     if "keep_best" in explicit and cfg.keep_best and cfg.eval_every == 0:
         raise BadInput("--keep_best needs validations: give --eval_every above 0")
     if (cfg.warmup_steps or 0) >= steps:

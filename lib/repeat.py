@@ -11,6 +11,7 @@ import torch
 from lib.budget import LENGTHS
 from lib.cli import BadInput, note, resolve
 from lib.files import read_json
+from lib.hooks import COMMANDS
 from lib.plan import Settings
 from lib.provenance import code_changes, commit
 from lib.resume import START_FLAGS, TEXT_FLAGS
@@ -23,8 +24,9 @@ def read_settings(flags: dict[str, Any], *classes: type) -> dict[str, Any]:
     """The settings of the run that --config names, as one source of `resolve`; {} without it.
 
     flags: those given. classes: the configs of the script. Left out are settings of one start, such
-    as run_name. A setting younger than the file is at its default, off, whatever today's preset
-    says. Raises BadInput if the file is not of a run of this script.
+    as run_name, and commands, which may write over that run's copies. A setting younger than the
+    file is at its default, off, whatever today's preset says. Raises BadInput if the file is not of
+    a run of this script.
     """
     if "config" not in flags:
         return {}
@@ -38,7 +40,7 @@ def read_settings(flags: dict[str, Any], *classes: type) -> dict[str, Any]:
     before = config["train"] | config["model"]
     found = {}
     for setting in settings:
-        if setting.name in START_FLAGS | {"config"} or not setting.metadata["help"]:
+        if setting.name in START_FLAGS | {"config", *COMMANDS} or not setting.metadata["help"]:
             continue
         value = before.get(setting.name, setting.default)
         found[setting.name] = tuple(value) if isinstance(value, list) else value

@@ -14,12 +14,13 @@ import torch
 from lib import checkpoint
 from lib.cli import BadInput, note, resolve
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
+from lib.hooks import COMMANDS
 from lib.streams import CorpusLike, StreamLike
 
 # flags that select the training text
 TEXT_FLAGS = {"data", "curriculum", "replay", "replay_data", "val_share", "val_data", "strict"}
 # settings of a single start, not of the run
-START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard", "tracker"}
+START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard", "tensorboard_host", "tracker"}
 # weights, learning rates and settings that the run started from
 BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale", "config")
 # changes after which validation losses no longer compare
@@ -104,7 +105,8 @@ class Resume:
         state = self.state
         counts = [state["step"], state["max_steps"], state.get("skipped", 0),
                   state.get("consecutive_skips", 0), *leaves(state["loader"])]
-        measured = [*state.get("timed", ()), *(state.get("best") or ())]
+        measured = [*state.get("timed", ()), *(state.get("best") or ()), state.get("hours", 0),
+                    state.get("dollars") or 0]
         fine = (isinstance(state["optimizer"], dict) and isinstance(state["tokenizer"], str)
                 and all(isinstance(n, int) and 0 <= n < MOST for n in counts)
                 and all(isinstance(n, (int, float)) and 0 <= n < MOST for n in measured))
@@ -218,8 +220,15 @@ def merge(config: Any, before: dict, explicit: set[str],
             earlier[setting.name] = was
         elif own != was:
             differing = changed if setting.name in free else misfits
-            differing.append(f"--{setting.name} {as_text(was)} -> {as_text(own)}")
+            differing.append(difference(setting.name, was, own))
     return resolve(config, earlier), changed, misfits
+
+
+def difference(name: str, was: Any, own: Any) -> str:
+    """A changed setting as text, without commands, which may contain secrets."""
+    if name in COMMANDS:
+        return f"--{name} changed"
+    return f"--{name} {as_text(was)} -> {as_text(own)}"
 
 
 def as_text(value: Any) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from lib.files import (
     remove_empty,
     write_json,
 )
-from lib.logger import Logger, Null, quoted
+from lib.hooks import OnEnd, Sync, check_commands, without_commands
+from lib.logger import PREDICTED, Logger, Null, quoted
 from lib.provenance import commit, launch_id, save_code, this_command
 from lib.resume import Position, Resume
 from lib.rewind import rewind
+from lib.spending import Spending
 from lib.streams import CorpusLike
 from lib.tracker import check_installed, start_tracker
 
@@ -60,6 +62,7 @@ class RunFolder:
         content, or is in use.
         """
         check_installed(cfg.tracker)
+        check_commands(cfg)
         name = cfg.run_name or f"{cfg.preset}_{time.strftime('%Y%m%d_%H%M%S')}"
         check_name(name)
         self.folder = Path(cfg.log_dir) / name
@@ -67,9 +70,16 @@ class RunFolder:
         self.tokens_of = partial(tokens_of, cfg=cfg)
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
+        self.spending = Spending(cfg, resume.state if resume else {})
         self.log: Any = Null()
+        self.sync: Any = Null()
+        self.on_end: Any = Null()
+        self.outcome = "failed"  # for --on_end, until the run ends in another way
+        self.error: str | None = None
         self.writer: Any = Null()
         self.open_locks = contextlib.ExitStack()
+        self.config: dict[str, Any] = {}
+        self.step: int | None = None  # of the next update
         self.seconds = 0.0  # time of training steps since this start
         self.results: dict[str, Any] = {}  # latest result of each evaluation, by tag
         # step of the newest checkpoint that is written or being written
@@ -84,6 +94,8 @@ class RunFolder:
             if self.starts_over and self._is_finished():
                 raise BadInput(f"{self.folder} already contains a finished run without "
                                "checkpoints: give another --run_name, or move it away")
+            if cfg.on_end:
+                self.on_end = OnEnd(cfg.on_end, self.folder)
         except BaseException:
             self.close()
             raise
@@ -142,14 +154,18 @@ class RunFolder:
         if self.starts_over:
             self.say(f"{self.folder} has no checkpoint: starting its run over")
         settings = config["train"] | config["model"] | {"parameters": config.get("parameters")}
+        settings = without_commands(settings)
         first = {name: settings[name] for name in FIRST_COLUMNS}
         self.log.hyperparameters(step, first | settings)
         self.first = step
+        self.step = step
         self.best = position.best
         self.saved = step if checkpoint.path_of(self.folder, step).exists() else None
         self.saved_at = time.monotonic()
         self.writer = CheckpointWriter(self.folder, self.keep)
         self.writer.reserve(like)
+        if config["train"]["sync"]:
+            self.sync = Sync(config["train"]["sync"], self.folder, self.say)
 
     def _set_config(self, config: dict[str, Any], step: int, path: str | None,
                     changed: str) -> None:
@@ -173,7 +189,7 @@ class RunFolder:
         train = self.config["train"]
         self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"],
                           self.tokens_of, train["log_every"])
-        settings = train | self.config["model"]
+        settings = without_commands(train | self.config["model"])
         self.log.tracker = start_tracker(train["tracker"], self.folder, step, settings, self.say)
 
     # -- log --
@@ -192,11 +208,20 @@ class RunFolder:
 
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
         self.seconds += seconds
-        self.log.log_step(step, scalars, seconds)
+        self.step = step + 1
+        self.log.log_step(step, scalars | {"perf/dollars": self.spending.dollars}, seconds)
+        if step + 1 - self.first == PREDICTED:
+            warning = self.spending.foresee(step + 1, self.log.max_steps, self.log.seconds_left())
+            if warning:
+                self.say(warning)
 
     def log_evaluation(self, step: int, results: dict[str, Any]) -> None:
         self.results.update(results)
         self.log.log_evaluation(step, results)
+
+    def limit_is_reached(self) -> bool:
+        """Whether --max_hours or --max_cost ends the run now."""
+        return self.spending.limit() is not None
 
     def set_length(self, steps: int, is_final: bool) -> None:
         """Set the number of steps that fit in --minutes; warn about it once it is final."""
@@ -253,7 +278,7 @@ class RunFolder:
         # config.json is rewritten, as --minutes may have changed max_steps
         write_config = partial(write_json, self.folder / "config.json", dict(self.config))
         former_best = self.best[1] if self.best else None
-        state = self.constants | state | {"best": best}
+        state = self.constants | state | {"best": best} | self.spending.state()
         self.writer.start(self.saved, state, write_config, former_best)
 
     def _make_again(self, step: int) -> None:
@@ -283,6 +308,7 @@ class RunFolder:
             return error
         if line:
             self.say(line)
+            self.sync.request()
         if self.candidate and self.candidate[1] == self.saved and not self.writer.is_busy:
             self.best = self.candidate
         return None
@@ -290,6 +316,7 @@ class RunFolder:
     def give_up(self, state: dict[str, Any]) -> Path:
         """The path of the newest checkpoint, which is from before the non-finite steps; saves
         `state` if there is none."""
+        self.outcome = "gave_up"
         self.poll(wait=True)
         if not checkpoint.found(self.folder):
             self.saved = None
@@ -300,13 +327,24 @@ class RunFolder:
 
     def conclude(self, step: int, finished: bool) -> None:
         """Print how the run ended and what to do next."""
+        self.outcome = "stopped"
         if finished:
+            self.outcome = "finished"
             self._say_results(step)
+        elif self.limit_is_reached():
+            self.outcome = "limit"
         if self.best:
             loss, best_step = self.best
             path = checkpoint.path_of(self.folder, best_step)
             self.say(f"best    validation loss {loss:.4f}, at step {best_step}: {path}")
+        spent = self.spending.summary()
+        if spent:
+            self.say(spent)
         train = self.config["train"]
+        if self.outcome == "limit":
+            self.say(f"stopped at step {step} by {self.spending.limit()}: run the same command "
+                     "again with more to continue")
+            return
         if not finished:
             self.say(summary.how_to_continue(self.folder, step, self.config["max_steps"],
                                              train["resume"]))
@@ -323,7 +361,45 @@ class RunFolder:
         if "samples" in self.results:
             self.say(quoted(self.results["samples"]))
 
+    def note_error(self, error: BaseException) -> None:
+        """Called if the run ends in an error."""
+        self.error = str(error) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            self.outcome = "stopped"
+        elif self.outcome != "gave_up":
+            self.outcome = "failed"
+
     def close(self) -> None:
+        """Also copies the last state with --sync and runs --on_end, both within limits of time."""
         self.log.close()
+        self.on_end.tell(self.outcome, self._end_values())  # this process may be killed from here
+        self.sync.close()
         remove_empty(self.made)  # only after a failed start is the folder empty
         self.open_locks.close()
+        line = self.on_end.finish()
+        if line:
+            self.say(line)
+
+    def _end_values(self) -> dict[str, Any]:
+        """What --on_end gets to know besides the outcome."""
+        dollars = self.spending.dollars
+        return {
+            "step": self.step,
+            "steps": self.config.get("max_steps"),
+            "loss": self.results.get("Loss/val"),
+            "hours": round(self.spending.hours, 4),
+            "dollars": None if dollars is None else round(dollars, 4),
+            "error": self.error,
+        }
+
+
+@contextlib.contextmanager
+def closing(run: Any) -> Iterator[None]:
+    """Close a RunFolder at the end of the block, also after an error, which it notes."""
+    try:
+        yield
+    except BaseException as error:
+        run.note_error(error)
+        raise
+    finally:
+        run.close()

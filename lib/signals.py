@@ -45,9 +45,12 @@ class StopSignals:
     kills processes after 30 s.
     """
 
-    def __init__(self, say: Callable[[str], Any], processes: Any):
+    def __init__(self, say: Callable[[str], Any], processes: Any,
+                 limit: Callable[[], Any] = lambda: False):
+        """limit: returns whether this process has another reason to stop."""
         self.say = say
         self.processes = processes
+        self.limit = limit
         self.patience = PATIENCE if processes.world_size > 1 else None
         self.received: str | None = None
         self.agreed = False
@@ -61,17 +64,18 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether this process got a signal. Reading it shows that the main thread is alive."""
+        """Whether this process got a signal, or has reached a limit. Reading it shows that the main
+        thread is alive."""
         if self.received is None:
-            return False
+            return bool(self.limit())
         self.heard()
         return True
 
     def agree(self, requests: float | None = None) -> bool:
-        """Whether any process got a signal, with the same answer on all processes.
+        """Whether any process requests a stop, with the same answer on all processes.
 
-        requests: the number of processes that have one, if the caller has summed it. Without it,
-        every process must call this.
+        requests: the number of processes that do, if the caller has summed it. Without it, every
+        process must call this.
         """
         if not self.agreed:
             if requests is None:

@@ -19,9 +19,12 @@ import gc
 import os
 import signal
 import sys
+import time
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+start_times: list[float] = []  # of this script's process, until `take_start`
 
 
 def is_script() -> bool:
@@ -51,6 +54,11 @@ def interrupt_quietly() -> None:
         signal.signal(signal.SIGINT, leave_quietly)
 
 
+def take_start() -> float:
+    """time.monotonic() at the start of the script; now, for a further run in the same process."""
+    return start_times.pop() if start_times else time.monotonic()
+
+
 def imported() -> None:
     """Call after imports: Ctrl-C raises KeyboardInterrupt again, garbage is collected again."""
     gc.enable()
@@ -59,6 +67,7 @@ def imported() -> None:
 
 
 if is_script():
+    start_times.append(time.monotonic())
     let_threads_sleep()
     interrupt_quietly()
     gc.disable()

@@ -213,10 +213,11 @@ def same(a, b):
 
 
 def final(folder):
-    """The newest checkpoint without the settings, which contain the run's name."""
+    """The newest checkpoint without the settings, which contain the run's name, and the hours."""
     _, path = checkpoint.found(folder)[0]
     state = checkpoint.read(path)
-    del state["train_config"]
+    for name in ("train_config", "hours", "dollars"):
+        del state[name]
     return state
 
 

@@ -2,7 +2,7 @@
 Run: python -m pytest tests/test_docs.py
 
 Every command in a fenced block must be in COMMANDS, which determines how it is tested. The commands
-of a page run in order, in one folder.
+of a page run in order, in one folder. Those of recipes.md, which need services, are only read.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, hellaswag_items, sentences, write_lines
 from torch.distributed.run import get_args_parser
 
@@ -22,6 +23,8 @@ import train_gpt2
 from lib import cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = ROOT / "docs" / "recipes.md"
+RUN_PAGES = [page for page in PAGES if page != RECIPES]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # How a command is tested. A string contains flags that make it small; the command runs with them.
@@ -72,11 +75,17 @@ COMMANDS = {
     "tmux new -d -s train '.venv/bin/torchrun --standalone --nproc_per_node=gpu --max_restarts=3 "
     "train_gpt2.py --run_name first 2>&1 | tee -a first.out'": PARSED,
     "python train_gpt2.py --run_name first": TINY,
+    "python train_gpt2.py --run_name first --sync 'rclone copy --local-no-check-updated "
+    "--ignore-size {folder} box:runs/{name}'": f"{TINY} --sync true",
+    "rclone copy box:runs/first log/first": NOT_OURS,
+    "python train_gpt2.py --run_name first --on_end "
+    """'curl -d "$RUN_NAME: $RUN_OUTCOME" "$NOTIFY"'""": f"{TINY} --on_end true",
     "python train_gpt2.py --data mine --run_name first": TINY,
     "python train_gpt2.py --data wiki:3 books:1": f"{TINY} --run_name mixed",
     "python train_gpt2.py --data wiki --curriculum baby --curriculum_steps 500":
         f"{TINY} --curriculum_steps 2 --run_name curriculum",
     "python train_gpt2.py --plan --tok_per_sec 556274 --price_per_hour 2": "",
+    "python train_gpt2.py --doctor --price_per_hour 2": PARSED,  # has tests of its own
     "python train_gpt2.py --resume auto": TINY,
     "python train_gpt2.py --resume log/first/ckpt_05000.pt":
         "--resume log/first/ckpt_00002.pt --device cpu",
@@ -137,6 +146,17 @@ COMMANDS = {
 }
 # pages with Python code, which other tests run
 PYTHON = {"data.md", "post-training-and-chat.md", "streams.md"}
+
+# flags of services in recipes.md, from the source of vastai 1.9.1 and of runpodctl (July 2026), and
+# from sbatch's manual
+SERVICES = {
+    "vastai": {"--interruptible", "--order", "--image", "--disk", "--ssh", "--direct",
+               "--bid_price", "--onstart"},
+    "runpodctl": {"--name", "--image", "--gpu-id", "--gpu-count", "--min-cuda-version",
+                  "--container-disk-in-gb", "--volume-in-gb", "--volume-mount-path"},
+    "#SBATCH": {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task",
+                "--time", "--signal", "--open-mode"},
+}
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",
@@ -199,13 +219,14 @@ def place(page, tmp_path, monkeypatch, data, first, datasets_cache):
     write_lines(Path("hellaswag_val.jsonl"), hellaswag_items(4))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page(page, place):
     for command in commands(page):
         check(command, slow=False)
 
 
-WITH_SLOW = [page for page in PAGES if any(COMMANDS.get(line) is SLOW for line in commands(page))]
+WITH_SLOW = [page for page in RUN_PAGES
+             if any(COMMANDS.get(line) is SLOW for line in commands(page))]
 
 
 @pytest.mark.slow
@@ -283,8 +304,71 @@ def test_a_flag_that_does_not_exist_is_found(command):
 
 
 def test_each_entry_is_a_command_of_a_page():
-    shown = {line for page in PAGES for line in commands(page)}
+    shown = {line for page in RUN_PAGES for line in commands(page)}
     assert set(COMMANDS) - shown == set()
+
+
+# --------------------------------------------------------------------------------------------------
+# Recipes
+
+ENDS = {"&&", "||", ";", "|", "&", ">>", ">"}  # of a command in a line of shell
+
+
+def commands_in(line: str) -> list[list[str]]:
+    """The commands in a line of shell, as words."""
+    found: list[list[str]] = [[]]
+    for word in shlex.split(line.removeprefix("!").replace("; }", " ;")):
+        if word in ENDS:
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def test_recipes_have_flags_that_exist():
+    read = []
+    for _, block in blocks(RECIPES):
+        for line in block.replace("\\\n", " ").splitlines():
+            for words in commands_in(line):
+                read += read_recipe(words)
+    assert (read.count("train_gpt2.py"), read.count("fineweb.py")) == (8, 5)
+    assert set(SERVICES) <= set(read)
+
+
+def read_recipe(words: list[str]) -> list[str]:
+    """Check the flags of a command -> [the script or the service], or []."""
+    if words[:1] == ["srun"]:
+        words = words[1:]
+    program = Path(words[0]).name if words else ""
+    if program in SERVICES:
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert flags <= SERVICES[program], words
+        return [program]
+    if program == "make":
+        read_flags(shlex.join(words))
+    scripts = [word for word in words if word in {f"{script}.py" for script in SCRIPTS}]
+    if program in ("python", "torchrun") and scripts:
+        read_flags(shlex.join([program, *words[1:]]))
+        return scripts
+    assert not scripts, f"how is this run? {words}"
+    return []
+
+
+@pytest.mark.parametrize("program", ["vastai", "runpodctl", "#SBATCH", "make", "torchrun"])
+def test_a_flag_that_does_not_exist_is_found_in_a_recipe(program):
+    words = {"make": ["train", "ARGS=--step 1"], "torchrun": ["train_gpt2.py", "--step", "1"]}
+    with pytest.raises((AssertionError, cli.BadInput)):
+        read_recipe([program, *words.get(program, ["create", "--step"])])
+
+
+def test_recipes_are_shell_and_yaml():
+    for language, block in blocks(RECIPES):
+        if language == "yaml":
+            task = yaml.safe_load(block)
+            block = task["setup"] + task["run"]
+        if language in ("bash", "yaml"):
+            done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------

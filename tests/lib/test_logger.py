@@ -239,7 +239,7 @@ log.scalars(3, {"Loss/train": 1.5})
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-serve_tensorboard("log", port)
+serve_tensorboard("log", port, "127.0.0.1")
 def fetch(path):
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=600) as reply:
         return reply.read().decode()
@@ -247,6 +247,9 @@ tags = {}
 while not tags:
     time.sleep(0.1)  # it reads the folder in the background
     tags = json.loads(fetch("/data/plugin/scalars/tags"))
+with socket.socket() as other:
+    other.settimeout(5)
+    assert other.connect_ex(("127.0.0.2", port)), "it listens on other addresses, too"
 print("FETCHED", json.dumps([fetch("/")[:300], fetch("/data/plugins_listing"), tags]))
 """
 
@@ -271,3 +274,9 @@ def test_a_taken_port_is_refused(data, tmp_path, capfd):
         with pytest.raises(BadInput, match=f"port {port} .*--tensorboard"):
             train(data, tmp_path / "a", "--tensorboard", port)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "x" * 100])
+def test_a_host_that_is_not_this_machine_is_refused(host, data, tmp_path):
+    with pytest.raises(BadInput, match="--tensorboard_host"):
+        train(data, tmp_path / "a", "--tensorboard", 6006, "--tensorboard_host", host)
