@@ -48,7 +48,7 @@ from lib.shard_meta import (
     own_tokenizer,
     read_meta,
 )
-from lib.shard_writer import Layout, ShardWriter, TokenizedText, rewrite_shard
+from lib.shard_writer import Layout, ShardWriter, TokenizedText, heartbeat, rewrite_shard
 from lib.shards import find_shards, is_complete, missing_records
 from lib.text import Seen, Source, find_parts, is_local
 from lib.tokenizers import BPE_TEXT, MAX_BPE, Tokenizer, load_tokenizer, train_bpe
@@ -398,6 +398,7 @@ def write_shards(job: Job, text: TokenizedText, meta: Meta) -> None:
     # disable=None: no bar unless stderr is a terminal
     bar = tqdm(total=total, initial=meta.tokens, unit="tok", unit_scale=True, dynamic_ncols=True,
                mininterval=1.0, disable=None)
+    meta.promised = promise_train_tokens(cfg, text, layout, meta)
     with text.batches(before) as stream, bar:
         for batch, ids in stream:
             used = min(drop, len(ids))  # ids that are already in shards
@@ -431,7 +432,8 @@ def writing(out: Path) -> Iterator[None]:
     """
     remedy = "give another --out"
     try:
-        with new_folder(out, remedy), locked(out, f"wait until it is done, or {remedy}"):
+        lock = locked(out, f"wait until it is done, or {remedy}")
+        with new_folder(out, remedy), lock, heartbeat(out):
             yield
     except KeyboardInterrupt as interrupt:
         # its frames may refer to a pyarrow reader, which aborts at exit
@@ -478,6 +480,24 @@ def expect_tokens(cfg: Config, source: Source) -> float | None:
         print(row)
     in_source = row.tokens if row and row.tokens else source.guess_tokens()
     return min(filter(None, (cfg.max_tokens, in_source)), default=None)
+
+
+def promise_train_tokens(cfg: Config, text: TokenizedText, layout: Layout,
+                         meta: Meta) -> int | None:
+    """The train tokens that the finished folder will have, None if unknown: --max_tokens, or the
+    size on the card of a corpus. The size of local files says too little."""
+    row = corpus_of(cfg)
+    total = row.tokens if row and cfg.tokenizer == "gpt2" else None
+    if cfg.max_tokens is not None:
+        in_source = total or text.source.guess_tokens()
+        if not in_source or cfg.max_tokens <= in_source:
+            total = cfg.max_tokens
+    elif cfg.dedup:  # it drops an unknown share
+        total = None
+    if total is None:
+        return None
+    val = meta.split("val").tokens or layout.val_size
+    return int(total - val) if total > val else None
 
 
 def warn_of_large_val(cfg: Config, meta: Meta, total: float | None) -> None:
