@@ -1557,6 +1557,8 @@ class Pretraining:
         seed = cfg.seed if cfg.shuffle else None
         stream = token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
         if self.corpus.growing:
+            processes.check_same(plan.steps, "--data was finished while the processes started, so "
+                                             "they count other lengths: start again")
             return FollowingStream(stream, self.corpus.growing, processes)
         return stream
 
