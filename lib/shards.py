@@ -225,7 +225,7 @@ class Shards:
         self.is_finished = self.meta is None or self.meta.complete
         if not self.is_finished and not unfinished:
             raise BadInput(f"{self.folder}/ is not finished: run {self.command()} again to "
-                           "continue")
+                           "continue, or train while it is written with train_gpt2.py --follow")
         paths, others = find_shards(folder)
         if not self.is_finished:
             paths = listed_shards(self.folder, self.meta)
