@@ -48,7 +48,7 @@ from lib.shard_meta import (
     own_tokenizer,
     read_meta,
 )
-from lib.shard_writer import Layout, ShardWriter, TokenizedText, rewrite_shard
+from lib.shard_writer import Layout, ShardWriter, TokenizedText, heartbeat, rewrite_shard
 from lib.shards import find_shards, is_complete, missing_records
 from lib.text import Seen, Source, find_parts, is_local
 from lib.tokenizers import BPE_TEXT, MAX_BPE, Tokenizer, load_tokenizer, train_bpe
@@ -156,6 +156,8 @@ class Config:
         at_least=2)
     workers: int | None = flag(None, "encoding threads; by default one per core", at_least=1,
                                at_most=MOST_WORKERS)
+    finish: bool = flag(
+        False, "declare an unfinished folder complete with the shards that it has; reads no text")
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def check_text(cfg: Config, explicit: set[str]) -> None:
 
 
 def check_pretokenized(cfg: Config, explicit: set[str], dataset: str) -> None:
-    allowed = {"pretokenized", "shards", "max_tokens", "tokenizer", "out"}
+    allowed = {"pretokenized", "shards", "max_tokens", "tokenizer", "out", "finish"}
     for field in fields(cfg):
         if field.name in explicit - allowed:
             raise BadInput("--pretokenized downloads shards as they are: "
@@ -283,7 +285,7 @@ def command_of(cfg: Config, explicit: set[str]) -> str:
     words = ["python", "fineweb.py"]
     for field in fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name not in explicit - {"out", "workers"} or value is False:
+        if field.name not in explicit - {"out", "workers", "finish"} or value is False:
             continue
         words.append(f"--{field.name}")
         if value is not True:
@@ -297,6 +299,9 @@ def command_of(cfg: Config, explicit: set[str]) -> str:
 
 def main(argv: list[str]) -> None:
     job = read_flags(argv)
+    if job.cfg.finish:
+        finish(job)
+        return
     if is_finished(job, own_meta(job)):
         return
     parts = find_text(job)
@@ -308,6 +313,25 @@ def main(argv: list[str]) -> None:
         else:
             meta = make_shards(job, parts, meta)
         is_finished(job, meta)
+
+
+def finish(job: Job) -> None:
+    """Declare the folder complete with the shards that it has. Raises BadInput unless these are
+    whole and enough to train on."""
+    meta = own_meta(job)
+    if meta is None or not meta.split("train").shards:
+        raise BadInput(f"{job.out}/ has no train shards yet: make them without --finish")
+    with writing(job.out):
+        meta = own_meta(job)
+        assert meta is not None
+        for record in missing_records(job.out, meta):
+            raise BadInput(f"{job.out / record.name} is missing or damaged: give the command "
+                           "without --finish, which writes it again")
+        if not meta.complete:
+            meta.complete = True
+            meta.resume = None
+            meta.write(job.out)
+        print_summary(job, meta)
 
 
 def own_meta(job: Job) -> Meta | None:
@@ -398,6 +422,7 @@ def write_shards(job: Job, text: TokenizedText, meta: Meta) -> None:
     # disable=None: no bar unless stderr is a terminal
     bar = tqdm(total=total, initial=meta.tokens, unit="tok", unit_scale=True, dynamic_ncols=True,
                mininterval=1.0, disable=None)
+    meta.promised = promise_train_tokens(cfg, text, layout, meta)
     with text.batches(before) as stream, bar:
         for batch, ids in stream:
             used = min(drop, len(ids))  # ids that are already in shards
@@ -431,7 +456,8 @@ def writing(out: Path) -> Iterator[None]:
     """
     remedy = "give another --out"
     try:
-        with new_folder(out, remedy), locked(out, f"wait until it is done, or {remedy}"):
+        lock = locked(out, f"wait until it is done, or {remedy}")
+        with new_folder(out, remedy), lock, heartbeat(out):
             yield
     except KeyboardInterrupt as interrupt:
         # its frames may refer to a pyarrow reader, which aborts at exit
@@ -480,6 +506,24 @@ def expect_tokens(cfg: Config, source: Source) -> float | None:
     return min(filter(None, (cfg.max_tokens, in_source)), default=None)
 
 
+def promise_train_tokens(cfg: Config, text: TokenizedText, layout: Layout,
+                         meta: Meta) -> int | None:
+    """The train tokens that the finished folder will have, None if unknown: --max_tokens, or the
+    size on the card of a corpus. The size of local files says too little."""
+    row = corpus_of(cfg)
+    total = row.tokens if row and cfg.tokenizer == "gpt2" else None
+    if cfg.max_tokens is not None:
+        in_source = total or text.source.guess_tokens()
+        if not in_source or cfg.max_tokens <= in_source:
+            total = cfg.max_tokens
+    elif cfg.dedup:  # it drops an unknown share
+        total = None
+    if total is None:
+        return None
+    val = meta.split("val").tokens or layout.val_size
+    return int(total - val) if total > val else None
+
+
 def warn_of_large_val(cfg: Config, meta: Meta, total: float | None) -> None:
     if cfg.val_tokens is not None or meta.tokens or not total:
         return
@@ -495,6 +539,12 @@ def is_finished(job: Job, meta: Meta | None) -> bool:
         return False
     if not is_complete(job.out, meta):
         return False
+    print_summary(job, meta)
+    return True
+
+
+def print_summary(job: Job, meta: Meta) -> None:
+    """Print the size of a complete folder, and what was left out."""
     splits = ", ".join(f"{split} {amount(meta.split(split))}" for split in SPLITS)
     line = f"{job.out}/ is complete: {splits}; tokenizer {meta.tokenizer}"
     if not job.request:
@@ -505,7 +555,6 @@ def is_finished(job: Job, meta: Meta | None) -> bool:
     if meta.documents < 3 and meta.split("val").shards:
         print(f"warning: the source has fewer than 3 documents ({meta.documents}): validation says "
               "little about other text", file=sys.stderr)
-    return True
 
 
 def amount(split: Split) -> str:

@@ -147,6 +147,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     curriculum: str | None = flag(None, None)
     curriculum_steps: int | None = flag(None, None)
     curriculum_mix: str = flag("cosine", None)
+    follow: bool = flag(False, None)
     shuffle: bool = flag(True, None)
     minutes: float | None = flag(None, None)
     tokens_per_param: float | None = flag(None, None)

@@ -85,6 +85,7 @@ from lib.devices import (
 )
 from lib.evals import harness, hellaswag
 from lib.failures import explain_failures
+from lib.follow import GrowingShards
 from lib.forecast import forecast
 from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorboard
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
@@ -98,6 +99,7 @@ from lib.signals import StopSignals, hold_notices
 from lib.spending import reached
 from lib.streams import (
     CorpusLike,
+    FollowingStream,
     Mixture,
     Stream,
     StreamLike,
@@ -178,6 +180,9 @@ class TrainConfig:
     curriculum_mix: str = flag(
         "cosine", "how the share of --curriculum decays; step: all at once",
         choices=lambda: CURRICULUM_MIX)
+    follow: bool = flag(
+        False, "start while fineweb.py is still writing --data, and wait for its shards: the first "
+               "epoch reads them in order")
     shuffle: bool = flag(False, "reshuffle shards, and the documents in each, every epoch")
     val_tokens: int = flag(
         10_485_760, "validation tokens per folder, from the start of its val shards", above=0)
@@ -1003,13 +1008,15 @@ class ShardLoader(Stream):
     names = "epoch", "shard", "offset"
 
     def __init__(self, files: list[Path], tokenizer: Tokenizer, seed: int | None,
-                 transform: Callable = unchanged):
+                 transform: Callable = unchanged, growing: GrowingShards | None = None):
         """transform: callable run in the prefetch thread, int64 tokens (n + 1,) -> what `next`
-        returns."""
+        returns. growing: with --follow, the folder that adds to `files`; shards then stay in order
+        in the first epoch."""
         self.files = files
         self.tokenizer = tokenizer
         self.seed = seed
         self.transform = transform
+        self.growing = growing
         self.loaded: dict = {}  # (epoch, shard) -> future of its tokens
         self.reader = ThreadPoolExecutor(max_workers=1)
         super().__init__(0, 0, 0)
@@ -1027,7 +1034,9 @@ class ShardLoader(Stream):
             if missing:
                 epoch, shard = self._after(epoch, shard)
                 offset = 0
-        self._read_ahead(*self._after(epoch, shard))
+        following = self._after(epoch, shard)
+        if self.growing is None or self.growing.has(*following):
+            self._read_ahead(*following)
         tokens = np.concatenate(pieces).astype(np.int64)
         return self.transform(tokens), epoch, shard, offset - 1  # the last target is read again
 
@@ -1056,7 +1065,7 @@ class ShardLoader(Stream):
 
     def _index(self, epoch, shard):
         """The index of the file that is number `shard` of an epoch."""
-        if self.seed is None:
+        if self.seed is None or (self.growing and epoch == 0):
             return shard
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
         return int(order[shard])
@@ -1081,7 +1090,8 @@ def token_stream(corpus: Corpus, tokenizer: Tokenizer, seed: int | None, block_s
     """The training tokens of a Corpus: a ShardLoader, or a Mixture of several folders.
     seed None: no shuffling."""
     if not corpus.is_mixed:
-        return ShardLoader(corpus.sources[0].shards.train, tokenizer, seed, transform)
+        files = corpus.sources[0].shards.train
+        return ShardLoader(files, tokenizer, seed, transform, corpus.growing)
     loaders = [ShardLoader(source.shards.train, tokenizer, seed) for source in corpus.sources]
     return Mixture(corpus, loaders, block_size, transform)
 
@@ -1185,7 +1195,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     Position.
 
     Ends after the last step, or after the step during which a stop signal arrives; either way it
-    saves a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps.
+    saves a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps, and,
+    also after saving, if the stream's data will not arrive.
     """
     device = processes.device
     ddp = parallel(model, processes)
@@ -1261,7 +1272,10 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             # ---- evaluate
             evaluate()
             run.poll()
-            if last or stop.agreed:
+            missing = None
+            if not last:  # with --follow, the shard of the next batch may not have arrived
+                missing = stream.wait(batch_size(step, cfg), stop.agree, say)
+            if last or stop.agreed or missing:
                 break
 
             # ---- batch
@@ -1349,6 +1363,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
         run.save(snapshot(finished=finished), wait=True)
         processes.barrier()
         run.conclude(step, finished=finished)
+        if missing:
+            raise missing
 
 
 def measure(evaluation: Evaluation, model: GPT, micro_batch: int, stop: StopSignals,
@@ -1638,7 +1654,12 @@ class Pretraining:
         batches = partial(micro_batches, block_size=plan.block_size, stride=stride,
                           micro_batch=plan.micro_batch, processes=processes)
         seed = cfg.seed if cfg.shuffle else None
-        return token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
+        stream = token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
+        if self.corpus.growing:
+            processes.check_same(plan.steps, "--data was finished while the processes started, so "
+                                             "they count other lengths: start again")
+            return FollowingStream(stream, self.corpus.growing, processes)
+        return stream
 
     def packed(self, idx: torch.Tensor) -> tuple:
         """More inputs of the model for these ids: (a Packed,) if rows contain several texts."""

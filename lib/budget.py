@@ -76,10 +76,10 @@ def steps_in(tokens: float, cfg: Any) -> int:
     return int((tokens + missing) // cfg.total_batch_size)
 
 
-def steps_of(cfg: Any, train_tokens: int, parameters: int | None) -> int:
+def steps_of(cfg: Any, train_tokens: int | None, parameters: int | None) -> int:
     """Optimizer steps of a run, from the active flag of LENGTHS.
 
-    train_tokens: tokens per epoch. parameters: number of parameters, None if unknown. With
+    train_tokens: tokens per epoch. parameters: number of parameters. None: unknown. With
     --minutes the result is UNMEASURED, until lib/timer.py's StepTimer knows the speed. Raises
     BadInput unless there are 1 to MOST_STEPS steps.
     """
@@ -94,8 +94,11 @@ def steps_of(cfg: Any, train_tokens: int, parameters: int | None) -> int:
         length = f"{cfg.tokens_per_param:g} tokens for each of {parameters:,} parameters"
     else:
         name = "epochs"
-        tokens = cfg.epochs * train_tokens
-        length = f"{cfg.epochs:g} epochs of {train_tokens:,} tokens"
+        if train_tokens is None and not cfg.max_steps:
+            raise BadInput("--epochs needs the size of --data, which is unfinished and does not "
+                           "state it: give --max_steps or --minutes")
+        tokens = cfg.epochs * (train_tokens or 0)
+        length = f"{cfg.epochs:g} epochs of {train_tokens or 0:,} tokens"
     tokens = min(tokens, MOST_STEPS * cfg.total_batch_size)  # no overflow of huge values
     steps = cfg.max_steps or steps_in(tokens, cfg)
     batch = f"steps of {batch_size(steps, cfg):,}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.budget import tokens_of
 from lib.cli import BadInput
+from lib.follow import GrowingShards
 from lib.shard_meta import SPLITS
 from lib.shards import Shards, check_shards, digest
 from lib.tokenizers import Tokenizer, load_tokenizer
@@ -35,9 +36,10 @@ class ShardSource(NamedTuple):
 class Corpus:
     """The folders of --data, DIR[:WEIGHT] each, and of --curriculum, which is last in `sources`.
 
-    tokens: {"train": count} of --data without sources of weight 0. weights: float64 (sources,),
-    each source's share of the tokens after the curriculum, and of the validation loss; by size
-    unless given. tokenizer, vocab_size: as in Shards, the same for every folder. identity,
+    tokens: {"train": count} of --data without sources of weight 0; None if unknown, as it is
+    still being written. weights: float64 (sources,), each source's share of the tokens after the
+    curriculum, and of the validation loss; by size unless given. growing: the folder of --follow,
+    else None. tokenizer, vocab_size: as in Shards, the same for every folder. identity,
     former_identity: as in Shards.
 
     needed: the splits that every folder must have. Raises BadInput, also for folders of different
@@ -52,8 +54,16 @@ class Corpus:
         data = [folder for folder, _ in words]
         curriculum = [cfg.curriculum] if cfg.curriculum else []
         check_distinct(data, curriculum)
-        shards = [Shards(folder, needed, "--data") for folder in data]
-        shards += [Shards(folder, needed, "--curriculum") for folder in curriculum]
+        self.growing: GrowingShards | None = None
+        if cfg.follow:
+            if len(data + curriculum) > 1:
+                raise BadInput("--follow reads a single folder: name one by --data, without "
+                               "--curriculum, or leave it out once all are finished")
+            self.growing = GrowingShards(data[0], needed)
+            shards: list[Shards] = [self.growing]
+        else:
+            shards = [Shards(folder, needed, "--data") for folder in data]
+            shards += [Shards(folder, needed, "--curriculum") for folder in curriculum]
         names = short_names(data + curriculum)
         self.sources = [ShardSource(name, own) for name, own in zip(names, shards)]
         for own in shards:
@@ -63,7 +73,10 @@ class Corpus:
 
         sizes = [own.tokens["train"] for own in shards[:len(data)]]
         weights = normalize([weight for _, weight in words], sizes)
-        self.tokens = {"train": sum(size for size, weight in zip(sizes, weights) if weight)}
+        self.tokens: dict[str, Any] = {
+            "train": sum(size for size, weight in zip(sizes, weights) if weight)}
+        if self.growing:
+            self.tokens = {"train": self.growing.epoch_tokens}
         self.weights = np.append(weights, [0.0] * len(curriculum))
         self.mix: Any = CURRICULUM_MIX[cfg.curriculum_mix] if cfg.curriculum else None
         self.tokens_of = partial(tokens_of, cfg=cfg)  # steps of the run -> tokens
@@ -110,8 +123,9 @@ class Corpus:
         return shares
 
     def epochs(self, tokens: float) -> np.ndarray:
-        """Epochs of each source in a run of `tokens` tokens, float64 (sources,)."""
-        sizes = np.array([source.shards.tokens["train"] for source in self.sources])
+        """Epochs of each source in a run of `tokens` tokens, float64 (sources,); 0 if its size is
+        unknown."""
+        sizes = np.array([source.shards.epoch_tokens or math.inf for source in self.sources])
         points = (np.arange(10_000) + 0.5) / 10_000 * tokens
         return self.shares(points).mean(axis=0) * tokens / sizes
 
@@ -159,8 +173,13 @@ class Corpus:
         for source in self.sources:
             shards = source.shards
             rows = min(cfg.val_tokens, shards.tokens["val"] - 1) // plan.block_size
+            count = f"{len(shards.train)} shards"
+            if not shards.is_finished:
+                count += " so far"
+                if shards.epoch_tokens:
+                    count += f" of about {shards.epoch_tokens:,}"
             lines.append(f"data    {shards.folder}: {shards.tokens['train']:,} train tokens in "
-                         f"{len(shards.train)} shards, validation on {rows * plan.block_size:,}")
+                         f"{count}, validation on {rows * plan.block_size:,}")
         if not self.is_mixed:
             return lines
         for i, share in enumerate(self.weights):

@@ -51,8 +51,11 @@ def _length_line(cfg, plan, model, corpus):
     tokens = tokens_of(plan.steps, cfg)
     epochs, name = corpus.most_repeated(tokens)
     ratio = tokens / model.parameter_counts()["total"]
+    passes = ""
+    if epochs:  # 0: the size of the data is unknown
+        passes = f"{epochs:.2f} epochs of {name}, "
     return (f"length  {plan.steps:,} {_batches(cfg, plan.steps)} = {tokens:,} tokens "
-            f"({epochs:.2f} epochs of {name}, {ratio:,.4g} tokens per parameter), "
+            f"({passes}{ratio:,.4g} tokens per parameter), "
             f"{tokens * model.flops_per_token():.2e} FLOPs")
 
 

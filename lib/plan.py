@@ -76,13 +76,23 @@ def steps_left(settings: Settings) -> int | None:
         return None
     if not LENGTH_FLAGS & settings.explicit:
         return resume.state["max_steps"]
-    if not settings.train.minutes:
+    train = settings.train
+    names = ["total_batch_size", "batch_warmup"]
+    if train.follow:
+        names += [*LENGTHS, "data"]
+    elif train.minutes:
+        names.append("minutes")
+    else:
         return None
     before = resume.state["train_config"]
-    for name in ("minutes", "total_batch_size", "batch_warmup"):
-        if getattr(settings.train, name) != before.get(name, 0):
+    for name in names:
+        was = before.get(name, 0)
+        if isinstance(was, list):
+            was = tuple(was)
+        if getattr(train, name) != was:
             return None
-    return resume.state["max_steps"]  # fitted to the same minutes
+    # fitted to the same minutes, or to the size that an unfinished folder promised
+    return resume.state["max_steps"]
 
 
 def check_flags(settings: Settings, steps: int) -> None:

@@ -21,8 +21,10 @@ from lib.shard_meta import (
     own_tokenizer,
     read_meta,
 )
-from lib.shards import check_eot, check_ids, missing_records, read_shard
+from lib.shards import BIN_HEADER, check_eot, check_ids, missing_records, read_shard
 from lib.tokenizers import Tokenizer, load_tokenizer, names_ids
+
+NPY_HEADER = 128  # bytes of a .npy's header, which numpy pads
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def download_shards(request: Request, folder: Path, meta: Meta | None) -> Meta:
     missing = {record.name for record in missing_records(folder, meta)}
     there = {record.name for record in meta.records} - missing
     files = wanted_files(request, dataset, missing)
-    count = expected_count(request, files, len(dataset.shards["val"]))
+    n_val = len(dataset.shards["val"])
+    count = expected_count(request, files, n_val)
+    meta.promised = sum(tokens_in(file, tokenizer) for file in files[n_val:count]) or None
     needed = [file.size for file in files[:count] if file.name not in there]
     print(f"{request.name} at commit {dataset.commit[:7]}: {len(needed):,} shards to download, "
           f"{sum(needed) / 1e9:.1f} GB")
@@ -118,6 +122,13 @@ def expected_count(request: Request, files: list[hub.File], val_shards: int) -> 
         return len(files)
     ends = np.cumsum([file.size // 2 for file in files])
     return max(val_shards + 1, int(np.searchsorted(ends, request.max_tokens)) + 1)
+
+
+def tokens_in(file: hub.File, tokenizer: Tokenizer) -> int:
+    """Tokens of a shard on the hub, from its size."""
+    header = 4 * BIN_HEADER if file.name.endswith(".bin") else NPY_HEADER
+    itemsize = 2 if tokenizer.vocab_size <= 2**16 else 4
+    return max((file.size - header) // itemsize, 0)
 
 
 def find_tokenizer(request: Request, folder: Path, dataset: hub.Dataset,

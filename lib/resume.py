@@ -64,7 +64,8 @@ class Resume:
         self._check_beginning(cfg, explicit)
         before = self.state["train_config"]
         explicit = explicit - set(BEGINNING_FLAGS)
-        cfg, changed, misfits = merge(cfg, before, explicit, names - {"optimizer"})
+        fixed = {"optimizer", "follow"}  # the latter decides the order of the text
+        cfg, changed, misfits = merge(cfg, before, explicit, names - fixed)
         before = self.state["model_config"]
         model_cfg, also_changed, more_misfits = merge(model_cfg, before, explicit,
                                                       may_change(before))

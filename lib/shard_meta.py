@@ -22,6 +22,8 @@ ENDING = re.compile(r"_(train|val)_[0-9]+\.(npy|bin)\Z")
 SPLITS = ("val", "train")
 OTHER_OUT = "give another --out"
 OTHER = "give fineweb.py another --out"  # in messages that other scripts may print
+WRITING = "writing"  # a file next to the shards while fineweb.py writes them, touched every BEAT
+BEAT = 5.0           # seconds
 
 
 def split_of(name: str) -> str | None:
@@ -74,6 +76,8 @@ class Meta:
     shards: list | None = flag(None, None)    # of Record; None: from an older fineweb.py
     complete: bool = flag(True, None)
     resume: Start | None = flag(None, None)   # of the shard after the last one listed
+    # train tokens that the finished folder will have, exact or from the dataset's card
+    promised: int | None = flag(None, None, at_least=1, at_most=2**53)
 
     @property
     def records(self) -> list[Record]:

@@ -1,10 +1,12 @@
 """Encode text in threads and write the ids into shards, so that a killed run can continue.
 
 `TokenizedText` encodes a lib/text.py Source batch by batch. `ShardWriter` cuts the ids into shards
-and updates meta.json after each. `rewrite_shard` makes a single shard again.
+and updates meta.json after each. `rewrite_shard` makes a single shard again. `heartbeat` shows
+readers of the folder that its writer is alive.
 """
 
 import contextlib
+import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -16,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.cli import BadInput
-from lib.shard_meta import Meta, Record, Start
+from lib.shard_meta import BEAT, WRITING, Meta, Record, Start
 from lib.shards import save_shard
 from lib.text import Batch, Source
 from lib.tokenizers import Tokenizer
@@ -223,3 +225,35 @@ def rewrite_shard(folder: Path, text: TokenizedText, meta: Meta, record: Record)
         raise BadInput(f"{folder / record.name} cannot be rewritten, as the source has changed: "
                        "restore the source, or give another --out")
     save_shard(folder / record.name, whole)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signs of life
+
+
+@contextlib.contextmanager
+def heartbeat(folder: Path) -> Iterator[None]:
+    """Touch the file WRITING in a folder every BEAT seconds during the block, then remove it.
+
+    `train_gpt2.py --follow` watches it (lib/follow.py). Unlike a lock, it works on network file
+    systems. A killed writer leaves it behind, untouched.
+    """
+    path = folder / WRITING
+    ended = threading.Event()
+
+    def beat():
+        while True:
+            with contextlib.suppress(OSError):  # a full disk is reported by the writer
+                path.touch()
+            if ended.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

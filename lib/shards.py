@@ -171,6 +171,22 @@ def _is_there(path: Path, record: Record, meta: Meta) -> bool:
     return (header.tokens, header.dtype) == (record.tokens, np.dtype(meta.dtype))
 
 
+def listed_shards(folder: Path, meta: Meta | None) -> dict[str, list[Path]]:
+    """split -> paths of the shards that meta.json lists, up to the first that is not whole.
+
+    A shard is listed once it is whole, but a network file system may show meta.json first.
+    """
+    paths: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    if meta is None:
+        return paths
+    for record in meta.records:
+        path = folder / record.name
+        if not _is_there(path, record, meta):
+            break
+        paths[split_of(record.name)].append(path)  # type: ignore[index]
+    return paths
+
+
 def is_complete(folder: Path, meta: Meta | None) -> bool:
     """Whether a folder is finished and has all shards that its meta.json lists. Raises BadInput if
     its tokenizer is missing."""
@@ -193,31 +209,40 @@ class Shards:
     """A folder of shards: complete, finished and with one tokenizer. Raises BadInput otherwise.
 
     train, val: sorted paths. tokens: {"train": count, "val": count}. tokenizer: a spec.
-    vocab_size: None if a meta.json written by hand does not have it. identity: a hash of the
-    training text, as stored in checkpoints; former_identity: as stored by earlier versions.
+    vocab_size: None if a meta.json written by hand does not have it. keys: what identifies the text
+    of each train shard. identity: a hash of the training text, as stored in checkpoints;
+    former_identity: as stored by earlier versions.
 
-    needed: the splits that must exist. named_by: the flag that names the folder. Every header is
-    read, and no file stays open.
+    needed: the splits that must exist. named_by: the flag that names the folder. unfinished: accept
+    a folder that is still being written, with the shards that it has. Every header is read, and no
+    file stays open.
     """
 
     def __init__(self, folder: str | Path, needed: Sequence[str] = SPLITS,
-                 named_by: str = "--data"):
+                 named_by: str = "--data", unfinished: bool = False):
         self.folder = Path(folder)
         self.meta = read_meta(folder)
-        if self.meta and not self.meta.complete:
-            raise BadInput(f"{self.folder}/ is not finished: run {self._command()} again to "
-                           "continue")
+        self.is_finished = self.meta is None or self.meta.complete
+        if not self.is_finished and not unfinished:
+            raise BadInput(f"{self.folder}/ is not finished: run {self.command()} again to "
+                           "continue, or train while it is written with train_gpt2.py --follow")
         paths, others = find_shards(folder)
+        if not self.is_finished:
+            paths = listed_shards(self.folder, self.meta)
         self.train = paths["train"]
         self.val = paths["val"]
         self.headers = {path: read_header(path) for path in self.train + self.val}
-        self._check_names()
+        if self.is_finished:
+            self._check_names()
         self._check_needed(needed, named_by, others)
         self._check_dtypes()
         self.tokens = {"train": self._count(self.train), "val": self._count(self.val)}
-        self._check_counts()
-        self._check_splits()
-        self.identity, self.former_identity = self._identify()
+        if self.is_finished:
+            self._check_counts()
+        self._check_splits(self.train)
+        self.keys = self._keys()
+        self.identity = digest(self.keys)
+        self.former_identity = digest(self._named())
 
         self.tokenizer = "gpt2"  # of build-nanogpt and llm.c, whose shards have no meta.json
         self.vocab_size: int | None = 50257
@@ -230,25 +255,31 @@ class Shards:
     def _count(self, paths: list[Path]) -> int:
         return sum(self.headers[path].tokens for path in paths)
 
-    def _command(self) -> str:
+    @property
+    def epoch_tokens(self) -> int | None:
+        """Train tokens of the finished folder, None if unknown."""
+        return self.tokens["train"]
+
+    def command(self) -> str:
         """The command that made the folder, for messages."""
         if self.meta is None or not self.meta.command:
             return "the fineweb.py command that made it"
         return f"`{self.meta.command} --out {shlex.quote(str(self.folder))}`"
 
-    def _identify(self) -> tuple[str, str]:
-        """(identity, former_identity): hashes that do not depend on where the folder is.
+    def _keys(self) -> list[tuple]:
+        """What identifies the text of each train shard, wherever the folder is.
 
-        They are made from the checksums in meta.json, as other text may fill shards of the same
-        names and lengths (with --max_tokens); without checksums, and in earlier versions, from
-        names and lengths.
+        That is its length and its checksum in meta.json, as other text may fill shards of the same
+        names and lengths (with --max_tokens); without checksums, and in earlier versions, its name
+        and length.
         """
-        named = [(path.name, self.headers[path].tokens) for path in self.train]
-        former = digest(named)
         if not self.meta or self.meta.shards is None:
-            return former, former
+            return self._named()
         checksums = {record.name: record.crc32 for record in self.meta.shards}
-        return digest([(tokens, checksums[name]) for name, tokens in named]), former
+        return [(tokens, checksums[name]) for name, tokens in self._named()]
+
+    def _named(self) -> list[tuple]:
+        return [(path.name, self.headers[path].tokens) for path in self.train]
 
     def _check_names(self):
         """Raises BadInput unless the folder has exactly the shards that meta.json lists."""
@@ -263,7 +294,7 @@ class Shards:
             if name in found:
                 problem = f"has {found[name]:,} tokens, not {listed[name]:,}"
             raise BadInput(f"{self.folder / name} {problem}, says meta.json: "
-                           f"run {self._command()} again to rewrite it")
+                           f"run {self.command()} again to rewrite it")
         unlisted = sorted(found.keys() - listed.keys())
         if unlisted:
             raise BadInput(f"{self.folder / unlisted[0]} is not one of the shards that meta.json "
@@ -319,17 +350,18 @@ class Shards:
                                f"its meta.json says {counted:,}: shards are missing, or of "
                                f"another source; {OTHER}")
 
-    def _check_splits(self):
-        """Raises BadInput if a val shard equals a train shard in its length and at both ends."""
+    def _check_splits(self, train):
+        """Raises BadInput if a val shard equals one of these train shards in its length and at both
+        ends."""
         for val in self.val:
             tokens = self.headers[val].tokens
-            same_length = [path for path in self.train if self.headers[path].tokens == tokens]
+            same_length = [path for path in train if self.headers[path].tokens == tokens]
             if not tokens or not same_length:
                 continue
             ends = ends_of(val)
-            for train in same_length:
-                if ends_of(train) == ends:
-                    raise BadInput(f"{train} and {val.name} have the same tokens: validation would "
+            for path in same_length:
+                if ends_of(path) == ends:
+                    raise BadInput(f"{path} and {val.name} have the same tokens: validation would "
                                    "measure the training text; move one of them to another folder")
 
 

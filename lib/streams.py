@@ -1,13 +1,16 @@
 """Endless streams of training batches, and the interfaces of training data and tasks.
 
 `StreamLike`, `CorpusLike` and `TaskLike` are the interfaces. `Stream` implements the first with a
-prefetch thread; train_gpt2.py's `ShardLoader` reads shards, `Mixture` several sources of tokens,
-`Rows` packed conversations with replay, `IteratorStream` any iterator (docs/streams.md). All
-processes read the same global batches; `micro_batches` and `row_micro_batches` cut out each
-process's share.
+prefetch thread; train_gpt2.py's `ShardLoader` reads shards, `FollowingStream` shards that are still
+being written, `Mixture` several sources of tokens, `Rows` packed conversations with replay,
+`IteratorStream` any iterator (docs/streams.md). All processes read the same global batches;
+`micro_batches` and `row_micro_batches` cut out each process's share.
 """
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -17,6 +20,7 @@ import torch
 from lib.cli import BadInput, RankError
 from lib.corpus import Corpus
 from lib.devices import Processes, to_device
+from lib.follow import POLL, GrowingShards, Watch
 from lib.packing import Packed
 from lib.tokenizers import Tokenizer
 
@@ -39,6 +43,11 @@ class StreamLike(Protocol):
     def next(self, n: int) -> list[MicroBatch]:
         """This process's micro-batches of the next n tokens, equally many on every process.
         Advances by n."""
+
+    def wait(self, n: int, stopped: Callable[[], bool],
+             say: Callable[[str], Any]) -> BadInput | None:
+        """Wait until `next(n)` has its tokens, or `stopped()`, which every process calls equally
+        often. -> None, or the error if they will not arrive. say: prints a line."""
 
     def prefetch(self, n: int) -> None:
         """A hint that `next(n)` comes soon."""
@@ -145,6 +154,10 @@ class Stream:
         self.prefetch(n)
         return batch
 
+    def wait(self, n: int, stopped: Callable[[], bool],
+             say: Callable[[str], Any]) -> BadInput | None:
+        return None
+
     def prefetch(self, n: int) -> None:
         """Read the next n tokens in the background."""
         key = n, *self.position
@@ -226,6 +239,139 @@ class IteratorStream(Stream):
         self.first = tokens
         self.buffer = np.concatenate(pieces)
         return self.transform(self.buffer[:n + 1]), tokens + n
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards that are still being written
+
+
+class FollowingStream(Stream):
+    """--follow: the tokens of a ShardLoader whose folder is still being written.
+
+    Call `wait` before `next`. The state also has `text`, a hash of the shards that were read: those
+    up to the position in the first epoch, all from the second epoch on.
+    """
+
+    names = "epoch", "shard", "offset"
+
+    def __init__(self, loader: Any, shards: GrowingShards, processes: Processes):
+        """loader: a ShardLoader of these shards."""
+        super().__init__(*loader.position)
+        self.loader = loader
+        self.shards = shards
+        self.processes = processes
+        self.confirmed = 0  # what `_needed` returned when all processes last had it
+        self.resumed: dict[str, Any] | None = None  # a state whose text is not yet compared
+        self.hashes: dict[int, int] = {}  # number of shards -> hash of their text
+
+    def read_batch(self, n: int, *position: Any) -> tuple:
+        return self.loader.read_batch(n, *position)
+
+    def prefetch(self, n: int) -> None:
+        with contextlib.suppress(BadInput):  # `wait` meets it again
+            self.shards.refresh()
+        if self._needed(n) is None:
+            self.ahead = {}
+        else:
+            super().prefetch(n)
+
+    def _needed(self, n: int) -> int | None:
+        """What the next n tokens need, see `GrowingShards.needed`."""
+        epoch, shard, offset = self.position
+        return self.shards.needed(epoch, shard, offset + n + 1)  # with the last target
+
+    def wait(self, n: int, stopped: Callable[[], bool],
+             say: Callable[[str], Any]) -> BadInput | None:
+        needed = self._needed(n)
+        if needed is not None and needed <= self.confirmed:  # the same on every process
+            return None
+        watch = Watch(self.shards.folder)
+        started = time.monotonic()
+        missing = ""  # the shard, once it is said
+        while True:
+            needed, problem = self._look(n, watch)
+            text = self._hash(needed or 0) % 2**32
+            requests = [needed is not None, problem is not None, text]
+            having, failing, texts = self.processes.sum(requests)
+            if failing:
+                return self._error(problem, failing)
+            if having == self.processes.world_size:
+                break
+            if stopped():
+                return None
+            if not missing:
+                number = max(len(self.shards.train), self.position[1]) + 1
+                missing = f"train shard {number} of {self.shards.folder}/"
+                say(f"waiting for {missing}")
+            time.sleep(POLL)
+        if texts != text * self.processes.world_size:
+            return BadInput(f"{self.shards.folder}/ is not the same for every process: give all of "
+                            "them the same shards")
+        assert needed is not None
+        self.confirmed = needed
+        if missing:
+            self.prefetch(n)
+            futures.wait(self.ahead.values())  # reading the shard is not part of the step, either
+            say(f"waited {time.monotonic() - started:.0f} s for {missing}")
+        return None
+
+    def _look(self, n: int, watch: Watch) -> tuple[int | None, str | None]:
+        """(what the next n tokens need if it has arrived, an error or None)."""
+        try:
+            self.shards.refresh()
+            if self.resumed and self.shards.has(*self.position[:2]):
+                self._compare(self.resumed)
+                self.resumed = None
+        except BadInput as error:
+            return None, str(error)
+        needed = self._needed(n)
+        if needed is None and watch.is_silent():
+            return None, self.shards.died()
+        return needed, None
+
+    def _error(self, problem: str | None, failing: float) -> BadInput:
+        if problem is None:
+            return BadInput("another process cannot read its data: see its error")
+        if failing == self.processes.world_size:
+            return BadInput(problem)
+        return RankError(problem)
+
+    # -- position --
+
+    def _hash(self, count: int) -> int:
+        if count not in self.hashes:
+            self.hashes[count] = self.shards.fingerprint(count)
+        return self.hashes[count]
+
+    def _text(self, epoch: int, shard: int) -> int:
+        """The hash of the shards that were read up to a position."""
+        return self._hash(len(self.shards.train) if epoch else shard + 1)
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        """Raises BadInput if the shards before a position are not those that were read."""
+        if state["text"] != self._text(state["epoch"], state["shard"]):
+            raise BadInput(f"{self.shards.folder}/ no longer contains the text that this run was "
+                           "trained on: restore it, or start another --run_name")
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.resumed:  # its shards may not have arrived yet
+            text = self.resumed["text"]
+        else:
+            text = self._text(*self.position[:2])
+        return super().state_dict() | {"text": text}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.resumed = {name: state[name] for name in (*self.names, "text")}
+
+    def where(self, state: dict[str, Any]) -> str:
+        if not self.shards.has(state["epoch"], state["shard"]):  # resumed elsewhere
+            return f"train shard {state['shard'] + 1}, which has not arrived yet"
+        self._compare(state)
+        return self.loader.where(state)
+
+    def progress(self) -> dict[str, float]:
+        return {"data/epoch": self.position[0]}
 
 
 # --------------------------------------------------------------------------------------------------

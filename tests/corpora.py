@@ -10,7 +10,7 @@ from lib.corpus import Corpus
 T = 8  # block_size
 TOKENIZER = SimpleNamespace(vocab_size=60_000, eot=0)
 SIZES = (3000, 1000, 500)  # tokens of the first train shard; the second has half as many
-CONFIG = dict(curriculum=None, curriculum_steps=None, curriculum_mix="cosine",
+CONFIG = dict(follow=False, curriculum=None, curriculum_steps=None, curriculum_mix="cosine",
               total_batch_size=100 * T, batch_warmup=0)
 
 

@@ -39,6 +39,7 @@ class Hub:
         self.commits = {}  # dataset -> {commit: folder}, the newest last
         self.asked = []
         self.faults = []
+        self.released = threading.Event()
         self.lock = threading.Lock()
         for name, folder in datasets.items():
             self.push(name, folder)
@@ -59,6 +60,7 @@ class Hub:
         return self
 
     def __exit__(self, *_):
+        self.release()
         self.server.shutdown()
         self.server.server_close()
 
@@ -84,9 +86,14 @@ class Hub:
         """Break off the next `times` answers with more than `after` bytes of a file.
 
         how: close; short, a close without a Content-Length; reset, as a router does; stall; garble,
-        all bytes but wrong ones; or an HTTP status instead of the file.
+        all bytes but wrong ones; hold, all bytes after `release`; or an HTTP status instead of the
+        file.
         """
         self.faults.append({"name": name, "after": after, "times": times, "how": how})
+
+    def release(self):
+        """Send what is on hold."""
+        self.released.set()
 
     def fault(self, name, size):
         with self.lock:
@@ -189,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(how, {"error": "out of order"})
         if how == "short":
             del headers["Content-Length"]
+        if how == "hold":
+            self.hub.released.wait()
         if how == "garble":
             content = bytes(len(content))
         if how in CUT:

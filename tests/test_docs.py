@@ -81,6 +81,7 @@ COMMANDS = {
     "python train_gpt2.py --run_name first --on_end "
     """'curl -d "$RUN_NAME: $RUN_OUTCOME" "$NOTIFY"'""": f"{TINY} --on_end true",
     "python train_gpt2.py --data mine --run_name first": TINY,
+    "python train_gpt2.py --follow --run_name early": TINY,
     "python train_gpt2.py --data wiki:3 books:1": f"{TINY} --run_name mixed",
     "python train_gpt2.py --data wiki --curriculum baby --curriculum_steps 500":
         f"{TINY} --curriculum_steps 2 --run_name curriculum",

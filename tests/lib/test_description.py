@@ -28,7 +28,8 @@ def plan(steps=10, rows=4):
 class Toy:
     """A Corpus of one folder of 640 tokens."""
 
-    shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50})
+    shards = SimpleNamespace(folder="toy", train=["a", "b"], tokens={"train": 640, "val": 50},
+                             is_finished=True)
     sources = (SimpleNamespace(shards=shards),)
     is_mixed = False
     describe = Corpus.describe

@@ -209,6 +209,7 @@ def check_copied(out, folder, documents):
     shards = Shards(out)
     ids = ids_in(out)
     assert shards.meta.complete and sum(shards.tokens.values()) == len(ids)
+    assert shards.meta.promised == shards.tokens["train"]
     sizes = load_tokenizer(shards.tokenizer).token_bytes()
     assert sum(split.bytes for split in shards.meta.splits.values()) == int(sizes[ids].sum())
     assert shards.meta.documents == documents

@@ -19,7 +19,15 @@ from lib import checkpoint
 from lib.cli import BadInput
 from lib.corpus import Corpus
 from lib.shards import Shards
-from lib.streams import CorpusLike, IteratorStream, Mixture, Rows, StreamLike, TaskLike
+from lib.streams import (
+    CorpusLike,
+    FollowingStream,
+    IteratorStream,
+    Mixture,
+    Rows,
+    StreamLike,
+    TaskLike,
+)
 from lib.tokenizers import load_tokenizer
 from posttrain import Data, PostTraining
 from train_gpt2 import ShardLoader
@@ -342,7 +350,7 @@ def test_the_page_on_streams_trains_on_its_iterator_and_resumes(data, tmp_path, 
 
 
 def test_the_classes_here_have_the_interface_that_training_uses():
-    for kind in (ShardLoader, Mixture, Rows, IteratorStream):
+    for kind in (ShardLoader, FollowingStream, Mixture, Rows, IteratorStream):
         assert members(StreamLike) <= set(dir(kind))
     for kind in (train_gpt2.Pretraining, PostTraining):
         assert members(TaskLike) <= set(dir(kind))
