@@ -44,19 +44,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lib import checkpoint, files, huggingface
-from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, path_flag, run
-from lib.decoding import NonFinite
-from lib.tokenizers import Tokenizer
+from lib.evals.export_check import check_export
 from train_gpt2 import GPT, load_checkpoint
-
-TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are smaller
-N_TEXTS = 200     # of random tokens, whose encodings are compared
 
 
 @dataclass(frozen=True)
@@ -87,64 +82,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@torch.no_grad()
-def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: str,
-          chat_template: str | None = None) -> None:
-    """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if
-    logits or tokens differ."""
-    from transformers import AutoTokenizer
-
-    theirs, _ = huggingface.load(folder)
-    their_tokenizer = AutoTokenizer.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    shape = (4, min(model.config.block_size, 256))
-    idx = torch.randint(tokenizer.vocab_size, shape, generator=generator)
-    difference, largest = compare_logits(model, theirs, idx, getattr(torch, dtype))
-    random_ids = torch.randint(tokenizer.vocab_size, (N_TEXTS, 20), generator=generator)
-    texts = [tokenizer.decode(row.tolist()) for row in random_ids]
-    same = 0
-    for text in texts:
-        ids = their_tokenizer(text, split_special_tokens=True)["input_ids"]
-        same += ids == tokenizer.encode(text).tolist()
-    if chat_template:
-        messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
-        ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  return_dict=False, sanitize_control_tokens=True)
-        expected, _ = render(messages, tokenizer, reply=True)
-        same -= ids != expected
-    rounding = ""
-    if dtype != "float32":
-        rounding = f", beyond what rounding to {dtype} changes"
-    result = (f"logits up to {largest:.2f} differ by {difference:.2e} at most{rounding}; "
-              f"{same} of {N_TEXTS} texts have the same tokens")
-    within = difference <= TOLERANCE * max(largest, 1)  # False for NaN
-    if not within or same < N_TEXTS:
-        raise BadInput(f"{folder} differs from the checkpoint ({result}): do not use it, and "
-                       "report this")
-    print(f"checked: {result}")
-
-
-def compare_logits(model: GPT, theirs: Any, idx: torch.Tensor,
-                   dtype: torch.dtype) -> tuple[float, float]:
-    """-> (largest difference between the logits of the model and the loaded model, largest logit).
-    Raises NonFinite.
-
-    Rounding to `dtype` may route tokens to other experts, which changes logits a lot. Two
-    comparisons avoid that: the model with its conversion in fp32, and the rounded conversion with
-    the loaded model.
-    """
-    logits = model(idx)
-    if not logits.isfinite().all():
-        raise NonFinite
-    converted = huggingface.convert(model)
-    of_conversion = logits - converted(idx).logits
-    for p in converted.parameters():
-        p.data = p.data.to(dtype).float()
-    of_writing = converted(idx).logits - theirs(idx).logits
-    difference = torch.stack((of_conversion, of_writing)).abs().max().item()
-    return difference, logits.abs().max().item()
-
-
 def write_weights(name: str, cfg: Config) -> None:
     """Write the model `name` to the file --out as a checkpoint without optimizer."""
     path = Path(cfg.out or "")
@@ -168,14 +105,17 @@ def main(argv: list[str]) -> None:
     if cfg.out.endswith(".pt"):
         write_weights(name, cfg)
         return
+    dtype = getattr(torch, cfg.dtype)
+    name = checkpoint.pick(name)
     model, tokenizer, state = load_checkpoint(name)
-    tokenizer.require_text("an export, which includes the tokenizer,")
-    chat_template = state.get("chat_template")
+    extras = huggingface.Extras(state.get("chat_template"))
     with quiet():
-        huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)
-        print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
+        huggingface.write(model, tokenizer, cfg.out, dtype, extras)
+        print(f"{cfg.out}: {huggingface.export_class(model.config)}, {cfg.dtype}")
         if cfg.check:
-            check(model, tokenizer, cfg.out, cfg.dtype, chat_template)
+            lines = check_export(model, tokenizer, cfg.out, dtype, GPT.from_pretrained)
+            for line in lines:
+                print(f"checked: {line}")
 
 
 if __name__ == "__main__":

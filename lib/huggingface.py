@@ -536,6 +536,21 @@ def load(name: str | Path) -> tuple[Any, list[str]]:
     return hf.eval(), sorted(report["missing_keys"])
 
 
+def load_with_its_code(folder: str | Path) -> Any:
+    """A folder written by `write` -> transformers' model in fp32, as trust_remote_code loads it.
+
+    Runs the code in the folder.
+    """
+    cls = library().AutoModelForCausalLM
+    if is_custom(folder):  # not through AutoModelForCausalLM, which may know this project's class
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        settings = read_json(Path(folder, "config.json"), "name another folder")
+        reference = settings["auto_map"]["AutoModelForCausalLM"]
+        cls = get_class_from_dynamic_module(reference, str(folder))
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def is_custom(folder: str | Path) -> bool:
     """Whether a folder holds a model of lib/modeling_modern_gpt.py."""
     path = Path(folder, "config.json")

@@ -1,9 +1,8 @@
-"""A GPT with modern parts, each a field of its configuration.
+"""A GPT with modern parts, each a field of its configuration. Needs torch and transformers only.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-It needs torch and transformers only. Shapes in comments: B sequences, T tokens, C = n_embd, H heads
-of D = C / H, V ids.
+Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V ids.
 """
 
 from functools import partial
@@ -20,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 EPS = 1e-5  # of all norms
+# argument and output of the forward pass, renamed in newer versions of transformers
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
 
 class ModernGPTConfig(PreTrainedConfig):
@@ -256,14 +257,16 @@ class ModernGPTForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None,
                 past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
-                output_hidden_states=False, logits_to_keep=0, **kwargs):
+                output_hidden_states=False, logits_to_keep=0, cache=None, **kwargs):
         """labels: int64 (B, T), shifted inside; -100 is ignored. logits_to_keep: the last n
         positions, or an index of positions; 0: all. Logits are fp32 (B, T, V)."""
         config = self.config
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        if cache is not None:
+            past_key_values = cache
         if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+            use_cache = config.use_cache
+        if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=config)
         if isinstance(attention_mask, dict):  # made by `generate` for a static cache
             attention_mask = attention_mask["full_attention"]
@@ -293,9 +296,9 @@ class ModernGPTForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
+        hidden_states = tuple(hidden_states) if output_hidden_states else None
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None)
+            loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: past_key_values})
 
 
 # --------------------------------------------------------------------------------------------------
