@@ -1,7 +1,5 @@
 """A GPT with modern parts, each a field of its configuration. Needs torch and transformers only.
 
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-
 Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V ids.
 """
 
@@ -14,13 +12,12 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 EPS = 1e-5  # of all norms
-# argument and output of the forward pass, renamed in newer versions of transformers
-CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # was renamed
 
 
 class ModernGPTConfig(PreTrainedConfig):
@@ -28,7 +25,6 @@ class ModernGPTConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer",
                      "num_attention_heads": "n_head", "max_position_embeddings": "block_size"}
-
     vocab_size: int = 50_257
     block_size: int = 1024            # context length, tokens
     n_layer: int = 12
@@ -57,8 +53,7 @@ class ModernGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # Token shift is a convolution over two tokens, so a layer's cache holds the state of a
-        # convolution besides keys and values. transformers calls such a layer hybrid.
+        # hybrid: the layer's cache also holds the state of a convolution, here TokenShift's
         kwargs.pop("layer_types", None)
         layer_type = "hybrid" if self.token_shift else "full_attention"
         self.layer_types = [layer_type] * self.n_layer
@@ -82,11 +77,10 @@ def make_norm(config, size):
 def positions_of(attention_mask, past, x):
     """The position in its text of each token of x (B, T, C), int64 (B or 1, T), after `past` tokens
     in the cache. attention_mask: (B, past + T), 0 for padding on either side, or None."""
-    T = x.size(1)
     if attention_mask is None or attention_mask.dim() != 2:
-        return (torch.arange(T, device=x.device) + past)[None]
+        return (torch.arange(x.size(1), device=x.device) + past)[None]
     positions = attention_mask.long().cumsum(dim=-1) - 1
-    return positions.clamp(min=0)[:, -T:].to(x.device)
+    return positions.clamp(min=0)[:, -x.size(1):].to(x.device)
 
 
 def rotary_tables(positions, head_dim):
@@ -134,16 +128,6 @@ class Mix(nn.Module):
         return self.mix[0] * x + self.mix[1] * y
 
 
-def eager_attention(module, q, k, v, mask, scaling, dropout=0.0, **kwargs):
-    """Attention without a fused kernel. q, k, v: (B, H, T, D)."""
-    scores = q @ k.mT * scaling
-    if mask is not None:
-        scores = scores + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(q)
-    y = F.dropout(weights, dropout, module.training) @ v
-    return y.transpose(1, 2), weights
-
-
 class Attention(nn.Module):
     is_causal = True
 
@@ -173,7 +157,8 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention)
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]  # for "eager", too
+        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, sdpa)
         dropout = self.config.dropout if self.training else 0.0
         scale = self.head_dim**-0.5
         y, _ = attention(self, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
@@ -223,49 +208,26 @@ class Block(GradientCheckpointingLayer):
         return x + self.drop(self.mlp(self.ln_2(x))), v_first
 
 
-class ModernGPTForCausalLM(PreTrainedModel, GenerationMixin):
-    config_class = ModernGPTConfig
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    _keep_in_fp32_modules_strict = ["mlp.bias", "mlp.router"]  # of a MoE
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    _can_compile_fullgraph = True
+class Transformer(nn.Module):
+    """Everything but the output head: int64 (B, T) -> hidden states (B, T, C)."""
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__()
         C = config.n_embd
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, C),
-            emb_norm=make_norm(config, C) if config.emb_norm else nn.Identity(),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer)),
-            ln_f=make_norm(config, C),
-        ))
-        if config.pos == "learned":
-            self.transformer["wpe"] = nn.Embedding(config.block_size, C)
-        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
-        self.post_init()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
+        self.emb_norm = make_norm(config, C) if config.emb_norm else nn.Identity()
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = make_norm(config, C)
 
-    def get_input_embeddings(self):
-        return self.transformer.wte
-
-    def set_input_embeddings(self, embeddings):
-        self.transformer.wte = embeddings
-
-    @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None,
-                past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
-                output_hidden_states=False, logits_to_keep=0, cache=None, **kwargs):
-        """labels: int64 (B, T), shifted inside; -100 is ignored. logits_to_keep: the last n
-        positions, or an index of positions; 0: all. Logits are fp32 (B, T, V)."""
+                past_key_values=None, inputs_embeds=None, use_cache=None,
+                output_hidden_states=False, **kwargs):
         config = self.config
-        x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        if cache is not None:
-            past_key_values = cache
-        if use_cache is None:
-            use_cache = config.use_cache
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds             # (B, T, C)
+        use_cache = config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=config)
         if isinstance(attention_mask, dict):  # made by `generate` for a static cache
@@ -278,27 +240,62 @@ class ModernGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if config.pos == "rope":
             rotary = rotary_tables(position_ids, config.n_embd // config.n_head)
         else:
-            x = x + self.transformer.wpe(position_ids)
-
-        x = x0 = self.transformer.drop(self.transformer.emb_norm(x))
+            x = x + self.wpe(position_ids)
+        x = x0 = self.drop(self.emb_norm(x))
         v_first = None
         hidden_states = [x]
-        for block in self.transformer.h:
+        for block in self.h:
             # positional, as reentrant gradient checkpointing needs
             x, v_first = block(x, x0, v_first, position_ids, rotary, mask,
                                past_key_values=past_key_values, **kwargs)
             hidden_states.append(x)
-        hidden_states[-1] = x = self.transformer.ln_f(x)
+        hidden_states[-1] = x = self.ln_f(x)
+        hidden_states = tuple(hidden_states) if output_hidden_states else None
+        return BaseModelOutputWithPast(x, past_key_values, hidden_states)
+
+
+class ModernGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = ModernGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _keep_in_fp32_modules_strict = ["mlp.bias", "mlp.router"]  # of a MoE
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.softcap:  # or trl would compute a loss from hidden states, without the cap
+            self.base_model_prefix = ""
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.transformer.wte
+
+    def set_input_embeddings(self, embeddings):
+        self.transformer.wte = embeddings
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None,
+                past_key_values=None, inputs_embeds=None, use_cache=None,
+                output_hidden_states=False, labels=None, logits_to_keep=0, cache=None, **kwargs):
+        """labels: int64 (B, T), shifted inside; -100 is ignored. logits_to_keep: the last n
+        positions, or an index of positions; 0: all. Logits are fp32 (B, T, V)."""
+        past_key_values = cache if cache is not None else past_key_values
+        outputs = self.transformer(input_ids, attention_mask, position_ids, past_key_values,
+                                   inputs_embeds, use_cache, output_hidden_states, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, kept]).float()
-        if config.softcap:  # bounds logits z: cap z / sqrt(z^2 + cap^2)
-            logits = logits * (logits.square() / config.softcap**2 + 1).rsqrt()
+        logits = self.lm_head(outputs[0][:, kept]).float()
+        if self.config.softcap:  # bounds logits z: cap z / sqrt(z^2 + cap^2)
+            logits = logits * (logits.square() / self.config.softcap**2 + 1).rsqrt()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
-        hidden_states = tuple(hidden_states) if output_hidden_states else None
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: past_key_values})
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, outputs.get(CACHE), outputs.hidden_states)
 
 
 # --------------------------------------------------------------------------------------------------
