@@ -40,6 +40,7 @@ import lib.startup  # noqa: F401 (before torch)
 
 import contextlib
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ import torch
 
 from lib import checkpoint, files, huggingface
 from lib.cli import BadInput, flag, parse, path_flag, run
+from lib.evals import harness
 from lib.evals.export_check import check_export
+from lib.model_card import model_card
 from train_gpt2 import GPT, load_checkpoint
 
 
@@ -97,6 +100,22 @@ def write_weights(name: str, cfg: Config) -> None:
     print(f"{path}: {checkpoint.n_bytes(weights) / 1e9:.2f} GB, {cfg.dtype}, without optimizer")
 
 
+def evaluations(path: str, step: int | None) -> list[tuple[str, str, str]]:
+    """(task, metric, value) of what eval_harness.py wrote next to a checkpoint."""
+    rows = []
+    pattern = f"eval_{step or 0:05d}*.json"
+    for file in sorted(Path(path).parent.glob(pattern)):
+        data = files.read_json(file, "move it away")
+        if not isinstance(data, dict) or not isinstance(data.get("results"), dict):
+            raise BadInput(f"{file} has no results of eval_harness.py: move it away")
+        for task, key in harness.headlines(data).items():
+            metric = key.partition(",")[0]
+            limit = (data.get("config") or {}).get("limit")
+            items = f", first {limit} items" if limit else ""
+            rows.append((task, f"{metric}{items}", f"{data['results'][task][key]:.4f}"))
+    return rows
+
+
 def main(argv: list[str]) -> None:
     (cfg,), _ = parse((Config,), argv, __doc__)
     name = checkpoint.named(cfg)
@@ -105,17 +124,19 @@ def main(argv: list[str]) -> None:
     if cfg.out.endswith(".pt"):
         write_weights(name, cfg)
         return
-    dtype = getattr(torch, cfg.dtype)
     name = checkpoint.pick(name)
     model, tokenizer, state = load_checkpoint(name)
-    extras = huggingface.Extras(state.get("chat_template"))
+    card = model_card(model, tokenizer, state, name, evaluations(name, state.get("step")))
+    extras = huggingface.Extras(state.get("chat_template"), card)
+    dtype = getattr(torch, cfg.dtype)
     with quiet():
         huggingface.write(model, tokenizer, cfg.out, dtype, extras)
         print(f"{cfg.out}: {huggingface.export_class(model.config)}, {cfg.dtype}")
         if cfg.check:
-            lines = check_export(model, tokenizer, cfg.out, dtype, GPT.from_pretrained)
-            for line in lines:
+            for line in check_export(model, tokenizer, cfg.out, dtype, GPT.from_pretrained):
                 print(f"checked: {line}")
+    out = Path(cfg.out)
+    print(f"upload it: hf upload {shlex.quote(out.resolve().name)} {shlex.quote(cfg.out)}")
 
 
 if __name__ == "__main__":

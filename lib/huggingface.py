@@ -515,7 +515,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, length: int,
 
 
 def load(name: str | Path) -> tuple[Any, list[str]]:
-    """A name on the hub or a folder -> (transformers' model in fp32, names of its missing weights).
+    """A name on the hub or a folder -> (transformers' model in fp32, names of its missing weights;
+    for a folder of CUSTOM, also of weights that it does not use).
 
     Never runs code that the folder contains. Raises BadInput.
     """
@@ -533,7 +534,10 @@ def load(name: str | Path) -> tuple[Any, list[str]]:
         if is_folder:
             remedy = "name another folder"
         raise BadInput(f"cannot load the Hugging Face model {name}: {reason}; {remedy}") from error
-    return hf.eval(), sorted(report["missing_keys"])
+    wrong = set(report["missing_keys"])
+    if type(hf).__name__ == CUSTOM:
+        wrong |= set(report["unexpected_keys"])
+    return hf.eval(), sorted(wrong)
 
 
 def load_with_its_code(folder: str | Path) -> Any:
