@@ -1,11 +1,11 @@
-"""Export a checkpoint to a folder that stock transformers loads without custom code: weights,
-config.json, tokenizer.
+"""Export a checkpoint to a folder that transformers loads: weights, config.json, tokenizer, model
+card.
 
     python export_hf.py --checkpoint log/<run> --out exported
     python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
     python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bfloat16
 
-    model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # transformers' class
+    model = transformers.AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
     model = train_gpt2.GPT.from_pretrained("exported")                       # this project's
 
 The exported model computes the same. Its class depends on the flags used in training:
@@ -21,13 +21,13 @@ The exported model computes the same. Its class depends on the flags used in tra
                             and --qk_norm
     Qwen3MoeForCausalLM     as Glm4Moe with --router softmax --balance loss --qk_norm, without
                             --n_shared
-Embeddings may be tied or untied. With --pos rope, --emb_norm is supported, too: it is applied to
-the embedding table. Other combinations are rejected. transformers has no counterpart of
---token_shift, --value_residual, --residual_scalars and --softcap, which the presets speedrun and
-tiny use.
+    ModernGPTForCausalLM    any other flags, as in the presets speedrun and tiny
+Embeddings may be tied or untied. With --pos rope, --emb_norm is supported in all classes: it is
+applied to the embedding table. The last class is not part of transformers: its code is in the
+folder, modeling_modern_gpt.py, and only it needs trust_remote_code.
 
 An --out that ends in .pt is a checkpoint without optimizer, which every script of this project
-takes, with any flags used in training.
+takes.
 
 The folder of a chat model has its chat template: tokenizer.apply_chat_template(messages,
 add_generation_prompt=True). Add sanitize_control_tokens=True if users may type <|end|> and the
@@ -62,7 +62,8 @@ class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "folder to write, new or empty; or a new .pt file")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
     check: bool = flag(
-        False, "load the written folder and compare its logits and tokens with the checkpoint's")
+        False, "load the written folder and compare its tokens, logits, text and evaluation with "
+               "the checkpoint's")
 
 
 @contextlib.contextmanager

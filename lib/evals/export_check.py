@@ -28,12 +28,20 @@ LONGEST_WORD = 10   # bytes of a word in these items, with its space
 LEAST_CONTEXT = 16  # tokens, for these items
 NATS = 1e-3       # tolerance of an item's log-likelihoods
 PAGE = Path(__file__).resolve().parents[2] / "README.md"
+PAGE_LENGTH = 4000  # characters
 
 
 class Result(NamedTuple):
     """One comparison: whether both agree, and what was compared."""
     same: bool
     text: str
+
+
+class Original(NamedTuple):
+    """What was exported. rounded: the GPT with its weights rounded to the folder's dtype."""
+    model: Any
+    rounded: Any
+    tokenizer: Tokenizer
 
 
 class Exported(NamedTuple):
@@ -61,17 +69,12 @@ def check_export(model: Any, tokenizer: Tokenizer, folder: str, dtype: torch.dty
     rounded to `dtype`. Raises BadInput if anything differs, and NonFinite.
     """
     exported = load_exported(folder, dtype)
-    page = PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")[:PAGE_LENGTH]
     rounded = model if dtype == torch.float32 else reread(folder).eval()
-    comparisons = (
-        (compare_tokens, tokenizer),
-        (compare_logits, model, tokenizer),
-        (compare_generation, rounded, tokenizer),
-        (compare_evaluation, rounded, tokenizer),
-    )
+    original = Original(model, rounded, tokenizer)
     lines = []
-    for compare, *ours in comparisons:
-        same, text = compare(*ours, exported, page)
+    for compare in (compare_tokens, compare_logits, compare_generation, compare_evaluation):
+        same, text = compare(original, exported, page)
         if not same:
             raise BadInput(f"{folder} differs from the checkpoint ({text}): do not use it, and "
                            "report this")
@@ -83,8 +86,9 @@ def check_export(model: Any, tokenizer: Tokenizer, folder: str, dtype: torch.dty
 # Tokens and logits
 
 
-def compare_tokens(tokenizer: Tokenizer, exported: Exported, page: str) -> Result:
+def compare_tokens(original: Original, exported: Exported, page: str) -> Result:
     """The ids of a page, of texts of random tokens and, for a chat model, of a conversation."""
+    tokenizer = original.tokenizer
     generator = torch.Generator().manual_seed(0)
     random_ids = torch.randint(tokenizer.vocab_size, (N_TEXTS, 20), generator=generator)
     texts = [tokenizer.decode(row.tolist()) for row in random_ids]
@@ -95,9 +99,9 @@ def compare_tokens(tokenizer: Tokenizer, exported: Exported, page: str) -> Resul
 
     same = sum(map(is_same, texts))
     same_page = is_same(page)
-    what = f"{same} of {N_TEXTS} texts have the same tokens"
-    if not same_page:
-        what += ", a page of text has not"
+    verb = "has" if same_page else "has not"
+    what = (f"{same} of {N_TEXTS} texts have the same tokens, a page of "
+            f"{len(tokenizer.encode(page)):,} {verb}")
     same_chat = True
     if exported.tokenizer.chat_template:
         messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
@@ -105,17 +109,19 @@ def compare_tokens(tokenizer: Tokenizer, exported: Exported, page: str) -> Resul
             messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True)
         expected, _ = render(messages, tokenizer, reply=True)
         same_chat = ids == expected
-        what += ", a conversation too" if same_chat else ", a conversation has not"
+        what += ", a conversation has" if same_chat else ", a conversation has not"
     return Result(same == N_TEXTS and same_page and same_chat, what)
 
 
-def compare_logits(model: Any, tokenizer: Tokenizer, exported: Exported, page: str) -> Result:
+def compare_logits(original: Original, exported: Exported, page: str) -> Result:
     """The logits of random tokens and of a page. Raises NonFinite.
 
     Rounding to the folder's dtype may route tokens to other experts, which changes logits a lot.
     Two comparisons avoid that: the model with its conversion in fp32, and the rounded conversion
     with the loaded model.
     """
+    model = original.model
+    tokenizer = original.tokenizer
     block_size = model.config.block_size
     generator = torch.Generator().manual_seed(0)
     shape = (4, min(block_size, 256))
@@ -154,17 +160,18 @@ def max_or_nan(largest: float, differences: torch.Tensor) -> float:
 # Text and evaluation
 
 
-def compare_generation(model: Any, tokenizer: Tokenizer, exported: Exported, page: str) -> Result:
+def compare_generation(original: Original, exported: Exported, page: str) -> Result:
     """Greedy text with both KV caches. Two tokens whose logits are as good as equal end it."""
+    model = original.rounded
     block_size = model.config.block_size
-    prompt = tokenizer.encode(page).tolist()[:min(PROMPT, block_size // 2)]
+    prompt = original.tokenizer.encode(page).tolist()[:min(PROMPT, block_size // 2)]
     n = min(NEW_TOKENS, block_size - len(prompt))
     decoder = Decoder(model, 1, block_size)
     ours = [tokens[0] for tokens in generate(decoder, [prompt], n, lambda x: x.argmax(dim=-1))]
     idx = torch.tensor([prompt])
     output = exported.model.generate(
         idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=False, top_k=None,
-        eos_token_id=-1, pad_token_id=tokenizer.eot)  # -1: do not stop
+        eos_token_id=-1, pad_token_id=original.tokenizer.eot)  # -1: do not stop
     theirs = output[0, len(prompt):].tolist()
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a == b:
@@ -177,9 +184,10 @@ def compare_generation(model: Any, tokenizer: Tokenizer, exported: Exported, pag
     return Result(True, f"{n} tokens of greedy text are the same")
 
 
-def compare_evaluation(model: Any, tokenizer: Tokenizer, exported: Exported, page: str) -> Result:
+def compare_evaluation(original: Original, exported: Exported, page: str) -> Result:
     """The result and log-likelihoods of a multiple-choice task in lm-evaluation-harness, by its own
     adapter and by this project's."""
+    model = original.rounded
     if model.config.block_size < LEAST_CONTEXT:
         return Result(True, "not compared under lm-evaluation-harness (its context is too short)")
     try:
@@ -194,7 +202,8 @@ def compare_evaluation(model: Any, tokenizer: Tokenizer, exported: Exported, pag
         items = make_items(page, model.config.block_size)
         lines = "".join(json.dumps(item) + "\n" for item in items)
         Path(folder, "hellaswag.jsonl").write_text(lines, encoding="utf-8")
-        for lm in (theirs, harness.adapter(model, tokenizer, processes, dtype="float32")):
+        ours = harness.adapter(model, original.tokenizer, processes, dtype="float32")
+        for lm in (theirs, ours):
             tasks = harness.load_tasks(manager, names, folder)
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 found = harness.run_tasks(lm, tasks, bootstrap=0)
@@ -213,16 +222,15 @@ def make_items(page: str, block_size: int) -> list[dict[str, Any]]:
     """N_ITEMS items for the harness's task hellaswag, from the short words of a page: a context and
     four endings, one of which follows it. An ending fits in the context length of any tokenizer."""
     words = [word for word in page.split() if len(word.encode()) < LONGEST_WORD]
-    n = min(block_size // LONGEST_WORD, 8)  # words of an ending
+    n = min(block_size // LONGEST_WORD, 5)  # words of an ending
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(len(words) - 40, (N_ITEMS, 4), generator=generator).tolist()
+    starts = torch.randint(len(words) - 20, (N_ITEMS, 4), generator=generator).tolist()
     items = []
     for i, (first, *others) in enumerate(starts):
-        endings = [" ".join(words[start:start + n]) for start in (first + 24, *others)]
+        context = " ".join(words[first:first + 12])
+        endings = [" ".join(words[start:start + n]) for start in (first + 12, *others)]
         label = i % 4
         endings[0], endings[label] = endings[label], endings[0]
-        items.append({
-            "ind": i, "activity_label": "Reading", "ctx_a": " ".join(words[first:first + 24]),
-            "ctx_b": "", "endings": endings, "label": str(label),
-        })
+        items.append({"ind": i, "activity_label": "Reading", "ctx_a": context, "ctx_b": "",
+                      "endings": endings, "label": str(label)})
     return items

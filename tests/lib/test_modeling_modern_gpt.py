@@ -40,18 +40,6 @@ def random_model(**toggles):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory):
-    """The folder to which transformers copies the code of the folders that it loads."""
-    from transformers import dynamic_module_utils
-
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-
-
 @pytest.fixture(scope="module", params=["speedrun", "learned", "experts"])
 def exported(request, tokenizer, tmp_path_factory):
     """(our model, its exported folder)."""
