@@ -178,12 +178,12 @@ FUSED = {"gelu": 1, "relu2": 1, "swiglu": 2}  # matrices in c_fc
 class MLP(nn.Module):
     def __init__(self, config, width):
         super().__init__()
-        self.act = ACTIVATIONS[config.mlp]
+        self.act = config.mlp
         self.c_fc = nn.Linear(config.n_embd, FUSED[config.mlp] * width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return self.c_proj(self.act(self.c_fc(x)))
+        return self.c_proj(ACTIVATIONS[self.act](self.c_fc(x)))
 
 
 class Block(GradientCheckpointingLayer):
@@ -328,7 +328,7 @@ class MoE(nn.Module):
         width = config.intermediate_size
         self.n_active = config.n_active
         self.softmax = config.router == "softmax"
-        self.act = ACTIVATIONS[config.mlp]
+        self.act = config.mlp
         self.router = nn.Linear(C, E, bias=False)
         self.c_fc = ExpertLinear(E, C, FUSED[config.mlp] * width)
         self.c_proj = ExpertLinear(E, width, C)
@@ -341,8 +341,8 @@ class MoE(nn.Module):
         y = torch.zeros_like(tokens)
         for expert in range(len(self.bias)):
             rows, picks = (picked == expert).nonzero(as_tuple=True)
-            out = self.c_proj(self.act(self.c_fc(tokens[rows], expert)), expert)
-            out = out * gates[rows, picks, None]
+            hidden = ACTIVATIONS[self.act](self.c_fc(tokens[rows], expert))
+            out = self.c_proj(hidden, expert) * gates[rows, picks, None]
             y = y.index_add(0, rows, out.type_as(y))
         y = y.view_as(x)
         if self.shared is not None:

@@ -1,5 +1,8 @@
 """export_hf.py, launched on a tiny checkpoint: python -m pytest tests/test_export_hf.py"""
 
+import builtins
+import errno
+import io
 import resource
 
 import pytest
@@ -217,6 +220,28 @@ def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
             export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("last", ["README.md", "modeling_modern_gpt.py", "tokenizer.json"])
+def test_a_disk_that_fills_up_with_a_later_file_leaves_nothing(last, tokenizer, tmp_path,
+                                                               monkeypatch):
+    path = tmp_path / "ckpt_00001.pt"
+    tiny_checkpoint(path, tokenizer, token_shift=True)
+    real_open = io.open
+
+    def full(file, *args, **kwargs):
+        mode = args[0] if args else "r"
+        is_last = str(file).endswith(last) or f"{last}." in str(file)  # a temporary name
+        if is_last and "r" not in mode:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return real_open(file, *args, **kwargs)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", full)
+    with pytest.raises(BadInput, match="No space left on device.*: free some disk space"):
+        export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "a" / "out")])
+    monkeypatch.undo()
     assert list(tmp_path.iterdir()) == [path]
 
 

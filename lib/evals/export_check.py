@@ -221,7 +221,7 @@ def compare_evaluation(original: Original, exported: Exported, page: str) -> Res
 def make_items(page: str, block_size: int) -> list[dict[str, Any]]:
     """N_ITEMS items for the harness's task hellaswag, from the short words of a page: a context and
     four endings, one of which follows it. An ending fits in the context length of any tokenizer."""
-    words = [word for word in page.split() if len(word.encode()) < LONGEST_WORD]
+    words = [word for word in page.split() if word.isalpha() and len(word.encode()) < LONGEST_WORD]
     n = min(block_size // LONGEST_WORD, 5)  # words of an ending
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(words) - 20, (N_ITEMS, 4), generator=generator).tolist()
