@@ -477,11 +477,13 @@ def move_folder(source: Path, folder: Path) -> None:
     mode = (source / "config.json").stat().st_mode
     for path in source.iterdir():
         path.chmod(mode)  # safetensors writes files that only their owner may read
-    if not os.path.lexists(folder) or (not folder.is_symlink() and not folder.is_mount()):
-        os.replace(source, folder)
+    if folder.is_symlink() or folder.is_mount():
+        for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+            shutil.move(path, folder / path.name)
         return
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
-        shutil.move(path, folder / path.name)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(source, folder)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, length: int,
@@ -527,7 +529,8 @@ def load(name: str | Path) -> tuple[Any, list[str]]:
     elif is_custom(name):
         cls = custom_module().ModernGPTForCausalLM
     try:
-        hf, report = cls.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        hf, report = cls.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
+                                         trust_remote_code=False)
     except Exception as error:  # anything that the hub and transformers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "load it once where the hub can be reached, or name a folder or a ckpt_<step>.pt"
