@@ -50,8 +50,8 @@ test: $(BIN)/.dev
 test-slow: $(BIN)/.dev
 	@$(BIN)/python -m pytest -m slow -n 2
 
-# Not part of .ci/run: the data step of make train, six times, on the oldest torch in range, in a
-# separate venv (5 GB).
+# Not part of .ci/run, in a separate venv (5 GB): the data step of make train, six times, on the
+# oldest torch in range; fine-tuning of exports by peft and trl.
 .PHONY: test-extra
 EXTRA = .venv-extra
 
@@ -61,6 +61,9 @@ test-extra:
 	@for run in 1 2 3 4 5 6; do rm -rf $(EXTRA)/docstrings; \
 	$(EXTRA)/bin/python fineweb.py --docstrings --tokenizer bpe:4096 --out $(EXTRA)/docstrings || exit 1; done
 	@echo '6 passed'
+	@$(EXTRA)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
+		peft==0.21.2 trl==1.16.0
+	@$(EXTRA)/bin/python -m pytest tests/lib/test_modeling_modern_gpt.py -k "lora or trl"
 
 lint: $(BIN)/.dev
 	@$(BIN)/python -m ruff check .

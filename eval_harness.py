@@ -43,7 +43,7 @@ from lib import checkpoint, files
 from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.devices import Processes
 from lib.evals import harness
-from lib.huggingface import cache_only_without_network
+from lib.huggingface import cache_only_without_network, register_custom
 from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
 
@@ -280,7 +280,9 @@ def load_hugging_face(name: str, cfg: Config, processes: Processes) -> Any:
     if processes.world_size > 1 and not on_cuda:
         raise BadInput("--model runs in one CPU process only, a limit of the harness's adapter: "
                        "start one")
-    if not os.path.isdir(name):
+    if os.path.isdir(name):
+        register_custom()
+    else:
         cache_only_without_network()
     batch_size = cfg.batch_size
     if batch_size == "auto" and not on_cuda:

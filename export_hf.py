@@ -1,11 +1,11 @@
-"""Export a checkpoint to a folder that stock transformers loads without custom code: weights,
-config.json, tokenizer.
+"""Export a checkpoint to a folder that transformers loads: weights, config.json, tokenizer, model
+card.
 
     python export_hf.py --checkpoint log/<run> --out exported
     python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
     python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bfloat16
 
-    model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # transformers' class
+    model = transformers.AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
     model = train_gpt2.GPT.from_pretrained("exported")                       # this project's
 
 The exported model computes the same. Its class depends on the flags used in training:
@@ -21,13 +21,13 @@ The exported model computes the same. Its class depends on the flags used in tra
                             and --qk_norm
     Qwen3MoeForCausalLM     as Glm4Moe with --router softmax --balance loss --qk_norm, without
                             --n_shared
-Embeddings may be tied or untied. With --pos rope, --emb_norm is supported, too: it is applied to
-the embedding table. Other combinations are rejected. transformers has no counterpart of
---token_shift, --value_residual, --residual_scalars and --softcap, which the presets speedrun and
-tiny use.
+    ModernGPTForCausalLM    any other flags, as in the presets speedrun and tiny
+Embeddings may be tied or untied. With --pos rope, --emb_norm is supported in all classes: it is
+applied to the embedding table. The last class is not part of transformers: its code is in the
+folder, modeling_modern_gpt.py, and only it needs trust_remote_code.
 
 An --out that ends in .pt is a checkpoint without optimizer, which every script of this project
-takes, with any flags used in training.
+takes.
 
 The folder of a chat model has its chat template: tokenizer.apply_chat_template(messages,
 add_generation_prompt=True). Add sanitize_control_tokens=True if users may type <|end|> and the
@@ -40,23 +40,21 @@ import lib.startup  # noqa: F401 (before torch)
 
 import contextlib
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lib import checkpoint, files, huggingface
-from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, path_flag, run
-from lib.decoding import NonFinite
-from lib.tokenizers import Tokenizer
+from lib.evals import harness
+from lib.evals.export_check import check_export
+from lib.model_card import model_card
 from train_gpt2 import GPT, load_checkpoint
-
-TOLERANCE = 1e-4  # of logits, as a share of the largest, or of 1 if all are smaller
-N_TEXTS = 200     # of random tokens, whose encodings are compared
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "folder to write, new or empty; or a new .pt file")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
     check: bool = flag(
-        False, "load the written folder and compare its logits and tokens with the checkpoint's")
+        False, "load the written folder and compare its tokens, logits, text and evaluation with "
+               "the checkpoint's")
 
 
 @contextlib.contextmanager
@@ -87,64 +86,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@torch.no_grad()
-def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: str,
-          chat_template: str | None = None) -> None:
-    """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if
-    logits or tokens differ."""
-    from transformers import AutoTokenizer
-
-    theirs, _ = huggingface.load(folder)
-    their_tokenizer = AutoTokenizer.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    shape = (4, min(model.config.block_size, 256))
-    idx = torch.randint(tokenizer.vocab_size, shape, generator=generator)
-    difference, largest = compare_logits(model, theirs, idx, getattr(torch, dtype))
-    random_ids = torch.randint(tokenizer.vocab_size, (N_TEXTS, 20), generator=generator)
-    texts = [tokenizer.decode(row.tolist()) for row in random_ids]
-    same = 0
-    for text in texts:
-        ids = their_tokenizer(text, split_special_tokens=True)["input_ids"]
-        same += ids == tokenizer.encode(text).tolist()
-    if chat_template:
-        messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts)]
-        ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  return_dict=False, sanitize_control_tokens=True)
-        expected, _ = render(messages, tokenizer, reply=True)
-        same -= ids != expected
-    rounding = ""
-    if dtype != "float32":
-        rounding = f", beyond what rounding to {dtype} changes"
-    result = (f"logits up to {largest:.2f} differ by {difference:.2e} at most{rounding}; "
-              f"{same} of {N_TEXTS} texts have the same tokens")
-    within = difference <= TOLERANCE * max(largest, 1)  # False for NaN
-    if not within or same < N_TEXTS:
-        raise BadInput(f"{folder} differs from the checkpoint ({result}): do not use it, and "
-                       "report this")
-    print(f"checked: {result}")
-
-
-def compare_logits(model: GPT, theirs: Any, idx: torch.Tensor,
-                   dtype: torch.dtype) -> tuple[float, float]:
-    """-> (largest difference between the logits of the model and the loaded model, largest logit).
-    Raises NonFinite.
-
-    Rounding to `dtype` may route tokens to other experts, which changes logits a lot. Two
-    comparisons avoid that: the model with its conversion in fp32, and the rounded conversion with
-    the loaded model.
-    """
-    logits = model(idx)
-    if not logits.isfinite().all():
-        raise NonFinite
-    converted = huggingface.convert(model)
-    of_conversion = logits - converted(idx).logits
-    for p in converted.parameters():
-        p.data = p.data.to(dtype).float()
-    of_writing = converted(idx).logits - theirs(idx).logits
-    difference = torch.stack((of_conversion, of_writing)).abs().max().item()
-    return difference, logits.abs().max().item()
-
-
 def write_weights(name: str, cfg: Config) -> None:
     """Write the model `name` to the file --out as a checkpoint without optimizer."""
     path = Path(cfg.out or "")
@@ -160,6 +101,22 @@ def write_weights(name: str, cfg: Config) -> None:
     print(f"{path}: {checkpoint.n_bytes(weights) / 1e9:.2f} GB, {cfg.dtype}, without optimizer")
 
 
+def evaluations(path: str, step: int | None) -> list[tuple[str, str, str]]:
+    """(task, metric, value) of what eval_harness.py wrote next to a checkpoint."""
+    rows = []
+    pattern = f"eval_{step or 0:05d}*.json"
+    for file in sorted(Path(path).parent.glob(pattern)):
+        data = files.read_json(file, "move it away")
+        if not isinstance(data, dict) or not isinstance(data.get("results"), dict):
+            raise BadInput(f"{file} has no results of eval_harness.py: move it away")
+        for task, key in harness.headlines(data).items():
+            metric = key.partition(",")[0]
+            limit = (data.get("config") or {}).get("limit")
+            items = f", first {limit} items" if limit else ""
+            rows.append((task, f"{metric}{items}", f"{data['results'][task][key]:.4f}"))
+    return rows
+
+
 def main(argv: list[str]) -> None:
     (cfg,), _ = parse((Config,), argv, __doc__)
     name = checkpoint.named(cfg)
@@ -168,14 +125,19 @@ def main(argv: list[str]) -> None:
     if cfg.out.endswith(".pt"):
         write_weights(name, cfg)
         return
+    name = checkpoint.pick(name)
     model, tokenizer, state = load_checkpoint(name)
-    tokenizer.require_text("an export, which includes the tokenizer,")
-    chat_template = state.get("chat_template")
+    card = model_card(model, tokenizer, state, name, evaluations(name, state.get("step")))
+    extras = huggingface.Extras(state.get("chat_template"), card)
+    dtype = getattr(torch, cfg.dtype)
     with quiet():
-        huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)
-        print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
+        huggingface.write(model, tokenizer, cfg.out, dtype, extras)
+        print(f"{cfg.out}: {huggingface.export_class(model.config)}, {cfg.dtype}")
         if cfg.check:
-            check(model, tokenizer, cfg.out, cfg.dtype, chat_template)
+            for line in check_export(model, tokenizer, cfg.out, dtype, GPT.from_pretrained):
+                print(f"checked: {line}")
+    out = Path(cfg.out)
+    print(f"upload it: hf upload {shlex.quote(out.resolve().name)} {shlex.quote(cfg.out)}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def main():
     with Processes("auto") as processes, tempfile.TemporaryDirectory() as folder:
         model, tokenizer, _ = load_checkpoint(args.checkpoint, processes.device)
         huggingface.write(model, tokenizer, folder)
+        huggingface.register_custom()
         rows = {"the harness's adapter, fp32": HFLM(
             pretrained=folder, device=str(processes.device), batch_size=args.batch_size,
             dtype="float32")}

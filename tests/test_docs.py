@@ -137,6 +137,12 @@ COMMANDS = {
     "python export_hf.py --checkpoint log/first --out exported": SLOW,
     "python export_hf.py --checkpoint log/first --out exported --check": SLOW,
     "python export_hf.py --checkpoint log/second --out second_exported": SLOW,
+    "python export_hf.py --checkpoint log/chat --out chat_exported": PARSED,
+    "python export_hf.py --checkpoint log/chat --out chat_exported --dtype bfloat16": PARSED,
+    "transformers serve chat_exported": NOT_OURS,
+    "transformers chat chat_exported http://localhost:8000": NOT_OURS,
+    "vllm serve chat_exported": NOT_OURS,
+    "vllm chat": NOT_OURS,
     # experiments
     "python ablate.py --price_per_hour 2 -- --preset speedrun --data mine --n_layer 8 "
     "--max_steps 280": PARSED,
@@ -146,7 +152,7 @@ COMMANDS = {
     "--data mine --n_layer 8 --max_steps 280": PARSED,
 }
 # pages with Python code, which other tests run
-PYTHON = {"data.md", "post-training-and-chat.md", "streams.md"}
+PYTHON = {"data.md", "export.md", "post-training-and-chat.md", "streams.md"}
 
 # flags of services in recipes.md, from the source of vastai 1.9.1 and of runpodctl (July 2026), and
 # from sbatch's manual

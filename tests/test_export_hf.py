@@ -1,5 +1,8 @@
 """export_hf.py, launched on a tiny checkpoint: python -m pytest tests/test_export_hf.py"""
 
+import builtins
+import errno
+import io
 import resource
 
 import pytest
@@ -13,6 +16,7 @@ import export_hf
 from lib import checkpoint, huggingface
 from lib.chat_template import JINJA, render
 from lib.cli import BadInput
+from lib.evals.export_check import check_export
 from lib.tokenizers import load_tokenizer
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, load_checkpoint
 
@@ -63,7 +67,7 @@ def test_help_names_every_class():
 
 
 @pytest.mark.parametrize("preset", ["speedrun", "tiny"])
-def test_presets_that_cannot_be_exported_can_be_with_flags_of_the_docs(preset):
+def test_presets_have_a_class_of_transformers_with_flags_of_the_docs(preset):
     flags = "--no-token_shift --no-value_residual --no-residual_scalars --softcap 0 --no-qk_norm"
     page = (ROOT / "docs" / "export.md").read_text().replace("\\\n", "")
     assert f"--preset tiny {flags} " in " ".join(page.split())
@@ -73,9 +77,8 @@ def test_presets_that_cannot_be_exported_can_be_with_flags_of_the_docs(preset):
         (_, c), _ = export_hf.parse(configs, ["--preset", preset, *flags], presets=PRESETS)
         return c
 
-    with pytest.raises(BadInput, match="cannot be exported"):
-        huggingface.find_family(config())
-    assert huggingface.find_family(config(*flags.split())) == "ArceeForCausalLM"
+    assert huggingface.export_class(config()) == huggingface.CUSTOM
+    assert huggingface.export_class(config(*flags.split())) == "ArceeForCausalLM"
 
 
 CHAT = [
@@ -86,18 +89,18 @@ CHAT = [
 ]
 
 
-@pytest.fixture(params=["trained", "gpt2"])
-def exported(request, tokenizer, tmp_path, capsys):
+@pytest.fixture(scope="module", params=["trained", "gpt2"])
+def exported(request, tokenizer, tmp_path_factory):
     """An exported chat model -> (its folder, the model, its tokenizer)."""
     if request.param == "gpt2":
         tokenizer = load_tokenizer("gpt2")
-    path = tmp_path / "ckpt_00001.pt"
+    place = tmp_path_factory.mktemp(request.param)
+    path = place / "ckpt_00001.pt"
     model = tiny_checkpoint(path, tokenizer, **MODERN | {"vocab_size": tokenizer.vocab_size + 4})
     state = torch.load(path, weights_only=True)
     checkpoint.write(path, state | {"chat_template": JINJA})
-    folder = tmp_path / "chat"
+    folder = place / "chat"
     export_hf.main(["--checkpoint", str(path), "--out", str(folder), "--check"])
-    assert "200 of 200 texts" in capsys.readouterr().out
     return folder, model, tokenizer
 
 
@@ -183,7 +186,7 @@ def test_a_folder_that_differs_is_detected(tokenizer, tmp_path, monkeypatch, cap
     assert (rounded - logits).abs().max() > 0.05 * logits.abs().max()
 
     def check():
-        export_hf.check(model, tokenizer, str(out), "bfloat16")
+        check_export(model, tokenizer, str(out), torch.bfloat16, GPT.from_pretrained)
 
     convert = huggingface.convert
 
@@ -220,25 +223,44 @@ def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("last", ["README.md", "modeling_modern_gpt.py", "tokenizer.json"])
+def test_a_disk_that_fills_up_with_a_later_file_leaves_nothing(last, tokenizer, tmp_path,
+                                                               monkeypatch):
+    path = tmp_path / "ckpt_00001.pt"
+    tiny_checkpoint(path, tokenizer, token_shift=True)
+    real_open = io.open
+
+    def full(file, *args, **kwargs):
+        mode = args[0] if args else "r"
+        is_last = str(file).endswith(last) or f"{last}." in str(file)  # a temporary name
+        if is_last and "r" not in mode:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return real_open(file, *args, **kwargs)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", full)
+    with pytest.raises(BadInput, match="No space left on device.*: free some disk space"):
+        export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "a" / "out")])
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_bad_input(tokenizer, tmp_path, launch):
-    capped = tmp_path / "ckpt_00001.pt"
-    tiny_checkpoint(capped, tokenizer, softcap=15.0)
-    fits = tmp_path / "fits.pt"
+    fits = tmp_path / "ckpt_00001.pt"
     tiny_checkpoint(fits, tokenizer)
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
     for flags, says in (
         ([], "name either --checkpoint"),
-        (["--checkpoint", capped], "name --out"),
-        (["--checkpoint", capped, "--out", tmp_path / "new"], "--softcap 15.0"),
+        (["--checkpoint", fits], "name --out"),
         (["--checkpoint", fits, "--out", full], "not an empty folder"),
         (["--checkpoint", fits, "--out", full / "mine.txt" / "x"], "cannot write"),
     ):
         with pytest.raises(BadInput, match=says):
             export_hf.main(list(map(str, flags)))
-    result = launch("export_hf.py", "--checkpoint", capped, "--out", "new")
+    result = launch("export_hf.py", "--checkpoint", fits, "--out", "full")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "cannot be exported" in result.stderr
-    assert not (tmp_path / "new").exists()
+    assert "full exists and is not an empty folder" in result.stderr
+    assert [path.name for path in full.iterdir()] == ["mine.txt"]
