@@ -127,6 +127,17 @@ COMMANDS = {
     "python export_hf.py --checkpoint log/first --out exported": SLOW,
     "python export_hf.py --checkpoint log/first --out exported --check": SLOW,
     "python export_hf.py --checkpoint log/second --out second_exported": SLOW,
+    "python export_gguf.py --checkpoint log/chat --out chat.gguf":
+        "--checkpoint log/first",
+    "ollama create chat -f chat.Modelfile": NOT_OURS,
+    "ollama run chat": NOT_OURS,
+    "python export_gguf.py --checkpoint log/chat --out lmstudio.gguf":
+        "--checkpoint log/first --dtype q8_0",
+    "lms import lmstudio.gguf": NOT_OURS,
+    "lms chat": NOT_OURS,
+    "python train_gpt2.py --preset tiny --mlp swiglu --no-token_shift --no-value_residual "
+    "--no-residual_scalars --softcap 0 --run_name third":
+        f"{TINY} --preset tiny --data edu_fineweb10B",
     # experiments
     "python ablate.py --price_per_hour 2 -- --preset speedrun --data mine --n_layer 8 "
     "--max_steps 280": PARSED,
