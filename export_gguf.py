@@ -29,9 +29,9 @@ import lib.startup  # noqa: F401 (before torch)
 
 # isort: split
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lib import checkpoint, llamacpp
 from lib.cli import BadInput, flag, parse, path_flag, run
@@ -41,7 +41,8 @@ from train_gpt2 import load_checkpoint
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "new .gguf file")
-    dtype: Literal["f32", "f16", "q8_0"] = flag("f16", "type of the matrices; q8_0: 8 bits")
+    dtype: str = flag(
+        "f16", "type of the matrices; q8_0: 8 bits", choices=lambda: llamacpp.FILE_TYPES)
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +59,9 @@ def main(argv: list[str]) -> None:
     architecture = llamacpp.find_architecture(model.config).name
     size = Path(cfg.out).stat().st_size
     print(f"{cfg.out}: {architecture}, {cfg.dtype}, {size / 1e9:.2f} GB")
-    print(f"for Ollama: ollama create {modelfile.stem} -f {modelfile}")
+    model_name = shlex.quote(modelfile.stem)
+    print(f"for Ollama: ollama create {model_name} -f {shlex.quote(str(modelfile))}")
+    print(f"upload it: hf upload {model_name} {shlex.quote(cfg.out)}")
 
 
 if __name__ == "__main__":

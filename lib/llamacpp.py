@@ -23,7 +23,7 @@ from lib.tokenizers import END, SPLIT, Tokenizer
 
 EPS = 1e-5             # of our norms
 LARGEST_HALF = 65_504  # the largest number in fp16
-DTYPES = ("f32", "f16", "q8_0")
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # dtype: gguf's name
 # fields of GPTConfig that may have any value in every architecture
 FREE = {
     "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias",
@@ -130,7 +130,7 @@ def unsupported(config: Any, architecture: Architecture) -> dict[str, Any]:
 
 def find_architecture(config: Any) -> Architecture:
     """GPTConfig -> the first architecture that computes it. Raises BadInput if none does, naming
-    the flags of the nearest model that one computes."""
+    what the nearest one lacks and the flags to train with instead."""
     candidates = [(unsupported(config, each), each) for each in ARCHITECTURES]
     changes, architecture = min(candidates, key=lambda candidate: distance(candidate[0]))
     if changes:
@@ -143,7 +143,7 @@ def find_architecture(config: Any) -> Architecture:
 
 
 def distance(changes: dict[str, Any]) -> tuple:
-    """Sorts by the number of changes; among equals, keeps experts and gives up biases."""
+    """A key to sort by: the number of changes; among equals, keep experts and give up biases."""
     return len(changes), "n_experts" in changes, "bias" not in changes
 
 
@@ -308,9 +308,9 @@ def write(model: Any, tokenizer: Tokenizer, path: str | Path, dtype: str,
     """Write a GPT and its Tokenizer to a GGUF file, and beside it <name>.Modelfile for Ollama,
     whose path is returned. Both files appear, or none.
 
-    dtype: of DTYPES. chat_template: of a chat model, whose turns end in the reserved <|end|>.
-    Raises BadInput if llama.cpp cannot compute the model or split the text, if a file exists, or
-    if it cannot be written.
+    dtype: a key of FILE_TYPES. chat_template: of a chat model, whose turns end in the reserved
+    <|end|>. Raises BadInput if llama.cpp cannot compute the model or split the text, if a file
+    exists, or if it cannot be written.
     """
     path = Path(path)
     modelfile = path.with_suffix(".Modelfile")
@@ -357,8 +357,7 @@ def prepare(model: Any, tokenizer: Tokenizer, name: str, dtype: str,
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type("model")
     writer.add_name(name)
-    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, model, architecture)
     add_tokenizer(writer, tokenizer, model.config.vocab_size, chat_template)
@@ -400,7 +399,7 @@ def add_shape(writer: Any, model: Any, architecture: Architecture) -> None:
 
 
 def add_router(writer: Any, c: Any) -> None:
-    """Write the settings that other mixtures than GLM's do not have."""
+    """Write the settings of GLM's router, which other mixtures do not have."""
     writer.add_expert_shared_count(c.n_shared or 1)  # see add_empty_shared_experts
     writer.add_expert_weights_norm(True)
     writer.add_expert_weights_scale(1.0)

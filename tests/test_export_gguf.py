@@ -367,6 +367,7 @@ def test_the_script_says_what_it_wrote(tokenizer, tmp_path, launch):
     result = launch("export_gguf.py", "--checkpoint", ".", "--out", "new/chat.gguf")
     assert (result.returncode, result.stderr) == (0, ".: ckpt_00001.pt, the newest\n")
     assert result.stdout == ("new/chat.gguf: gpt2, f16, 0.00 GB\n"
-                             "for Ollama: ollama create chat -f new/chat.Modelfile\n")
+                             "for Ollama: ollama create chat -f new/chat.Modelfile\n"
+                             "upload it: hf upload chat new/chat.gguf\n")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "chat.Modelfile", "chat.gguf"]
