@@ -131,9 +131,7 @@ COMMANDS = {
         "--checkpoint log/first",
     "ollama create chat -f chat.Modelfile": NOT_OURS,
     "ollama run chat": NOT_OURS,
-    "python export_gguf.py --checkpoint log/chat --out lmstudio.gguf":
-        "--checkpoint log/first --dtype q8_0",
-    "lms import lmstudio.gguf": NOT_OURS,
+    "lms import chat.gguf --copy --user-repo me/chat": NOT_OURS,
     "lms chat": NOT_OURS,
     "python train_gpt2.py --preset tiny --mlp swiglu --no-token_shift --no-value_residual "
     "--no-residual_scalars --softcap 0 --run_name third":
