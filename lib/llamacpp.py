@@ -425,7 +425,8 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int, chat_template: s
     writer.add_eot_token_id(end)
     writer.add_add_bos_token(False)
     if chat_template:
-        writer.add_chat_template(chat_template)
+        # In the usual spelling, llama.cpp without --jinja takes it for Phi-3's, which has newlines.
+        writer.add_chat_template(chat_template.replace("<|assistant|>", "<|' + 'assistant|>"))
 
 
 # the chat template in Go's template language
