@@ -149,7 +149,7 @@ PYTHON = {"data.md", "post-training-and-chat.md", "streams.md"}
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",
-          "--logdir"}
+          "--logdir", "--jinja"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
