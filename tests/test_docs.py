@@ -143,6 +143,15 @@ COMMANDS = {
     "transformers chat chat_exported http://localhost:8000": NOT_OURS,
     "vllm serve chat_exported": NOT_OURS,
     "vllm chat": NOT_OURS,
+    "python export_gguf.py --checkpoint log/chat --out chat.gguf":
+        "--checkpoint log/first",
+    "ollama create chat -f chat.Modelfile": NOT_OURS,
+    "ollama run chat": NOT_OURS,
+    "lms import chat.gguf --copy --user-repo me/chat": NOT_OURS,
+    "lms chat": NOT_OURS,
+    "python train_gpt2.py --preset tiny --mlp swiglu --no-token_shift --no-value_residual "
+    "--no-residual_scalars --softcap 0 --run_name third":
+        f"{TINY} --preset tiny --data edu_fineweb10B",
     # experiments
     "python ablate.py --price_per_hour 2 -- --preset speedrun --data mine --n_layer 8 "
     "--max_steps 280": PARSED,
@@ -167,7 +176,7 @@ SERVICES = {
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",
-          "--logdir"}
+          "--logdir", "--jinja"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
