@@ -2,8 +2,8 @@
 config.json, tokenizer.
 
     python export_hf.py --checkpoint log/<run> --out exported
-    python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
-    python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bfloat16
+    python export_hf.py --checkpoint PATH --out exported --dtype bf16 --check
+    python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bf16
 
     model = transformers.AutoModelForCausalLM.from_pretrained("exported")    # transformers' class
     model = train_gpt2.GPT.from_pretrained("exported")                       # this project's
@@ -44,7 +44,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -52,6 +52,7 @@ from lib import checkpoint, files, huggingface
 from lib.chat_template import ROLES, render
 from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import NonFinite
+from lib.devices import DTYPES, TORCH_NAMES, dtype_name
 from lib.tokenizers import Tokenizer
 from train_gpt2 import GPT, load_checkpoint
 
@@ -62,7 +63,7 @@ N_TEXTS = 200     # of random tokens, whose encodings are compared
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "folder to write, new or empty; or a new .pt file")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
+    dtype: str = flag("fp32", "dtype of the weights", choices=lambda: DTYPES, aliases=TORCH_NAMES)
     check: bool = flag(
         False, "load the written folder and compare its logits and tokens with the checkpoint's")
 
@@ -88,7 +89,7 @@ def quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: str,
+def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: torch.dtype,
           chat_template: str | None = None) -> None:
     """Load the folder with transformers and compare it with the checkpoint. Raises BadInput if
     logits or tokens differ."""
@@ -99,7 +100,7 @@ def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: str,
     generator = torch.Generator().manual_seed(0)
     shape = (4, min(model.config.block_size, 256))
     idx = torch.randint(tokenizer.vocab_size, shape, generator=generator)
-    difference, largest = compare_logits(model, theirs, idx, getattr(torch, dtype))
+    difference, largest = compare_logits(model, theirs, idx, dtype)
     random_ids = torch.randint(tokenizer.vocab_size, (N_TEXTS, 20), generator=generator)
     texts = [tokenizer.decode(row.tolist()) for row in random_ids]
     same = 0
@@ -113,8 +114,8 @@ def check(model: GPT, tokenizer: Tokenizer, folder: str, dtype: str,
         expected, _ = render(messages, tokenizer, reply=True)
         same -= ids != expected
     rounding = ""
-    if dtype != "float32":
-        rounding = f", beyond what rounding to {dtype} changes"
+    if dtype != torch.float32:
+        rounding = f", beyond what rounding to {dtype_name(dtype)} changes"
     result = (f"logits up to {largest:.2f} differ by {difference:.2e} at most{rounding}; "
               f"{same} of {N_TEXTS} texts have the same tokens")
     within = difference <= TOLERANCE * max(largest, 1)  # False for NaN
@@ -154,10 +155,11 @@ def write_weights(name: str, cfg: Config) -> None:
         raise BadInput(f"{path} exists: name another --out")
     model, _, state = load_checkpoint(name)
     files.make_folder(path.parent, "name another --out")
-    weights = checkpoint.weights_of({**state, "model": model.state_dict()},
-                                    getattr(torch, cfg.dtype))
+    dtype = DTYPES[cfg.dtype]
+    weights = checkpoint.weights_of({**state, "model": model.state_dict()}, dtype)
     checkpoint.write(path, weights)
-    print(f"{path}: {checkpoint.n_bytes(weights) / 1e9:.2f} GB, {cfg.dtype}, without optimizer")
+    gigabytes = checkpoint.n_bytes(weights) / 1e9
+    print(f"{path}: {gigabytes:.2f} GB, {dtype_name(dtype)}, without optimizer")
 
 
 def main(argv: list[str]) -> None:
@@ -171,11 +173,12 @@ def main(argv: list[str]) -> None:
     model, tokenizer, state = load_checkpoint(name)
     tokenizer.require_text("an export, which includes the tokenizer,")
     chat_template = state.get("chat_template")
+    dtype = DTYPES[cfg.dtype]
     with quiet():
-        huggingface.write(model, tokenizer, cfg.out, getattr(torch, cfg.dtype), chat_template)
-        print(f"{cfg.out}: {huggingface.find_family(model.config)}, {cfg.dtype}")
+        huggingface.write(model, tokenizer, cfg.out, dtype, chat_template)
+        print(f"{cfg.out}: {huggingface.find_family(model.config)}, {dtype_name(dtype)}")
         if cfg.check:
-            check(model, tokenizer, cfg.out, cfg.dtype, chat_template)
+            check(model, tokenizer, cfg.out, dtype, chat_template)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ MFU_COMPILED = 0.40
 SECONDS = 25  # to compile without a cache, including imports
 
 
-def worth_compiling(flops: float, device: torch.device) -> bool:
+def worth_compiling(flops: float, device: torch.device, dtype: str = "auto") -> bool:
     """Whether compiling saves more time in a run of `flops` FLOPs on one device than it takes.
 
-    Only on CUDA; True if the device's speed is unknown.
+    dtype: a choice of --dtype. Only on CUDA; True if the device's speed is unknown.
     """
     if device.type != "cuda":
         return False
-    peak = peak_flops(device)
+    peak = peak_flops(device, dtype)
     if peak is None:
         return True
     saved = flops / peak * (1 / MFU_EAGER - 1 / MFU_COMPILED)
@@ -116,7 +116,7 @@ def _holds_kernels(cache: str | None) -> bool:
 
 
 def _pass(model, batch: tuple, evaluating: bool) -> None:
-    with autocast(batch[0].device):
+    with autocast(model):
         model(*batch).backward()
         model.zero_grad(set_to_none=True)
         if evaluating:

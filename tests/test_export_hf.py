@@ -183,7 +183,7 @@ def test_a_folder_that_differs_is_detected(tokenizer, tmp_path, monkeypatch, cap
     assert (rounded - logits).abs().max() > 0.05 * logits.abs().max()
 
     def check():
-        export_hf.check(model, tokenizer, str(out), "bfloat16")
+        export_hf.check(model, tokenizer, str(out), torch.bfloat16)
 
     convert = huggingface.convert
 
