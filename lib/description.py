@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lib import kernels
 from lib.budget import half_steps, tokens_of
 from lib.devices import Processes, compute_dtype, dtype_name, dtype_of
 from lib.streams import CorpusLike
@@ -28,7 +29,9 @@ def describe(cfg: Any, plan: Any, model: Any, corpus: CorpusLike, processes: Pro
     if not cfg.minutes:  # else printed once the length is fixed
         lines += warnings(cfg, corpus, plan.steps)
     lines.append(_batch_line(cfg, plan, processes))
-    lines.append(_device_line(processes.device, dtype_of(model)))
+    dtype = dtype_of(model)
+    lines.append(_device_line(processes.device, dtype))
+    lines += kernels.notes(processes.device, dtype, bool(model.config.n_experts))
     lines += days(cfg, plan.steps, model, processes, first)
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from lib import kernels
 from lib.cli import BadInput, RankError, flag, launched
 
 DONE = b"done"
@@ -104,8 +105,10 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager:
 def any_shape() -> AbstractContextManager:
     """Context for attention whose shapes vary between calls: disables cuDNN, which takes tens of
     milliseconds to prepare for each new shape."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                        SDPBackend.MATH])
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if not kernels.without("flash"):
+        backends.append(SDPBackend.FLASH_ATTENTION)
+    return sdpa_kernel(backends)
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:
@@ -235,6 +238,7 @@ class Processes:
         if self.deterministic:  # before the group exists: NCCL chooses its algorithms then
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
             torch.use_deterministic_algorithms(True)
+        kernels.choose_attention()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
