@@ -71,9 +71,9 @@ def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
 
 def choose_attention() -> None:
     """Apply the switch "flash" to all attention of this process."""
-    on = not without("flash")
-    torch.backends.cuda.enable_flash_sdp(on)
-    torch.backends.cuda.enable_cudnn_sdp(on)  # needs the same GPUs
+    if without("flash"):
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # needs the same GPUs
 
 
 def notes(device: torch.device, dtype: torch.dtype, has_experts: bool) -> list[str]:

@@ -19,9 +19,12 @@ EXPERTS = ["--n_experts", 4, "--n_active", 2, "--max_steps", 6]
 @pytest.fixture
 def without(monkeypatch):
     """without("flash") switches this kernel off."""
+    backends = torch.backends.cuda
+    flash = backends.flash_sdp_enabled()
+    cudnn = backends.cudnn_sdp_enabled()
     yield lambda name: monkeypatch.setenv(kernels.SWITCH, name)
-    monkeypatch.undo()
-    kernels.choose_attention()
+    backends.enable_flash_sdp(flash)
+    backends.enable_cudnn_sdp(cudnn)
 
 
 def pretend(monkeypatch, capability):
