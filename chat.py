@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import torch
 
-from lib import chat_template, checkpoint
+from lib import chat_template, checkpoint, compiler
 from lib.cli import BadInput, check, flag, parse, run
 from lib.decoding import Decoder, NonFinite, SampleConfig, Text, draw, generate
 from lib.devices import autocast, dtype_flag, pick_device
@@ -395,7 +395,7 @@ def main(argv: list[str]) -> None:
         say(f"{name} has not learned to chat: it continues your text; post-train it with "
             "posttrain.py")
     kind = Chat if can_chat else Completion
-    compiled = cfg.compile and device.type == "cuda"
+    compiled = cfg.compile and compiler.can_decode(device)
     chat = kind(model, tokenizer, sampling, cfg.system, graphs=cfg.graphs, compile=compiled)
     if cfg.prompt is None:
         talk(chat)

@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from lib import checkpoint, files
+from lib import checkpoint, compiler, files
 from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import SampleConfig, sample
 from lib.devices import dtype_flag, pick_device
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
         extend(model, context)
         check_lengths(prompts, tokenizer, model.config.block_size, cfg.strict,
                       sampling.max_new_tokens)
-        compiled = cfg.compile and device.type == "cuda"
+        compiled = cfg.compile and compiler.can_decode(device)
         texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs,
                        compile=compiled)
     except (RuntimeError, MemoryError) as error:

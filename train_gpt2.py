@@ -1160,7 +1160,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
         kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
         processes.barrier()
         raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from "
-                       "before: lower --max_lr or lengthen --warmup_steps, and --resume it")
+                       f"before: lower --max_lr or lengthen --warmup_steps{precision.remedy}, "
+                       "and --resume it")
 
     is_spike = SpikeDetector(cfg.spike)
     monitor = RecompileMonitor(say)

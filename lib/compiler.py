@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lib.checkpoint import is_memory
+from lib.cli import note
 from lib.devices import autocast, peak_flops
 from lib.kernels import compiler_problem
 
@@ -43,6 +44,16 @@ def worth_compiling(flops: float, device: torch.device, dtype: str = "auto") -> 
         return True
     saved = flops / peak * (1 / MFU_EAGER - 1 / MFU_COMPILED)
     return saved > SECONDS
+
+
+def can_decode(device: torch.device) -> bool:
+    """Whether to compile decoding, if --compile asks for it: on CUDA. Notes a missing compiler."""
+    if device.type != "cuda":
+        return False
+    problem = compiler_problem(device)
+    if problem:
+        note(f"warning: generating without torch.compile, slower: {problem}")
+    return problem is None
 
 
 def off() -> AbstractContextManager:

@@ -34,6 +34,8 @@ class Precision:
         state = state or {}
         self.model = model
         self.scaled = dtype_of(model) == torch.float16
+        if self.scaled:  # sums of products would overflow
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.scale = state.get("scale", START) if self.scaled else 1.0
         self.good_steps = state.get("good_steps", 0)  # since the scale was last changed
         self.adjustments = state.get("adjustments", 0)  # skipped steps so far that halved the scale
@@ -67,6 +69,11 @@ class Precision:
         self.scale /= 2
         self.adjustments += 1
         return True
+
+    @property
+    def remedy(self) -> str:
+        """What else to try after non-finite steps, as part of a sentence."""
+        return " or give --dtype fp32" if self.scaled else ""
 
     def scalars(self) -> dict[str, float]:
         """What TensorBoard shows."""

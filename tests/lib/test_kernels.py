@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import read_log, tiny
 from runs import train
 
-from lib import attention, kernels, moe
+from lib import attention, compiler, kernels, moe
 from lib.devices import Processes
 from train_gpt2 import GPT
 
@@ -70,6 +70,17 @@ def test_triton_may_be_missing_or_the_gpu_too_old_for_it(compilers, monkeypatch)
     assert "7.0" in kernels.compiler_problem(GPU)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in kernels.compiler_problem(GPU)
+
+
+def test_decoding_is_compiled_on_a_gpu_with_a_compiler(compilers, monkeypatch, capsys):
+    pretend(monkeypatch, capability=(9, 0))
+    compilers("gcc")
+    assert compiler.can_decode(GPU)
+    assert not compiler.can_decode(torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    compilers()
+    assert not compiler.can_decode(GPU)
+    assert capsys.readouterr().err.count("slower") == 1
 
 
 def test_the_switch_is_for_one_name_of_several(without):
