@@ -88,10 +88,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of a model's weights; the CPU if it has none."""
+    weight = next(model.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
 def dtype_of(model: torch.nn.Module) -> torch.dtype:
     """The dtype of a model's matmuls. Its attribute `autocast_dtype` is a choice of --dtype."""
-    device = next(model.parameters()).device
-    return compute_dtype(device, getattr(model, "autocast_dtype", "auto"))
+    return compute_dtype(device_of(model), getattr(model, "autocast_dtype", "auto"))
 
 
 def autocast(model: torch.nn.Module) -> AbstractContextManager:
@@ -99,7 +104,7 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager:
     dtype = dtype_of(model)
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+    return torch.autocast(device_of(model).type, dtype=dtype)
 
 
 def any_shape() -> AbstractContextManager:

@@ -19,7 +19,7 @@ LEAST = 1.0
 class Precision:
     """The precision of a training run: `model`'s, see lib/devices.py's `dtype_of`.
 
-    fp16 has no numbers below 6e-8, which many gradients are. So the loss is multiplied by a scale
+    The smallest fp16 number is 6e-8, above many gradients. So the loss is multiplied by a scale
     before the backward pass, and the gradients are divided by it (Micikevicius et al. 2018,
     https://arxiv.org/abs/1710.03740, section 3.2). A step whose gradients overflow is skipped and
     halves the scale. In bf16 and fp32 the scale is always 1.
@@ -83,7 +83,11 @@ class Precision:
 
     def state_dict(self) -> dict[str, dict]:
         """Entries of a checkpoint, none if the loss was never scaled."""
-        if not self.scaled and not self.adjustments:
+        if self.scaled:
+            state = {"scale": self.scale, "good_steps": self.good_steps,
+                     "adjustments": self.adjustments}
+        elif self.adjustments:  # continued in another dtype
+            state = {"adjustments": self.adjustments}
+        else:
             return {}
-        return {"loss_scale": {"scale": self.scale, "good_steps": self.good_steps,
-                               "adjustments": self.adjustments}}
+        return {"loss_scale": state}
