@@ -1295,7 +1295,8 @@ def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor, processes: 
     """Forward and backward over the micro-batches of a step -> this process's share of the loss:
     the sum over its targets, divided by the number of targets on all processes.
 
-    Gradients are multiplied by the scale of `precision`."""
+    Gradients are multiplied by the scale of `precision`.
+    """
     factor = processes.world_size * precision.scale  # DDP takes the mean over processes
     loss_sum = torch.zeros((), device=processes.device)
     for i, (idx, targets, *packing) in enumerate(batch):
