@@ -29,10 +29,10 @@ from typing import Any, Literal
 
 import torch
 
-from lib import chat_template, checkpoint
+from lib import chat_template, checkpoint, compiler
 from lib.cli import BadInput, check, flag, parse, run
 from lib.decoding import Decoder, NonFinite, SampleConfig, Text, draw, generate
-from lib.devices import autocast, pick_device
+from lib.devices import autocast, dtype_flag, pick_device
 from lib.openai_api import Api
 from lib.rope import ContextConfig, extend
 from lib.server import Server, is_loopback
@@ -59,6 +59,7 @@ class Config(checkpoint.ModelConfig):
         False, "on cuda, in the terminal, compile the decoding step: starts slowly, pays off for "
                "many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    dtype: str = dtype_flag()
 
 
 @dataclass
@@ -79,10 +80,11 @@ class ChatSampling(SampleConfig):
     max_new_tokens: int = flag(1024, "tokens per reply", at_least=1, at_most=1_000_000)
 
 
-def load_chat(path: str, device: str | torch.device) -> tuple[GPT, Tokenizer, bool]:
+def load_chat(path: str, device: str | torch.device,
+              dtype: str = "auto") -> tuple[GPT, Tokenizer, bool]:
     """-> (model, tokenizer, whether it can chat). Raises BadInput if the model was trained with
     another chat template."""
-    model, tokenizer, state = load_checkpoint(path, device)
+    model, tokenizer, state = load_checkpoint(path, device, dtype)
     tokenizer.require_text("chat")
     if "chat_template" not in state:
         return model, tokenizer, False
@@ -116,7 +118,7 @@ class Chat:
         self.device = next(model.parameters()).device
         self.window = model.config.block_size
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
-        with autocast(self.device):
+        with autocast(model):
             self.decoder = Decoder(model, 1, self.window, **options)
         self.reset()
 
@@ -167,7 +169,7 @@ class Chat:
         sampling = self.sampling
         choose = partial(draw, temperature=sampling.temperature, top_k=sampling.top_k,
                          top_p=sampling.top_p, generator=self.generator)
-        with autocast(self.device):
+        with autocast(self.decoder.model):
             for (token,) in generate(self.decoder, [ids], limit, choose):
                 if token == -1:
                     raise NonFinite
@@ -379,7 +381,7 @@ def main(argv: list[str]) -> None:
     device = pick_device(cfg.device)
 
     def load():
-        model, tokenizer, can_chat = load_chat(name, device)
+        model, tokenizer, can_chat = load_chat(name, device, cfg.dtype)
         return extend(model, context), tokenizer, can_chat
 
     if cfg.serve:
@@ -393,7 +395,7 @@ def main(argv: list[str]) -> None:
         say(f"{name} has not learned to chat: it continues your text; post-train it with "
             "posttrain.py")
     kind = Chat if can_chat else Completion
-    compiled = cfg.compile and device.type == "cuda"
+    compiled = cfg.compile and compiler.can_decode(device)
     chat = kind(model, tokenizer, sampling, cfg.system, graphs=cfg.graphs, compile=compiled)
     if cfg.prompt is None:
         talk(chat)

@@ -41,7 +41,7 @@ import torch
 
 from lib import checkpoint, files
 from lib.cli import BadInput, flag, parse, path_flag, run
-from lib.devices import Processes
+from lib.devices import DTYPES, Processes, dtype_flag
 from lib.evals import harness
 from lib.huggingface import cache_only_without_network, register_custom
 from lib.rope import ContextConfig, extend
@@ -69,8 +69,7 @@ class Config(checkpoint.ModelConfig):
     batch_size: int | Literal["auto"] = flag(
         "auto", f"sequences per forward pass; auto: {harness.BATCH_TOKENS} tokens per pass, "
                 f"{harness.SEQUENCES} sequences when generating", at_least=1, at_most=65536)
-    dtype: Literal["auto", "float32"] = flag(
-        "auto", "matmul precision; auto: bfloat16 where the GPU has it, and the dtype of a --model")
+    dtype: str = dtype_flag(", and a --model's own dtype")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
     # output
     output: str | None = path_flag(
@@ -289,7 +288,7 @@ def load_hugging_face(name: str, cfg: Config, processes: Processes) -> Any:
         batch_size = 8  # the harness would try 64 sequences first, slow and large on a CPU
     try:
         lm = HFLM(pretrained=name, device=str(processes.device), batch_size=batch_size,
-                  dtype=cfg.dtype)
+                  dtype=DTYPES.get(cfg.dtype, "auto"))
         if not lm.tok_encode("text"):  # transformers accepts a folder without a tokenizer
             raise ValueError("it has no tokenizer.")
     except Exception as error:  # anything that the hub and transformers raise
@@ -367,11 +366,11 @@ def main(argv: list[str]) -> None:
         with processes.main_first():  # rank 0 downloads, the others find the files
             step = 0
             if cfg.checkpoint:
-                model, tokenizer, state = load_checkpoint(cfg.checkpoint)
+                model, tokenizer, state = load_checkpoint(cfg.checkpoint, dtype=cfg.dtype)
                 extend(model, context)
                 step = state.get("step", 0)
                 lm = harness.adapter(model.to(processes.device), tokenizer, processes,
-                                     cfg.batch_size, cfg.dtype, progress=processes.main)
+                                     cfg.batch_size, progress=processes.main)
             tasks = harness.load_tasks(manager, names, cfg.data_dir)
             if cfg.model:
                 lm = load_hugging_face(cfg.model, cfg, processes)

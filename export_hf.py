@@ -2,8 +2,8 @@
 card.
 
     python export_hf.py --checkpoint log/<run> --out exported
-    python export_hf.py --checkpoint PATH --out exported --dtype bfloat16 --check
-    python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bfloat16
+    python export_hf.py --checkpoint PATH --out exported --dtype bf16 --check
+    python export_hf.py --checkpoint PATH --out weights_05000.pt --dtype bf16
 
     model = transformers.AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
     model = train_gpt2.GPT.from_pretrained("exported")                       # this project's
@@ -45,12 +45,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from lib import checkpoint, files, huggingface
 from lib.cli import BadInput, flag, parse, path_flag, run
+from lib.devices import DTYPES, TORCH_NAMES, dtype_name
 from lib.evals import harness
 from lib.evals.export_check import check_export
 from lib.model_card import model_card
@@ -60,7 +58,7 @@ from train_gpt2 import GPT, load_checkpoint
 @dataclass(frozen=True)
 class Config(checkpoint.ModelConfig):
     out: str | None = path_flag(None, "folder to write, new or empty; or a new .pt file")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
+    dtype: str = flag("fp32", "dtype of the weights", choices=lambda: DTYPES, aliases=TORCH_NAMES)
     check: bool = flag(
         False, "load the written folder and compare its tokens, logits, text and evaluation with "
                "the checkpoint's")
@@ -95,10 +93,11 @@ def write_weights(name: str, cfg: Config) -> None:
         raise BadInput(f"{path} exists: name another --out")
     model, _, state = load_checkpoint(name)
     files.make_folder(path.parent, "name another --out")
-    weights = checkpoint.weights_of({**state, "model": model.state_dict()},
-                                    getattr(torch, cfg.dtype))
+    dtype = DTYPES[cfg.dtype]
+    weights = checkpoint.weights_of({**state, "model": model.state_dict()}, dtype)
     checkpoint.write(path, weights)
-    print(f"{path}: {checkpoint.n_bytes(weights) / 1e9:.2f} GB, {cfg.dtype}, without optimizer")
+    gigabytes = checkpoint.n_bytes(weights) / 1e9
+    print(f"{path}: {gigabytes:.2f} GB, {dtype_name(dtype)}, without optimizer")
 
 
 def evaluations(path: str, step: int | None) -> list[tuple[str, str, str]]:
@@ -129,10 +128,10 @@ def main(argv: list[str]) -> None:
     model, tokenizer, state = load_checkpoint(name)
     card = model_card(model, tokenizer, state, name, evaluations(name, state.get("step")))
     extras = huggingface.Extras(state.get("chat_template"), card)
-    dtype = getattr(torch, cfg.dtype)
+    dtype = DTYPES[cfg.dtype]
     with quiet():
         huggingface.write(model, tokenizer, cfg.out, dtype, extras)
-        print(f"{cfg.out}: {huggingface.export_class(model.config)}, {cfg.dtype}")
+        print(f"{cfg.out}: {huggingface.export_class(model.config)}, {dtype_name(dtype)}")
         if cfg.check:
             for line in check_export(model, tokenizer, cfg.out, dtype, GPT.from_pretrained):
                 print(f"checked: {line}")

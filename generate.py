@@ -21,10 +21,10 @@ from typing import Literal
 
 import torch
 
-from lib import checkpoint, files
+from lib import checkpoint, compiler, files
 from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.decoding import SampleConfig, sample
-from lib.devices import pick_device
+from lib.devices import dtype_flag, pick_device
 from lib.rope import ContextConfig, extend
 from lib.tokenizers import Tokenizer
 from train_gpt2 import load_checkpoint
@@ -44,6 +44,7 @@ class Config(checkpoint.ModelConfig):
     compile: bool = flag(
         False, "on cuda, compile the decoding step: starts slowly, pays off for many tokens")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    dtype: str = dtype_flag()
 
 
 def read_prompts(cfg: Config, given: set[str]) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> None:
     name = checkpoint.named(cfg)
     prompts = read_prompts(cfg, given)
     device = pick_device(cfg.device)
-    model, tokenizer, _ = load_checkpoint(name, device)
+    model, tokenizer, _ = load_checkpoint(name, device, cfg.dtype)
     if not tokenizer.is_text:
         prompts = ids_prompts(cfg, given, sampling.stop)
     stream = len(prompts) == sampling.samples == 1
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
         extend(model, context)
         check_lengths(prompts, tokenizer, model.config.block_size, cfg.strict,
                       sampling.max_new_tokens)
-        compiled = cfg.compile and device.type == "cuda"
+        compiled = cfg.compile and compiler.can_decode(device)
         texts = sample(model, tokenizer, prompts, sampling, show, graphs=cfg.graphs,
                        compile=compiled)
     except (RuntimeError, MemoryError) as error:

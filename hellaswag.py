@@ -25,7 +25,7 @@ from typing import Literal
 
 from lib import checkpoint
 from lib.cli import flag, parse, path_flag, run
-from lib.devices import Processes, autocast
+from lib.devices import Processes, autocast, dtype_flag
 from lib.evals.hellaswag import count_correct, load, render
 from lib.rope import ContextConfig, extend
 from train_gpt2 import load_checkpoint
@@ -39,6 +39,7 @@ class Config(checkpoint.ModelConfig):
         None, "hellaswag_val.jsonl; without it, downloaded once into hellaswag/")
     limit: int | None = flag(None, "score only the first N items", at_least=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    dtype: str = dtype_flag()
 
 
 def accuracy(name: str, correct: int, n: int) -> str:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     name = checkpoint.named(cfg)
     with Processes(cfg.device) as processes:
         with processes.main_first():
-            model, tokenizer, state = load_checkpoint(name, processes.device)
+            model, tokenizer, state = load_checkpoint(name, processes.device, cfg.dtype)
             tokenizer.require_text("HellaSwag")
             items = load(cfg.file)[:cfg.limit]
         processes.check_same(state.get("step", 0), checkpoint.DIFFERENT)
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
 
         def evaluate(style):
             questions = render(items, tokenizer, style)
-            with autocast(processes.device):
+            with autocast(model):
                 return count_correct(model, questions, processes)
 
         n, acc, acc_norm, _ = evaluate("completion")

@@ -32,7 +32,7 @@ import numpy as np
 from lib import checkpoint, conversations, files
 from lib.cli import BadInput, flag, note, parse, path_flag, run
 from lib.decoding import NonFinite
-from lib.devices import Processes, autocast
+from lib.devices import Processes, autocast, dtype_flag
 from lib.evals.loss import Document, Sums, context_edges, measure
 from lib.rope import ContextConfig, extend
 from lib.shards import Shards, check_shards, find_shards, read_validation
@@ -58,6 +58,7 @@ class Config(checkpoint.ModelConfig):
                "token is predicted from")
     json: str | None = path_flag(None, "a new file for the table as json")
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    dtype: str = dtype_flag()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def load(cfg: Config, context: ContextConfig, parts: Parts) -> list[Model]:
         raise BadInput("name --checkpoint or --model, for instance --checkpoint log/<run>")
     models = []
     for name in dict.fromkeys(names):
-        gpt, tokenizer, state = load_checkpoint(name)
+        gpt, tokenizer, state = load_checkpoint(name, dtype=cfg.dtype)
         extend(gpt, context)
         with_padding(gpt)
         block_size = gpt.config.block_size
@@ -181,7 +182,7 @@ def evaluate(model: Model, parts: Parts, processes: Processes, stride: int | Non
     gpt = model.gpt.to(processes.device)
     token_bytes = model.tokenizer.token_bytes()
     try:
-        with autocast(processes.device):
+        with autocast(gpt):
             return measure(gpt, documents(model, parts), token_bytes, processes, stride)
     except NonFinite as error:
         raise BadInput(f"{model.name}: {error}") from error

@@ -76,6 +76,8 @@ from lib.devices import (
     Processes,
     autocast,
     cast,
+    compute_dtype,
+    dtype_flag,
     gradient_sync,
     parallel,
     peak_flops,
@@ -92,6 +94,7 @@ from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
 from lib.plan import RunPlan, Settings, check_memory, make_plan
+from lib.precision import Precision
 from lib.resume import Position, Resume, find_resume, may_change, merge
 from lib.run_folder import RunFolder, closing
 from lib.shards import check_ids, read_shard, read_validation
@@ -299,6 +302,7 @@ class TrainConfig:
     seed: int = flag(
         1337, "seed of weights, shuffling, dropout and samples", at_least=0, below=2**63)
     device: Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "auto: cuda, then mps, then cpu")
+    dtype: str = dtype_flag("; fp16 scales the loss")
     compile: bool | None = flag(
         None, "torch.compile the model; unset: on cuda, if it saves time")
 
@@ -644,8 +648,11 @@ class GPT(nn.Module):
     """A decoder-only transformer, by default GPT-2 (Radford et al. 2019).
 
     GPTConfig lists the alternatives. Parameter names are Hugging Face's. Post-embedding norm:
-    Kumar et al. 2023, https://arxiv.org/abs/2302.01327.
+    Kumar et al. 2023, https://arxiv.org/abs/2302.01327. autocast_dtype: the --dtype of its forward
+    passes (lib/devices.py, `autocast`); weights are fp32.
     """
+
+    autocast_dtype = "auto"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -1142,7 +1149,7 @@ def mean_loss(model: nn.Module, rows: Any, micro_batch: int, processes: Processe
         idx = pad_rows(idx, micro_batch, 0, processes.device)
         targets = pad_rows(targets, micro_batch, -1, processes.device)
         packing = [Packed(pad_rows(part, micro_batch, 0, processes.device)) for part in documents]
-        with autocast(processes.device):
+        with autocast(model):
             nats.append(model(idx, targets, *packing).detach())
         if stopped():
             return math.nan
@@ -1202,7 +1209,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     ddp = parallel(model, processes)
     parameters = list(model.parameters())
     parts = gradient_groups(model)
-    peak = peak_flops(device)
+    peak = peak_flops(device, cfg.dtype)
+    precision = Precision(model, position.loss_scale)
 
     step = position.step
     first = position.step
@@ -1221,7 +1229,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips,
                 "finished": False, "loader": stream.state_dict(), "max_steps": timer.steps,
                 "timed": timer.timed, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), **changes}
+                "optimizer": optimizer.state_dict(), **precision.state_dict(), **changes}
 
     def evaluate():
         """Run the evaluations that are due, until a stop is requested."""
@@ -1252,7 +1260,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
         kept = run.give_up(snapshot(**last_good, consecutive_skips=0))
         processes.barrier()
         raise BadInput(f"the last {consecutive_skips} steps were non-finite; {kept} is from "
-                       "before: lower --max_lr or lengthen --warmup_steps, and --resume it")
+                       f"before: lower --max_lr or lengthen --warmup_steps{precision.remedy}, "
+                       "and --resume it")
 
     is_spike = SpikeDetector(cfg.spike)
     monitor = RecompileMonitor(say)
@@ -1296,7 +1305,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             processes.all_reduce(n_targets)
             balance.weigh(n_targets / tokens)
             with monitor("training"):
-                loss_sum = accumulate(ddp, batch, n_targets, processes)
+                loss_sum = accumulate(ddp, batch, n_targets, processes, precision)
+            precision.unscale(parameters)
 
             # ---- agree: the only all-reduce besides the gradients', and the only device sync
             requests = [stop.requested, bool(run.save_is_due(cfg.save_minutes)),
@@ -1324,7 +1334,11 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * multiplier
                 optimizer.step()
+                precision.grow()
                 consecutive_skips = 0
+            elif precision.overflowed(loss):
+                say(f"skipped because fp16 overflowed: the scale of the loss is now "
+                    f"{precision.scale:g}")
             else:
                 skipped += 1
                 consecutive_skips += 1
@@ -1350,7 +1364,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             }
             for part, value in zip(parts, norms, strict=True):
                 scalars[f"weights/grad_norm_{part}"] = value
-            run.log_step(step, scalars | stream.progress() | routing, seconds)
+            scalars |= stream.progress() | routing | precision.scalars()
+            run.log_step(step, scalars, seconds)
             spike = is_spike(loss)
             if spike:
                 say(f"{spike}; its batch: {stream.where(read_from)}")
@@ -1384,16 +1399,20 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(state[0]))
 
 
-def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor,
-               processes: Processes) -> torch.Tensor:
+def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor, processes: Processes,
+               precision: Precision) -> torch.Tensor:
     """Forward and backward over the micro-batches of a step -> this process's share of the loss:
-    the sum over its targets, divided by the number of targets on all processes."""
+    the sum over its targets, divided by the number of targets on all processes.
+
+    Gradients are multiplied by the scale of `precision`.
+    """
+    factor = processes.world_size * precision.scale  # DDP takes the mean over processes
     loss_sum = torch.zeros((), device=processes.device)
     for i, (idx, targets, *packing) in enumerate(batch):
         with gradient_sync(ddp, last=i == len(batch) - 1):
-            with autocast(processes.device):
+            with precision.autocast():
                 loss = ddp(idx, targets, *packing) / n_targets
-            (loss * processes.world_size).backward()  # DDP takes the mean over processes
+            (loss * factor).backward()
         loss_sum += loss.detach()
     return loss_sum
 
@@ -1402,13 +1421,14 @@ def accumulate(ddp: nn.Module, batch: list, n_targets: torch.Tensor,
 # The command
 
 
-def load_checkpoint(name: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
+def load_checkpoint(name: str, device: str | torch.device = "cpu",
+                    dtype: str = "auto") -> tuple[GPT, Tokenizer, dict]:
     """Load a model -> (GPT in eval mode on `device`, its Tokenizer, its checkpoint).
 
     name: a run folder, a ckpt_<step>.pt or weights_<step>.pt, a folder written by export_hf.py, or
     "gpt2" to "gpt2-xl", see lib/checkpoint.py's `pick`. For the last two, the checkpoint is a dict
-    of model_config, tokenizer and, if the model can chat, chat_template. Raises BadInput if the
-    model does not exist.
+    of model_config, tokenizer and, if the model can chat, chat_template. dtype: a choice of
+    --dtype. Raises BadInput if the model does not exist.
     """
     name = checkpoint.pick(name)
     if checkpoint.is_hugging_face(name):
@@ -1431,6 +1451,7 @@ def load_checkpoint(name: str, device: str | torch.device = "cpu") -> tuple[GPT,
     if tokenizer.vocab_size > ids:
         raise BadInput(f"{name}: its tokenizer has {tokenizer.vocab_size} ids, its model {ids}: "
                        "name another")
+    model.autocast_dtype = dtype
     return model.to(device).eval(), tokenizer, state
 
 
@@ -1564,6 +1585,7 @@ def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device: torch.device) ->
     except (RuntimeError, MemoryError) as error:
         raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): "
                         "lower --n_embd, --n_layer") from error
+    model.autocast_dtype = cfg.dtype
     if cfg.context_warmup:
         model.vary_context()
     return model
@@ -1688,7 +1710,7 @@ def compiles(cfg: TrainConfig, plan: RunPlan, model_cfg: GPTConfig, processes: P
         return processes.device.type == "cuda"
     tokens = tokens_of(plan.steps, cfg) - tokens_of(first, cfg)
     flops = tokens * on_meta(model_cfg).flops_per_token()
-    return compiler.worth_compiling(flops / processes.world_size, processes.device)
+    return compiler.worth_compiling(flops / processes.world_size, processes.device, cfg.dtype)
 
 
 def launch(settings: Settings, task: TaskLike) -> None:
@@ -1699,6 +1721,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     cfg, model_cfg, explicit, resume, _ = settings
     hold_notices()  # a scheduler may send a warning before training starts
     processes = Processes(cfg.device, cfg.deterministic)
+    compute_dtype(processes.device, cfg.dtype)  # raises BadInput if there is no such dtype
 
     # ---- plan: settings, data and number of processes must fit each other
     corpus = task.corpus

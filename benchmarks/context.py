@@ -72,7 +72,7 @@ def nats_by_position(model, x, y, device):
     losses = []
     n = max(BATCH_TOKENS // x.shape[1], 1)
     for i in range(0, len(x), n):
-        with autocast(device):
+        with autocast(model):
             logits = model(to_device(x[i:i + n], device))
         targets = to_device(y[i:i + n], device)
         for row, target in zip(logits, targets):  # one row at a time: fp32 copies are large

@@ -29,11 +29,11 @@ from train_gpt2 import GPT, PRESETS, GPTConfig, load_checkpoint
 
 def ours(model, prompts, n, choose, **options):
     """-> a function that generates n new tokens per prompt, int64 (rows, n)."""
-    with autocast(next(model.parameters()).device):
+    with autocast(model):
         decoder = Decoder(model, len(prompts), len(prompts[0]) + n, **options)
 
     def run():
-        with autocast(decoder.token.device):
+        with autocast(model):
             steps = list(generate(decoder, prompts, n, choose))
         return torch.tensor(steps).T
 

@@ -40,8 +40,9 @@ def main():
         rows = {"the harness's adapter, fp32": HFLM(
             pretrained=folder, device=str(processes.device), batch_size=args.batch_size,
             dtype="float32")}
-        for dtype in ("float32", "auto"):
-            rows[f"ours, {dtype}"] = harness.adapter(model, tokenizer, processes, dtype=dtype)
+        for dtype in ("fp32", "auto"):
+            model, *_ = load_checkpoint(args.checkpoint, processes.device, dtype)
+            rows[f"ours, {dtype}"] = harness.adapter(model, tokenizer, processes)
         expected = None  # those of the first row
         for name, lm in rows.items():
             tasks = harness.load_tasks(manager, names, args.data_dir)

@@ -62,7 +62,7 @@ def main():
     device = processes.device
     model, tokenizer, _ = load_checkpoint(args.checkpoint, device)
     items = hellaswag.load(args.file)
-    precision = functools.partial(autocast, device)
+    precision = functools.partial(autocast, model)
     if args.fp32:
         precision = contextlib.nullcontext
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -42,14 +42,14 @@ WORDS = [
 
 def loop(model, prompts, n, graphs):
     """-> a function that generates n tokens per prompt, and returns the number of tokens."""
-    with autocast(next(model.parameters()).device):
+    with autocast(model):
         decoder = Decoder(model, len(prompts), len(prompts[0]) + n, graphs=graphs)
     device = decoder.token.device
     generator = torch.Generator(device).manual_seed(0)
     choose = partial(draw, temperature=1.0, top_k=50, generator=generator)
 
     def run():
-        with autocast(device):
+        with autocast(model):
             return sum(len(tokens) for tokens in generate(decoder, prompts, n, choose))
 
     return run

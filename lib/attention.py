@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from lib import kernels
 from lib.devices import cast
 
 
@@ -100,7 +101,6 @@ def flash_fits(device: torch.device, head_dim: int) -> bool:
     it and a head size that its kernels support."""
     if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if kernels.without("varlen") or not kernels.has_flash(device):
         return False
-    return (torch.backends.cuda.is_flash_attention_available()
-            and head_dim % 8 == 0 and head_dim <= 256)
+    return head_dim % 8 == 0 and head_dim <= 256

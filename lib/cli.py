@@ -59,17 +59,20 @@ class RankError(BadInput):
 
 
 def flag(default: Any, help: str | None, short: str | None = None, path: bool = False,
-         choices: Callable | None = None, **bounds: float) -> Any:
+         choices: Callable | None = None, aliases: dict[str, str] | None = None,
+         **bounds: float) -> Any:
     """A dataclass field that `parse` turns into the flag --<name of the field>.
 
     help: None for a setting without a flag. short: a letter for the short form -<letter>. path: see
     path_flag. choices: a function that returns the allowed names, such as the dict of name -> class
     that the setting selects from; it is called late, so the dict may be defined below the config.
+    aliases: other spellings of choices on the command line -> the choice.
     bounds: above, at_least, below, at_most, checked by `check`. Floats must also be finite, and
     integers below 2**63.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    metadata = {"help": help, "short": short, "path": path, "choices": choices, "bounds": bounds}
+    metadata = {"help": help, "short": short, "path": path, "choices": choices, "bounds": bounds,
+                "aliases": aliases or {}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -247,7 +250,8 @@ def _argument(field, hint):
         return {"action": argparse.BooleanOptionalAction}
     choices = choices_of(field, hint)
     if choices:
-        return {"choices": choices}
+        aliases = field.metadata.get("aliases", {})
+        return {"choices": choices, "type": lambda word: aliases.get(word, word)}
     if typing.get_origin(hint) is tuple:  # tuple[str, ...]
         return {"nargs": "+", "type": _scalar(typing.get_args(hint)[0]), "action": _Extend}
     if not _is_union(hint):

@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 
+from lib.checkpoint import is_memory
+from lib.cli import note
 from lib.devices import autocast, peak_flops
+from lib.kernels import compiler_problem
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "torchinductor"
 HEARTBEAT = 15  # seconds between progress lines
@@ -29,18 +32,28 @@ MFU_COMPILED = 0.40
 SECONDS = 25  # to compile without a cache, including imports
 
 
-def worth_compiling(flops: float, device: torch.device) -> bool:
+def worth_compiling(flops: float, device: torch.device, dtype: str = "auto") -> bool:
     """Whether compiling saves more time in a run of `flops` FLOPs on one device than it takes.
 
-    Only on CUDA; True if the device's speed is unknown.
+    dtype: a choice of --dtype. Only on CUDA; True if the device's speed is unknown.
     """
     if device.type != "cuda":
         return False
-    peak = peak_flops(device)
+    peak = peak_flops(device, dtype)
     if peak is None:
         return True
     saved = flops / peak * (1 / MFU_EAGER - 1 / MFU_COMPILED)
     return saved > SECONDS
+
+
+def can_decode(device: torch.device) -> bool:
+    """Whether to compile decoding, if --compile asks for it: on CUDA. Notes a missing compiler."""
+    if device.type != "cuda":
+        return False
+    problem = compiler_problem(device)
+    if problem:
+        note(f"warning: generating without torch.compile, slower: {problem}")
+    return problem is None
 
 
 def off() -> AbstractContextManager:
@@ -83,32 +96,59 @@ def compile_ahead(model: torch.nn.Module, batch: tuple, evaluating: bool,
 
     batch: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.
     evaluating: compile the evaluation loss, too. say: called with lines to print. If compiling
-    fails with a cache, warns and tries again without it.
+    fails with a cache, warns and tries again without it. If it fails without one, or is known to
+    fail, warns and leaves the model as plain PyTorch.
     """
+    problem = compiler_problem(batch[0].device)
+    if problem is None:
+        problem = _compile(model, batch, evaluating, say)
+    if problem:
+        say(f"warning: training without torch.compile, slower: {problem}")
+    gc.freeze()  # later collections skip the objects that exist now
+    gc.enable()
+
+
+def _compile(model, batch, evaluating, say):
+    """Compile the model -> why it failed, or None."""
     from torch._dynamo.utils import counters
 
     started = time.perf_counter()
     say("compiling the model, part by part, for training and evaluation")
     model.compile(dynamic=False)
     with _heartbeat(say, started):
-        try:
-            _pass(model, batch, evaluating)
-        except RuntimeError as error:
-            cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-            if isinstance(error, torch.cuda.OutOfMemoryError) or not _holds_kernels(cache):
-                raise
-            reason = str(error).splitlines()[0][:100]
-            say(f"warning: compiling failed with the cache in {cache} ({reason}): "
+        reason = _failure(model, batch, evaluating)
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        if reason and _holds_kernels(cache):
+            say(f"warning: compiling failed with the cache in {cache} ({reason[:100]}): "
                 "trying without it")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
             torch.compiler.reset()
-            _pass(model, batch, evaluating)
-    gc.freeze()  # later collections skip the objects that exist now
-    gc.enable()
+            reason = _failure(model, batch, evaluating)
+    if reason:
+        torch.compiler.set_stance("force_eager")  # for the rest of this process
+        model.zero_grad(set_to_none=True)
+        model.train()
+        return reason
     graphs = counters["stats"]["unique_graphs"]
     cached = counters["aot_autograd"]["autograd_cache_hit"]
     seconds = time.perf_counter() - started
     say(f"compiled {graphs} graphs, {cached} of them from the cache, in {seconds:.1f} s")
+    return None
+
+
+def _failure(model, batch, evaluating):
+    """Run a training pass -> the first line of its error, or None. Raises if memory runs out.
+
+    Missing compilers, headers and old GPUs raise errors of many types, not all of them torch's.
+    """
+    try:
+        _pass(model, batch, evaluating)
+    except Exception as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or is_memory(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
+    return None
 
 
 def _holds_kernels(cache: str | None) -> bool:
@@ -116,7 +156,7 @@ def _holds_kernels(cache: str | None) -> bool:
 
 
 def _pass(model, batch: tuple, evaluating: bool) -> None:
-    with autocast(batch[0].device):
+    with autocast(model):
         model(*batch).backward()
         model.zero_grad(set_to_none=True)
         if evaluating:

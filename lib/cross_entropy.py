@@ -18,6 +18,10 @@ LOGITS = 2**30  # logits in memory at a time: 2 GB in bf16
 CPU_CHUNK = 256
 CPU_VOCAB = 16_384
 FAR = 60.0      # nats: exp(FAR), summed over any vocabulary, is far from the largest bf16
+# In fp16, which spans 6e-8 to 65,504, probabilities are multiplied by UP, so that those of 1e-6
+# keep their digits, and x by DOWN, so that sums over the tokens of a chunk do not overflow.
+UP = 2.0**8
+DOWN = 2.0**-10
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -94,7 +98,8 @@ def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
     The gradient with respect to the logits is (softmax(logits) - one_hot(target)) * counted. With
     e = exp(logits - the target's logit) and its sum s over the vocabulary, the loss is log(s) and
     softmax(logits) is e / s. This e does not need the maximum first, and the division by s moves to
-    the narrow factor of both products, so one pass over the logits is enough.
+    the narrow factor of both products, so one pass over the logits is enough. In fp16, e would
+    overflow, so it is divided by s first: two passes.
     """
     logits = soft_cap((x @ weight.T).float(), cap)                                      # (n, V)
     at_target = logits.gather(1, targets)
@@ -105,10 +110,19 @@ def _loss_and_gradients(x, weight, targets, counted, dweight, cap):
     if cap:
         d = e * _slope(logits, cap)
         d_target = (1 - s) * _slope(at_target, cap)
-    dlogits = d.to(x.dtype).scatter(1, targets, d_target.to(x.dtype))  # times s / counted
+    up = 1.0
+    down = 1.0
     share = counted / s
-    dx = ((dlogits @ weight) * share).to(x.dtype)
-    dweight += dlogits.T @ (x * share).to(x.dtype)  # in fp32: each chunk adds to all of it
+    if x.dtype == torch.float16:
+        up = UP
+        down = DOWN
+        d = d * (up / s)
+        d_target = d_target * (up / s)
+        share = counted
+    dlogits = d.to(x.dtype).scatter(1, targets, d_target.to(x.dtype))  # times s / counted
+    dx = ((dlogits @ weight) * (share / up)).to(x.dtype)
+    over_tokens = dlogits.T @ (x * (share * down)).to(x.dtype)
+    dweight.add_(over_tokens, alpha=1 / (up * down))  # in fp32: each chunk adds to all of it
     return loss, dx
 
 

@@ -502,7 +502,7 @@ def continuations(model: Any, tokenizer: Tokenizer, ids: Sequence[Sequence[int]]
     length = max(map(len, ids)) + cfg.max_new_tokens
     model.eval()
     try:
-        with autocast(device):
+        with autocast(model):
             decoder = Decoder(model, len(ids), length, **options)
             for tokens in generate(decoder, ids, cfg.max_new_tokens, choose):
                 if -1 in tokens:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from lib import kernels
 from lib.budget import half_steps, tokens_of
-from lib.devices import Processes, compute_dtype
+from lib.devices import Processes, compute_dtype, dtype_name, dtype_of
 from lib.streams import CorpusLike
 
 # up to here, repeated text is worth nearly as much as new text (Muennighoff et al. 2023,
@@ -28,7 +29,9 @@ def describe(cfg: Any, plan: Any, model: Any, corpus: CorpusLike, processes: Pro
     if not cfg.minutes:  # else printed once the length is fixed
         lines += warnings(cfg, corpus, plan.steps)
     lines.append(_batch_line(cfg, plan, processes))
-    lines.append(_device_line(processes.device))
+    dtype = dtype_of(model)
+    lines.append(_device_line(processes.device, dtype))
+    lines += kernels.notes(processes.device, dtype, bool(model.config.n_experts))
     lines += days(cfg, plan.steps, model, processes, first)
     return "\n".join(lines)
 
@@ -80,12 +83,11 @@ def _batch_line(cfg, plan, processes):
     return line
 
 
-def _device_line(device):
+def _device_line(device, dtype):
     name = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    dtype = str(compute_dtype(device)).removeprefix("torch.")
-    return f"device  {name}, {dtype}, torch {torch.__version__}"
+    return f"device  {name}, {dtype_name(dtype)}, torch {torch.__version__}"
 
 
 def warnings(cfg: Any, corpus: CorpusLike, steps: int) -> list[str]:

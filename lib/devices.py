@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from lib.cli import BadInput, RankError, launched
+from lib import kernels
+from lib.cli import BadInput, RankError, flag, launched
 
 DONE = b"done"
-# Dense bf16 with fp32 accumulation, from the data sheets. The first name found as a word in the
-# GPU's name counts.
+# Dense bf16 or fp16 with fp32 accumulation, from the data sheets. The first name found as a word in
+# the GPU's name counts.
 PEAK_FLOPS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12,
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -33,17 +34,21 @@ PEAK_FLOPS = {
     "L40S": 362e12, "L40": 181e12, "L4": 121e12,
     "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
     "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "V100-SXM2": 125e12, "V100-PCIE": 112e12, "T4": 65e12,  # fp16 only
 }
 VARIANTS = r"(?! (Ti|D|SUPER|Laptop|Max-Q))"  # GPUs of the same name, other cores or clocks
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TORCH_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 # --------------------------------------------------------------------------------------------------
 # Devices and precision
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of bf16 matmuls; None if unknown, and MFU is then n/a instead of a guess."""
-    if device.type != "cuda" or compute_dtype(device) != torch.bfloat16:
+def peak_flops(device: torch.device, dtype: str = "auto") -> float | None:
+    """Peak FLOP/s of matmuls in bf16 or fp16; None if unknown, and MFU is then n/a instead of a
+    guess. dtype: as in `compute_dtype`."""
+    if device.type != "cuda" or compute_dtype(device, dtype) == torch.float32:
         return None
     gpu = torch.cuda.get_device_name(device)
     for name, flops in PEAK_FLOPS.items():
@@ -52,28 +57,63 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on GPUs that support it in hardware, else fp32.
+def dtype_flag(more: str = "") -> Any:
+    """The flag --dtype of scripts that run models. more: added to the help text."""
+    return flag("auto", "dtype of matmuls; auto: bf16 on NVIDIA GPUs that have it, fp16 on older "
+                        f"ones, fp32 on other devices{more}",
+                choices=lambda: ("auto", *DTYPES), aliases=TORCH_NAMES)
 
-    torch's `is_bf16_supported` also returns True for emulation, hence the compute capability.
+
+def compute_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
+    """The dtype of matmuls on a device. dtype: a choice of --dtype.
+
+    auto: on CUDA bf16 from compute capability 8.0 on, fp16 below; fp32 on other devices. Raises
+    BadInput for bf16 on a GPU that only emulates it, which is slower than fp32.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
+    # torch's `is_bf16_supported` also returns True for emulation, hence the compute capability
+    on_cuda = device.type == "cuda"
+    has_bf16 = not on_cuda or torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype == "bf16" and not has_bf16:
+        raise BadInput(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16 (compute "
+                       "capability 8.0 or newer has): give --dtype fp16")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if not on_cuda:
+        return torch.float32
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    dtype = compute_dtype(device)
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of a model's weights; the CPU if it has none."""
+    weight = next(model.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
+def dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of a model's matmuls. Its attribute `autocast_dtype` is a choice of --dtype."""
+    return compute_dtype(device_of(model), getattr(model, "autocast_dtype", "auto"))
+
+
+def autocast(model: torch.nn.Module) -> AbstractContextManager:
+    """Context of a model's forward passes: matmuls in `dtype_of(model)`."""
+    dtype = dtype_of(model)
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device_of(model).type, dtype=dtype)
 
 
 def any_shape() -> AbstractContextManager:
     """Context for attention whose shapes vary between calls: disables cuDNN, which takes tens of
     milliseconds to prepare for each new shape."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                        SDPBackend.MATH])
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if not kernels.without("flash"):
+        backends.append(SDPBackend.FLASH_ATTENTION)
+    return sdpa_kernel(backends)
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:
@@ -203,6 +243,7 @@ class Processes:
         if self.deterministic:  # before the group exists: NCCL chooses its algorithms then
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
             torch.use_deterministic_algorithms(True)
+        kernels.choose_attention()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
@@ -336,7 +377,7 @@ def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
         idx = torch.zeros(sequences, model.config.block_size, dtype=torch.long, device=device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with autocast(device):
+        with autocast(model):
             model(idx, idx, *packed(idx)).backward()
         return torch.cuda.max_memory_allocated()
 

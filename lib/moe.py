@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lib import kernels
 from lib.cli import BadInput, flag
 from lib.devices import Processes, cast
 
@@ -90,6 +91,26 @@ def check_experts(config: Any, hidden: int) -> None:
 # Products and permutations
 
 
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """F.grouped_mm, or a product per group where torch has no kernel for this GPU or dtype.
+
+    a: (n, k), rows in groups, and b: (E, k, m) -> (n, m). Or a: (k, n), columns in groups, and
+    b: (n, m), rows in groups -> (E, k, m). ends: int32 (E,), where each group ends.
+    """
+    if not kernels.without("grouped_mm"):
+        try:
+            return F.grouped_mm(a, b, offs=ends)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass
+    starts = [0, *ends.tolist()]
+    groups = list(map(slice, starts, starts[1:]))
+    if b.dim() == 2:
+        return torch.stack([a[:, group] @ b[group] for group in groups])
+    return torch.cat([a[group] @ weight for group, weight in zip(groups, b, strict=True)])
+
+
 # Custom operators around F.grouped_mm: torch 2.11 to 2.13 compile it for bf16 only, and inside an
 # operator a transposed view needs no copy.
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
@@ -98,7 +119,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 
     ends: int32 (E,), where each expert's rows end. An expert without rows has a zero gradient.
     """
-    return F.grouped_mm(x, weight.mT, offs=ends)
+    return grouped_mm(x, weight.mT, ends)
 
 
 @torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
@@ -107,7 +128,7 @@ def grouped_linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.T
     """The gradients of x and weight, given that of the output."""
     grad = grad.contiguous()  # the kernel does not support the strides of an expanded tensor
     # The only layout that supports groups of any size along the summed dimension
-    return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.mT, x, offs=ends)
+    return grouped_mm(grad, weight, ends), grouped_mm(grad.mT, x, ends)
 
 
 @grouped_linear.register_fake
@@ -164,16 +185,12 @@ class ExpertLinear(nn.Module):
 
 
 def is_capturable(model: nn.Module, device: torch.device) -> bool:
-    """Whether a forward pass on a GPU can be captured as a CUDA graph.
-
-    grouped_mm has a kernel for bf16 on GPUs of capability 9 and 10. Elsewhere it synchronizes with
-    the GPU to read where each group ends.
+    """Whether a forward pass on a GPU can be captured as a CUDA graph, which may not synchronize.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, ExpertLinear)]
     if not weights:
         return True
-    major, _ = torch.cuda.get_device_capability(device)
-    return weights[0].dtype == torch.bfloat16 and major in (9, 10)
+    return kernels.has_grouped_mm(device, weights[0].dtype)
 
 
 class _LinearInFloat32(torch.autograd.Function):

@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
+from lib.devices import compute_dtype
+
 # Polar Express (algorithm 1 of the paper): coefficients (a, b, c) of minimax polynomials
 # a x + b x^3 + c x^5, applied one after the other to singular values in [1e-3, 1]. Five bring them
 # to 0.87 to 1.13. Beyond the interval they diverge, so 1.01 leaves room for rounding.
@@ -51,6 +53,16 @@ def orthogonalize(X: torch.Tensor,
     return X.mT if tall else X
 
 
+def low_precision(X: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Matrices (n, rows, cols) in the dtype of their orthogonalization, bf16 or fp16.
+
+    In fp16, gradients would underflow, so the matrices are normalized first.
+    """
+    if dtype == torch.float16:
+        X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    return X.to(dtype)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer. Each parameter group names its kind:
 
@@ -66,7 +78,7 @@ class Muon(torch.optim.Optimizer):
     Under torch.distributed, gradients must be equal on all ranks (DDP). Each rank orthogonalizes
     its share of the matrices, then all ranks gather them. Every rank has the whole momentum, so a
     state fits any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80),
-    else in the parameters' dtype.
+    in fp16 on older ones, and in the parameters' dtype on other devices.
     """
 
     def __init__(self, param_groups: Iterable[dict],
@@ -153,8 +165,8 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalize(self, X):
         """X (n, rows, cols) -> (orthogonalized, perhaps padded at the end; a handle to wait for, or
         None). Each rank computes its share."""
-        if X.is_cuda and torch.cuda.get_device_capability(X.device) >= (8, 0):
-            X = X.bfloat16()
+        if X.is_cuda:
+            X = low_precision(X, compute_dtype(X.device))
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return orthogonalize(X, self.coefficients), None
         world_size = dist.get_world_size()

@@ -37,6 +37,7 @@ class Position:
     consecutive_skips: int = 0  # non-finite steps in a row up to here
     timed: tuple = (0, 0.0)     # tokens and seconds of timed steps, see lib/timer.py
     best: Any = None            # [validation loss, step] of the best checkpoint, if there is one
+    loss_scale: Any = None      # in fp16, see lib/precision.py
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Resume:
         counts = [state["step"], state["max_steps"], state.get("skipped", 0),
                   state.get("consecutive_skips", 0), *leaves(state["loader"])]
         measured = [*state.get("timed", ()), *(state.get("best") or ()), state.get("hours", 0),
-                    state.get("dollars") or 0]
+                    state.get("dollars") or 0, *state.get("loss_scale", {}).values()]
         fine = (isinstance(state["optimizer"], dict) and isinstance(state["tokenizer"], str)
                 and all(isinstance(n, int) and 0 <= n < MOST for n in counts)
                 and all(isinstance(n, (int, float)) and 0 <= n < MOST for n in measured))
@@ -150,7 +151,8 @@ class Resume:
             raise BadInput(f"{self.path} was trained with another tokenizer than the data's: "
                            "give --data with its own tokenizer")
         checkpoint.check_finite(state["model"], self.path)
-        updates = state["step"] - state.get("skipped", 0)
+        loss_scale = state.get("loss_scale", {})
+        updates = state["step"] - state.get("skipped", 0) - loss_scale.get("adjustments", 0)
         try:
             model.load_state_dict(state["model"])
             load_optimizer(optimizer, state["optimizer"], updates)
@@ -168,7 +170,7 @@ class Resume:
         stream.resume_at(state["step"])
         position = Position(state["step"], state.get("skipped", 0),
                             state.get("consecutive_skips", 0), state.get("timed", (0, 0.0)),
-                            self.best())
+                            self.best(), loss_scale)
         # the tensors are mapped from the file: if --keep deletes it, its disk space is only freed
         # once they are gone
         state.clear()

@@ -25,7 +25,7 @@ import torch
 
 from lib.cli import BadInput
 from lib.decoding import Decoder, NonFinite, Text, draw
-from lib.devices import autocast, compute_dtype, memory_bytes, to_host
+from lib.devices import autocast, dtype_of, memory_bytes, to_host
 from lib.tokenizers import Tokenizer
 
 # Prompt tokens prefilled per step, padding included (or one prompt): running texts wait for them.
@@ -186,7 +186,7 @@ class Engine:
     def _make_decoder(self, model, graphs):
         """A Decoder with its cache allocated. Raises BadInput if it does not fit in memory."""
         config = model.config
-        per_token = 2 * config.n_layer * config.n_embd * compute_dtype(self.device).itemsize
+        per_token = 2 * config.n_layer * config.n_embd * dtype_of(model).itemsize
         needed = self.slots * self.window * per_token
         no_memory = BadInput(f"no memory for {self.slots:,} texts of {self.window:,} tokens, "
                              f"{needed / 1e9:,.1f} GB of keys and values: lower --slots")
@@ -194,7 +194,7 @@ class Engine:
         if available and needed > available:
             raise no_memory
         try:
-            with autocast(self.device):
+            with autocast(model):
                 decoder = Decoder(model, self.slots, self.window, graphs=graphs)
                 decoder.fill(range(self.slots), [[self.tokenizer.eot]] * self.slots)
                 decoder.step(torch.zeros(self.slots, dtype=torch.long, device=self.device))
@@ -205,7 +205,7 @@ class Engine:
     # ---- run by the thread
 
     def _run(self):
-        with autocast(self.device), torch.no_grad():
+        with autocast(self.decoder.model), torch.no_grad():
             while True:
                 with self.changed:
                     self.changed.wait_for(lambda: self.closed or self.queue or self.replies)

@@ -85,6 +85,7 @@ COMMANDS = {
     "python train_gpt2.py --data wiki:3 books:1": f"{TINY} --run_name mixed",
     "python train_gpt2.py --data wiki --curriculum baby --curriculum_steps 500":
         f"{TINY} --curriculum_steps 2 --run_name curriculum",
+    "python train_gpt2.py --dtype fp16": f"{TINY} --run_name fp16",
     "python train_gpt2.py --plan --tok_per_sec 556274 --price_per_hour 2": "",
     "python train_gpt2.py --doctor --price_per_hour 2": PARSED,  # has tests of its own
     "python train_gpt2.py --resume auto": TINY,
@@ -133,12 +134,12 @@ COMMANDS = {
     "python chat.py --checkpoint log/chat --serve --host 0.0.0.0 --api_key SECRET": PARSED,
     # export
     "python export_hf.py --checkpoint log/first/ckpt_05000.pt --out weights_05000.pt "
-    "--dtype bfloat16": "--checkpoint log/first/ckpt_00002.pt",
+    "--dtype bf16": "--checkpoint log/first/ckpt_00002.pt",
     "python export_hf.py --checkpoint log/first --out exported": SLOW,
     "python export_hf.py --checkpoint log/first --out exported --check": SLOW,
     "python export_hf.py --checkpoint log/second --out second_exported": SLOW,
     "python export_hf.py --checkpoint log/chat --out chat_exported": PARSED,
-    "python export_hf.py --checkpoint log/chat --out chat_exported --dtype bfloat16": PARSED,
+    "python export_hf.py --checkpoint log/chat --out chat_exported --dtype bf16": PARSED,
     "transformers serve chat_exported": NOT_OURS,
     "transformers chat chat_exported http://localhost:8000": NOT_OURS,
     "vllm serve chat_exported": NOT_OURS,

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,23 @@ def make_train(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("version, kept", [
+    ("2.10.0", False), ("2.11.0+cu130", True), ("2.14.1+cu132", True), ("2.15.0", True),
+    ("2.16.0", False), ("2.15.0a0+git", False)])
+def test_a_machine_s_torch_is_kept(version, kept, tmp_path):
+    """A stand-in for torch; the script of the Makefile runs on it."""
+    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}\n")
+    makefile = (ROOT / "Makefile").read_text()
+    script = re.search(r"define FIND_TORCH\n(.*?)\nendef", makefile, re.DOTALL)
+    python = tmp_path / "python"  # of the new venv; prints the folder of its packages
+    python.write_text(f"#!/bin/sh\necho {tmp_path}\n")
+    python.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", script[1].replace("\\", ""), python],
+                          capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert (f"keeping torch {version}" in done.stdout) == kept
+    assert (tmp_path / "box.pth").exists() == (tmp_path / ".keeps_torch").exists() == kept
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ FLOOR = {
     "lib.startup": set(),
     "lib.cli": {"lib.startup"},
     "lib.files": {"lib.cli"},
-    "lib.devices": {"lib.cli"},
+    "lib.devices": {"lib.cli", "lib.kernels"},
+    "lib.kernels": set(),
 }
 MODEL = "train_gpt2"  # the one script that other scripts may import
 

@@ -15,7 +15,7 @@ from lib import huggingface
 from lib.chat_template import ROLES, render
 from lib.cli import BadInput
 from lib.decoding import Decoder, NonFinite, generate
-from lib.devices import Processes
+from lib.devices import Processes, dtype_name
 from lib.evals import harness
 from lib.tokenizers import Tokenizer
 
@@ -144,7 +144,7 @@ def compare_logits(original: Original, exported: Exported, page: str) -> Result:
 
     rounding = ""
     if exported.dtype != torch.float32:
-        name = str(exported.dtype).removeprefix("torch.")
+        name = dtype_name(exported.dtype)
         rounding = f", beyond what rounding to {name} changes"
     within = difference <= TOLERANCE * max(largest, 1)  # False for NaN
     return Result(within, f"logits up to {largest:.2f} differ by {difference:.2e} at most"
@@ -202,7 +202,7 @@ def compare_evaluation(original: Original, exported: Exported, page: str) -> Res
         items = make_items(page, model.config.block_size)
         lines = "".join(json.dumps(item) + "\n" for item in items)
         Path(folder, "hellaswag.jsonl").write_text(lines, encoding="utf-8")
-        ours = harness.adapter(model, original.tokenizer, processes, dtype="float32")
+        ours = harness.adapter(model, original.tokenizer, processes)
         for lm in (theirs, ours):
             tasks = harness.load_tasks(manager, names, folder)
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars

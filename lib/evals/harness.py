@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -73,13 +73,12 @@ class Adapter:
     max_gen_toks = 256  # the default of the harness's Hugging Face adapter
 
     def __init__(self, model: Any, tokenizer: Tokenizer, processes: Processes,
-                 batch_size: int | str, dtype: str, progress: bool, stopped: Callable[[], bool]):
+                 batch_size: int | str, progress: bool, stopped: Callable[[], bool]):
         super().__init__()  # to the harness every process is rank 0 of 1
         self.model = model
         self.tokenizer = tokenizer
         self.processes = processes
         self.batch_size = batch_size
-        self.dtype = dtype
         self.progress = progress
         self.stopped = stopped
         self.max_length = model.config.block_size
@@ -92,7 +91,7 @@ class Adapter:
 
     def precision(self) -> AbstractContextManager:
         """The autocast context of forward passes."""
-        return nullcontext() if self.dtype == "float32" else autocast(self._device)
+        return autocast(self.model)
 
     def rows(self, default: Any) -> Any:
         """Sequences per forward pass."""
@@ -214,7 +213,7 @@ class Adapter:
 
 
 def adapter(model: torch.nn.Module, tokenizer: Tokenizer, processes: Processes,
-            batch_size: int | str = "auto", dtype: str = "auto", progress: bool = False,
+            batch_size: int | str = "auto", progress: bool = False,
             stopped: Callable[[], bool] = lambda: False) -> Any:
     """Wrap a GPT in eval mode and its Tokenizer as a language model of the harness.
 
@@ -229,7 +228,7 @@ def adapter(model: torch.nn.Module, tokenizer: Tokenizer, processes: Processes,
     class GPTLM(Adapter, TemplateLM):
         pass
 
-    return GPTLM(model, tokenizer, processes, batch_size, dtype, progress, stopped)
+    return GPTLM(model, tokenizer, processes, batch_size, progress, stopped)
 
 
 # --------------------------------------------------------------------------------------------------

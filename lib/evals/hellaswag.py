@@ -217,7 +217,7 @@ def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes,
     questions = render(items, tokenizer)
 
     def run(model, micro_batch, stopped):
-        with autocast(processes.device):
+        with autocast(model):
             n, _, correct, _ = count_correct(model, questions, processes, stopped)
         return {"eval/hellaswag": correct / n}
 

@@ -54,12 +54,12 @@ def test_off_runs_as_plain_pytorch():
 
 
 def test_compiling_pays_for_long_runs_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(compiler, "peak_flops", lambda device: 1e15)
+    monkeypatch.setattr(compiler, "peak_flops", lambda *_: 1e15)
     twenty_seconds = 20 * 1e15 * compiler.MFU_COMPILED  # FLOPs
     assert compiler.worth_compiling(twenty_seconds, H200)
     assert not compiler.worth_compiling(twenty_seconds / 10, H200)
     assert not compiler.worth_compiling(twenty_seconds, torch.device("cpu"))
-    monkeypatch.setattr(compiler, "peak_flops", lambda device: None)  # an unknown GPU
+    monkeypatch.setattr(compiler, "peak_flops", lambda *_: None)  # an unknown GPU
     assert compiler.worth_compiling(1.0, H200)
 
 

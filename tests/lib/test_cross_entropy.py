@@ -227,6 +227,45 @@ def test_under_autocast_gradients_are_about_as_good_as_torchs(chunks, chunk):
         assert 0 < (a - want).norm() < 1.5 * (b - want).norm() < 0.02 * want.norm()
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_in_fp16_gradients_are_better_than_in_bf16(cap, chunks, chunk):
+    """Also those of a token that is unlikely by more than fp16 spans."""
+    chunk(512 // chunks)
+    x, weight, targets = problem(512, 300, 64)
+    targets[7] = (x[7] @ weight.T).argmin()
+
+    def low(dtype):
+        def loss(*args):
+            with torch.autocast("cpu", dtype):
+                return LinearCrossEntropy(cap)(*args)
+        return loss
+
+    exact = with_gradients(LinearCrossEntropy(cap), x, weight, targets)
+    fp16 = with_gradients(low(torch.float16), x, weight, targets)
+    bf16 = with_gradients(low(torch.bfloat16), x, weight, targets)
+    assert exact[0] > 500 * math.log(65_504) / 4
+    assert fp16[0].item() == pytest.approx(exact[0].item(), rel=1e-4)
+    for a, b, want in zip(fp16[1:], bf16[1:], exact[1:], strict=True):
+        assert (a - want).norm() < 0.5 * (b - want).norm()
+
+
+def test_in_fp16_a_large_batch_does_not_overflow(chunk):
+    """All tokens have the same target and x, so that their gradients add up."""
+    n = 2**16
+    chunk(n)
+    x = torch.full((n, 8), 3.0)
+    weight = torch.zeros(64, 8)
+    targets = torch.zeros(n, dtype=torch.long)
+
+    def mean_loss(*args):
+        with torch.autocast("cpu", torch.float16):
+            return linear_cross_entropy(*args) / n
+
+    _, _, dweight = with_gradients(mean_loss, x, weight, targets)
+    assert dweight[0].tolist() == pytest.approx([-3 * 63 / 64] * 8, rel=1e-3)
+
+
 def graphs():
     return counters["stats"]["unique_graphs"]
 

@@ -49,6 +49,8 @@ def pretend(monkeypatch, name="NVIDIA H100 80GB HBM3", capability=(8, 0), count=
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA RTX A6000", 155e12),
         ("NVIDIA GH200 480GB", 989e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
         # not in the table, though their names are similar
         ("NVIDIA GeForce GTX 1080", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
@@ -63,19 +65,38 @@ def test_peak_flops(gpu, want, monkeypatch):
     assert devices.peak_flops(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("capability, want", [((7, 5), torch.float32), ((8, 0), torch.bfloat16),
+@pytest.mark.parametrize("capability, want", [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
                                               ((10, 0), torch.bfloat16)])
 def test_compute_dtype_is_what_the_hardware_supports(capability, want, monkeypatch):
     pretend(monkeypatch, capability=capability)
     # True for emulation, too
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    assert devices.compute_dtype(torch.device("cuda")) == want
-    has_peak = devices.peak_flops(torch.device("cuda")) is not None  # the table is for bf16
-    assert has_peak == (want == torch.bfloat16)
+    gpu = torch.device("cuda")
+    assert devices.compute_dtype(gpu) == want
+    assert devices.peak_flops(gpu) is not None
+    assert devices.peak_flops(gpu, "fp32") is None  # the table is for bf16 and fp16
     for other in ("cpu", "mps"):
         assert devices.compute_dtype(torch.device(other)) == torch.float32
-    with devices.autocast(torch.device("cpu")):
-        assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("name", devices.DTYPES)
+def test_dtype_chooses(name, monkeypatch):
+    pretend(monkeypatch, capability=(8, 0))
+    for kind in ("cuda", "cpu", "mps"):
+        assert devices.compute_dtype(torch.device(kind), name) == devices.DTYPES[name]
+    pretend(monkeypatch, "Tesla T4", capability=(7, 5))
+    if name == "bf16":  # only emulated there
+        with pytest.raises(BadInput, match="--dtype fp16"):
+            devices.compute_dtype(torch.device("cuda"), name)
+
+
+def test_autocast_is_to_the_dtype_of_the_model():
+    model = torch.nn.Linear(2, 2)
+    for name, want in (("auto", None), ("fp32", None), ("bf16", torch.bfloat16)):
+        model.autocast_dtype = name
+        with devices.autocast(model):
+            assert torch.is_autocast_enabled("cpu") == (want is not None)
+            assert model(torch.ones(1, 2)).dtype == (want or torch.float32)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])

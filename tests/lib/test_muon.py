@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT
 
 from lib import muon
-from lib.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, orthogonalize
+from lib.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, low_precision, orthogonalize
 
 SHAPES = {
     "c_attn": (48, 16), "c_fc": (64, 16), "c_proj": (16, 64), "experts": (3, 24, 16),
@@ -93,8 +93,21 @@ def test_polar_express_in_bf16():
     assert S.max() < 1.2
 
 
-def test_zero_matrix_stays_zero():
-    assert orthogonalize(torch.zeros(1, 4, 8)).abs().max() == 0
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_fp16_is_closer_than_bf16(size):
+    """Also for gradients that fp16 cannot represent."""
+    X = randn(2, 192, 384) * size
+    exact = orthogonalize(X)
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        errors[dtype] = (orthogonalize(low_precision(X, dtype)).float() - exact).norm()
+    assert 0 < errors[torch.float16] < 0.5 * errors[torch.bfloat16]
+    assert errors[torch.bfloat16] < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_matrix_stays_zero(dtype):
+    assert orthogonalize(low_precision(torch.zeros(1, 4, 8), dtype)).abs().max() == 0
 
 
 @pytest.mark.parametrize("coefficients", [POLAR_EXPRESS, NEWTON_SCHULZ])

@@ -542,7 +542,8 @@ def test_a_diverged_model_has_no_results(model, manager, data, processes):
 
 
 def test_once_stopped_no_forward_pass_is_made(model, manager, data, processes):
-    silent = SimpleNamespace(config=model.config)  # cannot be called
+    silent = torch.nn.Module()  # cannot be called
+    silent.config = model.config
     lm = harness.adapter(silent, load_tokenizer("gpt2"), processes, stopped=lambda: True)
     assert harness.run_tasks(lm, harness.load_tasks(manager, ["piqa"], data))["failed"] == {}
     assert lm.generate_until([request("generate_until", "a", {"until": ["."]})]) == [""]
