@@ -108,7 +108,7 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
         ablate.main([*words, "--max_lr", "1e-3"])
 
 
-RATES = {"max_lr", "embedding_lr", "head_lr", "vector_lr"}  # which an optimizer brings
+RATES = {"max_lr", "embedding_lr", "bigram_lr", "head_lr", "vector_lr"}  # which an optimizer brings
 
 
 def set_by(words):
