@@ -127,7 +127,7 @@ class Bigrams(nn.Embedding):
     def forward(self, input_ids, positions, past_key_values):
         if input_ids is None:
             raise ValueError("a model with bigrams needs input_ids, not only inputs_embeds")
-        seen = input_ids[:, None] + 1  # 0 is left for the start of a text
+        seen = input_ids.long()[:, None] + 1  # 0 is left for the start of a text
         if past_key_values is not None:
             seen = past_key_values.update_conv_state(seen, -1, conv_kernel_size=1)
         previous = F.pad(seen[:, 0], (1, 0))[:, -input_ids.size(1) - 1:-1]

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from lib import huggingface
 from lib.moe import MoE
@@ -242,6 +242,18 @@ def test_greedy_text_of_prompts_of_several_lengths(settings, theirs, ours):
     output = theirs.generate(idx, attention_mask=mask, **GREEDY, **settings)
     for row, ids in zip(rows, output[:, idx.size(1):]):
         assert torch.equal(ids, greedy(ours, row, 20))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exported", ["bigrams"], indirect=True)  # all kinds of cache layers
+def test_compiled_steps_with_a_static_cache(theirs, ours):
+    idx = prompts()[2][None]
+    cache = StaticCache(config=theirs.config, max_cache_len=48)
+    theirs(idx[:, :8], past_key_values=cache)
+    step = torch.compile(theirs, backend="aot_eager", fullgraph=True)
+    for i in range(8, 12):
+        logits = step(idx[:, i:i + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, 0], ours(idx)[:, i], **EXACT)
 
 
 @torch.no_grad()
