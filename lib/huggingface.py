@@ -32,8 +32,8 @@ FREE = {
 # fields of GPTConfig that ModernGPTConfig has by the same name
 CUSTOM_FIELDS = (
     "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "norm", "pos", "bias",
-    "emb_norm", "qk_norm", "token_shift", "value_residual", "residual_scalars", "softcap",
-    "dropout", "n_experts", "n_active", "n_shared", "router",
+    "emb_norm", "qk_norm", "token_shift", "value_residual", "residual_scalars", "bigram",
+    "softcap", "dropout", "n_experts", "n_active", "n_shared", "router",
 )
 # ours -> theirs; several if we fuse them into one matrix
 Modules = Mapping[str, tuple[str, ...]]

@@ -33,6 +33,7 @@ SWITCHES = {
     "token_shift": "token shift",
     "value_residual": "value residual",
     "residual_scalars": "residual scalars",
+    "bigram": "table of bigrams",
     "softcap": "soft-capped logits",
     "tie_embeddings": "tied embeddings",
     "bias": "biases",

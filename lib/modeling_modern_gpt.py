@@ -23,8 +23,9 @@ CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_value
 class ModernGPTConfig(PreTrainedConfig):
     model_type = "modern_gpt"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer",
-                     "num_attention_heads": "n_head", "max_position_embeddings": "block_size"}
+    attribute_map = {"hidden_size": "n_embd", "num_attention_heads": "n_head",
+                     "max_position_embeddings": "block_size"}
+    num_hidden_layers = property(lambda self: len(self.layer_types))  # of the cache
     vocab_size: int = 50_257
     block_size: int = 1024            # context length, tokens
     n_layer: int = 12
@@ -40,6 +41,7 @@ class ModernGPTConfig(PreTrainedConfig):
     token_shift: bool = False         # add the previous token to each attention layer's input
     value_residual: bool = False      # mix the first layer's values into the others'
     residual_scalars: bool = False    # weigh residual stream and embedding in each block's input
+    bigram: int = 0                   # rows of a table for pairs of tokens; 0: none
     softcap: float = 0.0              # bound on the logits; 0: none
     dropout: float = 0.0
     tie_word_embeddings: bool = True
@@ -57,6 +59,8 @@ class ModernGPTConfig(PreTrainedConfig):
         kwargs.pop("layer_types", None)
         layer_type = "hybrid" if self.token_shift else "full_attention"
         self.layer_types = [layer_type] * self.n_layer
+        if self.bigram:
+            self.layer_types.append("conv")  # one more layer of the cache, for the previous id
         super().__post_init__(**kwargs)
 
 
@@ -117,15 +121,31 @@ class TokenShift(nn.Module):
         return x + self.weight * previous.masked_fill(positions[..., None] == 0, 0.0)
 
 
-class Mix(nn.Module):
-    """A learned weighted sum of two tensors."""
+class Bigrams(nn.Embedding):
+    """A vector for each token and the one before it, hashed to a row: int64 (B, T) -> (B, T, C)."""
 
-    def __init__(self, first, second):
+    def forward(self, input_ids, positions, past_key_values):
+        if input_ids is None:
+            raise ValueError("a model with bigrams needs input_ids, not only inputs_embeds")
+        seen = input_ids.long()[:, None] + 1  # 0 is left for the start of a text
+        if past_key_values is not None:
+            seen = past_key_values.update_conv_state(seen, -1, conv_kernel_size=1)
+        previous = F.pad(seen[:, 0], (1, 0))[:, -input_ids.size(1) - 1:-1]
+        previous = previous.masked_fill(positions == 0, 0)
+        return super().forward((previous * 2_654_435_761 + input_ids) % self.num_embeddings)
+
+
+class Mix(nn.Module):
+    """A learned weighted sum of two tensors; with one weight w, x + w * y."""
+
+    def __init__(self, *weights):
         super().__init__()
-        self.mix = nn.Parameter(torch.tensor([first, second]))
+        self.mix = nn.Parameter(torch.tensor(weights))
 
     def forward(self, x, y):
-        return self.mix[0] * x + self.mix[1] * y
+        if len(self.mix) == 2:
+            x = self.mix[0] * x
+        return x + self.mix[-1] * y
 
 
 class Attention(nn.Module):
@@ -189,7 +209,9 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.mix_residual = Mix(1.0, 0.0) if config.residual_scalars else None
+        weights = (1.0, 0.0) if config.residual_scalars else (0.05,)
+        mixes = config.residual_scalars or config.bigram
+        self.mix_residual = Mix(*weights) if mixes else None
         self.ln_1 = make_norm(config, config.n_embd)
         self.token_shift = TokenShift(config, layer_idx) if config.token_shift else None
         self.attn = Attention(config, layer_idx)
@@ -217,6 +239,7 @@ class Transformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
+        self.bigram = Bigrams(config.bigram, C) if config.bigram else None
         self.emb_norm = make_norm(config, C) if config.emb_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
@@ -242,6 +265,8 @@ class Transformer(nn.Module):
         else:
             x = x + self.wpe(position_ids)
         x = x0 = self.drop(self.emb_norm(x))
+        if self.bigram is not None:
+            x0 = self.bigram(input_ids, position_ids, past_key_values)
         v_first = None
         hidden_states = [x]
         for block in self.h:

@@ -26,6 +26,7 @@ TOGGLES = dict(
     emb_norm=(False, True),
     bias=(False, True),
     tie_embeddings=(False, True),
+    bigram=(0, 37),
 )
 MODERN = dict(norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, emb_norm=True)
 GLM = dict(n_experts=4, n_active=2)
@@ -92,7 +93,7 @@ def test_every_combination_is_exported_exactly():
         "ArceeForCausalLM": 16,
         "Starcoder2ForCausalLM": 16,
         "StableLmForCausalLM": 4,
-        huggingface.CUSTOM: 136,
+        huggingface.CUSTOM: 136 + 192,  # none of transformers has bigrams
     }
 
 
@@ -179,6 +180,7 @@ def test_an_untrained_model_whose_biases_are_0_is_read_back(toggles, tokenizer, 
     (dict(softcap=15.0), "--softcap 15.0"),
     (dict(token_shift=True), "--token_shift"),
     (dict(value_residual=True, residual_scalars=True), "--value_residual, --residual_scalars"),
+    (dict(bigram=37), "GPT2LMHeadModel, lacks --bigram 37"),
     (dict(emb_norm=True), "GPT2LMHeadModel, lacks --emb_norm"),
     (dict(norm="rmsnorm"), "--norm rmsnorm"),
     (dict(norm="rmsnorm", pos="rope", mlp="relu2", qk_norm=True),
@@ -199,6 +201,7 @@ def test_the_flags_that_no_class_of_transformers_supports_are_named(toggles, say
 @torch.no_grad()
 @pytest.mark.parametrize("toggles", [
     dict(token_shift=True, softcap=15.0),
+    dict(bigram=37),
     MODERN | GLM | dict(n_shared=1, value_residual=True, tie_embeddings=False),
 ], ids=str)
 def test_a_model_of_our_own_class_is_read_back(toggles, tokenizer, tmp_path):
@@ -225,7 +228,7 @@ def test_code_in_a_folder_is_not_run_to_read_it(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(n_layer=3), dict(intermediate_size=64), dict(norm="rmsnorm")], ids=str)
+    dict(n_layer=3), dict(intermediate_size=64), dict(norm="rmsnorm"), dict(bigram=37)], ids=str)
 def test_a_changed_folder_of_our_own_class_is_refused(change, tokenizer, tmp_path):
     out = tmp_path / "out"
     huggingface.write(random_model(vocab_size=tokenizer.vocab_size, softcap=5.0), tokenizer, out)

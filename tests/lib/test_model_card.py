@@ -13,7 +13,8 @@ from lib.chat_template import JINJA
 from lib.model_card import describe_data, model_card
 from train_gpt2 import GPT, load_checkpoint
 
-SPEEDRUN = dict(mlp="relu2", norm="rmsnorm", pos="rope", token_shift=True, softcap=15.0)
+SPEEDRUN = dict(mlp="relu2", norm="rmsnorm", pos="rope", token_shift=True, softcap=15.0,
+                bigram=37)
 
 
 def code_of(card):
@@ -58,6 +59,7 @@ def test_the_metadata_is_yaml_and_the_code_compiles(tokenizer):
             assert ("trust_remote_code=True" in card) == bool(toggles)
             assert ("apply_chat_template" in card) == bool(state)
             assert ("SFTTrainer" in card) == bool(toggles)
+            assert ("table of bigrams" in card) == bool(toggles)
             for code in code_of(card):
                 compile(code, "card", "exec")
             assert "train_gpt2.py" not in card  # what was not trained here does not claim so

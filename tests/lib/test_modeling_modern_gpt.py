@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from lib import huggingface
 from lib.moe import MoE
@@ -23,6 +23,10 @@ SPEEDRUN = dict(
 )
 LEARNED = dict(token_shift=True, value_residual=True, block_size=48)
 EXPERTS = SPEEDRUN | dict(n_experts=4, n_shared=1)
+BIGRAMS = SPEEDRUN | dict(bigram=41, residual_scalars=False)
+PLAIN_BIGRAMS = dict(bigram=41, block_size=48)  # no cached layer but the ids' has a convolution
+MODELS = dict(speedrun=SPEEDRUN, learned=LEARNED, experts=EXPERTS, bigrams=BIGRAMS,
+              plain_bigrams=PLAIN_BIGRAMS)
 EXACT = dict(rtol=0, atol=1e-4)
 # Padding (id 0) does not occur in the prompts, from which `generate` would infer a mask.
 GREEDY = dict(do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=0)
@@ -40,11 +44,10 @@ def random_model(**toggles):
     return model
 
 
-@pytest.fixture(scope="module", params=["speedrun", "learned", "experts"])
+@pytest.fixture(scope="module", params=MODELS)
 def exported(request, tokenizer, tmp_path_factory):
     """(our model, its exported folder)."""
-    toggles = {"speedrun": SPEEDRUN, "learned": LEARNED, "experts": EXPERTS}[request.param]
-    model = random_model(vocab_size=tokenizer.vocab_size, **toggles)
+    model = random_model(vocab_size=tokenizer.vocab_size, **MODELS[request.param])
     folder = tmp_path_factory.mktemp("exports") / request.param
     huggingface.write(model, tokenizer, folder)
     return model, folder
@@ -110,6 +113,7 @@ def test_every_combination_of_toggles_has_the_same_logits():
         {}, dict(emb_norm=True, softcap=3.0), dict(qk_norm=True, residual_scalars=True),
         dict(value_residual=True, dropout=0.1), dict(n_experts=4, n_active=3),
         dict(n_experts=4, n_shared=2, router="softmax", balance="loss", expert_width=24),
+        dict(bigram=53),
     )
     idx = torch.randint(61, (2, 16))
     for i, values in enumerate(itertools.product(*toggles.values())):
@@ -197,7 +201,12 @@ def test_compiled_and_with_all_outputs(theirs, ours):
     output = theirs(idx, output_hidden_states=True, logits_to_keep=1)
     torch.testing.assert_close(output.logits, ours(idx)[:, -1:], **EXACT)
     assert len(output.hidden_states) == 3
-    embedded = theirs(inputs_embeds=theirs.get_input_embeddings()(idx), return_dict=False)
+    embeddings = theirs.get_input_embeddings()(idx)
+    if ours.config.bigram:
+        with pytest.raises(ValueError, match="input_ids"):
+            theirs(inputs_embeds=embeddings)
+        return
+    embedded = theirs(inputs_embeds=embeddings, return_dict=False)
     torch.testing.assert_close(embedded[0], ours(idx), **EXACT)
 
 
@@ -236,13 +245,25 @@ def test_greedy_text_of_prompts_of_several_lengths(settings, theirs, ours):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exported", ["bigrams"], indirect=True)  # all kinds of cache layers
+def test_compiled_steps_with_a_static_cache(theirs, ours):
+    idx = prompts()[2][None]
+    cache = StaticCache(config=theirs.config, max_cache_len=48)
+    theirs(idx[:, :8], past_key_values=cache)
+    step = torch.compile(theirs, backend="aot_eager", fullgraph=True)
+    for i in range(8, 12):
+        logits = step(idx[:, i:i + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, 0], ours(idx)[:, i], **EXACT)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("settings", [
     dict(num_beams=4, num_return_sequences=3),
     dict(do_sample=True, top_k=20, temperature=0.8),
     dict(do_sample=True, num_beams=3),
 ], ids=str)
 def test_beams_and_sampling_are_the_same_with_and_without_a_cache(settings, theirs):
-    """Beams reorder the cache, and with it what token shift keeps."""
+    """Beams reorder the cache, and with it what token shift and bigrams keep."""
     idx, mask = padded(prompts())
     outputs = []
     for use_cache in (True, False):
@@ -374,7 +395,7 @@ def test_trl_cannot_leave_the_soft_cap_out(exported, theirs, tmp_path):
 
 def test_the_file_is_short_and_imports_torch_and_transformers_only():
     lines = (ROOT / "lib" / "modeling_modern_gpt.py").read_text().splitlines()
-    assert lines.index("# Mixture of Experts") <= 301  # 300 lines, and a rule
+    assert lines.index("# Mixture of Experts") <= 326  # 325 lines, and a rule
     imports = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
     packages = {module.partition(".")[0] for module in imports}
     assert packages == {"functools", "torch", "transformers"}
