@@ -1,5 +1,5 @@
 """Export a checkpoint to a GGUF file for llama.cpp, Ollama and LM Studio: weights, tokenizer, chat
-template; and beside it a Modelfile for Ollama.
+template; and beside it a Modelfile for Ollama and a model card.
 
     python export_gguf.py --checkpoint log/<run> --out chat.gguf
     python export_gguf.py --checkpoint PATH --out chat.gguf --dtype q8_0
@@ -35,6 +35,8 @@ from pathlib import Path
 
 from lib import checkpoint, llamacpp
 from lib.cli import BadInput, flag, parse, path_flag, run
+from lib.evals import harness
+from lib.model_card import in_llamacpp, model_card
 from train_gpt2 import load_checkpoint
 
 
@@ -51,17 +53,22 @@ def main(argv: list[str]) -> None:
     if cfg.out is None or not cfg.out.endswith(".gguf"):
         raise BadInput("name --out, the .gguf file to write")
     llamacpp.library()  # before the checkpoint is read
+    name = checkpoint.pick(name)
     model, tokenizer, state = load_checkpoint(name)
     tokenizer.require_text("an export, which includes the tokenizer,")
     checkpoint.check_finite(model.state_dict(), name)
     template = state.get("chat_template")
-    modelfile = llamacpp.write(model, tokenizer, cfg.out, cfg.dtype, template)
     architecture = llamacpp.find_architecture(model.config).name
+    loading = in_llamacpp(architecture, Path(cfg.out).stem, bool(template))
+    card = model_card(model, tokenizer, state, name, loading,
+                      harness.found_evaluations(name, state.get("step")))
+    modelfile, readme = llamacpp.write(model, tokenizer, cfg.out, cfg.dtype, card, template)
     size = Path(cfg.out).stat().st_size
     print(f"{cfg.out}: {architecture}, {cfg.dtype}, {size / 1e9:.2f} GB")
     model_name = shlex.quote(modelfile.stem)
     print(f"for Ollama: ollama create {model_name} -f {shlex.quote(str(modelfile))}")
-    print(f"upload it: hf upload {model_name} {shlex.quote(cfg.out)}")
+    print(f"upload it: hf upload {model_name} {shlex.quote(cfg.out)} && "
+          f"hf upload {model_name} {shlex.quote(str(readme))} README.md")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from lib.cli import BadInput, flag, parse, path_flag, run
 from lib.devices import DTYPES, TORCH_NAMES, dtype_name
 from lib.evals import harness
 from lib.evals.export_check import check_export
-from lib.model_card import model_card
+from lib.model_card import in_transformers, model_card
 from train_gpt2 import GPT, load_checkpoint
 
 
@@ -100,22 +100,6 @@ def write_weights(name: str, cfg: Config) -> None:
     print(f"{path}: {gigabytes:.2f} GB, {dtype_name(dtype)}, without optimizer")
 
 
-def evaluations(path: str, step: int | None) -> list[tuple[str, str, str]]:
-    """(task, metric, value) of what eval_harness.py wrote next to a checkpoint."""
-    rows = []
-    pattern = f"eval_{step or 0:05d}*.json"
-    for file in sorted(Path(path).parent.glob(pattern)):
-        data = files.read_json(file, "move it away")
-        if not isinstance(data, dict) or not isinstance(data.get("results"), dict):
-            raise BadInput(f"{file} has no results of eval_harness.py: move it away")
-        for task, key in harness.headlines(data).items():
-            metric = key.partition(",")[0]
-            limit = (data.get("config") or {}).get("limit")
-            items = f", first {limit} items" if limit else ""
-            rows.append((task, f"{metric}{items}", f"{data['results'][task][key]:.4f}"))
-    return rows
-
-
 def main(argv: list[str]) -> None:
     (cfg,), _ = parse((Config,), argv, __doc__)
     name = checkpoint.named(cfg)
@@ -126,8 +110,10 @@ def main(argv: list[str]) -> None:
         return
     name = checkpoint.pick(name)
     model, tokenizer, state = load_checkpoint(name)
-    card = model_card(model, tokenizer, state, name, evaluations(name, state.get("step")))
-    extras = huggingface.Extras(state.get("chat_template"), card)
+    template = state.get("chat_template")
+    card = model_card(model, tokenizer, state, name, in_transformers(model.config, bool(template)),
+                      harness.found_evaluations(name, state.get("step")))
+    extras = huggingface.Extras(template, card)
     dtype = DTYPES[cfg.dtype]
     with quiet():
         huggingface.write(model, tokenizer, cfg.out, dtype, extras)

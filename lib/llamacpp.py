@@ -303,10 +303,10 @@ def library() -> ModuleType:
     return gguf
 
 
-def write(model: Any, tokenizer: Tokenizer, path: str | Path, dtype: str,
-          chat_template: str | None = None) -> Path:
-    """Write a GPT and its Tokenizer to a GGUF file, and beside it <name>.Modelfile for Ollama,
-    whose path is returned. Both files appear, or none.
+def write(model: Any, tokenizer: Tokenizer, path: str | Path, dtype: str, card: str,
+          chat_template: str | None = None) -> tuple[Path, Path]:
+    """Write a GPT and its Tokenizer to a GGUF file, and beside it <name>.Modelfile for Ollama and
+    the model card <name>.md, whose paths are returned. All files appear, or none.
 
     dtype: a key of FILE_TYPES. chat_template: of a chat model, whose turns end in the reserved
     <|end|>. Raises BadInput if llama.cpp cannot compute the model or split the text, if a file
@@ -314,27 +314,31 @@ def write(model: Any, tokenizer: Tokenizer, path: str | Path, dtype: str,
     """
     path = Path(path)
     modelfile = path.with_suffix(".Modelfile")
+    readme = path.with_suffix(".md")
     remedy = "name another --out"
-    for file in (path, modelfile):
+    for file in (path, modelfile, readme):
         if os.path.lexists(file):
             raise BadInput(f"{file} exists: {remedy}")
     writer = prepare(model, tokenizer, path.stem, dtype, chat_template)
     size = sum(tensor.nbytes for tensor in writer.tensors[0].values())
-    text = ollama_modelfile(path.name, model.config.block_size, chat_template)
+    instructions = ollama_modelfile(path.name, model.config.block_size, chat_template)
+    texts = {modelfile: instructions, readme: card}
     with new_folder(path.parent, remedy):
         check_room(path.parent, size, "the export", "free some disk space")
         try:
-            save(writer, path, modelfile, text)
+            save(writer, path, texts)
         except OSError as error:
-            modelfile.unlink(missing_ok=True)
+            for file in texts:
+                file.unlink(missing_ok=True)
             reason = error.strerror or error
             raise BadInput(f"cannot write {path} ({reason}): free some disk space, or {remedy}"
                            ) from error
-    return modelfile
+    return modelfile, readme
 
 
-def save(writer: Any, path: Path, modelfile: Path, text: str) -> None:
-    """Write both files to a temporary folder, then move them to where they belong."""
+def save(writer: Any, path: Path, texts: dict[Path, str]) -> None:
+    """Write the GGUF file and the text files to a temporary folder, then move them to where they
+    belong."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem[:100]}.") as partial:
         model = Path(partial, path.name)
         try:
@@ -343,10 +347,10 @@ def save(writer: Any, path: Path, modelfile: Path, text: str) -> None:
             writer.write_tensors_to_file()
         finally:
             writer.close()
-        instructions = Path(partial, modelfile.name)
-        instructions.write_text(text)
-        os.replace(instructions, modelfile)
-        os.replace(model, path)
+        for file, text in texts.items():
+            Path(partial, file.name).write_text(text, encoding="utf-8")
+        for file in (*texts, path):
+            os.replace(Path(partial, file.name), file)
 
 
 def prepare(model: Any, tokenizer: Tokenizer, name: str, dtype: str,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib.budget import hours_and_dollars, tokens_of
 from lib.cli import BadInput
@@ -71,9 +71,35 @@ class Trainer(trl.SFTTrainer):
 ```
 """
 
+LOAD_GGUF = """
+```
+ollama create {name} -f {name}.Modelfile && ollama run {name}
+llama-cli -m {name}.gguf{jinja}
+```
+"""
+
+
+class Loading(NamedTuple):
+    """How an export is loaded."""
+
+    metadata: str         # what the hub reads, YAML
+    kind: tuple[str, str]  # a row of the table
+    text: str             # of the section "Load it"
+
+
+def in_transformers(c: Any, is_chat: bool) -> Loading:
+    return Loading("library_name: transformers", ("class", export_class(c)),
+                   how_to_load(c, is_chat))
+
+
+def in_llamacpp(architecture: str, name: str, is_chat: bool) -> Loading:
+    """name: of the GGUF file, without its suffix."""
+    return Loading("tags:\n- gguf", ("architecture in llama.cpp", architecture),
+                   LOAD_GGUF.format(name=name, jinja=" --jinja" if is_chat else ""))
+
 
 def model_card(model: Any, tokenizer: Tokenizer, state: dict[str, Any], path: str | Path,
-               evaluations: Sequence[tuple[str, str, str]] = ()) -> str:
+               loading: Loading, evaluations: Sequence[tuple[str, str, str]] = ()) -> str:
     """The text of README.md.
 
     state: the checkpoint. path: where it was read from. evaluations: (task, metric, value) each.
@@ -87,24 +113,19 @@ def model_card(model: Any, tokenizer: Tokenizer, state: dict[str, Any], path: st
         name = Path(path).resolve().parent.name
         what += " trained with `train_gpt2.py`"
     parts = [
-        header(),
+        f"---\n{loading.metadata}\npipeline_tag: text-generation\n---\n",
         f"# {name}\n",
         f"{what}. It has {total:,} parameters, continues text as its training data does, and may "
         "state what is false.\n",
-        table("model", model_rows(model, tokenizer)),
+        table("model", [loading.kind, *model_rows(model, tokenizer)]),
     ]
     if training:
         parts.append(table("training", training))
     if evaluations:
         parts.append(evaluation_table(evaluations))
     parts.append("## Load it")
-    parts.append(how_to_load(model.config, is_chat))
+    parts.append(loading.text)
     return "\n".join(parts)
-
-
-def header() -> str:
-    """The metadata that the hub reads."""
-    return "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
 
 
 def table(title: str, rows: Rows) -> str:
@@ -130,7 +151,6 @@ def model_rows(model: Any, tokenizer: Tokenizer) -> Rows:
     if c.n_experts:
         names.append(f"{c.n_experts} experts per layer, {c.n_active} active, {c.n_shared} shared")
     return [
-        ("class", export_class(c)),
         ("parameters", parameters),
         ("shape", f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}"),
         ("context", f"{c.block_size:,} tokens"),

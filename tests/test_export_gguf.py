@@ -310,10 +310,10 @@ def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
 def test_existing_files_are_kept(tokenizer, tmp_path):
     path = tmp_path / "ckpt_00001.pt"
     tiny_checkpoint(path, tokenizer)
-    for name in ("a.gguf", "b.Modelfile"):
+    for name in ("a.gguf", "b.Modelfile", "c.md"):
         (tmp_path / name).write_text("mine")
     before = sorted(tmp_path.iterdir())
-    for name in ("a.gguf", "b.gguf"):
+    for name in ("a.gguf", "b.gguf", "c.gguf"):
         with pytest.raises(BadInput, match="exists: name another --out"):
             export_gguf.main(["--checkpoint", str(path), "--out", str(tmp_path / name)])
     assert sorted(tmp_path.iterdir()) == before
@@ -372,6 +372,8 @@ def test_the_script_says_what_it_wrote(tokenizer, tmp_path, launch):
     assert (result.returncode, result.stderr) == (0, ".: ckpt_00001.pt, the newest\n")
     assert result.stdout == ("new/chat.gguf: gpt2, f16, 0.00 GB\n"
                              "for Ollama: ollama create chat -f new/chat.Modelfile\n"
-                             "upload it: hf upload chat new/chat.gguf\n")
+                             "upload it: hf upload chat new/chat.gguf && "
+                             "hf upload chat new/chat.md README.md\n")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "chat.Modelfile", "chat.gguf"]
+        "chat.Modelfile", "chat.gguf", "chat.md"]
+    assert "ollama run chat" in (tmp_path / "new" / "chat.md").read_text()

@@ -72,7 +72,7 @@ def tokenizer_and_llama(request, load, tmp_path):
         source = "\n".join(random_texts(3000, seed=1))
         tokenizer = train_bpe([source, *sentences(200)], 600)
     model = GPT(tiny(vocab_size=tokenizer.vocab_size))
-    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f16")
+    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f16", card="")
     return tokenizer, load(tmp_path / "m.gguf")
 
 
@@ -167,7 +167,7 @@ def test_text_and_perplexity_are_equal(case, tokenizer, load, tmp_path, capsys):
     differences = []
     for dtype, cache in (("f32", F32), ("f16", F16), ("q8_0", F16)):
         path = tmp_path / f"{dtype}.gguf"
-        llamacpp.write(model, tokenizer, path, dtype)
+        llamacpp.write(model, tokenizer, path, dtype, card="")
         llama = load(path, cache)
         assert llama.metadata["general.architecture"] == architecture
         their = their_logits(llama, held_out)
@@ -186,7 +186,7 @@ def test_text_and_perplexity_are_equal(case, tokenizer, load, tmp_path, capsys):
 def test_generated_text_is_equal(tokenizer, load, tmp_path):
     """By llama-cpp-python's own sampling and decoding of text."""
     model = trained(tokenizer, **CASES["llama"][1])
-    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f32")
+    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f32", card="")
     llama = load(tmp_path / "m.gguf")
     settings = SampleConfig(max_new_tokens=N_NEW, temperature=0, samples=1)
     for prompt in ("the cat", "the dog slept on", "bird"):
@@ -201,7 +201,7 @@ def test_generated_text_is_equal(tokenizer, load, tmp_path):
 def test_a_chat_model_answers(chatty, load, tmp_path):
     """By the template in the file; control tokens count, and <|end|> ends the answer."""
     model, tokenizer, state = load_checkpoint(str(chatty[0]))
-    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f16", state["chat_template"])
+    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f16", "", state["chat_template"])
     llama = load(tmp_path / "m.gguf")
     for user, assistant in CHATS:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": user}]
@@ -219,7 +219,7 @@ def test_a_gpt2_tokenizer_in_a_chat_model(load, tmp_path):
     tokenizer = load_tokenizer("gpt2")
     model = GPT(tiny(vocab_size=tokenizer.vocab_size + 4, block_size=64))
     save(tmp_path / "ckpt_00001.pt", model, tokenizer, chat_template=JINJA)
-    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f16", JINJA)
+    llamacpp.write(model, tokenizer, tmp_path / "m.gguf", "f16", "", JINJA)
     llama = load(tmp_path / "m.gguf")
     assert llama.n_vocab() == tokenizer.vocab_size + 4
     ends = [i for i in range(llama.n_vocab())

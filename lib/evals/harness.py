@@ -598,6 +598,22 @@ def headlines(results: dict) -> dict[str, str]:
     return found
 
 
+def found_evaluations(path: str, step: int | None) -> list[tuple[str, str, str]]:
+    """(task, metric, value) of what eval_harness.py wrote next to a checkpoint."""
+    rows = []
+    pattern = f"eval_{step or 0:05d}*.json"
+    for file in sorted(Path(path).parent.glob(pattern)):
+        data = files.read_json(file, "move it away")
+        if not isinstance(data, dict) or not isinstance(data.get("results"), dict):
+            raise BadInput(f"{file} has no results of eval_harness.py: move it away")
+        for task, key in headlines(data).items():
+            metric = key.partition(",")[0]
+            limit = (data.get("config") or {}).get("limit")
+            items = f", first {limit} items" if limit else ""
+            rows.append((task, f"{metric}{items}", f"{data['results'][task][key]:.4f}"))
+    return rows
+
+
 def tracked(cfg: Any, tokenizer: Tokenizer, processes: Processes) -> Callable:
     """The tasks of --eval_tasks during training: a function (model, micro_batch, stopped) ->
     {tag: headline metric, or the reason why it is missing}."""

@@ -10,7 +10,7 @@ import eval_harness
 import export_hf
 from lib import checkpoint
 from lib.chat_template import JINJA
-from lib.model_card import describe_data, model_card
+from lib.model_card import describe_data, in_llamacpp, in_transformers, model_card
 from train_gpt2 import GPT, load_checkpoint
 
 SPEEDRUN = dict(mlp="relu2", norm="rmsnorm", pos="rope", token_shift=True, softcap=15.0,
@@ -34,7 +34,8 @@ def test_a_card_says_what_a_run_was(whole):
     folder = whole("gpt2")
     path = checkpoint.pick(str(folder))
     model, tokenizer, state = load_checkpoint(path)
-    card = model_card(model, tokenizer, state, path, [("arc_easy", "acc", "0.2500")])
+    card = model_card(model, tokenizer, state, path, in_transformers(model.config, False),
+                      [("arc_easy", "acc", "0.2500")])
     rows = rows_of(card)
     assert rows["class"] == "GPT2LMHeadModel"
     assert rows["parameters"].startswith(f"{sum(p.numel() for p in model.parameters()):,}")
@@ -53,7 +54,8 @@ def test_the_metadata_is_yaml_and_the_code_compiles(tokenizer):
     for toggles in (SPEEDRUN, {}):
         config = tiny(vocab_size=tokenizer.vocab_size, **toggles)
         for state in ({}, {"chat_template": JINJA}):
-            card = model_card(GPT(config), tokenizer, state, "gpt2")
+            loading = in_transformers(config, bool(state))
+            card = model_card(GPT(config), tokenizer, state, "gpt2", loading)
             metadata = yaml.safe_load(card.split("---")[1])
             assert metadata["library_name"] == "transformers"
             assert ("trust_remote_code=True" in card) == bool(toggles)
@@ -63,6 +65,15 @@ def test_the_metadata_is_yaml_and_the_code_compiles(tokenizer):
             for code in code_of(card):
                 compile(code, "card", "exec")
             assert "train_gpt2.py" not in card  # what was not trained here does not claim so
+
+
+def test_the_card_of_a_gguf_file(tokenizer):
+    loading = in_llamacpp("qwen3", "chat", True)
+    card = model_card(GPT(tiny()), tokenizer, {"chat_template": JINJA}, "gpt2", loading)
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["gguf"]
+    assert rows_of(card)["architecture in llama.cpp"] == "qwen3"
+    assert "llama-cli -m chat.gguf --jinja" in card
+    assert "transformers" not in card
 
 
 def test_the_code_of_a_card_runs(tokenizer, tmp_path, capsys):
