@@ -18,6 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
+from lib.devices import is_shard, local
+from lib.parallel import Exchange
+
 # Polar Express (algorithm 1 of the paper): coefficients (a, b, c) of minimax polynomials
 # a x + b x^3 + c x^5, applied one after the other to singular values in [1e-3, 1]. Five bring them
 # to 0.87 to 1.13. Beyond the interval they diverge, so 1.01 leaves room for rounding.
@@ -65,7 +68,8 @@ class Muon(torch.optim.Optimizer):
 
     Under torch.distributed, gradients must be equal on all ranks (DDP). Each rank orthogonalizes
     its share of the matrices, then all ranks gather them. Every rank has the whole momentum, so a
-    state fits any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80),
+    state fits any number of processes. With FSDP, parameters, gradients and state are shards of
+    rows. The iteration runs in bf16 on GPUs that support it (sm_80),
     else in the parameters' dtype.
     """
 
@@ -89,7 +93,13 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 work[group["kind"]].append((group, params))
-        self._muon(work["muon"])
+        if work["muon"] and is_shard(work["muon"][0][1][0]):
+            # one shape after the other, as each needs memory for whole matrices
+            for group, params in work["muon"]:
+                for same in of_one_shape(params):
+                    self._muon_sharded(group, same)
+        else:
+            self._muon(work["muon"])
         for group, params in work["adamw"]:
             self._adamw(group, params)
         return loss
@@ -105,7 +115,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
-        return [self.state[p][name] for p in params]
+        return [local(self.state[p][name]) for p in params]
 
     def _step_counts(self, params):
         for p in params:
@@ -115,7 +125,8 @@ class Muon(torch.optim.Optimizer):
 
     def _adamw(self, group, params):
         beta1, beta2 = group["betas"]
-        adamw(params, [p.grad for p in params], self._buffers(params, "exp_avg"),
+        grads = [local(p.grad) for p in params]
+        adamw([local(p) for p in params], grads, self._buffers(params, "exp_avg"),
               self._buffers(params, "exp_avg_sq"), [], self._step_counts(params), fused=True,
               lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
               weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
@@ -144,20 +155,35 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - decay)
             torch._foreach_add_(params, [updates[p] for p in params], alpha=-group["lr"])
 
+    def _muon_sharded(self, group, params):
+        """Update sharded matrices of one shape. Each is gathered on one rank, orthogonalized there,
+        and its rows scattered again."""
+        rows, cols = params[0].shape
+        exchange = Exchange(params[0], len(params))
+        matrices = exchange.gather(self._nesterov(group, params))           # (own, rows, cols)
+        blocks = matrices.view(-1, rows // group["splits"], cols)
+        X, _ = self._orthogonalize(blocks, alone=True)
+        updates = exchange.scatter(unstack(X, [(matrices, blocks)])[matrices])
+        shards = [local(p) for p in params]
+        torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(shards, updates, alpha=-group["lr"])
+
     def _nesterov(self, group, params):
-        grads = [p.grad for p in params]
+        grads = [local(p.grad) for p in params]
         momenta = self._buffers(params, "momentum_buffer")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         return torch._foreach_lerp(grads, momenta, group["momentum"])
 
-    def _orthogonalize(self, X):
+    def _orthogonalize(self, X, alone=False):
         """X (n, rows, cols) -> (orthogonalized, perhaps padded at the end; a handle to wait for, or
-        None). Each rank computes its share."""
+        None). Each rank computes its share, or `alone` all of X."""
         if X.is_cuda and torch.cuda.get_device_capability(X.device) >= (8, 0):
             X = X.bfloat16()
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        world_size = 1
+        if not alone and dist.is_available() and dist.is_initialized():
+            world_size = dist.get_world_size()
+        if world_size == 1:
             return orthogonalize(X, self.coefficients), None
-        world_size = dist.get_world_size()
         share = -(-len(X) // world_size)
         mine = X[dist.get_rank() * share:][:share]
         missing = share - len(mine)
@@ -167,6 +193,14 @@ class Muon(torch.optim.Optimizer):
         # torch 2.13 renames it, and warns about the old name at the first call
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return gathered, gather(gathered, mine, async_op=True)
+
+
+def of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters in lists of equal shape."""
+    lists: dict[torch.Size, list[torch.Tensor]] = {}
+    for p in params:
+        lists.setdefault(p.shape, []).append(p)
+    return list(lists.values())
 
 
 def unstack(X: torch.Tensor, stack: list) -> dict:
