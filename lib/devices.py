@@ -379,8 +379,9 @@ def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
     available = 0.9 * _available_bytes() - sum(t.numel() * t.element_size() for t in reserved)
     largest = 1
     if is_sharded(model):
+        # between passes, weights and gradients are in memory
         largest = largest_predicted(divisors, lambda n: _most(peak(n), device),
-                                    _most(torch.cuda.memory_allocated(), device),
+                                    lambda: _most(torch.cuda.memory_allocated(), device),
                                     -_most(-available, device))
     else:
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
@@ -397,24 +398,26 @@ def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
     return int(choice)
 
 
-def largest_predicted(numbers: list[int], peak: Callable[[int], float], start: float,
+def largest_predicted(numbers: list[int], peak: Callable[[int], float], base: Callable[[], float],
                       available: float) -> int:
-    """The largest of `numbers`, 1 and upwards, whose `peak` is at most `available`; at least 1.
+    """The largest of `numbers`, in ascending order, whose `peak` is at most `available`; at least
+    the first.
 
-    A number is only tried if the line through the last two peaks predicts that it fits. start: the
-    peak at 0.
+    A number is only tried if the line through the last two peaks predicts that it fits. base: the
+    peak at 0, read after the first try.
     """
-    tried = [(0, start)]
-    largest = 1
-    for n in numbers:
-        if len(tried) > 1:
-            (n0, peak0), (n1, peak1) = tried[-2:]
-            if peak1 + (peak1 - peak0) * (n - n1) / (n1 - n0) > available:
-                break
-        tried.append((n, peak(n)))
-        if tried[-1][1] > available:
+    largest, *others = numbers
+    last = (largest, peak(largest))
+    before = (0, base())
+    for n in others:
+        slope = (last[1] - before[1]) / (last[0] - before[0])
+        predicted = last[1] + slope * (n - last[0])
+        if max(predicted, last[1]) > available:
             break
-        largest = n
+        before = last
+        last = (n, peak(n))
+        if last[1] <= available:
+            largest = n
     return largest
 
 
