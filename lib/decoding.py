@@ -23,6 +23,7 @@ from lib.attention import FlashFirst, MaskedFirst, attention, flash_fits
 from lib.cli import BadInput, flag
 from lib.devices import any_shape, autocast, cast, is_sharded, to_host
 from lib.moe import is_capturable
+from lib.parallel import from_rank_0
 from lib.tokenizers import END, Tokenizer
 
 # A masked decoding step attends to a multiple of SPAN positions. Few distinct shapes mean few CUDA
@@ -497,8 +498,10 @@ def continuations(model: Any, tokenizer: Tokenizer, ids: Sequence[Sequence[int]]
     device = next(model.parameters()).device
     texts = [Text(tokenizer, cfg.max_new_tokens, cfg.stop or ()) for _ in ids]
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+    choose: Choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                      generator=generator)
+    if is_sharded(model):
+        choose = from_rank_0(choose)
     length = max(map(len, ids)) + cfg.max_new_tokens
     model.eval()
     try:

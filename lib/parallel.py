@@ -9,7 +9,7 @@ A checkpoint holds whole tensors, so it is the same file however the run was par
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,17 @@ def shard(model: Any, processes: Processes) -> None:
     mesh = processes.mesh()
     for part in (*model.transformer.h, model):
         fully_shard(part, mesh=mesh)
+
+
+def from_rank_0(choose: Callable) -> Callable:
+    """`choose`, which draws tokens, with rank 0's result on all ranks: if one of them drew another
+    token and stopped earlier, the others would wait for its rows."""
+    def chosen(logits):
+        tokens = choose(logits).contiguous()
+        dist.broadcast(tokens, 0)
+        return tokens
+
+    return chosen
 
 
 def gradient_norms(parts: Iterable[Sequence[torch.Tensor]]) -> torch.Tensor:
