@@ -1546,12 +1546,13 @@ def build_model(model_cfg: GPTConfig, cfg: TrainConfig, processes: Processes) ->
     like = on_meta(model_cfg)
     weights = list(like.parameters())
     gradients = weights
+    device = processes.device
     state = state_like(make_optimizer(like, cfg))
-    check_memory([*weights, *gradients, *state], processes.device, n_shards(cfg, processes))
+    check_memory([*weights, *gradients, *state], device, n_shards(cfg, processes))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     try:
-        with processes.device:
+        with device:
             model = GPT(model_cfg)
     except (RuntimeError, MemoryError) as error:
         raise RankError(f"no memory for the model ({str(error).splitlines()[0]}): "

@@ -68,9 +68,11 @@ class Muon(torch.optim.Optimizer):
 
     Under torch.distributed, gradients must be equal on all ranks (DDP). Each rank orthogonalizes
     its share of the matrices, then all ranks gather them. Every rank has the whole momentum, so a
-    state fits any number of processes. With FSDP, parameters, gradients and state are shards of
-    rows. The iteration runs in bf16 on GPUs that support it (sm_80),
+    state fits any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80),
     else in the parameters' dtype.
+
+    With FSDP, each rank has some rows of each parameter, gradient and state. A matrix is gathered
+    on one rank, orthogonalized there, and the rows of its update are sent back.
     """
 
     def __init__(self, param_groups: Iterable[dict],
@@ -156,8 +158,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, [updates[p] for p in params], alpha=-group["lr"])
 
     def _muon_sharded(self, group, params):
-        """Update sharded matrices of one shape. Each is gathered on one rank, orthogonalized there,
-        and its rows scattered again."""
+        """Update sharded matrices of one shape."""
         rows, cols = params[0].shape
         exchange = Exchange(params[0], len(params))
         matrices = exchange.gather(self._nesterov(group, params))           # (own, rows, cols)
