@@ -100,10 +100,11 @@ class Muon(torch.optim.Optimizer):
             for group, params in work["muon"]:
                 for same in of_one_shape(params):
                     self._muon_sharded(group, same)
-        else:
-            self._muon(work["muon"])
-        for group, params in work["adamw"]:
+            work["muon"] = []
+        started = self._start_muon(work["muon"])
+        for group, params in work["adamw"]:  # while the last matrices are gathered
             self._adamw(group, params)
+        self._finish_muon(work["muon"], started)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,7 +134,8 @@ class Muon(torch.optim.Optimizer):
               lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
               weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
 
-    def _muon(self, work):
+    def _start_muon(self, work):
+        """Orthogonalize -> [(stack, orthogonalized blocks, handle of their gathering)]."""
         # 1) Nesterov momentum; blocks of one shape are stacked, across groups
         stacks = defaultdict(list)
         for group, params in work:
@@ -144,13 +146,17 @@ class Muon(torch.optim.Optimizer):
         # 2) one batched call per shape; gathering one overlaps with the matmuls of the next
         started = []
         for stack in stacks.values():
-            started.append(self._orthogonalize(torch.cat([blocks for _, blocks in stack])))
+            X = torch.cat([blocks for _, blocks in stack])
+            started.append((stack, *self._orthogonalize(X)))
+        return started
+
+    def _finish_muon(self, work, started):
+        """Decay and step."""
         updates = {}
-        for stack, (X, gathering) in zip(stacks.values(), started, strict=True):
+        for stack, X, gathering in started:
             if gathering is not None:
                 gathering.wait()
             updates.update(unstack(X, stack))
-        # 3) decay and step
         for group, params in work:
             decay = group["lr"] * group["weight_decay"]
             if decay:
