@@ -20,7 +20,8 @@ from lib.checkpoint import map_tensors
 from lib.cli import BadInput
 from lib.devices import Processes, is_shard, is_sharded, local
 
-DDP, FSDP = MODES = ("ddp", "fsdp")
+FSDP = "fsdp"
+MODES = ("ddp", FSDP)
 
 
 def check_parallel(cfg: Any, model_cfg: Any, device: torch.device) -> None:

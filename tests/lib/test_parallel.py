@@ -165,3 +165,21 @@ def test_what_does_not_work_is_refused(flags, device, names):
     with pytest.raises(BadInput, match=names):
         check_parallel(SimpleNamespace(**flags), SimpleNamespace(n_experts=experts),
                        torch.device(device))
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.mark.slow  # a C++ compiler builds the kernels
+def test_compiled_blocks_share_a_graph_and_have_the_losses_of_plain_ones(launch, data, tmp_path):
+    flags = [*COMMON, *RECIPES["speedrun"], "--n_layer", 3, "--context_warmup", 0.7, "--data", data,
+             "--sample_every", 3]
+    fsdp = ["--parallel", "fsdp", "--checkpoint_activations", "--compile"]
+    logs = []
+    for name, more in (("plain", []), ("compiled", fsdp)):
+        result = launch("train_gpt2.py", *flags, "--run_name", name, *more, processes=2)
+        assert result.returncode == 0, result.stderr
+        assert "was recompiled" not in result.stdout
+        logs.append(read_log(tmp_path / "log" / name))
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
