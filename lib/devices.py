@@ -150,7 +150,7 @@ def memory_bytes(device: torch.device) -> int | None:
 # Processes
 
 
-def parallel(model: torch.nn.Module, processes: "Processes") -> torch.nn.Module:
+def parallel(model: Any, processes: "Processes") -> torch.nn.Module:
     """The module to train: `model` in DDP, which averages gradients over processes; with a single
     process, or if it is sharded, `model` itself.
 

@@ -13,6 +13,7 @@ from helpers import ROOT, TINY_FLAGS, hellaswag_items, read_log, tiny, write_lin
 from runs import events, same
 
 from lib.cli import BadInput
+from lib.decoding import cast_weights
 from lib.parallel import check_parallel, prepare, sizes
 from train_gpt2 import GPT
 
@@ -118,6 +119,21 @@ def test_recomputed_activations_are_not_stored():
     inputs = 2  # of a block: the residual stream and the embedding
     assert stored_tensors(4, recompute=True) == stored_tensors(2, recompute=True) + 2 * inputs
     assert stored_tensors(4, recompute=False) > stored_tensors(2, recompute=False) + 2 * 15
+
+
+def test_a_copy_for_decoding_runs_its_own_blocks():
+    idx = torch.randint(61, (2, 9))
+    model = GPT(tiny())
+    prepare(model, SimpleNamespace(parallel="ddp", checkpoint_activations=True), None)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        light = cast_weights(model)
+        assert torch.equal(light(idx), model(idx))
+        assert light.transformer.h[0].attn.c_attn.weight.dtype == torch.bfloat16
+        for name, p in light.named_parameters():
+            if "attn" in name:
+                p.zero_()
+        assert not torch.equal(light(idx), model(idx))
 
 
 ONE_RANK_FAILS = f"""
