@@ -93,6 +93,15 @@ from lib.logger import RecompileMonitor, SpikeDetector, progress, serve_tensorbo
 from lib.moe import ExpertConfig, LoadBalancer, MoE, check_experts
 from lib.muon import Muon
 from lib.packing import Packed
+from lib.parallel import (
+    MODES,
+    check_parallel,
+    gradient_norms,
+    load_weights,
+    n_shards,
+    prepare,
+    state_of,
+)
 from lib.plan import RunPlan, Settings, check_memory, make_plan
 from lib.precision import Precision
 from lib.resume import Position, Resume, find_resume, may_change, merge
@@ -305,6 +314,10 @@ class TrainConfig:
     dtype: str = dtype_flag("; fp16 scales the loss")
     compile: bool | None = flag(
         None, "torch.compile the model; unset: on cuda, if it saves time")
+    parallel: str = flag(
+        "ddp", "fsdp: split weights and optimizer state over the processes", choices=lambda: MODES)
+    checkpoint_activations: bool = flag(
+        False, "recompute each block in the backward pass: less memory, a third more FLOPs")
 
 
 # Peak learning rates where --optimizer is not the preset's
@@ -992,11 +1005,6 @@ def gradient_groups(model: GPT) -> dict[str, list]:
     return parts
 
 
-def gradient_norm(parameters: list) -> torch.Tensor:
-    """The 2-norm of all gradients of these parameters, a scalar on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters])
-
-
 # --------------------------------------------------------------------------------------------------
 # Data: the global token stream
 
@@ -1228,8 +1236,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     def snapshot(**changes):
         return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips,
                 "finished": False, "loader": stream.state_dict(), "max_steps": timer.steps,
-                "timed": timer.timed, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), **precision.state_dict(), **changes}
+                "timed": timer.timed, **state_of(model, optimizer, processes),
+                **precision.state_dict(), **changes}
 
     def evaluate():
         """Run the evaluations that are due, until a stop is requested."""
@@ -1313,7 +1321,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                         seconds / processes.world_size]
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in requests)])
             processes.all_reduce(shared)
-            norms: Any = torch.stack([gradient_norm(part) for part in parts.values()])
+            norms: Any = gradient_norms(parts.values())
             total_norm = norms.norm()
             numbers = torch.cat((shared, total_norm[None], norms)).tolist()
             loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers
@@ -1570,13 +1578,15 @@ def on_meta(model_cfg: GPTConfig) -> GPT:
         return GPT(model_cfg)
 
 
-def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device: torch.device) -> GPT:
-    """A GPT on `device`, initialized from cfg.seed. Raises BadInput if there is not enough memory
-    to train it."""
+def build_model(model_cfg: GPTConfig, cfg: TrainConfig, processes: Processes) -> GPT:
+    """A GPT on the process's device, initialized from cfg.seed and prepared for --parallel. Raises
+    BadInput if there is not enough memory to train it."""
     like = on_meta(model_cfg)
     weights = list(like.parameters())
     gradients = weights
-    check_memory([*weights, *gradients, *state_like(make_optimizer(like, cfg))], device)
+    device = processes.device
+    state = state_like(make_optimizer(like, cfg))
+    check_memory([*weights, *gradients, *state], device, n_shards(cfg, processes))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     try:
@@ -1588,6 +1598,7 @@ def build_model(model_cfg: GPTConfig, cfg: TrainConfig, device: torch.device) ->
     model.autocast_dtype = cfg.dtype
     if cfg.context_warmup:
         model.vary_context()
+    prepare(model, cfg, processes)
     return model
 
 
@@ -1722,6 +1733,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     hold_notices()  # a scheduler may send a warning before training starts
     processes = Processes(cfg.device, cfg.deterministic)
     compute_dtype(processes.device, cfg.dtype)  # raises BadInput if there is no such dtype
+    check_parallel(cfg, model_cfg, processes.device)
 
     # ---- plan: settings, data and number of processes must fit each other
     corpus = task.corpus
@@ -1756,7 +1768,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
         compiling = compiles(cfg, plan, model_cfg, processes, resume.state["step"] if resume else 0)
         if compiling:
             compiler.prepare()
-        model = build_model(model_cfg, cfg, processes.device)
+        model = build_model(model_cfg, cfg, processes)
         optimizer = make_optimizer(model, cfg)
         micro_batch = pick_micro_batch(model, cfg.micro_batch, plan.rows, processes,
                                        state_like(optimizer), task.packed)
@@ -1770,7 +1782,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
             rise = rate_rise(cfg, plan.steps, resume.state)
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
-            model.load_state_dict(task.weights.pop())  # popped to free memory
+            load_weights(model, task.weights.pop())  # popped to free memory
         processes.check_same(position.step, "the processes found different checkpoints: make sure "
                                             "that all read one folder, and start again")
 

@@ -13,6 +13,7 @@ import torch
 
 from lib import checkpoint
 from lib.cli import EXHAUSTED, BadInput
+from lib.devices import is_shard
 from lib.files import check_room
 
 
@@ -38,10 +39,14 @@ class CheckpointWriter:
         # Host tensors by (shape, dtype), reused for every checkpoint: pinning a gigabyte stalls
         # the GPU for a second.
         self.pool: dict[tuple, list[torch.Tensor]] = {}
+        self.gathered = False  # states are gathered from shards into tensors of their own
 
     def reserve(self, like: Iterable[torch.Tensor]) -> None:
-        """Allocate pinned memory for GPU tensors like these in the background."""
-        on_gpu = [tensor for tensor in like if tensor.is_cuda]
+        """Prepare for states of tensors like these: allocate pinned memory for those on a GPU, in
+        the background, unless they are shards, as lib/parallel.py gathers copies of these."""
+        like = list(like)
+        self.gathered = any(map(is_shard, like))
+        on_gpu = [tensor for tensor in like if tensor.is_cuda and not self.gathered]
 
         def allocate():
             for tensor in on_gpu:
@@ -191,6 +196,8 @@ class CheckpointWriter:
 
     def _to_host(self, state: dict, ready: tuple | None) -> Any:
         """A copy of `state` on the CPU. ready: (device, event to wait for) on a GPU, else None."""
+        if self.gathered:
+            return state
         spare = {key: list(buffers) for key, buffers in self.pool.items()}
         copies: dict[tuple, torch.Tensor] = {}
 

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from lib.attention import FlashFirst, MaskedFirst, attention, flash_fits
 from lib.cli import BadInput, flag
-from lib.devices import any_shape, autocast, cast, to_host
+from lib.devices import any_shape, autocast, cast, is_sharded, to_host
 from lib.moe import is_capturable
+from lib.parallel import from_rank_0
 from lib.tokenizers import END, Tokenizer
 
 # A masked decoding step attends to a multiple of SPAN positions. Few distinct shapes mean few CUDA
@@ -149,14 +150,14 @@ class SeparateBias(nn.Linear):
 
 def cast_weights(model: Any, separate_bias: bool = False) -> Any:
     """A copy of the model for decoding, with the matmul weights cast once to the autocast dtype;
-    all other parameters are shared. Without autocast, the model itself.
+    all other parameters are shared. Without autocast, or sharded, the model itself.
 
     Autocast would cast these weights in every step, which triples the memory traffic. Logits are
     equal bit for bit: norms and embeddings keep their dtype. separate_bias: use SeparateBias, which
     rounds differently.
     """
-    if not torch.is_autocast_enabled(next(model.parameters()).device.type):
-        return model
+    if is_sharded(model) or not torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return model  # weights that FSDP gathers in each pass cannot be cast once
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared)
     for module in model.modules():
@@ -497,8 +498,10 @@ def continuations(model: Any, tokenizer: Tokenizer, ids: Sequence[Sequence[int]]
     device = next(model.parameters()).device
     texts = [Text(tokenizer, cfg.max_new_tokens, cfg.stop or ()) for _ in ids]
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+    choose: Choose = partial(draw, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                      generator=generator)
+    if is_sharded(model):
+        choose = from_rank_0(choose)
     length = max(map(len, ids)) + cfg.max_new_tokens
     model.eval()
     try:

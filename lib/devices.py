@@ -190,13 +190,16 @@ def memory_bytes(device: torch.device) -> int | None:
 # Processes
 
 
-def parallel(model: torch.nn.Module, processes: "Processes") -> torch.nn.Module:
+def parallel(model: Any, processes: "Processes") -> torch.nn.Module:
     """The module to train: `model` in DDP, which averages gradients over processes; with a single
-    process, `model` itself.
+    process, or if it is sharded, `model` itself.
 
     It must not outlive the `with` block of `processes`: DDP refers to the process group, and may
     deadlock if it is the last to release it.
     """
+    if is_sharded(model):
+        model.reshard()  # after an evaluation, the weights outside blocks are still gathered
+        return model
     if not processes.distributed:
         return model
     # Buffers are constant tables, or kept equal by LoadBalancer: do not synchronize them. torch
@@ -208,8 +211,24 @@ def parallel(model: torch.nn.Module, processes: "Processes") -> torch.nn.Module:
     return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether FSDP has sharded a model (lib/parallel.py)."""
+    return hasattr(model, "unshard")
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether a tensor is sharded: a DTensor, whose class takes a second to import."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """This process's rows of a sharded tensor, the same memory; other tensors as they are."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
 def gradient_sync(model: torch.nn.Module, last: bool) -> AbstractContextManager:
-    """Context of a micro-batch's forward and backward: only the last one exchanges gradients.
+    """Context of a micro-batch's forward and backward: only the last one exchanges gradients, or
+    each one if the model is sharded, as whole gradients would take memory.
 
     It includes the forward pass, where DDP decides this.
     """
@@ -278,7 +297,7 @@ class Processes:
                             f"({reason}): start with torchrun") from error
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.distributed and kind is None:  # after an error this would wait for dead processes
+        if dist.is_initialized() and kind is None:  # else this would wait for dead processes
             dist.destroy_process_group()
         is_backend = isinstance(error, dist.DistBackendError)
         if is_backend and self.device.type == "cuda":
@@ -289,6 +308,17 @@ class Processes:
         if is_backend or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise BadInput("another process has ended: fix its error, printed above; torchrun "
                            "names the first one to fail below") from error
+
+    def mesh(self) -> Any:
+        """The device mesh of all processes. A single process forms a group of its own."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if not dist.is_initialized():
+            from torch.distributed.nn import functional  # noqa: F401 (see _join)
+
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return init_device_mesh(self.device.type, (self.world_size,))
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place; a no-op for one process."""
@@ -365,6 +395,9 @@ def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
     one. rows: sequences per process and step. reserved: tensors with the shapes of the optimizer's
     state, which is allocated later. packed: ids -> more arguments of the model, whose masks take
     memory, too.
+
+    If the model is sharded, all processes take part in each pass, so none may run out of memory
+    alone: see `largest_predicted`.
     """
     if asked != "auto":
         return asked
@@ -381,16 +414,22 @@ def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
             model(idx, idx, *packed(idx)).backward()
         return torch.cuda.max_memory_allocated()
 
-    reserved = list(reserved)
-    if processes.distributed:
+    reserved = [local(tensor) for tensor in reserved]
+    if processes.distributed and not is_sharded(model):
         reserved += model.parameters()  # DDP's buckets
     available = 0.9 * _available_bytes() - sum(t.numel() * t.element_size() for t in reserved)
     largest = 1
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        for n in divisors:
-            if peak(n) > available:
-                break
-            largest = n
+    if is_sharded(model):
+        # between passes, weights and gradients are in memory
+        largest = largest_predicted(divisors, lambda n: _most(peak(n), device),
+                                    lambda: _most(torch.cuda.memory_allocated(), device),
+                                    -_most(-available, device))
+    else:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            for n in divisors:
+                if peak(n) > available:
+                    break
+                largest = n
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # the log shows the peak of training
@@ -398,6 +437,36 @@ def pick_micro_batch(model: Any, asked: Any, rows: int, processes: Processes,
     if processes.distributed:
         dist.all_reduce(choice, op=dist.ReduceOp.MIN)
     return int(choice)
+
+
+def largest_predicted(numbers: list[int], peak: Callable[[int], float], base: Callable[[], float],
+                      available: float) -> int:
+    """The largest of `numbers`, in ascending order, whose `peak` is at most `available`; at least
+    the first.
+
+    A number is only tried if the line through the last two peaks predicts that it fits. base: the
+    peak at 0, read after the first try.
+    """
+    largest, *others = numbers
+    last = (largest, peak(largest))
+    before = (0, base())
+    for n in others:
+        slope = (last[1] - before[1]) / (last[0] - before[0])
+        predicted = last[1] + slope * (n - last[0])
+        if max(predicted, last[1]) > available:
+            break
+        before = last
+        last = (n, peak(n))
+        if last[1] <= available:
+            largest = n
+    return largest
+
+
+def _most(number: float, device: torch.device) -> float:
+    """The largest of all processes' numbers."""
+    most = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
 
 
 def _available_bytes() -> float:

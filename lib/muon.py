@@ -18,7 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
-from lib.devices import compute_dtype
+from lib.devices import compute_dtype, is_shard, local
+from lib.parallel import Exchange
 
 # Polar Express (algorithm 1 of the paper): coefficients (a, b, c) of minimax polynomials
 # a x + b x^3 + c x^5, applied one after the other to singular values in [1e-3, 1]. Five bring them
@@ -79,6 +80,9 @@ class Muon(torch.optim.Optimizer):
     its share of the matrices, then all ranks gather them. Every rank has the whole momentum, so a
     state fits any number of processes. The iteration runs in bf16 on GPUs that support it (sm_80),
     in fp16 on older ones, and in the parameters' dtype on other devices.
+
+    With FSDP, each rank has some rows of each parameter, gradient and state. A matrix is gathered
+    on one rank, orthogonalized there, and the rows of its update are sent back.
     """
 
     def __init__(self, param_groups: Iterable[dict],
@@ -101,9 +105,16 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 work[group["kind"]].append((group, params))
-        self._muon(work["muon"])
-        for group, params in work["adamw"]:
+        if work["muon"] and is_shard(work["muon"][0][1][0]):
+            # one shape after the other, as each needs memory for whole matrices
+            for group, params in work["muon"]:
+                for same in of_one_shape(params):
+                    self._muon_sharded(group, same)
+            work["muon"] = []
+        started = self._start_muon(work["muon"])
+        for group, params in work["adamw"]:  # while the last matrices are gathered
             self._adamw(group, params)
+        self._finish_muon(work["muon"], started)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -117,7 +128,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
-        return [self.state[p][name] for p in params]
+        return [local(self.state[p][name]) for p in params]
 
     def _step_counts(self, params):
         for p in params:
@@ -127,12 +138,14 @@ class Muon(torch.optim.Optimizer):
 
     def _adamw(self, group, params):
         beta1, beta2 = group["betas"]
-        adamw(params, [p.grad for p in params], self._buffers(params, "exp_avg"),
+        grads = [local(p.grad) for p in params]
+        adamw([local(p) for p in params], grads, self._buffers(params, "exp_avg"),
               self._buffers(params, "exp_avg_sq"), [], self._step_counts(params), fused=True,
               lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
               weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
 
-    def _muon(self, work):
+    def _start_muon(self, work):
+        """Orthogonalize -> [(stack, orthogonalized blocks, handle of their gathering)]."""
         # 1) Nesterov momentum; blocks of one shape are stacked, across groups
         stacks = defaultdict(list)
         for group, params in work:
@@ -143,33 +156,51 @@ class Muon(torch.optim.Optimizer):
         # 2) one batched call per shape; gathering one overlaps with the matmuls of the next
         started = []
         for stack in stacks.values():
-            started.append(self._orthogonalize(torch.cat([blocks for _, blocks in stack])))
+            X = torch.cat([blocks for _, blocks in stack])
+            started.append((stack, *self._orthogonalize(X)))
+        return started
+
+    def _finish_muon(self, work, started):
+        """Decay and step."""
         updates = {}
-        for stack, (X, gathering) in zip(stacks.values(), started, strict=True):
+        for stack, X, gathering in started:
             if gathering is not None:
                 gathering.wait()
             updates.update(unstack(X, stack))
-        # 3) decay and step
         for group, params in work:
             decay = group["lr"] * group["weight_decay"]
             if decay:
                 torch._foreach_mul_(params, 1 - decay)
             torch._foreach_add_(params, [updates[p] for p in params], alpha=-group["lr"])
 
+    def _muon_sharded(self, group, params):
+        """Update sharded matrices of one shape."""
+        rows, cols = params[0].shape
+        exchange = Exchange(params[0], len(params))
+        matrices = exchange.gather(self._nesterov(group, params))           # (own, rows, cols)
+        blocks = matrices.view(-1, rows // group["splits"], cols)
+        X, _ = self._orthogonalize(blocks, alone=True)
+        updates = exchange.scatter(unstack(X, [(matrices, blocks)])[matrices])
+        shards = [local(p) for p in params]
+        torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(shards, updates, alpha=-group["lr"])
+
     def _nesterov(self, group, params):
-        grads = [p.grad for p in params]
+        grads = [local(p.grad) for p in params]
         momenta = self._buffers(params, "momentum_buffer")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         return torch._foreach_lerp(grads, momenta, group["momentum"])
 
-    def _orthogonalize(self, X):
+    def _orthogonalize(self, X, alone=False):
         """X (n, rows, cols) -> (orthogonalized, perhaps padded at the end; a handle to wait for, or
-        None). Each rank computes its share."""
+        None). Each rank computes its share, or `alone` all of X."""
         if X.is_cuda:
             X = low_precision(X, compute_dtype(X.device))
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        world_size = 1
+        if not alone and dist.is_available() and dist.is_initialized():
+            world_size = dist.get_world_size()
+        if world_size == 1:
             return orthogonalize(X, self.coefficients), None
-        world_size = dist.get_world_size()
         share = -(-len(X) // world_size)
         mine = X[dist.get_rank() * share:][:share]
         missing = share - len(mine)
@@ -179,6 +210,14 @@ class Muon(torch.optim.Optimizer):
         # torch 2.13 renames it, and warns about the old name at the first call
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return gathered, gather(gathered, mine, async_op=True)
+
+
+def of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters in lists of equal shape."""
+    lists: dict[torch.Size, list[torch.Tensor]] = {}
+    for p in params:
+        lists.setdefault(p.shape, []).append(p)
+    return list(lists.values())
 
 
 def unstack(X: torch.Tensor, stack: list) -> dict:

@@ -152,10 +152,10 @@ def check_batch(cfg: Any, block_size: int, world_size: int) -> None:
             f"step ({total} / --block_size {block_size} / {world_size} processes)")
 
 
-def check_memory(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Raises BadInput if `device` lacks the memory for these tensors: a model's weights, gradients
-    and optimizer state."""
-    needed = sum(t.numel() * t.element_size() for t in tensors)
+def check_memory(tensors: Iterable[torch.Tensor], device: torch.device, shards: int = 1) -> None:
+    """Raises BadInput if `device` lacks the memory for these tensors, a model's weights, gradients
+    and optimizer state, or for one of `shards` equal parts."""
+    needed = sum(t.numel() * t.element_size() for t in tensors) / shards
     there = memory_bytes(device)
     if there and needed > there:
         raise BadInput("this model's weights, gradients and optimizer state need "

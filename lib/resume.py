@@ -13,8 +13,10 @@ import torch
 
 from lib import checkpoint
 from lib.cli import BadInput, note, resolve
+from lib.devices import is_shard, local
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
 from lib.hooks import COMMANDS
+from lib.parallel import load_weights, shard_state
 from lib.streams import CorpusLike, StreamLike
 
 # flags that select the training text
@@ -154,7 +156,7 @@ class Resume:
         loss_scale = state.get("loss_scale", {})
         updates = state["step"] - state.get("skipped", 0) - loss_scale.get("adjustments", 0)
         try:
-            model.load_state_dict(state["model"])
+            load_weights(model, state["model"])
             load_optimizer(optimizer, state["optimizer"], updates)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"the weights or the optimizer state of {self.path} do not fit "
@@ -256,7 +258,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, updates: int) 
     groups = optimizer.param_groups
     if len(state["param_groups"]) != len(groups):
         raise ValueError("it has other parameter groups: an older version wrote it")
-    if groups[0]["params"][0].is_cuda:
+    if is_shard(groups[0]["params"][0]):
+        state = {"state": shard_state(state["state"], optimizer),
+                 "param_groups": copy.deepcopy(state["param_groups"])}
+    elif groups[0]["params"][0].is_cuda:
         # load_state_dict copies the tensors to the GPU; the host may lack room for copies
         state = {**state, "param_groups": copy.deepcopy(state["param_groups"])}
     else:
@@ -297,6 +302,7 @@ def kinds(state: dict) -> dict:
     for name, value in state.items():
         found[name] = None
         if isinstance(value, torch.Tensor):
+            value = local(value)
             is_count = value.dim() == 0
             valid = bool(value.isfinite().all()) and not (is_count and value.item() < 0)
             found[name] = (value.shape, valid)

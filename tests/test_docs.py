@@ -72,6 +72,8 @@ COMMANDS = {
     "torchrun --standalone --nproc_per_node=8 train_gpt2.py --run_name first": PARSED,
     "torchrun --standalone --nproc_per_node=gpu --max_restarts=3 train_gpt2.py --run_name first "
     "--tensorboard 6006": PARSED,
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size gpt2-xl --parallel fsdp "
+    "--checkpoint_activations": PARSED,
     "tmux new -d -s train '.venv/bin/torchrun --standalone --nproc_per_node=gpu --max_restarts=3 "
     "train_gpt2.py --run_name first 2>&1 | tee -a first.out'": PARSED,
     "python train_gpt2.py --run_name first": TINY,

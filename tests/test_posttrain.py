@@ -358,8 +358,9 @@ def test_a_run_started_with_the_warm_up_of_pretraining_keeps_it(base, chat_file,
 @pytest.mark.parametrize("processes, flags", [
     (2, ("--micro_batch", 2)),
     (1, ("--micro_batch", 1)),
+    (2, ("--micro_batch", 2, "--parallel", "fsdp", "--checkpoint_activations")),
     pytest.param(2, ("--micro_batch", 2, "--compile"), marks=pytest.mark.slow),
-], ids=["two", "half", "compiled"])
+], ids=["two", "half", "fsdp", "compiled"])
 def test_two_processes_and_any_micro_batch_have_the_same_losses(processes, flags, base, chat_file,
                                                                 log, launch):
     common = ("--replay", 0.2, "--max_lr", 5e-3)

@@ -166,6 +166,9 @@ def test_weights_cast_once_have_the_logits_of_autocast(toggles):
     assert logits.dtype == torch.float32
     assert model.lm_head.weight is model.transformer.wte.weight  # unchanged
     assert cast_weights(model) is model
+    model.unshard = None  # marks a sharded model, whose modules cannot be copied
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cast_weights(model) is model
 
 
 def test_the_step_is_one_graph_for_the_compiler():

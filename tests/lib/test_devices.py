@@ -456,6 +456,44 @@ def test_processes_on_cuda_agree_on_what_fits_all(theirs, want, monkeypatch):
     assert pick(model, SimpleNamespace(device=torch.device("cuda"), distributed=True)) == want
 
 
+@pytest.mark.parametrize("cost, available, want, tried", [
+    (thousand_each, 17_500, 12, [1, 2, 3, 4, 6, 8, 12]),
+    (thousand_each, 12_500, 6, [1, 2, 3, 4, 6]),  # 8 would need 13,000
+    (thousand_each, 9_000, 4, [1, 2, 3, 4]),
+    (thousand_each, 8_500, 1, [1]),               # 2 is thought to need 9,000, but needs 7,000
+    (thousand_each, 100, 1, [1]),
+    (with_a_step, 16_500, 8, [1, 2, 3, 4, 6, 8]),       # 12 is thought to need 17,000
+    (with_a_step, 17_500, 16, [1, 2, 3, 4, 6, 8, 12, 16]),
+    (lambda sequences: 1000 * sequences**2, 20_000, 3, [1, 2, 3, 4]),  # 4 needs 21,000
+])
+def test_a_peak_is_only_tried_if_it_is_predicted_to_fit(cost, available, want, tried):
+    seen = []
+
+    def peak(sequences):
+        seen.append(sequences)
+        return 5000 + cost(sequences)
+
+    assert devices.largest_predicted([1, 2, 3, 4, 6, 8, 12, 16], peak, lambda: 3000,
+                                     available) == want
+    assert seen == tried
+
+
+def test_processes_of_a_sharded_model_agree_on_each_try(monkeypatch):
+    """The process with the least memory decides, and no process has DDP's buckets."""
+    def all_reduce(tensor, op):
+        if op == torch.distributed.ReduceOp.MAX and tensor < 0:  # what is available, negative
+            tensor.clamp_(min=-6_500)
+
+    model = Costs(thousand_each)
+    model.unshard = None  # marks a sharded model
+    pretend_memory(monkeypatch, model, free=10**6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2000)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert pick(model, SimpleNamespace(device=torch.device("cuda"), distributed=True)) == 4
+    assert model.tried == [1, 2, 3, 4]
+    assert model.weight.grad is None
+
+
 def test_auto_on_a_cpu_is_the_largest_divisor_up_to_8():
     for rows, want in ((1, 1), (2, 2), (8, 8), (9, 3), (11, 1), (12, 6), (64, 8), (35, 7)):
         assert devices.pick_micro_batch(None, "auto", rows, ON_CPU, reserved=[]) == want
