@@ -9,7 +9,7 @@ import inspect
 import os
 import pickle
 import re
-import socket
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from lib import nodes
 from lib.cli import BadInput, RankError, launched
 
 DONE = b"done"
@@ -193,6 +194,7 @@ class Processes:
         env = env or {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
         self.rank = env["rank"]
         self.world_size = env["world_size"]
+        self.several_nodes = self.world_size > env["local_world_size"]
         self.main = self.rank == 0
         self.device = pick_device(device_name, env["local_rank"], env["local_world_size"])
         self.deterministic = deterministic
@@ -222,9 +224,8 @@ class Processes:
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         on_gpu = self.device.type == "cuda"
         try:
-            socket.getaddrinfo(address, None)  # torch would retry for half an hour
-            base = next(dist.rendezvous("env://"))[0]
-            self.store = dist.PrefixStore(attempt, base)
+            base = nodes.connect()
+            self.store = nodes.ready() if nodes.several() else dist.PrefixStore(attempt, base)
             if on_gpu:
                 # left by NCCL's watchdog after a timeout, outside any prefix; it would end this
                 # attempt, too
@@ -266,6 +267,19 @@ class Processes:
         """Raises RankError with `message` on every process unless all have the same number."""
         if self.sum([number])[0] != number * self.world_size:
             raise RankError(message)
+
+    def check_same_text(self, text: str, message: str) -> None:
+        """Raises RankError with `message` on every process unless all have the same text."""
+        self.check_same(zlib.crc32(text.encode()), message)
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor, on the CPU. On other ranks `tensor` only needs its shape and dtype."""
+        if self.main:
+            dist.broadcast(tensor.to(self.device).contiguous(), 0)
+            return tensor
+        received = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        dist.broadcast(received, 0)
+        return received.cpu()
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

@@ -37,7 +37,8 @@ FLOOR = {
     "lib.startup": set(),
     "lib.cli": {"lib.startup"},
     "lib.files": {"lib.cli"},
-    "lib.devices": {"lib.cli"},
+    "lib.nodes": {"lib.cli"},
+    "lib.devices": {"lib.cli", "lib.nodes"},
 }
 MODEL = "train_gpt2"  # the one script that other scripts may import
 
