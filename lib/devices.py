@@ -247,8 +247,8 @@ class Processes:
                             "process has ended, fix its error, printed above; otherwise set "
                             "NCCL_DEBUG=WARN to learn more") from error
         if is_backend or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            raise BadInput("another process has ended: fix its error, printed above; torchrun "
-                           "names the first one to fail below") from error
+            raise BadInput("another process has ended: fix its error, printed above or on its "
+                           "node; torchrun names the first one to fail below") from error
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place; a no-op for one process."""

@@ -36,7 +36,7 @@ class Node:
     def torchrun(self, flags, words):
         """Start train_gpt2.py with `words` here -> its torchrun."""
         command = [*self.enter, sys.executable, "-m", "torch.distributed.run", *flags,
-                   "--local_addr", self.address, ROOT / "train_gpt2.py", *words]
+                   ROOT / "train_gpt2.py", *words]
         env = os.environ | {"GLOO_SOCKET_IFNAME": self.device}
         with open(self.out, "a") as file:
             agent = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file,
