@@ -218,24 +218,25 @@ class Processes:
         # (https://github.com/pytorch/pytorch/issues/190489). So import it before there is a group.
         from torch.distributed.nn import functional  # noqa: F401
 
-        address = os.environ["MASTER_ADDR"]
         # torchrun keeps its store when it restarts the processes; without a prefix they would read
         # addresses of dead processes
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         on_gpu = self.device.type == "cuda"
         try:
             base = nodes.connect()
-            self.store = nodes.ready() if nodes.several() else dist.PrefixStore(attempt, base)
+            self.store = nodes.ready() if self.several_nodes else dist.PrefixStore(attempt, base)
             if on_gpu:
                 # left by NCCL's watchdog after a timeout, outside any prefix; it would end this
                 # attempt, too
                 base.delete_key("exception_dump")
+            limit = timedelta(seconds=nodes.LIMIT) if self.several_nodes else None
             dist.init_process_group("nccl" if on_gpu else "gloo", store=self.store, rank=self.rank,
-                                    world_size=self.world_size)
+                                    world_size=self.world_size, timeout=limit)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0][:100]
-            raise RankError(f"the processes cannot meet at {address}:{os.environ['MASTER_PORT']} "
-                            f"({reason}): start with torchrun") from error
+            remedy = nodes.REMEDY if self.several_nodes else "start with torchrun"
+            raise RankError(f"the processes cannot meet at {nodes.place()} ({reason}): {remedy}"
+                            ) from error
 
     def __exit__(self, kind, error, trace) -> None:
         if self.distributed and kind is None:  # after an error this would wait for dead processes

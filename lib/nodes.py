@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 LIMIT = 600.0  # seconds; processes start, and rank 0 reads a checkpoint
 POLL = 0.1     # seconds
+REMEDY = ("open all ports between the nodes, and name the network device that joins them, "
+          "NCCL_SOCKET_IFNAME=eth0 for GPUs, GLOO_SOCKET_IFNAME=eth0 for CPUs")
 FAILED = "failed"
 CURRENT = "current attempt"
 
@@ -123,7 +125,15 @@ def _tell(shared: Any, line: str) -> None:
 
 
 def _wait(store: Any, key: str, what: str) -> bytes:
-    """The value of `key` once rank 0 has set it."""
+    """The value of `key` once another process has set it. Raises BadInput if it does not."""
+    try:
+        return _poll(store, key, what)
+    except RuntimeError as error:
+        raise RankError(f"the torchrun of rank 0, at {place()}, has ended: see its errors, and "
+                        "start the same command on every node") from error
+
+
+def _poll(store: Any, key: str, what: str) -> bytes:
     end = time.monotonic() + LIMIT
     while not store.check([key]):
         if store.check([FAILED]):
