@@ -247,7 +247,9 @@ class Processes:
             raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another "
                             "process has ended, fix its error, printed above; otherwise set "
                             "NCCL_DEBUG=WARN to learn more") from error
-        if is_backend or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        store_is_gone = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
+        in_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if is_backend or store_is_gone or in_gloo:
             raise BadInput("another process has ended: fix its error, printed above or on its "
                            "node; torchrun names the first one to fail below") from error
 
