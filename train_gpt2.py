@@ -1779,10 +1779,13 @@ def launch(settings: Settings, task: TaskLike) -> None:
         position = Position()
         rise = None
         if resume:
+            resume.share(processes)
             rise = rate_rise(cfg, plan.steps, resume.state)
             position = resume.restore(model, optimizer, stream, tokenizer.spec)
         elif task.weights:
             load_weights(model, task.weights.pop())  # popped to free memory
+        processes.check_same_text(corpus.identity, "the processes read different training data: "
+                                                   "copy one data folder to every node")
         processes.check_same(position.step, "the processes found different checkpoints: make sure "
                                             "that all read one folder, and start again")
 

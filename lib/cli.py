@@ -45,6 +45,8 @@ EXHAUSTED = {  # error number -> remedy
 }
 PATIENCE = 30  # seconds that rank 0 has to print an error that all processes raise
 
+on_failure: list[Callable[[str], None]] = []  # called with the error that ends a script
+
 
 class BadInput(Exception):
     """Invalid user input. The message is one line that names the cause and the remedy."""
@@ -484,6 +486,8 @@ def _fail(line, alone=True) -> NoReturn:
     alone: False if every rank raises this error. Rank 0 then prints it, and torchrun ends the
     others; one that is still running after PATIENCE seconds was alone after all.
     """
+    for tell in on_failure:
+        tell(line.partition(": error: ")[2])
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not alone and not is_main_process():
         if report is None:  # not torchrun: nobody ends this process

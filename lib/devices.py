@@ -9,7 +9,7 @@ import inspect
 import os
 import pickle
 import re
-import socket
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from lib import kernels
+from lib import kernels, nodes
 from lib.cli import BadInput, RankError, flag, launched
 
 DONE = b"done"
@@ -252,6 +252,7 @@ class Processes:
         env = env or {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
         self.rank = env["rank"]
         self.world_size = env["world_size"]
+        self.several_nodes = self.world_size > env["local_world_size"]
         self.main = self.rank == 0
         self.device = pick_device(device_name, env["local_rank"], env["local_world_size"])
         self.deterministic = deterministic
@@ -276,25 +277,25 @@ class Processes:
         # (https://github.com/pytorch/pytorch/issues/190489). So import it before there is a group.
         from torch.distributed.nn import functional  # noqa: F401
 
-        address = os.environ["MASTER_ADDR"]
         # torchrun keeps its store when it restarts the processes; without a prefix they would read
         # addresses of dead processes
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         on_gpu = self.device.type == "cuda"
         try:
-            socket.getaddrinfo(address, None)  # torch would retry for half an hour
-            base = next(dist.rendezvous("env://"))[0]
-            self.store = dist.PrefixStore(attempt, base)
+            base = nodes.connect()
+            self.store = nodes.ready() if self.several_nodes else dist.PrefixStore(attempt, base)
             if on_gpu:
                 # left by NCCL's watchdog after a timeout, outside any prefix; it would end this
                 # attempt, too
                 base.delete_key("exception_dump")
+            limit = timedelta(seconds=nodes.LIMIT) if self.several_nodes else None
             dist.init_process_group("nccl" if on_gpu else "gloo", store=self.store, rank=self.rank,
-                                    world_size=self.world_size)
+                                    world_size=self.world_size, timeout=limit)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0][:100]
-            raise RankError(f"the processes cannot meet at {address}:{os.environ['MASTER_PORT']} "
-                            f"({reason}): start with torchrun") from error
+            remedy = nodes.REMEDY if self.several_nodes else "start with torchrun"
+            raise RankError(f"the processes cannot meet at {nodes.place()} ({reason}): {remedy}"
+                            ) from error
 
     def __exit__(self, kind, error, trace) -> None:
         if dist.is_initialized() and kind is None:  # else this would wait for dead processes
@@ -305,9 +306,11 @@ class Processes:
             raise RankError(f"the GPUs no longer reach each other ({reason[:200]}): if another "
                             "process has ended, fix its error, printed above; otherwise set "
                             "NCCL_DEBUG=WARN to learn more") from error
-        if is_backend or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            raise BadInput("another process has ended: fix its error, printed above; torchrun "
-                           "names the first one to fail below") from error
+        store_is_gone = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
+        in_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if is_backend or store_is_gone or in_gloo:
+            raise BadInput("another process has ended: fix its error, printed above or on its "
+                           "node; torchrun names the first one to fail below") from error
 
     def mesh(self) -> Any:
         """The device mesh of all processes. A single process forms a group of its own."""
@@ -337,6 +340,19 @@ class Processes:
         """Raises RankError with `message` on every process unless all have the same number."""
         if self.sum([number])[0] != number * self.world_size:
             raise RankError(message)
+
+    def check_same_text(self, text: str, message: str) -> None:
+        """Raises RankError with `message` on every process unless all have the same text."""
+        self.check_same(zlib.crc32(text.encode()), message)
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor, on the CPU. On other ranks `tensor` only needs its shape and dtype."""
+        if self.main:
+            dist.broadcast(tensor.to(self.device).contiguous(), 0)
+            return tensor
+        received = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        dist.broadcast(received, 0)
+        return received.cpu()
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lib import checkpoint
+from lib import checkpoint, nodes
 from lib.cli import BadInput
 from lib.files import leftovers, read_json
 from lib.provenance import launch_id, this_command
@@ -66,7 +66,9 @@ def starts(folder: Path) -> list[dict[str, Any]]:
 
 def restarted(log_dir: str) -> Path | None:
     """The folder of the run that this torchrun started before --max_restarts restarted it."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    # a torchrun does not count a restart that another node caused
+    if not counted and not (nodes.several() and launch_id()):
         return None
     for path in Path(log_dir).glob("*/config.json"):
         recorded = starts(path.parent)

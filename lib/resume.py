@@ -5,15 +5,16 @@ import copy
 import math
 import os
 import shlex
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib import checkpoint
-from lib.cli import BadInput, note, resolve
-from lib.devices import is_shard, local
+from lib import checkpoint, nodes
+from lib.cli import BadInput, RankError, launched, note, resolve
+from lib.devices import Processes, is_shard, local
 from lib.existing_runs import check_name, check_ours, has_foreign_config, interrupted, restarted
 from lib.hooks import COMMANDS
 from lib.parallel import load_weights, shard_state
@@ -27,6 +28,7 @@ START_FLAGS = {"run_name", "log_dir", "resume", "tensorboard", "tensorboard_host
 BEGINNING_FLAGS = ("init_from", "checkpoint", "model", "lr_scale", "config")
 # changes after which validation losses no longer compare
 REMEASURING = ("--data ", "--val_", "--block_size", "other training data")
+TENSORS = ("model", "optimizer")  # entries of a checkpoint with tensors
 MOST = 2**62  # largest number in a checkpoint
 
 
@@ -51,6 +53,20 @@ class Resume:
     seen: set[int]  # steps of the checkpoints in the run folder, before this one was read
     changed: list[str] = field(default_factory=list)  # differences from the checkpoint, as text
     other_text: bool = False  # see compare_text
+
+    def outline(self) -> "Resume":
+        """A copy for other nodes: its tensors, on the meta device, wait for `share`."""
+        with checkpoint.ours(self.path):
+            return replace(self, state=self._with_tensors(lambda tensor: tensor.to("meta")))
+
+    def share(self, processes: Processes) -> None:
+        """With several nodes, send rank 0's tensors to the other ranks, which all call this."""
+        if processes.several_nodes:
+            self.state = self._with_tensors(processes.broadcast)
+
+    def _with_tensors(self, change):
+        parts = {name: checkpoint.map_tensors(change, self.state[name]) for name in TENSORS}
+        return self.state | parts
 
     def adopt(self, cfg: Any, model_cfg: Any, explicit: set[str]) -> tuple[Any, Any]:
         """-> (cfg, model_cfg) with the checkpoint's settings, except explicit ones.
@@ -312,6 +328,54 @@ def kinds(state: dict) -> dict:
 def find_resume(cfg: Any, explicit: set[str]) -> tuple[Resume | None, dict]:
     """--resume and --run_name -> (a Resume or None, log_dir and run_name of the run as a dict).
 
+    With several nodes, rank 0's run folder counts, and the other nodes need none. Raises BadInput
+    on a node that has a newer checkpoint, or other flags.
+    """
+    if not nodes.several():
+        return _find(cfg, explicit)
+
+    def outline(found):
+        resume, folder, flags = found
+        return resume and resume.outline(), folder, flags
+
+    def find():
+        return *_find(cfg, explicit), sys.argv[1:]
+
+    resume, folder, flags = nodes.from_rank_0("checkpoint", find, outline)
+    env = launched()
+    assert env
+    if env["rank"] > 0 and env["local_rank"] == 0:  # one line per node
+        if flags != sys.argv[1:]:
+            raise RankError("rank 0, on another node, has other flags: start the same command on "
+                            "every node")
+        check_moved(folder, resume.seen if resume else set())
+    return resume, folder
+
+
+def check_moved(folder: dict, seen: set[int]) -> None:
+    """Raises RankError if this node, not rank 0's, has the run that is to continue.
+
+    folder: log_dir and run_name. seen: steps of rank 0's checkpoints.
+    """
+    log_dir = folder["log_dir"]
+    name = folder["run_name"]
+    if name is None:
+        begun = restarted(log_dir)
+        if begun:
+            raise RankError(f"rank 0 has moved to another node and would not continue {begun}, "
+                            f"which is on this one: give --run_name {begun.name}, and torchrun "
+                            "--node_rank with --master_addr, which keep rank 0 on its node")
+        return
+    own = checkpoint.found(Path(log_dir, name))
+    if own and own[0][0] > max(seen, default=-1):
+        raise RankError(f"this node has {own[0][1]}, rank 0's node does not: copy that folder to "
+                        "rank 0's node, or move it away here; --node_rank with --master_addr "
+                        "keeps rank 0 on its node")
+
+
+def _find(cfg, explicit):
+    """`find_resume` on rank 0.
+
     The run's own checkpoints take precedence over the one it started from, so that running the
     same command again continues.
     """
@@ -334,6 +398,9 @@ def find_resume(cfg: Any, explicit: set[str]) -> tuple[Resume | None, dict]:
     if name is None and cfg.resume == "auto":
         last = interrupted(log_dir)
         name = last.name if last else None
+    elif name is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        note(f"torchrun has restarted its processes, but {log_dir} has no run that it began: "
+             "starting a new run")
     found = {"log_dir": log_dir, "run_name": name}
 
     seen = set()

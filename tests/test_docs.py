@@ -74,6 +74,10 @@ COMMANDS = {
     "--tensorboard 6006": PARSED,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size gpt2-xl --parallel fsdp "
     "--checkpoint_activations": PARSED,
+    "torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 "
+    "--nproc_per_node=gpu --max_restarts=3 train_gpt2.py --run_name first": PARSED,
+    "torchrun --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=29500 "
+    "--nproc_per_node=gpu --max_restarts=3 train_gpt2.py --run_name first": PARSED,
     "tmux new -d -s train '.venv/bin/torchrun --standalone --nproc_per_node=gpu --max_restarts=3 "
     "train_gpt2.py --run_name first 2>&1 | tee -a first.out'": PARSED,
     "python train_gpt2.py --run_name first": TINY,
@@ -179,7 +183,8 @@ SERVICES = {
 
 # flags of other programs, in the text of the pages
 OTHERS = {"--signal", "--signals-to-handle", "--nproc_per_node", "--standalone", "--max_restarts",
-          "--logdir", "--jinja"}
+          "--logdir", "--jinja", "--nnodes", "--node_rank", "--master_addr", "--local_addr",
+          "--rdzv_backend", "--rdzv_endpoint", "--rdzv_conf"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

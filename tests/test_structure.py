@@ -37,8 +37,9 @@ FLOOR = {
     "lib.startup": set(),
     "lib.cli": {"lib.startup"},
     "lib.files": {"lib.cli"},
-    "lib.devices": {"lib.cli", "lib.kernels"},
+    "lib.nodes": {"lib.cli"},
     "lib.kernels": set(),
+    "lib.devices": {"lib.cli", "lib.kernels", "lib.nodes"},
 }
 MODEL = "train_gpt2"  # the one script that other scripts may import
 
