@@ -1690,7 +1690,7 @@ class Pretraining:
         stream = token_stream(self.corpus, tokenizer, seed, plan.block_size, batches)
         if self.corpus.growing:
             processes.check_same(plan.steps, "--data was finished while the processes started, so "
-                                             "they count other lengths: start again")
+                                             "their run lengths differ: start again")
             return FollowingStream(stream, self.corpus.growing, processes)
         return stream
 
@@ -1747,7 +1747,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     limit = reached(cfg, resume.state) if resume else None
     if resume and limit:
         if processes.main:
-            print(f"{resume.path} is of a run that has reached {limit}: give more to continue")
+            print(f"{resume.path} belongs to a run that has reached {limit}: raise it to continue")
         return
     if resume:
         resume.compare_text(cfg, corpus, explicit)

@@ -1,4 +1,4 @@
-"""The page that --doctor prints: whether a machine is ready to train, and what a run costs there.
+"""The page that --doctor prints: whether a machine is ready to train, and the cost of a run there.
 
 A check is a function of a Machine that returns a Check; CHECKS lists them in the order of the page.
 The two that need all GPUs start processes of their own: `probe`, on every GPU, and a short run of
@@ -66,7 +66,7 @@ class Check(NamedTuple):
 
 @dataclass
 class Machine:
-    """What the checks look at, and what earlier ones have found for later ones."""
+    """The input of the checks, and results of earlier checks that later ones need."""
 
     cfg: Any                     # TrainConfig
     build: Callable[[int], Any]  # vocabulary -> GPT on the meta device
@@ -239,8 +239,8 @@ def check_disk(machine: Machine) -> Check:
     if not os.access(folder, os.W_OK):
         return Check(False, f"{folder} cannot be written to", "name another --log_dir")
     if free < needed:
-        return Check(False, text, "rent a larger disk, fewer checkpoints with --keep, or prepare "
-                                  "less data with fineweb.py --max_tokens")
+        return Check(False, text, "rent a larger disk, keep fewer checkpoints (--keep), or prepare "
+                                  "less data (fineweb.py --max_tokens)")
     return Check(True, text)
 
 
@@ -305,7 +305,8 @@ def check_clock(machine: Machine) -> Check:
         return Check(False, f"{text}, before this project's files were written",
                      "set it: downloads check certificates by it")
     if abs(now - written) > 10:
-        return Check(False, f"{text}; the disk's is {written - now:+.0f} s off", "mount another")
+        return Check(False, f"{text}; the disk's is {written - now:+.0f} s off",
+                     "use a local disk")
     return Check(True, text)
 
 
@@ -388,7 +389,7 @@ def run_probe(device: str, processes: int) -> dict:
         for process in started:
             outputs.append(process.communicate(timeout=max(end - time.monotonic(), 1)))
     except subprocess.TimeoutExpired:
-        raise BadInput("they do not answer each other") from None
+        raise BadInput("they cannot reach each other") from None
     finally:
         for process in started:
             process.kill()
@@ -412,7 +413,7 @@ def check_links(machine: Machine) -> Check:
     except BadInput as error:
         return Check(False, f"{name} failed between {processes} processes: {error}",
                      "NCCL_DEBUG=INFO shows more; try NCCL_P2P_DISABLE=1" if machine.on_gpu else
-                     "check that programs may listen on 127.0.0.1")
+                     "allow programs to listen on 127.0.0.1")
     speed = machine.probed["bandwidth"]
     if not machine.on_gpu:
         return Check(True, f"gloo works, {speed / GB:.1f} GB/s between two processes")

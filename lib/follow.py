@@ -18,10 +18,10 @@ SILENCE = 60.0  # seconds without a sign of fineweb.py after which it counts as 
 
 
 class Watch:
-    """Notices that nothing writes to a folder any longer.
+    """Detects that fineweb.py no longer writes to a folder.
 
-    Signs of fineweb.py are changes of its heartbeat and of meta.json. Times of the files are only
-    compared with each other, as they may be from another machine's clock.
+    Its signs of life are changes of its heartbeat file and of meta.json. File times are compared
+    only with each other, as they may come from another machine's clock.
     """
 
     def __init__(self, folder: Path):
@@ -40,7 +40,7 @@ class Watch:
 
 
 def stamp_of(path: Path) -> tuple | None:
-    """What changes whenever a file is written, replaced or touched; None without the file."""
+    """A value that changes when a file is written, replaced or touched; None without the file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -49,13 +49,13 @@ def stamp_of(path: Path) -> tuple | None:
 
 
 class GrowingShards(Shards):
-    """A folder of shards, finished or not. `train`, `tokens` and `keys` grow by `refresh`.
+    """A folder of shards, finished or not. `refresh` extends `train`, `tokens` and `keys`.
 
     is_finished: whether all shards have arrived. identity: of the first train shard, as the others
     may not have arrived yet; lib/streams.py's FollowingStream compares those that were read.
 
-    Created once a train shard and the val split have arrived. Raises BadInput like Shards, and if
-    nothing writes the folder.
+    The constructor waits for the val split and a train shard. Raises BadInput like Shards, and if
+    fineweb.py no longer writes to the folder.
     """
 
     def __init__(self, folder: str | Path, needed: Sequence[str] = SPLITS,
@@ -78,10 +78,9 @@ class GrowingShards(Shards):
         return self.is_finished or (epoch == 0 and shard < len(self.train))
 
     def needed(self, epoch: int, shard: int, tokens: int) -> int | None:
-        """What `tokens` tokens from the start of a shard on need: the number of first train shards,
-        one more than there are if they go on into another epoch, None if that has not arrived.
-
-        shard: its number in the epoch.
+        """The number of train shards that must have arrived to read `tokens` tokens from the start
+        of number `shard` of an epoch; one more than there are if the tokens reach into the next
+        epoch. None if they have not arrived.
         """
         if epoch == 0:
             for count, path in enumerate(self.train[shard:], shard + 1):
@@ -129,7 +128,7 @@ class GrowingShards(Shards):
         self.tokens["train"] = self._count(self.train)
 
     def died(self) -> str:
-        """The error of a folder that nothing writes to any longer."""
+        """The error for a folder that fineweb.py no longer writes to."""
         count = len(self.train)
         return (f"{self.folder}/ is not finished, and fineweb.py has not written to it for "
                 f"{SILENCE:g} s: run {self.command()} again to continue it, or add --finish to "
@@ -137,7 +136,8 @@ class GrowingShards(Shards):
 
 
 def wait_for_first(folder: Path, named_by: str) -> None:
-    """Wait until `GrowingShards` can start. Raises BadInput if nothing writes the folder."""
+    """Wait until `GrowingShards` can start. Raises BadInput if fineweb.py does not write to the
+    folder."""
     watch = Watch(folder)
     started = time.monotonic()
     is_said = False
@@ -155,8 +155,7 @@ def wait_for_first(folder: Path, named_by: str) -> None:
 
 
 def can_start(folder: Path) -> bool:
-    """Whether the val split and a train shard have arrived, or never will: then `Shards` says why.
-    """
+    """Whether the val split and a train shard have arrived, or cannot; `Shards` then says why."""
     meta = read_meta(folder)
     if meta is None:
         is_other = folder.exists() and not folder.is_dir()

@@ -22,13 +22,13 @@ from lib.cli import BadInput
 
 COMMANDS = ("sync", "on_end")  # flags
 PLACEHOLDER = re.compile(r"(?<!\$)\{(folder|name)\}")  # but not the shell's ${name}
-# set by torchrun; a command that starts Python must not take itself for one of its processes
+# set by torchrun; Python in a command must not take itself for one of torchrun's processes
 LAUNCHER = re.compile(r"(RANK|WORLD_SIZE|MASTER_\w+|(TORCHELASTIC|LOCAL|GROUP|ROLE)_\w+)")
 
 DELAYS = (30.0, 60.0, 120.0, 300.0, 600.0)  # seconds between attempts at a copy; then the last
 LAST_DELAY = 5.0  # seconds between attempts at the last copy
 ATTEMPTS = 3      # at the last copy
-PATIENCE = 900.0  # seconds that a run, and then --on_end, wait for its last copy
+PATIENCE = 900.0  # seconds that a run, and then --on_end, wait for the last copy
 END_PATIENCE = 60.0  # seconds that a run waits for --on_end
 RESTARTED = ("failed", "gave_up", "killed")  # outcomes after which torchrun restarts a run
 
@@ -78,7 +78,7 @@ class Sync:
     """Runs --sync in the background after each `request`, one copy at a time.
 
     Requests during a copy lead to one more copy. A failed copy is tried again, at the latest when
-    the next one is requested. A thread waits for the commands, so no method but `close` does.
+    the next one is requested. A thread waits for the commands, so only `close` blocks.
     """
 
     def __init__(self, command: str, folder: Path, say: Callable[[str], Any]):
@@ -87,7 +87,7 @@ class Sync:
         self.environment = environment(folder)
         self.log = folder / "sync.log"
         self.say = say
-        self.wanted = 0  # number of the latest state that a copy was requested of
+        self.wanted = 0  # number of the latest state that was requested
         self.copied = 0  # number of the state in the latest copy
         self.started: float | None = None  # time of the copy in progress
         self.is_closing = False
@@ -179,9 +179,9 @@ class Sync:
 
 
 def lock(file: IO[bytes]) -> None:
-    """Wait for the lock of an open file. A command that has it as its output holds the lock, too,
-    so it never runs beside one that an earlier, killed run has left."""
-    with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on each file system
+    """Wait for the lock of an open file. A command whose output is the file holds the lock, too, so
+    it never runs beside the command of an earlier, killed run."""
+    with contextlib.suppress(ImportError, OSError):  # not on Windows or on every file system
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -199,7 +199,7 @@ class OnEnd:
 
     def __init__(self, command: str, folder: Path):
         folder = folder.absolute()
-        # torchrun restarts a killed run, or reports its end to nobody
+        # torchrun restarts a killed run, which then has not ended
         outcome = "" if is_restarted("killed") else "killed"
         self.process = subprocess.Popen(
             ["sh", "-c", WATCH, "on_end", fill(command, folder), outcome, str(PATIENCE)],

@@ -1,4 +1,4 @@
-"""Kernels that some machines lack. Without them training is slower, and says so in one line.
+"""Kernels that some machines lack. Without them training is slower, and one line says so.
 
 | name | what is missing | instead |
 |---|---|---|
@@ -7,8 +7,7 @@
 | grouped_mm | its kernel, except for bf16 on capability 9 and 10 | a product per expert |
 | varlen | flash attention over a cache, before compute capability 8.0 | a mask |
 
-The environment variable GPT2_WITHOUT, names separated by commas, does without them on any machine.
-It is for tests.
+For tests, the environment variable GPT2_WITHOUT switches them off: names separated by commas.
 """
 
 import importlib.util
@@ -61,8 +60,8 @@ def has_flash(device: torch.device) -> bool:
 
 
 def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of all experts are one kernel. Elsewhere torch multiplies one expert at a
-    time, and synchronizes with the GPU to read where each group ends."""
+    """Whether one kernel computes the products of all experts. Without it, torch multiplies one
+    expert at a time, and synchronizes with the GPU to read where each group ends."""
     if without("grouped_mm"):
         return False
     major, _ = torch.cuda.get_device_capability(device)
@@ -77,7 +76,7 @@ def choose_attention() -> None:
 
 
 def notes(device: torch.device, dtype: torch.dtype, has_experts: bool) -> list[str]:
-    """A line for each kernel that a run does without. dtype: of matmuls."""
+    """A line for each missing kernel that a run would use. dtype: of matmuls."""
     lines = []
     if not has_flash(device):
         lines.append("slower  attention without the flash kernel, which needs a GPU of compute "

@@ -1,7 +1,7 @@
 """The model card of an export, README.md: what the model is, how it was trained, how to load it.
 
-Facts come from the checkpoint and, if it lies in a run folder, from the files there. What is
-unknown is left out.
+Facts come from the checkpoint and, if it is in a run folder, from the files there. Unknown ones are
+left out.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True,
     sanitize_control_tokens=True)"""
 OWN_CODE = """
-The model's code is `modeling_modern_gpt.py` in this folder, {lines} lines to read before you trust
-them. It needs transformers 5.16 or newer.
+The model's code is `modeling_modern_gpt.py` in this folder: read its {lines} lines before you trust
+it. It needs transformers 5.16 or newer.
 """
 SOFT_CAP = """
 trl's trainers compute a loss of their own that would leave out the soft cap on the logits, so they
@@ -115,8 +115,8 @@ def model_card(model: Any, tokenizer: Tokenizer, state: dict[str, Any], path: st
     parts = [
         f"---\n{loading.metadata}\npipeline_tag: text-generation\n---\n",
         f"# {name}\n",
-        f"{what}. It has {total:,} parameters, continues text as its training data does, and may "
-        "state what is false.\n",
+        f"{what}. It has {total:,} parameters. It imitates its training data, and "
+        "its statements may be false.\n",
         table("model", [loading.kind, *model_rows(model, tokenizer)]),
     ]
     if training:
@@ -160,7 +160,7 @@ def model_rows(model: Any, tokenizer: Tokenizer) -> Rows:
 
 
 def how_to_load(c: Any, is_chat: bool) -> str:
-    """Python code that loads the folder, and what it needs."""
+    """Python code that loads the folder, and its requirements."""
     is_custom = export_class(c) == CUSTOM
     arguments = '"FOLDER"'
     if is_custom:

@@ -1,7 +1,7 @@
 """Several nodes: processes of several torchruns agree on an attempt, and on where a run continues.
 
-The torchruns count restarts each on its own, so the counts may differ. `meet` does without them:
-each process calls rank 0 under a name of its own, rank 0 answers with a new attempt. All use the
+Each torchrun counts its own restarts, so the counts may differ. `meet` does not need them: each
+process calls rank 0 under a name of its own, and rank 0 answers with a new attempt. All use the
 store that the torchruns share. Every wait ends after LIMIT, or once another process fails.
 """
 
@@ -64,7 +64,7 @@ def meet() -> Any:
         attempt = _invite(store, env["world_size"]) if env["rank"] == 0 else _call(store, env)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise RankError(f"this node does not reach rank 0's at {place()} ({reason}): open all "
+        raise RankError(f"this node cannot reach rank 0 at {place()} ({reason}): open all "
                         "ports between the nodes, and give each torchrun --local_addr with an "
                         "address of its node that the others reach") from error
     shared = dist.PrefixStore(attempt, store)
@@ -110,13 +110,13 @@ def _call(store: Any, env: dict[str, int]) -> str:
 
 
 def _end(store: Any, attempt: str, rank: int) -> None:
-    """End the processes of an earlier attempt that still wait."""
+    """End the processes of an earlier attempt that are still waiting."""
     line = f"rank {rank} was started again: start this node's torchrun again, too"
     dist.PrefixStore(attempt, store).set(FAILED, line)
 
 
 def _tell(shared: Any, line: str) -> None:
-    """End the other processes that wait, with this process's error."""
+    """End the other waiting processes with this process's error."""
     try:
         if not shared.check([FAILED]):
             shared.set(FAILED, f"on {socket.gethostname()}: {line}")

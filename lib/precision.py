@@ -61,7 +61,7 @@ class Precision:
         """Whether loss or gradients of a step are non-finite because the scale is too large, which
         is then halved.
 
-        A non-finite loss is not: the scale is applied after it.
+        A non-finite loss is not due to the scale, which is applied after it.
         """
         if not math.isfinite(loss) or self.scale <= LEAST:
             return False

@@ -1,7 +1,8 @@
-"""The hours and dollars that a run has taken so far, and their limits --max_hours and --max_cost.
+"""The hours and dollars that a run has used so far, and their limits --max_hours and --max_cost.
 
-They count from the start of each process to its end, so also imports, compilation, evaluations and
-earlier starts. The checkpoint keeps them, so what a killed run did after its last one is lost.
+They count from the start of each process to its end, so they include imports, compilation,
+evaluations and earlier starts. Checkpoints store them, so the time that a killed run spent after
+its last one is not counted.
 """
 
 import math
@@ -13,10 +14,10 @@ from lib.budget import hours_and_dollars
 
 
 class Spending:
-    """What a run has taken so far, over all its starts.
+    """Hours and dollars that a run has used so far, over all its starts.
 
-    cfg: a TrainConfig. before: the checkpoint that it continues from, or {}. Hours whose price was
-    not given then have today's.
+    cfg: a TrainConfig. before: the checkpoint that it continues from, or {}. Earlier hours without
+    a price get the current one.
     """
 
     def __init__(self, cfg: Any, before: dict[str, Any]):

@@ -86,7 +86,7 @@ def test_a_run_stops_at_its_limit_and_continues_with_more(limit, flag, whole, da
     assert f"spent   {60 * HOUR * step:.1f} minutes" in printed
 
     train(data, folder, *LONG)  # the limit and what was spent are in the checkpoint
-    assert f"is of a run that has reached {flag}: give more" in capsys.readouterr().out
+    assert f"belongs to a run that has reached {flag}: raise it" in capsys.readouterr().out
     assert steps_saved(folder) == [step]
 
     per_step(monkeypatch, folder)
