@@ -74,8 +74,8 @@ def compute_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     on_cuda = device.type == "cuda"
     has_bf16 = not on_cuda or torch.cuda.get_device_capability(device) >= (8, 0)
     if dtype == "bf16" and not has_bf16:
-        raise BadInput(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16 (compute "
-                       "capability 8.0 or newer has): give --dtype fp16")
+        raise BadInput(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16 (it "
+                       "needs compute capability 8.0 or newer): give --dtype fp16")
     if dtype != "auto":
         return DTYPES[dtype]
     if not on_cuda:

@@ -370,7 +370,7 @@ class RunFolder:
             self.outcome = "failed"
 
     def close(self) -> None:
-        """Also copies the last state with --sync and runs --on_end, both within limits of time."""
+        """Also copies the last state with --sync and runs --on_end, both within time limits."""
         self.log.close()
         self.on_end.tell(self.outcome, self._end_values())  # this process may be killed from here
         self.sync.close()
@@ -381,7 +381,7 @@ class RunFolder:
             self.say(line)
 
     def _end_values(self) -> dict[str, Any]:
-        """What --on_end gets to know besides the outcome."""
+        """Values for the environment of --on_end, besides the outcome."""
         dollars = self.spending.dollars
         return {
             "step": self.step,

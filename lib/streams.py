@@ -287,7 +287,7 @@ class FollowingStream(Stream):
             return None
         watch = Watch(self.shards.folder)
         started = time.monotonic()
-        missing = ""  # the shard, once it is said
+        missing = ""  # the shard, once printed
         while True:
             needed, problem = self._look(n, watch)
             text = self._hash(needed or 0) % 2**32

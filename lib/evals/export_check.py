@@ -161,7 +161,7 @@ def max_or_nan(largest: float, differences: torch.Tensor) -> float:
 
 
 def compare_generation(original: Original, exported: Exported, page: str) -> Result:
-    """Greedy text with both KV caches. Two tokens whose logits are as good as equal end it."""
+    """Greedy text with both KV caches. It ends at two tokens with nearly equal logits."""
     model = original.rounded
     block_size = model.config.block_size
     prompt = original.tokenizer.encode(page).tolist()[:min(PROMPT, block_size // 2)]
