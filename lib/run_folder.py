@@ -342,8 +342,8 @@ class RunFolder:
             self.say(spent)
         train = self.config["train"]
         if self.outcome == "limit":
-            self.say(f"stopped at step {step} by {self.spending.limit()}: run the same command "
-                     "again with more to continue")
+            self.say(f"stopped at step {step} by {self.spending.limit()}: raise it and run "
+                     "the same command again to continue")
             return
         if not finished:
             self.say(summary.how_to_continue(self.folder, step, self.config["max_steps"],
