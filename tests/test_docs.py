@@ -105,7 +105,7 @@ COMMANDS = {
     "python train_gpt2.py --preset speedrun --n_experts 8 --n_active 2":
         f"{TINY} --preset speedrun --batch_warmup 0",
     "python train_gpt2.py --preset tiny --no-token_shift --no-value_residual "
-    "--no-residual_scalars --softcap 0 --no-qk_norm --run_name second":
+    "--no-residual_scalars --bigram 0 --softcap 0 --no-qk_norm --run_name second":
         f"{TINY} --preset tiny --data edu_fineweb10B",
     # evaluation and text
     "python loss.py --checkpoint log/first log/second --model gpt2 --text book.txt more/": PARSED,
@@ -157,7 +157,7 @@ COMMANDS = {
     "lms import chat.gguf --copy --user-repo me/chat": NOT_OURS,
     "lms chat": NOT_OURS,
     "python train_gpt2.py --preset tiny --mlp swiglu --no-token_shift --no-value_residual "
-    "--no-residual_scalars --softcap 0 --run_name third":
+    "--no-residual_scalars --bigram 0 --softcap 0 --run_name third":
         f"{TINY} --preset tiny --data edu_fineweb10B",
     # experiments
     "python ablate.py --price_per_hour 2 -- --preset speedrun --data mine --n_layer 8 "

@@ -46,7 +46,7 @@ CASES = {  # name: (architecture, changes to the tiny GPTConfig)
     "glm4moe": ("glm4moe", MOE),
     "glm4moe-shared": ("glm4moe", SOFTMAX | dict(n_shared=2, qk_norm=True)),
 }
-LACKS = "--no-token_shift --no-value_residual --no-residual_scalars --softcap 0"  # of llama.cpp
+LACKS = "--no-token_shift --no-value_residual --no-residual_scalars --bigram 0 --softcap 0"  # flags
 
 
 def export(model_changes, tokenizer, folder, *flags, template=None):

@@ -68,7 +68,8 @@ def test_help_names_every_class():
 
 @pytest.mark.parametrize("preset", ["speedrun", "tiny"])
 def test_presets_have_a_class_of_transformers_with_flags_of_the_docs(preset):
-    flags = "--no-token_shift --no-value_residual --no-residual_scalars --softcap 0 --no-qk_norm"
+    flags = ("--no-token_shift --no-value_residual --no-residual_scalars --bigram 0 --softcap 0 "
+             "--no-qk_norm")
     page = (ROOT / "docs" / "export.md").read_text().replace("\\\n", "")
     assert f"--preset tiny {flags} " in " ".join(page.split())
 
