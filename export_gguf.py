@@ -18,8 +18,8 @@ llama.cpp computes the same. Its architecture depends on the flags used in train
     llama        as glm4moe with --router softmax --balance loss, without --n_shared and --qk_norm
     qwen3moe     as glm4moe with --router softmax --balance loss --qk_norm, without --n_shared
 Other combinations are rejected. With --pos rope, --emb_norm is supported, too: it is applied to the
-embedding table. llama.cpp has no counterpart of --token_shift, --value_residual, --residual_scalars
-and --softcap, which the presets speedrun and tiny use.
+embedding table. llama.cpp has no counterpart of --token_shift, --value_residual,
+--residual_scalars, --bigram and --softcap, which the presets speedrun and tiny use.
 
 The tokenizer may be GPT-2's, r50k_base, p50k_base, p50k_edit, cl100k_base, or one made by
 tokenizer.py train or fineweb.py --tokenizer bpe:N. llama.cpp only approximates o200k_base.
