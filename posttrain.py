@@ -92,6 +92,8 @@ class Config(TrainConfig, checkpoint.ModelConfig):
               "checkpoint's", **LEARNING_RATE)
     embedding_lr: float | None = flag(
         None, "peak learning rate of embeddings", **LEARNING_RATE)
+    bigram_lr: float | None = flag(
+        None, "peak learning rate of a table of bigrams", **LEARNING_RATE)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", **LEARNING_RATE)
     vector_lr: float | None = flag(
         None, "peak learning rate of norms, biases and scalars", **LEARNING_RATE)
