@@ -59,7 +59,7 @@ from train_gpt2 import (
     validation,
 )
 
-RATES = ("max_lr", "embedding_lr", "head_lr", "vector_lr")
+RATES = ("max_lr", "embedding_lr", "bigram_lr", "head_lr", "vector_lr")
 BATCH = 16_384  # most tokens per step, without --total_batch_size
 # GPT-3's peak learning rates at these sizes (Brown et al. 2020, table 2.1): GPT-2's are not
 # published
@@ -88,10 +88,12 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     optimizer: str | None = flag(
         None, "as in train_gpt2.py; unset: the checkpoint's", choices=lambda: OPTIMIZERS)
     max_lr: float | None = flag(
-        None, "peak learning rate; unset, this and the next three are --lr_scale times the "
+        None, "peak learning rate; unset, this and the next four are --lr_scale times the "
               "checkpoint's", **LEARNING_RATE)
     embedding_lr: float | None = flag(
         None, "peak learning rate of embeddings", **LEARNING_RATE)
+    bigram_lr: float | None = flag(
+        None, "peak learning rate of a table of bigrams", **LEARNING_RATE)
     head_lr: float | None = flag(None, "peak learning rate of an untied head", **LEARNING_RATE)
     vector_lr: float | None = flag(
         None, "peak learning rate of norms, biases and scalars", **LEARNING_RATE)

@@ -1229,16 +1229,23 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     seconds = 0.0  # of the previous step
     save_due = False
     last = False
-    last_good = {"step": step, "skipped": skipped, "loader": stream.state_dict()}
-
     def say(line):
         run.say(f"step {step} | {line}")
 
+    def counts():
+        """Entries of a checkpoint that each step changes, besides tensors."""
+        return {"step": step, "skipped": skipped, "loader": stream.state_dict(),
+                **precision.state_dict()}
+
     def snapshot(**changes):
-        return {"step": step, "skipped": skipped, "consecutive_skips": consecutive_skips,
-                "finished": False, "loader": stream.state_dict(), "max_steps": timer.steps,
-                "timed": timer.timed, **state_of(model, optimizer, processes),
-                **precision.state_dict(), **changes}
+        return {**counts(), "consecutive_skips": consecutive_skips, "finished": False,
+                "max_steps": timer.steps, "timed": timer.timed,
+                **state_of(model, optimizer, processes), **changes}
+
+    def stopped():
+        """Whether to stop waiting for data. A checkpoint may be written meanwhile."""
+        run.poll()
+        return stop.agree()
 
     def evaluate():
         """Run the evaluations that are due, until a stop is requested."""
@@ -1272,6 +1279,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                        f"before: lower --max_lr or lengthen --warmup_steps{precision.remedy}, "
                        "and --resume it")
 
+    last_good = counts()  # before the latest non-finite steps
     is_spike = SpikeDetector(cfg.spike)
     monitor = RecompileMonitor(say)
     balance = LoadBalancer(model, processes, say)
@@ -1292,7 +1300,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             run.poll()
             missing = None
             if not last:  # with --follow, the shard of the next batch may not have arrived
-                missing = stream.wait(batch_size(step, cfg), stop.agree, say)
+                missing = stream.wait(batch_size(step, cfg), stopped, say)
             if last or stop.agreed or missing:
                 break
 
@@ -1300,7 +1308,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             started = time.perf_counter()
             read_from = stream.state_dict()
             if not consecutive_skips:
-                last_good = {"step": step, "skipped": skipped, "loader": read_from}
+                last_good = counts()
             tokens = batch_size(step, cfg)
             batch = stream.next(tokens)
             waited = time.perf_counter() - started

@@ -22,12 +22,13 @@ import torch
 
 from lib.cli import BadInput, RankError, flag, note, path_flag
 from lib.files import check_room, open_file, read_json, replace
+from lib.hooks import without_commands
 
 NAME = re.compile(r"(ckpt|weights)_([0-9]{1,12})\.pt")
 Kind = Literal["ckpt", "weights"]
 # what only --resume needs
 TRAINING_STATE = {"optimizer", "loader", "skipped", "consecutive_skips", "timed", "finished",
-                  "max_steps", "hours", "dollars"}
+                  "max_steps", "hours", "dollars", "loss_scale"}
 # errors of the system, not of the file being read
 NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
 NO_ROOM = "free some disk space, or --keep fewer; the existing checkpoints are intact"
@@ -279,7 +280,10 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], state: Any) -> A
 
 
 def weights_of(state: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """What a weights_<step>.pt holds of a checkpoint. Tied weights stay one tensor."""
+    """What a weights_<step>.pt holds of a checkpoint. Tied weights stay one tensor.
+
+    Not --sync and --on_end: they may contain secrets, and weights are shared.
+    """
     converted: dict[tuple, torch.Tensor] = {}
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
@@ -289,6 +293,8 @@ def weights_of(state: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> di
         return converted[key]
 
     kept = {name: value for name, value in state.items() if name not in TRAINING_STATE}
+    if "train_config" in kept:
+        kept["train_config"] = without_commands(kept["train_config"])
     return map_tensors(convert, kept)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from lib.checkpoint import is_memory
-from lib.cli import note
-from lib.devices import autocast, peak_flops
+from lib.cli import RankError, note
+from lib.devices import autocast, is_sharded, peak_flops
 from lib.kernels import compiler_problem
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "torchinductor"
@@ -97,7 +97,8 @@ def compile_ahead(model: torch.nn.Module, batch: tuple, evaluating: bool,
     batch: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.
     evaluating: compile the evaluation loss, too. say: called with lines to print. If compiling
     fails with a cache, warns and tries again without it. If it fails without one, or is known to
-    fail, warns and leaves the model as plain PyTorch.
+    fail, warns and leaves the model as plain PyTorch. A sharded model cannot be used after a failed
+    pass, in which its processes exchange weights: then raises RankError.
     """
     problem = compiler_problem(batch[0].device)
     if problem is None:
@@ -118,6 +119,9 @@ def _compile(model, batch, evaluating, say):
     with _heartbeat(say, started):
         reason = _failure(model, batch, evaluating)
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        if reason and is_sharded(model):
+            raise RankError(f"torch.compile failed ({reason[:200]}): delete its cache, {cache}, "
+                            "or give --no-compile")
         if reason and _holds_kernels(cache):
             say(f"warning: compiling failed with the cache in {cache} ({reason[:100]}): "
                 "trying without it")

@@ -28,7 +28,14 @@ from lib.budget import batch_size, hours_and_dollars, steps_of
 from lib.cli import BadInput
 from lib.corpus import Corpus
 from lib.description import matmul_flops
-from lib.devices import Processes, compute_dtype, memory_bytes, peak_flops, pick_device
+from lib.devices import (
+    Processes,
+    compute_dtype,
+    dtype_name,
+    memory_bytes,
+    peak_flops,
+    pick_device,
+)
 from lib.hooks import LAUNCHER
 from lib.logger import read_scalars
 from lib.plan import check_batch
@@ -54,8 +61,11 @@ README_LOSSES: dict[tuple[str, int], tuple] = {
     ("speedrun", 60_379_434): ((5.144, 5.4e6), (3.88, 31.0e6)),
     ("modern", 123_588_096): ((5.144, 93.3e6),),
 }
-# settings of a run that change its speed or memory, besides the model's
-SPEED_FLAGS = {"optimizer", "deterministic", "device", "dtype", "grad_clip", "shuffle", "seed"}
+# settings of a run that change its speed or memory, besides the model's, or how it reads its data
+SPEED_FLAGS = {
+    "optimizer", "deterministic", "device", "dtype", "grad_clip", "shuffle", "seed", "parallel",
+    "checkpoint_activations", "follow",
+}
 
 
 class Check(NamedTuple):
@@ -192,11 +202,14 @@ def check_torch(machine: Machine) -> Check:
 
 
 def check_precision(machine: Machine) -> Check:
-    name = str(compute_dtype(machine.device)).removeprefix("torch.")
-    if not machine.on_gpu:
+    dtype = machine.cfg.dtype
+    name = dtype_name(compute_dtype(machine.device, dtype))
+    if not machine.on_gpu and dtype == "auto":
         return Check(True, f"{name}, as on every CPU; GPUs train in bfloat16")
+    if not machine.on_gpu:
+        return Check(True, name)
     major, minor = torch.cuda.get_device_capability(machine.device)
-    peak = peak_flops(machine.device)
+    peak = peak_flops(machine.device, dtype)
     text = f"{name}, compute capability {major}.{minor}"
     text += f", peak {peak / 1e12:.0f} TFLOP/s" if peak else ", peak unknown, so no MFU"
     return Check(True, text)
@@ -317,7 +330,8 @@ def check_data(machine: Machine) -> Check:
     read, seconds = read_shards(paths)
     speed = read / seconds
     tokens = machine.corpus.tokens["train"]
-    text = f"{tokens:,} tokens in {len(paths)} shards, read at {speed / 1e6:,.0f} MB/s"
+    count = f"{tokens:,}" if tokens else "an unknown number of"  # with --follow
+    text = f"{count} tokens in {len(paths)} shards, read at {speed / 1e6:,.0f} MB/s"
     if speed < SLOW_DISK and read > SLOW_DISK:  # of a few small files, it says nothing
         return Check(False, text, "copy them to a local disk")
     return Check(True, text)

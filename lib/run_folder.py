@@ -253,13 +253,17 @@ class RunFolder:
         """Start writing a checkpoint of `state`, unless its step is saved or being saved; then only
         its weights, if it turned out to be the best.
 
+        A checkpoint of the same step is replaced if the run has finished, or ends by --max_hours or
+        --max_cost: what it spent since, such as waiting for data, would be lost.
+
         wait: return once it is written. Raises BadInput if it cannot be written.
         """
         if not self.folder.is_dir():  # moved or removed
             self._make_again(state["step"])
         if wait:
             self.poll(wait=True)  # if a checkpoint of this step failed, try again
-        if state["step"] != self.saved or state["finished"]:
+        ends = state["finished"] or (wait and self.limit_is_reached())
+        if state["step"] != self.saved or ends:
             self._start_saving(state)
         elif self.candidate and self.candidate[1] == self.saved and not self.writer.is_busy:
             self.writer.add_weights(self.saved, self.candidate)

@@ -156,16 +156,16 @@ def test_every_kind_of_model_learns_to_answer(kind, base, chat_file, log, capsys
 
 
 PRETRAINED = {
-    "optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "head_lr": 0.004, "vector_lr": None,
-    "momentum": 0.9, "data": ["a:1", "b"],
+    "optimizer": "muon", "max_lr": 0.03, "embedding_lr": 0.01, "bigram_lr": 0.3, "head_lr": 0.004,
+    "vector_lr": None, "momentum": 0.9, "data": ["a:1", "b"],
 }
 POSTTRAINED = PRETRAINED | {"checkpoint": "x", "lr_scale": 0.1, "data": ["c"], "replay_data": ["a"]}
 
 
 @pytest.mark.parametrize("before, flags, want", [
     (PRETRAINED, {},
-     dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, head_lr=0.0004, vector_lr=None,
-          lr_scale=0.1, momentum=0.9, replay_data=("a:1", "b"))),
+     dict(optimizer="muon", max_lr=0.003, embedding_lr=0.001, bigram_lr=0.03, head_lr=0.0004,
+          vector_lr=None, lr_scale=0.1, momentum=0.9, replay_data=("a:1", "b"))),
     (PRETRAINED, dict(lr_scale=0.5, head_lr=0.2, momentum=0.8, replay_data=("d",)),
      dict(max_lr=0.015, embedding_lr=0.005, head_lr=0.2, momentum=0.8, replay_data=("d",))),
     (PRETRAINED, dict(optimizer="adamw", max_lr=1e-3),  # Muon's rates do not fit

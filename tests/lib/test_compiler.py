@@ -10,6 +10,7 @@ from helpers import ROOT
 from torch._dynamo.utils import counters
 
 from lib import compiler
+from lib.cli import RankError
 from train_gpt2 import GPT, GPTConfig
 
 H200 = torch.device("cuda")
@@ -118,3 +119,19 @@ print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert result.stdout == f"{tmp_path / (given or 'cache')}\n"
     assert not result.stderr
+
+
+class Sharded(torch.nn.Module):
+    """Cannot be compiled."""
+
+    def unshard(self):
+        pass
+
+    def forward(self, idx, targets):
+        raise RuntimeError("no headers")
+
+
+def test_a_sharded_model_is_not_used_after_a_failed_pass():
+    idx = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(RankError, match="no headers.*--no-compile"):
+        compiler._compile(Sharded(), (idx, idx), False, print)

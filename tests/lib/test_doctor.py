@@ -140,6 +140,8 @@ def test_the_links_between_gpus(gpus, machine, monkeypatch):
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert "--compile" in command
     assert "compute capability 9.0" in doctor.check_precision(machine).text
+    machine.cfg = replace(machine.cfg, dtype="fp16")
+    assert "float16, compute capability 9.0" in doctor.check_precision(machine).text
 
 
 def test_a_gpu_that_torch_does_not_see(machine, monkeypatch):
@@ -227,13 +229,15 @@ def test_slow_machines_take_smaller_steps(machine):
 
 def test_the_short_run_has_the_model_and_speed_of_the_run(data, tmp_path):
     flags = ["--preset", "speedrun", "--n_layer", "3", "--n_experts", "4", "--n_active", "2",
-             "--no-emb_norm", "--data", str(data), "--micro_batch", "2", "--deterministic"]
+             "--no-emb_norm", "--data", str(data), "--micro_batch", "2", "--deterministic",
+             "--dtype", "fp16", "--parallel", "fsdp", "--checkpoint_activations", "--follow"]
     machine = machine_for(*flags)
     script, *words = doctor.short_run(machine, tmp_path, rows=8, steps=10)[1:]
     assert script == str(ROOT / "train_gpt2.py")
     cfg, model_cfg, *_ = train_gpt2.settings(words)
     assert replace(model_cfg, vocab_size=280) == machine.model.config
-    for name in ("optimizer", "deterministic", "device", "shuffle", "micro_batch", "data"):
+    for name in ("optimizer", "deterministic", "device", "shuffle", "micro_batch", "data", "dtype",
+                 "parallel", "checkpoint_activations", "follow"):
         assert getattr(cfg, name) == getattr(machine.cfg, name), name
     assert (cfg.total_batch_size, cfg.max_steps) == (8 * 32, 12)
 

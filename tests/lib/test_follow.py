@@ -24,6 +24,7 @@ from lib.budget import steps_of
 from lib.cli import BadInput
 from lib.corpus import Corpus
 from lib.follow import GrowingShards
+from lib.run_folder import RunFolder
 from lib.shard_meta import WRITING
 from lib.shards import Shards, save_shard
 from lib.streams import FollowingStream
@@ -425,6 +426,21 @@ def test_a_run_on_a_growing_folder_ends_and_resumes_as_one_on_a_finished_folder(
     assert ends[0]["loader"] == ends[1]["loader"] and ends[0]["data"] == ends[1]["data"]
     with pytest.raises(BadInput, match="--follow True -> False"):
         train_gpt2.main([*run_flags(growing.folder, folder), "--no-follow"])
+
+
+def test_a_checkpoint_is_reported_and_copied_while_a_run_waits(finished, tmp_path, monkeypatch):
+    polled = []
+    monkeypatch.setattr(RunFolder, "poll", lambda self, wait=False: polled.append(wait))
+
+    def wait(self, n, stopped, say):
+        before = len(polled)
+        assert not stopped()
+        assert len(polled) == before + 1
+        return BadInput("seen")
+
+    monkeypatch.setattr(FollowingStream, "wait", wait)
+    with pytest.raises(BadInput, match="seen"):
+        train_gpt2.main(run_flags(finished, tmp_path / "a"))
 
 
 def write_hub(folder, source):

@@ -211,6 +211,8 @@ def test_other_commands_are_named_but_not_shown(data, tmp_path, capsys):
     assert SECRET not in printed
     state = checkpoint.read(folder / "ckpt_00006.pt")["train_config"]
     assert (state["sync"], state["on_end"]) == (f"true {SECRET}", "true")
+    weights = checkpoint.read(folder / "weights_00006.pt")
+    assert not {"sync", "on_end"} & weights["train_config"].keys()
     # a new run with these settings must not write over the copies of the first
     train_gpt2.main(["--config", str(folder), "--log_dir", str(tmp_path), "--run_name", "b"])
     assert checkpoint.read(tmp_path / "b" / "ckpt_00006.pt")["train_config"]["sync"] is None

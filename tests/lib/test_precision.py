@@ -174,6 +174,31 @@ def test_gradients_that_no_scale_makes_finite_end_the_run(data, tmp_path, monkey
         train(data, tmp_path / "a", *FP16, "--max_steps", 60, "--max_skipped", 3)
 
 
+def test_the_checkpoint_from_before_non_finite_steps_counts_no_later_overflow(
+        data, tmp_path, monkeypatch):
+    """The loss is non-finite in the first two steps and the fourth; the third overflows."""
+    forward = GPT.forward
+    factors = iter((math.nan, math.nan, math.inf, math.nan))
+
+    def broken(self, idx, targets=None, *rest, **named):
+        loss = forward(self, idx, targets, *rest, **named)
+        if not loss.requires_grad:
+            return loss
+        factor = next(factors)
+        if factor == math.inf:
+            loss.register_hook(lambda grad: grad * factor)
+            return loss
+        return loss * factor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", broken)
+        with pytest.raises(BadInput, match="the last 3 steps were non-finite"):
+            train(data, tmp_path / "a", *FP16, "--micro_batch", 8, "--max_skipped", 3)
+    state = final(train(data, tmp_path / "a", *FP16, "--micro_batch", 8))
+    assert state["loss_scale"] == {"scale": precision.START, "good_steps": state["step"],
+                                   "adjustments": 0}
+
+
 def test_a_run_continues_in_another_dtype(overflowing, data, tmp_path):
     """Its optimizer has made no step yet."""
     start = train(data, tmp_path / "a", *FP16, "--max_steps", 4)

@@ -7,6 +7,7 @@ from runs import (
     LONG,
     assert_same_runs,
     command,
+    cut,
     events,
     final,
     logged,
@@ -98,6 +99,17 @@ def test_a_run_stops_at_its_limit_and_continues_with_more(limit, flag, whole, da
         dollars = dict(events(folder)["perf/dollars"])
         assert dollars[249] == pytest.approx(3 * 250 * HOUR, rel=0.05)
         assert state["dollars"] == pytest.approx(3 * state["hours"])
+
+
+def test_hours_without_a_step_are_recorded_too(data, tmp_path, capsys):
+    """A run may reach its limit while it waits for data, at a step that is saved."""
+    folder = cut(train(data, tmp_path / "whole", "--max_steps", 24), tmp_path / "a", 8)
+    limit = ["--max_hours", checkpoint.read(folder / "ckpt_00008.pt")["hours"] + 1e-9]
+    train(data, folder, "--max_steps", 24, *limit)
+    assert steps_saved(folder)[-1] == 8
+    assert "stopped at step 8 by --max_hours" in capsys.readouterr().out
+    train(data, folder, "--max_steps", 24, *limit)
+    assert "is of a run that has reached --max_hours" in capsys.readouterr().out
 
 
 def test_all_processes_stop_together(data, tmp_path):
