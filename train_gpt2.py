@@ -1575,7 +1575,8 @@ def check_model(c: GPTConfig) -> None:
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}")
     if c.bigram and c.residual_scalars:
-        raise BadInput("--bigram and --residual_scalars both add to each block's input: give one")
+        raise BadInput("--bigram and --residual_scalars both add to each block's input: give "
+                       "--no-residual_scalars or --bigram 0")
     if c.pos == "rope" and c.n_embd // c.n_head % 2:
         raise BadInput(f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
     check_experts(c, MLPS[c.mlp].width(c.n_embd))
