@@ -1229,6 +1229,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     seconds = 0.0  # of the previous step
     save_due = False
     last = False
+
     def say(line):
         run.say(f"step {step} | {line}")
 
