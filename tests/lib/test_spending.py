@@ -109,7 +109,7 @@ def test_hours_without_a_step_are_recorded_too(data, tmp_path, capsys):
     assert steps_saved(folder)[-1] == 8
     assert "stopped at step 8 by --max_hours" in capsys.readouterr().out
     train(data, folder, "--max_steps", 24, *limit)
-    assert "is of a run that has reached --max_hours" in capsys.readouterr().out
+    assert "has reached --max_hours" in capsys.readouterr().out
 
 
 def test_all_processes_stop_together(data, tmp_path):
