@@ -1,8 +1,10 @@
 """Shared by several test files: a tiny model, its data and its checkpoints."""
 
+import contextlib
 import importlib.util
 import json
 import random
+import resource
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,17 @@ TINY_FLAGS = [
     "--val_tokens", "330", "--eval_every", "4", "--hellaswag_every", "0", "--sample_every", "0",
     "--device", "cpu"
 ]
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes, as on a disk that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny(**changes):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import select
 import shutil
 import signal
@@ -15,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import CHATS, ROOT, tiny_checkpoint
+from helpers import CHATS, ROOT, full_disk, tiny_checkpoint
 from runs import run_script
 
 import chat
@@ -79,13 +78,8 @@ def test_a_conversation_in_the_terminal(chatty, tmp_path):
 
 def test_a_full_disk_leaves_no_partial_file(tmp_path):
     said = [{"role": "user", "content": CAT}, {"role": "assistant", "content": ON_THE_MAT}]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
-    try:
-        with pytest.raises(BadInput, match="cannot write .*: name another file"):
-            chat.save(said, tmp_path / "said.jsonl")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(20), pytest.raises(BadInput, match="cannot write .*: name another file"):
+        chat.save(said, tmp_path / "said.jsonl")
     assert not list(tmp_path.iterdir())
     chat.save(said, tmp_path / "said.jsonl")
 

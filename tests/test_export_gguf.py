@@ -5,13 +5,12 @@ in llama.cpp.
 """
 
 import re
-import resource
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import tiny, tiny_checkpoint
+from helpers import full_disk, tiny, tiny_checkpoint
 from jinja2 import Template
 
 import export_gguf
@@ -297,13 +296,9 @@ def test_a_text_model_has_a_modelfile_too(tokenizer, tmp_path):
 def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
     path = tmp_path / "ckpt_00001.pt"
     tiny_checkpoint(path, tokenizer)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(BadInput, match=r"cannot write \S+m.gguf \(.*: free some disk space"):
-            export_gguf.main(["--checkpoint", str(path), "--out", str(tmp_path / "new/m.gguf")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    says = r"cannot write \S+m.gguf \(.*: free some disk space"
+    with full_disk(20_000), pytest.raises(BadInput, match=says):
+        export_gguf.main(["--checkpoint", str(path), "--out", str(tmp_path / "new/m.gguf")])
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -3,11 +3,10 @@
 import builtins
 import errno
 import io
-import resource
 
 import pytest
 import torch
-from helpers import ROOT, tiny_checkpoint
+from helpers import ROOT, full_disk, tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -214,13 +213,9 @@ def test_a_folder_that_differs_is_detected(tokenizer, tmp_path, monkeypatch, cap
 def test_a_disk_that_fills_up_leaves_nothing(tokenizer, tmp_path):
     path = tmp_path / "ckpt_00001.pt"
     tiny_checkpoint(path, tokenizer)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(BadInput, match=r"cannot write \S+out \(.*: free some disk space"):
-            export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    says = r"cannot write \S+out \(.*: free some disk space"
+    with full_disk(20_000), pytest.raises(BadInput, match=says):
+        export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == [path]
 
 
