@@ -128,6 +128,7 @@ def matmul_flops(device: torch.device) -> float:
     training reaches."""
     n = 4096 if device.type == "cuda" else 512
     a = torch.ones(n, n, device=device, dtype=compute_dtype(device))
+    (a @ a)[0, 0].item()  # loads kernels, for longer than all products take
     fastest = math.inf
     end = time.perf_counter() + 0.1
     while time.perf_counter() < end or fastest == math.inf:
