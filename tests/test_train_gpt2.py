@@ -2013,7 +2013,7 @@ def test_a_run_on_a_gpu_compiled_in_bf16_and_resumed(deterministic, launch, data
     assert want[14, "train"] < want[0, "train"]
     model, _, _ = train_gpt2.load_checkpoint(log / "whole" / "ckpt_00015.pt", "cuda")
     idx = torch.randint(0, model.config.vocab_size, (2, 16), device="cuda")
-    with devices.autocast(idx.device):
+    with devices.autocast(model):
         half = model(idx)
     assert (half - model(idx)).abs().max() < 0.05
     for step in (5, 10):
