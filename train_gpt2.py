@@ -83,6 +83,7 @@ from lib.devices import (
     peak_flops,
     peak_memory_gb,
     pick_micro_batch,
+    read_later,
     to_device,
 )
 from lib.evals import harness, hellaswag
@@ -385,7 +386,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float()).type_as(x)
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.type_as(x)
 
 
 class NoPositions(nn.Module):
@@ -1220,6 +1222,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     parts = gradient_groups(model)
     peak = peak_flops(device, cfg.dtype)
     precision = Precision(model, position.loss_scale)
+    prepare = getattr(optimizer, "prepare", lambda: None)  # AdamW is a single kernel
 
     step = position.step
     first = position.step
@@ -1326,15 +1329,20 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                 loss_sum = accumulate(ddp, batch, n_targets, processes, precision)
             precision.unscale(parameters)
 
-            # ---- agree: the only all-reduce besides the gradients', and the only device sync
+            # ---- agree: the only all-reduce besides the gradients'
             requests = [stop.requested, bool(run.save_is_due(cfg.save_minutes)),
                         seconds / processes.world_size]
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in requests)])
             processes.all_reduce(shared)
             norms: Any = gradient_norms(parts.values())
             total_norm = norms.norm()
-            numbers = torch.cat((shared, total_norm[None], norms)).tolist()
-            loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers
+            numbers = read_later(torch.cat((shared, total_norm[None], norms)))
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
+            prepare()
+
+            # ---- wait for the GPU, the only time per step; it goes on with what was prepared
+            loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers()
             stop.agree(stop_requests)
             save_due = save_due or save_requests > 0
             if step > first + 1:  # the first step also loads kernels, so it is not timed
@@ -1345,10 +1353,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             run.wait_copied()  # the weights may still be being copied to a checkpoint
             multiplier = lr_multiplier(step, cfg, timer.steps)
             finite = math.isfinite(loss) and math.isfinite(norm)
-            routing = balance(finite)  # expert load; reading it costs nothing after the sync
+            routing = balance(finite)  # expert load
             if finite:
-                if cfg.grad_clip:
-                    torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * multiplier
                 optimizer.step()

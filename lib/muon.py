@@ -89,33 +89,56 @@ class Muon(torch.optim.Optimizer):
                  coefficients: Sequence[tuple] = POLAR_EXPRESS):
         super().__init__([DEFAULTS[group["kind"]] | group for group in param_groups], {})
         self.coefficients = coefficients
+        self.prepared: Any = None  # what `_start_muon` returned
         for group in self.param_groups:
             if group["kind"] == "muon":
                 check_splits(group)
 
     @torch.no_grad()
+    def prepare(self) -> None:
+        """Launch what a step computes from the matrices' gradients, and change nothing but these.
+
+        That is most of a step. It needs no learning rate, so it may be launched before it is known
+        whether the step will be taken; if it is not, call `zero_grad`. Optional.
+        """
+        work = self._with_gradients("muon")
+        if not sharded(work):  # whole matrices take memory: `step` gathers one shape at a time
+            self.prepared = self._start_muon(work)
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update every parameter that has a gradient, without a device sync. Keeps gradients."""
+        """Update every parameter that has a gradient, without a device sync. Overwrites the
+        gradients of matrices."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work: dict[str, list] = {"muon": [], "adamw": []}
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                work[group["kind"]].append((group, params))
-        if work["muon"] and is_shard(work["muon"][0][1][0]):
-            # one shape after the other, as each needs memory for whole matrices
-            for group, params in work["muon"]:
+        if self.prepared is None:
+            self.prepare()
+        matrices = self._with_gradients("muon")
+        if sharded(matrices):
+            for group, params in matrices:
                 for same in of_one_shape(params):
                     self._muon_sharded(group, same)
-            work["muon"] = []
-        started = self._start_muon(work["muon"])
-        for group, params in work["adamw"]:  # while the last matrices are gathered
+        for group, params in self._with_gradients("adamw"):  # while the last matrices are gathered
             self._adamw(group, params)
-        self._finish_muon(work["muon"], started)
+        if self.prepared is not None:
+            self._finish_muon(matrices, *self.prepared)
+            self.prepared = None
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.prepared = None
+
+    def _with_gradients(self, kind):
+        """[(group, its parameters that have a gradient)] of the groups of this kind."""
+        found = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["kind"] == kind:
+                found.append((group, params))
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -145,11 +168,15 @@ class Muon(torch.optim.Optimizer):
               weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
 
     def _start_muon(self, work):
-        """Orthogonalize -> [(stack, orthogonalized blocks, handle of their gathering)]."""
+        """Orthogonalize -> (the new momenta of each group, [(stack, orthogonalized blocks, handle
+        of their gathering)])."""
         # 1) Nesterov momentum; blocks of one shape are stacked, across groups
         stacks = defaultdict(list)
+        momenta = []
         for group, params in work:
-            for p, update in zip(params, self._nesterov(group, params), strict=True):
+            momentum, updates = self._nesterov(group, params)
+            momenta.append(momentum)
+            for p, update in zip(params, updates, strict=True):
                 rows = p.size(-2) // group["splits"]
                 blocks = update.reshape(-1, rows, p.size(-1))                   # (n, rows, cols)
                 stacks[blocks.shape[1:]].append((p, blocks))
@@ -158,16 +185,17 @@ class Muon(torch.optim.Optimizer):
         for stack in stacks.values():
             X = torch.cat([blocks for _, blocks in stack])
             started.append((stack, *self._orthogonalize(X)))
-        return started
+        return momenta, started
 
-    def _finish_muon(self, work, started):
+    def _finish_muon(self, work, momenta, started):
         """Decay and step."""
         updates = {}
         for stack, X, gathering in started:
             if gathering is not None:
                 gathering.wait()
             updates.update(unstack(X, stack))
-        for group, params in work:
+        for (group, params), momentum in zip(work, momenta, strict=True):
+            torch._foreach_copy_(self._buffers(params, "momentum_buffer"), momentum)
             decay = group["lr"] * group["weight_decay"]
             if decay:
                 torch._foreach_mul_(params, 1 - decay)
@@ -177,7 +205,9 @@ class Muon(torch.optim.Optimizer):
         """Update sharded matrices of one shape."""
         rows, cols = params[0].shape
         exchange = Exchange(params[0], len(params))
-        matrices = exchange.gather(self._nesterov(group, params))           # (own, rows, cols)
+        momenta, updates = self._nesterov(group, params)
+        torch._foreach_copy_(self._buffers(params, "momentum_buffer"), momenta)
+        matrices = exchange.gather(updates)                                 # (own, rows, cols)
         blocks = matrices.view(-1, rows // group["splits"], cols)
         X, _ = self._orthogonalize(blocks, alone=True)
         updates = exchange.scatter(unstack(X, [(matrices, blocks)])[matrices])
@@ -186,10 +216,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(shards, updates, alpha=-group["lr"])
 
     def _nesterov(self, group, params):
+        """-> (the new momenta, Nesterov's momenta in place of the gradients)."""
         grads = [local(p.grad) for p in params]
-        momenta = self._buffers(params, "momentum_buffer")
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        return torch._foreach_lerp(grads, momenta, group["momentum"])
+        before = self._buffers(params, "momentum_buffer")
+        momenta = torch._foreach_lerp(before, grads, 1 - group["momentum"])
+        torch._foreach_lerp_(grads, momenta, group["momentum"])
+        return momenta, grads
 
     def _orthogonalize(self, X, alone=False):
         """X (n, rows, cols) -> (orthogonalized, perhaps padded at the end; a handle to wait for, or
@@ -210,6 +242,11 @@ class Muon(torch.optim.Optimizer):
         # torch 2.13 renames it, and warns about the old name at the first call
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return gathered, gather(gathered, mine, async_op=True)
+
+
+def sharded(work: list[tuple[dict, list]]) -> bool:
+    """Whether these parameters are shards."""
+    return bool(work) and is_shard(work[0][1][0])
 
 
 def of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
