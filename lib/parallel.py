@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.checkpoint import map_tensors
 from lib.cli import BadInput
-from lib.devices import Processes, is_shard, is_sharded, local
+from lib.devices import Processes, dtype_of, is_shard, is_sharded, local
 
 FSDP = "fsdp"
 MODES = ("ddp", FSDP)
@@ -79,14 +79,21 @@ class Forward:
 
 
 def shard(model: Any, processes: Processes) -> None:
-    """Shard the weights of a GPT in place, block by block; the rest is one more unit."""
-    from torch.distributed.fsdp import fully_shard
+    """Shard the weights of a GPT in place, block by block; the rest is one more unit.
+
+    The weights of blocks are gathered in the dtype of matmuls, to which autocast would cast them
+    anyway: half the bytes. Gradients are still averaged in fp32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # the first layer's values are views; nothing is added to them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = processes.mesh()
-    for part in (*model.transformer.h, model):
-        fully_shard(part, mesh=mesh)
+    light = MixedPrecisionPolicy(param_dtype=dtype_of(model), reduce_dtype=torch.float32,
+                                 cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=light)
+    fully_shard(model, mesh=mesh)
 
 
 def from_rank_0(choose: Callable) -> Callable:
