@@ -156,6 +156,9 @@ class GPTConfig(ExpertConfig):  # and the flags of lib/moe.py
     bigram: int = flag(
         0, "rows of a table of vectors for pairs of tokens, hashed, added to each block's input; "
            "0: none", at_least=0, at_most=2**26)
+    bigram_dim: int = flag(
+        0, "width of the --bigram vectors, which are added to as many channels; 0: --n_embd",
+        at_least=0, at_most=2**16)
     softcap: float = flag(
         0.0, "bound logits to -softcap..softcap; 0: off", at_least=0, at_most=1e4)
     init: str = flag("gpt2", "weight initialization, see init_weights", choices=lambda: INITS)
@@ -469,10 +472,16 @@ class Bigrams(nn.Embedding):
     dtype. Each block adds it to its input.
 
     Pairs are hashed to the rows of the table, and may share one (Bojanowski et al. 2017,
-    https://arxiv.org/abs/1607.04606, section 3.2). Such tables are from modded-nanogpt.
+    https://arxiv.org/abs/1607.04606, section 3.2). Such tables are from modded-nanogpt. Rows may be
+    narrower than C; the other channels get 0.
     """
 
     PRIME = 2_654_435_761  # near 2^32 / golden ratio (Knuth, TAOCP, section 6.4)
+
+    def __init__(self, config: GPTConfig):
+        width = config.bigram_dim or config.n_embd
+        super().__init__(config.bigram, width)
+        self.missing = config.n_embd - width  # channels
 
     def forward(self, idx: torch.Tensor,  # type: ignore[override]
                 context: AttentionContext | None = None) -> torch.Tensor:
@@ -481,7 +490,8 @@ class Bigrams(nn.Embedding):
             previous = F.pad(following, (1, 0))[:, :-1]
         else:
             previous = context.previous(self, following.unsqueeze(-1)).squeeze(-1)
-        return cast(super().forward((previous * self.PRIME + idx) % self.num_embeddings))
+        y = super().forward((previous * self.PRIME + idx) % self.num_embeddings)
+        return F.pad(cast(y), (0, self.missing))
 
 
 class ValueMix(Mix):
@@ -687,7 +697,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight  # type: ignore
         if config.bigram:
-            self.transformer.bigram = Bigrams(config.bigram, config.n_embd)
+            self.transformer.bigram = Bigrams(config)
         self.loss = LinearCrossEntropy(config.softcap)
         init_weights(self)
 
@@ -767,7 +777,8 @@ class GPT(nn.Module):
         """
         c = self.config
         n = self.parameter_counts()["active"] - count_parameters(self.transformer.wpe)
-        n -= c.bigram * c.n_embd
+        if c.bigram:
+            n -= count_parameters(self.transformer.bigram)
         if not c.tie_embeddings:
             n -= count_parameters(self.transformer.wte)
         return 6 * n + 12 * c.n_layer * c.n_embd * (context or c.block_size)
@@ -1564,6 +1575,7 @@ def flag_warnings(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) ->
         "momentum": (cfg.optimizer != "muon", "--optimizer muon"),
         "cooldown": (cfg.schedule != "wsd", "--schedule wsd"),
         "head_lr": (model_cfg.tie_embeddings, "--no-tie_embeddings"),
+        "bigram_dim": (not model_cfg.bigram, "--bigram"),
         "bigram_lr": (not model_cfg.bigram, "--bigram"),
     }
     lines = [f"warning: --{name} has no effect without {needed}"
@@ -1584,6 +1596,8 @@ def check_model(c: GPTConfig) -> None:
     if c.bigram and c.residual_scalars:
         raise BadInput("--bigram and --residual_scalars both add to each block's input: give "
                        "--no-residual_scalars or --bigram 0")
+    if c.bigram and c.bigram_dim > c.n_embd:
+        raise BadInput(f"--bigram_dim {c.bigram_dim} is more than --n_embd {c.n_embd}")
     if c.pos == "rope" and c.n_embd // c.n_head % 2:
         raise BadInput(f"--pos rope needs an even head size, not {c.n_embd // c.n_head}")
     check_experts(c, MLPS[c.mlp].width(c.n_embd))

@@ -28,12 +28,13 @@ ACTIVATIONS = {"gelu": "gelu_new", "relu2": "relu2", "swiglu": "silu"}
 FREE = {
     "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "vocab_multiple", "bias",
     "tie_embeddings", "dropout", "init", "n_active", "expert_width", "router_z_loss",
+    "bigram_dim",
 }
 # fields of GPTConfig that ModernGPTConfig has by the same name
 CUSTOM_FIELDS = (
     "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "norm", "pos", "bias",
     "emb_norm", "qk_norm", "token_shift", "value_residual", "residual_scalars", "bigram",
-    "softcap", "dropout", "n_experts", "n_active", "n_shared", "router",
+    "bigram_dim", "softcap", "dropout", "n_experts", "n_active", "n_shared", "router",
 )
 # ours -> theirs; several if we fuse them into one matrix
 Modules = Mapping[str, tuple[str, ...]]

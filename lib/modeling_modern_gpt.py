@@ -42,6 +42,7 @@ class ModernGPTConfig(PreTrainedConfig):
     value_residual: bool = False      # mix the first layer's values into the others'
     residual_scalars: bool = False    # weigh residual stream and embedding in each block's input
     bigram: int = 0                   # rows of a table for pairs of tokens; 0: none
+    bigram_dim: int = 0               # width of its vectors; 0: n_embd
     softcap: float = 0.0              # bound on the logits; 0: none
     dropout: float = 0.0
     tie_word_embeddings: bool = True
@@ -122,7 +123,7 @@ class TokenShift(nn.Module):
 
 
 class Bigrams(nn.Embedding):
-    """A vector for each token and the one before it, hashed to a row: int64 (B, T) -> (B, T, C)."""
+    """A vector for each token and the one before it, hashed to a row: int64 (B, T) -> (B, T, D)."""
 
     def forward(self, input_ids, positions, past_key_values):
         if input_ids is None:
@@ -239,7 +240,8 @@ class Transformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
-        self.bigram = Bigrams(config.bigram, C) if config.bigram else None
+        width = config.bigram_dim or C
+        self.bigram = Bigrams(config.bigram, width) if config.bigram else None
         self.emb_norm = make_norm(config, C) if config.emb_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
@@ -267,6 +269,7 @@ class Transformer(nn.Module):
         x = x0 = self.drop(self.emb_norm(x))
         if self.bigram is not None:
             x0 = self.bigram(input_ids, position_ids, past_key_values)
+            x0 = F.pad(x0, (0, x.size(-1) - x0.size(-1)))
         v_first = None
         hidden_states = [x]
         for block in self.h:

@@ -487,14 +487,14 @@ def test_logits_are_capped_in_fp32_as_the_loss_caps_them():
     torch.testing.assert_close(nats, loss, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bigram", [0, 37])
+@pytest.mark.parametrize("bigram, width", [(0, 0), (37, 32), (37, 12)])
 @torch.no_grad()
-def test_the_speedrun_model_against_a_plain_one(bigram):
+def test_the_speedrun_model_against_a_plain_one(bigram, width):
     """Written out once more. Shares only the weights, drawn at random so that every gain and
     scalar counts."""
     config = tiny(n_layer=3, mlp="relu2", norm="rmsnorm", pos="rope", emb_norm=True, qk_norm=True,
                   bias=False, token_shift=True, value_residual=True, residual_scalars=not bigram,
-                  bigram=bigram, softcap=3.0, init="zero_proj")
+                  bigram=bigram, bigram_dim=width, softcap=3.0, init="zero_proj")
     model = GPT(config).eval()
     idx = torch.randint(61, (2, 16))
     for p in model.parameters():
@@ -513,7 +513,9 @@ def test_the_speedrun_model_against_a_plain_one(bigram):
     x = x0 = norm(w["transformer.wte.weight"][idx], "transformer.emb_norm.weight")
     if bigram:
         before = F.pad(idx + 1, (1, 0))[:, :-1]
-        x0 = w["transformer.bigram.weight"][(before * 2_654_435_761 + idx) % 37]
+        x0 = torch.zeros(2, 16, 32)
+        rows = (before * 2_654_435_761 + idx) % 37
+        x0[..., :width] = w["transformer.bigram.weight"][rows]
     for i in range(3):
         b = f"transformer.h.{i}"
         r = w[f"{b}.mix_residual.mix"]
@@ -545,7 +547,8 @@ def test_the_speedrun_model_against_a_plain_one(bigram):
 @pytest.mark.parametrize("settings, says", [
     (dict(n_head=5), "--n_embd 32 must be a multiple of --n_head 5"),
     (dict(n_embd=6, pos="rope"), "--pos rope needs an even head size"),
-    (dict(bigram=50, residual_scalars=True), "--bigram and --residual_scalars")])
+    (dict(bigram=50, residual_scalars=True), "--bigram and --residual_scalars"),
+    (dict(bigram=50, bigram_dim=33), "--bigram_dim 33")])
 def test_settings_of_the_model_that_contradict_are_refused(settings, says):
     with pytest.raises(BadInput, match=says):
         train_gpt2.check_model(tiny(**settings))
