@@ -1569,7 +1569,7 @@ BAD_FLAGS = [
     ("--device mps", "--device mps"),
     ("--minutes 1e308", "--minutes"),
     ("--keep_best --eval_every 0", "--keep_best"),
-    ("--total_batch_size 384 --batch_warmup 1000 --micro_batch 4", "--micro_batch"),
+    ("--total_batch_size 384 --batch_warmup 1000 --micro_batch 5", "--micro_batch"),
     ("--hellaswag_every 2 --hellaswag_file nowhere.jsonl", "nowhere.jsonl"),
     # settings that determine the shapes of the resumed weights
     ("--n_embd 64 --n_head 4", "--n_head 2 -> 4, --n_embd 32 -> 64"),

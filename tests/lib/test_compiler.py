@@ -77,7 +77,7 @@ class Half(torch.nn.Module):
         return (self.weight * idx.float()).sin().sum()
 
 idx = torch.ones(4, 8, dtype=torch.long)
-compile_ahead(Half(), (idx, idx), False, print)
+compile_ahead(Half(), [(idx, idx)], False, print)
 """
 
 
