@@ -1304,9 +1304,12 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
 def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data, tmp_path):
     flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512,
              "--batch_warmup", 1100, "--save_every", 3]
+    passes = {1: "8 sequences x 32 tokens x 1 accumulation steps x 1 processes; twice the",
+              2: "4 sequences x 32 tokens x 1 accumulation steps x 2 processes; 8 sequences x 1"}
     for run, processes in (("one", 1), ("two", 2), ("resumed", 1), ("resumed", 2)):
         result = launch("train_gpt2.py", *flags, "--run_name", run, processes=processes)
         assert result.returncode == 0, result.stderr
+        assert passes[processes] in result.stdout
         if run == "resumed" and processes == 1:  # as if it had ended after step 3
             (tmp_path / "log" / run / "ckpt_00006.pt").unlink()
     logs = {run: read_log(tmp_path / "log" / run) for run in ("one", "two", "resumed")}
