@@ -1786,7 +1786,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
         # Several processes have so few sequences each that launching kernels takes longer than
         # running them, so half batches do not limit the micro-batch. For one process, a second size
         # would only take time to compile.
-        rows = plan.most_rows if processes.distributed else plan.rows
+        rows = plan.most_rows if processes.world_size > 1 else plan.rows
         micro_batch = pick_micro_batch(model, cfg.micro_batch, rows, processes,
                                        state_like(optimizer), task.packed)
         plan = replace(plan, micro_batch=micro_batch)
