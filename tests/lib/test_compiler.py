@@ -134,4 +134,4 @@ class Sharded(torch.nn.Module):
 def test_a_sharded_model_is_not_used_after_a_failed_pass():
     idx = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(RankError, match="no headers.*--no-compile"):
-        compiler._compile(Sharded(), (idx, idx), False, print)
+        compiler._compile(Sharded(), [(idx, idx)], False, print)
