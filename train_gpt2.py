@@ -52,6 +52,7 @@ from lib.budget import (
     UNMEASURED,
     batch_size,
     context_length,
+    half_steps,
     length_flag,
     only_length,
     tokens_of,
@@ -77,6 +78,7 @@ from lib.devices import (
     autocast,
     cast,
     compute_dtype,
+    device_of,
     dtype_flag,
     gradient_sync,
     parallel,
@@ -1801,7 +1803,11 @@ def launch(settings: Settings, task: TaskLike) -> None:
             compiler.prepare()
         model = build_model(model_cfg, cfg, processes)
         optimizer = make_optimizer(model, cfg)
-        micro_batch = pick_micro_batch(model, cfg.micro_batch, plan.rows, processes,
+        # Several processes have so few sequences each that launching kernels takes longer than
+        # running them, so half batches do not limit the micro-batch. For one process, a second size
+        # would only take time to compile.
+        rows = plan.most_rows if processes.world_size > 1 else plan.rows
+        micro_batch = pick_micro_batch(model, cfg.micro_batch, rows, processes,
                                        state_like(optimizer), task.packed)
         plan = replace(plan, micro_batch=micro_batch)
         stream = task.stream(cfg, plan, tokenizer, processes)
@@ -1833,7 +1839,8 @@ def launch(settings: Settings, task: TaskLike) -> None:
         # ---- compile, then train
         with explain_failures(cfg, micro_batch):
             if compiling:
-                compile_model(model, plan, task, run, processes)
+                is_halved = position.step < half_steps(cfg)
+                compile_model(model, plan, task, run, is_halved)
             elif cfg.compile is None and processes.device.type == "cuda":
                 run.say("not compiled: the run is too short for compiling to pay off; --compile "
                         "compiles anyway")
@@ -1856,12 +1863,16 @@ def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
                           "steps": plan.steps, "sequences": plan.micro_batch}
 
 
-def compile_model(model: GPT, plan: Any, task: TaskLike, run: RunFolder,
-                  processes: Processes) -> None:
-    shape = (plan.micro_batch, plan.block_size)
-    idx = torch.zeros(shape, dtype=torch.long, device=processes.device)
-    batch = (idx, idx, *task.packed(idx))
-    compiler.compile_ahead(model, batch, plan.eval_every > 0, run.say)
+def compile_model(model: GPT, plan: Any, task: TaskLike, run: RunFolder, is_halved: bool) -> None:
+    """is_halved: whether the next step is a half batch, whose micro-batch may be smaller."""
+    sizes = [plan.micro_batch]
+    if is_halved and plan.first_micro_batch != plan.micro_batch:
+        sizes.append(plan.first_micro_batch)
+    batches = []
+    for size in sizes:
+        idx = torch.zeros(size, plan.block_size, dtype=torch.long, device=device_of(model))
+        batches.append((idx, idx, *task.packed(idx)))
+    compiler.compile_ahead(model, batches, plan.eval_every > 0, run.say)
 
 
 def main(argv: list[str]) -> None:

@@ -90,26 +90,26 @@ def _is_writable(folder: Path) -> bool:
         return False
 
 
-def compile_ahead(model: torch.nn.Module, batch: tuple, evaluating: bool,
+def compile_ahead(model: torch.nn.Module, batches: list[tuple], evaluating: bool,
                   say: Callable[[str], Any]) -> None:
-    """Compile `model` by running a training pass over a micro-batch.
+    """Compile `model` by running a training pass over a micro-batch of each size.
 
-    batch: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.
-    evaluating: compile the evaluation loss, too. say: called with lines to print. If compiling
-    fails with a cache, warns and tries again without it. If it fails without one, or is known to
-    fail, warns and leaves the model as plain PyTorch. A sharded model cannot be used after a failed
-    pass, in which its processes exchange weights: then raises RankError.
+    batches: of each size (idx, targets), int64 (B, T) each, and a Packed if rows contain several
+    texts. evaluating: compile the evaluation loss for the first size, too. say: called with lines
+    to print. If compiling fails with a cache, warns and tries again without it. If it fails without
+    one, or is known to fail, warns and leaves the model as plain PyTorch. A sharded model cannot be
+    used after a failed pass, in which its processes exchange weights: then raises RankError.
     """
-    problem = compiler_problem(batch[0].device)
+    problem = compiler_problem(batches[0][0].device)
     if problem is None:
-        problem = _compile(model, batch, evaluating, say)
+        problem = _compile(model, batches, evaluating, say)
     if problem:
         say(f"warning: training without torch.compile, slower: {problem}")
     gc.freeze()  # later collections skip the objects that exist now
     gc.enable()
 
 
-def _compile(model, batch, evaluating, say):
+def _compile(model, batches, evaluating, say):
     """Compile the model -> why it failed, or None."""
     from torch._dynamo.utils import counters
 
@@ -117,7 +117,7 @@ def _compile(model, batch, evaluating, say):
     say("compiling the model, part by part, for training and evaluation")
     model.compile(dynamic=False)
     with _heartbeat(say, started):
-        reason = _failure(model, batch, evaluating)
+        reason = _failure(model, batches, evaluating)
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         if reason and is_sharded(model):
             raise RankError(f"torch.compile failed ({reason[:200]}): delete its cache, {cache}, "
@@ -127,7 +127,7 @@ def _compile(model, batch, evaluating, say):
                 "trying without it")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
             torch.compiler.reset()
-            reason = _failure(model, batch, evaluating)
+            reason = _failure(model, batches, evaluating)
     if reason:
         torch.compiler.set_stance("force_eager")  # for the rest of this process
         model.zero_grad(set_to_none=True)
@@ -140,13 +140,13 @@ def _compile(model, batch, evaluating, say):
     return None
 
 
-def _failure(model, batch, evaluating):
-    """Run a training pass -> the first line of its error, or None. Raises if memory runs out.
+def _failure(model, batches, evaluating):
+    """Run the training passes -> the first line of its error, or None. Raises if memory runs out.
 
     Missing compilers, headers and old GPUs raise errors of many types, not all of them torch's.
     """
     try:
-        _pass(model, batch, evaluating)
+        _run(model, batches, evaluating)
     except Exception as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or is_memory(error):
             raise
@@ -159,13 +159,14 @@ def _holds_kernels(cache: str | None) -> bool:
     return cache is not None and any(Path(cache).glob("fxgraph/*"))
 
 
-def _pass(model, batch: tuple, evaluating: bool) -> None:
+def _run(model, batches: list[tuple], evaluating: bool) -> None:
     with autocast(model):
-        model(*batch).backward()
-        model.zero_grad(set_to_none=True)
+        for batch in batches:
+            model(*batch).backward()
+            model.zero_grad(set_to_none=True)
         if evaluating:
             model.eval()
-            model(*batch)
+            model(*batches[0])
             model.train()
 
 

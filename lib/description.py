@@ -74,13 +74,18 @@ def _batches(cfg, steps=None):
 
 
 def _batch_line(cfg, plan, processes):
-    passes = plan.rows // plan.micro_batch
-    line = (f"batch   {plan.micro_batch} sequences x {plan.block_size} tokens x "
+    first = plan.first_micro_batch
+    passes = plan.rows // first
+    line = (f"batch   {first} sequences x {plan.block_size} tokens x "
             f"{passes} accumulation steps x {processes.world_size} processes")
     halved = half_steps(cfg)
-    if 0 < halved < plan.steps:
-        line += f"; twice the accumulation from step {halved:,} on"
-    return line
+    if not 0 < halved < plan.steps:
+        return line
+    if first == plan.micro_batch:
+        return f"{line}; twice the accumulation from step {halved:,} on"
+    passes = plan.most_rows // plan.micro_batch
+    return (f"{line}; {plan.micro_batch} sequences x {passes} accumulation steps from step "
+            f"{halved:,} on")
 
 
 def _device_line(device, dtype):

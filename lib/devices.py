@@ -218,13 +218,15 @@ def parallel(model: Any, processes: "Processes") -> torch.nn.Module:
         return model
     if not processes.distributed:
         return model
+    known = inspect.signature(DDP).parameters
     # Buffers are constant tables, or kept equal by LoadBalancer: do not synchronize them. torch
     # 2.13 renamed the option.
-    parameters = inspect.signature(DDP).parameters
-    new_name = "forward_sync_buffers"
-    buffers: dict = {new_name if new_name in parameters else "broadcast_buffers": False}
+    renamed = "forward_sync_buffers"
+    options: dict[str, Any] = {renamed if renamed in known else "broadcast_buffers": False}
+    if "batched_grad_copy" in known:  # since torch 2.13: one copy per bucket, not per parameter
+        options["batched_grad_copy"] = True
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
+    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
 
 
 def is_sharded(model: Any) -> bool:

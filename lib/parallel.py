@@ -109,13 +109,13 @@ def from_rank_0(choose: Callable) -> Callable:
 
 def gradient_norms(parts: Iterable[Sequence[torch.Tensor]]) -> torch.Tensor:
     """The 2-norm of all gradients of each group of parameters, (n,), the same on all processes."""
-    norms = []
-    sharded = False
-    for parameters in parts:
-        sharded = sharded or is_shard(parameters[0])
-        norms.append(torch.nn.utils.get_total_norm([local(p.grad) for p in parameters]))
-    total = torch.stack(norms)
-    if sharded:
+    groups = list(parts)
+    parameters = [p for group in groups for p in group]
+    # a few launches for all tensors, where a call per group takes several each
+    norms = torch.stack(torch._foreach_norm([local(p.grad) for p in parameters]))
+    lengths = [len(group) for group in groups]
+    total = torch.stack(torch._foreach_norm(norms.split(lengths)))
+    if is_shard(parameters[0]):
         squares = total.square()
         dist.all_reduce(squares)
         total = squares.sqrt()

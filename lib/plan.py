@@ -1,6 +1,7 @@
 """The plan of a run, derived from its settings, data and machine, and checks that settings fit
 each other."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,9 +38,16 @@ class RunPlan:
     steps: int                      # length of the run; UNMEASURED until --minutes are measured
     block_size: int                 # tokens per sequence
     rows: int                       # sequences per process in the first step
+    most_rows: int                  # and in a step after --batch_warmup
     eval_every: int                 # steps between validations, 0: never
     sample_every: int               # steps between samples, 0: never
     micro_batch: int | None = None  # sequences per forward pass; None until memory is probed
+
+    @property
+    def first_micro_batch(self) -> int:
+        """Sequences per forward pass in the first step, once `micro_batch` is known."""
+        assert self.micro_batch
+        return math.gcd(self.rows, self.micro_batch)
 
 
 def make_plan(settings: Settings, corpus: CorpusLike, parameters: int | None,
@@ -65,8 +73,10 @@ def make_plan(settings: Settings, corpus: CorpusLike, parameters: int | None,
     sample_every = cfg.sample_every
     if sample_every is None:
         sample_every = eval_every
-    rows = batch_size(0, cfg) // block_size // world_size
-    return RunPlan(steps, block_size, rows, eval_every, sample_every)
+    unit = block_size * world_size
+    rows = batch_size(0, cfg) // unit
+    most_rows = cfg.total_batch_size // unit
+    return RunPlan(steps, block_size, rows, most_rows, eval_every, sample_every)
 
 
 def steps_left(settings: Settings) -> int | None:
@@ -145,11 +155,12 @@ def check_batch(cfg: Any, block_size: int, world_size: int) -> None:
     if cfg.context_warmup and block_size % 4:
         raise BadInput(f"--context_warmup takes quarters of --block_size {block_size}: give a "
                        "multiple of 4")
-    rows = first // unit
+    rows = cfg.total_batch_size // unit
     if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
         raise BadInput(
             f"--micro_batch {cfg.micro_batch} must divide the {rows} sequences per process and "
-            f"step ({total} / --block_size {block_size} / {world_size} processes)")
+            f"step (--total_batch_size {cfg.total_batch_size} / --block_size {block_size} / "
+            f"{world_size} processes)")
 
 
 def check_memory(tensors: Iterable[torch.Tensor], device: torch.device, shards: int = 1) -> None:

@@ -8,6 +8,7 @@ being written, `Mixture` several sources of tokens, `Rows` packed conversations 
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
@@ -545,7 +546,8 @@ def micro_batches(tokens: np.ndarray, block_size: int, stride: int, micro_batch:
     windows = to_device(mine, processes.device).unfold(0, block_size + 1, stride)  # (rows, T + 1)
     x = windows[:, :-1].contiguous()
     y = windows[:, 1:].clone(memory_format=torch.contiguous_format)
-    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
+    size = math.gcd(rows, micro_batch)  # of half a batch, maybe less than micro_batch
+    return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def row_micro_batches(rows: np.ndarray, micro_batch: int, processes: Processes,

@@ -1307,9 +1307,12 @@ def test_the_losses_of_a_plain_loop_for_any_number_of_processes_and_micro_batch(
 def test_a_speedrun_is_the_same_for_two_processes_and_after_a_stop(launch, data, tmp_path):
     flags = [*TINY_FLAGS[2:], "--preset", "speedrun", "--data", data, "--total_batch_size", 512,
              "--batch_warmup", 1100, "--save_every", 3]
+    passes = {1: "8 sequences x 32 tokens x 1 accumulation steps x 1 processes; twice the",
+              2: "4 sequences x 32 tokens x 1 accumulation steps x 2 processes; 8 sequences x 1"}
     for run, processes in (("one", 1), ("two", 2), ("resumed", 1), ("resumed", 2)):
         result = launch("train_gpt2.py", *flags, "--run_name", run, processes=processes)
         assert result.returncode == 0, result.stderr
+        assert passes[processes] in result.stdout
         if run == "resumed" and processes == 1:  # as if it had ended after step 3
             (tmp_path / "log" / run / "ckpt_00006.pt").unlink()
     logs = {run: read_log(tmp_path / "log" / run) for run in ("one", "two", "resumed")}
@@ -1572,7 +1575,7 @@ BAD_FLAGS = [
     ("--device mps", "--device mps"),
     ("--minutes 1e308", "--minutes"),
     ("--keep_best --eval_every 0", "--keep_best"),
-    ("--total_batch_size 384 --batch_warmup 1000 --micro_batch 4", "--micro_batch"),
+    ("--total_batch_size 384 --batch_warmup 1000 --micro_batch 5", "--micro_batch"),
     ("--hellaswag_every 2 --hellaswag_file nowhere.jsonl", "nowhere.jsonl"),
     # settings that determine the shapes of the resumed weights
     ("--n_embd 64 --n_head 4", "--n_head 2 -> 4, --n_embd 32 -> 64"),

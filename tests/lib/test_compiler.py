@@ -77,7 +77,7 @@ class Half(torch.nn.Module):
         return (self.weight * idx.float()).sin().sum()
 
 idx = torch.ones(4, 8, dtype=torch.long)
-compile_ahead(Half(), (idx, idx), False, print)
+compile_ahead(Half(), [(idx, idx)], False, print)
 """
 
 
@@ -134,4 +134,4 @@ class Sharded(torch.nn.Module):
 def test_a_sharded_model_is_not_used_after_a_failed_pass():
     idx = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(RankError, match="no headers.*--no-compile"):
-        compiler._compile(Sharded(), (idx, idx), False, print)
+        compiler._compile(Sharded(), [(idx, idx)], False, print)

@@ -1,5 +1,6 @@
 """The lines before a run's first step: python -m pytest tests/lib/test_description.py"""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,8 @@ def settings(**changes):
 
 
 def plan(steps=10, rows=4):
-    return RunPlan(steps, block_size=16, rows=rows, eval_every=0, sample_every=0, micro_batch=2)
+    return RunPlan(steps, block_size=16, rows=rows, most_rows=4, eval_every=0, sample_every=0,
+                   micro_batch=2)
 
 
 class Toy:
@@ -72,6 +74,9 @@ def test_half_batches_in_the_description(model):
                              "(1.60 epochs of toy, ")
     assert batch == ("batch   2 sequences x 16 tokens x 1 accumulation steps x 2 processes; "
                      "twice the accumulation from step 4 on")
+    batch = lines(model, cfg, replace(plan(rows=2), micro_batch=4))[3]
+    assert batch == ("batch   2 sequences x 16 tokens x 1 accumulation steps x 2 processes; "
+                     "4 sequences x 1 accumulation steps from step 4 on")
     length = lines(model, cfg, plan(steps=4, rows=2))[2]  # none of the whole batch
     assert length.startswith("length  4 steps of 64 tokens, half of --total_batch_size = 256 "
                              "tokens (0.40 epochs of toy, ")

@@ -189,8 +189,10 @@ def test_what_does_not_work_is_refused(flags, device, names):
 
 @pytest.mark.slow  # a C++ compiler builds the kernels
 def test_compiled_blocks_share_a_graph_and_have_the_losses_of_plain_ones(launch, data, tmp_path):
+    """The first two steps are half batches of 6 sequences per process, in one pass each."""
     flags = [*COMMON, *RECIPES["speedrun"], "--n_layer", 3, "--context_warmup", 0.7, "--data", data,
-             "--sample_every", 3]
+             "--sample_every", 3, "--total_batch_size", 768, "--batch_warmup", 800,
+             "--micro_batch", 12]
     fsdp = ["--parallel", "fsdp", "--checkpoint_activations", "--compile"]
     logs = []
     for name, more in (("plain", []), ("compiled", fsdp)):

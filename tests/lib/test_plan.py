@@ -29,7 +29,16 @@ def test_a_plan_by_hand():
     assert (made.steps, made.block_size, made.rows) == (40, 32, 4)
     assert (made.eval_every, made.sample_every, made.micro_batch) == (7, 9, None)
     assert plan(replace(CFG, max_steps=None)).steps == 10  # one epoch
-    assert plan(replace(CFG, batch_warmup=1000)).rows == 4  # in the first step
+    halved = plan(replace(CFG, batch_warmup=1000))
+    assert (halved.rows, halved.most_rows) == (4, 8)
+
+
+@pytest.mark.parametrize("micro_batch, first", [(1, 1), (4, 4), (8, 4), (12, 12), (24, 12)])
+def test_half_batches_are_divided_evenly(micro_batch, first):
+    cfg = replace(CFG, total_batch_size=32 * 24, batch_warmup=10_000, micro_batch=micro_batch)
+    check_batch(cfg, 32, world_size=1)
+    made = replace(plan(cfg), micro_batch=micro_batch)
+    assert made.first_micro_batch == first
 
 
 def test_a_context_that_has_no_quarter_is_refused():
