@@ -1215,7 +1215,7 @@ def test_printed_commands_work_with_spaces_and_a_tilde_is_the_home_folder(launch
     env = {"HOME": str(tmp_path / "home")}
     result = launch("train_gpt2.py", *TINY_FLAGS, *flags, env=env)
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
+    last = result.stdout.splitlines()[-2]
     tensorboard, generate = map(shlex.split, re.findall("`(.*?)`", last))
     assert tensorboard[-1] == str(tmp_path / "home" / "my log")
     assert not (tmp_path / "~").exists()
