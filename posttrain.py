@@ -146,6 +146,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     preset: str = flag("posttrain", None)
     init_from: str | None = flag(None, None)
     size: str | None = flag(None, None)
+    depth: int | None = flag(None, None)
     curriculum: str | None = flag(None, None)
     curriculum_steps: int | None = flag(None, None)
     curriculum_mix: str = flag("cosine", None)

@@ -181,6 +181,9 @@ class TrainConfig:
     size: str | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, "
               "gpt2-xl 1.6B", choices=lambda: SIZES)
+    depth: int | None = flag(
+        None, "sets n_layer to this, n_embd to 64 times this, rounded up to whole heads of 128",
+        above=0, at_most=1000)
     # data
     data: tuple[str, ...] = path_flag(
         ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; weights are shares of "
@@ -358,6 +361,17 @@ SIZES: dict[str, dict] = {
     "gpt2-large":  dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl":     dict(n_layer=48, n_head=25, n_embd=1600),
 }
+# --depth: nanochat's ratio. The winners in benchmarks/race_h100_202611.md have it, except two
+# narrower ones for 6 and 10 s
+WIDTH_PER_LAYER = 64
+HEAD = 128
+
+
+def shape_of(depth: int) -> dict[str, int]:
+    """The shape of --depth."""
+    n_head = -(-depth * WIDTH_PER_LAYER // HEAD)
+    return dict(n_layer=depth, n_head=n_head, n_embd=n_head * HEAD)
+
 
 # --------------------------------------------------------------------------------------------------
 # Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded
@@ -1476,15 +1490,14 @@ def load_checkpoint(name: str, device: str | torch.device = "cpu",
 def settings(argv: list[str]) -> Settings:
     """Parse the command line into Settings. Later sources win: defaults, preset, --config, the
     learning rates of another optimizer than theirs, the checkpoint of --resume or --init_from,
-    --size, flags.
+    --size or --depth, flags. --depth leaves only its shape in the settings.
 
     If --preset differs from the checkpoint's, all its settings count as flags. A flag that sets the
     length of the run replaces any other length.
     """
     flags = read_flags((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     preset = PRESETS[flags.get("preset", TrainConfig.preset)]
-    size = SIZES[flags["size"]] if "size" in flags else {}
-    flags = size | flags
+    flags = named_shape(flags) | flags
     explicit = set(flags)
     repeated = repeat.read_settings(flags, TrainConfig, GPTConfig)
     base = preset | repeated
@@ -1501,8 +1514,19 @@ def settings(argv: list[str]) -> Settings:
         if "init_from" not in explicit:  # but --config: its settings were given to that run, too
             given = explicit | repeated.keys()
         cfg, model_cfg, start = begin_with(cfg, model_cfg, given)
-    cfg = resolve(cfg, only_length(explicit))
+    cfg = resolve(cfg, only_length(explicit), {"depth": None})
     return Settings(cfg, model_cfg, explicit, resume, start)
+
+
+def named_shape(flags: dict) -> dict[str, int]:
+    """The shape that --size or --depth stands for; {} without them."""
+    if "size" in flags and "depth" in flags:
+        raise BadInput("--size and --depth each set the shape: give one of them")
+    if "size" in flags:
+        return SIZES[flags["size"]]
+    if "depth" in flags:
+        return shape_of(flags["depth"])
+    return {}
 
 
 def other_rates(base: dict, flags: dict) -> dict:
