@@ -70,10 +70,14 @@ class Result:
     tokens: int
     seconds: float | None
     dollars: float | None
-    tok_per_sec: float | None  # in training steps
+    tok_per_sec: float | None  # in training steps, on all processes
+    epochs: float | None       # over the source that is repeated most
     val_loss: float | None
     bits_per_byte: float | None
     evals: dict[str, float]
+    device: str | None
+    processes: int | None
+    flops_per_token: int | None
     data: Any = field(repr=False)    # losses compare between runs of equal `data`
     gap: float | None = None         # nats above the lowest loss
     noise: float | None = None       # a smaller gap says nothing
@@ -124,9 +128,13 @@ def read_result(folder: Path, log_dir: str) -> Result | None:
         seconds=ended.get("seconds"),
         dollars=ended.get("dollars"),
         tok_per_sec=ended.get("tok_per_sec"),
+        epochs=ended.get("epochs"),
         val_loss=ended.get("val_loss"),
         bits_per_byte=ended.get("bits_per_byte"),
         evals=ended["evals"],
+        device=train.get("device_name"),
+        processes=train.get("processes"),
+        flops_per_token=train.get("flops_per_token"),
         data=[config.get("data"), train.get("val_tokens")],
     )
 

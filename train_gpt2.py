@@ -53,6 +53,7 @@ from lib.budget import (
     batch_size,
     context_length,
     length_flag,
+    mean_context,
     only_length,
     tokens_of,
 )
@@ -77,6 +78,7 @@ from lib.devices import (
     autocast,
     cast,
     compute_dtype,
+    device_name,
     dtype_flag,
     gradient_sync,
     parallel,
@@ -1828,7 +1830,10 @@ def launch(settings: Settings, task: TaskLike) -> None:
         description = describe(cfg, plan, model, corpus, processes, position.step)
         if rise:
             description += f"\n{rise}"
-        config = {"model": asdict(model_cfg), "train": train_config(cfg, plan),
+        machine = {"device_name": device_name(processes.device), "processes": processes.world_size}
+        context = int(mean_context(cfg, plan.block_size))
+        machine["flops_per_token"] = model.flops_per_token(context)
+        config = {"model": asdict(model_cfg), "train": train_config(cfg, plan) | machine,
                   "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
                   "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]

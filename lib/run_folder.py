@@ -74,6 +74,7 @@ class RunFolder:
         self.folder = Path(cfg.log_dir) / name
         self.keep = cfg.keep
         self.tokens_of = partial(tokens_of, cfg=cfg)
+        self.epochs_of = corpus.most_repeated  # tokens -> (epochs, of which source)
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
         self.spending = Spending(cfg, resume.state if resume else {})
@@ -402,13 +403,15 @@ class RunFolder:
                    if is_finite(number)}
         evals = {tag.removeprefix("eval/"): number for tag, number in numbers.items()
                  if tag.startswith("eval/")}
-        trained = self.tokens_of(self.step) - self.tokens_of(self.first)  # since this start
+        tokens = self.tokens_of(self.step)
+        trained = tokens - self.tokens_of(self.first)  # since this start
         self.config["result"] = {
             "outcome": self.outcome,
             "step": self.step,
             "steps": values["steps"],
             "parameters": self.config["parameters"]["total"],
-            "tokens": self.tokens_of(self.step),
+            "tokens": tokens,
+            "epochs": round(self.epochs_of(tokens)[0], 4),
             "seconds": round(3600 * self.spending.hours, 1),
             "dollars": values["dollars"],
             "tok_per_sec": round(trained / self.seconds) if self.seconds else None,
