@@ -25,11 +25,11 @@ IGNORED = {"--preset", "--data", "--micro_batch", "--val_tokens", "--eval_every"
 RACE_BYTES = {"gpt2": 336e6, "bpe16k": 336e6, "three": 111e6}
 CONTEXT = 2048      # of --preset speedrun
 BATCH, WARMUP = 131_072, 12_000_000  # tokens per step; in the first 12M, half of that
-# Published values of a, b (Hoffmann et al. 2022) and R (Muennighoff et al. 2023), and half of the
-# largest possible D0. An e-fold deviation counts as an error of PULL, so that what the runs do not
-# determine stays there.
-PRIOR = np.log([0.34, 0.28, 15.4, 1.0])
-PULL = 0.003
+# Published values of a, b (Hoffmann et al. 2022) and R (Muennighoff et al. 2023), and for D0 the
+# smallest text of the races, halved. An e-fold deviation counts as an error of PULL, so that what
+# the runs do not determine stays there.
+PRIOR = np.log([0.34, 0.28, 15.4, 10.0])
+PULL = 0.01
 NAMES = ("floor", "size", "size_power", "text", "text_power", "repeats", "delay")  # of Law
 DELTA = 1e-6  # of the derivatives
 
@@ -100,56 +100,50 @@ def column(points, name):
     return np.array([point[name] for point in points], dtype=float)
 
 
-def unpack(x, smallest):
-    """The four searched numbers from unbounded ones: both powers, R, and D0 below all texts."""
-    a, b, repeats = np.exp(x[:3])
-    return a, b, repeats, smallest / (1 + math.exp(-x[3]))
-
-
-def basis(x, points, smallest):
+def basis(x, points):
     """The factors of E, A and B, (points, 3)."""
-    a, b, repeats, delay = unpack(x, smallest)
+    a, b, repeats, delay = np.exp(x)
     text = column(points, "text") / 1e6
     different = column(points, "different") / 1e6
     repetitions = np.maximum(text / different - 1, 0)
     worth = different * (1 + repeats * (1 - np.exp(-repetitions / repeats)))
     worth = np.where(repetitions > 0, worth, text)
     sizes = column(points, "parameters") / 1e6
-    return np.stack([np.ones_like(text), sizes ** -a, np.maximum(worth - delay, 1) ** -b], axis=1)
+    after = np.where(worth < 2 * delay, worth**2 / (4 * delay), worth - delay)
+    return np.stack([np.ones_like(text), sizes**-a, after**-b], axis=1)
 
 
-def solve(x, points, smallest):
+def solve(x, points):
     """-> ((E, A, B), relative errors, followed by the pull of the prior)."""
-    factors = basis(x, points, smallest) / column(points, "loss")[:, None]
+    factors = basis(x, points) / column(points, "loss")[:, None]
     linear, *_ = np.linalg.lstsq(factors, np.ones(len(points)), rcond=None)
     return linear, np.append(factors @ linear - 1, PULL * (x - PRIOR))
 
 
-def fit(points, smallest):
+def fit(points):
     """The numbers of lib.scaling.Law, by Levenberg's and Marquardt's method on relative errors."""
     x = PRIOR
     damping = 1.0
-    _, residuals = solve(x, points, smallest)
+    _, residuals = solve(x, points)
     for _ in range(300):
-        moved = [solve(x + DELTA * row, points, smallest)[1] for row in np.eye(4)]
+        moved = [solve(x + DELTA * row, points)[1] for row in np.eye(4)]
         jacobian = (np.array(moved) - residuals).T / DELTA
         normal = jacobian.T @ jacobian
         step = np.linalg.solve(normal + damping * np.diag(normal.diagonal()),
                                -jacobian.T @ residuals)
-        _, tried = solve(x + step, points, smallest)
+        _, tried = solve(x + step, points)
         if tried @ tried < residuals @ residuals:
             x, residuals, damping = x + step, tried, damping / 3
         else:
             damping *= 4
-    (floor, size, text), _ = solve(x, points, smallest)
-    a, b, repeats, delay = unpack(x, smallest)
+    (floor, size, text), _ = solve(x, points)
+    a, b, repeats, delay = np.exp(x)
     return [floor, size, a, text, b, repeats, delay]
 
 
 def predict(law, points):
     floor, size, a, text, b, repeats, delay = law
-    x = [math.log(a), math.log(b), math.log(repeats), 0.0]
-    return basis(x, points, 2 * delay) @ [floor, size, text]  # 2 delay: D0 is half of it at x = 0
+    return basis(np.log([a, b, repeats, delay]), points) @ [floor, size, text]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,15 +187,15 @@ def choices(points, law):
     return lines
 
 
-def report(points, smallest):
+def report(points):
     """Print the errors of every run -> (the law, the laws without each size, the error left out).
     """
-    law = fit(points, smallest)
+    law = fit(points)
     inside = predict(law, points) / column(points, "loss") - 1
     left_out = []
     for point in points:
         others = [other for other in points if other is not point]
-        left_out.append(predict(fit(others, smallest), [point])[0] / point["loss"] - 1)
+        left_out.append(predict(fit(others), [point])[0] / point["loss"] - 1)
     print("| run | parameters | text, MB | bits per byte | error | left out |")
     print("|---|---:|---:|---:|---:|---:|")
     for point, error, other in zip(points, inside, left_out):
@@ -210,7 +204,7 @@ def report(points, smallest):
     print()
     replicas = []
     for size in sorted({point["parameters"] for point in points}):
-        replicas.append(fit([one for one in points if one["parameters"] != size], smallest))
+        replicas.append(fit([one for one in points if one["parameters"] != size]))
         mine = [point for point in points if point["parameters"] == size]
         errors = predict(replicas[-1], mine) / column(mine, "loss") - 1
         print(f"fitted without {size / 1e6:.1f}M, its error: {rms(errors):.2%}")
@@ -236,8 +230,7 @@ def main():
     points = []
     for path in args.files:
         points += read(path)
-    smallest = column(points, "text").min() / 1e6
-    law, replicas, error = report(points, smallest)
+    law, replicas, error = report(points)
     print("\n".join(choices(points, law)))
     card = points[0]["card"]
     timed = [point for point in points if point["card"] == card]

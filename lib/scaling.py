@@ -6,6 +6,7 @@ https://arxiv.org/abs/2203.15556):
     L = E + A / N^a + B / (D' - D0)^b        N in millions, D in megabytes
 
 D0 is what a run spends before its loss falls as a power of the text: it matters in runs of seconds.
+Below 2 D0, D'^2 / (4 D0) continues D' - D0 with the same slope, so that less text is always worse.
 D' discounts repeated text after Muennighoff et al. 2023 (https://arxiv.org/abs/2305.16264): of U
 different bytes, all repetitions together are worth at most R U. Time per token is proportional to
 its FLOPs plus a constant, which the small matrices of small models cost.
@@ -36,8 +37,11 @@ class Law(NamedTuple):
 
     def loss(self, parameters: float, text: float, different: float) -> float:
         """Bits per byte after `text` bytes, of which `different` are different."""
-        worth = self.worth(text / 1e6, different / 1e6) - self.delay
-        of_text = self.text * max(worth, 1.0) ** -self.text_power
+        worth = self.worth(text / 1e6, different / 1e6)
+        after = worth - self.delay
+        if worth < 2 * self.delay:
+            after = worth**2 / (4 * self.delay)
+        of_text = self.text * after**-self.text_power
         return self.floor + self.size * (parameters / 1e6) ** -self.size_power + of_text
 
     def worth(self, text: float, different: float) -> float:
