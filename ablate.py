@@ -255,6 +255,8 @@ def check_flags(base: list[str], words: list[str]) -> str:
         if shared(train).get(name) != value:
             raise BadInput(f"--{name} must be the same as the base's, or losses do not compare: "
                            "run two commands with different --out")
+    if changed.auto:
+        raise BadInput("--size auto and --dollars choose for each run: give --depth and --minutes")
     if train.tokens_per_param:
         raise BadInput("--tokens_per_param sets a different length for each change: give "
                        "--max_steps or --minutes")

@@ -154,6 +154,7 @@ class Config(TrainConfig, checkpoint.ModelConfig):
     shuffle: bool = flag(True, None)
     minutes: float | None = flag(None, None)
     tokens_per_param: float | None = flag(None, None)
+    dollars: float | None = flag(None, None)
     batch_warmup: int = flag(0, None)
     context_warmup: float = flag(0.0, None)
     plan: bool = flag(False, None)
