@@ -168,8 +168,8 @@ class Sizer:
             flops = doctor.REACHED * doctor.matmul_flops(self.device) * self.processes
             return Speed(flops, f"assumed without a GPU: {doctor.REACHED:g} of that of matmuls")
         guess = reference_speed(self.processes)
-        likely = pick(self.predict(sizes, guess, seconds_at(guess)))
-        return self._measure(likely.option)
+        found = self.predict(sizes, guess, seconds_at(guess))
+        return self._measure(pick(found).option if found else sizes[0])
 
     def _measure(self, option: Option) -> Speed:
         """Time ten steps, as --doctor does, on one node."""
@@ -190,13 +190,13 @@ class Sizer:
 
     def predict(self, sizes: list[Option], speed: Speed,
                 seconds: Callable[[Option], float]) -> list[Prediction]:
-        return [self.text.predict(option, seconds(option) * speed.of(option)) for option in sizes]
+        """What each size reaches, without those that have no time to train."""
+        return [self.text.predict(option, seconds(option) * speed.of(option))
+                for option in sizes if seconds(option) > 0]
 
     def bought(self, dollars: float, speed: Speed, elapsed: float) -> Callable[[Option], float]:
-        """Option -> seconds of training steps that `dollars` buy after start-up and evaluations.
-
-        elapsed: seconds since the command. Raises BadInput if none remain.
-        """
+        """Option -> seconds of training steps that `dollars` buy besides start-up and evaluations,
+        negative if they do not buy these. elapsed: seconds since the command."""
         cfg = self.cfg
         total = 3600 * dollars / cfg.price_per_hour * (1 - RESERVE) - elapsed - speed.start_up
         share = 0.0  # evaluations, as a share of the training steps
@@ -207,15 +207,7 @@ class Sizer:
                 share += FORWARD * tokens / (every * batch_size(every, cfg))
                 last += FORWARD * tokens
 
-        def seconds(option):
-            left = (total - last / speed.of(option)) / (1 + share)
-            if left <= 0:
-                raise BadInput(f"--dollars {dollars:g} at --price_per_hour {cfg.price_per_hour:g} "
-                               "buy no more than start-up and evaluations: give more, or a larger "
-                               "--eval_every")
-            return left
-
-        return seconds
+        return lambda option: (total - last / speed.of(option)) / (1 + share)
 
     def choose(self, dollars: float | None, resize: bool) -> tuple[int | None, float | None]:
         """-> (depth, None: the configured size; minutes, None: the configured length). Prints why.
@@ -233,6 +225,10 @@ class Sizer:
         speed = self.speed(sizes, seconds_at)
         seconds = seconds_at(speed)
         found = self.predict(sizes, speed, seconds)
+        if not found:
+            raise BadInput(f"--dollars {dollars:g} at --price_per_hour {cfg.price_per_hour:g} buy "
+                           "no more than start-up and evaluations: give more, or fewer "
+                           "evaluations, --eval_every and --hellaswag_every")
         chosen = pick(found)
         minutes = seconds(chosen.option) / 60
         if resize:
@@ -310,12 +306,16 @@ def table(sizer: Sizer, measured: bool) -> str:
         sizes = sizer.sizes(sizer.memory)
     if measured or sizer.cfg.tok_per_sec:
         speed = sizer.speed(sizes, lambda speed: sizer.bought(DOLLARS[1], speed, elapsed=0.0))
-    lines = [f"what dollars buy, start-up and evaluations included; speed {speed.how}",
+    lines = ["what dollars buy, start-up and evaluations included, with the loss of --preset "
+             f"speedrun; speed {speed.how}",
              f"{'dollars':>7} {'training':>10} {'depth':>5} {'parameters':>11} {'tokens':>9} "
              f"{'epochs':>7} {'bits per byte':>15} {'smaller: loss':>22}"]
     for dollars in DOLLARS:
         seconds = sizer.bought(dollars, speed, elapsed=0.0)
         found = sizer.predict(sizes, speed, seconds)
+        if not found:
+            lines.append(f"{dollars:7} no more than start-up and evaluations")
+            continue
         chosen = pick(found)
         minutes = seconds(chosen.option) / 60
         lines.append(f"{dollars:7} {minutes:6,.0f} min {row(chosen, found)}")

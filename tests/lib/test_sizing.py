@@ -108,8 +108,8 @@ def test_dollars_by_hand(plain):
     left = 1800 * 0.97 - 100 - 20 - evaluated / 1e6
     want = left / (1 + evaluated / (250 * 131_072))
     assert plain.bought(1.0, speed, 100.0)(option) == pytest.approx(want)
-    with pytest.raises(BadInput, match="--dollars"):
-        plain.bought(0.01, speed, 100.0)(option)
+    too_little = plain.bought(0.01, speed, 100.0)
+    assert plain.predict([option], speed, too_little) == []
 
 
 def test_the_speed_of_a_gpu_is_timed_at_about_the_size_that_will_be_chosen(monkeypatch, sizes):
@@ -155,6 +155,12 @@ def test_the_table_of_plan_has_a_row_per_budget(plain, sizes):
     assert depths == sorted(depths)
 
 
+def test_a_budget_below_the_start_up_has_an_empty_row():
+    lines = sizing.table(sizer("--price_per_hour", "1000"), measured=False).splitlines()
+    assert lines[2].split(maxsplit=1) == ["1", "no more than start-up and evaluations"]
+    assert lines[-2].startswith("    100 ")
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -198,6 +204,7 @@ def test_all_processes_take_the_choice_of_rank_0(data, tmp_path):
     (["--dollars", "3"], "--price_per_hour"),
     (["--dollars", "3", "--price_per_hour", "2", "--minutes", "4"], "--dollars and --minutes"),
     (["--dollars", "0"], "--dollars must be above 0"),
+    (["--dollars", "0.001", "--price_per_hour", "2", "--device", "cpu"], "no more than start-up"),
 ])
 def test_contradicting_flags_are_refused(flags, named, data, tmp_path):
     with pytest.raises(BadInput, match=named):
