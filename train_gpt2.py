@@ -1855,10 +1855,8 @@ def launch(settings: Settings, task: TaskLike) -> None:
         description = describe(cfg, plan, model, corpus, processes, position.step)
         if rise:
             description += f"\n{rise}"
-        machine = {"device_name": device_name(processes.device), "processes": processes.world_size}
-        context = int(mean_context(cfg, plan.block_size))
-        machine["flops_per_token"] = model.flops_per_token(context)
-        config = {"model": asdict(model_cfg), "train": train_config(cfg, plan) | machine,
+        setup = train_config(cfg, plan) | machine_of(cfg, plan, model, processes)
+        config = {"model": asdict(model_cfg), "train": setup,
                   "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
                   "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
@@ -1888,6 +1886,13 @@ def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
     plan."""
     return asdict(cfg) | {"eval_every": plan.eval_every, "sample_every": plan.sample_every,
                           "steps": plan.steps, "sequences": plan.micro_batch}
+
+
+def machine_of(cfg: TrainConfig, plan: RunPlan, model: GPT, processes: Processes) -> dict:
+    """What the speed of a run depends on, for config.json and checkpoints."""
+    context = int(mean_context(cfg, plan.block_size))
+    return {"device_name": device_name(processes.device), "processes": processes.world_size,
+            "flops_per_token": model.flops_per_token(context)}
 
 
 def compile_model(model: GPT, plan: Any, task: TaskLike, run: RunFolder,

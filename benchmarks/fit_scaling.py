@@ -6,7 +6,7 @@ time per token against FLOPs.
 
 Prints the law, the error of each run with and without it in the fit, and the error of each size
 without its runs. Files: jsonl as in race_h100_202611/, whose runs of --preset speedrun in any size
-and length are taken, no others; or the list that `results.py --json` prints, all of it.
+and length are taken, no others; or the list that `results.py --json` prints, all finished runs.
 """
 
 import argparse
@@ -42,7 +42,8 @@ DELTA = 1e-6  # of the derivatives
 def read(path):
     text = Path(path).read_text()
     if text.startswith("["):
-        return [of_results(run) for run in json.loads(text)]
+        runs = json.loads(text)
+        return [of_results(run) for run in runs if run["outcome"] == "finished"]
     points = []
     for line in text.splitlines():
         run = json.loads(line)

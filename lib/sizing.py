@@ -157,8 +157,8 @@ class Sizer:
     def speed(self, sizes: list[Option], seconds_at: Callable[[Speed], Callable]) -> Speed:
         """As --tok_per_sec says, as measured on a GPU, or as assumed without one.
 
-        seconds_at: a Speed -> {Option: seconds of training}, to time about the size that will be
-        chosen.
+        seconds_at: a Speed -> the function from an Option to its seconds of training; with it, the
+        size that is timed is about the one that will be chosen.
         """
         law = scaling.measured()
         if self.cfg.tok_per_sec:
