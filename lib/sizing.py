@@ -335,7 +335,9 @@ def row(chosen: Prediction, found: list[Prediction]) -> str:
         return abs(2 * one.option.parameters / option.parameters - 1)
 
     half = min(found, key=distance)
-    smaller = f"{millions(half.option)}: {half.loss / chosen.loss - 1:+.1%}"
+    smaller = "none"
+    if half.option != option:
+        smaller = f"{millions(half.option)}: {half.loss / chosen.loss - 1:+.1%}"
     return (f"{option.depth:5} {millions(option):>11} {chosen.tokens / 1e6:8,.0f}M {epochs:>7} "
             f"{loss:>15} {smaller:>22}")
 
