@@ -54,6 +54,7 @@ from lib.devices import Processes
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
 from lib.logger import read_scalars, without_compilation
 from lib.moe import ExpertConfig
+from lib.noise import interval
 from lib.plan import make_plan
 from lib.signals import StopSignals
 from train_gpt2 import TrainConfig, check_model, settings, size_of
@@ -74,8 +75,6 @@ SHAPE = {
 TRAINING = {"optimizer", "schedule"}  # the fields of TrainConfig that it changes
 AMOUNTS = {"dropout": (0.1,), "softcap": (15.0,)}  # the values of numeric fields that it adds
 LONGEST_NAME = 150  # characters in the name of a change
-# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom; the last serves for more
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 LEAST_DROP = 0.01  # nats: smaller differences are never clear from one seed
 # stated under the table
 RULE = ("A difference is between runs of one seed. The verdict is the mean difference over the "
@@ -256,6 +255,8 @@ def check_flags(base: list[str], words: list[str]) -> str:
         if shared(train).get(name) != value:
             raise BadInput(f"--{name} must be the same as the base's, or losses do not compare: "
                            "run two commands with different --out")
+    if changed.auto:
+        raise BadInput("--size auto and --dollars choose for each run: give --depth and --minutes")
     if train.tokens_per_param:
         raise BadInput("--tokens_per_param sets a different length for each change: give "
                        "--max_steps or --minutes")
@@ -477,20 +478,6 @@ def differences(runs: list[Run]) -> dict[str, dict[int, float]]:
         if one.finished and one.seed in base:
             found.setdefault(one.change, {})[one.seed] = one.loss - base[one.seed]
     return found
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95% confidence interval) of a figure over the seeds.
-
-    Student's t: the spread of a few seeds is itself only an estimate. The width is infinite for a
-    single seed.
-    """
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return mean, math.inf
-    standard_error = statistics.stdev(values) / math.sqrt(len(values))
-    freedom = min(len(values) - 1, len(T_QUANTILES))
-    return mean, T_QUANTILES[freedom - 1] * standard_error
 
 
 def verdict(differences: list[float]) -> str:

@@ -46,14 +46,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib import checkpoint, compiler, doctor, huggingface, repeat, rope
+from lib import checkpoint, compiler, doctor, huggingface, nodes, repeat, rope, sizing
 from lib.attention import AttentionContext, SpanAttention, attention
 from lib.budget import (
+    LENGTHS,
     UNMEASURED,
     batch_size,
     context_length,
     half_steps,
     length_flag,
+    mean_context,
     only_length,
     tokens_of,
 )
@@ -78,6 +80,7 @@ from lib.devices import (
     autocast,
     cast,
     compute_dtype,
+    device_name,
     device_of,
     dtype_flag,
     gradient_sync,
@@ -186,7 +189,11 @@ class TrainConfig:
               "other flags; instead of --preset")
     size: str | None = flag(
         None, "sets n_layer, n_head and n_embd: gpt2 124M, gpt2-medium 350M, gpt2-large 774M, "
-              "gpt2-xl 1.6B", choices=lambda: SIZES)
+              "gpt2-xl 1.6B; auto: the best --depth for --minutes, --max_steps or --dollars",
+        choices=lambda: (*SIZES, sizing.AUTO))
+    depth: int | None = flag(
+        None, "sets n_layer to this, n_embd to 64 times this, rounded up to whole heads of 128",
+        above=0, at_most=1000)
     # data
     data: tuple[str, ...] = path_flag(
         ("edu_fineweb10B",), "folders of token shards, DIR[:WEIGHT] each; weights are shares of "
@@ -211,6 +218,9 @@ class TrainConfig:
     minutes: float | None = flag(
         None, "minutes of training steps, without evaluations; instead of --epochs", above=0,
         at_most=1e7)
+    dollars: float | None = flag(
+        None, "what the run may cost at --price_per_hour, start-up and evaluations included; "
+              "instead of --epochs", above=0, at_most=1e9)
     tokens_per_param: float | None = flag(
         None, "tokens per parameter, 20 in Chinchilla; instead of --epochs", above=0, at_most=1e6)
     total_batch_size: int = flag(
@@ -228,7 +238,8 @@ class TrainConfig:
     doctor: bool = flag(
         False, "check whether this machine is ready to train, time ten steps, and exit")
     tok_per_sec: float | None = flag(
-        None, "for --plan: measured throughput of all GPUs together", above=0)
+        None, "measured throughput of all GPUs together, for --plan, --size auto and --dollars",
+        above=0)
     price_per_hour: float | None = flag(
         None, "dollars per hour of the machine, for the cost of a run", above=0)
     max_hours: float | None = flag(
@@ -364,6 +375,17 @@ SIZES: dict[str, dict] = {
     "gpt2-large":  dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl":     dict(n_layer=48, n_head=25, n_embd=1600),
 }
+# --depth: nanochat's ratio. The winners in benchmarks/race_h100_202611.md have it, except two
+# narrower ones for 6 and 10 s
+WIDTH_PER_LAYER = 64
+HEAD = 128
+
+
+def shape_of(depth: int) -> dict[str, int]:
+    """The shape of --depth."""
+    n_head = -(-depth * WIDTH_PER_LAYER // HEAD)
+    return dict(n_layer=depth, n_head=n_head, n_embd=n_head * HEAD)
+
 
 # --------------------------------------------------------------------------------------------------
 # Model. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of D = C / H, V padded
@@ -1495,15 +1517,15 @@ def load_checkpoint(name: str, device: str | torch.device = "cpu",
 def settings(argv: list[str]) -> Settings:
     """Parse the command line into Settings. Later sources win: defaults, preset, --config, the
     learning rates of another optimizer than theirs, the checkpoint of --resume or --init_from,
-    --size, flags.
+    --size or --depth, flags. --depth leaves only its shape in the settings.
 
     If --preset differs from the checkpoint's, all its settings count as flags. A flag that sets the
     length of the run replaces any other length.
     """
     flags = read_flags((TrainConfig, GPTConfig), argv, __doc__, PRESETS)
     preset = PRESETS[flags.get("preset", TrainConfig.preset)]
-    size = SIZES[flags["size"]] if "size" in flags else {}
-    flags = size | flags
+    auto = take_auto(flags)
+    flags = named_shape(flags) | flags
     explicit = set(flags)
     repeated = repeat.read_settings(flags, TrainConfig, GPTConfig)
     base = preset | repeated
@@ -1520,8 +1542,37 @@ def settings(argv: list[str]) -> Settings:
         if "init_from" not in explicit:  # but --config: its settings were given to that run, too
             given = explicit | repeated.keys()
         cfg, model_cfg, start = begin_with(cfg, model_cfg, given)
-    cfg = resolve(cfg, only_length(explicit))
-    return Settings(cfg, model_cfg, explicit, resume, start)
+    cfg = resolve(cfg, only_length(explicit), {"depth": None})
+    return Settings(cfg, model_cfg, explicit, resume, start, auto)
+
+
+def take_auto(flags: dict) -> dict[str, Any]:
+    """Remove --size auto and --dollars from `flags` -> these, which `sized` resolves. No later part
+    of a run knows them. Raises BadInput for flags that exclude them."""
+    auto = {}
+    if flags.get("size") == sizing.AUTO:
+        auto["size"] = flags.pop("size")
+        for name in ("depth", "n_layer", "n_embd", "n_head", "init_from"):
+            if name in flags:
+                raise BadInput(f"--size auto chooses the shape: leave --{name} out")
+    if "dollars" in flags:
+        auto["dollars"] = flags.pop("dollars")
+        for name in LENGTHS:
+            if name in flags:
+                raise BadInput(f"--dollars and --{name} each set the length: give one of them")
+    resolve(TrainConfig(), auto)  # checks the bounds
+    return auto
+
+
+def named_shape(flags: dict) -> dict[str, int]:
+    """The shape that --size or --depth stands for; {} without them."""
+    if "size" in flags and "depth" in flags:
+        raise BadInput("--size and --depth each set the shape: give one of them")
+    if "size" in flags:
+        return SIZES[flags["size"]]
+    if "depth" in flags:
+        return shape_of(flags["depth"])
+    return {}
 
 
 def other_rates(base: dict, flags: dict) -> dict:
@@ -1762,7 +1813,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
 
     All checks come before anything is written, and those that need no GPU come first.
     """
-    cfg, model_cfg, explicit, resume, _ = settings
+    cfg, model_cfg, explicit, resume, *_ = settings
     hold_notices()  # a scheduler may send a warning before training starts
     processes = Processes(cfg.device, cfg.deterministic)
     compute_dtype(processes.device, cfg.dtype)  # raises BadInput if there is no such dtype
@@ -1830,7 +1881,8 @@ def launch(settings: Settings, task: TaskLike) -> None:
         description = describe(cfg, plan, model, corpus, processes, position.step)
         if rise:
             description += f"\n{rise}"
-        config = {"model": asdict(model_cfg), "train": train_config(cfg, plan),
+        setup = train_config(cfg, plan) | machine_of(cfg, plan, model, processes)
+        config = {"model": asdict(model_cfg), "train": setup,
                   "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
                   "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
@@ -1863,6 +1915,13 @@ def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
                           "steps": plan.steps, "sequences": plan.micro_batch}
 
 
+def machine_of(cfg: TrainConfig, plan: RunPlan, model: GPT, processes: Processes) -> dict:
+    """What the speed of a run depends on, for config.json and checkpoints."""
+    context = int(mean_context(cfg, plan.block_size))
+    return {"device_name": device_name(processes.device), "processes": processes.world_size,
+            "flops_per_token": model.flops_per_token(context)}
+
+
 def compile_model(model: GPT, plan: Any, task: TaskLike, run: RunFolder, is_halved: bool) -> None:
     """is_halved: whether the next step is a half batch, whose micro-batch may be smaller."""
     sizes = [plan.micro_batch]
@@ -1877,11 +1936,13 @@ def compile_model(model: GPT, plan: Any, task: TaskLike, run: RunFolder, is_halv
 
 def main(argv: list[str]) -> None:
     chosen = settings(argv)
-    cfg, model_cfg, explicit, resume, start = chosen
-    check_model(model_cfg)
-    if cfg.plan:
-        print_forecast(cfg, model_cfg, explicit)
+    check_model(chosen.model)
+    if chosen.train.plan:
+        print_forecast(chosen)
         return
+    if chosen.auto:
+        chosen = sized(chosen)
+    cfg, model_cfg, explicit, resume, start, _ = chosen
     if cfg.doctor:
         examine(cfg, model_cfg)
     for line in flag_warnings(cfg, model_cfg, explicit):
@@ -1907,15 +1968,59 @@ def examine(cfg: TrainConfig, model_cfg: GPTConfig) -> NoReturn:
     sys.exit(0 if doctor.examine(machine) else 1)
 
 
-def print_forecast(cfg: TrainConfig, model_cfg: GPTConfig, explicit: set[str]) -> None:
-    """Print the table of --plan, for every --size and the chosen model."""
-    if "data" in explicit:  # its vocabulary; the table needs no data
-        vocab_size = Corpus(cfg).vocab_size or model_cfg.vocab_size
-        model_cfg = replace(model_cfg, vocab_size=vocab_size)
+def print_forecast(chosen: Settings) -> None:
+    """Print the tables of --plan: every --size and the chosen model; with a price, what dollars
+    buy."""
+    cfg = chosen.train
+    corpus = Corpus(cfg) if "data" in chosen.explicit else None  # the tables need no data
+    sizer = sizer_of(chosen, corpus)
     own = cfg.size or cfg.preset
-    models = {name: on_meta(replace(model_cfg, **shape)) for name, shape in SIZES.items()}
-    models[own] = on_meta(model_cfg)
+    models = {name: sizer.build(shape) for name, shape in SIZES.items()}
+    models[own] = sizer.model
     print(forecast(cfg, models, own))
+    if cfg.price_per_hour:
+        print(f"\n{sizing.table(sizer, measured='size' in chosen.auto)}")
+
+
+def sizer_of(chosen: Settings, corpus: Any) -> sizing.Sizer:
+    """The Sizer of a run. corpus: a Corpus or None."""
+    vocab_size = corpus and corpus.vocab_size
+    model_cfg = replace(chosen.model, vocab_size=vocab_size or chosen.model.vocab_size)
+
+    def build(shape):
+        return on_meta(replace(model_cfg, **shape))
+
+    return sizing.Sizer(chosen.train, build, shape_of, corpus, Path(__file__))
+
+
+def sized(chosen: Settings) -> Settings:
+    """Settings with a plain shape and length for --size auto and --dollars; prints why. A run that
+    continues keeps its own."""
+    cfg, model_cfg, explicit, resume, *_ = chosen
+    dollars = chosen.auto.get("dollars")
+    explicit = explicit - {"tok_per_sec"}
+    if resume:
+        note("--size auto and --dollars are for new runs: this one keeps its shape and length")
+        return chosen._replace(explicit=explicit, auto={})
+    if dollars and not cfg.price_per_hour:
+        raise BadInput("--dollars needs the price of the machine: give --price_per_hour")
+    if not (dollars or cfg.minutes or cfg.max_steps):
+        raise BadInput("--size auto depends on the length: give --minutes, --max_steps or "
+                       "--dollars with --price_per_hour")
+
+    def choose():
+        return sizer_of(chosen, Corpus(cfg)).choose(dollars, resize="size" in chosen.auto)
+
+    if launched():
+        depth, minutes = nodes.from_rank_0("size", choose, unchanged)
+    else:
+        depth, minutes = choose()
+    if depth:
+        model_cfg = replace(model_cfg, **shape_of(depth))
+    if minutes:
+        explicit = explicit | {"minutes"}
+        cfg = resolve(cfg, {"minutes": minutes}, only_length(explicit))
+    return Settings(cfg, model_cfg, explicit, start=chosen.start)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def context_length(step: int, steps: int, cfg: Any, block_size: int) -> int:
     return block_size
 
 
+def mean_context(cfg: Any, block_size: int) -> float:
+    """The mean of `context_length` over a run."""
+    return block_size * (1 - 0.625 * cfg.context_warmup)
+
+
 def tokens_of(steps: int, cfg: Any) -> int:
     """Tokens in the first `steps` updates."""
     halved = min(steps, half_steps(cfg))

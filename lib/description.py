@@ -8,7 +8,7 @@ import torch
 
 from lib import kernels
 from lib.budget import half_steps, tokens_of
-from lib.devices import Processes, compute_dtype, dtype_name, dtype_of
+from lib.devices import Processes, compute_dtype, device_name, dtype_name, dtype_of
 from lib.streams import CorpusLike
 
 # up to here, repeated text is worth nearly as much as new text (Muennighoff et al. 2023,
@@ -89,9 +89,7 @@ def _batch_line(cfg, plan, processes):
 
 
 def _device_line(device, dtype):
-    name = f"{device.type}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    name = device_name(device)
     return f"device  {name}, {dtype_name(dtype)}, torch {torch.__version__}"
 
 

@@ -185,6 +185,13 @@ def pick_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.d
     return torch.device(name, local_rank)
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; the number of threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def peak_memory_gb(device: torch.device) -> float | None:
     """Peak GPU memory allocated by tensors, in GB; None on other devices."""
     if device.type != "cuda":

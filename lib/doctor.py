@@ -83,6 +83,7 @@ class Machine:
     script: Path                 # the training script
     device: torch.device = field(init=False)
     model: Any = field(init=False)
+    gpus: int | None = None  # None: all
     corpus: Any = None  # Corpus of --data, if there is one
     no_data: BadInput | None = None  # why there is none
     probed: dict = field(default_factory=dict)  # see `probe`
@@ -105,7 +106,9 @@ class Machine:
     @property
     def processes(self) -> int:
         """One per GPU."""
-        return torch.cuda.device_count() if self.on_gpu else 1
+        if not self.on_gpu:
+            return 1
+        return self.gpus or torch.cuda.device_count()
 
     @property
     def parameters(self) -> int:

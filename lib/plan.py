@@ -29,6 +29,7 @@ class Settings(NamedTuple):
     explicit: set[str]       # names of the flags given on the command line
     resume: Any = None       # lib.resume.Resume, None for a new run
     start: list | None = None  # [(GPT, Tokenizer)] of --init_from, popped to free memory
+    auto: dict = {}          # --size auto and --dollars, until train_gpt2.py's `sized`
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ to continue from, lib/checkpoint_writer.py writes checkpoints in the background.
 """
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -45,6 +46,11 @@ FIRST_COLUMNS = ("preset", "size", "n_layer", "n_head", "n_embd", "block_size", 
                  "max_lr")
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a result is a finite number, not texts or NaN."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def no_warnings(steps: int) -> list[str]:
     return []
 
@@ -68,6 +74,7 @@ class RunFolder:
         self.folder = Path(cfg.log_dir) / name
         self.keep = cfg.keep
         self.tokens_of = partial(tokens_of, cfg=cfg)
+        self.epochs_of = corpus.most_repeated  # tokens -> (epochs, of which source)
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
         self.spending = Spending(cfg, resume.state if resume else {})
@@ -376,6 +383,7 @@ class RunFolder:
     def close(self) -> None:
         """Also copies the last state with --sync and runs --on_end, both within time limits."""
         self.log.close()
+        self._record_result()
         self.on_end.tell(self.outcome, self._end_values())  # this process may be killed from here
         self.sync.close()
         remove_empty(self.made)  # only after a failed start is the folder empty
@@ -383,6 +391,36 @@ class RunFolder:
         line = self.on_end.finish()
         if line:
             self.say(line)
+        if "result" in self.config:
+            self.say(json.dumps({"run": str(self.folder)} | self.config["result"]))
+
+    def _record_result(self) -> None:
+        """Add the result of this start to config.json, unless it failed before its first step."""
+        if self.step is None:
+            return
+        values = self._end_values()
+        numbers = {tag: round(number, 6) for tag, number in self.results.items()
+                   if is_finite(number)}
+        evals = {tag.removeprefix("eval/"): number for tag, number in numbers.items()
+                 if tag.startswith("eval/")}
+        tokens = self.tokens_of(self.step)
+        trained = tokens - self.tokens_of(self.first)  # since this start
+        self.config["result"] = {
+            "outcome": self.outcome,
+            "step": self.step,
+            "steps": values["steps"],
+            "parameters": self.config["parameters"]["total"],
+            "tokens": tokens,
+            "epochs": round(self.epochs_of(tokens)[0], 4),
+            "seconds": round(3600 * self.spending.hours, 1),
+            "dollars": values["dollars"],
+            "tok_per_sec": round(trained / self.seconds) if self.seconds else None,
+            "val_loss": numbers.get("Loss/val"),
+            "bits_per_byte": numbers.get("Loss/val_bpb"),
+            "evals": evals,
+        }
+        with contextlib.suppress(OSError, BadInput):  # a full disk has been reported by now
+            write_json(self.folder / "config.json", self.config)
 
     def _end_values(self) -> dict[str, Any]:
         """Values for the environment of --on_end, besides the outcome."""

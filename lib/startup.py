@@ -54,6 +54,11 @@ def interrupt_quietly() -> None:
         signal.signal(signal.SIGINT, leave_quietly)
 
 
+def elapsed() -> float:
+    """Seconds since the start of the script, until `take_start`; 0 for a further run."""
+    return time.monotonic() - start_times[-1] if start_times else 0.0
+
+
 def take_start() -> float:
     """time.monotonic() at the start of the script; now, for a further run in the same process."""
     return start_times.pop() if start_times else time.monotonic()

@@ -159,6 +159,12 @@ COMMANDS = {
     "python train_gpt2.py --preset tiny --mlp swiglu --no-token_shift --no-value_residual "
     "--no-residual_scalars --bigram 0 --softcap 0 --run_name third":
         f"{TINY} --preset tiny --data edu_fineweb10B",
+    "python train_gpt2.py --preset speedrun --size auto --minutes 10": PARSED,
+    "python train_gpt2.py --preset speedrun --size auto --dollars 3 --price_per_hour 2": PARSED,
+    # results
+    "python results.py": "",
+    "python results.py --sort seconds --price_per_hour 2": "",
+    "python results.py --json": "",
     # experiments
     "python ablate.py --price_per_hour 2 -- --preset speedrun --data mine --n_layer 8 "
     "--max_steps 280": PARSED,

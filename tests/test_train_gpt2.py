@@ -110,10 +110,36 @@ def test_modern_is_the_default_preset():
 @pytest.mark.parametrize("argv, want", [
     (["--size", "gpt2-medium"], dict(n_layer=24, n_head=16, n_embd=1024)),
     (["--size", "gpt2-xl", "--n_layer", "6"], dict(n_layer=6, n_head=25, n_embd=1600)),
+    (["--depth", "1"], dict(n_layer=1, n_head=1, n_embd=128)),
+    (["--depth", "7", "--preset", "tiny"], dict(n_layer=7, n_head=4, n_embd=512)),
+    (["--depth", "12", "--preset", "gpt2"], dict(n_layer=12, n_head=6, n_embd=768)),
+    (["--depth", "12", "--n_embd", "384"], dict(n_layer=12, n_head=6, n_embd=384)),
 ])
 def test_size_sets_the_shape_and_flags_override_it(argv, want):
     model_cfg = train_gpt2.settings(argv).model
     assert {name: getattr(model_cfg, name) for name in want} == want
+
+
+def test_a_run_of_depth_keeps_only_its_shape(data, tmp_path):
+    flags = ["--preset", "speedrun", "--depth", 2, "--block_size", 32, "--total_batch_size", 256,
+             "--batch_warmup", 0, "--context_warmup", 0, "--data", data, "--device", "cpu",
+             "--hellaswag_every", 0, "--sample_every", 0, "--log_dir", tmp_path, "--run_name", "a"]
+    train_gpt2.main([str(word) for word in [*flags, "--max_steps", 2]])
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    shape = {name: config["model"][name] for name in ("n_layer", "n_head", "n_embd")}
+    assert shape == dict(n_layer=2, n_head=1, n_embd=128)
+    assert config["train"]["depth"] is None
+    flags = ["--log_dir", tmp_path, "--run_name", "a", "--max_steps", 3]
+    train_gpt2.main([str(word) for word in [*flags, "--depth", 2]])
+    with pytest.raises(BadInput, match="--n_layer"):
+        train_gpt2.main([str(word) for word in [*flags, "--depth", 3]])
+
+
+def test_size_and_depth_exclude_each_other():
+    with pytest.raises(BadInput, match="--size and --depth"):
+        train_gpt2.settings(["--size", "gpt2", "--depth", "3"])
+    with pytest.raises(BadInput, match="--depth must be above 0"):
+        train_gpt2.settings(["--depth", "0"])
 
 
 def test_settings_are_frozen():
@@ -1218,7 +1244,7 @@ def test_printed_commands_work_with_spaces_and_a_tilde_is_the_home_folder(launch
     env = {"HOME": str(tmp_path / "home")}
     result = launch("train_gpt2.py", *TINY_FLAGS, *flags, env=env)
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
+    last = result.stdout.splitlines()[-2]
     tensorboard, generate = map(shlex.split, re.findall("`(.*?)`", last))
     assert tensorboard[-1] == str(tmp_path / "home" / "my log")
     assert not (tmp_path / "~").exists()
