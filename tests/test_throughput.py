@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import throughput
+
 TINY = "--preset gpt2 --n_layer 1 --n_head 2 --n_embd 16 --device cpu"
 FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
 
@@ -85,3 +88,22 @@ def test_ending_it_ends_all_training_processes(tmp_path):
             process.terminate()
     assert not working_in(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_a_process_starts_ends_it(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        with pytest.raises(SystemExit, match="terminated"):
+            throughput.run(["sleep", "60"], tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started[0].returncode == -signal.SIGKILL
