@@ -53,6 +53,7 @@ from lib.budget import (
     UNMEASURED,
     batch_size,
     context_length,
+    contexts,
     half_steps,
     length_flag,
     mean_context,
@@ -1886,6 +1887,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
                   "max_steps": plan.steps, "tokenizer": tokenizer.spec, "data": corpus.identity,
                   "parameters": model.parameter_counts(), **task.extra}
         like = [*model.parameters(), *state_like(optimizer)]
+        run.set_costs([model.flops_per_token(context) for context in contexts(plan.block_size)])
         run.begin(config, description, position, resume, like)
 
         # ---- compile, then train

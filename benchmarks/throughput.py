@@ -60,15 +60,31 @@ def random_shards(folder, vocab_size=50257, tokens=4_000_000):
         np.save(folder / f"edufineweb_{split}_{index:06d}.npy", ids)
 
 
+@contextlib.contextmanager
+def sigterm_delayed():
+    """Handle a SIGTERM that comes inside `with` at its end."""
+    received = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if received:
+        signal.raise_signal(signal.SIGTERM)
+
+
 def run(command, cwd, env=None):
     """-> (console output, seconds to the first step)."""
     console = []
     first = None
+    process = None
     started = time.perf_counter()
     with open(cwd / "stderr", "w+") as errors:
-        process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}), text=True,
-                                   stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         try:
+            with sigterm_delayed():  # an exception inside Popen would lose a started process
+                process = subprocess.Popen(command, cwd=cwd, env=os.environ | (env or {}),
+                                           text=True, stdout=subprocess.PIPE, stderr=errors,
+                                           start_new_session=True)
             for line in process.stdout:
                 console.append(line)
                 if first is None and STEP.match(line):
@@ -78,9 +94,10 @@ def run(command, cwd, env=None):
                 output = f"{''.join(console)[-1000:]}\n{errors.read()[-3000:]}"
                 sys.exit(f"{shlex.join(map(str, command))} failed:\n{output}")
         finally:  # however this script ends, nothing may keep using the GPU
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return "".join(console), first
 
 

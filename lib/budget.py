@@ -6,6 +6,8 @@ Tokens per parameter count all parameters, embeddings included, as in Hoffmann e
 two disagree (Pearce & Song 2024, https://arxiv.org/abs/2406.12907). Tied matrices count once.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from lib.cli import BadInput
@@ -47,18 +49,24 @@ def half_steps(cfg: Any) -> int:
 
 
 def context_length(step: int, steps: int, cfg: Any, block_size: int) -> int:
-    """Tokens that attention sees at most in update `step` of `steps`: a quarter of `block_size` in
-    the first half of --context_warmup, then a half, then all.
+    """Tokens that attention sees at most in update `step` of `steps`: two of `contexts` during
+    --context_warmup, half of it each, then the last one.
 
     A short context costs less, and a long one is of little use at first (sequence length warm-up,
     Li et al. 2021, https://arxiv.org/abs/2108.06084; modded-nanogpt lengthens its windows).
     """
+    short, half, whole = contexts(block_size)
     progress = step / steps
     if progress < cfg.context_warmup / 2:
-        return block_size // 4
+        return short
     if progress < cfg.context_warmup:
-        return block_size // 2
-    return block_size
+        return half
+    return whole
+
+
+def contexts(block_size: int) -> tuple[int, int, int]:
+    """The context lengths of --context_warmup: a quarter of `block_size`, a half, all."""
+    return block_size // 4, block_size // 2, block_size
 
 
 def mean_context(cfg: Any, block_size: int) -> float:
@@ -70,6 +78,22 @@ def tokens_of(steps: int, cfg: Any) -> int:
     """Tokens in the first `steps` updates."""
     halved = min(steps, half_steps(cfg))
     return steps * cfg.total_batch_size - halved * (cfg.total_batch_size // 2)
+
+
+def work_of(step: int, steps: int, cfg: Any, costs: Sequence[float]) -> float:
+    """FLOPs of the first `step` updates of `steps`.
+
+    costs: FLOPs per token at each of `contexts`.
+    """
+    warmup = steps * cfg.context_warmup
+    ends = (math.ceil(warmup / 2), math.ceil(warmup), step)
+    work = 0.0
+    before = 0
+    for end, cost in zip(ends, costs, strict=True):
+        tokens = tokens_of(min(step, end), cfg)
+        work += cost * (tokens - before)
+        before = tokens
+    return work
 
 
 def steps_in(tokens: float, cfg: Any) -> int:

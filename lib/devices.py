@@ -169,7 +169,8 @@ def to_host(tensor: torch.Tensor) -> Callable[[], Any]:
 
 
 def pick_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.device:
-    """Resolve --device. Raises BadInput if this machine has no such device."""
+    """Resolve --device. Raises BadInput if this machine has no such device, or torch no kernels for
+    its GPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if name == "auto":
@@ -182,7 +183,37 @@ def pick_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.d
     if local_world > torch.cuda.device_count():
         raise BadInput(f"{local_world} processes on {torch.cuda.device_count()} GPUs: "
                        "lower --nproc_per_node")
-    return torch.device(name, local_rank)
+    device = torch.device(name, local_rank)
+    check_architecture(device)
+    return device
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raise BadInput if this build of torch has no kernels for a GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    version = 10 * major + minor
+    built_for = torch.cuda.get_arch_list()  # such as sm_75, compute_120
+    if not built_for or any(_runs_on(version, name) for name in built_for):
+        return
+    remedy = "built for a newer CUDA"
+    if version < 75:  # torch 2.15 has no build for CUDA 12 anymore
+        remedy = "2.11 to 2.14 built for CUDA 12.6"
+    gpu = torch.cuda.get_device_name(device)
+    raise BadInput(f"torch {torch.__version__} has no kernels for {gpu} (compute capability "
+                   f"{major}.{minor}): install torch {remedy}, or give --device cpu")
+
+
+def _runs_on(version, name):
+    """Whether kernels compiled for `name` run on a GPU of compute capability version / 10.
+
+    sm_*: machine code, for GPUs of the same major version. compute_*: PTX, which the driver
+    compiles for any newer GPU.
+    """
+    kind, _, number = name.partition("_")
+    compiled = int(number.rstrip("af") or 0)
+    if kind == "sm":
+        return compiled // 10 == version // 10 and compiled <= version
+    return compiled <= version
 
 
 def device_name(device: torch.device) -> str:

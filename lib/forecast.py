@@ -40,8 +40,8 @@ def forecast(cfg: Any, models: dict[str, Any], measured: str) -> str:
         lines.append(f"hours at the {cfg.tok_per_sec:,.0f} tok/s given for {measured}; "
                      "~: another size, at the same FLOP/s, not measured")
     else:
-        lines.append("hours need a measurement: --tok_per_sec of this --preset and --size, which "
-                     "every line of a run shows; for dollars, add --price_per_hour")
+        lines.append("hours need a measurement: --tok_per_sec of this --preset and --size, which a "
+                     "run prints at its end; for dollars, add --price_per_hour")
     return "\n".join(lines)
 
 

@@ -54,20 +54,21 @@ class Logger:
 
     def __init__(self, folder: Path, max_steps: int, first_step: int,
                  price_per_hour: float | None = None,
-                 tokens_of: Callable[[int], int] = lambda steps: steps,
+                 work_of: Callable[[int, int], float] = lambda step, steps: step,
                  log_every: int | None = None):
-        """tokens_of: n -> tokens in the first n steps, to predict the remaining time, as steps may
-        grow (--batch_warmup). log_every: steps per line on the console; None: see `_is_shown`."""
+        """work_of: (n, length of the run) -> work in the first n steps, in any unit, to predict the
+        remaining time, as steps may grow (--batch_warmup, --context_warmup). log_every: steps per
+        line on the console; None: see `_is_shown`."""
         from tqdm import tqdm
 
         self.max_steps = max_steps
         self.first_step = first_step
         self.next_step = first_step
         self.price_per_hour = price_per_hour
-        self.tokens_of = tokens_of
+        self.work_of = work_of
         self.log_every = log_every
         self.shown = (first_step, -math.inf)  # step and time of the last step line, seconds
-        # seconds per token of the latest steps, without the first, which also loads kernels
+        # seconds per unit of work of the latest steps, without the first, which also loads kernels
         self.recent: deque[float] = deque(maxlen=20)
         # open until the end of the run
         self.file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
@@ -111,11 +112,11 @@ class Logger:
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
         """Log a training step. scalars: {tag: number, None if unknown, or bars of a histogram}."""
         self.next_step = step + 1
-        tokens = self.tokens_of(step + 1) - self.tokens_of(step)
-        seconds_per_token = seconds / tokens
+        work = self.work_of(step + 1, self.max_steps) - self.work_of(step, self.max_steps)
+        pace = seconds / work
         if step > self.first_step:
-            self.recent.append(seconds_per_token)
-        typical = statistics.median(self.recent or [seconds_per_token])
+            self.recent.append(pace)
+        typical = statistics.median(self.recent or [pace])
         self.scalars(step, scalars)
         text = step_line(scalars, seconds, self._eta(step + 1, typical))
         if self.bar is not None:
@@ -128,7 +129,7 @@ class Logger:
         if step + 1 - self.first_step == min(PREDICTED, self.max_steps):
             duration = hours_and_dollars(self._remaining(self.first_step, typical),
                                          self.price_per_hour)
-            rate = scalars["perf/tok_per_sec"] * seconds_per_token / typical
+            rate = scalars["perf/tok_per_sec"] * pace / typical
             self.say(f"predicted: {duration} of training steps, at {rate:,.0f} tok/s")
 
     def seconds_left(self) -> float:
@@ -136,14 +137,15 @@ class Logger:
         typical = statistics.median(self.recent)
         return self._remaining(self.next_step, typical)
 
-    def _remaining(self, step: int, seconds_per_token: float) -> float:
-        """Seconds of training from `step` to the end."""
-        return seconds_per_token * (self.tokens_of(self.max_steps) - self.tokens_of(step))
+    def _remaining(self, step: int, pace: float) -> float:
+        """Seconds of training from `step` to the end, at `pace` seconds per unit of work."""
+        steps = self.max_steps
+        return pace * (self.work_of(steps, steps) - self.work_of(step, steps))
 
-    def _eta(self, step: int, seconds_per_token: float) -> str:
+    def _eta(self, step: int, pace: float) -> str:
         if self.max_steps >= UNMEASURED:
             return "unknown until steps are timed"
-        return str(datetime.timedelta(seconds=round(self._remaining(step, seconds_per_token))))
+        return str(datetime.timedelta(seconds=round(self._remaining(step, pace))))
 
     def _is_shown(self, step: int) -> bool:
         """Whether the console gets a line for this step.

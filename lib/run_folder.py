@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lib import checkpoint, summary
-from lib.budget import tokens_of
+from lib.budget import tokens_of, work_of
 from lib.checkpoint_writer import CheckpointWriter
 from lib.cli import BadInput, RankError
 from lib.description import warnings
@@ -75,6 +75,7 @@ class RunFolder:
         self.keep = cfg.keep
         self.tokens_of = partial(tokens_of, cfg=cfg)
         self.epochs_of = corpus.most_repeated  # tokens -> (epochs, of which source)
+        self.work_of = partial(work_of, cfg=cfg, costs=(1, 1, 1))
         # with --minutes, the length and its warnings are known only once steps are timed
         self.warnings = partial(warnings, cfg, corpus) if cfg.minutes else no_warnings
         self.spending = Spending(cfg, resume.state if resume else {})
@@ -137,6 +138,10 @@ class RunFolder:
             return False
         return re.search(rf"^{length - 1} train ", self._read_log(), re.MULTILINE) is not None
 
+    def set_costs(self, costs: Sequence[float]) -> None:
+        """Set the FLOPs per token at each of lib/budget.py's `contexts`, before `begin`."""
+        self.work_of = partial(self.work_of, costs=costs)
+
     def begin(self, config: dict[str, Any], description: str, position: Position,
               resume: Any, like: Iterable[torch.Tensor]) -> None:
         """Rewind the folder to the first step, write config.json and open the log.
@@ -195,7 +200,7 @@ class RunFolder:
         save_code(self.folder, step)
         train = self.config["train"]
         self.log = Logger(self.folder, self.config["max_steps"], step, train["price_per_hour"],
-                          self.tokens_of, train["log_every"])
+                          self.work_of, train["log_every"])
         settings = without_commands(train | self.config["model"])
         self.log.tracker = start_tracker(train["tracker"], self.folder, step, settings, self.say)
 

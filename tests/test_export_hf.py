@@ -3,6 +3,7 @@
 import builtins
 import errno
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,15 +227,14 @@ def test_a_disk_that_fills_up_with_a_later_file_leaves_nothing(last, tokenizer, 
     tiny_checkpoint(path, tokenizer, token_shift=True)
     real_open = io.open
 
-    def full(file, *args, **kwargs):
-        mode = args[0] if args else "r"
+    def full(file, mode="r", *args, **kwargs):
         is_last = str(file).endswith(last) or f"{last}." in str(file)  # a temporary name
         if is_last and "r" not in mode:
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
-        return real_open(file, *args, **kwargs)
+        return real_open(file, mode, *args, **kwargs)
 
-    for module in (builtins, io):
-        monkeypatch.setattr(module, "open", full)
+    for owner in (builtins, io, Path):  # in Python 3.10, Path.open does not look up io.open
+        monkeypatch.setattr(owner, "open", full)
     with pytest.raises(BadInput, match="No space left on device.*: free some disk space"):
         export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / "a" / "out")])
     monkeypatch.undo()

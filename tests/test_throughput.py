@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import throughput
 
 TINY = "--preset gpt2 --n_layer 1 --n_head 2 --n_embd 16 --device cpu"
 FLAGS = ["-B", 2, "-T", 16, "--total", 64, "--warmup", 2, "--steps", 3]
@@ -59,8 +63,12 @@ def test_profile_names_the_kernels(launch):
 
 def working_in(folder):
     """Processes that work in a folder made under `folder`."""
-    places = Path("/proc").glob("[0-9]*/cwd")
-    return [place for place in places if os.path.realpath(place).startswith(f"{folder}/")]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if os.readlink(process / "cwd").startswith(f"{folder}/"):
+                found.append(process)
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
@@ -70,10 +78,32 @@ def test_ending_it_ends_all_training_processes(tmp_path):
     env = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen([str(word) for word in command], cwd=tmp_path, env=env,
                           stderr=subprocess.DEVNULL) as process:
-        while not working_in(tmp_path):
-            time.sleep(0.1)
-            assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == 1
+        try:
+            while not working_in(tmp_path):
+                time.sleep(0.1)
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 1
+        finally:  # a failure must not wait for 100,000 steps
+            process.terminate()
     assert not working_in(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_a_process_starts_ends_it(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        with pytest.raises(SystemExit, match="terminated"):
+            throughput.run(["sleep", "60"], tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started[0].returncode == -signal.SIGKILL

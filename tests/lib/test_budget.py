@@ -7,11 +7,13 @@ import pytest
 from lib.budget import (
     batch_size,
     context_length,
+    contexts,
     hours_and_dollars,
     only_length,
     steps_in,
     steps_of,
     tokens_of,
+    work_of,
 )
 from lib.cli import BadInput
 from train_gpt2 import GPT, GPTConfig
@@ -45,6 +47,18 @@ def test_a_run_may_begin_with_a_quarter_and_a_half_of_the_context():
     contexts = [context_length(step, 8, cfg, 64) for step in range(9)]
     assert contexts == [16, 16, 32, 32, 64, 64, 64, 64, 64]
     assert context_length(0, 8, SimpleNamespace(context_warmup=0.0), 64) == 64
+
+
+@pytest.mark.parametrize("context_warmup", [0.0, 0.3, 0.75, 1.0])
+def test_work_is_the_sum_of_the_flops_of_steps(context_warmup):
+    cfg = SimpleNamespace(total_batch_size=256, batch_warmup=1000, context_warmup=context_warmup)
+    costs = dict(zip(contexts(64), (3.0, 4.0, 6.0), strict=True))
+    steps = 23
+    work = 0.0
+    for step in range(steps):
+        assert work_of(step, steps, cfg, tuple(costs.values())) == work
+        work += batch_size(step, cfg) * costs[context_length(step, steps, cfg, 64)]
+    assert work_of(steps, steps, cfg, tuple(costs.values())) == work
 
 
 @pytest.mark.parametrize("tokens, epochs, says", [

@@ -26,11 +26,16 @@ def env(monkeypatch):
     return put
 
 
+# what torch.cuda.get_arch_list() returns for the builds of torch 2.11 to 2.14 for CUDA 13.0
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
 def pretend(monkeypatch, name="NVIDIA H100 80GB HBM3", capability=(8, 0), count=1):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA_13)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,6 +142,22 @@ def test_auto_is_cuda_then_mps_then_cpu(monkeypatch):
             else:
                 with pytest.raises(BadInput, match=f"--device {name}"):
                     devices.pick_device(name)
+
+
+@pytest.mark.parametrize("gpu, capability, remedy", [
+    ("Tesla V100-SXM2-16GB", (7, 0), "CUDA 12.6"),
+    ("Tesla P100-PCIE-16GB", (6, 0), "CUDA 12.6"),
+    ("NVIDIA Thor", (11, 0), "newer CUDA"),
+    ("Tesla T4", (7, 5), None),
+    ("NVIDIA GeForce RTX 4090", (8, 9), None),
+    ("NVIDIA B300", (10, 3), None)])
+def test_a_gpu_without_kernels_is_refused(monkeypatch, gpu, capability, remedy):
+    pretend(monkeypatch, gpu, capability)
+    if remedy is None:
+        assert devices.pick_device("auto").type == "cuda"
+        return
+    with pytest.raises(BadInput, match=f"no kernels for {gpu} .*: install torch .*{remedy}"):
+        devices.pick_device("auto")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -92,6 +92,17 @@ def test_the_console_has_steps_evaluations_and_samples(tmp_path, capsys):
     log.close()
 
 
+def test_remaining_time_follows_the_work_of_the_steps_left(tmp_path):
+    """Two steps of 1 s, then eight with 3 times the work."""
+    log = Logger(tmp_path, 10, 0, work_of=lambda step, steps: step + 2 * max(step - 2, 0))
+    for step in range(2):
+        log.log_step(step, STEP | {"Loss/train": 1.0}, seconds=1.0)
+    assert log.seconds_left() == 24
+    log.log_step(2, STEP | {"Loss/train": 1.0}, seconds=3.0)
+    assert log.seconds_left() == 21
+    log.close()
+
+
 def test_steps_that_run_again_are_dropped(tmp_path):
     for first, last, value in ((0, 8, 0), (5, 7, 100)):  # again from the checkpoint of step 5
         log = Logger(tmp_path, 10, first)
