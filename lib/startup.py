@@ -9,19 +9,22 @@ can import one without side effects. It uses the standard library only, which im
    GOMP_SPINCOUNT first; LLVM's and Intel's (macOS, conda) read OMP_WAIT_POLICY. The number of
    threads stays: it changes the order of sums, and with it the losses.
 2. Ctrl-C during imports ends in one line and exit code 130.
-3. Garbage collection is off during imports, where it takes a quarter of torch's import time
+3. A torch that is too old ends in one line, not in an ImportError.
+4. Garbage collection is off during imports, where it takes a quarter of torch's import time
    (benchmarks/cold_start_h200_202611.md).
 
-lib/cli.py's `run` ends the last two by calling `imported`.
+lib/cli.py's `run` ends the second and the last by calling `imported`.
 """
 
 import gc
 import os
+import re
 import signal
 import sys
 import time
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+OLDEST_TORCH = (2, 11)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 start_times: list[float] = []  # of this script's process, until `take_start`
@@ -54,6 +57,24 @@ def interrupt_quietly() -> None:
         signal.signal(signal.SIGINT, leave_quietly)
 
 
+def check_torch() -> None:
+    from importlib import metadata  # torch imports it, too
+
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers >= OLDEST_TORCH:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        name = os.path.basename(sys.argv[0])
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        print(f"{name}: error: torch {version} is too old, {oldest} is needed: "
+              "pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+
 def elapsed() -> float:
     """Seconds since the start of the script, until `take_start`; 0 for a further run."""
     return time.monotonic() - start_times[-1] if start_times else 0.0
@@ -75,4 +96,5 @@ if is_script():
     start_times.append(time.monotonic())
     let_threads_sleep()
     interrupt_quietly()
+    check_torch()
     gc.disable()

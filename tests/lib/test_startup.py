@@ -85,3 +85,14 @@ def test_garbage_is_not_collected_while_a_script_imports(tmp_path):
     (tmp_path / "after.py").write_text("import gc\nfrom lib.cli import run\n"
                                        "gc.disable()\nrun(lambda argv: print(gc.isenabled()))")
     assert start([tmp_path / "after.py"], tmp_path, "").stdout == "True\n"
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.10.0"])
+def test_an_old_torch_is_one_line(version, tmp_path):
+    info = tmp_path / f"torch-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    done = start([ROOT / "train_gpt2.py"], tmp_path, REPORT)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"train_gpt2.py: error: torch {version} is too old")
+    assert done.stderr.count("\n") == 1
