@@ -218,7 +218,10 @@ class Muon(torch.optim.Optimizer):
     def _nesterov(self, group, params):
         """-> (the new momenta, Nesterov's momenta in place of the gradients)."""
         grads = [local(p.grad) for p in params]
-        before = self._buffers(params, "momentum_buffer")
+        before = []
+        for p in params:  # a step that is not taken leaves no state
+            state = self.state[p] if p in self.state else {"momentum_buffer": torch.zeros_like(p)}
+            before.append(local(state["momentum_buffer"]))
         momenta = torch._foreach_lerp(before, grads, 1 - group["momentum"])
         torch._foreach_lerp_(grads, momenta, group["momentum"])
         return momenta, grads

@@ -208,6 +208,10 @@ def test_a_prepared_step_that_is_not_taken_changes_nothing():
     optimizer.prepare()
     optimizer.zero_grad()
     assert_same(params, straight, atol=0, rtol=0)
+    fresh = optimizer_of(params)
+    set_gradients(params.values(), 2)
+    fresh.prepare()
+    assert not fresh.state_dict()["state"]
     train(optimizer, params, range(2, 4), prepare=True)
     train(other, straight, range(2, 4))
     assert_same(params, straight, atol=0, rtol=0)
