@@ -61,10 +61,10 @@ def test_a_run_ends_with_a_summary_a_sample_and_a_command_to_sample_again(data, 
     end = out[out.index("result "):].splitlines()
     bits, *order = [line.split()[0] for line in end[1:] if not line.startswith(">")]
     assert float(bits) > 0
-    assert order == ["took", "curve", "files", "done:"]
+    assert order == ["took", "curve", "files", "done:", '{"run":']
     assert end[5].startswith("> the dog's")
     assert out.count("> the dog's") == 2  # once during training, once at the end
-    words = shlex.split(re.search(r"`python generate.py (.*)`", end[-1])[1])
+    words = shlex.split(re.search(r"`python generate.py (.*)`", end[-2])[1])
     assert f"{folder}/ckpt_00040.pt" in words
     generate.main([*words, "--device", "cpu"])
     assert capsys.readouterr().out.startswith("the dog's")

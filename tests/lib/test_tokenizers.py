@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiktoken
 from helpers import save_gpt2_tokenizer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -107,6 +107,8 @@ ANY_TEXT = st.lists(
 @given(ANY_TEXT)
 def test_any_text_has_the_ids_of_tiktoken_tokenizers_and_transformers_and_comes_back(
         bpe, as_transformers, text):
+    # hypothesis also draws strings of our source, such as special tokens, which others look for
+    assume("<|" not in text)
     ids = bpe.encode(text).tolist()
     assert ids == HFTokenizer.from_str(bpe.spec).encode(text).ids
     assert ids == as_transformers(text, add_special_tokens=False)["input_ids"]
