@@ -1543,6 +1543,8 @@ def settings(argv: list[str]) -> Settings:
             given = explicit | repeated.keys()
         cfg, model_cfg, start = begin_with(cfg, model_cfg, given)
     cfg = resolve(cfg, only_length(explicit), {"depth": None})
+    if "depth" in explicit:
+        cfg = replace(cfg, size=None)  # of --config
     return Settings(cfg, model_cfg, explicit, resume, start, auto)
 
 
@@ -1998,10 +2000,17 @@ def sized(chosen: Settings) -> Settings:
     continues keeps its own."""
     cfg, model_cfg, explicit, resume, *_ = chosen
     dollars = chosen.auto.get("dollars")
+    resize = "size" in chosen.auto
     explicit = explicit - {"tok_per_sec"}
     if resume:
-        note("--size auto and --dollars are for new runs: this one keeps its shape and length")
+        if resize:
+            note("--size auto is for new runs: this one keeps its shape")
+        if dollars:
+            note("--dollars is for new runs: this one keeps its length")
         return chosen._replace(explicit=explicit, auto={})
+    if resize and chosen.start:  # of --config: `take_auto` refuses the flag
+        raise BadInput(f"--size auto chooses the shape, but --init_from {cfg.init_from} has one: "
+                       "leave --size auto out")
     if dollars and not cfg.price_per_hour:
         raise BadInput("--dollars needs the price of the machine: give --price_per_hour")
     if not (dollars or cfg.minutes or cfg.max_steps):
@@ -2009,7 +2018,7 @@ def sized(chosen: Settings) -> Settings:
                        "--dollars with --price_per_hour")
 
     def choose():
-        return sizer_of(chosen, Corpus(cfg)).choose(dollars, resize="size" in chosen.auto)
+        return sizer_of(chosen, Corpus(cfg)).choose(dollars, resize)
 
     if launched():
         depth, minutes = nodes.from_rank_0("size", choose, unchanged)
@@ -2017,6 +2026,8 @@ def sized(chosen: Settings) -> Settings:
         depth, minutes = choose()
     if depth:
         model_cfg = replace(model_cfg, **shape_of(depth))
+        cfg = replace(cfg, size=None)  # of --config
+        check_model(model_cfg)
     if minutes:
         explicit = explicit | {"minutes"}
         cfg = resolve(cfg, {"minutes": minutes}, only_length(explicit))

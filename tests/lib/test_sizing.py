@@ -211,6 +211,31 @@ def test_contradicting_flags_are_refused(flags, named, data, tmp_path):
         train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path)])
 
 
+def test_a_repeated_run_with_initial_weights_keeps_their_shape(data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--max_steps", "4"]
+    train_gpt2.main([*flags, "--run_name", "a"])
+    train_gpt2.main([*flags, "--run_name", "b", "--init_from", str(tmp_path / "a")])
+    with pytest.raises(BadInput, match="--init_from"):
+        train_gpt2.main(["--config", str(tmp_path / "b"), "--log_dir", str(tmp_path), "--size",
+                         "auto", "--run_name", "c"])
+
+
+def test_the_chosen_shape_is_checked(data, tmp_path):
+    """The preset's width has room for these vectors, that of the smallest size has not."""
+    flags = ["--no-residual_scalars", "--bigram", "64", "--bigram_dim", "512"]
+    with pytest.raises(BadInput, match="--bigram_dim 512"):
+        go(data, tmp_path / "a", "--max_steps", "2", *flags)
+
+
+def test_depth_replaces_the_size_of_a_repeated_run(data, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    config = {"train": {"preset": "gpt2", "size": "gpt2-xl"}, "model": {"n_layer": 48}}
+    (folder / "config.json").write_text(json.dumps(config))
+    chosen = train_gpt2.settings(["--config", str(folder), "--depth", "3"])
+    assert chosen.train.size is None and chosen.model.n_layer == 3
+
+
 def test_ablations_have_one_size(data):
     with pytest.raises(BadInput, match="--depth"):
         ablate.check_flags([*AUTO, "--data", str(data), "--max_steps", "3"], [])
