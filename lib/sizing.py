@@ -36,8 +36,8 @@ class Option(NamedTuple):
     """A size to choose from."""
 
     depth: int
-    parameters: int
-    flops: int  # per token
+    parameters: int  # active per token
+    flops: int       # per token
 
 
 class Prediction(NamedTuple):
@@ -50,15 +50,21 @@ class Prediction(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """FLOP/s of all processes, those of lib/scaling.py's overhead included."""
+    """FLOP/s of all processes, lib/scaling.py's overhead included."""
 
     flops: float
     how: str
     start_up: float = START_UP  # seconds
+    on_gpu: bool = True         # the overhead is a GPU's
 
     def of(self, option: Option) -> float:
         """Tokens per second."""
-        return self.flops / (option.flops + scaling.measured().overhead)
+        return self.flops / with_overhead(option.flops, self.on_gpu)
+
+
+def with_overhead(flops: int, on_gpu: bool) -> float:
+    """FLOPs per token that take as long as the small matrices do. A CPU has no such overhead."""
+    return flops + scaling.measured().overhead if on_gpu else flops
 
 
 class Text(NamedTuple):
@@ -117,6 +123,10 @@ class Sizer:
         return pick_device(self.cfg.device)
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def memory(self) -> float:
         """Bytes for one model's weights, gradients and moments."""
         shards = self.processes if self.cfg.parallel == "fsdp" else 1
@@ -132,8 +142,8 @@ class Sizer:
 
     def own(self) -> Option:
         """The configured size."""
-        size, flops = self._measures(self.model)
-        return Option(self.model.config.n_layer, size, flops)
+        _, active, flops = self._measures(self.model)
+        return Option(self.model.config.n_layer, active, flops)
 
     def sizes(self, memory: float = math.inf) -> list[Option]:
         """The sizes of --depth that fit into `memory`, bytes."""
@@ -142,15 +152,17 @@ class Sizer:
             shape = self.shape_of(depth)
             one = self._measures(self.build(shape | {"n_layer": 1}))
             two = self._measures(self.build(shape | {"n_layer": 2}))
-            # both numbers are linear in the layers
-            size, flops = (a + (depth - 1) * (b - a) for a, b in zip(one, two))
-            if found and size * BYTES_PER_PARAMETER > memory:
+            # all are linear in the layers
+            total, active, flops = (a + (depth - 1) * (b - a) for a, b in zip(one, two))
+            if found and total * BYTES_PER_PARAMETER > memory:
                 break
-            found.append(Option(depth, size, flops))
+            found.append(Option(depth, active, flops))
         return found
 
-    def _measures(self, model) -> tuple[int, int]:
-        return model.parameter_counts()["active"], model.flops_per_token(self.context)
+    def _measures(self, model) -> tuple[int, int, int]:
+        """(all parameters, those active per token, FLOPs per token)."""
+        counts = model.parameter_counts()
+        return counts["total"], counts["active"], model.flops_per_token(self.context)
 
     # -- speed --
 
@@ -160,13 +172,13 @@ class Sizer:
         seconds_at: a Speed -> the function from an Option to its seconds of training; with it, the
         size that is timed is about the one that will be chosen.
         """
-        law = scaling.measured()
         if self.cfg.tok_per_sec:
-            flops = self.own().flops + law.overhead
-            return Speed(self.cfg.tok_per_sec * flops, "by --tok_per_sec")
-        if self.device.type != "cuda":
+            flops = with_overhead(self.own().flops, self.on_gpu)
+            return Speed(self.cfg.tok_per_sec * flops, "given by --tok_per_sec", on_gpu=self.on_gpu)
+        if not self.on_gpu:
             flops = doctor.REACHED * doctor.matmul_flops(self.device) * self.processes
-            return Speed(flops, f"assumed without a GPU: {doctor.REACHED:g} of that of matmuls")
+            how = f"assumed without a GPU: {doctor.REACHED:g} times that of matmuls"
+            return Speed(flops, how, on_gpu=False)
         guess = reference_speed(self.processes)
         found = self.predict(sizes, guess, seconds_at(guess))
         return self._measure(pick(found).option if found else sizes[0])
@@ -181,7 +193,7 @@ class Sizer:
         if not machine.speed:
             raise BadInput(f"--size auto and --dollars cannot measure the speed ({check.text}, "
                            f"{check.remedy}): fix it, or give --tok_per_sec")
-        flops = machine.model.flops_per_token() + scaling.measured().overhead
+        flops = with_overhead(machine.model.flops_per_token(), on_gpu=True)
         how = (f"measured in ten steps of {option.depth} layers, {self.processes} x "
                f"{device_name(self.device)}")
         return Speed(machine.speed * self.nodes * flops, how, machine.start_up)
@@ -230,7 +242,7 @@ class Sizer:
                            "no more than start-up and evaluations: give more, or fewer "
                            "evaluations, --eval_every and --hellaswag_every")
         chosen = pick(found)
-        minutes = seconds(chosen.option) / 60
+        minutes = float(f"{seconds(chosen.option) / 60:.6g}")
         if resize:
             how = f"{minutes:,.4g} minutes at {speed.of(chosen.option):,.0f} tok/s, {speed.how}"
             print(explain(chosen, found, how), flush=True)
@@ -243,9 +255,9 @@ class Sizer:
     def _choose_for_steps(self, sizes: list[Option]) -> int:
         """The depth that is best for the time that its --max_steps take, on any machine."""
         tokens = tokens_of(self.cfg.max_steps, self.cfg)
-        overhead = scaling.measured().overhead
         for option in sizes:
-            compute = Speed(tokens * (option.flops + overhead), "")  # in one second
+            flops = tokens * with_overhead(option.flops, self.on_gpu)
+            compute = Speed(flops, "", on_gpu=self.on_gpu)  # trains `option` in one second
             found = self.predict(sizes, compute, lambda option: 1.0)
             if pick(found).option.depth <= option.depth:
                 break
@@ -276,6 +288,8 @@ def explain(chosen: Prediction, found: list[Prediction], how: str) -> str:
               if abs(one.option.depth - option.depth) == 2 or one.option == best.option]
     compared = [f"--depth {one.option.depth} {one.loss / chosen.loss - 1:+.1%}"
                 for one in others if one.option != option]
+    if not compared:
+        compared = ["none fits into memory"]
     outside = "; this run is outside of that" if chosen.extrapolates else ""
     return "\n".join([
         f"size    --depth {option.depth}, {millions(option)} parameters: {outcome(chosen)}",

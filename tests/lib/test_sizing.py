@@ -74,14 +74,15 @@ def test_more_time_never_takes_a_smaller_size(plain, sizes):
     assert depths[0] == 1 and depths[2] >= 3 and 7 <= depths[5] <= 12
 
 
-def test_steps_take_the_size_that_is_best_for_their_time(sizes, capsys):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steps_take_the_size_that_is_best_for_their_time(device, sizes, capsys):
     one = sizer("--max_steps", "1000", "--context_warmup", "0")
+    one.device = SimpleNamespace(type=device)
     depth = one._choose_for_steps(one.sizes())
     option = one.sizes()[depth - 1]
     tokens = 1000 * 131_072 - 183 * 65_536
-    overhead = scaling.measured().overhead
-    speed = Speed(1e15, "")
-    time = tokens * (option.flops + overhead) / speed.flops
+    speed = Speed(1e15, "", on_gpu=device == "cuda")
+    time = tokens / speed.of(option)
     assert sizing.pick(one.predict(one.sizes(), speed, seconds(time))).option.depth == depth
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["size", "why", "basis"]
@@ -146,6 +147,25 @@ def test_without_a_gpu_the_assumption_is_stated(monkeypatch, sizes):
     assert speed.flops == doctor.REACHED * 1e12 and "assumed" in speed.how
     one = sizer("--device", "cpu", "--tok_per_sec", "1e6")
     assert one.speed(sizes, lambda speed: seconds(300)).of(one.own()) == pytest.approx(1e6)
+
+
+def test_a_cpu_has_no_overhead(sizes):
+    """There, small models are as fast as their FLOPs say; on a GPU they are slower."""
+    for device, on_gpu in (("cpu", False), ("cuda", True)):
+        one = sizer("--tok_per_sec", "1000")
+        one.device = SimpleNamespace(type=device)
+        speed = one.speed(sizes, lambda speed: seconds(300))
+        ratio = speed.of(sizes[0]) / speed.of(one.own())
+        assert (ratio < one.own().flops / sizes[0].flops - 1) == on_gpu
+
+
+def test_memory_holds_all_experts(monkeypatch):
+    monkeypatch.setattr(sizing, "memory_bytes", lambda device: 2e9)
+    one = sizer("--n_experts", "8", "--n_active", "1")
+    largest = one.sizes(one.memory)[-1]
+    model = one.build(train_gpt2.shape_of(largest.depth))
+    total = model.parameter_counts()["total"]
+    assert largest.parameters < total < 0.6 * 2e9 / 16
 
 
 def test_the_table_of_plan_has_a_row_per_budget(plain, sizes):
