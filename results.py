@@ -5,10 +5,10 @@
     python results.py --price_per_hour 2       # dollars of runs that had no price
     python results.py --json | jq '.[0]'
 
-A run's line has what its preset does not say. Seconds and dollars are from the command on, over all
-its starts. Losses are compared among runs on the same training data and validation tokens: `gap` is
-the distance to the lowest of them, and `=` marks a gap within the noise of seeds, which is printed
-below the table.
+A run's line has the settings that differ from its preset's. Seconds and dollars include start-up
+and evaluations, over all starts. Losses compare only among runs on the same training data and
+validation tokens: `gap` is the distance to the lowest of them, and `=` marks a gap within the noise
+of seeds, which is printed below the table.
 """
 
 import lib.startup  # noqa: F401 (before torch)

@@ -1376,7 +1376,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                 torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
             prepare()
 
-            # ---- wait for the GPU, the only time per step; it goes on with what was prepared
+            # ---- wait for these numbers, the only device sync; the GPU meanwhile prepares the step
             loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers()
             stop.agree(stop_requests)
             save_due = save_due or save_requests > 0
@@ -1549,8 +1549,8 @@ def settings(argv: list[str]) -> Settings:
 
 
 def take_auto(flags: dict) -> dict[str, Any]:
-    """Remove --size auto and --dollars from `flags` -> these, which `sized` resolves. No later part
-    of a run knows them. Raises BadInput for flags that exclude them."""
+    """Remove --size auto and --dollars from `flags` -> {name: value}, for `sized`. Later code only
+    sees a shape and a length. Raises BadInput for flags that exclude them."""
     auto = {}
     if flags.get("size") == sizing.AUTO:
         auto["size"] = flags.pop("size")
@@ -1996,8 +1996,8 @@ def sizer_of(chosen: Settings, corpus: Any) -> sizing.Sizer:
 
 
 def sized(chosen: Settings) -> Settings:
-    """Settings with a plain shape and length for --size auto and --dollars; prints why. A run that
-    continues keeps its own."""
+    """Settings with the shape and length that --size auto and --dollars choose; prints why. A
+    resumed run keeps its own."""
     cfg, model_cfg, explicit, resume, *_ = chosen
     dollars = chosen.auto.get("dollars")
     resize = "size" in chosen.auto

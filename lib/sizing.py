@@ -1,8 +1,7 @@
 """--size auto and --dollars: the best size for the length of a run, and the length that money buys.
 
-Predictions are lib/scaling.py's. The shapes are those of --depth. Batch, rates and schedule stay
-the preset's: it was measured with them at all sizes of lib/scaling.json, and nothing here was
-measured that would change them with the size or the length.
+lib/scaling.py predicts loss and speed. The shapes are those of --depth. Batch, learning rates and
+schedule stay the preset's: all sizes in lib/scaling.json were trained with them.
 """
 
 import functools
@@ -167,7 +166,7 @@ class Sizer:
     # -- speed --
 
     def speed(self, sizes: list[Option], seconds_at: Callable[[Speed], Callable]) -> Speed:
-        """As --tok_per_sec says, as measured on a GPU, or as assumed without one.
+        """The speed: from --tok_per_sec, measured on a GPU, or assumed without one.
 
         seconds_at: a Speed -> the function from an Option to its seconds of training; with it, the
         size that is timed is about the one that will be chosen.
@@ -238,9 +237,9 @@ class Sizer:
         seconds = seconds_at(speed)
         found = self.predict(sizes, speed, seconds)
         if not found:
-            raise BadInput(f"--dollars {dollars:g} at --price_per_hour {cfg.price_per_hour:g} buy "
-                           "no more than start-up and evaluations: give more, or fewer "
-                           "evaluations, --eval_every and --hellaswag_every")
+            raise BadInput(f"--dollars {dollars:g} at --price_per_hour {cfg.price_per_hour:g} buys "
+                           "no more than start-up and evaluations: raise --dollars, --eval_every "
+                           "or --hellaswag_every")
         chosen = pick(found)
         minutes = float(f"{seconds(chosen.option) / 60:.6g}")
         if resize:
@@ -248,7 +247,7 @@ class Sizer:
             print(explain(chosen, found, how), flush=True)
         if not dollars:
             return chosen.option.depth, None
-        print(f"length  ${dollars:g} buy {minutes:,.4g} minutes of training besides start-up and "
+        print(f"length  ${dollars:g} buys {minutes:,.4g} minutes of training besides start-up and "
               f"evaluations, at {speed.of(chosen.option):,.0f} tok/s, {speed.how}", flush=True)
         return chosen.option.depth if resize else None, minutes
 
@@ -290,11 +289,11 @@ def explain(chosen: Prediction, found: list[Prediction], how: str) -> str:
                 for one in others if one.option != option]
     if not compared:
         compared = ["none fits into memory"]
-    outside = "; this run is outside of that" if chosen.extrapolates else ""
+    outside = "; this run is outside this range" if chosen.extrapolates else ""
     return "\n".join([
         f"size    --depth {option.depth}, {millions(option)} parameters: {outcome(chosen)}",
-        f"why     {how}; the loss of others: {', '.join(compared)}; the smallest within "
-        f"{MARGIN - 1:.1%} of the best is taken",
+        f"why     {how}; the smallest size within {MARGIN - 1:.1%} of the best loss; loss of other "
+        f"sizes: {', '.join(compared)}",
         f"basis   runs of speedrun with {law.sizes[0] / 1e6:.0f}M to {law.sizes[1] / 1e6:.0f}M "
         f"parameters on {law.text[0] / 1e6:,.0f} MB to {law.text[1] / 1e9:.1f} GB of text{outside}"
         "; batch, rates and schedule are the preset's at every size",
@@ -303,10 +302,10 @@ def explain(chosen: Prediction, found: list[Prediction], how: str) -> str:
 
 def outcome(one: Prediction) -> str:
     epochs = "" if one.epochs is None else f" ({one.epochs:,.2f} epochs)"
-    loss = f"about {one.loss:.3f} ± {one.error:.3f} bits per byte"
+    tokens = f"{one.tokens / 1e6:,.4g}M tokens{epochs}"
     if one.loss > HIGHEST:
-        loss = "a loss that the law does not cover, as there is little text,"
-    return f"{loss} after {one.tokens / 1e6:,.4g}M tokens{epochs}"
+        return f"{tokens}, too little text to predict the loss"
+    return f"about {one.loss:.3f} ± {one.error:.3f} bits per byte after {tokens}"
 
 
 def table(sizer: Sizer, measured: bool) -> str:

@@ -204,7 +204,7 @@ def test_dollars_set_the_length(data, tmp_path, capsys):
                 "--tok_per_sec", "100", "--max_hours", "1e-9")
     assert 0 < config["train"]["minutes"] < 0.04 / 2 * 60
     assert config["train"]["max_steps"] is None
-    assert "length  $0.04 buy" in capsys.readouterr().out
+    assert "length  $0.04 buys" in capsys.readouterr().out
 
 
 def test_all_processes_take_the_choice_of_rank_0(data, tmp_path):
