@@ -5,10 +5,10 @@
     python results.py --price_per_hour 2       # dollars of runs that had no price
     python results.py --json | jq '.[0]'
 
-A run's line has what its preset does not say. Seconds and dollars are from the command on, over all
-its starts. Losses are compared among runs on the same training data and validation tokens: `gap` is
-the distance to the lowest of them, and `=` marks a gap within the noise of seeds, which is printed
-below the table.
+A run's line has the settings that differ from its preset's. Seconds and dollars include start-up
+and evaluations, over all starts. Losses compare only among runs on the same training data and
+validation tokens: `gap` is the distance to the lowest of them, and `=` marks a gap within the noise
+of seeds, which is printed below the table.
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib.budget import LENGTHS, tokens_of
-from lib.cli import BadInput, flag, parse, path_flag, resolve, run
+from lib.cli import BadInput, flag, note, parse, path_flag, resolve, run
 from lib.existing_runs import has_foreign_config, read_config
 from lib.files import read_text
 from lib.hooks import COMMANDS
@@ -42,6 +42,7 @@ UNSHOWN = {
 # benchmarks/embedding_rate_202611.md): the noise where no two runs differ only in their seed
 MEASURED = {"speedrun": 0.008}
 MEASURED_ELSE = 0.06
+TASKS = {"hella": "hellaswag"}  # log.txt's name -> that of a result
 COLUMNS = ("name", "parameters", "tokens", "seconds", "dollars", "val_loss", "gap", "bits_per_byte",
            "evals", "changes")
 
@@ -89,29 +90,32 @@ class Result:
 
 
 def read_results(log_dir: str, price_per_hour: float | None) -> list[Result]:
-    """The Result of every run folder below `log_dir`. Raises BadInput if there is none."""
+    """The Result of every run folder below `log_dir`; a note on each damaged one. Raises BadInput
+    if there is none."""
     found = []
     for path in sorted(Path(log_dir).glob("**/config.json")):
         if has_foreign_config(path.parent):
             continue
-        result = read_result(path.parent, log_dir)
-        if result and result.dollars is None and price_per_hour and result.seconds:
+        try:
+            result = read_result(path.parent, log_dir)
+        except (BadInput, LookupError, TypeError, ValueError, AttributeError):
+            note(f"{path} is damaged: left out")
+            continue
+        if result.dollars is None and price_per_hour and result.seconds:
             result.dollars = round(result.seconds / 3600 * price_per_hour, 4)
-        found += [result] if result else []
+        found.append(result)
     if not found:
         raise BadInput(f"{log_dir} contains no run: name another --log_dir")
     return found
 
 
-def read_result(folder: Path, log_dir: str) -> Result | None:
-    """The Result of a run folder, None if its config.json is damaged.
+def read_result(folder: Path, log_dir: str) -> Result:
+    """The Result of a run folder. Raises one of several errors if its config.json is damaged.
 
     The result that config.json has once the run has ended; else the last lines of log.txt.
     """
     config = read_config(folder)
-    train = config.get("train")
-    if not isinstance(train, dict) or not isinstance(config.get("model"), dict):
-        return None
+    train = config["train"]
     ended = config.get("result")
     if not ended:
         ended = from_log(folder, train)
@@ -149,7 +153,9 @@ def from_log(folder: Path, train: dict[str, Any]) -> dict[str, Any]:
     for line in lines:
         step, kind, value = [*line.split(), "", ""][:3]
         try:
-            last[kind] = (int(step), float(value))
+            number = float(value)
+            if kind == "train" or math.isfinite(number):
+                last[TASKS.get(kind, kind)] = (int(step), number)
         except ValueError:  # a torn line
             continue
     trained, _ = last.pop("train", (-1, math.nan))
@@ -163,11 +169,11 @@ def from_log(folder: Path, train: dict[str, Any]) -> dict[str, Any]:
 def changes(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that differ from its preset's."""
     preset = settings["preset"]
-    if preset not in PRESETS:  # of posttrain.py, which has no presets
+    if "checkpoint" in settings:  # of posttrain.py, which has no presets
         return {name: settings.get(name) for name in ("checkpoint", "data", "epochs", "max_lr")}
     usual: dict[str, Any] = {}
     for cls in (TrainConfig, GPTConfig):
-        usual |= asdict(resolve(cls(), PRESETS[preset]))
+        usual |= asdict(resolve(cls(), PRESETS.get(preset, {})))
     found = {}
     for name in flags_of(TrainConfig) + flags_of(GPTConfig):
         value = settings.get(name, usual[name])

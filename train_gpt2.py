@@ -1377,7 +1377,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                 torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
             prepare()
 
-            # ---- wait for the GPU, the only time per step; it goes on with what was prepared
+            # ---- wait for these numbers, the only device sync; the GPU meanwhile prepares the step
             loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers()
             stop.agree(stop_requests)
             save_due = save_due or save_requests > 0
@@ -1544,12 +1544,14 @@ def settings(argv: list[str]) -> Settings:
             given = explicit | repeated.keys()
         cfg, model_cfg, start = begin_with(cfg, model_cfg, given)
     cfg = resolve(cfg, only_length(explicit), {"depth": None})
+    if "depth" in explicit:
+        cfg = replace(cfg, size=None)  # of --config
     return Settings(cfg, model_cfg, explicit, resume, start, auto)
 
 
 def take_auto(flags: dict) -> dict[str, Any]:
-    """Remove --size auto and --dollars from `flags` -> these, which `sized` resolves. No later part
-    of a run knows them. Raises BadInput for flags that exclude them."""
+    """Remove --size auto and --dollars from `flags` -> {name: value}, for `sized`. Later code only
+    sees a shape and a length. Raises BadInput for flags that exclude them."""
     auto = {}
     if flags.get("size") == sizing.AUTO:
         auto["size"] = flags.pop("size")
@@ -1996,14 +1998,21 @@ def sizer_of(chosen: Settings, corpus: Any) -> sizing.Sizer:
 
 
 def sized(chosen: Settings) -> Settings:
-    """Settings with a plain shape and length for --size auto and --dollars; prints why. A run that
-    continues keeps its own."""
+    """Settings with the shape and length that --size auto and --dollars choose; prints why. A
+    resumed run keeps its own."""
     cfg, model_cfg, explicit, resume, *_ = chosen
     dollars = chosen.auto.get("dollars")
+    resize = "size" in chosen.auto
     explicit = explicit - {"tok_per_sec"}
     if resume:
-        note("--size auto and --dollars are for new runs: this one keeps its shape and length")
+        if resize:
+            note("--size auto is for new runs: this one keeps its shape")
+        if dollars:
+            note("--dollars is for new runs: this one keeps its length")
         return chosen._replace(explicit=explicit, auto={})
+    if resize and chosen.start:  # of --config: `take_auto` refuses the flag
+        raise BadInput(f"--size auto chooses the shape, but --init_from {cfg.init_from} has one: "
+                       "leave --size auto out")
     if dollars and not cfg.price_per_hour:
         raise BadInput("--dollars needs the price of the machine: give --price_per_hour")
     if not (dollars or cfg.minutes or cfg.max_steps):
@@ -2011,7 +2020,7 @@ def sized(chosen: Settings) -> Settings:
                        "--dollars with --price_per_hour")
 
     def choose():
-        return sizer_of(chosen, Corpus(cfg)).choose(dollars, resize="size" in chosen.auto)
+        return sizer_of(chosen, Corpus(cfg)).choose(dollars, resize)
 
     if launched():
         depth, minutes = nodes.from_rank_0("size", choose, unchanged)
@@ -2019,6 +2028,8 @@ def sized(chosen: Settings) -> Settings:
         depth, minutes = choose()
     if depth:
         model_cfg = replace(model_cfg, **shape_of(depth))
+        cfg = replace(cfg, size=None)  # of --config
+        check_model(model_cfg)
     if minutes:
         explicit = explicit | {"minutes"}
         cfg = resolve(cfg, {"minutes": minutes}, only_length(explicit))

@@ -119,8 +119,8 @@ def check_flags(settings: Settings, steps: int) -> None:
     if "curriculum_mix" in explicit and not cfg.curriculum:
         raise BadInput("--curriculum_mix needs --curriculum: name its folder")
     if "tok_per_sec" in explicit:
-        raise BadInput("--tok_per_sec is only for --plan, as a run measures its own speed: leave "
-                       "it out")
+        raise BadInput("--tok_per_sec is for --plan, --size auto and --dollars; other runs measure "
+                       "their own speed: leave it out")
     of_experts = explicit & ExpertConfig.__annotations__.keys() - {"n_experts"}
     if of_experts and not model_cfg.n_experts:
         flags = ", ".join(f"--{name}" for name in sorted(of_experts))

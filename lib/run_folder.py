@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lib import checkpoint, summary
-from lib.budget import tokens_of, work_of
+from lib.budget import UNMEASURED, tokens_of, work_of
 from lib.checkpoint_writer import CheckpointWriter
 from lib.cli import BadInput, RankError
 from lib.description import warnings
@@ -410,10 +410,11 @@ class RunFolder:
                  if tag.startswith("eval/")}
         tokens = self.tokens_of(self.step)
         trained = tokens - self.tokens_of(self.first)  # since this start
+        steps = values["steps"]
         self.config["result"] = {
             "outcome": self.outcome,
             "step": self.step,
-            "steps": values["steps"],
+            "steps": None if steps == UNMEASURED else steps,
             "parameters": self.config["parameters"]["total"],
             "tokens": tokens,
             "epochs": round(self.epochs_of(tokens)[0], 4),

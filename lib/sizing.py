@@ -1,8 +1,7 @@
 """--size auto and --dollars: the best size for the length of a run, and the length that money buys.
 
-Predictions are lib/scaling.py's. The shapes are those of --depth. Batch, rates and schedule stay
-the preset's: it was measured with them at all sizes of lib/scaling.json, and nothing here was
-measured that would change them with the size or the length.
+lib/scaling.py predicts loss and speed. The shapes are those of --depth. Batch, learning rates and
+schedule stay the preset's: all sizes in lib/scaling.json were trained with them.
 """
 
 import functools
@@ -36,8 +35,8 @@ class Option(NamedTuple):
     """A size to choose from."""
 
     depth: int
-    parameters: int
-    flops: int  # per token
+    parameters: int  # active per token
+    flops: int       # per token
 
 
 class Prediction(NamedTuple):
@@ -50,15 +49,21 @@ class Prediction(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """FLOP/s of all processes, those of lib/scaling.py's overhead included."""
+    """FLOP/s of all processes, lib/scaling.py's overhead included."""
 
     flops: float
     how: str
     start_up: float = START_UP  # seconds
+    on_gpu: bool = True         # the overhead is a GPU's
 
     def of(self, option: Option) -> float:
         """Tokens per second."""
-        return self.flops / (option.flops + scaling.measured().overhead)
+        return self.flops / with_overhead(option.flops, self.on_gpu)
+
+
+def with_overhead(flops: int, on_gpu: bool) -> float:
+    """FLOPs per token that take as long as the small matrices do. A CPU has no such overhead."""
+    return flops + scaling.measured().overhead if on_gpu else flops
 
 
 class Text(NamedTuple):
@@ -117,6 +122,10 @@ class Sizer:
         return pick_device(self.cfg.device)
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def memory(self) -> float:
         """Bytes for one model's weights, gradients and moments."""
         shards = self.processes if self.cfg.parallel == "fsdp" else 1
@@ -132,8 +141,8 @@ class Sizer:
 
     def own(self) -> Option:
         """The configured size."""
-        size, flops = self._measures(self.model)
-        return Option(self.model.config.n_layer, size, flops)
+        _, active, flops = self._measures(self.model)
+        return Option(self.model.config.n_layer, active, flops)
 
     def sizes(self, memory: float = math.inf) -> list[Option]:
         """The sizes of --depth that fit into `memory`, bytes."""
@@ -142,31 +151,33 @@ class Sizer:
             shape = self.shape_of(depth)
             one = self._measures(self.build(shape | {"n_layer": 1}))
             two = self._measures(self.build(shape | {"n_layer": 2}))
-            # both numbers are linear in the layers
-            size, flops = (a + (depth - 1) * (b - a) for a, b in zip(one, two))
-            if found and size * BYTES_PER_PARAMETER > memory:
+            # all are linear in the layers
+            total, active, flops = (a + (depth - 1) * (b - a) for a, b in zip(one, two))
+            if found and total * BYTES_PER_PARAMETER > memory:
                 break
-            found.append(Option(depth, size, flops))
+            found.append(Option(depth, active, flops))
         return found
 
-    def _measures(self, model) -> tuple[int, int]:
-        return model.parameter_counts()["active"], model.flops_per_token(self.context)
+    def _measures(self, model) -> tuple[int, int, int]:
+        """(all parameters, those active per token, FLOPs per token)."""
+        counts = model.parameter_counts()
+        return counts["total"], counts["active"], model.flops_per_token(self.context)
 
     # -- speed --
 
     def speed(self, sizes: list[Option], seconds_at: Callable[[Speed], Callable]) -> Speed:
-        """As --tok_per_sec says, as measured on a GPU, or as assumed without one.
+        """The speed: from --tok_per_sec, measured on a GPU, or assumed without one.
 
         seconds_at: a Speed -> the function from an Option to its seconds of training; with it, the
         size that is timed is about the one that will be chosen.
         """
-        law = scaling.measured()
         if self.cfg.tok_per_sec:
-            flops = self.own().flops + law.overhead
-            return Speed(self.cfg.tok_per_sec * flops, "by --tok_per_sec")
-        if self.device.type != "cuda":
+            flops = with_overhead(self.own().flops, self.on_gpu)
+            return Speed(self.cfg.tok_per_sec * flops, "given by --tok_per_sec", on_gpu=self.on_gpu)
+        if not self.on_gpu:
             flops = doctor.REACHED * doctor.matmul_flops(self.device) * self.processes
-            return Speed(flops, f"assumed without a GPU: {doctor.REACHED:g} of that of matmuls")
+            how = f"assumed without a GPU: {doctor.REACHED:g} times that of matmuls"
+            return Speed(flops, how, on_gpu=False)
         guess = reference_speed(self.processes)
         found = self.predict(sizes, guess, seconds_at(guess))
         return self._measure(pick(found).option if found else sizes[0])
@@ -181,7 +192,7 @@ class Sizer:
         if not machine.speed:
             raise BadInput(f"--size auto and --dollars cannot measure the speed ({check.text}, "
                            f"{check.remedy}): fix it, or give --tok_per_sec")
-        flops = machine.model.flops_per_token() + scaling.measured().overhead
+        flops = with_overhead(machine.model.flops_per_token(), on_gpu=True)
         how = (f"measured in ten steps of {option.depth} layers, {self.processes} x "
                f"{device_name(self.device)}")
         return Speed(machine.speed * self.nodes * flops, how, machine.start_up)
@@ -226,26 +237,26 @@ class Sizer:
         seconds = seconds_at(speed)
         found = self.predict(sizes, speed, seconds)
         if not found:
-            raise BadInput(f"--dollars {dollars:g} at --price_per_hour {cfg.price_per_hour:g} buy "
-                           "no more than start-up and evaluations: give more, or fewer "
-                           "evaluations, --eval_every and --hellaswag_every")
+            raise BadInput(f"--dollars {dollars:g} at --price_per_hour {cfg.price_per_hour:g} buys "
+                           "no more than start-up and evaluations: raise --dollars, --eval_every "
+                           "or --hellaswag_every")
         chosen = pick(found)
-        minutes = seconds(chosen.option) / 60
+        minutes = float(f"{seconds(chosen.option) / 60:.6g}")
         if resize:
             how = f"{minutes:,.4g} minutes at {speed.of(chosen.option):,.0f} tok/s, {speed.how}"
             print(explain(chosen, found, how), flush=True)
         if not dollars:
             return chosen.option.depth, None
-        print(f"length  ${dollars:g} buy {minutes:,.4g} minutes of training besides start-up and "
+        print(f"length  ${dollars:g} buys {minutes:,.4g} minutes of training besides start-up and "
               f"evaluations, at {speed.of(chosen.option):,.0f} tok/s, {speed.how}", flush=True)
         return chosen.option.depth if resize else None, minutes
 
     def _choose_for_steps(self, sizes: list[Option]) -> int:
         """The depth that is best for the time that its --max_steps take, on any machine."""
         tokens = tokens_of(self.cfg.max_steps, self.cfg)
-        overhead = scaling.measured().overhead
         for option in sizes:
-            compute = Speed(tokens * (option.flops + overhead), "")  # in one second
+            flops = tokens * with_overhead(option.flops, self.on_gpu)
+            compute = Speed(flops, "", on_gpu=self.on_gpu)  # trains `option` in one second
             found = self.predict(sizes, compute, lambda option: 1.0)
             if pick(found).option.depth <= option.depth:
                 break
@@ -276,11 +287,13 @@ def explain(chosen: Prediction, found: list[Prediction], how: str) -> str:
               if abs(one.option.depth - option.depth) == 2 or one.option == best.option]
     compared = [f"--depth {one.option.depth} {one.loss / chosen.loss - 1:+.1%}"
                 for one in others if one.option != option]
-    outside = "; this run is outside of that" if chosen.extrapolates else ""
+    if not compared:
+        compared = ["none fits into memory"]
+    outside = "; this run is outside this range" if chosen.extrapolates else ""
     return "\n".join([
         f"size    --depth {option.depth}, {millions(option)} parameters: {outcome(chosen)}",
-        f"why     {how}; the loss of others: {', '.join(compared)}; the smallest within "
-        f"{MARGIN - 1:.1%} of the best is taken",
+        f"why     {how}; the smallest size within {MARGIN - 1:.1%} of the best loss; loss of other "
+        f"sizes: {', '.join(compared)}",
         f"basis   runs of speedrun with {law.sizes[0] / 1e6:.0f}M to {law.sizes[1] / 1e6:.0f}M "
         f"parameters on {law.text[0] / 1e6:,.0f} MB to {law.text[1] / 1e9:.1f} GB of text{outside}"
         "; batch, rates and schedule are the preset's at every size",
@@ -289,10 +302,10 @@ def explain(chosen: Prediction, found: list[Prediction], how: str) -> str:
 
 def outcome(one: Prediction) -> str:
     epochs = "" if one.epochs is None else f" ({one.epochs:,.2f} epochs)"
-    loss = f"about {one.loss:.3f} ± {one.error:.3f} bits per byte"
+    tokens = f"{one.tokens / 1e6:,.4g}M tokens{epochs}"
     if one.loss > HIGHEST:
-        loss = "a loss that the law does not cover, as there is little text,"
-    return f"{loss} after {one.tokens / 1e6:,.4g}M tokens{epochs}"
+        return f"{tokens}, too little text to predict the loss"
+    return f"about {one.loss:.3f} ± {one.error:.3f} bits per byte after {tokens}"
 
 
 def table(sizer: Sizer, measured: bool) -> str:

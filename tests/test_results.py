@@ -118,3 +118,33 @@ def test_the_table_is_sorted_and_says_what_the_noise_is(runs, capsys):
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(BadInput, match="--log_dir"):
         results.main(["--log_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("train", {}), ("train", []), ("model", None), ("starts", ["x"]), ("result", "x"),
+    ("parameters", None),
+])
+def test_a_damaged_config_is_left_out(name, value, runs, tmp_path, capsys):
+    for run in ("good", "bad"):
+        (tmp_path / run).mkdir()
+        config = json.loads((runs / "a" / "config.json").read_text())
+        if run == "bad":
+            config[name] = value
+        (tmp_path / run / "config.json").write_text(json.dumps(config))
+    results.main(["--log_dir", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'bad' / 'config.json'} is damaged" in printed.err
+    assert "good" in printed.out and "bad " not in printed.out
+
+
+def test_a_loss_that_is_nan_is_unknown(runs, tmp_path, capsys):
+    for run in ("a", "wide"):
+        (tmp_path / run).mkdir()
+        config = json.loads((runs / run / "config.json").read_text())
+        if run == "a":
+            del config["result"]
+        (tmp_path / run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "log.txt").write_text("7 train nan\n8 val nan\n8 hella 0.25\n")
+    found = read(tmp_path, capsys)
+    assert found["a"]["val_loss"] is None and found["wide"]["gap"] == 0
+    assert found["a"]["evals"] == {"hellaswag": 0.25} and found["a"]["tokens"] == 8 * 256

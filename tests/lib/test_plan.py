@@ -75,7 +75,7 @@ def test_a_run_keeps_its_length_unless_a_flag_sets_another(flag, steps):
     ({}, {"eval_tasks_limit"}, "--eval_tasks_limit need --eval_tasks"),
     ({}, {"max_steps", "epochs"}, "--epochs and --max_steps each set the length"),
     ({}, {"curriculum_mix"}, "--curriculum_mix needs --curriculum"),
-    ({}, {"tok_per_sec"}, "--tok_per_sec is only for --plan"),
+    ({}, {"tok_per_sec"}, "--tok_per_sec is for --plan"),
     ({}, {"n_active", "router"}, "--n_active, --router: only for Mixture of Experts"),
     ({"keep_best": True, "eval_every": 0}, {"keep_best"}, "--keep_best needs validations"),
     ({"warmup_steps": 40}, {"warmup_steps"}, "--warmup_steps 40 must be below"),

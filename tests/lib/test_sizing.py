@@ -74,14 +74,15 @@ def test_more_time_never_takes_a_smaller_size(plain, sizes):
     assert depths[0] == 1 and depths[2] >= 3 and 7 <= depths[5] <= 12
 
 
-def test_steps_take_the_size_that_is_best_for_their_time(sizes, capsys):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steps_take_the_size_that_is_best_for_their_time(device, sizes, capsys):
     one = sizer("--max_steps", "1000", "--context_warmup", "0")
+    one.device = SimpleNamespace(type=device)
     depth = one._choose_for_steps(one.sizes())
     option = one.sizes()[depth - 1]
     tokens = 1000 * 131_072 - 183 * 65_536
-    overhead = scaling.measured().overhead
-    speed = Speed(1e15, "")
-    time = tokens * (option.flops + overhead) / speed.flops
+    speed = Speed(1e15, "", on_gpu=device == "cuda")
+    time = tokens / speed.of(option)
     assert sizing.pick(one.predict(one.sizes(), speed, seconds(time))).option.depth == depth
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["size", "why", "basis"]
@@ -148,6 +149,25 @@ def test_without_a_gpu_the_assumption_is_stated(monkeypatch, sizes):
     assert one.speed(sizes, lambda speed: seconds(300)).of(one.own()) == pytest.approx(1e6)
 
 
+def test_a_cpu_has_no_overhead(sizes):
+    """There, small models are as fast as their FLOPs say; on a GPU they are slower."""
+    for device, on_gpu in (("cpu", False), ("cuda", True)):
+        one = sizer("--tok_per_sec", "1000")
+        one.device = SimpleNamespace(type=device)
+        speed = one.speed(sizes, lambda speed: seconds(300))
+        ratio = speed.of(sizes[0]) / speed.of(one.own())
+        assert (ratio < one.own().flops / sizes[0].flops - 1) == on_gpu
+
+
+def test_memory_holds_all_experts(monkeypatch):
+    monkeypatch.setattr(sizing, "memory_bytes", lambda device: 2e9)
+    one = sizer("--n_experts", "8", "--n_active", "1")
+    largest = one.sizes(one.memory)[-1]
+    model = one.build(train_gpt2.shape_of(largest.depth))
+    total = model.parameter_counts()["total"]
+    assert largest.parameters < total < 0.6 * 2e9 / 16
+
+
 def test_the_table_of_plan_has_a_row_per_budget(plain, sizes):
     rows = [line.split() for line in sizing.table(plain, measured=False).splitlines()[2:-1]]
     assert [int(row[0]) for row in rows] == [1, 3, 10, 30, 100]
@@ -184,7 +204,7 @@ def test_dollars_set_the_length(data, tmp_path, capsys):
                 "--tok_per_sec", "100", "--max_hours", "1e-9")
     assert 0 < config["train"]["minutes"] < 0.04 / 2 * 60
     assert config["train"]["max_steps"] is None
-    assert "length  $0.04 buy" in capsys.readouterr().out
+    assert "length  $0.04 buys" in capsys.readouterr().out
 
 
 def test_all_processes_take_the_choice_of_rank_0(data, tmp_path):
@@ -209,6 +229,31 @@ def test_all_processes_take_the_choice_of_rank_0(data, tmp_path):
 def test_contradicting_flags_are_refused(flags, named, data, tmp_path):
     with pytest.raises(BadInput, match=named):
         train_gpt2.main([*flags, "--data", str(data), "--log_dir", str(tmp_path)])
+
+
+def test_a_repeated_run_with_initial_weights_keeps_their_shape(data, tmp_path):
+    flags = [*TINY_FLAGS, "--data", str(data), "--log_dir", str(tmp_path), "--max_steps", "4"]
+    train_gpt2.main([*flags, "--run_name", "a"])
+    train_gpt2.main([*flags, "--run_name", "b", "--init_from", str(tmp_path / "a")])
+    with pytest.raises(BadInput, match="--init_from"):
+        train_gpt2.main(["--config", str(tmp_path / "b"), "--log_dir", str(tmp_path), "--size",
+                         "auto", "--run_name", "c"])
+
+
+def test_the_chosen_shape_is_checked(data, tmp_path):
+    """The preset's width has room for these vectors, that of the smallest size has not."""
+    flags = ["--no-residual_scalars", "--bigram", "64", "--bigram_dim", "512"]
+    with pytest.raises(BadInput, match="--bigram_dim 512"):
+        go(data, tmp_path / "a", "--max_steps", "2", *flags)
+
+
+def test_depth_replaces_the_size_of_a_repeated_run(data, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    config = {"train": {"preset": "gpt2", "size": "gpt2-xl"}, "model": {"n_layer": 48}}
+    (folder / "config.json").write_text(json.dumps(config))
+    chosen = train_gpt2.settings(["--config", str(folder), "--depth", "3"])
+    assert chosen.train.size is None and chosen.model.n_layer == 3
 
 
 def test_ablations_have_one_size(data):
