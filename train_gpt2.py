@@ -363,7 +363,7 @@ SPEEDRUN = dict(
 )
 TINY = SPEEDRUN | dict(
     n_layer=4, n_head=2, n_embd=128, block_size=256, tie_embeddings=False, softcap=0.0,
-    residual_scalars=False, bigram=32_768, bigram_dim=64,
+    residual_scalars=False, bigram=16_384,
     max_lr=0.025, embedding_lr=0.5, weight_decay=0.03, cooldown=0.4,
     data=("docstrings",), max_steps=920, total_batch_size=2048, batch_warmup=0, context_warmup=0.0,
     val_tokens=65_536, eval_every=230, hellaswag_every=0, sample_every=460,
