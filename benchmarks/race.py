@@ -13,9 +13,10 @@ other scripts and how they are patched.
 
 Seconds count training steps only, without evaluation or compilation, measured alike for all: the
 device is synchronized before and after each step, and a step that compiles a new shape counts as
-the median of its neighbors (`without_compilation`). Losses are per GPT-2 token over the first
-VAL_TOKENS of the val split. Bits per byte are over the same tokens, or over the whole split for
-autoresearch and for rows with --val_tokens 2495235.
+the median of its neighbors (`without_compilation`). Beside them are the seconds from the command
+to its end, with compilation and evaluations, and their price. Losses are per GPT-2 token over the
+first VAL_TOKENS of the val split. Bits per byte are over the same tokens, or over the whole split
+for autoresearch and for rows with --val_tokens 2495235.
 
 --out gets <name>.log, lines of `seconds step val_loss` (bits per byte for autoresearch). A table of
 all logs is printed; without --contestants and --row only that. Rows that have a log are not run
@@ -59,6 +60,7 @@ class Result:
     device: str = ""
     bpb: float = 0.0                             # at the end
     whole: bool = False                          # bpb is on the whole val split
+    command: float | None = None                 # seconds from the command to its end
     steps: list = field(default_factory=list)    # seconds of each step
     val: list = field(default_factory=list)      # (steps done, loss)
 
@@ -69,13 +71,15 @@ class Result:
 
 
 def run(command, folder, env):
-    """Run to the end, with its output in folder/console.txt; a failure ends the race."""
+    """Run to the end, with its output in folder/console.txt -> seconds. A failure ends the race."""
     console = folder / "console.txt"
+    started = time.perf_counter()
     with open(console, "w") as file:
         code = subprocess.call(command, cwd=folder, env=os.environ | env, stdout=file,
                                stderr=subprocess.STDOUT)
     if code:
         sys.exit(f"{shlex.join(command)} failed:\n{console.read_text()[-3000:]}")
+    return time.perf_counter() - started
 
 
 def val_split(data):
@@ -158,7 +162,8 @@ def reaches(curve, target):
 
 
 def write_log(path, result):
-    head = {key: getattr(result, key) for key in ("kind", "parameters", "device", "bpb", "whole")}
+    keys = ("kind", "parameters", "device", "bpb", "whole", "command")
+    head = {key: getattr(result, key) for key in keys}
     lines = [f"# {json.dumps(head)}"]
     for seconds, step, loss in result.curve():
         lines.append(f"{seconds:.3f} {step} {loss:.6f}")
@@ -175,28 +180,34 @@ def read_logs(out):
     return logs
 
 
-def table(logs):
-    """Logs as a Markdown table, the fewest bits per byte first."""
+def table(logs, price):
+    """Logs as a Markdown table, the fewest bits per byte first. price: dollars per hour."""
     bars = [f"{bar}: s to {target:.3f}" for bar, (_, target) in BARS.items()]
-    head = ["run", "parameters", "seconds", "steps", "val loss", "R3: bits per byte", *bars]
+    head = ["run", "parameters", "seconds of training", "from the command on", "dollars", "steps",
+            "val loss", "R3: bits per byte", *bars]
     rows = [head, ["---"] * len(head)]
     for name in sorted(logs, key=lambda name: logs[name][0]["bpb"]):
-        rows.append(table_row(name, logs))
+        rows.append(table_row(name, logs, price))
     devices = sorted({head["device"] for head, _ in logs.values()})
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
     note = (f"\\* over the first {VAL_TOKENS:,} tokens of val, the others over all of it. In "
             "brackets: the share of the seconds that build_nanogpt (R1) or train_gpt_simple (R2) "
-            "takes.")
+            f"takes. Dollars: from the command on, at ${price:g} per hour.")
     return "\n".join([*devices, "", *lines, "", note])
 
 
-def table_row(name, logs):
+def table_row(name, logs, price):
     head, curve = logs[name]
     seconds, steps, loss = curve[-1]
     bpb = f"{head['bpb']:.4f}"
     if not head["whole"]:
         bpb += " *"
-    cells = [name, f"{head['parameters']:,}", f"{seconds:.1f}", f"{steps:,.0f}", f"{loss:.4f}", bpb]
+    command = head.get("command")  # logs of earlier races do not have it
+    spent = ["-", "-"]
+    if command:
+        spent = [f"{command:.1f}", f"{command / 3600 * price:.3f}"]
+    cells = [name, f"{head['parameters']:,}", f"{seconds:.1f}", *spent, f"{steps:,.0f}",
+             f"{loss:.4f}", bpb]
     for rival, target in BARS.values():
         took = reaches(curve, target) if head["kind"] == "gpt2" else None
         if took is None:
@@ -257,11 +268,12 @@ def race(name, flags, args):
         return
     if is_contestant:
         lay_out(name, args.contestants, folder, args.data, args.parquet)
-    run(command, folder, env)
+    seconds = run(command, folder, env)
     if is_contestant:
         result = read_contestant(name, folder, args.data)
     else:
         result = read_row(folder / "run", args.data)
+    result.command = seconds
     write_log(log, result)
 
 
@@ -281,6 +293,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("race"),
                         help="folder of logs, table and runs")
     parser.add_argument("--picture", type=Path, help="plot of all logs to write")
+    parser.add_argument("--price_per_hour", type=float, default=2.0, help="dollars of the machine")
     parser.add_argument("--dry_run", action="store_true",
                         help="patch the sources and print the commands only")
     args = parser.parse_args()
@@ -296,7 +309,7 @@ def main():
         race(name, flags, args)
     logs = read_logs(args.out)
     if logs:
-        print(table(logs))
+        print(table(logs, args.price_per_hour))
         if args.picture:
             plot(logs, args.picture)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 
 import pytest
 from helpers import ROOT, read_log
@@ -39,9 +40,14 @@ def test_the_log_of_a_row_is_what_training_logged(launch, data, tmp_path):
         meta["splits"][name] = {"shards": 1, "tokens": n, "bytes": n}
     (data / "meta.json").write_text(json.dumps(meta))
     out = tmp_path / "race"
-    result = launch("benchmarks/race.py", "--data", data, "--row", ROW, "--every", 2, "--out", out)
+    started = time.monotonic()
+    result = launch("benchmarks/race.py", "--data", data, "--row", ROW, "--every", 2, "--out", out,
+                    "--price_per_hour", 3600)
+    longest = time.monotonic() - started
     assert result.returncode == 0, result.stderr
     head, curve = read_logs(out)["a"]
+    assert curve[-1][0] < head["command"] < longest
+    assert f" | {head['command']:.1f} | {head['command']:.3f} | " in result.stdout
     run = out / "runs" / "a" / "run"
     val = {step: loss for (step, kind), loss in read_log(run).items() if kind == "val"}
     assert list(val) == [2, 4]
