@@ -42,7 +42,9 @@ from lib.plan import check_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
-PATIENCE = 600.0  # seconds for each program that a check starts
+# seconds for each program that a check starts; with --size auto, other processes wait for it, but
+# only LIMIT of lib/nodes.py
+PATIENCE = 540.0
 STEPS_TIME = 90.0  # seconds that the timed steps may take; smaller batches stand in for longer ones
 STEPS = 10
 WARM_UP = 2       # steps before them
