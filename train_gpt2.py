@@ -89,8 +89,8 @@ from lib.devices import (
     peak_flops,
     peak_memory_gb,
     pick_micro_batch,
-    read_later,
     to_device,
+    to_host,
 )
 from lib.evals import harness, hellaswag
 from lib.failures import explain_failures
@@ -1372,7 +1372,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             processes.all_reduce(shared)
             norms: Any = gradient_norms(parts.values())
             total_norm = norms.norm()
-            numbers = read_later(torch.cat((shared, total_norm[None], norms)))
+            numbers = to_host(torch.cat((shared, total_norm[None], norms)))
             if cfg.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
             prepare()

@@ -107,22 +107,6 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager:
     return torch.autocast(device_of(model).type, dtype=dtype)
 
 
-def read_later(numbers: torch.Tensor) -> Callable[[], list[float]]:
-    """Start to copy a vector to the CPU -> a function that returns its numbers. It waits for the
-    copy, but not for what the GPU is given to do meanwhile."""
-    if not numbers.is_cuda:
-        return numbers.tolist
-    copy = numbers.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read():
-        copied.synchronize()
-        return copy.tolist()
-
-    return read
-
-
 def any_shape() -> AbstractContextManager:
     """Context for attention whose shapes vary between calls: disables cuDNN, which takes tens of
     milliseconds to prepare for each new shape."""
