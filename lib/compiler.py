@@ -11,13 +11,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lib.background import every
 from lib.checkpoint import is_memory
 from lib.cli import RankError, note
 from lib.devices import autocast, is_sharded, peak_flops
@@ -116,7 +117,11 @@ def _compile(model, batches, evaluating, say):
     started = time.perf_counter()
     say("compiling the model, part by part, for training and evaluation")
     model.compile(dynamic=False)
-    with _heartbeat(say, started):
+
+    def progress():
+        say(f"compiling, {time.perf_counter() - started:.0f} s so far")
+
+    with every(HEARTBEAT, progress):
         reason = _failure(model, batches, evaluating)
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         if reason and is_sharded(model):
@@ -168,21 +173,3 @@ def _run(model, batches: list[tuple], evaluating: bool) -> None:
             model.eval()
             model(*batches[0])
             model.train()
-
-
-@contextlib.contextmanager
-def _heartbeat(say: Callable[[str], Any], started: float) -> Iterator[None]:
-    """Print a progress line every HEARTBEAT seconds while the block runs."""
-    done = threading.Event()
-
-    def beat():
-        while not done.wait(HEARTBEAT):
-            say(f"compiling, {time.perf_counter() - started:.0f} s so far")
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

@@ -6,7 +6,6 @@ readers of the folder that its writer is alive.
 """
 
 import contextlib
-import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lib.background import every
 from lib.cli import BadInput
 from lib.shard_meta import BEAT, WRITING, Meta, Record, Start
 from lib.shards import save_shard
@@ -239,21 +239,15 @@ def heartbeat(folder: Path) -> Iterator[None]:
     systems. A killed writer leaves it behind, untouched.
     """
     path = folder / WRITING
-    ended = threading.Event()
 
-    def beat():
-        while True:
-            with contextlib.suppress(OSError):  # a full disk is reported by the writer
-                path.touch()
-            if ended.wait(BEAT):
-                return
+    def touch():
+        with contextlib.suppress(OSError):  # a full disk is reported by the writer
+            path.touch()
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    touch()
     try:
-        yield
+        with every(BEAT, touch):
+            yield
     finally:
-        ended.set()
-        thread.join()
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
