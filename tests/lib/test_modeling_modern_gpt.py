@@ -211,10 +211,12 @@ def test_compiled_and_with_all_outputs(theirs, ours):
 
 
 @torch.no_grad()
-def test_a_device_map_places_blocks_apart(load, theirs, ours, tmp_path):
+def test_a_device_map_places_blocks_apart(load, theirs, ours, tmp_path, request):
     """On one device: parts on the CPU, parts on the disk."""
     if ours.config.n_experts:
-        pytest.skip("accelerate leaves a MoE's buffer behind")
+        reason = "accelerate leaves a MoE's buffer behind"
+        request.applymarker(pytest.mark.xfail(raises=NotImplementedError, strict=True,
+                                              reason=reason))
     idx = prompts()[2][None]
     places = {f"transformer.{name}": "cpu" for name, _ in theirs.transformer.named_children()}
     places |= {"transformer.h.1": "disk", "transformer.ln_f": "disk", "lm_head": "cpu"}
