@@ -1001,8 +1001,8 @@ def cosine(step: int, start: int, steps: int, cooldown: float) -> float:
 
 
 def wsd(step: int, start: int, steps: int, cooldown: float) -> float:
-    """Warm-up, stable, decay: linear decay in the last share `cooldown` of all steps (Hägele et al.
-    2024, https://arxiv.org/abs/2405.18392)."""
+    """Warm-up, stable, decay: linear decay in the last share `cooldown` of all steps (Hägele et
+    al. 2024, https://arxiv.org/abs/2405.18392)."""
     start = max(start, round(steps * (1 - cooldown)))
     return linear(step, start, steps, cooldown)
 

@@ -197,7 +197,9 @@ def test_flags_without_effect_are_ignored():
 # Tokenizers
 
 
-TEXTS = ["the cat sat", " don't DON'T we'LL", "12345 \r\n\n  x", "\x00é猫👍 <|endoftext|>", "..!  "]
+TEXTS = [
+    "the cat sat", " don't DON'T we'LL", "12345 \r\n\n  x", "\x00é猫👍 <|endoftext|>", "..!  "
+]
 
 
 @pytest.mark.parametrize("name, rule", [("trained", "llama-bpe"), ("gpt2", "gpt-2")])

@@ -33,8 +33,10 @@ VARIED = [
     "", " ", "\n", "  \n\n \t x", "a",
     "The quick brown fox isn't here, they've gone: it's 12345678.90 o'clock!!",
     "tabs\tand\r\nnewlines\n\n\n  indented\n",
-    "naïve café Straße Ωmega Привет мир שלום مرحبا नमस्ते", "日本語のテキスト。中文字符、한국어",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\u00a0\u2003x\ufeff", "a" * 500, "ab" * 300,
+    "naïve café Straße Ωmega Привет мир שלום مرحبا नमस्ते",
+    "日本語のテキスト。中文字符、한국어",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\u00a0\u2003x\ufeff",
+    "a" * 500, "ab" * 300,
     " " * 77 + "x" + " " * 33, "\x00\x01\x7f\x85", "\ufffd\U0010ffff", f"before {EOT} after",
     "'s 'LL 'Re don't I'D", "1 22 333 4444 ½ Ⅷ ², x_y_z __init__(self)"
 ]
@@ -98,8 +100,8 @@ ANY_TEXT = st.lists(
     st.one_of(
         st.text(max_size=8),
         st.sampled_from([
-            "'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂", "日本",
-            "!!\n", " #x", "\u0130", "ſ", "ﬆ", "\x85", "\u180e"
+            "'S", "'ll", "'Ve", "don't", " \n", "\r\n\n", "1234567", "½", "e\u0301", "🙂",
+            "日本", "!!\n", " #x", "\u0130", "ſ", "ﬆ", "\x85", "\u180e"
         ]))).map("".join)
 
 
