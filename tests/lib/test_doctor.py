@@ -51,6 +51,12 @@ def gpus(monkeypatch):
     return driver
 
 
+def disk_with(monkeypatch, free, total=0):
+    """Every disk has `free` of `total` bytes."""
+    usage = SimpleNamespace(free=free, total=total)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+
 # --------------------------------------------------------------------------------------------------
 # The whole page
 
@@ -80,14 +86,18 @@ def test_a_machine_that_is_ready(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_machine_without_data_times_random_tokens(tmp_path):
-    done = run_script("train_gpt2.py", "--doctor", *SMALL, "--data", "nowhere", cwd=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    page = lines_of(done.stdout)
+def test_a_machine_without_data_times_random_tokens(tmp_path, monkeypatch, capsys):
+    disk_with(monkeypatch, free=10**11)  # the data to come takes 20 GB
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        train_gpt2.main(["--doctor", *SMALL, "--data", "nowhere"])
+    out = capsys.readouterr().out
+    assert done.value.code == 1, out
+    page = lines_of(out)
     assert [name for name, (mark, _) in page.items() if mark == "FIX"] == ["data"]
-    assert "\n                -> " in done.stdout
+    assert "\n                -> " in out
     assert "random tokens" in page["steps"][1]
-    assert done.stdout.endswith("\n1 to fix\n")
+    assert out.endswith("\n1 to fix\n")
 
 
 def test_it_is_refused_under_torchrun(data, monkeypatch):
@@ -159,22 +169,18 @@ def test_versions_of_torch(version, ok, machine, monkeypatch):
 
 
 def test_too_little_memory_disk_and_shared_memory(gpus, machine, monkeypatch):
-    def disk(free, total):
-        usage = SimpleNamespace(free=free, total=total)
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-
     monkeypatch.setattr(doctor, "container_limit", lambda: None)
     assert doctor.check_memory(machine).ok
     monkeypatch.setattr(doctor, "container_limit", lambda: 4 * 10**9)
     assert doctor.check_memory(machine).text.startswith("4 GB")
     assert not doctor.check_memory(machine).ok
-    disk(10**9, 10**9)
+    disk_with(monkeypatch, free=10**9, total=10**9)
     assert doctor.check_disk(machine).ok and doctor.check_shared_memory(machine).ok
-    disk(10**6, 64 * 2**20)  # Docker's default
+    disk_with(monkeypatch, free=10**6, total=64 * 2**20)  # Docker's default
     assert not doctor.check_disk(machine).ok
     assert "--shm-size" in doctor.check_shared_memory(machine).remedy
     machine.corpus = None
-    disk(10**9, 0)
+    disk_with(monkeypatch, free=10**9)
     assert not doctor.check_disk(machine).ok
 
 
