@@ -102,6 +102,7 @@ from lib.muon import Muon
 from lib.packing import Packed
 from lib.parallel import (
     MODES,
+    AdamW,
     check_parallel,
     gradient_norms,
     load_weights,
@@ -933,7 +934,7 @@ def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     groups = [group | dict(kind="adamw", weight_decay=decay.get(group["kind"], cfg.weight_decay))
               for group in groups]
     fused = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    return AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
 def muon(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:

@@ -165,6 +165,40 @@ def test_all_processes_skip_a_step_that_is_non_finite_on_one(launch, data, tmp_p
     assert all(math.isfinite(loss) for loss in read_log(folder).values())
 
 
+OF_ADAMW = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+import train_gpt2
+from lib.cli import run
+real = train_gpt2.AdamW.step
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [kind.__name__ for kind in types]
+        with open("seen_by_" + os.environ["RANK"], "a") as file:
+            print(func.__name__, *names, file=file)
+        return func(*args, **(kwargs or {{}}))
+def step(self):
+    with Operators():
+        real(self)
+train_gpt2.AdamW.step = step
+run(train_gpt2.main)
+"""
+
+
+def test_a_step_of_adamw_sees_no_dtensors(launch, data, tmp_path):
+    (tmp_path / "operators.py").write_text(OF_ADAMW)
+    result = launch(tmp_path / "operators.py", *COMMON, *RECIPES["gpt2"], "--parallel", "fsdp",
+                    "--data", data, "--run_name", "a", processes=2)
+    assert result.returncode == 0, result.stderr
+    for rank in "01":
+        seen = set((tmp_path / f"seen_by_{rank}").read_text().splitlines())
+        assert len(seen) > 5
+        # the moments, in the first step
+        assert {line for line in seen if "DTensor" in line} == {"zeros_like.default DTensor"}
+
+
 @pytest.mark.parametrize("n, parts", [(1, 2), (4, 2), (5, 3), (5, 4), (0, 2), (2, 3)])
 def test_sizes_are_those_of_chunks(n, parts):
     chunks = [len(chunk) for chunk in torch.zeros(n).chunk(parts)] if n else []
