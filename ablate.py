@@ -19,7 +19,7 @@ only loss, since a run with slower steps has fewer of them.
 Runs go to <out>/<change>_seed<N>, one at a time on each GPU, all with the first seed before any
 with the second. Run the same command again to continue: finished runs are not repeated, and
 interrupted ones resume from their checkpoints. To continue on another machine, copy <out>/*.json,
-the results of finished runs.
+the results of finished runs. --max_hours ends a command in time for a machine that is taken away.
 Differences in loss are between runs of the same seed. The table is written to <out>/ablation.md
 after each run, and a plot to <out>/ablation.png at the end (needs requirements-dev.txt).
 """
@@ -49,7 +49,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint
+from lib import checkpoint, startup
 from lib.budget import LENGTHS, length_flag
 from lib.cli import BadInput, choices_of, flag, parse, path_flag, run
 from lib.corpus import Corpus
@@ -103,6 +103,9 @@ class Config:
         False, "no further seeds for a change that is clearly worse with the first, by the spread "
                "of the base's seeds")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
+    max_hours: float | None = flag(
+        None, "start no run that would end later than this many hours after this command's start, "
+              "by the median of the finished ones", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
 
@@ -420,6 +423,15 @@ def read_result(one: Run) -> bool:
     return True
 
 
+def has_time(runs: list[Run], deadline: float) -> bool:
+    """Whether a run started now ends before the deadline, judged by the median of the finished
+    runs; true if there is none. deadline: of time.monotonic."""
+    took = [one.total_seconds for one in runs if one.finished and one.total_seconds]
+    if not took:
+        return time.monotonic() < deadline
+    return time.monotonic() + statistics.median(took) < deadline
+
+
 def time_left(ended: int, total: int, seconds: float) -> str:
     """The number of remaining runs and their time, as text, after `ended` runs took `seconds`."""
     left = total - ended
@@ -450,17 +462,20 @@ def stages(runs: list[Run], cfg: Config, todo: list[Run]) -> Iterator[list[Run]]
 
 
 def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processes,
-            save: Callable[[], typing.Any]) -> None:
-    """Train all unfinished runs, one at a time on each GPU. Raises BadInput if some fail.
+            save: Callable[[], typing.Any]) -> list[Run]:
+    """Train all unfinished runs, one at a time on each GPU. Returns those for which --max_hours
+    left no time. Raises BadInput if some fail.
 
     save: called after each run.
     """
+    deadline = startup.take_start() + 3600 * (cfg.max_hours or math.inf)
     free: queue.SimpleQueue = queue.SimpleQueue()
     for gpu in slots(devices):
         free.put(gpu)
     at_once = free.qsize()
     todo = [one for one in runs if not one.finished]
     ended: list[Run] = []
+    left_out: list[Run] = []
     failed: list[str] = []
     children: list[subprocess.Popen] = []
     started = time.monotonic()
@@ -468,6 +483,9 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
     def work(one):
         gpu = free.get()
         try:
+            if not has_time(runs, deadline):
+                left_out.append(one)
+                return
             error = train(one, gpu, cfg, children)
             save()
         except (OSError, BadInput) as raised:
@@ -502,6 +520,7 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} Fix it and run the "
                        "same command again, or leave that change out")
+    return left_out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -729,9 +748,14 @@ def main(argv: list[str]) -> None:
     make_folder(cfg.out, "name another --out")
     with locked(cfg.out, "end that ablate.py first, or name another --out"):
         try:
-            run_all(runs, devices, cfg, processes, save=lambda: save_table(runs, cfg, argv))
+            left_out = run_all(runs, devices, cfg, processes,
+                               save=lambda: save_table(runs, cfg, argv))
         finally:
             report(runs, cfg, argv)
+    if left_out:
+        names = ", ".join(one.name for one in left_out)
+        print(f"--max_hours {cfg.max_hours:g} left no time for {len(left_out)} of {len(runs)} "
+              f"runs: {names}. Run the same command again to continue")
 
 
 if __name__ == "__main__":

@@ -459,6 +459,22 @@ def kill_training(folder):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
+def test_max_hours_starts_no_run_that_would_end_too_late(two_runs, monkeypatch, capsys):
+    words, out = two_runs
+    (out / "no-bias_seed1.json").unlink()
+    shutil.rmtree(out / "no-bias_seed1")
+    record = json.loads((out / "base_seed1.json").read_text())
+    (out / "base_seed1.json").write_text(json.dumps(record | {"total_seconds": 7200}))
+    names = started(monkeypatch)
+    ablate.main(["--max_hours", "1.9", *words])
+    assert names == []
+    printed = capsys.readouterr().out
+    assert "--max_hours 1.9 left no time for 1 of 2 runs: no-bias_seed1." in printed
+    assert [*rows(out)] == ["change", "base"]
+    ablate.main(["--max_hours", "2.1", *words])
+    assert names == ["no-bias_seed1"]
+
+
 def train_losses(folder):
     return {step: loss for (step, kind), loss in read_log(folder).items() if kind == "train"}
 
