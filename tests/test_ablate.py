@@ -475,6 +475,40 @@ def test_max_hours_starts_no_run_that_would_end_too_late(two_runs, monkeypatch, 
     assert names == ["no-bias_seed1"]
 
 
+LISTS = {
+    "gpt2": "--preset gpt2 --total_batch_size 131072 --epochs 1",
+    "modern": "--preset modern --total_batch_size 131072 --epochs 1",
+    "speedrun": "--preset speedrun --n_layer 12 --n_head 6 --n_embd 768 --epochs 1",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_line_of_the_lists_in_benchmarks_is_accepted(name, data, tmp_path):
+    (tmp_path / "data").mkdir()
+    for path in data.glob("*"):
+        shutil.copy(path, tmp_path / "data")
+    tokens = np.zeros(20_000_000, dtype=np.uint16)  # enough for steps of 524,288
+    np.save(tmp_path / "data" / "toy_train_000009.npy", tokens)
+    base = [*LISTS[name].split(), "--data", str(tmp_path / "data")]
+    changes = ablate.read_changes(str(ROOT / "benchmarks" / "improvements" / f"{name}.txt"))
+    for words in changes.values():
+        ablate.check_flags(base, words)
+        assert not ablate.is_base(base, words)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_lists_run_at_a_tiny_size(name, forked_runs, data, tmp_path):
+    lines = (ROOT / "benchmarks" / "improvements" / f"{name}.txt").read_text().splitlines()
+    first = [line for line in lines if line.partition("#")[0].strip()][:2]
+    (tmp_path / "changes.txt").write_text("\n".join(first))
+    small = ["--n_head", "2", "--n_embd", "32", "--n_layer", "2", "--block_size", "32",
+             "--total_batch_size", "256", "--val_tokens", "330", "--max_steps", "4",
+             "--device", "cpu", "--data", str(data)]
+    ablate.main(["--changes", str(tmp_path / "changes.txt"), "--seeds", "1",
+                 "--out", str(tmp_path / "out"), "--", "--preset", name, *small])
+    assert len(rows(tmp_path / "out")) == 4
+
+
 def train_losses(folder):
     return {step: loss for (step, kind), loss in read_log(folder).items() if kind == "train"}
 
