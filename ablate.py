@@ -414,7 +414,7 @@ def read_result(one: Run) -> bool:
     one.bpb = result["bits_per_byte"]
     one.step_ms = result.get("step_ms")
     one.memory_gb = result.get("memory_gb")
-    if result["tok_per_sec"]:
+    if result["tok_per_sec"]:  # of the last start
         one.seconds = result["tokens"] / result["tok_per_sec"]
     one.total_seconds = result["seconds"]
     one.commit = config["starts"][-1].get("commit")
@@ -705,6 +705,7 @@ def plot(runs: list[Run], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def save_table(runs: list[Run], cfg: Config, argv: list[str]) -> str:
