@@ -13,13 +13,15 @@ each is worth in loss, time and dollars.
 The flags of train_gpt2.py after "--" are the base. Each line of --changes is a list of flags to add
 to the base, or `name: flags`; # starts a comment. A --grid is a flag and its values; a flag without
 a value takes true and false. With --drop, a change that is clearly worse with the first seed is not
-run with further ones. With --max_steps, compare loss and time per step; with --minutes, only loss,
-since a run with slower steps has fewer of them.
+run with further ones. With --max_steps or --epochs, compare loss and time per step; with --minutes,
+only loss, since a run with slower steps has fewer of them.
 
-Runs go to <out>/<change>_seed<N>, one at a time on each GPU. Run the same command again to
-continue: finished runs are not repeated, and interrupted ones resume from their checkpoints.
-Differences in loss are between runs of the same seed. The table is also written to
-<out>/ablation.md, and a plot to <out>/ablation.png (needs requirements-dev.txt).
+Runs go to <out>/<change>_seed<N>, one at a time on each GPU, all with the first seed before any
+with the second. Run the same command again to continue: finished runs are not repeated, and
+interrupted ones resume from their checkpoints. To continue on another machine, copy <out>/*.json,
+the results of finished runs. --max_hours ends a command in time for a machine that is taken away.
+Differences in loss are between runs of the same seed. The table is written to <out>/ablation.md
+after each run, and a plot to <out>/ablation.png at the end (needs requirements-dev.txt).
 """
 
 import lib.startup  # noqa: F401 (before torch)
@@ -34,25 +36,26 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lib import checkpoint
+from lib import checkpoint, startup
 from lib.budget import LENGTHS, length_flag
 from lib.cli import BadInput, choices_of, flag, parse, path_flag, run
 from lib.corpus import Corpus
 from lib.devices import Processes
+from lib.existing_runs import read_config
 from lib.files import locked, make_folder, read_json, read_text, replace, write_json
-from lib.logger import read_scalars, without_compilation
 from lib.moe import ExpertConfig
 from lib.noise import interval
 from lib.plan import make_plan
@@ -81,6 +84,10 @@ RULE = ("A difference is between runs of one seed. The verdict is the mean diffe
         "seeds ± its 95% confidence interval (Student's t, paired by seed): better or worse if the "
         "interval excludes 0, else within noise. By chance, about 1 in 20 changes without effect "
         "is called better or worse. With two seeds the interval is wide: more --seeds narrow it.")
+COLUMNS = ("The base comes first, then the changes from the most helpful to the most harmful, by "
+           "their mean over the seeds. Seconds are of training steps, dollars are their price; "
+           "`from the command on` are all seconds of a run, with start-up and evaluation. Means "
+           "over the seeds ± half their range; memory is the peak on the GPU.")
 
 
 @dataclass
@@ -96,13 +103,16 @@ class Config:
         False, "no further seeds for a change that is clearly worse with the first, by the spread "
                "of the base's seeds")
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
+    max_hours: float | None = flag(
+        None, "start no run that would end later than this many hours after this command's start, "
+              "by the median of the finished ones", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
 
 
 @dataclass
 class Run:
-    """One run: its flags and, once it is finished, its results."""
+    """One run: its flags and, once it is finished, its results. None: not measured."""
     change: str
     seed: int
     flags: list[str]
@@ -111,9 +121,11 @@ class Run:
     commit: str | None = None
     parameters: int = 0
     loss: float = 0.0
-    bpb: float | None = 0.0  # None: the ids are not text
-    step_ms: float = 0.0
-    seconds: float = 0.0  # of all steps
+    bpb: float | None = None      # None also if the ids are not text
+    step_ms: float | None = None  # median of the second half
+    memory_gb: float | None = None
+    seconds: float | None = None  # of all training steps
+    total_seconds: float | None = None  # from the command to its end
 
     @property
     def name(self) -> str:
@@ -276,13 +288,13 @@ def flag_names(words: list[str]) -> set[str]:
 
 
 def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
-    """-> (all runs, the base's first; their values of --device). Checks every run before any
-    starts. Raises BadInput."""
+    """-> (all runs, seed by seed and the base's first; their values of --device). Checks every run
+    before any starts. Raises BadInput."""
     for seed in cfg.seeds:
         settings([f"--seed={seed}"])
     if cfg.drop and len(set(cfg.seeds)) == 1:
         raise BadInput("--drop needs the spread of several seeds: give more --seeds")
-    runs = []
+    flags = {}
     devices = set()
     for change, words in {"base": [], **find_changes(cfg, base)}.items():
         try:
@@ -291,10 +303,13 @@ def plan(cfg: Config, base: list[str]) -> tuple[list[Run], set[str]]:
                 raise BadInput("too long for a folder name: give a short one as `name: flags`")
         except BadInput as error:
             raise BadInput(f"{change[:60]}: {error}") from error
-        for seed in dict.fromkeys(cfg.seeds):
+        flags[change] = [*base, *words]
+    runs = []
+    for seed in dict.fromkeys(cfg.seeds):
+        for change, words in flags.items():
             folder = str(Path(cfg.out, f"{change}_seed{seed}"))
-            runs.append(Run(change, seed, [*base, *words], folder))
-    return [with_record(one) for one in runs], devices
+            runs.append(with_record(Run(change, seed, words, folder)))
+    return runs, devices
 
 
 def find_changes(cfg: Config, base: list[str]) -> dict[str, list[str]]:
@@ -316,7 +331,7 @@ def with_record(one: Run) -> Run:
             raise BadInput(f"{one.folder} was not started by ablate.py: give another --out")
         return one
     kept = read_json(one.record, "give another --out")
-    if kept.keys() != vars(one).keys() or kept["flags"] != one.flags:
+    if not kept.keys() <= vars(one).keys() or kept.get("flags") != one.flags:
         raise BadInput(f"{one.folder} is a run with other flags, "
                        f"{shlex.join(kept.get('flags', []))}: give another --out")
     return Run(**kept | {"folder": one.folder})
@@ -338,14 +353,28 @@ def slots(devices: set[str]) -> list[str | None]:
 
 
 def train(one: Run, gpu: str | None, cfg: Config, children: list) -> str | None:
-    """Train a run on this GPU, with its output in <folder>.txt. Returns None, or the reason why it
-    did not finish."""
+    """Train a run on this GPU, or only read its result if it has ended already. Returns None, or
+    the reason why it did not finish."""
+    write_json(one.record, vars(one))
+    if not read_result(one):
+        remove_unusable(one)
+        error = launch(one, gpu, children)
+        if error:
+            return error
+    if not cfg.checkpoints:
+        for _, path in checkpoint.found(one.folder) + checkpoint.found(one.folder, "weights"):
+            path.unlink()
+    return None
+
+
+def launch(one: Run, gpu: str | None, children: list) -> str | None:
+    """Start train_gpt2.py and wait for it, with its output in <folder>.txt; read its result.
+    Returns None, or the reason why it did not finish."""
     env = dict(os.environ)
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
     place = [f"--log_dir={Path(one.folder).parent}", f"--run_name={one.name}"]
     command = [sys.executable, str(SCRIPT), *QUIET, *one.flags, f"--seed={one.seed}", *place]
-    write_json(one.record, vars(one))
     with open(one.console, "a") as file:
         # in its own session, so that signals only reach it through run_all
         child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT,
@@ -359,31 +388,48 @@ def train(one: Run, gpu: str | None, cfg: Config, children: list) -> str | None:
         return lines[-1] if lines else f"exit code {code}"
     if not read_result(one):
         return "stopped before its last step"
-    if not cfg.checkpoints:
-        for _, path in checkpoint.found(one.folder) + checkpoint.found(one.folder, "weights"):
-            path.unlink()
     return None
 
 
-def read_result(one: Run) -> bool:
-    """Fill in and save the results of a finished run. False if it stopped before its last step."""
+def remove_unusable(one: Run) -> None:
+    """Remove the folder of a run that was killed after its last step but before its result was
+    written: train_gpt2.py does not continue it. Raises BadInput if it is still in training."""
     folder = Path(one.folder)
-    config = read_json(folder / "config.json", "see its console")
-    scalars = read_scalars(folder)
-    last = config["max_steps"]
-    if last not in scalars.get("Loss/val", ()):
+    config = read_config(folder)
+    saved = [step for step, _ in checkpoint.found(folder)]
+    is_over = config.get("max_steps") in saved and "result" not in config
+    if folder.exists() and (is_over or not saved):
+        with locked(folder, "end that run first"):
+            shutil.rmtree(folder)
+
+
+def read_result(one: Run) -> bool:
+    """Fill in and save the results of a finished run. False if it did not finish."""
+    config = read_config(Path(one.folder))
+    result = config.get("result") or {}
+    if result.get("outcome") != "finished":
         return False
-    seconds = without_compilation([ms / 1e3 for ms in scalars["perf/step_ms"].values()])
-    second_half = seconds[len(seconds) // 2:]
-    one.parameters = config["parameters"]["total"]
-    one.loss = scalars["Loss/val"][last]
-    one.bpb = scalars.get("Loss/val_bpb", {}).get(last)
-    one.seconds = sum(seconds)
-    one.step_ms = 1e3 * statistics.median(second_half)
+    one.parameters = result["parameters"]
+    one.loss = math.nan if result["val_loss"] is None else result["val_loss"]
+    one.bpb = result["bits_per_byte"]
+    one.step_ms = result.get("step_ms")
+    one.memory_gb = result.get("memory_gb")
+    if result["tok_per_sec"]:  # of the last start
+        one.seconds = result["tokens"] / result["tok_per_sec"]
+    one.total_seconds = result["seconds"]
     one.commit = config["starts"][-1].get("commit")
     one.finished = True
     write_json(one.record, vars(one))
     return True
+
+
+def has_time(runs: list[Run], deadline: float) -> bool:
+    """Whether a run started now ends before the deadline, judged by the median of the finished
+    runs; true if there is none. deadline: of time.monotonic."""
+    took = [one.total_seconds for one in runs if one.finished and one.total_seconds]
+    if not took:
+        return time.monotonic() < deadline
+    return time.monotonic() + statistics.median(took) < deadline
 
 
 def time_left(ended: int, total: int, seconds: float) -> str:
@@ -415,14 +461,21 @@ def stages(runs: list[Run], cfg: Config, todo: list[Run]) -> Iterator[list[Run]]
     yield [one for one in todo if one not in first]
 
 
-def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processes) -> None:
-    """Train all unfinished runs, one at a time on each GPU. Raises BadInput if some fail."""
+def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processes,
+            save: Callable[[], typing.Any]) -> list[Run]:
+    """Train all unfinished runs, one at a time on each GPU. Returns those for which --max_hours
+    left no time. Raises BadInput if some fail.
+
+    save: called after each run.
+    """
+    deadline = startup.take_start() + 3600 * (cfg.max_hours or math.inf)
     free: queue.SimpleQueue = queue.SimpleQueue()
     for gpu in slots(devices):
         free.put(gpu)
     at_once = free.qsize()
     todo = [one for one in runs if not one.finished]
     ended: list[Run] = []
+    left_out: list[Run] = []
     failed: list[str] = []
     children: list[subprocess.Popen] = []
     started = time.monotonic()
@@ -430,13 +483,17 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
     def work(one):
         gpu = free.get()
         try:
+            if not has_time(runs, deadline):
+                left_out.append(one)
+                return
             error = train(one, gpu, cfg, children)
+            save()
         except (OSError, BadInput) as raised:
             error = str(raised)
         finally:
             free.put(gpu)
         ended.append(one)
-        result = error or f"val loss {one.loss:.4f}, {one.seconds:.1f} s of steps"
+        result = error or f"val loss {one.loss:.4f}, {with_spread([one.seconds])} s of steps"
         eta = time_left(len(ended), len(todo), time.monotonic() - started)
         print(f"{one.name}: {result}; {eta}", flush=True)
         if error:
@@ -463,6 +520,7 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} Fix it and run the "
                        "same command again, or leave that change out")
+    return left_out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -523,12 +581,21 @@ def dropped(runs: list[Run], cfg: Config) -> list[str]:
     return losers
 
 
-def with_spread(values: list[float]) -> str:
+def mean_difference(by_seed: Iterable[float]) -> float:
+    """The mean over the seeds; infinite if one is not a number."""
+    mean = statistics.mean(by_seed)
+    return math.inf if math.isnan(mean) else mean
+
+
+def with_spread(values: list[float | None]) -> str:
     """The mean of a figure over the seeds and, for several, half their range."""
-    mean = f"{statistics.mean(values):.1f}"
-    if len(values) == 1:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "n/a"
+    mean = f"{statistics.mean(known):.1f}"
+    if len(known) == 1:
         return mean
-    return f"{mean} ± {(max(values) - min(values)) / 2:.1f}"
+    return f"{mean} ± {(max(known) - min(known)) / 2:.1f}"
 
 
 def markdown(cells: list[str]) -> str:
@@ -536,7 +603,7 @@ def markdown(cells: list[str]) -> str:
 
 
 def table(runs: list[Run], cfg: Config) -> str:
-    """A Markdown table of all finished runs: the base, then changes from the most harmful on."""
+    """A Markdown table of all finished runs: the base, then changes from the best on."""
     worth = differences(runs)
     groups: dict[str, list[Run]] = {change: [] for change in worth}
     for one in runs:
@@ -544,12 +611,12 @@ def table(runs: list[Run], cfg: Config) -> str:
             groups[one.change].append(one)
     base = groups["base"]
     names = ["change", "parameters", "val loss, by seed", "bits per byte", "difference in loss",
-             "verdict", "ms per step", "seconds"]
+             "verdict", "ms per step", "memory, GB", "seconds", "from the command on"]
     if cfg.price_per_hour:
         names.append("dollars")
     lines = [markdown(names), f"|---|{'---:|' * (len(names) - 1)}"]
     changes = [change for change in groups if change != "base"]
-    changes.sort(key=lambda change: -statistics.mean(worth[change].values()))
+    changes.sort(key=lambda change: mean_difference(worth[change].values()))
     losers = dropped(runs, cfg)
     for change in ["base", *changes]:
         judged = ""
@@ -564,9 +631,7 @@ def table(runs: list[Run], cfg: Config) -> str:
     if len(losses) > 1:
         note = f"The base's seeds differ by {max(losses) - min(losses):.4f}. {RULE}"
     lines += ["", note]
-    lines.append("The base comes first, then the changes from the most harmful to the most "
-                 "helpful, by their mean over the seeds; seconds and ms per step are means over "
-                 "the seeds ± half their range.")
+    lines.append(COLUMNS)
     if losers:
         lines.append(f"Dropped changes were not run with all seeds: with seed {cfg.seeds[0]} their "
                      f"loss was more than {drop_limit(runs):.4f} above the base's, which the "
@@ -583,30 +648,39 @@ def row(group: list[Run], base: list[Run], judged: str, price: float | None) -> 
     loss_of_base = {one.seed: one.loss for one in base}
     losses = ", ".join(f"{one.seed}: {one.loss:.4f}" for one in group)
     ms = with_spread([one.step_ms for one in group])
+    step_ms = mean_of(group, "step_ms")
+    step_ms_of_base = mean_of(base, "step_ms")
     apart = ""
     if group is not base:
         apart = ", ".join(f"{one.loss - loss_of_base[one.seed]:+.4f}" for one in group)
-        ratio = mean_of(group, "step_ms") / mean_of(base, "step_ms")
-        ms += f" ({ratio - 1:+.1%})"
-    bits = "n/a"
-    if group[0].bpb is not None:
-        bits = f"{mean_of(group, 'bpb'):.4f}"
+        if step_ms and step_ms_of_base:
+            ms += f" ({step_ms / step_ms_of_base - 1:+.1%})"
     cells = [
         f"{group[0].parameters / 1e6:.1f}M",
         losses,
-        bits,
+        with_digits(mean_of(group, "bpb"), 4),
         apart,
         judged,
         ms,
+        with_digits(mean_of(group, "memory_gb"), 1),
         with_spread([one.seconds for one in group]),
+        with_spread([one.total_seconds for one in group]),
     ]
     if price:
-        cells.append(f"{mean_of(group, 'seconds') / 3600 * price:.4f}")
+        seconds = mean_of(group, "seconds")
+        dollars = None if seconds is None else seconds / 3600 * price
+        cells.append(with_digits(dollars, 4))
     return cells
 
 
-def mean_of(group: list[Run], name: str) -> float:
-    return statistics.mean(getattr(one, name) for one in group)
+def with_digits(value: float | None, digits: int) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def mean_of(group: list[Run], name: str) -> float | None:
+    """The mean of a field over the runs; None if it is unknown for one."""
+    values = [getattr(one, name) for one in group]
+    return None if None in values else statistics.mean(values)
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -618,7 +692,8 @@ def plot(runs: list[Run], path: Path) -> None:
 
     worth = {change: list(by_seed.values()) for change, by_seed in differences(runs).items()}
     del worth["base"]
-    order = sorted(worth, key=lambda change: statistics.mean(worth[change]))
+    # upwards: the best is on top, as in the table
+    order = sorted(worth, key=lambda change: mean_difference(worth[change]), reverse=True)
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(order)))
     means = [statistics.mean(worth[change]) for change in order]
     axes.barh(order, means, color="C0", alpha=0.4)
@@ -630,20 +705,28 @@ def plot(runs: list[Run], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def save_table(runs: list[Run], cfg: Config, argv: list[str]) -> str:
+    """Save a table of all finished runs -> the table, empty without a finished base."""
+    if not differences(runs):
+        return ""
+    text = table(runs, cfg)
+    command = shlex.join(["python", "ablate.py", *argv])
+    content = f"`{command}`\n\n{text}\n"
+    replace(Path(cfg.out, "ablation.md"), lambda file: file.write(content.encode()))
+    return text
 
 
 def report(runs: list[Run], cfg: Config, argv: list[str]) -> None:
-    """Print and save a table of all finished runs, and save the plot."""
-    if not differences(runs):
+    """Print and save the table, and save the plot."""
+    text = save_table(runs, cfg, argv)
+    if not text:
         return
-    text = table(runs, cfg)
-    path = Path(cfg.out, "ablation.md")
-    command = shlex.join(["python", "ablate.py", *argv])
-    content = f"`{command}`\n\n{text}\n"
-    replace(path, lambda file: file.write(content.encode()))
     print(f"\n{text}", flush=True)
     try:
-        plot(runs, path.with_suffix(".png"))
+        plot(runs, Path(cfg.out, "ablation.png"))
     except ImportError:
         print("no plot: for matplotlib, `pip install -r requirements-dev.txt`")
 
@@ -666,9 +749,14 @@ def main(argv: list[str]) -> None:
     make_folder(cfg.out, "name another --out")
     with locked(cfg.out, "end that ablate.py first, or name another --out"):
         try:
-            run_all(runs, devices, cfg, processes)
+            left_out = run_all(runs, devices, cfg, processes,
+                               save=lambda: save_table(runs, cfg, argv))
         finally:
             report(runs, cfg, argv)
+    if left_out:
+        names = ", ".join(one.name for one in left_out)
+        print(f"--max_hours {cfg.max_hours:g} left no time for {len(left_out)} of {len(runs)} "
+              f"runs: {names}. Run the same command again to continue")
 
 
 if __name__ == "__main__":

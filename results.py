@@ -72,6 +72,8 @@ class Result:
     seconds: float | None
     dollars: float | None
     tok_per_sec: float | None  # in training steps, on all processes
+    step_ms: float | None      # median of the second half of the last start's steps
+    memory_gb: float | None    # peak on the GPU
     epochs: float | None       # over the source that is repeated most
     val_loss: float | None
     bits_per_byte: float | None
@@ -132,6 +134,8 @@ def read_result(folder: Path, log_dir: str) -> Result:
         seconds=ended.get("seconds"),
         dollars=ended.get("dollars"),
         tok_per_sec=ended.get("tok_per_sec"),
+        step_ms=ended.get("step_ms"),
+        memory_gb=ended.get("memory_gb"),
         epochs=ended.get("epochs"),
         val_loss=ended.get("val_loss"),
         bits_per_byte=ended.get("bits_per_byte"),

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -88,7 +89,8 @@ class RunFolder:
         self.open_locks = contextlib.ExitStack()
         self.config: dict[str, Any] = {}
         self.step: int | None = None  # of the next update
-        self.seconds = 0.0  # time of training steps since this start
+        self.step_seconds: list[float] = []  # of each training step since this start
+        self.memory_gb: float | None = None  # peak on the GPU
         self.results: dict[str, Any] = {}  # latest result of each evaluation, by tag
         # step of the newest checkpoint that is written or being written
         self.saved: int | None = None
@@ -219,7 +221,8 @@ class RunFolder:
         self.log.say(line)
 
     def log_step(self, step: int, scalars: dict[str, Any], seconds: float) -> None:
-        self.seconds += seconds
+        self.step_seconds.append(seconds)
+        self.memory_gb = scalars.get("perf/memory_gb")
         self.step = step + 1
         self.log.log_step(step, scalars | {"perf/dollars": self.spending.dollars}, seconds)
         if step + 1 - self.first == PREDICTED:
@@ -370,7 +373,7 @@ class RunFolder:
         self.say(summary.what_next(path, can_chat, train["sample_prompt"]))
 
     def _say_results(self, step: int) -> None:
-        cost = (self.seconds, self.tokens_of(step) - self.tokens_of(self.first))
+        cost = (sum(self.step_seconds), self.tokens_of(step) - self.tokens_of(self.first))
         with contextlib.suppress(BadInput, ValueError):  # log.txt is missing or damaged
             losses = (self.recorded("train"), self.recorded("val"))
             self.say(summary.summarize(self.folder, (self.first, step), self.results, losses, cost))
@@ -410,6 +413,9 @@ class RunFolder:
                  if tag.startswith("eval/")}
         tokens = self.tokens_of(self.step)
         trained = tokens - self.tokens_of(self.first)  # since this start
+        seconds = sum(self.step_seconds)
+        second_half = self.step_seconds[len(self.step_seconds) // 2:]
+        memory = self.memory_gb
         steps = values["steps"]
         self.config["result"] = {
             "outcome": self.outcome,
@@ -420,7 +426,9 @@ class RunFolder:
             "epochs": round(self.epochs_of(tokens)[0], 4),
             "seconds": round(3600 * self.spending.hours, 1),
             "dollars": values["dollars"],
-            "tok_per_sec": round(trained / self.seconds) if self.seconds else None,
+            "tok_per_sec": round(trained / seconds) if seconds else None,
+            "step_ms": round(1e3 * statistics.median(second_half), 3) if second_half else None,
+            "memory_gb": None if memory is None else round(memory, 3),
             "val_loss": numbers.get("Loss/val"),
             "bits_per_byte": numbers.get("Loss/val_bpb"),
             "evals": evals,

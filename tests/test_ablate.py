@@ -1,14 +1,18 @@
 """ablate.py, launched at a tiny size: python -m pytest tests/test_ablate.py"""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import forks
@@ -17,7 +21,7 @@ import pytest
 import scipy.stats
 import torch
 from helpers import ROOT, TINY_FLAGS, read_log
-from runs import LONG, contents, logged, train, wait_for
+from runs import LONG, contents, linux, logged, train, wait_for
 
 import ablate
 import train_gpt2
@@ -48,6 +52,10 @@ def forked_runs(monkeypatch):
 def times(out):
     """When the files of all runs were last written."""
     return {path: path.stat().st_mtime_ns for path in (*out.glob("*/*"), *out.glob("*.json"))}
+
+
+def result_of(folder):
+    return json.loads((folder / "config.json").read_text())["result"]
 
 
 def table_in(printed):
@@ -84,14 +92,22 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
             assert cells["verdict"] == ablate.verdict(expected)
         seconds, spread = map(float, cells["seconds"].split(" ± "))
         assert float(cells["dollars"]) == pytest.approx(10 * seconds, abs=0.51)
+        results = [result_of(out / f"{name}_seed{seed}") for seed in (1, 2)]
+        whole = statistics.mean(result["seconds"] for result in results)
+        assert float(cells["from the command on"].split(" ± ")[0]) == pytest.approx(whole, abs=0.06)
+        assert float(cells["ms per step"].split(" ± ")[0]) == pytest.approx(
+            statistics.mean(result["step_ms"] for result in results), abs=0.06)
+        assert cells["memory, GB"] == "n/a"  # of a GPU only
         records = [json.loads((out / f"{name}_seed{seed}.json").read_text()) for seed in (1, 2)]
         half_range = abs(records[0]["seconds"] - records[1]["seconds"]) / 2
         assert spread == pytest.approx(half_range, abs=0.051)
         assert re.match(r"\d+\.\d ± \d+\.\d", cells["ms per step"])
-    # the most harmful change first
-    changed = sorted(("no-bias", "wide"), key=lambda name: -sum(losses[name]))
+    # the best change first
+    changed = sorted(("no-bias", "wide"), key=lambda name: sum(losses[name]))
     assert list(table) == ["change", "base", *changed]
     ends = [line for line in printed.splitlines() if "_seed" in line]
+    order = [line.partition(":")[0] for line in ends]
+    assert order == [f"{name}_seed{seed}" for seed in (1, 2) for name in losses]
     for left, line in zip((5, 4, 3, 2, 1), ends):
         assert re.search(rf"; {left} to go, ETA \d:\d\d:\d\d$", line)
     assert ends[5].endswith("; the last one")
@@ -344,6 +360,153 @@ def test_a_stopped_command_continues_and_ends_as_an_uninterrupted_one(data, tmp_
     expected = read_log(tmp_path / "whole")
     assert rows(tmp_path / "out")["base"][1] == f"7: {expected[250, 'val']:.4f}"
     assert train_losses(tmp_path / "out" / "base_seed7") == train_losses(tmp_path / "whole")
+
+
+@pytest.fixture
+def two_runs(forked_runs, data, tmp_path):
+    """(flags of ablate.py, its finished folder with a base and one change)."""
+    (tmp_path / "changes.txt").write_text("--no-bias")
+    out = tmp_path / "out"
+    words = ["--changes", str(tmp_path / "changes.txt"), "--out", str(out), "--seeds", "1",
+             "--checkpoints", "--", *TINY_FLAGS, "--data", str(data)]
+    ablate.main(words)
+    return words, out
+
+
+def started(monkeypatch):
+    """The names of the runs that ablate.py starts from now on."""
+    names = []
+    launch = ablate.launch
+
+    def noted(one, gpu, children):
+        names.append(one.name)
+        return launch(one, gpu, children)
+
+    monkeypatch.setattr(ablate, "launch", noted)
+    return names
+
+
+def unfinish(out, name):
+    """The record of a run as it is while the run is in training."""
+    path = out / f"{name}.json"
+    record = json.loads(path.read_text())
+    one = ablate.Run(record["change"], record["seed"], record["flags"], record["folder"])
+    path.write_text(json.dumps(vars(one)))
+
+
+def test_the_records_alone_continue_on_another_machine(two_runs, monkeypatch):
+    words, out = two_runs
+    before = (out / "ablation.md").read_text()
+    for folder in out.glob("*/"):
+        shutil.rmtree(folder)
+    names = started(monkeypatch)
+    ablate.main(words)
+    assert names == []
+    assert (out / "ablation.md").read_text() == before
+    (out / "no-bias_seed1.json").unlink()
+    ablate.main(words)
+    assert names == ["no-bias_seed1"]
+
+
+@pytest.mark.parametrize("killed, again", [
+    ("before ablate.py read its result", []),
+    ("before its result", ["base_seed1"]),
+    ("before its last checkpoint", ["base_seed1"]),
+])
+def test_a_run_killed_near_its_end_is_completed(killed, again, two_runs, monkeypatch):
+    words, out = two_runs
+    folder = out / "base_seed1"
+    before = rows(out)["base"][1]
+    unfinish(out, "base_seed1")
+    if killed != "before ablate.py read its result":
+        config = json.loads((folder / "config.json").read_text())
+        del config["result"]
+        (folder / "config.json").write_text(json.dumps(config))
+    if killed == "before its last checkpoint":
+        for path in folder.glob("*.pt"):
+            path.unlink()
+    names = started(monkeypatch)
+    ablate.main(words)
+    assert names == again
+    assert rows(out)["base"][1] == before
+
+
+@linux
+def test_a_killed_command_keeps_its_table_and_continues(data, tmp_path, request, monkeypatch):
+    (tmp_path / "changes.txt").write_text("--no-bias")
+    out = tmp_path / "out"
+    words = ["--changes", str(tmp_path / "changes.txt"), "--out", str(out), "--seeds", "7", "--",
+             *TINY_FLAGS, *LONG, "--eval_every", "1000000", "--data", str(data)]
+    with subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        wait_for(lambda: logged(out / "no-bias_seed7") > 10, process)
+        process.kill()
+    kill_training(out / "no-bias_seed7")
+    assert [*rows(out)] == ["change", "base"]
+    request.getfixturevalue("forked_runs")
+    names = started(monkeypatch)
+    ablate.main(words)
+    assert names == ["no-bias_seed7"]
+    assert [*rows(out)] == ["change", "base", "no-bias"]
+
+
+def kill_training(folder):
+    """Kill the train_gpt2.py of a run folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_text().split("\0")
+            if f"--run_name={folder.name}" in words and f"--log_dir={folder.parent}" in words:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def test_max_hours_starts_no_run_that_would_end_too_late(two_runs, monkeypatch, capsys):
+    words, out = two_runs
+    (out / "no-bias_seed1.json").unlink()
+    shutil.rmtree(out / "no-bias_seed1")
+    record = json.loads((out / "base_seed1.json").read_text())
+    (out / "base_seed1.json").write_text(json.dumps(record | {"total_seconds": 7200}))
+    names = started(monkeypatch)
+    ablate.main(["--max_hours", "1.9", *words])
+    assert names == []
+    printed = capsys.readouterr().out
+    assert "--max_hours 1.9 left no time for 1 of 2 runs: no-bias_seed1." in printed
+    assert [*rows(out)] == ["change", "base"]
+    ablate.main(["--max_hours", "2.1", *words])
+    assert names == ["no-bias_seed1"]
+
+
+LISTS = {
+    "gpt2": "--preset gpt2 --total_batch_size 131072 --epochs 1",
+    "modern": "--preset modern --total_batch_size 131072 --epochs 1",
+    "speedrun": "--preset speedrun --n_layer 12 --n_head 6 --n_embd 768 --epochs 1",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_line_of_the_lists_in_benchmarks_is_accepted(name, data, tmp_path):
+    (tmp_path / "data").mkdir()
+    for path in data.glob("*"):
+        shutil.copy(path, tmp_path / "data")
+    tokens = np.zeros(20_000_000, dtype=np.uint16)  # enough for steps of 524,288
+    np.save(tmp_path / "data" / "toy_train_000009.npy", tokens)
+    base = [*LISTS[name].split(), "--data", str(tmp_path / "data")]
+    changes = ablate.read_changes(str(ROOT / "benchmarks" / "improvements" / f"{name}.txt"))
+    for words in changes.values():
+        ablate.check_flags(base, words)
+        assert not ablate.is_base(base, words)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_lists_run_at_a_tiny_size(name, forked_runs, data, tmp_path):
+    lines = (ROOT / "benchmarks" / "improvements" / f"{name}.txt").read_text().splitlines()
+    first = [line for line in lines if line.partition("#")[0].strip()][:2]
+    (tmp_path / "changes.txt").write_text("\n".join(first))
+    small = ["--n_head", "2", "--n_embd", "32", "--n_layer", "2", "--block_size", "32",
+             "--total_batch_size", "256", "--val_tokens", "330", "--max_steps", "4",
+             "--device", "cpu", "--data", str(data)]
+    ablate.main(["--changes", str(tmp_path / "changes.txt"), "--seeds", "1",
+                 "--out", str(tmp_path / "out"), "--", "--preset", name, *small])
+    assert len(rows(tmp_path / "out")) == 4
 
 
 def train_losses(folder):

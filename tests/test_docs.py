@@ -172,6 +172,9 @@ COMMANDS = {
     "--minutes 2": PARSED,
     'python ablate.py --grid "max_lr .02 .03 .04" --grid "cooldown .4 .7" -- --preset speedrun '
     "--data mine --n_layer 8 --max_steps 280": PARSED,
+    "python ablate.py --changes mine.txt -- --preset gpt2 --data mine --epochs 0.5": PARSED,
+    "python ablate.py --changes winners.txt --out log/seconds -- --preset gpt2 --data mine "
+    "--minutes 1": PARSED,
 }
 # pages with Python code, which other tests run
 PYTHON = {"data.md", "export.md", "post-training-and-chat.md", "streams.md"}
@@ -432,7 +435,7 @@ def flags_of(script: str, words: list[str]) -> set[str]:
 
 def test_links_lead_somewhere():
     pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "lib" / "README.md",
-             *(ROOT / "benchmarks").glob("*.md")]
+             *(ROOT / "benchmarks").glob("**/*.md")]
     for page in pages:
         text = page.read_text()
         links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[\w+\]: (\S+)", text, re.M)

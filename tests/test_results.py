@@ -67,6 +67,10 @@ def test_a_result_is_that_of_the_logs(runs, capsys):
         bits = dict(events(runs / name)["Loss/val_bpb"])
         assert run["bits_per_byte"] == pytest.approx(bits[last], abs=1e-6)
         assert run["tokens"] == last * 256
+        milliseconds = [ms for _, ms in events(runs / name)["perf/step_ms"]]
+        second_half = milliseconds[len(milliseconds) // 2:]
+        assert run["step_ms"] == pytest.approx(statistics.median(second_half), rel=1e-3)
+        assert run["memory_gb"] is None  # of a GPU only
     priced = found["wide"]
     assert priced["dollars"] == pytest.approx(priced["seconds"] / 3600 * 2, abs=1e-4)
     assert found["ablation/base_seed1"]["dollars"] is None
