@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -332,8 +333,9 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="nee
     ("| true", "")], ids=["full", "closed"])
 def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(
         to, says, source, tmp_path):
-    words = f"{sys.executable} {ROOT / 'fineweb.py'} --source {source} --out out {to}"
-    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True,
+    words = [sys.executable, ROOT / "fineweb.py", "--source", source, "--out", "out"]
+    command = f"{shlex.join(map(str, words))} {to}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False)
     assert done.stderr == says
 
