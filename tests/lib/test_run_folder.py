@@ -434,7 +434,7 @@ def test_a_step_is_saved_once(data, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_when(patch, lambda: logged(folder) >= 16)  # in step 15
         train(data, folder, "--keep_best")
-    saved = re.findall(r"saved \S+ckpt_(\d+).pt", capsys.readouterr().out)
+    saved = re.findall(r"saved .+ckpt_(\d+).pt", capsys.readouterr().out)
     assert saved == ["00008", "00016"]
     assert steps_saved(folder) == [8, 16]
     with_losses(monkeypatch, [4.0, 5.0])
