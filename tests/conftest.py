@@ -30,6 +30,8 @@ def pytest_configure(config):
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_MODULES_CACHE"] = str(ROOT / ".pytest_cache" / "hf_modules")
     os.environ |= ONE_THREAD | QUIET
+    for name in ("no_proxy", "NO_PROXY"):  # tests serve on this machine
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
     torch.set_num_threads(1)
     # in the background, SIGINT is ignored: scripts that tests send Ctrl-C would inherit that
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
