@@ -24,7 +24,7 @@ import numpy as np
 
 from lib import cli, hub
 from lib.cli import BadInput, flag
-from lib.files import HIDDEN, find_files, json_rows, left_out, naming, open_file
+from lib.files import HIDDEN, find_files, is_utf16, json_rows, left_out, naming, open_file
 
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "txt"}  # -> READERS
 PACKED = (".gz", ".zst")     # may follow any of these but .parquet
@@ -488,7 +488,7 @@ def check_part(part: str, column: str) -> None:
         else:
             with contextlib.closing(read_txt(part, column, None)) as pieces:
                 [start], _ = next(pieces)
-            if start.count("\0") > len(start) // 4:  # valid UTF-8, too
+            if is_utf16(start):
                 raise UnicodeError("it is UTF-16 or UTF-32, or not text")
 
 
