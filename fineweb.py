@@ -254,9 +254,9 @@ def check_pretokenized(cfg: Config, explicit: set[str], dataset: str) -> None:
 
 
 def check_folder(cfg: Config, out: Path) -> None:
-    for source in cfg.source:
-        folder = Path(source).resolve()
-        if os.path.isdir(source) and folder in (out.resolve(), *out.resolve().parents):
+    place = Path(os.path.realpath(out))  # Path.resolve raises for a link to itself
+    for source in filter(os.path.isdir, cfg.source):
+        if Path(source).resolve() in (place, *place.parents):
             raise BadInput(f"--out {out} is in the folder {source} of --source: "
                            "give another --out")
 

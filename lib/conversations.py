@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from lib.chat_template import END, check_messages, render
 from lib.cli import BadInput
-from lib.files import find_files, json_rows, open_file, read_text
+from lib.files import find_files, is_utf16, json_rows, open_file, read_text
 from lib.tokenizers import Tokenizer
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".txt")
@@ -336,7 +336,10 @@ def _rows(path) -> Iterator[tuple[str, object]]:
     """The rows of a file: (its place as text, the row or a ValueError) each."""
     remedy = "fix it, or name another file"
     if is_text_file(path):
-        yield "its text", {"text": read_text(path, remedy, limit=2**33).removeprefix("\ufeff")}
+        text = read_text(path, remedy, limit=2**33)
+        if is_utf16(text):
+            raise BadInput(f"{path} is UTF-16 or UTF-32: {remedy}")
+        yield "its text", {"text": text.removeprefix("\ufeff")}
         return
     if ending_of(path) == ".parquet":
         for number, row in enumerate(_parquet(path, remedy), 1):

@@ -76,6 +76,11 @@ def read_text(path: str | Path, remedy: str, limit: int = TEXT_LIMIT) -> str:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): {remedy}") from error
 
 
+def is_utf16(text: str) -> bool:
+    """Whether UTF-16 or UTF-32 without a byte order mark was decoded as UTF-8."""
+    return text.count("\0") > len(text) // 4
+
+
 def read_json(path: str | Path, remedy: str) -> Any:
     """The value in a JSON file. Raises BadInput if it cannot be read or is not JSON."""
     try:

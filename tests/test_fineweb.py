@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -332,8 +333,9 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="nee
     ("| true", "")], ids=["full", "closed"])
 def test_an_output_that_cannot_be_written_is_not_called_the_folders_disk(
         to, says, source, tmp_path):
-    words = f"{sys.executable} {ROOT / 'fineweb.py'} --source {source} --out out {to}"
-    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True,
+    words = [sys.executable, ROOT / "fineweb.py", "--source", source, "--out", "out"]
+    command = f"{shlex.join(map(str, words))} {to}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False)
     assert done.stderr == says
 
@@ -422,6 +424,13 @@ def fails(tmp_path, monkeypatch, capfd):
     return run
 
 
+def test_a_link_to_itself_is_one_line(source, tmp_path, fails):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert "cannot tell what" in fails("--source", loop, "--out", "out")
+    assert f"cannot read {loop} (" in fails("--source", source, "--out", loop)
+
+
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "jsonl.gz", "json"])
 def test_a_missing_column_lists_the_existing_ones(form, tmp_path, fails):
     source = write_source(tmp_path / "in", form, column="content")
@@ -449,6 +458,8 @@ DAMAGED = {
     "torn.parquet": b"PAR1 torn",
     "inside.parquet": PARQUET[:2000] + bytes(4000) + PARQUET[6000:],
     "wrong.txt": b"caf\xe9 latin-1",
+    "utf16.txt": "words of Windows".encode("utf-16"),
+    "without_mark.txt": "words of Windows".encode("utf-16-le"),
     "short.txt.gz": gzip.compress(b"words " * 999)[:-9],
 }
 LATE = ("torn.jsonl", "short.jsonl.gz", "inside.parquet")  # the beginning of the file is whole
@@ -460,7 +471,8 @@ def test_a_damaged_file_is_named_and_what_is_written_stays(name, source, tmp_pat
     (tmp_path / name).write_bytes(DAMAGED[name])
     flags = ["--source", source, tmp_path / name, "--out", "out", "--shard_size", 300]
     line = fails(*flags)
-    assert f"cannot read {tmp_path / name} (" in line and "repair it or leave it out" in line
+    remedy = "convert it to UTF-8" if name.endswith(".txt") else "repair it"
+    assert f"cannot read {tmp_path / name} (" in line and f"{remedy} or leave it out" in line
     if name not in LATE:  # found before the first token
         assert not (tmp_path / "out").exists()
         return

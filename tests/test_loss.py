@@ -3,6 +3,7 @@ python -m pytest tests/test_loss.py"""
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -176,8 +177,9 @@ def test_each_model_on_each_text_with_its_own_tokenizer(checkpoint, notes, tmp_p
     assert first["tokens"] < second["tokens"]
     assert (first["context"], second["context"]) == (WINDOW, 48)
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.split()[:4] == [str(other), "48", str(words[1]), str(rows[-1]["tokens"])]
-    assert float(last.split()[4]) == pytest.approx(rows[-1]["nats_per_token"], abs=1e-4)
+    shown = re.split(r"  +", last)
+    assert shown[:4] == [str(other), "48", str(words[1]), str(rows[-1]["tokens"])]
+    assert float(shown[4]) == pytest.approx(rows[-1]["nats_per_token"], abs=1e-4)
 
 
 def test_a_longer_context(tokenizer, notes, tmp_path):

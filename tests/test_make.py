@@ -5,6 +5,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_a_machine_s_torch_is_kept(version, kept, tmp_path):
     makefile = (ROOT / "Makefile").read_text()
     script = re.search(r"define FIND_TORCH\n(.*?)\nendef", makefile, re.DOTALL)
     python = tmp_path / "python"  # of the new venv; prints the folder of its packages
-    python.write_text(f"#!/bin/sh\necho {tmp_path}\n")
+    python.write_text(f"#!/bin/sh\necho {shlex.quote(str(tmp_path))}\n")
     python.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", script[1].replace("\\", ""), python],
                           capture_output=True, text=True, check=True, cwd=tmp_path)

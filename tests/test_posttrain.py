@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import re
+import shlex
 import shutil
 import weakref
 from dataclasses import replace
@@ -455,7 +456,7 @@ def test_the_best_checkpoint_stays_and_is_named(base, tmp_path, log, capsys):
     path = folder / f"ckpt_{best:05d}.pt"
     out = capsys.readouterr().out
     assert f"best    validation loss {losses[best]:.4f}, at step {best}: {path}" in out
-    assert f"chat.py --checkpoint {path}" in out
+    assert f"chat.py --checkpoint {shlex.quote(str(path))}" in out
 
     model, tokenizer, _ = load_checkpoint(path)
     examples, _ = read(str(val))
@@ -502,7 +503,7 @@ def test_patience_stops_a_run_and_keeps_its_best_checkpoint(overfit, log, capsys
     path = log / "early" / f"ckpt_{best:05d}.pt"
     assert "patience: the last 3 validations were not below " in printed
     assert f"{losses[best]:.4f} of step {best}; a higher --patience continues" in printed
-    assert f"chat.py --checkpoint {path}" in printed
+    assert f"chat.py --checkpoint {shlex.quote(str(path))}" in printed
     assert steps_saved(log / "early") == [best, end]
     assert lines(log / "early") == [line for line in lines(log / "whole")
                                     if int(line.split()[0]) < end or line.startswith(f"{end} val")]

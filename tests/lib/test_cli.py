@@ -5,6 +5,7 @@ import getpass
 import json
 import os
 import pwd
+import shlex
 import signal
 import subprocess
 import sys
@@ -433,7 +434,7 @@ def script(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
     return lambda words="", seconds=600, **env: subprocess.run(
-        f"exec {sys.executable} script.py {words}",
+        f"exec {shlex.quote(sys.executable)} script.py {words}",
         shell=True,
         cwd=tmp_path,
         capture_output=True,

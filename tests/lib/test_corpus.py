@@ -126,7 +126,7 @@ def others(folders, tokenizer, tmp_path):
 def test_folders_that_cannot_be_mixed_are_refused(data, curriculum, steps, says, others):
     if curriculum:
         curriculum = curriculum.format(**others)
-    words = data.format(**others).split()
+    words = [word.format(**others) for word in data.split()]
     with pytest.raises(BadInput, match=says):
         corpus_of(*words, curriculum=curriculum, curriculum_steps=steps)
 

@@ -296,6 +296,7 @@ with devices.Processes("cpu") as processes:
     if processes.main:
         time.sleep(3)
     assert processes.barrier(b"met" if processes.main else b"not this") == b"met"
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=600), dist.group.WORLD)
     model = torch.nn.Linear(1, 1, bias=False)
     ddp = devices.parallel(model, processes)
     grads = []

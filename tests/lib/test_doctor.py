@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT
-from runs import run_script
 
 import train_gpt2
 from lib import doctor
@@ -57,6 +56,13 @@ def disk_with(monkeypatch, free, total=0):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
 
 
+@pytest.fixture
+def healthy(monkeypatch):
+    """This machine has a large disk, and its name an address."""
+    disk_with(monkeypatch, free=10**11, total=10**11)  # without data, 20 GB are to come
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+
+
 # --------------------------------------------------------------------------------------------------
 # The whole page
 
@@ -71,28 +77,33 @@ def lines_of(page):
     return found
 
 
+def page_of(capsys, *flags):
+    """--doctor -> (exit code, the page)."""
+    with pytest.raises(SystemExit) as done:
+        train_gpt2.main(["--doctor", *SMALL, *flags])
+    return done.value.code, capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_a_machine_that_is_ready(data, tmp_path):
-    done = run_script("train_gpt2.py", "--doctor", *SMALL, "--data", data, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    page = lines_of(done.stdout)
+def test_a_machine_that_is_ready(data, tmp_path, healthy, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out = page_of(capsys, "--data", str(data))
+    assert code == 0, out
+    page = lines_of(out)
     assert list(page) == [name for name, _ in doctor.CHECKS]
     assert {mark for mark, _ in page.values()} == {"ok"}
     assert page["data"][1].startswith("4,708 tokens in 3 shards, read at ")
     assert page["links"][1].startswith("gloo works")
     assert page["steps"][1].startswith("10 of 256 tokens take ")
     assert "this run: " in page["cost"][1] and "$" in page["cost"][1]
-    assert done.stdout.endswith("\nready to train\n")
+    assert out.endswith("\nready to train\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_machine_without_data_times_random_tokens(tmp_path, monkeypatch, capsys):
-    disk_with(monkeypatch, free=10**11)  # the data to come takes 20 GB
+def test_a_machine_without_data_times_random_tokens(tmp_path, healthy, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as done:
-        train_gpt2.main(["--doctor", *SMALL, "--data", "nowhere"])
-    out = capsys.readouterr().out
-    assert done.value.code == 1, out
+    code, out = page_of(capsys, "--data", "nowhere")
+    assert code == 1, out
     page = lines_of(out)
     assert [name for name, (mark, _) in page.items() if mark == "FIX"] == ["data"]
     assert "\n                -> " in out
@@ -195,7 +206,7 @@ def test_a_compiler_is_needed_on_a_gpu_only(machine, monkeypatch):
     assert "no Triton, no C compiler" in check.text and "--no-compile" in check.remedy
 
 
-def test_ports(machine, monkeypatch):
+def test_ports(machine, healthy, monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

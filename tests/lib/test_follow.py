@@ -3,6 +3,7 @@ Run: python -m pytest tests/lib/test_follow.py"""
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -251,7 +252,7 @@ def test_a_dead_writer_is_one_line_that_says_how_to_go_on(finished, tmp_path, mo
     monkeypatch.setattr(follow, "SILENCE", -1)
     error = stream.wait(5000, never, print)
     assert "--finish to train on the 2 shards" in str(error)
-    assert f"--max_tokens 14000 --out {growing.folder}`" in str(error)
+    assert f"--max_tokens 14000 --out {shlex.quote(str(growing.folder))}`" in str(error)
 
 
 def test_a_heartbeat_is_a_sign_of_life(tmp_path, monkeypatch):

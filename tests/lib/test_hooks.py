@@ -39,6 +39,11 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
+def quoted(path):
+    """A path as a word of a shell."""
+    return shlex.quote(str(path))
+
+
 def count(path):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -66,7 +71,7 @@ def test_commands_do_not_take_themselves_for_processes_of_torchrun(monkeypatch, 
 
 def test_there_is_one_copy_at_a_time_and_the_last_state_is_copied(tmp_path, lines):
     wait = "echo start >> log; while [ ! -e go ]; do sleep 0.01; done; echo end >> log"
-    sync = Sync(f"cd {tmp_path}; {wait}", tmp_path, lines.append)
+    sync = Sync(f"cd {quoted(tmp_path)}; {wait}", tmp_path, lines.append)
     log = tmp_path / "log"
     sync.request()
     wait_until(lambda: count(log) == 1)
@@ -81,7 +86,8 @@ def test_there_is_one_copy_at_a_time_and_the_last_state_is_copied(tmp_path, line
 
 
 def test_a_failed_copy_is_reported_and_tried_again(tmp_path, lines, impatient):
-    command = f"echo details; test -e {tmp_path}/up || exit 3 # {SECRET}"
+    up = quoted(tmp_path / "up")
+    command = f"echo details; test -e {up} || exit 3 # {SECRET}"
     sync = Sync(command, tmp_path, lines.append)
     sync.request()
     wait_until(lambda: len(lines) >= 2)
@@ -104,7 +110,8 @@ def test_the_last_copy_is_tried_a_few_times(tmp_path, lines, impatient):
 
 def test_a_run_does_not_wait_for_ever(tmp_path, lines, monkeypatch):
     monkeypatch.setattr(hooks, "PATIENCE", 0.01)
-    sync = Sync(f"while [ ! -e {tmp_path}/go ]; do sleep 0.01; done", tmp_path, lines.append)
+    go = quoted(tmp_path / "go")
+    sync = Sync(f"while [ ! -e {go} ]; do sleep 0.01; done", tmp_path, lines.append)
     sync.close()
     assert "at most 0.01 s" in lines[0]
     assert "it continues without this process" in lines[1]
@@ -138,14 +145,14 @@ def test_a_killed_run_ends_too(tmp_path):
 def test_a_run_that_torchrun_restarts_has_not_ended(outcome, restarts, ends, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
-    end = OnEnd(f"touch {tmp_path}/ended", tmp_path)
+    end = OnEnd(f"touch {quoted(tmp_path / 'ended')}", tmp_path)
     end.tell(outcome, {})
     assert end.finish() is None
     assert (tmp_path / "ended").exists() == ends
 
 
 def test_values_may_contain_anything(tmp_path):
-    end = OnEnd(f'printf "%s" "$RUN_ERROR" > {tmp_path}/error', tmp_path)
+    end = OnEnd(f'printf "%s" "$RUN_ERROR" > {quoted(tmp_path / "error")}', tmp_path)
     end.tell("failed", {"error": "it's $HOME;\nend\n`date`"})
     assert end.finish() is None
     assert (tmp_path / "error").read_text() == "it's $HOME; end `date`"
@@ -159,12 +166,14 @@ def test_a_command_that_fails_is_reported(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="no flock")
 def test_a_machine_is_not_stopped_during_a_copy(tmp_path, lines, monkeypatch):
-    wait = f"echo copying > {tmp_path}/log; while [ ! -e {tmp_path}/go ]; do sleep 0.01; done"
+    log = quoted(tmp_path / "log")
+    go = quoted(tmp_path / "go")
+    wait = f"echo copying > {log}; while [ ! -e {go} ]; do sleep 0.01; done"
     sync = Sync(wait, tmp_path, lines.append)
     sync.request()
     wait_until(lambda: count(tmp_path / "log"))
     monkeypatch.setattr(hooks, "END_PATIENCE", 0.1)
-    end = OnEnd(f"echo stop >> {tmp_path}/log", tmp_path)
+    end = OnEnd(f"echo stop >> {log}", tmp_path)
     end.tell("stopped", {})
     assert "still running" in end.finish()
     assert (tmp_path / "log").read_text() == "copying\n"
@@ -180,9 +189,9 @@ def test_a_machine_is_not_stopped_during_a_copy(tmp_path, lines, monkeypatch):
 def test_a_fresh_machine_continues_from_the_copy(whole, data, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "log" / "a"
     place = tmp_path / "elsewhere"
-    copy = COPY.format(place=place)
+    copy = COPY.format(place=quoted(place))
     ended = tmp_path / "ended"
-    flags = ["--sync", copy, "--on_end", END.format(path=ended)]
+    flags = ["--sync", copy, "--on_end", END.format(path=quoted(ended))]
     stop_when(monkeypatch, lambda: logged(folder) >= 120)
     train(data, folder, *LONG, *flags)
     monkeypatch.undo()
@@ -220,7 +229,7 @@ def test_other_commands_are_named_but_not_shown(data, tmp_path, capsys):
 
 def test_how_a_run_ends(data, tmp_path):
     ended = tmp_path / "ended"
-    end = ["--on_end", END.format(path=ended)]
+    end = ["--on_end", END.format(path=quoted(ended))]
     train(data, tmp_path / "limit", *end, "--max_hours", 1e-9, "--eval_every", 0)
     with pytest.raises(BadInput, match="non-finite"):
         train(data, tmp_path / "skips", *end, "--max_lr", 1e6, "--save_every", 0)

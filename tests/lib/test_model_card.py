@@ -1,6 +1,7 @@
 """lib/model_card.py: python -m pytest tests/lib/test_model_card.py"""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -79,7 +80,8 @@ def test_the_card_of_a_gguf_file(tokenizer):
 def test_the_code_of_a_card_runs(tokenizer, tmp_path, capsys):
     tiny_checkpoint(tmp_path / "ckpt_00001.pt", tokenizer, **SPEEDRUN | dict(block_size=128))
     export_hf.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().out.endswith(f"upload it: hf upload out {tmp_path / 'out'}\n")
+    out = shlex.quote(str(tmp_path / "out"))
+    assert capsys.readouterr().out.endswith(f"upload it: hf upload out {out}\n")
     card = (tmp_path / "out" / "README.md").read_text()
     first = code_of(card)[0]
     exec(first.replace("FOLDER", str(tmp_path / "out")), {})

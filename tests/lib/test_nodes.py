@@ -61,7 +61,7 @@ def text(pair):
     return "".join(f"--- {node.address}\n{node.text()}" for node in pair)
 
 
-def finish(pair, agents, timeout=200):
+def finish(pair, agents, timeout=600):
     for agent in agents:
         agent.wait(timeout)
     assert [agent.returncode for agent in agents] == [0, 0], text(pair)

@@ -275,7 +275,7 @@ def test_a_whole_folder_is_accepted(made):
 
 @pytest.mark.parametrize("changes, says", [
     (dict(complete=False, resume={"source": None, "drop": 0}),
-     "is not finished: run `python fineweb.py --source .*a.jsonl --shard_size 200 --out .*/out`"),
+     "is not finished: run `python fineweb.py --source .*a.jsonl.? --shard_size 200 --out .*`"),
     (dict(dtype="uint32"), "says uint32"),
     (dict(vocab_size=512), "says vocab_size 512"),
     (dict(eot=7), "says eot 7,"),

@@ -179,8 +179,8 @@ def test_a_mixed_run_shows_its_sources_and_resumes_to_the_same_losses(mixed_run,
         mean = 0.75 * values["Loss/val_toy"][step] + 0.25 * values["Loss/val_more"][step]
         assert values["Loss/val"][step] == pytest.approx(mean)
     printed = capsys.readouterr().out
-    assert re.search(r"data    \S+toy: .*; 75.0% of the mixture, 0.\d\d epochs\n"
-                     r" *data    \S+more: .*25.0% of the mixture", printed)
+    assert re.search(r"data    .+toy: .*; 75.0% of the mixture, 0.\d\d epochs\n"
+                     r" *data    .+more: .*25.0% of the mixture", printed)
 
 
 def test_a_mixed_run_is_the_same_on_two_processes(mixed_run, sources, launch, tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.budget import UNMEASURED
+from lib.budget import UNMEASURED, half_steps
 from lib.timer import StepTimer
 
 
@@ -20,7 +20,7 @@ def test_the_length_follows_the_speed_for_a_quarter_of_the_minutes():
         if step == 80:  # stopped and resumed: what was timed is in the checkpoint
             timer = StepTimer(cfg, timer.steps, timer.timed)
     assert timer.is_fixed
-    assert timer.timed == (100 * (step - 1), pytest.approx(spent))
+    assert timer.timed[:2] == (100 * (step - 1), pytest.approx(spent))
     assert 45 < spent < 60  # the slow steps count in the mean
 
 
@@ -42,6 +42,48 @@ def test_half_batches_count_half():
     timer = StepTimer(cfg, UNMEASURED)
     timer.update(2, 1.0)  # 128 tokens per second, 59 seconds left, 5 more steps of 128
     assert timer.steps == 2 + 5 + (59 * 128 - 5 * 128) // 256
+
+
+def run(cfg, half_seconds, whole_seconds):
+    """Train until the end -> seconds. Asserts that a fixed length stays."""
+    timer = StepTimer(cfg, UNMEASURED)
+    step = 1
+    spent = 0.0
+    fixed = []
+    while step < timer.steps:
+        seconds = half_seconds if step < half_steps(cfg) else whole_seconds
+        step += 1
+        spent += seconds
+        timer.update(step, seconds)
+        if timer.is_fixed:
+            fixed.append(timer.steps)
+        timer = StepTimer(cfg, timer.steps, timer.timed)  # as if stopped and resumed
+    assert len(set(fixed)) == 1
+    return spent
+
+
+@pytest.mark.parametrize("warmup", [200, 900, 2100, 2900])
+def test_slow_half_batches_do_not_shorten_the_run(warmup):
+    """Half batches are slower per token: 0.9 s for 50 tokens where 100 take 1 s."""
+    cfg = SimpleNamespace(total_batch_size=100, batch_warmup=warmup, minutes=1.0,
+                          context_warmup=0.0)
+    assert run(cfg, 0.9, 1.0) == pytest.approx(60, abs=1.0)
+
+
+def test_a_run_of_half_batches_alone_is_fixed_after_a_quarter():
+    cfg = SimpleNamespace(total_batch_size=100, batch_warmup=10**6, minutes=1.0,
+                          context_warmup=0.0)
+    timer = StepTimer(cfg, UNMEASURED)
+    for step in range(2, 17):
+        assert not timer.is_fixed
+        timer.update(step, 1.0)
+    assert timer.is_fixed and timer.steps == 1 + 60
+
+
+def test_a_checkpoint_from_before_half_batches_were_timed_apart():
+    cfg = SimpleNamespace(total_batch_size=100, batch_warmup=200, minutes=1.0, context_warmup=0.0)
+    timer = StepTimer(cfg, 30, (1000, 20.0))
+    assert timer.is_fixed and timer.length(12) == 12 + 40 // 2
 
 
 def test_without_minutes_the_length_is_fixed():
