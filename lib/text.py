@@ -442,7 +442,7 @@ def reading(part: str) -> Iterator[None]:
     except Exception as error:  # pyarrow, gzip, fsspec and the hub each raise their own
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"cannot read {shown(part)} ({cause}): {_remedy(part, error)} the same "
-                       "command again; the shards already written stay") from error
+                       "command again; what is already written stays") from error
 
 
 def _remedy(part: str, error: Exception) -> str:

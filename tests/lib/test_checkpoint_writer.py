@@ -12,6 +12,7 @@ from runs import KINDS, assert_same_runs, disk_full_when, same, steps_saved, tra
 from lib import checkpoint
 from lib.checkpoint_writer import CheckpointWriter
 from lib.cli import BadInput
+from lib.parallel import AdamW
 
 
 def write(writer, step, state, **options):
@@ -130,7 +131,7 @@ def test_tied_tensors_stay_one(tmp_path):
 def test_training_waits_for_the_copy_but_not_for_the_disk(whole, data, tmp_path, monkeypatch):
     copy = CheckpointWriter._to_host
     save = torch.save
-    step = torch.optim.AdamW.step
+    step = AdamW.step
     updates = []
 
     def late_copy(*args):
@@ -139,7 +140,9 @@ def test_training_waits_for_the_copy_but_not_for_the_disk(whole, data, tmp_path,
 
     def late_save(state, file):
         last = min(len(updates) + 2, 60)
+        deadline = time.monotonic() + 300
         while len(updates) < last:  # training continues meanwhile
+            assert time.monotonic() < deadline, "training waits for the disk"
             time.sleep(0.001)
         save(state, file)
 
@@ -147,7 +150,7 @@ def test_training_waits_for_the_copy_but_not_for_the_disk(whole, data, tmp_path,
         updates.append(1)
         step(optimizer)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    monkeypatch.setattr(AdamW, "step", counted)
     monkeypatch.setattr(CheckpointWriter, "_to_host", late_copy)
     monkeypatch.setattr(torch, "save", late_save)
     folder = train(data, tmp_path / "a", *KINDS["gpt2"])
