@@ -208,9 +208,10 @@ def compare(results: list[Result]) -> dict[str, str]:
         how = f"from the standard deviation of {runs} runs that differ only in --seed"
         if found is None:
             found = MEASURED.get(preset, MEASURED_ELSE)
-            how = "the largest difference of two seeds in benchmarks/, as none of these repeat"
+            how = ("the largest difference between two seeds in benchmarks/, as no run here has a "
+                   "second seed")
         noise[preset] = found
-        lines[preset] = f"{preset}: runs are called different beyond {found:.4f} nats, {how}"
+        lines[preset] = f"{preset}: gaps up to {found:.4f} nats (marked =) may be noise: {how}"
     for result in results:
         if result.val_loss is None:
             continue

@@ -179,7 +179,7 @@ class Corpus:
                 if shards.epoch_tokens:
                     count += f" of about {shards.epoch_tokens:,}"
             lines.append(f"data    {shards.folder}: {shards.tokens['train']:,} train tokens in "
-                         f"{count}, validation on {rows * plan.block_size:,}")
+                         f"{count}, validation on {rows * plan.block_size:,} tokens")
         if not self.is_mixed:
             return lines
         for i, share in enumerate(self.weights):

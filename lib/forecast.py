@@ -30,7 +30,7 @@ def forecast(cfg: Any, models: dict[str, Any], measured: str) -> str:
         for ratio in sorted({*RATIOS, cfg.tokens_per_param or RATIOS[0]}):
             tokens = ratio * counts["total"]
             inner = counts["total"] - counts["embedding"]
-            line = (f"{name:12} {counts['total']:14,} {inner:14,} {ratio:6g} {tokens:16,.0f} "
+            line = (f"{name:12} {counts['total']:14,} {inner:14,} {ratio:7g} {tokens:16,.0f} "
                     f"{steps_in(tokens, cfg):17,} {tokens * flops:9.2e}")
             if speed:
                 mark = "" if name == measured else "~"
@@ -56,7 +56,7 @@ def _title(cfg, vocab_size):
 
 def _head(cfg, speed):
     steps = f"steps of {cfg.total_batch_size:,}"
-    head = (f"{'size':12} {'parameters':>14} {'not embedding':>14} {'ratio':>6} {'tokens':>16} "
+    head = (f"{'size':12} {'parameters':>14} {'non-embedding':>14} {'tok/par':>7} {'tokens':>16} "
             f"{steps:>17} {'FLOPs':>9}")
     if speed:
         head += f" {'hours':>10}"

@@ -311,7 +311,7 @@ class Shards:
                 remedy = "the folder that it is in"
             raise BadInput(f"{named_by} {self.folder} is a file, not a folder of shards: "
                            f"name {remedy}")
-        problem = f"is not there (in {os.getcwd()})"
+        problem = f"does not exist (in {os.getcwd()})"
         if self.folder.is_dir():
             splits = missing[0] if len(missing) == 1 else "any"
             problem = f"does not contain {splits} shards"

@@ -319,10 +319,10 @@ def table(sizer: Sizer, measured: bool) -> str:
         sizes = sizer.sizes(sizer.memory)
     if measured or sizer.cfg.tok_per_sec:
         speed = sizer.speed(sizes, lambda speed: sizer.bought(DOLLARS[1], speed, elapsed=0.0))
-    lines = ["what dollars buy, start-up and evaluations included, with the loss of --preset "
-             f"speedrun; speed {speed.how}",
+    lines = ["what dollars buy, start-up and evaluations included; losses are predicted for "
+             f"--preset speedrun; speed {speed.how}",
              f"{'dollars':>7} {'training':>10} {'depth':>5} {'parameters':>11} {'tokens':>9} "
-             f"{'epochs':>7} {'bits per byte':>15} {'smaller: loss':>22}"]
+             f"{'epochs':>7} {'bits per byte':>15} {'half size: loss':>22}"]
     for dollars in DOLLARS:
         seconds = sizer.bought(dollars, speed, elapsed=0.0)
         found = sizer.predict(sizes, speed, seconds)
@@ -332,8 +332,8 @@ def table(sizer: Sizer, measured: bool) -> str:
         chosen = pick(found)
         minutes = seconds(chosen.option) / 60
         lines.append(f"{dollars:7} {minutes:6,.0f} min {row(chosen, found)}")
-    lines.append("~: outside of what was measured, an extrapolation; ±: standard error; smaller: "
-                 "about half the parameters")
+    lines.append("~: outside of what was measured, an extrapolation; ±: standard error; half size: "
+                 "about half the parameters, and its loss relative to the chosen one")
     return "\n".join(lines)
 
 

@@ -116,7 +116,7 @@ def test_the_table_is_sorted_and_says_what_the_noise_is(runs, capsys):
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["name", "parameters"]
     assert lines[3].startswith("wide")
-    assert "gpt2: runs are called different beyond" in lines[-1]
+    assert "gpt2: gaps up to" in lines[-1]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -60,7 +60,7 @@ def test_parameters_flops_and_batch_arithmetic(model):
         f"model   {total:,} parameters: embedding {80 * 32:,}, 2 layers of "
         f"{12 * 32**2 + 2 * 32:,}; vocabulary 61, padded to 64; "
         f"{flops / 1e6:,.1f} MFLOPs per token")
-    assert about_data == "data    toy: 640 train tokens in 2 shards, validation on 48"
+    assert about_data == "data    toy: 640 train tokens in 2 shards, validation on 48 tokens"
     assert length == (f"length  10 steps of 128 tokens = 1,280 tokens (2.00 epochs of toy, "
                       f"{1280 / total:,.4g} tokens per parameter), {1280 * flops:.2e} FLOPs")
     assert batch == "batch   2 sequences x 16 tokens x 2 accumulation steps x 2 processes"
