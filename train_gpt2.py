@@ -475,7 +475,7 @@ class Mix(nn.Module):
 
 
 class First(nn.Module):
-    """Returns the first of two tensors, in place of a Mix that was not chosen."""
+    """Returns the first of its inputs: for a Mix, AddScaled or TokenShift that was not chosen."""
 
     def forward(self, x: torch.Tensor, y: Any) -> torch.Tensor:
         return x
@@ -755,8 +755,11 @@ class GPT(nn.Module):
 
     def embed(self, idx: torch.Tensor, positions: Any, context: AttentionContext | None = None
               ) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 (B, T) -> (the input of the first block; what every block mixes into its input: the
-        bigrams or, without them, the former). (B, T, C) each, in the autocast dtype."""
+        """idx, int64 (B, T) -> (x, x0), (B, T, C) each, in the autocast dtype.
+
+        x: the input of the first block. x0: what each block mixes into its input: the vectors of
+        bigrams, or x without --bigram.
+        """
         x = self.transformer.wpe(self.transformer.wte(idx), positions)
         x = self.transformer.drop(cast(self.transformer.emb_norm(x)))
         if self.config.bigram:
@@ -795,8 +798,8 @@ class GPT(nn.Module):
         return counts | {"layer": count_parameters(self.transformer.h[0])}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Forward and backward matmul FLOPs per token: 6N + 12 L H Q T (Chowdhery et al. 2022,
-        PaLM, appendix B), for a context of T tokens, by default block_size.
+        """Forward and backward matmul FLOPs per token: 6N + 12 n_layer n_embd T (Chowdhery et
+        al. 2022, PaLM, appendix B), for a context of T tokens, by default block_size.
 
         N excludes inactive experts and lookup tables: learned positions, bigrams, and the token
         embedding if the head is untied.
@@ -930,11 +933,12 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.Optimizer:
 def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, with GPT-3's betas (Brown et al.
     2020, appendix B). Weight decay on matrices and embeddings, not on vectors."""
-    decay = {"vector": 0.0}
-    groups = [group | dict(kind="adamw", weight_decay=decay.get(group["kind"], cfg.weight_decay))
-              for group in groups]
+    decayed = []
+    for group in groups:
+        weight_decay = 0.0 if group["kind"] == "vector" else cfg.weight_decay
+        decayed.append(group | dict(kind="adamw", weight_decay=weight_decay))
     fused = groups[0]["params"][0].is_cuda
-    return AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    return AdamW(decayed, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
 def muon(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
@@ -1027,7 +1031,7 @@ def rate_rise(cfg: TrainConfig, steps: int, state: dict) -> str | None:
     if now <= 1.01 * was:
         return None
     return (f"rate    rises again, from {was:.2e} to {now:.2e}: the {cfg.schedule} schedule now "
-            f"ends at step {steps:,}, not {before:,}; a lower --max_lr keeps it low")
+            f"ends at step {steps:,}, not {before:,}; lower --max_lr to avoid this")
 
 
 def gradient_groups(model: GPT) -> dict[str, list]:
@@ -1219,7 +1223,7 @@ def validation(cfg: TrainConfig, plan: RunPlan, corpus: Corpus, tokenizer: Token
     is once a curriculum has ended."""
     rows = [read_validation(source.shards, cfg.val_tokens, plan.block_size, tokenizer)
             for source in corpus.sources]
-    bytes_per_token = None  # of ids that are not text
+    bytes_per_token = None  # unless the ids are text
     if tokenizer.is_text:
         sizes = tokenizer.token_bytes()
         bytes_per_token = corpus.weights @ [sizes[y].sum() / y.size for _, y in rows]
@@ -1244,10 +1248,9 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
           position: Position) -> None:
     """Train `model` from `position` to the last step.
 
-    plan: a RunPlan. stream: `next(tokens)` returns this process's micro-batches, equally many on
-    every process: (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts.
-    Targets of -1 are ignored. run: the RunFolder; a null object except on rank 0. position: a
-    Position.
+    stream: `next(tokens)` returns this process's micro-batches, equally many on every process:
+    (idx, targets), int64 (B, T) each, and a Packed if rows contain several texts. Targets of -1 are
+    ignored. run: the RunFolder; a null object except on rank 0.
 
     Ends after the last step, or after the step during which a stop signal arrives; either way it
     saves a checkpoint. Raises BadInput after cfg.max_skipped consecutive non-finite steps, and,
@@ -1259,7 +1262,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
     parts = gradient_groups(model)
     peak = peak_flops(device, cfg.dtype)
     precision = Precision(model, position.loss_scale)
-    prepare = getattr(optimizer, "prepare", lambda: None)  # AdamW is a single kernel
+    # Muon computes most of its update before the sync; AdamW has nothing to prepare
+    prepare_update = getattr(optimizer, "prepare", lambda: None)
 
     step = position.step
     first = position.step
@@ -1321,7 +1325,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                        "and --resume it")
 
     last_good = counts()  # before the latest non-finite steps
-    is_spike = SpikeDetector(cfg.spike)
+    find_spike = SpikeDetector(cfg.spike)
     monitor = RecompileMonitor(say)
     balance = LoadBalancer(model, processes, say)
     stream.prefetch(batch_size(step, cfg))
@@ -1339,10 +1343,10 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             # ---- evaluate
             evaluate()
             run.poll()
-            missing = None
+            data_error = None
             if not last:  # with --follow, the shard of the next batch may not have arrived
-                missing = stream.wait(batch_size(step, cfg), stopped, say)
-            if last or stop.agreed or missing:
+                data_error = stream.wait(batch_size(step, cfg), stopped, say)
+            if last or stop.agreed or data_error:
                 break
 
             # ---- batch
@@ -1355,9 +1359,9 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             waited = time.perf_counter() - started
 
             # ---- forward and backward
-            context = context_length(step, timer.steps, cfg, plan.block_size)
+            span = context_length(step, timer.steps, cfg, plan.block_size)
             if cfg.context_warmup:
-                model.set_context(context)
+                model.set_context(span)
             seed_dropout(cfg.seed, step, processes.rank)
             n_targets: Any = sum((targets >= 0).sum() for _, targets, *_ in batch)
             processes.all_reduce(n_targets)
@@ -1366,7 +1370,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
                 loss_sum = accumulate(ddp, batch, n_targets, processes, precision)
             precision.unscale(parameters)
 
-            # ---- agree: the only all-reduce besides the gradients'
+            # ---- agree: loss, stop and save requests in one all-reduce
             requests = [stop.requested, bool(run.save_is_due(cfg.save_minutes)),
                         seconds / processes.world_size]
             shared = torch.stack([loss_sum, *(torch.full_like(loss_sum, x) for x in requests)])
@@ -1376,7 +1380,7 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
             numbers = to_host(torch.cat((shared, total_norm[None], norms)))
             if cfg.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, total_norm)
-            prepare()
+            prepare_update()
 
             # ---- wait for these numbers, the only device sync; the GPU meanwhile prepares the step
             loss, stop_requests, save_requests, mean_seconds, norm, *norms = numbers()
@@ -1409,25 +1413,25 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
 
             # ---- log
             seconds = time.perf_counter() - started
-            rate = tokens / seconds
-            flops = model.flops_per_token(context) / processes.world_size
+            tok_per_sec = tokens / seconds
+            flops = model.flops_per_token(span) / processes.world_size
             scalars = {
                 "Loss/train": loss,
                 "optim/lr": cfg.max_lr * multiplier,
                 "optim/grad_norm": norm,
                 "optim/skipped_steps": skipped,
-                "perf/tok_per_sec": rate,
+                "perf/tok_per_sec": tok_per_sec,
                 "perf/step_ms": seconds * 1e3,
                 "perf/data_ms": waited * 1e3,
                 "perf/recompilations": monitor.count,
-                "perf/mfu": flops * rate / peak if peak else None,
+                "perf/mfu": flops * tok_per_sec / peak if peak else None,
                 "perf/memory_gb": peak_memory_gb(device),
             }
             for part, value in zip(parts, norms, strict=True):
                 scalars[f"weights/grad_norm_{part}"] = value
             scalars |= stream.progress() | routing | precision.scalars()
             run.log_step(step, scalars, seconds)
-            spike = is_spike(loss)
+            spike = find_spike(loss)
             if spike:
                 say(f"{spike}; its batch: {stream.where(read_from)}")
 
@@ -1439,8 +1443,8 @@ def train(cfg: TrainConfig, plan: RunPlan, model: GPT, optimizer: torch.optim.Op
         run.save(snapshot(finished=finished), wait=True)
         processes.barrier()
         run.conclude(step, finished=finished)
-        if missing:
-            raise missing
+        if data_error:
+            raise data_error
 
 
 def measure(evaluation: Evaluation, model: GPT, micro_batch: int, stop: StopSignals,
@@ -1518,8 +1522,8 @@ def load_checkpoint(name: str, device: str | torch.device = "cpu",
 
 def settings(argv: list[str]) -> Settings:
     """Parse the command line into Settings. Later sources win: defaults, preset, --config, the
-    learning rates of another optimizer than theirs, the checkpoint of --resume or --init_from,
-    --size or --depth, flags. --depth leaves only its shape in the settings.
+    default rates of --optimizer if the preset has another, the checkpoint of --resume or
+    --init_from, --size or --depth, flags. --depth leaves only its shape in the settings.
 
     If --preset differs from the checkpoint's, all its settings count as flags. A flag that sets the
     length of the run replaces any other length.
@@ -1541,12 +1545,12 @@ def settings(argv: list[str]) -> Settings:
         cfg, model_cfg = adopt(resume, cfg, model_cfg, explicit)
     elif cfg.init_from:
         given = explicit
-        if "init_from" not in explicit:  # but --config: its settings were given to that run, too
+        if "init_from" not in explicit:  # but in --config, whose settings count as flags, too
             given = explicit | repeated.keys()
         cfg, model_cfg, start = begin_with(cfg, model_cfg, given)
     cfg = resolve(cfg, only_length(explicit), {"depth": None})
     if "depth" in explicit:
-        cfg = replace(cfg, size=None)  # of --config
+        cfg = replace(cfg, size=None)  # --config may have set it
     return Settings(cfg, model_cfg, explicit, resume, start, auto)
 
 
@@ -1762,7 +1766,7 @@ class Pretraining:
         return validation(cfg, plan, self.corpus, tokenizer, processes)
 
     def samples(self, cfg: Any, tokenizer: Tokenizer) -> Callable:
-        tokenizer.encode(cfg.sample_prompt)  # ids that are not text may refuse it
+        tokenizer.encode(cfg.sample_prompt)  # raises now what would end the run later
 
         def run(model, micro_batch, stopped):
             return {"samples": sample(model, tokenizer, [cfg.sample_prompt], SHOWN)}
@@ -1771,7 +1775,9 @@ class Pretraining:
 
     def stream(self, cfg: Any, plan: Any, tokenizer: Tokenizer,
                processes: Processes) -> StreamLike:
-        stride = plan.block_size + self.corpus.is_mixed
+        stride = plan.block_size
+        if self.corpus.is_mixed:  # its rows share no token, so each needs one more as last target
+            stride += 1
         batches = partial(micro_batches, block_size=plan.block_size, stride=stride,
                           micro_batch=plan.micro_batch, processes=processes)
         seed = cfg.seed if cfg.shuffle else None
@@ -1830,7 +1836,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     if resume and is_over(resume.state, plan):
         if processes.main:
             print(f"{resume.path} is the end of a run of {plan.steps} steps: "
-                  f"give more --{length_flag(cfg)} to continue")
+                  f"raise --{length_flag(cfg)} to continue")
         return
     limit = reached(cfg, resume.state) if resume else None
     if resume and limit:
@@ -1921,7 +1927,7 @@ def train_config(cfg: TrainConfig, plan: RunPlan) -> dict:
 
 
 def machine_of(cfg: TrainConfig, plan: RunPlan, model: GPT, processes: Processes) -> dict:
-    """What the speed of a run depends on, for config.json and checkpoints."""
+    """Device, number of processes and FLOPs per token, for config.json and checkpoints."""
     context = int(mean_context(cfg, plan.block_size))
     return {"device_name": device_name(processes.device), "processes": processes.world_size,
             "flops_per_token": model.flops_per_token(context)}
@@ -1962,7 +1968,7 @@ def main(argv: list[str]) -> None:
 
 
 def examine(cfg: TrainConfig, model_cfg: GPTConfig) -> NoReturn:
-    """Print the page of --doctor. Exits with code 0 if this machine is ready to train, else 1."""
+    """Print the report of --doctor. Exits with code 0 if this machine is ready to train, else 1."""
     if launched():
         raise BadInput("--doctor starts its own processes: run it with python, without torchrun")
 
@@ -2011,7 +2017,7 @@ def sized(chosen: Settings) -> Settings:
         if dollars:
             note("--dollars is for new runs: this one keeps its length")
         return chosen._replace(explicit=explicit, auto={})
-    if resize and chosen.start:  # of --config: `take_auto` refuses the flag
+    if resize and chosen.start:  # by --config: `take_auto` refuses the flag
         raise BadInput(f"--size auto chooses the shape, but --init_from {cfg.init_from} has one: "
                        "leave --size auto out")
     if dollars and not cfg.price_per_hour:
@@ -2029,7 +2035,7 @@ def sized(chosen: Settings) -> Settings:
         depth, minutes = choose()
     if depth:
         model_cfg = replace(model_cfg, **shape_of(depth))
-        cfg = replace(cfg, size=None)  # of --config
+        cfg = replace(cfg, size=None)  # --config may have set it
         check_model(model_cfg)
     if minutes:
         explicit = explicit | {"minutes"}
