@@ -79,9 +79,8 @@ def result_lines(results: dict[str, Any], training: Losses) -> list[str]:
         return [f"result  mean loss {mean:.4f} in the last {len(latest)} training steps; "
                 "no validation loss was measured"]
     loss = results["Loss/val"]
-    choices = math.exp(min(loss, 30))  # a diverged run's would have hundreds of digits
-    lines = [f"result  validation loss {loss:.4f} nats per token: as unsure of the next token as "
-             f"of one of {choices:,.1f} equally likely ones"]
+    perplexity = math.exp(min(loss, 30))  # a diverged run's would have hundreds of digits
+    lines = [f"result  validation loss {loss:.4f} nats per token, perplexity {perplexity:,.1f}"]
     bits = results.get("Loss/val_bpb")
     if bits is not None:
         lines.append(f"        {bits:.4f} bits per byte: as a compressor, this model would shrink "

@@ -19,7 +19,7 @@ def test_a_summary_with_validation(tmp_path):
     results = {"Loss/val": math.log(50), "Loss/val_bpb": 2.0}
     text = summarize(tmp_path, (0, 100), results, (TRAINING, {100: 3.9}), (80.0, 6400))
     assert "validation loss 3.9120 nats per token" in text
-    assert "one of 50.0 equally likely" in text
+    assert "perplexity 50.0" in text
     assert "2.0000 bits per byte" in text
     assert "to 25.0%" in text  # of 8 bits
     assert "0:01:20 of training steps, 6,400 tokens, 80 tok/s" in text
