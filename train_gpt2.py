@@ -511,11 +511,11 @@ class Bigrams(nn.Embedding):
 
     def forward(self, idx: torch.Tensor,  # type: ignore[override]
                 context: AttentionContext | None = None) -> torch.Tensor:
-        following = idx + 1  # 0 is left for the start of a text
+        ids = idx + 1  # 0 is left for the start of a text
         if context is None:
-            previous = F.pad(following, (1, 0))[:, :-1]
+            previous = F.pad(ids, (1, 0))[:, :-1]
         else:
-            previous = context.previous(self, following.unsqueeze(-1)).squeeze(-1)
+            previous = context.previous(self, ids.unsqueeze(-1)).squeeze(-1)
         y = super().forward((previous * self.PRIME + idx) % self.num_embeddings)
         return F.pad(cast(y), (0, self.missing))
 
@@ -865,7 +865,7 @@ def init_weights(model: GPT) -> None:
         table_std = 1.0
     fused = row_blocks(config)
     for name, p in model.named_parameters():
-        module, kind = f".{name}".split(".")[-2:]
+        *_, module, kind = name.split(".")
         if kind == "bias" or module in ("token_shift", "bigram"):
             p.zero_()
         elif module in ("ln_1", "ln_2", "ln_f", "emb_norm", "q_norm", "k_norm"):
@@ -1039,11 +1039,11 @@ def gradient_groups(model: GPT) -> dict[str, list]:
     tied head is in embedding."""
     parts: dict[str, list] = {}
     for name, p in model.named_parameters():
-        _, module, layer, *_ = f"{name}..".split(".")
+        path = name.split(".")  # transformer.h.0.ln_1.weight, transformer.wte.weight, ...
         part = "rest"
-        if module == "h":
-            part = f"block_{int(layer):02d}"
-        elif module in ("wte", "wpe", "bigram"):
+        if path[1] == "h":
+            part = f"block_{int(path[2]):02d}"
+        elif path[1] in ("wte", "wpe", "bigram"):
             part = "embedding"
         parts.setdefault(part, []).append(p)
     return parts
@@ -1835,7 +1835,7 @@ def launch(settings: Settings, task: TaskLike) -> None:
     plan = make_plan(settings, corpus, parameters, processes.world_size)
     if resume and is_over(resume.state, plan):
         if processes.main:
-            print(f"{resume.path} is the end of a run of {plan.steps} steps: "
+            print(f"{resume.path} is the end of a run of {resume.state['step']} steps: "
                   f"raise --{length_flag(cfg)} to continue")
         return
     limit = reached(cfg, resume.state) if resume else None

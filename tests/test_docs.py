@@ -61,6 +61,7 @@ COMMANDS = {
     "python fineweb.py --pretokenized some/dataset:folder --max_tokens 2e9": PARSED,
     "python fineweb.py --tokenizer o200k_base --out edu_o200k": PARSED,
     'python fineweb.py --source a.parquet more/ "*.jsonl.zst" --out mine': "--tokenizer bpe:284",
+    "python fineweb.py --source book.txt --tokenizer bpe:4096 --out mine": "--tokenizer bpe:284",
     "python fineweb.py --source a.parquet --tokenizer bpe32k/tokenizer.json --out mine32k": "",
     "python fineweb.py --source mine.jsonl --tokenizer bpe:16384 --out mine16k":
         "--tokenizer bpe:284",
@@ -87,6 +88,9 @@ COMMANDS = {
     "python train_gpt2.py --run_name first --on_end "
     """'curl -d "$RUN_NAME: $RUN_OUTCOME" "$NOTIFY"'""": f"{TINY} --on_end true",
     "python train_gpt2.py --data mine --run_name first": TINY,
+    "python train_gpt2.py --preset tiny --data mine": f"{TINY} --preset tiny --run_name mine",
+    "python train_gpt2.py --preset modern --mlp gelu --no-emb_norm --run_name second":
+        f"{TINY} --data mine",
     "python train_gpt2.py --follow --run_name early": TINY,
     "python train_gpt2.py --data wiki:3 books:1": f"{TINY} --run_name mixed",
     "python train_gpt2.py --data wiki --curriculum baby --curriculum_steps 500":
