@@ -280,7 +280,11 @@ def number(value: float | None, form: str) -> str:
 
 
 def show(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(show, value))
+    if isinstance(value, float):  # a rate times a factor has 17 digits
+        return f"{value:g}"
+    return str(value)
 
 
 def main(argv: list[str]) -> None:
