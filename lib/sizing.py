@@ -332,8 +332,8 @@ def table(sizer: Sizer, measured: bool) -> str:
         chosen = pick(found)
         minutes = seconds(chosen.option) / 60
         lines.append(f"{dollars:7} {minutes:6,.0f} min {row(chosen, found)}")
-    lines.append("~: outside of what was measured, an extrapolation; ±: standard error; half size: "
-                 "about half the parameters, and its loss relative to the chosen one")
+    lines.append("~: outside of what was measured, an extrapolation; ±: standard error; half "
+                 "size: about half the parameters, and its loss relative to the chosen one")
     return "\n".join(lines)
 
 
