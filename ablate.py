@@ -19,7 +19,7 @@ only loss, since a run with slower steps has fewer of them.
 Runs go to <out>/<change>_seed<N>, one at a time on each GPU, all with the first seed before any
 with the second. Run the same command again to continue: finished runs are not repeated, and
 interrupted ones resume from their checkpoints. To continue on another machine, copy <out>/*.json,
-the results of finished runs. --max_hours ends a command in time for a machine that is taken away.
+the results of finished runs. --max_hours ends a command in time for a spot instance.
 Differences in loss are between runs of the same seed. The table is written to <out>/ablation.md
 after each run, and a plot to <out>/ablation.png at the end (needs requirements-dev.txt).
 """
@@ -85,9 +85,10 @@ RULE = ("A difference is between runs of one seed. The verdict is the mean diffe
         "interval excludes 0, else within noise. By chance, about 1 in 20 changes without effect "
         "is called better or worse. With two seeds the interval is wide: more --seeds narrow it.")
 COLUMNS = ("The base comes first, then the changes from the most helpful to the most harmful, by "
-           "their mean over the seeds. Seconds are of training steps, dollars are their price; "
-           "`from the command on` are all seconds of a run, with start-up and evaluation. Means "
-           "over the seeds ± half their range; memory is the peak on the GPU.")
+           "their mean over the seeds. Seconds are of training steps (of a resumed run at its "
+           "speed since then), dollars are their price; `wall clock` has all seconds of a run, "
+           "with start-up and evaluation. Means over the seeds ± half their range; memory is the "
+           "peak on the GPU.")
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Config:
     price_per_hour: float | None = flag(None, "dollars per hour of one GPU", above=0)
     max_hours: float | None = flag(
         None, "start no run that would end later than this many hours after this command's start, "
-              "by the median of the finished ones", above=0)
+              "by the median of the finished ones; the first always starts", above=0)
     out: str = path_flag("log/ablation", "folder of the runs, the table and the plot")
     checkpoints: bool = flag(False, "keep the checkpoints of finished runs")
 
@@ -395,11 +396,13 @@ def remove_unusable(one: Run) -> None:
     """Remove the folder of a run that was killed after its last step but before its result was
     written: train_gpt2.py does not continue it. Raises BadInput if it is still in training."""
     folder = Path(one.folder)
-    config = read_config(folder)
-    saved = [step for step, _ in checkpoint.found(folder)]
-    is_over = config.get("max_steps") in saved and "result" not in config
-    if folder.exists() and (is_over or not saved):
-        with locked(folder, "end that run first"):
+    if not folder.exists():
+        return
+    with locked(folder, "end that run first"):
+        config = read_config(folder)
+        saved = [step for step, _ in checkpoint.found(folder)]
+        is_over = config.get("max_steps") in saved
+        if "result" not in config and (is_over or not saved):
             shutil.rmtree(folder)
 
 
@@ -462,11 +465,10 @@ def stages(runs: list[Run], cfg: Config, todo: list[Run]) -> Iterator[list[Run]]
 
 
 def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processes,
-            save: Callable[[], typing.Any]) -> list[Run]:
-    """Train all unfinished runs, one at a time on each GPU. Returns those for which --max_hours
-    left no time. Raises BadInput if some fail.
+            save: Callable[[], typing.Any]) -> None:
+    """Train all unfinished runs, one at a time on each GPU. Raises BadInput if some fail.
 
-    save: called after each run.
+    save: called after each run; if it fails, that is only printed.
     """
     deadline = startup.take_start() + 3600 * (cfg.max_hours or math.inf)
     free: queue.SimpleQueue = queue.SimpleQueue()
@@ -487,7 +489,6 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
                 left_out.append(one)
                 return
             error = train(one, gpu, cfg, children)
-            save()
         except (OSError, BadInput) as raised:
             error = str(raised)
         finally:
@@ -498,6 +499,10 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
         print(f"{one.name}: {result}; {eta}", flush=True)
         if error:
             failed.append(f"{one.name}: {error}")
+        try:
+            save()
+        except (OSError, BadInput) as raised:
+            print(f"warning: the table is not written ({raised})", flush=True)
 
     print(f"{len(todo)} of {len(runs)} runs to go, {at_once} at a time; their output is in "
           f"{cfg.out}/*.txt", flush=True)
@@ -517,10 +522,13 @@ def run_all(runs: list[Run], devices: set[str], cfg: Config, processes: Processe
                 raise KeyboardInterrupt("stopped: run the same command again to continue")
             for future in futures:
                 future.result()  # raises unexpected errors
+    if left_out:
+        names = ", ".join(one.name for one in left_out)
+        print(f"--max_hours {cfg.max_hours:g} left no time for {len(left_out)} of {len(runs)} "
+              f"runs: {names}. Run the same command again to continue")
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} Fix it and run the "
                        "same command again, or leave that change out")
-    return left_out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -611,7 +619,7 @@ def table(runs: list[Run], cfg: Config) -> str:
             groups[one.change].append(one)
     base = groups["base"]
     names = ["change", "parameters", "val loss, by seed", "bits per byte", "difference in loss",
-             "verdict", "ms per step", "memory, GB", "seconds", "from the command on"]
+             "verdict", "ms per step", "memory, GB", "seconds", "wall clock"]
     if cfg.price_per_hour:
         names.append("dollars")
     lines = [markdown(names), f"|---|{'---:|' * (len(names) - 1)}"]
@@ -749,14 +757,9 @@ def main(argv: list[str]) -> None:
     make_folder(cfg.out, "name another --out")
     with locked(cfg.out, "end that ablate.py first, or name another --out"):
         try:
-            left_out = run_all(runs, devices, cfg, processes,
-                               save=lambda: save_table(runs, cfg, argv))
+            run_all(runs, devices, cfg, processes, save=lambda: save_table(runs, cfg, argv))
         finally:
             report(runs, cfg, argv)
-    if left_out:
-        names = ", ".join(one.name for one in left_out)
-        print(f"--max_hours {cfg.max_hours:g} left no time for {len(left_out)} of {len(runs)} "
-              f"runs: {names}. Run the same command again to continue")
 
 
 if __name__ == "__main__":

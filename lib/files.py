@@ -78,7 +78,7 @@ def read_text(path: str | Path, remedy: str, limit: int = TEXT_LIMIT) -> str:
 
 def is_utf16(text: str) -> bool:
     """Whether UTF-16 or UTF-32 without a byte order mark was decoded as UTF-8."""
-    return text.count("\0") > len(text) // 4
+    return text.count("\0") > len(text) / 50  # at least 4%, in Thai
 
 
 def read_json(path: str | Path, remedy: str) -> Any:

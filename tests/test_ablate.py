@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from runs import LONG, contents, linux, logged, train, wait_for
 import ablate
 import train_gpt2
 from lib.cli import BadInput
+from lib.files import locked
 
 
 def rows(folder):
@@ -95,7 +97,7 @@ def test_a_change_is_compared_with_the_base_of_the_same_seed_and_runs_once(
         results = [result_of(out / f"{name}_seed{seed}") for seed in (1, 2)]
         whole = statistics.mean(result["seconds"] for result in results)
         step_ms = statistics.mean(result["step_ms"] for result in results)
-        for column, mean in (("from the command on", whole), ("ms per step", step_ms)):
+        for column, mean in (("wall clock", whole), ("ms per step", step_ms)):
             assert float(cells[column].split(" ± ")[0]) == pytest.approx(mean, abs=0.06)
         assert cells["memory, GB"] == "n/a"  # of a GPU only
         records = [json.loads((out / f"{name}_seed{seed}.json").read_text()) for seed in (1, 2)]
@@ -450,13 +452,54 @@ def test_a_killed_command_keeps_its_table_and_continues(data, tmp_path, request,
     assert [*rows(out)] == ["change", "base", "no-bias"]
 
 
+def test_a_run_in_training_is_not_removed(two_runs):
+    _, out = two_runs
+    folder = out / "no-bias_seed1"
+    config = json.loads((folder / "config.json").read_text())
+    del config["result"]
+    (folder / "config.json").write_text(json.dumps(config))
+    before = contents(folder)
+    one = ablate.Run("no-bias", 1, [], str(folder))
+    with locked(folder, "wait"), pytest.raises(BadInput, match="end that run first"):
+        ablate.remove_unusable(one)
+    assert contents(folder) == before
+    ablate.remove_unusable(one)
+    assert not folder.exists()
+
+
+def test_a_table_that_cannot_be_written_fails_no_run(two_runs, monkeypatch, capsys):
+    words, out = two_runs
+    (out / "no-bias_seed1.json").unlink()
+    shutil.rmtree(out / "no-bias_seed1")
+    save = ablate.save_table
+    calls = []
+
+    def once_without_room(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise BadInput("no room")
+        return save(*args)
+
+    monkeypatch.setattr(ablate, "save_table", once_without_room)
+    ablate.main(words)
+    printed = capsys.readouterr().out
+    assert "warning: the table is not written (no room)" in printed
+    assert [*rows(out)] == ["change", "base", "no-bias"]
+
+
 def kill_training(folder):
-    """Kill the train_gpt2.py of a run folder."""
+    """Kill the train_gpt2.py of a run folder, and wait until its lock is free."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_text().split("\0")
             if f"--run_name={folder.name}" in words and f"--log_dir={folder.parent}" in words:
                 os.kill(int(path.parent.name), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BadInput), locked(folder, "wait"):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{folder} is still in use")
 
 
 def test_max_hours_starts_no_run_that_would_end_too_late(two_runs, monkeypatch, capsys):

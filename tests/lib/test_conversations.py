@@ -160,9 +160,11 @@ def test_a_txt_is_one_text(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):  # with a byte order mark
         (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
         assert read(str(tmp_path / "a.txt"))[0] == ["one\n\ntwo\n"]
-    (tmp_path / "a.txt").write_text("of Windows", encoding="utf-16-le")  # valid UTF-8
-    with pytest.raises(BadInput, match="a.txt is UTF-16"):
-        read(str(tmp_path / "a.txt"))
+    russian = "".join(map(chr, range(0x430, 0x44F))) + " " * 5
+    for text in ("of Windows", russian):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-16-le")  # valid UTF-8
+        with pytest.raises(BadInput, match="a.txt is UTF-16"):
+            read(str(tmp_path / "a.txt"))
 
 
 def test_malformed_rows_are_left_out_and_the_first_three_shown(tmp_path):

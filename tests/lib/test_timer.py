@@ -44,14 +44,19 @@ def test_half_batches_count_half():
     assert timer.steps == 2 + 5 + (59 * 128 - 5 * 128) // 256
 
 
-def run(cfg, half_seconds, whole_seconds):
-    """Train until the end -> seconds. Asserts that a fixed length stays."""
+def run(cfg, half_seconds, whole_seconds, slower=0.0):
+    """Train until the end -> seconds. Asserts that a fixed length stays.
+
+    slower: more seconds of the first whole batch, which loads kernels.
+    """
     timer = StepTimer(cfg, UNMEASURED)
     step = 1
     spent = 0.0
     fixed = []
     while step < timer.steps:
         seconds = half_seconds if step < half_steps(cfg) else whole_seconds
+        if step == half_steps(cfg):
+            seconds += slower
         step += 1
         spent += seconds
         timer.update(step, seconds)
@@ -68,6 +73,7 @@ def test_slow_half_batches_do_not_shorten_the_run(warmup):
     cfg = SimpleNamespace(total_batch_size=100, batch_warmup=warmup, minutes=1.0,
                           context_warmup=0.0)
     assert run(cfg, 0.9, 1.0) == pytest.approx(60, abs=1.0)
+    assert run(cfg, 0.9, 1.0, slower=4.0) == pytest.approx(60, abs=1.0)
 
 
 def test_a_run_of_half_batches_alone_is_fixed_after_a_quarter():
