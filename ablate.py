@@ -81,9 +81,10 @@ LONGEST_NAME = 150  # characters in the name of a change
 LEAST_DROP = 0.01  # nats: smaller differences are never clear from one seed
 # stated under the table
 RULE = ("A difference is between runs of one seed. The verdict is the mean difference over the "
-        "seeds ± its 95% confidence interval (Student's t, paired by seed): better or worse if the "
-        "interval excludes 0, else within noise. By chance, about 1 in 20 changes without effect "
-        "is called better or worse. With two seeds the interval is wide: more --seeds narrow it.")
+        "seeds ± its 95% confidence interval (Student's t, paired by seed): better or worse if "
+        "the interval excludes 0, else within noise. By chance, about 1 in 20 changes without "
+        "effect is called better or worse. With two seeds the interval is wide: more --seeds "
+        "narrow it.")
 COLUMNS = ("The base comes first, then the changes from the most helpful to the most harmful, by "
            "their mean over the seeds. Seconds are of training steps (of a resumed run at its "
            "speed since then), dollars are their price; `wall clock` has all seconds of a run, "
