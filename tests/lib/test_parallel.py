@@ -136,11 +136,32 @@ def test_a_copy_for_decoding_runs_its_own_blocks():
         assert not torch.equal(light(idx), model(idx))
 
 
-ONE_RANK_FAILS = f"""
+@pytest.fixture
+def go_patched(launch, data, tmp_path):
+    """A function (patch) that trains `gpt2` with FSDP on two processes -> the run folder.
+
+    patch: code that runs before, with train_gpt2 imported.
+    """
+    def run(patch):
+        script = tmp_path / "patched.py"
+        script.write_text(PATCHED.format(patch=patch))
+        result = launch(script, *COMMON, *RECIPES["gpt2"], "--parallel", "fsdp", "--data", data,
+                        "--run_name", "a", processes=2)
+        assert result.returncode == 0, result.stderr
+        return tmp_path / "log" / "a"
+
+    return run
+
+
+PATCHED = f"""
 import math, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_gpt2
 from lib.cli import run
+{{patch}}
+run(train_gpt2.main)
+"""
+ONE_RANK_FAILS = """
 real = train_gpt2.GPT.forward
 calls = []
 def forward(self, idx, targets=None, **settings):
@@ -151,47 +172,31 @@ def forward(self, idx, targets=None, **settings):
             out.register_hook(lambda grad: grad * math.inf)
     return out
 train_gpt2.GPT.forward = forward
-run(train_gpt2.main)
 """
-
-
-def test_all_processes_skip_a_step_that_is_non_finite_on_one(launch, data, tmp_path):
-    (tmp_path / "one_rank_fails.py").write_text(ONE_RANK_FAILS)
-    result = launch(tmp_path / "one_rank_fails.py", *COMMON, *RECIPES["gpt2"], "--parallel", "fsdp",
-                    "--data", data, "--run_name", "a", processes=2)
-    assert result.returncode == 0, result.stderr
-    folder = tmp_path / "log" / "a"
-    assert torch.load(folder / "ckpt_00006.pt", weights_only=True)["skipped"] == 1
-    assert all(math.isfinite(loss) for loss in read_log(folder).values())
-
-
-OF_ADAMW = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
+OPERATORS_OF_ADAMW = """
 from torch.utils._python_dispatch import TorchDispatchMode
-import train_gpt2
-from lib.cli import run
 real = train_gpt2.AdamW.step
 class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         names = [kind.__name__ for kind in types]
         with open("seen_by_" + os.environ["RANK"], "a") as file:
             print(func.__name__, *names, file=file)
-        return func(*args, **(kwargs or {{}}))
+        return func(*args, **(kwargs or {}))
 def step(self):
     with Operators():
         real(self)
 train_gpt2.AdamW.step = step
-run(train_gpt2.main)
 """
 
 
-def test_a_step_of_adamw_sees_no_dtensors(launch, data, tmp_path):
-    (tmp_path / "operators.py").write_text(OF_ADAMW)
-    result = launch(tmp_path / "operators.py", *COMMON, *RECIPES["gpt2"], "--parallel", "fsdp",
-                    "--data", data, "--run_name", "a", processes=2)
-    assert result.returncode == 0, result.stderr
+def test_all_processes_skip_a_step_that_is_non_finite_on_one(go_patched):
+    folder = go_patched(ONE_RANK_FAILS)
+    assert torch.load(folder / "ckpt_00006.pt", weights_only=True)["skipped"] == 1
+    assert all(math.isfinite(loss) for loss in read_log(folder).values())
+
+
+def test_a_step_of_adamw_sees_no_dtensors(go_patched, tmp_path):
+    go_patched(OPERATORS_OF_ADAMW)
     for rank in "01":
         seen = set((tmp_path / f"seen_by_{rank}").read_text().splitlines())
         assert len(seen) > 5
