@@ -30,6 +30,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ from race_contestants import PATCHES, VAL_TOKENS, lay_out, patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lib.logger import read_scalars, without_compilation  # noqa: E402
+from lib.logger import read_scalars  # noqa: E402
 
 # what train_gpt2.py logs: to TensorBoard, in log.txt
 TAG_STEP_MS = "perf/step_ms"
@@ -49,6 +50,7 @@ TAG_BPB = "Loss/val_bpb"
 VAL = "val"
 # the contestant to beat, and its final loss
 BARS = {"R1": ("build_nanogpt", 5.144), "R2": ("train_gpt_simple", 3.880)}
+COMPILED = 10  # a step this many times slower than its neighbors compiled a new shape
 
 
 @dataclass
@@ -68,6 +70,21 @@ class Result:
         """-> [(seconds of training, steps, val loss), ...], without compilation."""
         total = [0.0, *np.cumsum(without_compilation(self.steps)).tolist()]
         return [(total[step], step, loss) for step, loss in self.val]
+
+
+def without_compilation(seconds: list[float]) -> list[float]:
+    """Seconds of steps without time spent compiling.
+
+    The first, and any that takes COMPILED times the median of its neighbors, is replaced by that
+    median.
+    """
+    cleaned = []
+    for i, took in enumerate(seconds):
+        neighbors = seconds[max(i - 10, 1):max(i, 1)] + seconds[i + 1:i + 11]
+        usual = statistics.median(neighbors or seconds)
+        compiled = i == 0 or took > COMPILED * usual
+        cleaned.append(usual if compiled else took)
+    return cleaned
 
 
 def run(command, folder, env):

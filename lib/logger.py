@@ -36,7 +36,6 @@ OTHER_PORT = "give another --tensorboard port, or end the process that uses it"
 OTHER_HOST = "name an address of this machine, or leave it out"
 EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\.")
 PREDICTED = 10  # steps after which the length of the run in hours is predicted
-COMPILED = 10  # a step this many times slower than its neighbors compiled a new shape
 
 
 class Null:
@@ -446,21 +445,6 @@ class RecompileMonitor:
             self.say(f"{what} was recompiled, {self.count} times by now: "
                      "TORCH_LOGS=recompiles shows why")
         self.done.add(what)
-
-
-def without_compilation(seconds: list[float]) -> list[float]:
-    """Seconds of steps without time spent compiling.
-
-    The first, and any that takes COMPILED times the median of its neighbors, is replaced by that
-    median.
-    """
-    cleaned = []
-    for i, took in enumerate(seconds):
-        neighbors = seconds[max(i - 10, 1):max(i, 1)] + seconds[i + 1:i + 11]
-        usual = statistics.median(neighbors or seconds)
-        compiled = i == 0 or took > COMPILED * usual
-        cleaned.append(usual if compiled else took)
-    return cleaned
 
 
 def progress(iterable: Iterable, what: str, processes: Any) -> Iterable:
